@@ -1,0 +1,21 @@
+"""An LLM serving engine whose token streams never stall behind someone else's prompt.
+
+Importing this package loads neither the model runtime nor the server.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from stallfree.engine.llm import LLM
+
+__all__ = ["LLM", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "LLM":
+        from stallfree.engine.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

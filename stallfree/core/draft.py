@@ -1,0 +1,172 @@
+"""The iteration being written: what a policy may read, and the five verbs it speaks.
+
+A draft keeps the engine's limits and the KV accounts, so a policy cannot break them; it may only lower the token limit. It does
+not choose anything itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from stallfree.core.plan import Plan, Work
+from stallfree.core.request import Request, Status
+
+if TYPE_CHECKING:
+    from stallfree.core.scheduler import Scheduler
+
+
+class Draft:
+    """One iteration, from an empty page to a sealed plan.
+
+    Reads: `now` (s); `left`, tokens that still fit; `running`, `decoding` (one token short: ready decodes) and `prefilling` (more
+    to catch up on), each in order of priority, then arrival, as they stood when the page was empty; `waiting`, the same order;
+    `shape`, what is written so far. Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`.
+    """
+
+    __slots__ = (
+        "_admitted", "_block_size", "_passed", "_scheduler", "_work", "budget", "decoding", "left", "now", "prefilling", "reason",
+    )  # fmt: skip
+
+    def __init__(self, scheduler: Scheduler, now: float):
+        self._scheduler = scheduler
+        self._block_size = scheduler.pool.block_size
+        self._work: dict[Request, Work] = {}
+        self._admitted: list[Request] = []
+        self._passed: list[tuple[tuple[int, float, int], int, Request]] = []
+        self.now = now
+        self.left = self.budget = scheduler.limits.max_tokens
+        self.reason = "the engine's limit"
+        self.decoding: list[Request] = []
+        self.prefilling: list[Request] = []
+        for r in scheduler.running:
+            remaining = r.num_tokens - r.num_planned
+            if remaining == 1 and r.output:
+                self.decoding.append(r)
+            elif remaining > 0:
+                self.prefilling.append(r)
+
+    @property
+    def running(self) -> list[Request]:
+        return self._scheduler.running
+
+    @property
+    def empty(self) -> bool:
+        return not self._work
+
+    @property
+    def shape(self) -> list[tuple[int, int]]:
+        return [(w.start, w.count) for w in self._work.values()]
+
+    @property
+    def waiting(self) -> Iterator[Request]:
+        """Waiting requests, first to serve first; one that is not admitted is passed over until the next iteration."""
+        queue = self._scheduler.queue
+        while (entry := queue.head()) is not None:
+            yield entry[2]
+            if queue.live(entry):
+                self._passed.append(queue.pop())
+
+    def cap(self, tokens: int, reason: str) -> None:
+        """Lower this iteration's token limit to `tokens`, those already written included, because of `reason`."""
+        if tokens < self.budget:
+            self.left -= self.budget - tokens
+            self.budget = tokens
+            self.reason = reason
+
+    def decode(self, request: Request) -> bool:
+        """Give a ready decode its token. If KV is short, requests behind it in order are preempted; False if that is not enough."""
+        start = request.num_planned
+        if request.status is not Status.RUNNING:
+            return False
+        if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
+            return False
+        self._write(request, 1, decode=True)
+        return True
+
+    def prefill(self, request: Request, count: int | None = None) -> int:
+        """Plan up to `count` more tokens of a running request, as many as fit; returns how many."""
+        if request.status is not Status.RUNNING or request in self._work:
+            return 0
+        size = min(request.remaining, self.left, request.remaining if count is None else count)
+        if size <= 0 or not self._make_room(request, request.num_planned + size):
+            return 0
+        self._write(request, size)
+        return size
+
+    def admit(self, request: Request, count: int | None = None, *, whole: bool = False) -> int:
+        """Take in a waiting request, reserve KV as the policy says, and plan its first chunk; returns its tokens, 0 if refused.
+
+        `whole` asks for all of its tokens in this iteration. Such a prompt may exceed the token limit if it is alone in the
+        iteration: a long one would starve for ever.
+        """
+        scheduler = self._scheduler
+        pool, limits = scheduler.pool, scheduler.limits
+        if request.status is not Status.WAITING or self.left <= 0 or len(scheduler.running) >= limits.max_seqs:
+            return 0
+        cached = pool.match(request)
+        remaining = request.num_tokens - cached
+        size = min(remaining, self.left, remaining if count is None else count)
+        if whole:
+            size = remaining if remaining <= self.left or self.empty else 0
+        upto = {"chunk": cached + size, "prompt": request.num_tokens, "max": len(request.prompt) + request.max_tokens}
+        spare = scheduler.watermark if scheduler.running else 0
+        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], spare):
+            pool.release(request)
+            return 0
+        request.num_cached = request.num_computed = request.num_planned = cached
+        scheduler.admitted(request)
+        self._admitted.append(request)
+        self._write(request, size)
+        return size
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's KV and put it back in the queue, at its old place; it will recompute. Not if in flight."""
+        if request.status is not Status.RUNNING or request.in_flight:
+            raise ValueError(f"only a running request that is not in flight can be preempted, not {request!r}")
+        work = self._work.pop(request, None)
+        if work is not None:
+            self.left += work.count
+        self._scheduler.preempted(request)
+
+    def seal(self, step: int, preempted: tuple[str, ...]) -> tuple[Plan, list[Request]]:
+        """The plan, and its requests in the order of its work; the queue is whole again."""
+        for entry in self._passed:
+            self._scheduler.queue.restore(entry)
+        stalled = tuple(r.id for r in self.decoding if r not in self._work)
+        work = tuple(self._work.values())
+        cached = tuple((r.id, r.num_cached) for r in self._admitted if r in self._work)
+        return Plan(step, self.now, work, preempted, stalled, cached, self.budget, self.reason), list(self._work)
+
+    def _write(self, request: Request, count: int, decode: bool = False) -> None:
+        start = request.num_planned
+        stop = start + count
+        self._work[request] = Work(
+            request.id,
+            start,
+            count,
+            stop == request.num_tokens,
+            decode,
+            (request.output[-1],) if decode else request.tokens(start, stop),
+            tuple(request.blocks),
+            request.sampling,
+            request.adapter,
+            request.prompt,
+            request.output,
+        )
+        request.num_planned = stop
+        self.left -= count
+
+    def _make_room(self, request: Request, upto: int) -> bool:
+        """Grow, preempting from the end of the order what stands behind `request` and is not in flight."""
+        scheduler = self._scheduler
+        if scheduler.pool.grow(request, upto):
+            return True
+        for victim in scheduler.running[::-1]:
+            if victim.key <= request.key:
+                return False
+            if not victim.in_flight:
+                self.preempt(victim)
+                if scheduler.pool.grow(request, upto):
+                    return True
+        return False

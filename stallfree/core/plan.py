@@ -1,0 +1,88 @@
+"""What one iteration is: the plan that goes to an executor and the result that comes back.
+
+A plan is complete. An executor keeps KV tensors and nothing about requests. Both types know nothing of how they were chosen.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Shape = Sequence[tuple[int, int]]
+"""An iteration as a cost model sees it: (start, count) of each piece of work, in tokens."""
+
+
+class Work(NamedTuple):
+    """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one.
+
+    `tokens` are the `count` token ids; `blocks` the request's KV block numbers, enough for `start + count` tokens;
+    `samples` says that the last position's logits yield a token; `decode` that the request was a ready decode.
+    `sampling` is the request's, unread by the scheduler. `prompt` and `output` are the request's own sequences, to be read only
+    (penalties need the history); `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed.
+    """
+
+    id: str
+    start: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
+    samples: bool
+    decode: bool
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+    sampling: object
+    adapter: str
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One iteration. `now` in seconds; `preempted`, `stalled`: request ids; `budget` in tokens, with its `reason` in words.
+
+    `stalled` are the ready decodes that got no token in this iteration: the generation stalls. `cached`: (id, tokens found in the
+    prefix cache) of the requests that this iteration admits.
+    """
+
+    step: int
+    now: float
+    work: tuple[Work, ...]
+    preempted: tuple[str, ...] = ()
+    stalled: tuple[str, ...] = ()
+    cached: tuple[tuple[str, int], ...] = ()
+    budget: int = 0
+    reason: str = ""
+
+    @property
+    def shape(self) -> list[tuple[int, int]]:
+        return [(w.start, w.count) for w in self.work]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(w.count for w in self.work)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an executor made of the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
+
+    `details` holds what the engine passes through to the user, by request id (log-probabilities). With `error` set no token
+    counts, and every request of the plan fails with that message; `failed` does the same to single requests.
+    """
+
+    step: int
+    tokens: Mapping[str, Sequence[int]]
+    seconds: float
+    error: str | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an executor can hold: KV blocks of `block_size` tokens, sequences of `max_model_len` tokens, `depth` plans at once.
+
+    `depth` 1 is synchronous; a pipeline of P stages has P plans in flight.
+    """
+
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    depth: int = 1

@@ -1,0 +1,272 @@
+"""The scheduler: takes requests, asks a policy what the next iteration is, and applies what the iteration brought.
+
+    plan = scheduler.schedule(now)
+    result = ...                          # somebody runs the plan, or pretends to
+    done = scheduler.complete(plan, result, now)
+
+It is driven from outside: time comes in as an argument, plans complete in the order in which they were made, and up to
+`Capacity.depth` of them may be out at once. It does not know who runs them.
+"""
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from stallfree.core.draft import Draft
+from stallfree.core.kv import BlockPool
+from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.core.policy import Policy
+from stallfree.core.request import Refused, Request, Status
+
+Entry = tuple[tuple[int, float, int], int, Request]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's own: `max_seqs` running requests, `max_tokens` in one iteration, `watermark` the share of KV blocks that an
+    admission leaves free (vLLM and the paper's artifact use 1 %)."""
+
+    max_seqs: int = 256
+    max_tokens: int = 8192
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_seqs <= self.max_tokens:
+            raise ValueError(
+                f"max_seqs ({self.max_seqs}) must be at least 1 and at most max_tokens ({self.max_tokens}), "
+                "so that every ready decode fits in one iteration"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark is a share of the KV blocks, from 0 to below 1, not {self.watermark}")
+
+
+class Queue:
+    """Waiting requests by priority, then arrival, in a heap. An entry whose ticket is no longer its request's is dead."""
+
+    def __init__(self) -> None:
+        self._heap: list[Entry] = []
+        self._tickets = 0
+        self._live = 0
+
+    def __len__(self) -> int:
+        return self._live
+
+    def push(self, request: Request) -> None:
+        self._tickets += 1
+        request.ticket = self._tickets
+        self._live += 1
+        heapq.heappush(self._heap, (request.key, request.ticket, request))
+
+    def discard(self, request: Request) -> None:
+        """Forget a waiting request; the entries of those forgotten never outnumber the others."""
+        request.ticket = 0
+        self._live -= 1
+        if len(self._heap) > 2 * self._live + 16:
+            self._heap = [entry for entry in self._heap if self.live(entry)]
+            heapq.heapify(self._heap)
+
+    @staticmethod
+    def live(entry: Entry) -> bool:
+        return entry[2].ticket == entry[1]
+
+    def head(self) -> Entry | None:
+        while self._heap:
+            if self.live(self._heap[0]):
+                return self._heap[0]
+            heapq.heappop(self._heap)
+        return None
+
+    def pop(self) -> Entry:
+        """Take the head's entry out for a while; its request still counts as waiting, and `restore` puts the entry back."""
+        return heapq.heappop(self._heap)
+
+    def restore(self, entry: Entry) -> None:
+        if self.live(entry):
+            heapq.heappush(self._heap, entry)
+
+
+class Scheduler:
+    """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
+    of priority, then arrival; `queue` those waiting. `reuse` shares the KV of equal prefixes.
+    """
+
+    def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
+        self.policy = policy
+        self.capacity = capacity
+        self.limits = limits or Limits()
+        self.pool = BlockPool(capacity.num_blocks, capacity.block_size, reuse=reuse)
+        self.max_len = min(capacity.max_model_len, capacity.num_blocks * capacity.block_size)
+        self.watermark = int(self.limits.watermark * capacity.num_blocks)
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.queue = Queue()
+        self.step = 0
+        self._arrivals = 0
+        self._preempted: list[str] = []
+        self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
+
+    def submit(self, request: Request) -> None:
+        """Queue a new request. Raises `Refused` for one that could never be served; nothing is changed then."""
+        self._enter(request)
+        self.queue.push(request)
+
+    def adopt(self, request: Request) -> bool:
+        """Take in a request with output, released elsewhere, whose KV for all but its last token is about to be copied into
+        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there.
+
+        False, and nothing changed, if there is no room now.
+        """
+        if request.blocks or not request.output:
+            raise ValueError(f"adopt takes a request that has output and holds no blocks, not {request!r}")
+        if len(self.running) >= self.limits.max_seqs:
+            return False
+        self._enter(request)
+        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running else 0):
+            del self.requests[request.id]
+            return False
+        request.num_computed = request.num_planned = request.num_tokens - 1
+        self.admitted(request)
+        return True
+
+    def release(self, id: str) -> Request:
+        """Let a request go that is to be continued elsewhere: it keeps its tokens and leaves its KV. KeyError if unknown."""
+        request = self.requests[id]
+        if request.in_flight:
+            raise ValueError(f"{request!r} is in flight; it can be released once its plan is complete")
+        self._leave(request)
+        self._drop_kv(request)
+        request.status = Status.WAITING
+        return request
+
+    def abort(self, id: str, reason: str = "abort") -> Request | None:
+        """End a request now; None if it has already ended. What is in flight for it is ignored when it comes back.
+
+        Its blocks are free at once: plans run in order, so whoever gets them writes after the last reader.
+        """
+        request = self.requests.get(id)
+        if request is not None:
+            self._leave(request)
+            self._finish(request, reason)
+        return request
+
+    def schedule(self, now: float) -> Plan:
+        """The next iteration. A plan without work is not to be run or completed: there is nothing to do at `now`."""
+        draft = Draft(self, now)
+        self.policy.plan(draft)
+        plan, requests = draft.seal(self.step, tuple(self._preempted))
+        if plan.work:
+            for request in requests:
+                request.in_flight += 1
+            self.step += 1
+            self._preempted.clear()
+            self._in_flight.append((plan, requests))
+        return plan
+
+    def complete(self, plan: Plan, result: StepResult, now: float) -> list[Request]:
+        """Apply the oldest outstanding plan's result; returns the requests that it finished."""
+        if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
+            raise ValueError(f"step {plan.step} with the result of step {result.step} is not the oldest plan in flight")
+        _, requests = self._in_flight.popleft()
+        done: list[Request] = []
+        block_size = self.pool.block_size
+        tokens = {} if result.error is not None else result.tokens
+        for work, request in zip(plan.work, requests, strict=True):
+            request.in_flight -= 1
+            if request.status is not Status.RUNNING:
+                continue
+            if result.error is not None or work.id in result.failed:
+                reason: str | None = "error"
+            else:
+                request.num_computed = work.start + work.count
+                if request.num_computed >= (request.num_shared + 1) * block_size:
+                    self.pool.commit(request)
+                reason = self._append(request, work, tokens) if work.samples else None
+            if reason is not None:
+                self._finish(request, reason)
+                del self.requests[request.id]
+                done.append(request)
+        if done:
+            self.running = [r for r in self.running if r.status is Status.RUNNING]
+        return done
+
+    def check(self) -> None:
+        """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
+        self.pool.check(self.requests.values())
+        running = [r for r in self.requests.values() if r.status is Status.RUNNING]
+        if sorted(r.id for r in running) != sorted(r.id for r in self.running) or len(running) + len(self.queue) != len(
+            self.requests
+        ):
+            raise RuntimeError(f"{len(self.requests)} requests, but {len(self.running)} running and {len(self.queue)} waiting")
+        if any(a.key >= b.key for a, b in zip(self.running, self.running[1:], strict=False)):
+            raise RuntimeError("the running requests are out of order")
+        for r in running:
+            if not r.num_computed <= r.num_planned <= r.num_tokens or (r.num_computed < r.num_planned) != (r.in_flight > 0):
+                raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")
+
+    def admitted(self, request: Request) -> None:
+        """From waiting to running, at its place in the order. For `Draft.admit`."""
+        if request.ticket:
+            self.queue.discard(request)
+        request.status = Status.RUNNING
+        insort(self.running, request, key=lambda r: r.key)
+
+    def preempted(self, request: Request) -> None:
+        """From running back to waiting, at its old place, without KV. For `Draft.preempt`."""
+        self.running.remove(request)
+        self._drop_kv(request)
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self._preempted.append(request.id)
+        self.queue.push(request)
+
+    def _enter(self, request: Request) -> None:
+        if request.id in self.requests:
+            raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
+        length = len(request.prompt)
+        if length == 0:
+            raise Refused("the prompt is empty; it needs at least one token", "prompt")
+        if request.max_tokens < 1:
+            raise Refused(f"max_tokens is {request.max_tokens}; it must be at least 1", "max_tokens")
+        if length >= self.max_len:
+            raise Refused(
+                f"the prompt has {length} tokens; with room for one more, at most {self.max_len - 1} fit "
+                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens)",
+                "prompt",
+            )
+        if length + request.max_tokens > self.max_len:
+            raise Refused(
+                f"{length} prompt tokens and max_tokens {request.max_tokens} make {length + request.max_tokens}, more than "
+                f"the {self.max_len} that fit; ask for at most {self.max_len - length}",
+                "max_tokens",
+            )
+        self._arrivals += 1
+        request.key = (request.priority, request.arrival, self._arrivals)
+        self.requests[request.id] = request
+
+    def _append(self, request: Request, work: Work, tokens: object) -> str | None:
+        """Add the sampled tokens; the finish reason if one of them ends the request."""
+        for token in tokens[work.id]:  # type: ignore[index]
+            request.output.append(token)
+            request.num_tokens += 1
+            if token in request.stop_ids and len(request.output) > request.min_tokens:
+                return "stop"
+            if len(request.output) >= request.max_tokens:
+                return "length"
+        return None
+
+    def _leave(self, request: Request) -> None:
+        del self.requests[request.id]
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        else:
+            self.queue.discard(request)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        self.pool.release(request)
+
+    def _drop_kv(self, request: Request) -> None:
+        self.pool.release(request)
+        request.num_computed = request.num_planned = 0

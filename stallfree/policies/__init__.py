@@ -1,0 +1,50 @@
+"""Scheduling policies, one file each; this folder is their registry. It does not know what they do.
+
+A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). One from
+elsewhere is named `package.module:Class`.
+"""
+
+import difflib
+import importlib
+import inspect
+from pathlib import Path
+
+from stallfree.core.policy import Policy
+
+
+def names() -> list[str]:
+    """The policies in this folder."""
+    return sorted(p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def load(name: str, **options: object) -> Policy:
+    """Make the policy `name`, or `package.module:Class`, with those of `options` that are not None.
+
+    Raises ValueError naming the nearest policy if there is none of that name, or the options that it does take.
+    """
+    cls = _find(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    known = list(inspect.signature(cls).parameters)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
+    return cls(**given)  # type: ignore[no-any-return]
+
+
+def _find(name: str) -> type:
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"policy {name!r}: {error}") from error
+        if not isinstance(found, type) or not hasattr(found, "plan"):
+            raise ValueError(f"policy {name!r} is not a class with a `plan` method")
+        return found
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown policy {name!r}{hint} Known: {', '.join(names())}, or package.module:Class")
+    found = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    cls: type = getattr(found, name.title().replace("-", ""))
+    return cls

@@ -1,0 +1,32 @@
+"""The paper's ablation without hybrid batches: iterations of prompt chunks and iterations of decodes take turns while there is
+work for both, so a decode waits for one chunk, never for a prompt.
+"""
+
+from stallfree.core.draft import Draft
+from stallfree.core.policy import Reserve
+
+
+class ChunkedOnly:
+    """`token_budget`: prompt tokens per chunk iteration."""
+
+    reserve: Reserve = "prompt"
+    stall_free = False
+
+    def __init__(self, token_budget: int = 128):
+        if token_budget < 1:
+            raise ValueError(f"token_budget is {token_budget}; it must be at least 1 token")
+        self.token_budget = token_budget
+        self._chunk_was_last = False
+
+    def plan(self, draft: Draft) -> None:
+        if not (self._chunk_was_last and draft.decoding):
+            draft.cap(self.token_budget, "fixed token budget")
+            for r in draft.prefilling:
+                draft.prefill(r)
+            for r in draft.waiting:
+                if not draft.admit(r):
+                    break
+        self._chunk_was_last = not draft.empty
+        if draft.empty:
+            for r in draft.decoding:
+                draft.decode(r)

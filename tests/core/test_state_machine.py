@@ -1,0 +1,128 @@
+"""Whatever is called in whatever order, the accounts agree, the promise holds, and everybody gets their own tokens."""
+
+from collections import deque
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.request import Refused, Request, Status
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.policies import load, names
+from tests.virtual import answer
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        policy=st.sampled_from(names()),
+        depth=st.integers(1, 3),
+        num_blocks=st.integers(6, 60),
+        block_size=st.sampled_from([1, 4, 16]),
+        max_seqs=st.integers(1, 8),
+        max_tokens=st.integers(8, 40),
+        watermark=st.sampled_from([0, 0.01, 0.2]),
+    )
+    def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark):
+        self.scheduler = Scheduler(
+            load(policy), Capacity(block_size, num_blocks, 200, depth), Limits(max_seqs, max_tokens, watermark)
+        )
+        self.out = deque()
+        self.everybody: list[Request] = []
+        self.gone: list[Request] = []
+        self.now = 0.0
+
+    @rule(
+        length=st.integers(0, 60),
+        max_tokens=st.integers(1, 30),
+        priority=st.integers(0, 2),
+        family=st.integers(0, 2),
+        stop=st.booleans(),
+    )
+    def submit(self, length, max_tokens, priority, family, stop):
+        # Prompts of one family begin alike, so that prefixes are shared.
+        self.now += 1
+        prompt = [1000 * family + i for i in range(length // 2)] + [len(self.everybody)] * (length - length // 2)
+        stop_ids = frozenset({length + 3}) if stop else frozenset()
+        request = Request(str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now)
+        try:
+            self.scheduler.submit(request)
+        except Refused:
+            assert request.id not in self.scheduler.requests
+        else:
+            self.everybody.append(request)
+        self.scheduler.check()
+
+    @rule()
+    def schedule(self):
+        if len(self.out) == self.scheduler.capacity.depth:
+            return
+        ready = [r for r in self.scheduler.running if r.output and r.remaining == 1]
+        plan = self.scheduler.schedule(self.now)
+        self.scheduler.check()
+        planned = {w.id for w in plan.work}
+        preempted = {r.id for r in ready if r.status is Status.WAITING}
+        assert set(plan.stalled) == {r.id for r in ready} - planned
+        if self.scheduler.policy.stall_free and plan.stalled:
+            short = self.scheduler.pool.num_free == 0
+            assert preempted or short, "a ready decode was left out while there was KV for it"
+        assert len(plan.work) <= self.scheduler.limits.max_seqs
+        assert plan.num_tokens <= self.scheduler.limits.max_tokens or len(plan.work) == 1
+        if plan.work:
+            self.out.append(plan)
+
+    @precondition(lambda self: self.out)
+    @rule(fails=st.integers(0, 20))
+    def complete(self, fails):
+        plan = self.out.popleft()
+        result = StepResult(plan.step, {}, 0, error="boom") if fails == 0 else answer(plan)
+        for request in self.scheduler.complete(plan, result, self.now):
+            assert request.finish_reason in ("stop", "length", "error")
+            assert not request.blocks
+        self.scheduler.check()
+
+    @precondition(lambda self: self.everybody)
+    @rule(data=st.data())
+    def abort(self, data):
+        request = data.draw(st.sampled_from(self.everybody))
+        self.scheduler.abort(request.id)
+        assert request.id not in self.scheduler.requests
+        self.scheduler.check()
+
+    @precondition(lambda self: any(not r.in_flight for r in self.scheduler.requests.values()))
+    @rule(data=st.data())
+    def release(self, data):
+        idle = [r for r in self.scheduler.requests.values() if not r.in_flight]
+        self.gone.append(self.scheduler.release(data.draw(st.sampled_from(idle)).id))
+        self.scheduler.check()
+
+    @precondition(lambda self: any(r.output for r in self.gone))
+    @rule(data=st.data())
+    def adopt(self, data):
+        request = data.draw(st.sampled_from([r for r in self.gone if r.output]))
+        if self.scheduler.adopt(request):
+            self.gone.remove(request)
+            assert request in self.scheduler.running
+        self.scheduler.check()
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(20_000):
+            plan = self.scheduler.schedule(self.now)
+            if plan.work:
+                self.out.append(plan)
+            if self.out and (not plan.work or len(self.out) == self.scheduler.capacity.depth):
+                plan = self.out.popleft()
+                self.scheduler.complete(plan, answer(plan), self.now)
+            if not self.scheduler.requests and not self.out:
+                break
+        assert not self.scheduler.requests, "somebody starved"
+        assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
+        for request in self.everybody:
+            first = len(request.prompt)
+            assert request.output == list(range(first, first + len(request.output)))
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
+TestScheduler = SchedulerMachine.TestCase

@@ -1,0 +1,107 @@
+"""Every policy in the folder: it serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.record import StepRecord
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits
+from stallfree.policies import load, names
+from tests.virtual import run
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CAPACITY = Capacity(block_size=16, num_blocks=120, max_model_len=1024)
+
+
+def load_of_a_busy_minute() -> list[Request]:
+    """60 requests, bursty, 4 to 600 prompt tokens; KV for about five of the long ones."""
+    rng = random.Random(7)
+    now, requests = 0.0, []
+    for i in range(60):
+        now += rng.choice([0, 0, 0.02, 0.3])
+        length = rng.choice([4, 30, 120, 600])
+        requests.append(Request(f"r{i}", range(10_000 * i, 10_000 * i + length), rng.randint(1, 60), arrival=now))
+    return requests
+
+
+@pytest.fixture(params=names())
+def name(request) -> str:
+    return request.param
+
+
+def test_everybody_is_served_and_gets_their_own_tokens(name):
+    requests = load_of_a_busy_minute()
+    run(load(name), requests, CAPACITY)
+    assert {("length", r.max_tokens) for r in requests} == {(r.finish_reason, len(r.output)) for r in requests}
+    assert [list(range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests] == [r.output for r in requests]
+
+
+def test_a_stall_free_policy_stalls_nobody_while_kv_lasts(name):
+    roomy = Capacity(block_size=16, num_blocks=5000, max_model_len=1024)
+    stalls = sum(len(r.stalled) for r in run(load(name), load_of_a_busy_minute(), roomy))
+    assert load(name).stall_free == (stalls == 0)
+
+
+def test_a_prompt_longer_than_the_token_limit_is_served(name):
+    requests = [Request(str(i), range(1000 * i, 1000 * i + 300), 4, arrival=float(i)) for i in range(3)]
+    run(load(name), requests, CAPACITY, Limits(max_seqs=4, max_tokens=64))
+    assert [4, 4, 4] == [len(r.output) for r in requests]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_same_input_gives_the_same_records(name, depth):
+    capacity = Capacity(16, 120, 1024, depth)
+    first, again = (run(load(name), load_of_a_busy_minute(), capacity) for _ in range(2))
+    assert first == again
+
+
+def test_golden_records(name):
+    golden = GOLDEN / f"{name}.jsonl"
+    lines = [r.to_json() for r in run(load(name), load_of_a_busy_minute()[:20], CAPACITY)]
+    assert golden.read_text().splitlines() == lines, f"decisions changed; if that is meant, delete {golden} and run {__file__}"
+
+
+def test_records_survive_the_journey_through_json(name):
+    records = run(load(name), load_of_a_busy_minute()[:20], CAPACITY)
+    assert records == [StepRecord.from_json(r.to_json()) for r in records]
+
+
+def test_an_unknown_policy_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'sarathi'"):
+        load("sarathy")
+
+
+def test_an_option_that_a_policy_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="'orca' takes no token_budget"):
+        load("orca", token_budget=3)
+
+
+def test_a_policy_from_outside_is_loaded_by_its_path():
+    assert 9 == load("stallfree.policies.sarathi:Sarathi", token_budget=9).token_budget
+
+
+@pytest.mark.parametrize("path", ["no.such.module:X", "stallfree.policies.orca:Nothing", "json:dumps", ":"])
+def test_a_policy_path_that_leads_nowhere_is_refused(path):
+    with pytest.raises(ValueError, match="policy"):
+        load(path)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_below_one_token_is_refused(budget):
+    with pytest.raises(ValueError, match="at least 1 token"):
+        load("sarathi", token_budget=budget)
+
+
+def write_golden() -> None:
+    for name in names():
+        golden = GOLDEN / f"{name}.jsonl"
+        if not golden.exists():
+            lines = [r.to_json() for r in run(load(name), load_of_a_busy_minute()[:20], CAPACITY)]
+            golden.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -1,0 +1,53 @@
+"""Who may import whom: the packages' layers, read off every file's imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "stallfree"
+STDLIB = set(sys.stdlib_module_names)
+# Package -> (packages of ours, libraries) that it may import when loaded or later. `cli` is free, and lazy.
+ALLOWED = {
+    "core": ({"core"}, set()),
+    "policies": ({"core", "policies"}, set()),
+    "checkpoint": ({"checkpoint"}, {"gguf", "httpx", "huggingface_hub", "numpy", "rich", "safetensors"}),
+    "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
+    "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
+    "server": ({"core", "engine", "executors", "server"}, {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}),
+}  # fmt: skip
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_its_layer_allows(package):
+    ours, libraries = ALLOWED[package]
+    for file in (ROOT / package).rglob("*.py"):
+        for name in imports(file):
+            top, *rest = name.split(".")
+            if top == "stallfree":
+                assert not rest or rest[0] in ours, f"{file} imports {name}"
+            else:
+                assert top in STDLIB | libraries, f"{file} imports {name}"
+
+
+def test_no_module_of_core_knows_a_clock_log_random_number_or_thread():
+    for file in (ROOT / "core").glob("*.py"):
+        assert imports(file).isdisjoint({"time", "datetime", "logging", "random", "threading", "asyncio"}), file
+
+
+def test_importing_the_package_loads_neither_runtime_nor_server():
+    heavy = "{'torch', 'openvino', 'numpy', 'fastapi'}"
+    code = f"import sys, stallfree, stallfree.cli; print(sorted({heavy} & set(sys.modules)))"
+    assert "[]" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
