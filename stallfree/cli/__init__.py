@@ -1,0 +1,37 @@
+"""The `stallfree` command: one file per command here, and one place where errors become a line for the user.
+
+Commands import what they need when they run, so that `--help` is quick.
+"""
+
+import sys
+
+import typer
+
+from stallfree.cli import chat, generate, listing, models, serve
+
+app = typer.Typer(
+    help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.add_typer(models.app, name="models")
+app.command("list")(listing.listing)
+
+
+def main() -> None:
+    """Run the command line. What the user can mend ends in one line on standard error and exit code 1; a bug in a traceback."""
+    try:
+        app()
+    except (ValueError, MemoryError, OSError, RuntimeError) as error:
+        from stallfree.checkpoint.fetch import FetchError
+
+        if type(error) is RuntimeError:
+            raise
+        if isinstance(error, ValueError | MemoryError | OSError | FetchError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise

@@ -1,0 +1,50 @@
+"""`stallfree chat`: a conversation in the terminal."""
+
+from typing import Annotated
+
+import typer
+
+from stallfree.cli import options
+
+
+def chat(
+    model: options.Model = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    weights: options.Weights = "int8",
+    kv: options.Kv = "u8",
+    threads: options.Threads = None,
+) -> None:
+    """Talk to a model. /new begins again; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
+    from rich.console import Console
+
+    from stallfree.core.request import Refused
+    from stallfree.engine.llm import LLM
+
+    console = Console()
+    with LLM(model, weights=weights, kv=kv, threads=threads) as llm:
+        beginning = [{"role": "system", "content": system}] if system else []
+        messages = list(beginning)
+        while True:
+            try:
+                line = console.input("[bold]> [/bold]").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if line in ("", "/quit"):
+                break
+            if line == "/new":
+                messages = list(beginning)
+                continue
+            answer = ""
+            try:
+                for piece in llm.stream_chat([*messages, {"role": "user", "content": line}], temperature=temperature):
+                    answer += piece
+                    console.print(piece, end="", markup=False, highlight=False)
+            except KeyboardInterrupt:
+                pass
+            except Refused as refusal:
+                console.print(f"[red]{refusal}[/red]; /new begins again", end="")
+                answer = ""
+            console.print()
+            if answer:
+                messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,39 @@
+"""`stallfree generate`: complete one prompt, here and now."""
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from stallfree.cli import options
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    model: options.ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="For the same tokens again.", show_default="random")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")] = None,
+    weights: options.Weights = "int8",
+    kv: options.Kv = "u8",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Complete PROMPT and print the text as it comes, or with --json the whole result at the end."""
+    from stallfree.engine.llm import LLM
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or ()} | ({} if seed is None else {"seed": seed})
+    with LLM(model, weights=weights, kv=kv, threads=threads) as llm:
+        if not as_json:
+            for piece in llm.stream(text, **sampling):
+                typer.echo(piece, nl=False)
+            typer.echo()
+            return
+        began = time.perf_counter()
+        (done,) = llm.generate([text], **sampling)
+        seconds = time.perf_counter() - began
+    typer.echo(json.dumps({"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason, "seconds": seconds}))

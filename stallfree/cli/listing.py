@@ -1,0 +1,44 @@
+"""`stallfree list`: what there is to choose from."""
+
+import json
+from enum import StrEnum
+
+import typer
+
+from stallfree.cli import options
+
+
+class What(StrEnum):
+    policies = "policies"
+    executors = "executors"
+
+
+def listing(what: What, as_json: options.Json = False) -> None:
+    """List the policies or the executors, each with its first line of documentation."""
+    if what is What.policies:
+        import importlib
+
+        from stallfree import policies
+
+        rows = {
+            n: _first_sentence(importlib.import_module(f"stallfree.policies.{n.replace('-', '_')}").__doc__)
+            for n in policies.names()
+        }
+    else:
+        from stallfree.engine.assemble import EXECUTORS
+
+        rows = EXECUTORS
+    if as_json:
+        typer.echo(json.dumps([{"name": name, "what": what} for name, what in rows.items()]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "what", box=None)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _first_sentence(doc: str | None) -> str:
+    return " ".join((doc or "").split()).partition(". ")[0].rstrip(".")

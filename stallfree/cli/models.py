@@ -1,0 +1,45 @@
+"""`stallfree models`: what is cached, and `stallfree models pull` to fetch more."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from stallfree.cli import options
+
+app = typer.Typer(invoke_without_command=True, help="List the cached models, or pull one.")
+
+
+@app.callback()
+def models(context: typer.Context, as_json: options.Json = False) -> None:
+    """List the models that are cached on this machine."""
+    if context.invoked_subcommand is not None:
+        return
+    from stallfree.checkpoint.fetch import cached
+
+    found = cached()
+    if as_json:
+        typer.echo(json.dumps([{"name": c.name, "bytes": c.bytes, "path": str(c.path)} for c in found]))
+        return
+    if not found:
+        typer.echo("no model is cached; `stallfree models pull` fetches the embedded one")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "size", "path", box=None)
+    for c in found:
+        table.add_row(c.name, f"{c.bytes / 1e6:.0f} MB", str(c.path))
+    Console().print(table)
+
+
+@app.command()
+def pull(
+    model: Annotated[str | None, typer.Argument(help="Hub id; without one, the embedded model.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fetch a model into the cache and print where it is."""
+    from stallfree.checkpoint.fetch import locate
+
+    path = locate(model, lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps({"path": str(path)}) if as_json else path)

@@ -1,0 +1,43 @@
+"""The options that several commands share: what engine to make. It knows their names and units, not what they do."""
+
+import re
+from typing import Annotated
+
+import typer
+
+
+def memory(text: str | int) -> int:
+    """Bytes of "2GiB", "512 MiB", "1.5g" or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is not an amount of memory; write 512MiB or 2GiB")
+    return int(float(match[1]) * 1024 ** ("", "k", "m", "g", "t").index(match[2].lower()))
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
+Executor = Annotated[str, typer.Option(help="What runs the model: openvino, simulated.")]
+Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or package.module:Class.")]
+TokenBudget = Annotated[
+    int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
+]
+Weights = Annotated[str, typer.Option(help="Weights: int8, bf16 or f32.")]
+Kv = Annotated[str, typer.Option(help="KV cache: u8, bf16 or f32.")]
+KvMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=memory,
+        metavar="SIZE",
+        help="Memory for the KV cache, as 2GiB.",
+        show_default="a quarter of what is free, at most 4GiB",
+    ),
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's")]
+MaxSeqs = Annotated[int, typer.Option(help="Most requests running at once.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens in one iteration, whatever the policy.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="all cores")]
+PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal prompt beginnings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -1,0 +1,169 @@
+"""The loop: plan, run, complete, record, and turn the new tokens of an iteration into outputs.
+
+Synchronous and single-threaded: whoever calls `step` owns the engine. It does not know HTTP, threads or what runs the model.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from stallfree.core.plan import Plan, StepResult
+from stallfree.core.policy import Policy
+from stallfree.core.record import StepRecord
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.engine.text import Detokenizer, StopStrings, Text
+from stallfree.executors.base import Executor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one iteration brought to one request: new `text` (may be empty), new `tokens` (ids) with their `details` (the
+    executor's: log-probabilities, or None), and on the last one `finish_reason`, with the stop string or id, or the `error`.
+    """
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    details: object = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+class _Stream:
+    """A request's way from tokens to text."""
+
+    __slots__ = ("detokenizer", "request", "stops")
+
+    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool):
+        self.request = request
+        self.detokenizer = Detokenizer(text.tokenizer)
+        self.stops = StopStrings(stop, include=include_stop)
+
+
+class Engine:
+    """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        text: Text,
+        policy: Policy,
+        limits: Limits | None = None,
+        *,
+        reuse: bool = True,
+        record: Callable[[StepRecord], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.executor = executor
+        self.text = text
+        self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
+        self.clock = clock
+        self._record = record
+        self._streams: dict[str, _Stream] = {}
+        self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
+        self._arrived: list[Request] = []
+        self._ended: list[Request] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.requests or self._outstanding)
+
+    def submit(self, request: Request, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
+        """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served."""
+        self.scheduler.submit(request)
+        self._arrived.append(request)
+        self._streams[request.id] = _Stream(request, self.text, stop, include_stop)
+
+    def abort(self, id: str) -> None:
+        """End a request now, silently; one that has ended already is none of our business. Its KV is free at once."""
+        if self._streams.pop(id, None) is not None:
+            self._end(id, "abort")
+
+    def step(self) -> list[Output]:
+        """Run one iteration; what it brought to each request. Empty if there is nothing to do."""
+        while len(self._outstanding) < self.executor.capacity.depth:
+            plan = self.scheduler.schedule(self.clock())
+            if not plan.work:
+                break
+            started = self.clock()
+            self._outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
+        if not self._outstanding:
+            return []
+        plan, started, error = self._outstanding.popleft()
+        result = self._collect(plan, error)
+        ended = self.clock()
+        self._ended += self.scheduler.complete(plan, result, ended)
+        outputs = self._outputs(plan, result)
+        if self._record is not None:
+            times = (plan.now, started, ended)
+            self._record(StepRecord.of(plan, result, self.scheduler, times, self._arrived, self._ended))
+        self._arrived, self._ended = [], []
+        return outputs
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _collect(self, plan: Plan, error: str | None) -> StepResult:
+        results: list[StepResult] = []
+        if error is None:
+            error = self._try(lambda: results.append(self.executor.collect()))
+        return results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
+
+    def _try(self, call: Callable[[], None]) -> str | None:
+        """The error of an executor's call in words, if it raises: it fails one iteration, not the engine."""
+        try:
+            call()
+        except Exception as error:
+            log.exception("the executor failed")
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _outputs(self, plan: Plan, result: StepResult) -> list[Output]:
+        outputs: list[Output] = []
+        for work in plan.work:
+            stream = self._streams.get(work.id)
+            if stream is None:
+                continue
+            error = result.error or result.failed.get(work.id)
+            if error is not None:
+                del self._streams[work.id]
+                outputs.append(Output(work.id, "", (), finish_reason="error", error=error))
+            elif work.samples:
+                outputs.append(self._output(stream, tuple(result.tokens[work.id]), result.details.get(work.id)))
+        return outputs
+
+    def _output(self, stream: _Stream, tokens: tuple[int, ...], details: object) -> Output:
+        request = stream.request
+        reason = request.finish_reason
+        stop: str | int | None = None
+        text = ""
+        for token in tokens:
+            if reason == "stop" and token in request.stop_ids:
+                stop = token
+            else:
+                text += stream.detokenizer.push(token)
+        if reason is not None:
+            text += stream.detokenizer.flush()
+        text, found = stream.stops.push(text)
+        if found is not None:
+            stop = found
+            if reason is None:
+                self._end(request.id, "stop")
+            reason = "stop"
+        elif reason is not None:
+            text += stream.stops.flush()
+        if reason is not None:
+            del self._streams[request.id]
+        return Output(request.id, text, tokens, details, reason, stop)
+
+    def _end(self, id: str, reason: str) -> None:
+        request = self.scheduler.abort(id, reason)
+        if request is not None:
+            self._ended.append(request)

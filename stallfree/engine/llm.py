@@ -1,0 +1,107 @@
+"""The engine for scripts: prompts in, completions out, no server. It drives the engine in the caller's thread."""
+
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any, Self
+
+from stallfree.core.request import Request
+from stallfree.engine.assemble import Options, assemble
+from stallfree.engine.engine import Output
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt: its `text` and `tokens` (ids), and why it ended ("stop", "length" or "error", with `error`)."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    error: str | None = None
+
+
+class LLM:
+    """`LLM()` is the embedded model; `LLM("model.gguf", policy="orca", ...)` takes the fields of `Options`.
+
+    Sampling arguments of the methods: `max_tokens` (default: what fits), `min_tokens`, `stop` (a string or several),
+    `ignore_eos`, and the fields of `executors.sampling.Sampling`; the seed is random unless given. Unknown names are TypeErrors.
+    A request that cannot be served raises `Refused`.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any):
+        self._assembled = assemble(Options(model=model, **options))
+        self._engine = self._assembled.engine
+        self._ids = itertools.count()
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
+        """Complete one or many prompts, texts or token ids, batched; the completions in the prompts' order."""
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if single else prompts
+        requests = [self._submit(prompt, sampling) for prompt in many]
+        texts, last = {r.id: "" for r in requests}, dict[str, Output]()
+        for output in self._run():
+            texts[output.id] += output.text
+            last[output.id] = output
+        return [Completion(texts[r.id], tuple(r.output), last[r.id].finish_reason or "error", last[r.id].error) for r in requests]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """The completion's text as it comes. RuntimeError if the executor fails; leaving the iterator early ends the request."""
+        request = self._submit(prompt, sampling)
+        try:
+            for output in self._run():
+                if output.error:
+                    raise RuntimeError(output.error)
+                if output.text:
+                    yield output.text
+        finally:
+            self._engine.abort(request.id)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
+        """The answer to a conversation: messages with `role` and `content`, through the model's template."""
+        return "".join(self.stream_chat(messages, **sampling))
+
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[str]:
+        return self.stream(self._engine.text.chat(messages), **sampling)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self) -> Iterator[Output]:
+        while self._engine.busy:
+            yield from self._engine.step()
+
+    def _submit(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Request:
+        from stallfree.executors.sampling import Sampling
+
+        given = dict(sampling)
+        stop = given.pop("stop", ())
+        max_tokens = given.pop("max_tokens", None)
+        ignore_eos = given.pop("ignore_eos", False)
+        unknown = given.keys() - {f.name for f in fields(Sampling)}
+        if unknown:
+            raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
+        ids = self._engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        stop_ids = given.pop("stop_ids", frozenset()) | (frozenset() if ignore_eos else self._engine.text.eos_ids)
+        given.setdefault("seed", secrets.randbits(32))
+        room = self._engine.scheduler.max_len - len(ids)
+        request = Request(
+            str(next(self._ids)),
+            ids,
+            max(1, room) if max_tokens is None else max_tokens,
+            stop_ids=stop_ids,
+            min_tokens=given.get("min_tokens", 0),
+            arrival=self._engine.clock(),
+            sampling=Sampling(stop_ids=stop_ids, **given),
+        )
+        self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop))
+        return request

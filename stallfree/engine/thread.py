@@ -1,0 +1,136 @@
+"""The engine in a thread of its own, and asyncio on the other side: requests go in by a mailbox, the outputs of an iteration come
+back in one wake-up of the event loop. It knows no HTTP.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from stallfree.core.request import Request
+from stallfree.engine.engine import Engine, Output
+
+log = logging.getLogger(__name__)
+
+
+class Unavailable(RuntimeError):
+    """The engine takes no new request now: `retry_after` seconds from now it may (None: it is stopping, or it has failed)."""
+
+    def __init__(self, message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineThread:
+    """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; one more is `Unavailable`."""
+
+    def __init__(self, engine: Engine, max_queue: int):
+        self.engine = engine
+        self.max_queue = max_queue
+        self.failure: str | None = None
+        self._mailbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining = False
+        self._idle = asyncio.Event()
+
+    def start(self) -> None:
+        """Call it in the event loop that will ask for streams."""
+        self._loop = asyncio.get_running_loop()
+        self._idle.set()
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        return len(self.engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not yet admitted, those in the mailbox included."""
+        return max(0, len(self._streams) - self.num_running)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Raise unless all `requests` can be taken now: `Unavailable`, or `Refused` for one that can never be served."""
+        if self.failure is not None or self._draining:
+            raise Unavailable(self.failure or "the server is shutting down and takes no new requests")
+        if self.num_waiting + len(requests) > self.max_queue:
+            raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
+        for request in requests:
+            self.engine.scheduler.validate(request)
+
+    async def stream(self, request: Request, stop: Sequence[str] = (), *, include_stop: bool = False) -> AsyncIterator[Output]:
+        """The outputs of a request, as they come; closing the iterator early aborts it. `admit` must have accepted it."""
+        if self.failure is not None:
+            raise Unavailable(self.failure)
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._streams[request.id] = outputs
+        self._idle.clear()
+        self._mailbox.put(lambda: self.engine.submit(request, stop, include_stop=include_stop))
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            self._streams.pop(request.id, None)
+            if not finished:
+                self._mailbox.put(lambda: self.engine.abort(request.id))
+            if not self._streams:
+                self._idle.set()
+
+    async def close(self, drain_timeout_s: float) -> None:
+        """Take no more requests, let those there are finish for a while, then stop the engine."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), drain_timeout_s)
+        except TimeoutError:
+            log.warning("%d requests unfinished after %g s of draining", len(self._streams), drain_timeout_s)
+            self._end_all("abort", "the server is shutting down")
+        self._mailbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            while self._read_mailbox():
+                outputs = self.engine.step()
+                if outputs:
+                    self._wake(self._dispatch, outputs)
+                elif self.engine.busy:
+                    raise RuntimeError("requests are there, but the policy plans no work for them")
+                if not self.engine.busy:
+                    self.engine.scheduler.check()
+        except Exception as error:
+            log.exception("the engine has failed")
+            self.failure = f"the engine has failed ({type(error).__name__}: {error}); restart the server"
+            self._wake(self._end_all, "error", self.failure)
+        finally:
+            self.engine.close()
+
+    def _read_mailbox(self) -> bool:
+        """Do what is asked for, waiting for it if there is nothing else to do; False once asked to stop."""
+        block = not self.engine.busy
+        while True:
+            try:
+                call = self._mailbox.get(block=block)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call()
+            block = not self.engine.busy
+
+    def _wake(self, call: Callable[..., None], *args: object) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _end_all(self, reason: str, error: str) -> None:
+        self._dispatch([Output(id, "", (), finish_reason=reason, error=error) for id in self._streams])
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.id)
+            if stream is not None:
+                stream.put_nowait(output)

@@ -1,0 +1,184 @@
+"""From logits to tokens, on the host, in numpy.
+
+Sampling is stateless: the random number of a token depends on the request's seed and the token's position alone, so a request
+samples the same tokens alone or batched, chunked or whole, preempted or not. It knows nothing of models or devices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from stallfree.core.plan import Work
+
+PIECE = 64
+"""Logits per piece when bounding the k-th largest from below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's next token is chosen from its logits. The defaults sample from the model's own distribution.
+
+    Applied in this order: `logit_bias` (added, by token id), `repetition_penalty` (over prompt and output: positive logits are
+    divided by it, negative ones multiplied; Keskar et al. 2019), `presence_penalty` (subtracted once) and `frequency_penalty`
+    (subtracted per occurrence, both over the output), `stop_ids` masked while fewer than `min_tokens` tokens are out, `temperature`
+    (0 is greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most probable token). `seed` is any int.
+    `logprobs`: how many alternatives to report beside the chosen token's log-probability; None reports nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    logprobs: int | None = None
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's logits are used as they are."""
+        return (
+            not self.logit_bias
+            and self.repetition_penalty == 1.0
+            and self.presence_penalty == 0.0
+            and self.frequency_penalty == 0.0
+            and (self.min_tokens == 0 or not self.stop_ids)
+        )
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of probabilities under the model's own distribution, before penalties and temperature.
+
+    `logprob` is the chosen token's; `top` the most probable tokens as (token id, log-probability), best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def sample(
+    logits: np.ndarray, works: Sequence[Work]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
+    """One token for each row of `logits` [rows, vocabulary] float32, which is left as it is. Row i belongs to `works[i]`.
+
+    Gives the tokens by request id, the log-probabilities of those that asked, and why rows without a token have none: logits that
+    are not finite fail their own request only. A request without a `Sampling` is greedy.
+    """
+    if len(logits) != len(works):
+        raise ValueError(f"{len(logits)} rows of logits for {len(works)} requests")
+    tokens: dict[str, tuple[int, ...]] = {}
+    details: dict[str, TokenLogprob] = {}
+    failed: dict[str, str] = {}
+    if not works:
+        return tokens, details, failed
+    best = logits.argmax(axis=1)
+    # argmax stops at the first NaN, so a row with one is seen here at no cost.
+    peaks = logits[np.arange(len(works)), best]
+    finite = np.isfinite(peaks)
+    for row, work in enumerate(works):
+        how = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
+        token: int | None = None
+        if finite[row]:
+            token = int(best[row]) if how.plain and how.temperature == 0 else _choose(logits[row], work, how)
+        if token is None:
+            failed[work.id] = f"no token can be sampled at position {work.start + work.count}: the logits are not finite"
+            continue
+        tokens[work.id] = (token,)
+        if how.logprobs is not None:
+            details[work.id] = _logprob(logits[row], token, how.logprobs)
+    return tokens, details, failed
+
+
+def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
+    if not how.plain:
+        row = _adjusted(row, work, how)
+    peak = float(row.max())
+    if not np.isfinite(peak):
+        return None
+    if how.temperature == 0:
+        return int(row.argmax())
+    ids = None
+    if 0 < how.top_k < len(row):
+        ids = _largest(row, how.top_k)
+        row = row[ids]
+    scaled = row - np.float32(peak)
+    # Divided in double precision where it could overflow: a temperature near 0 is greedy.
+    scaled = scaled / np.float32(how.temperature) if how.temperature > 1e-3 else (scaled.astype(np.float64) / how.temperature)
+    weights = np.exp(scaled, out=scaled)
+    if how.top_p < 1:
+        # Tokens below this bound hold less than 1 - top_p together, so the nucleus is among the others.
+        kept = np.flatnonzero(weights >= (1 - how.top_p) * weights.sum(dtype=np.float64) / len(weights))
+        kept = kept[np.argsort(-weights[kept], kind="stable")]
+        mass = np.cumsum(weights[kept], dtype=np.float64)
+        kept = kept[: int(np.searchsorted(mass, how.top_p * weights.sum(dtype=np.float64))) + 1]
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
+    if how.min_p > 0:
+        kept = np.flatnonzero(weights >= how.min_p)  # the largest weight is 1
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
+    mass = np.cumsum(weights, dtype=np.float64)
+    chosen = int(np.searchsorted(mass, uniform(how.seed, work.start + work.count) * mass[-1], side="right"))
+    return chosen if ids is None else int(ids[chosen])
+
+
+def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:
+    row = row.copy()
+    num_out = work.start + work.count - len(work.prompt)
+    for token, bias in how.logit_bias.items():
+        row[token] += bias
+    out = np.fromiter(work.output[:num_out] if num_out > 0 else (), np.int64)
+    if how.repetition_penalty != 1:
+        seen = np.union1d(np.fromiter(work.prompt, np.int64, len(work.prompt)), out)
+        penalty = np.float32(how.repetition_penalty)
+        row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    if out.size and (how.presence_penalty or how.frequency_penalty):
+        seen, counts = np.unique(out, return_counts=True)
+        row[seen] -= (how.presence_penalty + how.frequency_penalty * counts).astype(np.float32)
+    if num_out < how.min_tokens and how.stop_ids:
+        row[list(how.stop_ids)] = -np.inf
+    return row
+
+
+def _largest(row: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the `k` largest, in ascending order; among equals the lowest indices win, as with argmax."""
+    floor = -np.inf
+    whole = len(row) // PIECE
+    if k <= whole:
+        # k pieces have a maximum of at least the k-th largest maximum, so the k-th largest of all is no smaller.
+        floor = np.partition(row[: whole * PIECE].reshape(whole, PIECE).max(axis=1), whole - k)[whole - k]
+    kept = np.flatnonzero(row >= floor)
+    return np.sort(kept[np.argsort(-row[kept], kind="stable")[:k]])
+
+
+def _logprob(row: np.ndarray, token: int, alternatives: int) -> TokenLogprob:
+    peak = row.max()
+    total = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives > 0:
+        ids = _largest(row, min(alternatives, len(row)))
+        ids = ids[np.argsort(-row[ids], kind="stable")]
+        top = tuple((int(i), float(row[i]) - total) for i in ids)
+    return TokenLogprob(float(row[token]) - total, top)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on its arguments alone (SplitMix64, Steele et al. 2014, over both)."""
+    return (_mix(_mix(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
+
+
+_MASK = 2**64 - 1
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,134 @@
+"""The loop: outputs, ends, faults and records, on an executor that only counts."""
+
+import pytest
+
+from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.record import StepRecord
+from stallfree.core.request import Refused, Request
+from stallfree.engine.assemble import bytes_as_text
+from stallfree.engine.engine import Engine
+from stallfree.policies.sarathi import Sarathi
+
+TEXT = bytes_as_text()
+ANSWER = TEXT.encode("Hello, world! Grüße. ")
+
+
+class Parrot:
+    """Says ANSWER over and over, each request from its beginning; fails at the steps in `fails`."""
+
+    def __init__(self, fails=(), depth=1, fail_in="collect"):
+        self.capacity = Capacity(16, 64, 512, depth)
+        self.plans, self.fails, self.fail_in = [], fails, fail_in
+
+    def submit(self, plan):
+        if self.fail_in == "submit" and plan.step in self.fails:
+            raise MemoryError("no room")
+        self.plans.append(plan)
+
+    def collect(self):
+        plan = self.plans.pop(0)
+        if plan.step in self.fails:
+            raise RuntimeError("boom")
+        tokens = {w.id: (ANSWER[(w.start + w.count - len(w.prompt)) % len(ANSWER)],) for w in plan.work if w.samples}
+        return StepResult(plan.step, tokens, 0.001)
+
+    def close(self):
+        self.plans.clear()
+
+
+def serve(engine: Engine) -> dict[str, tuple[str, str | None, object]]:
+    """Text, finish reason and stop reason by request, once all are served."""
+    texts, ends = {}, {}
+    while engine.busy:
+        for out in engine.step():
+            texts[out.id] = texts.get(out.id, "") + out.text
+            ends[out.id] = (out.finish_reason, out.stop_reason)
+    engine.scheduler.check()
+    return {id: (texts[id], *ends[id]) for id in texts}
+
+
+def engine(**options) -> Engine:
+    return Engine(Parrot(**options), TEXT, Sarathi(32))
+
+
+def test_the_text_is_that_of_the_tokens_up_to_max_tokens():
+    e = engine()
+    e.submit(Request("a", range(50), len(ANSWER)))
+    assert {"a": ("Hello, world! Grüße. ", "length", None)} == serve(e)
+
+
+def test_a_stop_id_ends_the_text_before_its_own():
+    e = engine()
+    e.submit(Request("a", range(5), 99, stop_ids=frozenset({ANSWER[5]})))
+    assert {"a": ("Hello", "stop", ANSWER[5])} == serve(e)
+
+
+def test_a_stop_string_ends_the_request_and_frees_its_kv():
+    e = engine()
+    e.submit(Request("a", range(5), 99), ["wor"])
+    assert {"a": ("Hello, ", "stop", "wor")} == serve(e)
+    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+
+
+def test_text_held_back_for_a_stop_string_comes_out_at_the_end():
+    e = engine()
+    e.submit(Request("a", range(5), 9), ["world"])
+    assert {"a": ("Hello, wo", "length", None)} == serve(e)
+
+
+def test_half_a_character_at_max_tokens_comes_out_as_a_replacement():
+    e = engine()
+    e.submit(Request("a", range(5), len(TEXT.encode("Hello, world! Gr")) + 1))
+    assert {"a": ("Hello, world! Gr\ufffd", "length", None)} == serve(e)
+
+
+@pytest.mark.parametrize("fail_in", ["submit", "collect"])
+def test_an_executor_that_fails_once_fails_only_the_requests_of_that_iteration(fail_in, caplog):
+    e = engine(fails={2}, fail_in=fail_in)
+    e.submit(Request("hit", range(20), 50))
+    while e.scheduler.step < 2:
+        e.step()
+    (failed,) = e.step()
+    assert ("hit", "error") == (failed.id, failed.finish_reason)
+    e.submit(Request("spared", range(5), 5))
+    assert {"spared": ("Hello", "length", None)} == serve(e)
+    assert "the executor failed" in caplog.text
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_pipeline_gives_the_same_texts(depth):
+    e = engine(depth=depth)
+    for i in range(5):
+        e.submit(Request(str(i), range(100 * i, 100 * i + 70), 5 + i))
+    assert {str(i): ("Hello, world! "[: 5 + i], "length", None) for i in range(5)} == serve(e)
+
+
+def test_an_aborted_request_gives_no_more_output():
+    e = engine()
+    e.submit(Request("a", range(5), 99))
+    e.step()
+    e.abort("a")
+    assert ([], False) == (e.step(), e.busy)
+    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+
+
+def test_what_is_refused_leaves_nothing_behind():
+    e = engine()
+    with pytest.raises(Refused):
+        e.submit(Request("a", range(600), 1))
+    assert not e.busy
+
+
+def test_records_tell_the_whole_run():
+    records: list[StepRecord] = []
+    e = Engine(Parrot(), TEXT, Sarathi(32), record=records.append)
+    e.submit(Request("a", range(40), 2))
+    e.submit(Request("b", range(100, 110), 9), ["e"])
+    serve(e)
+    e.submit(Request("c", range(5), 1))
+    serve(e)
+    assert list(range(len(records))) == [r.step for r in records]
+    assert ["a", "b", "c"] == [id for r in records for id, *_ in r.arrived]
+    assert {("a", "length"), ("b", "stop"), ("c", "length")} == {f for r in records for f in r.finished}
+    assert 40 + 2 - 1 == sum(count for r in records for id, _, count in r.work if id == "a")
+    assert all(r.t_plan <= r.t_start <= r.t_end for r in records)
