@@ -69,7 +69,7 @@ def _openvino(options: Options, say: Callable[[str], None]) -> tuple[Executor, T
 
     path = locate(options.model, say)
     checkpoint = open_checkpoint(path)
-    text = Text.from_gguf(checkpoint.metadata) if path.is_file() else Text.from_folder(path)
+    text = Text.from_folder(path) if checkpoint.metadata is None else Text.from_gguf(checkpoint.metadata)
     say(f"loading {path.name}")
     executor = OpenVINOExecutor(
         checkpoint,

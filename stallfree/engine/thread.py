@@ -6,9 +6,11 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Self
 
-from stallfree.core.request import Request
+from stallfree.core.request import Refused, Request
 from stallfree.engine.engine import Engine, Output
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,54 @@ class Unavailable(RuntimeError):
         self.retry_after = retry_after
 
 
+class Outputs:
+    """What comes of the requests of one `submit`: iterate over lists of the outputs that have come since the last one, until all
+    requests have ended. `close` ends the iteration, and aborts those that have not. Leaving a `with` closes.
+    """
+
+    def __init__(self, ids: Iterable[str], abort: Callable[[str], None]):
+        self._unfinished = set(ids)
+        self._abort = abort
+        self._came: list[Output] = []
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def put(self, output: Output) -> None:
+        """For the engine's side. What comes after `close` is dropped."""
+        if not self._closed:
+            self._came.append(output)
+            self._news.set()
+            if output.finish_reason is not None:
+                self._unfinished.discard(output.id)
+
+    def close(self) -> None:
+        """Call it in the event loop, as often as you like; a reader that waits is woken."""
+        self._closed = True
+        self._came = []
+        self._news.set()
+        for id in self._unfinished:
+            self._abort(id)
+        self._unfinished.clear()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Output]:
+        if not self._came and self._unfinished:
+            self._news.clear()
+            await self._news.wait()
+        if not self._came:
+            raise StopAsyncIteration
+        came, self._came = self._came, []
+        return came
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class EngineThread:
     """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; one more is `Unavailable`."""
 
@@ -30,7 +80,7 @@ class EngineThread:
         self.max_queue = max_queue
         self.failure: str | None = None
         self._mailbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._streams: dict[str, Outputs] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
@@ -51,38 +101,41 @@ class EngineThread:
         """Requests not yet admitted, those in the mailbox included."""
         return max(0, len(self._streams) - self.num_running)
 
-    def admit(self, requests: Sequence[Request]) -> None:
-        """Raise unless all `requests` can be taken now: `Unavailable`, or `Refused` for one that can never be served."""
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def submit(self, requests: Sequence[Request], stop: Sequence[str] = (), *, include_stop: bool = False) -> Outputs:
+        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served.
+
+        Whether there is room is decided, and the room taken, without waiting in between: the queue's limit holds.
+        """
         if self.failure is not None or self._draining:
             raise Unavailable(self.failure or "the server is shutting down and takes no new requests")
-        if self.num_waiting + len(requests) > self.max_queue:
-            raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
+        if len(requests) > self.max_queue:
+            raise Refused(f"{len(requests)} completions at once are more than the queue holds ({self.max_queue})", "n")
         for request in requests:
             self.engine.scheduler.validate(request)
-
-    async def stream(self, request: Request, stop: Sequence[str] = (), *, include_stop: bool = False) -> AsyncIterator[Output]:
-        """The outputs of a request, as they come; closing the iterator early aborts it. `admit` must have accepted it."""
-        if self.failure is not None:
-            raise Unavailable(self.failure)
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        self._streams[request.id] = outputs
+        if self.num_waiting + len(requests) > self.max_queue:
+            raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
+        outputs = Outputs([r.id for r in requests], self._abort)
         self._idle.clear()
-        self._mailbox.put(lambda: self.engine.submit(request, stop, include_stop=include_stop))
-        finished = False
-        try:
-            while not finished:
-                output = await outputs.get()
-                finished = output.finish_reason is not None
-                yield output
-        finally:
-            self._streams.pop(request.id, None)
-            if not finished:
-                self._mailbox.put(lambda: self.engine.abort(request.id))
-            if not self._streams:
-                self._idle.set()
+        for request in requests:
+            self._streams[request.id] = outputs
+            self._mailbox.put(partial(self.engine.submit, request, stop, include_stop=include_stop))
+        return outputs
+
+    def _abort(self, id: str) -> None:
+        self._forget(id)
+        self._mailbox.put(partial(self.engine.abort, id))
+
+    def _forget(self, id: str) -> None:
+        self._streams.pop(id, None)
+        if not self._streams:
+            self._idle.set()
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, let those there are finish for a while, then stop the engine."""
+        """Take no more requests, let those there are finish for a while, then stop the engine. Calling it again is harmless."""
         self._draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), drain_timeout_s)
@@ -133,4 +186,6 @@ class EngineThread:
         for output in outputs:
             stream = self._streams.get(output.id)
             if stream is not None:
-                stream.put_nowait(output)
+                stream.put(output)
+                if output.finish_reason is not None:
+                    self._forget(output.id)

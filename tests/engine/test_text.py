@@ -81,7 +81,8 @@ def test_a_sentencepiece_gguf_tokenizer_merges_by_score_and_falls_back_to_bytes(
     scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -1.0, -3.0, -2.0]
     text = Text.from_gguf({
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 6], "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 6],
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
     })  # fmt: skip
     assert [1, tokens.index("▁ab"), tokens.index("▁a")] == text.encode("ab a")
     assert "ab é" == text.decode(text.encode("ab é"))

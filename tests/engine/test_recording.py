@@ -1,0 +1,43 @@
+"""A run in a file is the run."""
+
+from pathlib import Path
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.record import StepRecord
+from stallfree.core.request import Request
+from stallfree.engine.recording import RecordFile
+from stallfree.policies.sarathi import Sarathi
+from tests.virtual import run
+
+RECORDS = run(Sarathi(), [Request("a", range(5), 3)], Capacity(16, 10, 100))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    file = RecordFile(tmp_path / "run.jsonl")
+    for record in RECORDS:
+        file.write(record)
+    file.close()
+    assert RECORDS == [StepRecord.from_json(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_not_written_over_another(tmp_path):
+    (tmp_path / "run.jsonl").touch()
+    with pytest.raises(ValueError, match="exists; name another"):
+        RecordFile(tmp_path / "run.jsonl")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ValueError, match="No such file or directory"):
+        RecordFile(tmp_path / "no" / "run.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_ends_the_recording_with_a_log_line(tmp_path, caplog):
+    file = RecordFile(tmp_path / "run.jsonl")
+    file.close()
+    file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for record in RECORDS:
+        file.write(record)
+    assert 1 == caplog.text.count("No space left")
