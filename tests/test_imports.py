@@ -16,6 +16,7 @@ ALLOWED = {
     "checkpoint": ({"checkpoint"}, {"gguf", "httpx", "huggingface_hub", "numpy", "rich", "safetensors"}),
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
+    "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "server": ({"core", "engine", "executors", "server"}, {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}),
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from stallfree.core.request import Request, Status
 if TYPE_CHECKING:
     from stallfree.core.scheduler import Scheduler
 
+RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and this one is asked for at every decode
+
 
 class Draft:
     """One iteration, from an empty page to a sealed plan.
@@ -77,16 +79,22 @@ class Draft:
     def decode(self, request: Request) -> bool:
         """Give a ready decode its token. If KV is short, requests behind it in order are preempted; False if that is not enough."""
         start = request.num_planned
-        if request.status is not Status.RUNNING:
+        if request.status is not RUNNING:
             return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False
-        self._write(request, 1, decode=True)
+        # The one path that runs for every stream in every iteration: `_write`, spelt out.
+        self._work[request] = Work(
+            request.id, start, 1, True, True, (request.output[-1],), tuple(request.blocks),
+            request.sampling, request.adapter, request.prompt, request.output,
+        )  # fmt: skip
+        request.num_planned = start + 1
+        self.left -= 1
         return True
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit; returns how many."""
-        if request.status is not Status.RUNNING or request in self._work:
+        if request.status is not RUNNING or request in self._work:
             return 0
         size = min(request.remaining, self.left, request.remaining if count is None else count)
         if size <= 0 or not self._make_room(request, request.num_planned + size):
@@ -122,7 +130,7 @@ class Draft:
 
     def preempt(self, request: Request) -> None:
         """Take a running request's KV and put it back in the queue, at its old place; it will recompute. Not if in flight."""
-        if request.status is not Status.RUNNING or request.in_flight:
+        if request.status is not RUNNING or request.in_flight:
             raise ValueError(f"only a running request that is not in flight can be preempted, not {request!r}")
         work = self._work.pop(request, None)
         if work is not None:
@@ -138,22 +146,13 @@ class Draft:
         cached = tuple((r.id, r.num_cached) for r in self._admitted if r in self._work)
         return Plan(step, self.now, work, preempted, stalled, cached, self.budget, self.reason), list(self._work)
 
-    def _write(self, request: Request, count: int, decode: bool = False) -> None:
+    def _write(self, request: Request, count: int) -> None:
         start = request.num_planned
         stop = start + count
         self._work[request] = Work(
-            request.id,
-            start,
-            count,
-            stop == request.num_tokens,
-            decode,
-            (request.output[-1],) if decode else request.tokens(start, stop),
-            tuple(request.blocks),
-            request.sampling,
-            request.adapter,
-            request.prompt,
-            request.output,
-        )
+            request.id, start, count, stop == request.num_tokens, False, request.tokens(start, stop), tuple(request.blocks),
+            request.sampling, request.adapter, request.prompt, request.output,
+        )  # fmt: skip
         request.num_planned = stop
         self.left -= count
 

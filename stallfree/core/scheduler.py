@@ -11,11 +11,12 @@ It is driven from outside: time comes in as an argument, plans complete in the o
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stallfree.core.draft import Draft
 from stallfree.core.kv import BlockPool
-from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.policy import Policy
 from stallfree.core.request import Refused, Request, Status
 
@@ -106,6 +107,26 @@ class Scheduler:
         self._preempted: list[str] = []
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
 
+    def validate(self, request: Request) -> None:
+        """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may ask."""
+        length = len(request.prompt)
+        if length == 0:
+            raise Refused("the prompt is empty; it needs at least one token", "prompt")
+        if request.max_tokens < 1:
+            raise Refused(f"max_tokens is {request.max_tokens}; it must be at least 1", "max_tokens")
+        if length >= self.max_len:
+            raise Refused(
+                f"the prompt has {length} tokens; with room for one more, at most {self.max_len - 1} fit "
+                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens)",
+                "prompt",
+            )
+        if length + request.max_tokens > self.max_len:
+            raise Refused(
+                f"{length} prompt tokens and max_tokens {request.max_tokens} make {length + request.max_tokens}, more than "
+                f"the {self.max_len} that fit; ask for at most {self.max_len - length}",
+                "max_tokens",
+            )
+
     def submit(self, request: Request) -> None:
         """Queue a new request. Raises `Refused` for one that could never be served; nothing is changed then."""
         self._enter(request)
@@ -170,18 +191,21 @@ class Scheduler:
         _, requests = self._in_flight.popleft()
         done: list[Request] = []
         block_size = self.pool.block_size
-        tokens = {} if result.error is not None else result.tokens
+        tokens, failed = result.tokens, result.error is not None or result.failed
+        running = Status.RUNNING
         for work, request in zip(plan.work, requests, strict=True):
             request.in_flight -= 1
-            if request.status is not Status.RUNNING:
+            if request.status is not running:
                 continue
-            if result.error is not None or work.id in result.failed:
-                reason: str | None = "error"
+            reason: str | None = None
+            if failed and (result.error is not None or work.id in result.failed):
+                reason = "error"
             else:
-                request.num_computed = work.start + work.count
-                if request.num_computed >= (request.num_shared + 1) * block_size:
+                request.num_computed = computed = work.start + work.count
+                if computed >= (request.num_shared + 1) * block_size:
                     self.pool.commit(request)
-                reason = self._append(request, work, tokens) if work.samples else None
+                if work.samples:
+                    reason = self._append(request, tokens[work.id])
             if reason is not None:
                 self._finish(request, reason)
                 del self.requests[request.id]
@@ -221,37 +245,22 @@ class Scheduler:
         self.queue.push(request)
 
     def _enter(self, request: Request) -> None:
+        self.validate(request)
         if request.id in self.requests:
             raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
-        length = len(request.prompt)
-        if length == 0:
-            raise Refused("the prompt is empty; it needs at least one token", "prompt")
-        if request.max_tokens < 1:
-            raise Refused(f"max_tokens is {request.max_tokens}; it must be at least 1", "max_tokens")
-        if length >= self.max_len:
-            raise Refused(
-                f"the prompt has {length} tokens; with room for one more, at most {self.max_len - 1} fit "
-                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens)",
-                "prompt",
-            )
-        if length + request.max_tokens > self.max_len:
-            raise Refused(
-                f"{length} prompt tokens and max_tokens {request.max_tokens} make {length + request.max_tokens}, more than "
-                f"the {self.max_len} that fit; ask for at most {self.max_len - length}",
-                "max_tokens",
-            )
         self._arrivals += 1
         request.key = (request.priority, request.arrival, self._arrivals)
         self.requests[request.id] = request
 
-    def _append(self, request: Request, work: Work, tokens: object) -> str | None:
+    def _append(self, request: Request, tokens: Sequence[int]) -> str | None:
         """Add the sampled tokens; the finish reason if one of them ends the request."""
-        for token in tokens[work.id]:  # type: ignore[index]
-            request.output.append(token)
+        output = request.output
+        for token in tokens:
+            output.append(token)
             request.num_tokens += 1
-            if token in request.stop_ids and len(request.output) > request.min_tokens:
+            if token in request.stop_ids and len(output) > request.min_tokens:
                 return "stop"
-            if len(request.output) >= request.max_tokens:
+            if len(output) >= request.max_tokens:
                 return "length"
         return None
 

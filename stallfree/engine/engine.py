@@ -87,7 +87,10 @@ class Engine:
             self._end(id, "abort")
 
     def step(self) -> list[Output]:
-        """Run one iteration; what it brought to each request. Empty if there is nothing to do."""
+        """Run one iteration; what it brought to each request: nothing, if all of it was prefill or there is nothing to do.
+
+        Raises RuntimeError if the policy plans nothing though requests wait: they would wait for ever.
+        """
         while len(self._outstanding) < self.executor.capacity.depth:
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
@@ -95,6 +98,8 @@ class Engine:
             started = self.clock()
             self._outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
         if not self._outstanding:
+            if self.scheduler.requests:
+                raise RuntimeError(f"{len(self.scheduler.requests)} requests are there, but the policy plans no work for them")
             return []
         plan, started, error = self._outstanding.popleft()
         result = self._collect(plan, error)

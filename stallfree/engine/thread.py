@@ -151,8 +151,6 @@ class EngineThread:
                 outputs = self.engine.step()
                 if outputs:
                     self._wake(self._dispatch, outputs)
-                elif self.engine.busy:
-                    raise RuntimeError("requests are there, but the policy plans no work for them")
                 if not self.engine.busy:
                     self.engine.scheduler.check()
         except Exception as error:

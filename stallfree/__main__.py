@@ -1,0 +1,5 @@
+"""`python -m stallfree` is the `stallfree` command."""
+
+from stallfree.cli import main
+
+main()

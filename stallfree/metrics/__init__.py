@@ -1,0 +1,1 @@
+"""What a run was worth: records in, latencies and stalls out. It knows no engine and no clock."""

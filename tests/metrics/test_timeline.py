@@ -1,0 +1,52 @@
+"""What a run's records say of each request."""
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.request import Request
+from stallfree.metrics.timeline import Timeline, report, timelines
+from stallfree.policies import load
+from tests.virtual import run
+
+ROOMY = Capacity(16, 1000, 4096)
+
+
+def two_streams_and_a_long_prompt(policy: str):
+    requests = [Request("a", range(10), 40), Request("b", range(100, 110), 40), Request("long", range(1000, 2000), 2, arrival=0.1)]
+    return timelines(run(load(policy), requests, ROOMY))
+
+
+def test_every_token_of_every_request_has_its_time():
+    lines = two_streams_and_a_long_prompt("sarathi")
+    assert {"a": 40, "b": 40, "long": 2} == {id: len(line.tokens) for id, line in lines.items()}
+    assert {"length"} == {line.reason for line in lines.values()}
+    assert all(line.arrival <= line.scheduled < line.tokens[0] <= line.finished for line in lines.values())
+    assert all(gap > 0 for line in lines.values() for gap in line.gaps)
+
+
+def test_ttft_counts_from_the_arrival():
+    line = Timeline("a", arrival=2.0, prompt_tokens=5, tokens=[2.5, 2.75])
+    assert (0.5, [0.25]) == (line.ttft, line.gaps)
+
+
+def test_a_whole_prompt_stalls_each_stream_once_under_prefill_first_and_never_under_sarathi():
+    assert [1, 1, 0] == [line.stalls for line in two_streams_and_a_long_prompt("prefill-first").values()]
+    assert [0, 0, 0] == [line.stalls for line in two_streams_and_a_long_prompt("sarathi").values()]
+
+
+def test_a_whole_prompt_makes_tokens_late_under_orca_though_nobody_is_left_out():
+    result = report(list(two_streams_and_a_long_prompt("orca").values()), late_after=0.1)
+    assert (0, 2) == (result.stalls, result.late)
+
+
+def test_a_report_pools_all_gaps():
+    lines = [Timeline("a", 0, 1, tokens=[1, 2, 3]), Timeline("b", 0, 1, tokens=[2, 12])]
+    result = report(lines, late_after=5)
+    assert (2, 5, 1.5, 1, 10, 1) == (
+        result.requests, result.output_tokens, result.ttft_p50, result.tbt_p50, result.tbt_max, result.late,
+    )  # fmt: skip
+
+
+def test_a_run_without_gaps_cannot_be_reported():
+    with pytest.raises(ValueError, match="no gaps"):
+        report([Timeline("a", 0, 1, tokens=[1])], 1)
