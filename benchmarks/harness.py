@@ -1,0 +1,81 @@
+"""What every benchmark script shares: its two options, the facts of the machine, a table for people and rows for programs."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """`--quick`: under a minute, for a look. `--json FILE`: the rows, with machine and versions."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="under a minute, for a look; not for quoting")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows, with the machine and the versions")
+    return made
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, load before the run, and the versions of what was measured."""
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    versions = {name: importlib.metadata.version(name) for name in ("stallfree", "openvino", "numpy")}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **versions,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def show(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], file: Path | None) -> None:
+    """Print `rows` as a table under `title`, with the machine below; write both to `file` if one is given."""
+    console = Console(width=max(110, Console().width))
+    table = Table(title=title, title_justify="left", box=None)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()))
+    console.print(table)
+    console.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
+    if file is not None:
+        file.write_text(json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """A `stallfree serve` of its own on a free port, ready; yields its URL, and stops it in the end."""
+    command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            raise RuntimeError(f"the server did not start: {' '.join(command)}")
+        url = json.loads(line)["url"]
+        for _ in range(100):
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)

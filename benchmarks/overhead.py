@@ -1,0 +1,153 @@
+"""What an iteration costs beside the model: scheduling, records, text and HTTP.
+
+First table: `schedule` + `complete` alone, for 256 and 1,000 running requests at 512 tokens of context, with nobody and with
+100,000 requests waiting; limits 0.5 and 2 ms.
+
+Second table: one model, 32 streams. `live` is a server with 32 HTTP streams: the median period of its iterations, and the part of
+it between the end of one run of the executor and the start of the next (complete, detokenise, record, hand over, schedule).
+`alone` is the same executor with the same requests driven by the scheduler in a bare loop: the median time inside the executor.
+`beside the model` is (live period - alone) / live period: it also holds what the SSE thread takes from the model's two cores while
+it runs. The limit is 8 %. The clients are sockets that count bytes, so as to take as little as they can from the same cores.
+
+    python benchmarks/overhead.py
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from harness import machine, parser, server, show
+
+from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.core.record import StepRecord
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.engine.assemble import Options, assemble
+from stallfree.executors.sampling import Sampling
+from stallfree.policies.sarathi import Sarathi
+
+STREAMS, PROMPT = 32, 64
+
+
+def answer(plan: Plan) -> StepResult:
+    return StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0)
+
+
+def scheduler_row(running: int, waiting: int) -> dict[str, Any]:
+    scheduler = Scheduler(Sarathi(2048), Capacity(32, 200_000, 8192), Limits(running, 8192))
+    for i in range(running):
+        scheduler.submit(Request(str(i), range(i * 1000, i * 1000 + 512), 4000))
+    while any(not r.output for r in scheduler.requests.values()):
+        plan = scheduler.schedule(0)
+        scheduler.complete(plan, answer(plan), 0)
+    for i in range(waiting):
+        scheduler.submit(Request(f"w{i}", range(80), 10))
+    times = []
+    for _ in range(200):
+        began = time.perf_counter()
+        plan = scheduler.schedule(0)
+        planned = time.perf_counter()
+        result = answer(plan)
+        back = time.perf_counter()
+        scheduler.complete(plan, result, 0)
+        times.append(planned - began + time.perf_counter() - back)
+    limit = {256: 0.5, 1000: 2.0}[running]
+    return {"running": running, "waiting": waiting, "schedule+complete, ms": statistics.median(times) * 1e3, "limit, ms": limit}
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(100, 40_000) for _ in range(PROMPT)] for _ in range(STREAMS)]
+
+
+async def listen(url: str, prompt: list[int], tokens: int) -> None:
+    address = urlparse(url)
+    body = json.dumps(
+        {"model": "smollm2-135m-instruct", "prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    )
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    writer.write(f"{head}Connection: close\r\n\r\n{body}".encode())
+    last = b""
+    while piece := await reader.read(1 << 16):
+        last = piece
+    if b"[DONE]" not in last:
+        raise RuntimeError(f"a stream ended without [DONE]: {last[-200:]!r}")
+    writer.close()
+
+
+def decodes(records: list[StepRecord]) -> list[StepRecord]:
+    """The iterations of 32 decodes and nothing else, less the first few."""
+    return [r for r in records if len(r.work) == STREAMS and all(count == 1 for _, _, count in r.work)][5:]
+
+
+def live(tokens: int, folder: Path) -> tuple[float, float]:
+    """Median period of an iteration, and median time between runs of the executor, seconds."""
+    file = folder / "live.jsonl"
+
+    async def load(url: str) -> None:
+        await asyncio.gather(*(listen(url, prompt, tokens) for prompt in prompts()))
+
+    with server("--record", str(file)) as url:
+        asyncio.run(load(url))
+    records = decodes([StepRecord.from_json(line) for line in file.read_text().splitlines()])
+    pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]
+    return statistics.median(b.t_end - a.t_end for a, b in pairs), statistics.median(b.t_start - a.t_end for a, b in pairs)
+
+
+def alone(tokens: int) -> float:
+    """Median seconds inside the executor for the same iterations."""
+    engine = assemble(Options()).engine
+    executor, scheduler = engine.executor, engine.scheduler
+    for i, prompt in enumerate(prompts()):
+        scheduler.submit(Request(str(i), prompt, tokens, sampling=Sampling(temperature=1.0, seed=i)))
+    times = []
+    while scheduler.requests:
+        plan = scheduler.schedule(0)
+        began = time.perf_counter()
+        executor.submit(plan)
+        result = executor.collect()
+        if len(plan.work) == STREAMS and all(w.decode for w in plan.work):
+            times.append(time.perf_counter() - began)
+        scheduler.complete(plan, result, 0)
+    engine.close()
+    return statistics.median(times[5:])
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    facts = machine()
+    tokens, repeats = (60, 1) if args.quick else (200, 3)
+    rows = [scheduler_row(running, waiting) for running in (256, 1000) for waiting in (0, 100_000)]
+    show("Scheduler", rows, facts, None)
+    lives, alones = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(repeats):
+            (Path(folder) / str(i)).mkdir()
+            lives.append(live(tokens, Path(folder) / str(i)))
+            alones.append(alone(tokens))
+    period, between = (statistics.median(column) for column in zip(*lives, strict=True))
+    model = statistics.median(alones)
+    row = {
+        "streams": STREAMS,
+        "live period, ms": period * 1e3,
+        "between runs, ms": between * 1e3,
+        "between runs, %": 100 * between / period,
+        "alone, ms": model * 1e3,
+        "beside the model, %": 100 * (period - model) / period,
+        "limit, %": 8.0,
+    }
+    show("32 live HTTP streams", [row], facts, None)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": facts, "scheduler": rows, "live": row}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
