@@ -3,6 +3,7 @@
 It knows what files a model consists of, and nothing of what is in them.
 """
 
+import difflib
 import hashlib
 import os
 import re
@@ -72,8 +73,11 @@ def locate(model: str | None = None, say: Callable[[str], None] = lambda line: N
         return path
     repo, _, file = model.partition(".gguf")[0].rpartition("/") if model.endswith(".gguf") else (model, "", "")
     if not _HUB_ID.fullmatch(repo):
+        beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(model, [EMBEDDED, *beside], n=1, cutoff=0.7)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise FetchError(
-            f"no model at {model!r}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
+            f"no model at {model!r}{hint}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
             f"or nothing for {EMBEDDED}"
         )
     return _from_hub(repo, f"{file}.gguf" if file else None, say)

@@ -1,7 +1,7 @@
 """The options that several commands share: what engine to make. It knows their names and units, not what they do."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,8 +24,8 @@ Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree lis
 TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
-Weights = Annotated[str, typer.Option(help="Weights: int8, bf16 or f32.")]
-Kv = Annotated[str, typer.Option(help="KV cache: u8, bf16 or f32.")]
+Weights = Annotated[Literal["int8", "bf16", "f32"], typer.Option(help="Precision of the weights.")]
+Kv = Annotated[Literal["u8", "bf16", "f32"], typer.Option(help="Precision of the KV cache.")]
 KvMemory = Annotated[
     int | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,8 +12,10 @@ from stallfree.cli import options
 def serve(
     model: options.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.")] = None,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
+    ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
     policy: options.Policy = "sarathi",
     token_budget: options.TokenBudget = None,
@@ -32,19 +34,76 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
+    from stallfree.core.record import StepRecord
     from stallfree.engine.assemble import Options, assemble
-    from stallfree.engine.record_file import RecordFile
-    from stallfree.server import Metrics, Server, bind
+    from stallfree.engine.recording import RecordFile
+    from stallfree.engine.thread import EngineThread
+    from stallfree.server.app import create_app
+    from stallfree.server.metrics import Metrics
+    from stallfree.server.run import bind, run
 
-    socket = bind(host, port)  # first: a port in use should not cost the loading of a model
+    sock = bind(host, port)  # first: a port in use should not cost the loading of a model
     metrics = Metrics()
-    recorders: list[Any] = [metrics.record]
-    if record is not None:
-        recorders.append(RecordFile(record).write)
+    file = None if record is None else RecordFile(record)
+
+    def each_step(step: StepRecord) -> None:
+        metrics.record(step)
+        if file is not None:
+            file.write(step)
+
     assembled = assemble(
         Options(
-            model, executor, policy, token_budget, weights, kv, kv_memory, max_model_len, max_seqs, max_tokens, prefix_cache, threads
+            model=model,
+            executor=executor,
+            policy=policy,
+            token_budget=token_budget,
+            weights=weights,
+            kv=kv,
+            kv_memory=kv_memory,
+            max_model_len=max_model_len,
+            max_seqs=max_seqs,
+            max_tokens=max_tokens,
+            prefix_cache=prefix_cache,
+            threads=threads,
         ),
-        record=lambda step: [r(step) for r in recorders],
+        record=each_step,
         say=lambda line: typer.echo(line, err=True),
     )
+    engine_thread = EngineThread(assembled.engine, max_queue)
+    name = served_name or assembled.name
+    capacity = assembled.engine.executor.capacity
+    budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
+    address, at = sock.getsockname()[:2]
+    card = {
+        "model": name,
+        "weights": assembled.weights,
+        "kv_blocks": capacity.num_blocks,
+        "block_size": capacity.block_size,
+        "max_model_len": assembled.engine.scheduler.max_len,
+        "policy": policy,
+        "token_budget": budget,
+        "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
+    }
+    _print_card(card, as_json)
+    run(create_app(engine_thread, model=name, metrics=metrics, api_key=api_key), engine_thread, sock, drain_timeout_s=drain_timeout)
+    if file is not None:
+        file.close()
+
+
+def _print_card(card: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(card), flush=True)
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+
+    kv = f"{card['kv_blocks']:,} blocks of {card['block_size']} tokens; a sequence has at most {card['max_model_len']:,}"
+    budget = "" if card["token_budget"] is None else f", {card['token_budget']} tokens an iteration"
+    lines = {
+        "model": f"{card['model']} ({card['weights']})",
+        "KV cache": kv,
+        "policy": f"{card['policy']}{budget}",
+        "URL": f"{card['url']}/v1",
+    }
+    body = "\n".join(f"[bold]{key:<9}[/bold]{value}" for key, value in lines.items())
+    Console().print(Panel(body, title="stallfree", title_align="left", expand=False))

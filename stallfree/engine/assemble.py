@@ -56,7 +56,8 @@ def assemble(
     policy = policies.load(options.policy, token_budget=options.token_budget)
     limits = Limits(options.max_seqs, options.max_tokens)
     if options.executor not in EXECUTORS:
-        raise ValueError(f"unknown executor {options.executor!r}; known: {', '.join(EXECUTORS)}")
+        near = policies.nearest(options.executor, EXECUTORS)
+        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
     executor, text, name, weights = (_simulated if options.executor == "simulated" else _openvino)(options, say)
     engine = Engine(executor, text, policy, limits, reuse=options.prefix_cache, record=record)
     return Assembled(engine, name, weights)

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
@@ -137,9 +138,9 @@ class EngineThread:
     async def close(self, drain_timeout_s: float) -> None:
         """Take no more requests, let those there are finish for a while, then stop the engine. Calling it again is harmless."""
         self._draining = True
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), drain_timeout_s)
-        except TimeoutError:
+        if self._streams:
             log.warning("%d requests unfinished after %g s of draining", len(self._streams), drain_timeout_s)
             self._end_all("abort", "the server is shutting down")
         self._mailbox.put(None)

@@ -7,6 +7,7 @@ elsewhere is named `package.module:Class`.
 import difflib
 import importlib
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
 from stallfree.core.policy import Policy
@@ -31,6 +32,12 @@ def load(name: str, **options: object) -> Policy:
     return cls(**given)  # type: ignore[no-any-return]
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown name: the known one that is nearest, if any is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
 def _find(name: str) -> type:
     module, colon, attribute = name.partition(":")
     if colon:
@@ -42,9 +49,7 @@ def _find(name: str) -> type:
             raise ValueError(f"policy {name!r} is not a class with a `plan` method")
         return found
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown policy {name!r}{hint} Known: {', '.join(names())}, or package.module:Class")
+        raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; known: {', '.join(names())}, or package.module:Class")
     found = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     cls: type = getattr(found, name.title().replace("-", ""))
     return cls

@@ -1,0 +1,85 @@
+"""The command line: what it prints, and what it says to mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from stallfree import policies
+from stallfree.cli.options import memory
+
+
+@pytest.fixture
+def stallfree(tmp_path, monkeypatch):
+    monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stallfree", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, input=input, timeout=60, check=False)
+
+    return run
+
+
+def test_every_policy_is_listed_with_what_it_does(stallfree):
+    rows = json.loads(stallfree("list", "policies", "--json").stdout)
+    assert policies.names() == [row["name"] for row in rows]
+    assert all(len(row["what"]) > 20 for row in rows)
+
+
+def test_no_model_is_cached_at_first(stallfree):
+    assert "no model is cached" in stallfree("models").stdout
+    assert [] == json.loads(stallfree("models", "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "x", "--max-token", "3"], "--max-tokens"),
+        (["generat"], "'generate'"),
+        (["serve", "--polcy", "orca"], "--policy"),
+        (["list", "polices"], "'policies'"),
+        (["generate", "x", "--weights", "int3"], "'int8'"),
+        (["serve", "--kv-memory", "lots"], "write 512MiB or 2GiB"),
+    ],
+)
+def test_a_slip_in_the_usage_names_what_was_meant(stallfree, arguments, says):
+    done = stallfree(*arguments)
+    assert 2 == done.returncode
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--policy", "saraty", "--port", "0"], "did you mean 'sarathi'?"),
+        (["serve", "--policy", "orca", "--token-budget", "5", "--port", "0"], "'orca' takes no token_budget"),
+        (["serve", "--executor", "simulatd", "--port", "0"], "did you mean 'simulated'?"),
+        (["serve", "--max-seqs", "0", "--port", "0"], "max_seqs (0)"),
+        (["generate", "x", "--model", "nowhere.gguf"], "no model at 'nowhere.gguf'"),
+        (["generate", "x", "--model", "smollm2-135m-instuct"], "did you mean 'smollm2-135m-instruct'?"),
+        (["generate", "x", "--model", __file__], "GGUF"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(stallfree, arguments, says):
+    done = stallfree(*arguments)
+    assert 1 == done.returncode
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes"), [("2GiB", 2 << 30), ("512 MiB", 512 << 20), ("1.5g", 3 << 29), ("64kb", 64 << 10), ("1000", 1000)]
+)
+def test_amounts_of_memory(text, bytes):
+    assert bytes == memory(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GiB", "GiB", "1XB", "1e9"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(typer.BadParameter, match="not an amount"):
+        memory(text)
