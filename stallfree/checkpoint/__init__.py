@@ -1,0 +1,45 @@
+"""A model on disk: its numbers, its tensors under their Hugging Face names, and where its tokenizer is.
+
+It knows nothing of what runs the model. `open_checkpoint` reads headers only; tensors are read when asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stallfree.checkpoint.config import CheckpointError, ModelConfig
+
+__all__ = ["Checkpoint", "CheckpointError", "ModelConfig", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model whose tensors have been found, with the right shapes, and not yet read.
+
+    `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata` holds a GGUF file's key-value pairs as
+    plain Python values (the tokenizer is among them); it is None for a folder, whose tokenizer files are in `path`.
+    """
+
+    path: Path
+    config: ModelConfig
+    read: Callable[[str], np.ndarray]
+    metadata: Mapping[str, object] | None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a GGUF file or a Hugging Face folder. Raises CheckpointError (a ValueError) if it cannot be used."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            from stallfree.checkpoint.safetensors import read_folder
+
+            return read_folder(path)
+        if path.is_file():
+            from stallfree.checkpoint.gguf import read_gguf
+
+            return read_gguf(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(f"{path}: no such file or folder; give a GGUF file or a Hugging Face folder")

@@ -1,0 +1,224 @@
+"""GGUF files: the header is parsed here, with every size checked against the file before it is used; tensors are dequantised
+by the `gguf` package. The layout is in ggml/docs/gguf.md, versions 2 and 3, little-endian.
+
+It knows which architecture stores what under which name, and that llama files hold queries and keys with the halves of each
+rotary pair side by side, where Hugging Face has them half a head apart.
+"""
+
+import struct
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.config import CheckpointError, ModelConfig, check, positive, rotary_frequencies, size
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""`general.architecture`; Mistral's files say llama."""
+
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class Tensor:
+    """One tensor of the file: shape ([out, in]), quantisation and where its bytes are."""
+
+    def __init__(self, path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> None:
+        try:
+            self.kind = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        except (ValueError, KeyError):
+            raise CheckpointError(f"{path}: tensor {name!r} has the unknown quantisation {kind}; a newer `gguf` may know it") from None
+        self.path, self.name, self.shape, self.offset = path, name, shape, offset
+        if not shape or min(shape) < 1 or shape[-1] % block:
+            raise CheckpointError(f"{path}: tensor {name!r} of shape {shape} does not fit {self.kind.name} blocks of {block}")
+        self.row_bytes = shape[-1] // block * block_bytes
+        self.num_bytes = self.row_bytes
+        for rows in shape[:-1]:
+            self.num_bytes *= rows
+
+    def read(self) -> np.ndarray:
+        """The values, [*shape] float32."""
+        raw = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
+        if raw.size != self.num_bytes:
+            raise CheckpointError(f"{self.path}: tensor {self.name!r} ends early; the file changed after it was opened")
+        try:
+            return dequantize(raw.reshape(*self.shape[:-1], self.row_bytes), self.kind).astype(np.float32, copy=False)
+        except NotImplementedError:
+            message = f"{self.path}: tensor {self.name!r} is {self.kind.name}, which cannot be dequantised; take another quantisation"
+            raise CheckpointError(message) from None
+
+
+class Header:
+    """A cursor over the file's bytes that never reads past their end."""
+
+    def __init__(self, path: Path, data: np.memmap) -> None:
+        self.path, self.data, self.at = path, memoryview(data), 0
+
+    def truncated(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: the file ends early, at {len(self.data)} bytes; it is truncated, fetch it again")
+
+    def take(self, num_bytes: int) -> memoryview:
+        if num_bytes > len(self.data) - self.at:
+            raise self.truncated()
+        self.at += num_bytes
+        return self.data[self.at - num_bytes : self.at]
+
+    def number(self, form: str) -> int:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def string(self) -> str:
+        return str(self.take(self.number("<Q")), "utf-8", "replace")
+
+    def value(self, kind: int) -> object:
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise CheckpointError(f"{self.path}: value of unknown type {kind} at byte {self.at}; the file is damaged, fetch it again")
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind in SCALARS:
+            form = SCALARS[kind][1]
+            return np.frombuffer(self.take(count * struct.calcsize("<" + form)), "<" + form).tolist()
+        if kind != STRING:
+            raise CheckpointError(f"{self.path}: array of type {kind} at byte {self.at}; the file is damaged, fetch it again")
+        return [self.string() for _ in range(count)]
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """Reads the header of a GGUF file. Raises CheckpointError if it is truncated, damaged, or holds another kind of model."""
+    with path.open("rb") as file:
+        magic = file.read(24)
+    if len(magic) < 24 or magic[:4] != b"GGUF":
+        raise CheckpointError(f"{path}: not a GGUF file; give a .gguf file or a Hugging Face folder")
+    header = Header(path, np.memmap(path, np.uint8, "r"))
+    header.take(4)
+    version, num_tensors, num_values = header.number("<I"), header.number("<Q"), header.number("<Q")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path}: GGUF version {version} is not supported; versions 2 and 3 (little-endian) are")
+    metadata: dict[str, object] = {}
+    for _ in range(num_values):
+        key = header.string()
+        metadata[key] = header.value(header.number("<I"))
+    stored = _tensors(header, num_tensors, size(metadata, "general.alignment", str(path), 32))
+    config, tensors = _config(metadata, stored, path)
+    if missing := [name for name in config.tensors() if name not in tensors]:
+        raise CheckpointError(f"{path}: tensors are missing: {_some(missing)}; the file is incomplete")
+    for name, shape in config.tensors().items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{path}: {name!r} has shape {tensors[name].shape}, its metadata says {shape}")
+    return Checkpoint(path, config, partial(_read, config, tensors), metadata)
+
+
+def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:
+    entries = []
+    for _ in range(count):
+        name, dims = header.string(), header.number("<I")
+        if dims > 4:
+            raise CheckpointError(f"{header.path}: tensor {name!r} has {dims} dimensions; the file is damaged, fetch it again")
+        shape = tuple(reversed([header.number("<Q") for _ in range(dims)]))
+        entries.append((name, shape, header.number("<I"), header.number("<Q")))
+    start = -(-header.at // alignment) * alignment
+    tensors = {name: Tensor(header.path, name, shape, kind, start + offset) for name, shape, kind, offset in entries}
+    if any(t.offset + t.num_bytes > len(header.data) for t in tensors.values()):
+        raise header.truncated()
+    return tensors
+
+
+def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    source, family = str(path), metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise CheckpointError(f"{path}: architecture {family!r} is not supported; supported in GGUF are {', '.join(FAMILIES)}")
+    if f"{family}.expert_count" in metadata:
+        raise CheckpointError(f"{path}: a mixture of experts is not supported; take a dense model")
+
+    def whole(key: str, default: int | None = None) -> int:
+        return size(metadata, f"{family}.{key}", source, default)
+
+    num_layers, hidden, num_heads = whole("block_count"), whole("embedding_length"), whole("attention.head_count")
+    head_dim = whole("attention.key_length", hidden // num_heads)
+    if (rotated := whole("rope.dimension_count", head_dim)) != head_dim:
+        raise CheckpointError(f"{path}: rotary positions on {rotated} of {head_dim} dimensions of a head are not supported")
+    if (values := whole("attention.value_length", head_dim)) != head_dim:
+        raise CheckpointError(f"{path}: value heads of {values} beside key heads of {head_dim} are not supported")
+    tensors = {_name(name): tensor for name, tensor in stored.items()}
+    if "model.embed_tokens.weight" not in tensors:
+        raise CheckpointError(f"{path}: tensors are missing: 'token_embd.weight'; the file is incomplete")
+    scaling = {"rope_type": metadata.get(f"{family}.rope.scaling.type") or "default", "factor": metadata.get(f"{family}.rope.scaling.factor")}
+    if scaling["rope_type"] == "none":
+        scaling["rope_type"] = "default"
+    inv_freq = rotary_frequencies(head_dim, positive(metadata, f"{family}.rope.freq_base", source, 10000.0), scaling, source)
+    if "rope_freqs.weight" in stored:
+        # Llama 3's scaling is stored as one divisor per rotary pair.
+        divisors = stored["rope_freqs.weight"].read().ravel()
+        if divisors.size != len(inv_freq) or not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise CheckpointError(f"{path}: 'rope_freqs.weight' does not hold {len(inv_freq)} numbers above 0")
+        inv_freq = tuple(f / float(d) for f, d in zip(inv_freq, divisors, strict=True))
+    window = metadata.get(f"{family}.attention.sliding_window")
+    bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
+    first = "model.layers.0."
+    config = ModelConfig(
+        family=str(family),
+        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=num_heads,
+        num_kv_heads=whole("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        ffn_size=whole("feed_forward_length"),
+        norm_eps=positive(metadata, f"{family}.attention.layer_norm_rms_epsilon", source),
+        inv_freq=inv_freq,
+        max_model_len=whole("context_length"),
+        windows=(window if isinstance(window, int) and window > 0 else 0,) * num_layers,
+        tie_embeddings="lm_head.weight" not in tensors,
+        qkv_bias=family == "qwen2" or first + "self_attn.q_proj.bias" in tensors,
+        output_bias=first + "self_attn.o_proj.bias" in tensors,
+        mlp_bias=first + "mlp.down_proj.bias" in tensors,
+        qk_norm=family == "qwen3",
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=(eos,) if isinstance(eos, int) else (),
+    )
+    return check(config, source), tensors
+
+
+def _name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; names that the map does not know stay as they are."""
+    prefix, rest = "", name
+    if name.startswith("blk."):
+        _, layer, rest = (name.split(".", 2) + ["", ""])[:3]
+        prefix = f"model.layers.{layer}."
+    stem, _, kind = rest.rpartition(".")
+    return f"{prefix}{NAMES[stem]}.{kind}" if stem in NAMES else name
+
+
+def _read(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> np.ndarray:
+    values = tensors[name].read()
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+    if config.family == "llama" and heads:
+        values = values.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+    return np.ascontiguousarray(values)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(n) for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,171 @@
+"""Hugging Face folders: config.json says what the model is, safetensors files hold its tensors.
+
+It never unpickles: a folder with only PyTorch's .bin files is refused. The tokenizer is left to whoever wants it.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.config import FAMILIES, CheckpointError, ModelConfig, check, positive, rotary_frequencies, size
+
+HEADER_LIMIT = 100 * 2**20
+"""The longest header that the safetensors format allows, in bytes."""
+
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def read_folder(path: Path) -> Checkpoint:
+    """Reads config.json and the headers of the safetensors files of a folder. Raises CheckpointError if they cannot be used."""
+    config = _config(path)
+    tensors = _index(path)
+    if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
+        raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
+    if missing := [name for name in config.tensors() if name not in tensors]:
+        some = ", ".join(repr(n) for n in missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise CheckpointError(f"{path}: tensors are missing: {some}; the folder is incomplete, fetch it again")
+    for name, shape in config.tensors().items():
+        if tensors[name][2] != shape:
+            raise CheckpointError(f"{path}: {name!r} has shape {tensors[name][2]}, config.json says {shape}")
+    return Checkpoint(path, config, partial(_read, tensors), None)
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return values
+
+
+def _config(path: Path) -> ModelConfig:
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; a Hugging Face folder needs it (is {path} the right folder?)")
+    values, source = _json(file), str(file)
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
+    if values.get("quantization_config"):
+        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take the model unquantised or as GGUF")
+    hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = size(values, "head_dim", source, hidden // num_heads)
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
+    if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
+    theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
+    bias = bool(values.get("attention_bias", False)) if family in ("llama", "qwen3") else False
+    bos = values.get("bos_token_id")
+    config = ModelConfig(
+        family=family,
+        vocab_size=size(values, "vocab_size", source),
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=num_heads,
+        num_kv_heads=size(values, "num_key_value_heads", source, num_heads),
+        head_dim=head_dim,
+        ffn_size=size(values, "intermediate_size", source),
+        norm_eps=positive(values, "rms_norm_eps", source),
+        inv_freq=rotary_frequencies(head_dim, theta, scaling, source),
+        max_model_len=size(values, "max_position_embeddings", source),
+        windows=_windows(values, num_layers, source),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2",
+        output_bias=bias,
+        mlp_bias=bool(values.get("mlp_bias", False)) if family == "llama" else False,
+        qk_norm=family == "qwen3",
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_eos(path, values),
+    )
+    return check(config, source)
+
+
+def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[int, ...]:
+    """Per layer, the sliding window in tokens, or 0. Mistral has one for all layers; Qwen only with `use_sliding_window`, and then
+    in the layers that `layer_types` names, or else from `max_window_layers` on."""
+    family, window = values["model_type"], values.get("sliding_window")
+    if family == "llama" or window is None or (family != "mistral" and not values.get("use_sliding_window", False)):
+        return (0,) * num_layers
+    window = size(values, "sliding_window", source)
+    if family == "mistral":
+        return (window,) * num_layers
+    types = values.get("layer_types")
+    if isinstance(types, list) and len(types) == num_layers:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    first = values.get("max_window_layers", num_layers)
+    if not isinstance(first, int):
+        raise CheckpointError(f"{source}: 'max_window_layers' is {first!r}, expected a whole number")
+    return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:
+    """The tokens that end a reply: generation_config.json says more than config.json, where it exists."""
+    generation = path / "generation_config.json"
+    eos = (_json(generation).get("eos_token_id") if generation.is_file() else None) or values.get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [eos]
+    return tuple(t for t in tokens if isinstance(t, int))
+
+
+def _index(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """Every tensor of the folder: file, type, shape and the offset of its bytes."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        others = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in path.glob(pattern))
+        found = f"only {others[0]}, and pickled weights are never loaded: they can run code" if others else "no weights"
+        raise CheckpointError(f"{path}: no *.safetensors file, {found}; take a safetensors version of the model")
+    tensors: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+    for file in files:
+        tensors.update(_header(file))
+    return tensors
+
+
+def _header(file: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    file_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if file_bytes < 8 or length > min(HEADER_LIMIT, file_bytes - 8):
+            raise CheckpointError(f"{file}: not a safetensors file, or truncated at {file_bytes} bytes; fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors = {}
+            for name, entry in entries.items():
+                shape, (begin, end), kind = tuple(map(int, entry["shape"])), entry["data_offsets"], entry["dtype"]
+                tensors[name] = (file, kind, shape, 8 + length + begin)
+                if kind not in TYPES:
+                    continue
+                num_bytes = np.dtype(TYPES[kind]).itemsize
+                for extent in shape:
+                    num_bytes *= extent
+                if min(shape, default=0) < 0 or begin < 0 or num_bytes != end - begin:
+                    raise CheckpointError(f"{file}: tensor {name!r} of shape {shape} does not fit its bytes; fetch the file again")
+                if 8 + length + end > file_bytes:
+                    raise CheckpointError(f"{file}: the file ends early, at {file_bytes} bytes; it is truncated, fetch it again")
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}); fetch it again") from None
+    return tensors
+
+
+def _read(tensors: dict[str, tuple[Path, str, tuple[int, ...], int]], name: str) -> np.ndarray:
+    file, kind, shape, offset = tensors[name]
+    if kind not in TYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} is {kind}; supported are {', '.join(TYPES)}")
+    count = int(np.prod(shape))
+    values = np.fromfile(file, TYPES[kind], count, offset=offset)
+    if values.size != count:
+        raise CheckpointError(f"{file}: tensor {name!r} ends early; the file changed after it was opened")
+    if kind == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False).reshape(shape)

@@ -1,0 +1,172 @@
+"""Runs plans on the CPU: packs an iteration's work into the graph's inputs, checks it, calls the model once, samples.
+
+It keeps KV tensors and nothing about requests.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from stallfree.checkpoint import Checkpoint
+from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.executors.openvino.graph import INPUTS, build
+from stallfree.executors.openvino.weights import FORMATS
+from stallfree.executors.sampling import sample
+
+KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
+
+
+class OpenVINOExecutor:
+    """The model of `checkpoint`, one iteration at a time (depth 1).
+
+    `weights`: how matrices are stored, int8 (one scale per output channel), bf16 or f32; f32 also computes in float32, the others in
+    bfloat16 where the CPU has it. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
+    `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
+
+    Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        weights: str = "int8",
+        kv: str = "u8",
+        kv_bytes: int,
+        max_model_len: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if weights not in FORMATS:
+            raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")
+        if kv not in KV_FORMATS:
+            raise ValueError(f"kv {kv!r} is unknown; known are {', '.join(KV_FORMATS)}")
+        longest = checkpoint.config.max_model_len
+        if max_model_len is not None and not 0 < max_model_len <= longest:
+            raise ValueError(f"max_model_len {max_model_len} is not between 1 and the model's {longest} tokens")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
+        self._vocab_size = checkpoint.config.vocab_size
+        max_model_len = max_model_len or longest
+        model = build(checkpoint, weights, max_model_len)
+        compiled = ov.Core().compile_model(model, "CPU", _settings(weights, kv, threads))
+        self._request = compiled.create_infer_request()
+        cache = compiled.inputs[len(INPUTS) :]
+        # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised keys have their scales,
+        # one per channel, in further rows, and values theirs, one per token, in further columns: so values show the block size.
+        tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
+        block_bytes = sum(int(np.prod(tail)) * i.get_element_type().size for tail, i in zip(tails, cache, strict=True))
+        num_blocks = kv_bytes // block_bytes
+        self.capacity = Capacity(block_size=tails[1][1], num_blocks=num_blocks, max_model_len=max_model_len)
+        _check_memory(num_blocks, block_bytes, self.capacity.block_size, kv_bytes)
+        for tail, i in zip(tails, cache, strict=True):
+            self._request.set_tensor(i, ov.Tensor(i.get_element_type(), [num_blocks, *tail]))
+        self._results: list[StepResult] = []
+
+    def submit(self, plan: Plan) -> None:
+        """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run."""
+        started = time.perf_counter()
+        sampled = [work for work in plan.work if work.samples]
+        ends = np.cumsum([work.count for work in plan.work], dtype=np.int32)
+        logits = self._forward(plan.work, ends[[work.samples for work in plan.work]] - 1)
+        tokens, details, failed = sample(logits, sampled)
+        self._results.append(StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed))
+
+    def collect(self) -> StepResult:
+        return self._results.pop(0)
+
+    def logits(self, work: Sequence[Work]) -> np.ndarray:
+        """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
+        return self._forward(work, np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
+
+    def close(self) -> None:
+        del self._request
+
+    def _forward(self, work: Sequence[Work], rows: np.ndarray) -> np.ndarray:
+        """Logits of `rows`, valid until the next call."""
+        feed = self._packed(work)
+        feed["sampled_rows"] = rows
+        for name, values in feed.items():
+            self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
+        self._request.infer()
+        return self._request.get_output_tensor(0).data
+
+    def _packed(self, work: Sequence[Work]) -> dict[str, np.ndarray]:
+        """The graph's inputs. Everything is checked here: the runtime would follow a wrong block number out of its memory."""
+        if not work:
+            raise ValueError("a plan without work cannot be run")
+        size, longest = self.capacity.block_size, self.capacity.max_model_len
+        tables = []
+        for w in work:
+            end, needed = w.start + w.count, -(-(w.start + w.count) // size)
+            if w.start < 0 or w.count < 1 or end > longest:
+                raise ValueError(f"request {w.id}: tokens {w.start} to {end} are not within 0 to {longest} (max_model_len)")
+            if len(w.tokens) != w.count:
+                raise ValueError(f"request {w.id}: {len(w.tokens)} token ids for {w.count} tokens")
+            if len(w.blocks) < needed:
+                raise ValueError(f"request {w.id}: {len(w.blocks)} KV blocks of {size} cannot hold {end} tokens, {needed} are needed")
+            tables.append(w.blocks[:needed])
+        tokens, blocks = _flat(w.tokens for w in work), _flat(tables)
+        starts, counts = _i32(w.start for w in work), _i32(w.count for w in work)
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            bad = next(w for w in work if min(w.tokens) < 0 or max(w.tokens) >= self._vocab_size)
+            raise ValueError(f"request {bad.id}: a token id is outside the vocabulary of {self._vocab_size}")
+        if blocks.min() < 0 or blocks.max() >= self.capacity.num_blocks:
+            bad = next(w for w in work if min(w.blocks) < 0 or max(w.blocks) >= self.capacity.num_blocks)
+            raise ValueError(f"request {bad.id}: a KV block number is outside the {self.capacity.num_blocks} blocks")
+        begins = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
+        return {
+            "input_ids": tokens,
+            "position_ids": np.arange(len(tokens), dtype=np.int32) + np.repeat(starts - begins[:-1], counts),
+            "past_lens": starts,
+            "subsequence_begins": begins,
+            "block_indices": blocks,
+            "block_indices_begins": np.cumsum([0, *map(len, tables)], dtype=np.int32),
+            "max_context_len": np.array((starts + counts).max(), np.int32),
+        }
+
+
+def _i32(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, np.int32)
+
+
+def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
+    return _i32(chain.from_iterable(values))
+
+
+def _settings(weights: str, kv: str, threads: int | None) -> dict[str, object]:
+    capable = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    settings: dict[str, object] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "KV_CACHE_PRECISION": KV_FORMATS[kv],
+        "INFERENCE_PRECISION_HINT": ov.Type.bf16 if capable and weights != "f32" else ov.Type.f32,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 192 if weights == "int8" else 0,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return settings
+
+
+def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: int) -> None:
+    if num_blocks < 1:
+        raise ValueError(f"kv_bytes {kv_bytes} is less than one block of {block_size} tokens, which takes {block_bytes} bytes")
+    needed, available = num_blocks * block_bytes, _available_bytes()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
+            f"lower the memory for it (kv_bytes), or store it as u8"
+        )
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be allocated without swapping, where the system says so (Linux)."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,137 @@
+"""A decoder-only transformer as an OpenVINO graph over a paged KV cache: one call computes a whole hybrid batch.
+
+The tokens of all sequences lie end to end, [tokens], and the paged-attention operator is told where each sequence begins and
+which blocks hold its past. It knows nothing of requests or plans. Operators are written in the forms that the CPU runtime fuses:
+RMSNorm, rotary positions and SwiGLU each become one operator.
+"""
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.executors.openvino.weights import Weights, constant
+
+INPUTS = {
+    "input_ids": np.int32,
+    "position_ids": np.int32,
+    "past_lens": np.int32,
+    "subsequence_begins": np.int32,
+    "block_indices": np.int32,
+    "block_indices_begins": np.int32,
+    "max_context_len": np.int32,
+    "sampled_rows": np.int32,
+}
+"""The graph's inputs beside the KV cache, all vectors but the scalar `max_context_len`. For N sequences of T tokens in all:
+`past_lens` [N] tokens already in the cache; `subsequence_begins` [N + 1] first row of each sequence; `block_indices` all block
+tables end to end, `block_indices_begins` [N + 1] where each begins; `sampled_rows` the rows to compute logits of."""
+
+ATTENTION_INPUTS = 28
+"""How many inputs the runtime's paged-attention operator takes in the versions that this graph is written for."""
+
+
+def build(checkpoint: Checkpoint, weights: str, max_model_len: int) -> ov.Model:
+    """The graph: logits [sampled rows, vocabulary] float32. Positions up to `max_model_len`; `weights` is a format of `Weights`."""
+    config, source = checkpoint.config, Weights(checkpoint, weights)
+    inputs = {name: _input(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
+    cache: list[ov.op.Parameter] = []
+    tables = _rotary_tables(config, inputs["position_ids"], max_model_len)
+    hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(np.int32(0)))
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        kv = [_input(f"{kind}_cache.{layer}", ov.PartialShape.dynamic(4), ov.Type.dynamic) for kind in ("key", "value")]
+        cache += kv
+        x = _rms_norm(hidden, source.vector(prefix + "input_layernorm.weight"), config.norm_eps)
+        x = _attention(config, source, prefix + "self_attn.", x, tables, kv, inputs, config.windows[layer])
+        hidden = ops.add(hidden, x)
+        x = _rms_norm(hidden, source.vector(prefix + "post_attention_layernorm.weight"), config.norm_eps)
+        hidden = ops.add(hidden, _swiglu(config, source, prefix + "mlp.", x))
+    hidden = ops.gather(hidden, inputs["sampled_rows"], constant(np.int32(0)))
+    hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
+    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    logits = _linear(source, hidden, [head], False)
+    return ov.Model([ops.result(logits)], [*inputs.values(), *cache], config.family)
+
+
+def _input(name: str, shape: object, kind: object) -> ov.op.Parameter:
+    parameter = ops.parameter(shape, kind, name)
+    parameter.output(0).get_tensor().set_names({name})
+    return parameter
+
+
+def _linear(source: Weights, x: ov.Node, names: list[str], bias: bool) -> ov.Node:
+    y = ops.matmul(x, source.matrix(*(f"{name}.weight" for name in names)), False, True)
+    return ops.add(y, source.vector(*(f"{name}.bias" for name in names))) if bias else y
+
+
+def _rms_norm(x: ov.Node, weight: ov.Node, eps: float) -> ov.Node:
+    mean = ops.reduce_mean(ops.power(x, _f32(2)), constant(np.int32([-1])), True)
+    return ops.multiply(ops.multiply(x, ops.divide(_f32(1), ops.sqrt(ops.add(mean, _f32(eps))))), weight)
+
+
+def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) -> tuple[ov.Node, ov.Node]:
+    """cos and sin of every token's rotary angles, [tokens, 1, 1, head_dim], looked up once for all layers."""
+    angles = np.outer(np.arange(max_model_len), np.tile(config.inv_freq, 2))
+    zero, middle = constant(np.int32(0)), constant(np.int32([1, 2]))
+    cos, sin = (ops.gather(constant(table.astype(np.float32)), positions, zero) for table in (np.cos(angles), np.sin(angles)))
+    return ops.unsqueeze(cos, middle), ops.unsqueeze(sin, middle)
+
+
+def _rotate(x: ov.Node, tables: tuple[ov.Node, ov.Node], half: int) -> ov.Node:
+    """Rotary positions on [tokens, heads, 1, head_dim], the pairs half a head apart."""
+    cos, sin = tables
+    first, second = ops.variadic_split(x, constant(np.int64(3)), constant(np.int64([half, half]))).outputs()
+    turned = ops.concat([ops.multiply(second, _f32(-1)), first], -1)
+    return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
+
+
+def _attention(
+    config: ModelConfig,
+    source: Weights,
+    prefix: str,
+    x: ov.Node,
+    tables: tuple[ov.Node, ov.Node],
+    kv: list[ov.op.Parameter],
+    inputs: dict[str, ov.op.Parameter],
+    window: int,
+) -> ov.Node:
+    query, width, dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
+    x = _linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias)
+    q, k, v = ops.variadic_split(x, constant(np.int64(1)), constant(np.int64([query, width, width]))).outputs()
+
+    def placed(x: ov.Node, heads: int, norm: str) -> ov.Node:
+        x = ops.reshape(x, constant(np.int64([-1, heads, 1, dim])), False)
+        if config.qk_norm:
+            x = _rms_norm(x, source.vector(f"{prefix}{norm}.weight"), config.norm_eps)
+        return ops.reshape(_rotate(x, tables, dim // 2), constant(np.int64([-1, heads * dim])), False)
+
+    def empty(kind: type) -> ov.Node:
+        return constant(np.zeros(0, kind))
+
+    def zero() -> ov.Node:
+        return constant(np.int32(0))
+
+    arguments = [placed(q, config.num_heads, "q_norm"), placed(k, config.num_kv_heads, "k_norm"), v, *kv]
+    arguments += [inputs[n] for n in ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")]
+    arguments += [constant(np.float32(dim**-0.5)), constant(np.int32(window)), empty(np.float32), inputs["max_context_len"]]
+    # What follows is switched off: score aggregation, cache rotation (3), sparse attention (3), sinks, cache eviction (4),
+    # token types, tree masks (2).
+    arguments += [empty(np.int32), empty(np.int32), empty(np.int32), empty(np.float32)]
+    arguments += [empty(np.float32), zero(), zero(), empty(np.float32)]
+    arguments += [zero(), empty(np.int32), empty(np.int32), empty(np.int32)]
+    arguments += [empty(np.int32), empty(np.uint8), empty(np.int32)]
+    attention = ov.op._PagedAttentionExtension([a if isinstance(a, ov.Output) else a.output(0) for a in arguments])
+    info = attention.get_rt_info()
+    info["num_k_heads"] = info["num_v_heads"] = config.num_kv_heads
+    info["k_head_size"] = info["v_head_size"] = dim
+    return _linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias)
+
+
+def _swiglu(config: ModelConfig, source: Weights, prefix: str, x: ov.Node) -> ov.Node:
+    x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias)
+    gate, up = ops.variadic_split(x, constant(np.int64(1)), constant(np.int64([config.ffn_size, config.ffn_size]))).outputs()
+    return _linear(source, ops.multiply(ops.swish(gate), up), [prefix + "down_proj"], config.mlp_bias)
+
+
+def _f32(value: float) -> ov.Node:
+    return constant(np.float32(value))

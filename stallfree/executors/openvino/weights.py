@@ -1,0 +1,51 @@
+"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the number format that was asked for.
+
+It knows number formats and nothing of transformers. Tensors pass one at a time, so that the float32 model is never whole in memory.
+"""
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from stallfree.checkpoint import Checkpoint
+
+FORMATS = ("int8", "bf16", "f32")
+
+
+class Weights:
+    """The tensors of `checkpoint` as graph nodes of type float32; matrices are stored as `form`, vectors as float32.
+
+    int8 is symmetric with one scale for each output channel: round(w / s), s = max|w| / 127.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, form: str) -> None:
+        self._checkpoint, self._form = checkpoint, form
+        self._shared: dict[tuple[str, ...], ov.Node] = {}
+
+    def vector(self, *names: str) -> ov.Node:
+        """The concatenation of vectors, [out] float32."""
+        return constant(np.concatenate([self._checkpoint.read(name) for name in names]))
+
+    def matrix(self, *names: str) -> ov.Node:
+        """The rows of several matrices under each other, [out, in]. The same names give the same node."""
+        if names not in self._shared:
+            self._shared[names] = self._stored(np.concatenate([self._checkpoint.read(name) for name in names]))
+        return self._shared[names]
+
+    def _stored(self, values: np.ndarray) -> ov.Node:
+        if self._form == "f32":
+            return constant(values)
+        if self._form == "bf16":
+            # Round to nearest, ties to even; a bfloat16 is the upper half of a float32.
+            bits = values.view(np.uint32)
+            halves = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            stored = ov.op.Constant(ov.Tensor(halves, list(values.shape), ov.Type.bf16), shared_memory=False)
+            return ops.convert(stored, np.float32)
+        scale = np.maximum(np.abs(values).max(axis=1, keepdims=True) / 127, np.float32(1e-12))
+        quantised = np.rint(values / scale).astype(np.int8)
+        return ops.multiply(ops.convert(constant(quantised), np.float32), constant(scale))
+
+
+def constant(values: np.ndarray) -> ov.Node:
+    """A graph constant with its own copy of `values`: one that aliases numpy's memory would outlive it."""
+    return ov.op.Constant(np.asarray(values, order="C"), shared_memory=False)
