@@ -1,0 +1,188 @@
+"""The two dialects of OpenAI's API, chat and completions: how text and log-probabilities are put, as a whole and in chunks.
+
+A `Call` is one HTTP request that has been admitted; it knows how to describe what came, not how it is sent.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from stallfree.core.request import Request
+from stallfree.engine.engine import Output
+from stallfree.engine.text import Text
+from stallfree.engine.thread import Outputs
+from stallfree.executors.sampling import TokenLogprob
+from stallfree.server.errors import ApiError
+
+LEAST = -9999.0
+"""Stands for the logarithm of 0, which JSON cannot say."""
+
+
+class Choice:
+    """One request of a call: how many tokens it has got, and how many characters of log-probability pieces went before."""
+
+    __slots__ = ("echo", "index", "num_tokens", "offset", "request")
+
+    def __init__(self, index: int, request: Request, echo: str = ""):
+        self.index = index
+        self.request = request
+        self.echo = echo
+        self.num_tokens = 0
+        self.offset = len(echo)
+
+
+class Call:
+    """An admitted HTTP request: its `choices` by request id, and their `outputs`. `n` choices share a prompt."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, model: str, text: Text, outputs: Outputs, choices: Sequence[Choice], n: int):
+        self.id = f"{self.prefix}-{choices[0].request.id}"
+        self.created = int(time.time())
+        self.model = model
+        self.outputs = outputs
+        self.choices = {choice.request.id: choice for choice in choices}
+        self._text = text
+        self._prompts = [choice.request for choice in choices[::n]]
+
+    def took(self, output: Output) -> Choice:
+        """The choice to which an output belongs, with its tokens counted. ApiError if it ended in an error."""
+        if output.error is not None:
+            shutting_down = output.finish_reason == "abort"
+            raise ApiError(503 if shutting_down else 500, output.error, code="unavailable" if shutting_down else "engine_error")
+        choice = self.choices[output.id]
+        choice.num_tokens += len(output.tokens)
+        return choice
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(request.prompt) for request in self._prompts)
+        completion = sum(choice.num_tokens for choice in self.choices.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(request.num_cached for request in self._prompts)},
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all choices have ended. ApiError if one failed, or if the outputs were closed before."""
+        texts = {id: [choice.echo] for id, choice in self.choices.items()}
+        logprobs: dict[str, list[Any]] = {id: [] for id in self.choices}
+        last: dict[str, Output] = {}
+        async for came in self.outputs:
+            for output in came:
+                choice = self.took(output)
+                texts[output.id].append(output.text)
+                if output.details is not None:
+                    logprobs[output.id].append(self.logprobs(choice, output))
+                if output.finish_reason is not None:
+                    last[output.id] = output
+        if len(last) < len(self.choices):
+            raise ApiError(499, "the client has gone")
+        choices = [
+            {"index": choice.index}
+            | self.said("".join(texts[id]))
+            | {
+                "logprobs": self.joined(logprobs[id]),
+                "finish_reason": last[id].finish_reason,
+                "stop_reason": last[id].stop_reason,
+            }
+            for id, choice in self.choices.items()
+        ]
+        return self._envelope(self.object) | {"choices": choices, "usage": self.usage()}
+
+    def chunk_head(self) -> str:
+        """The beginning that all chunks of this call share, up to the list of choices."""
+        return json.dumps(self._envelope(self.chunk_object))[:-1] + ', "choices": ['
+
+    def _envelope(self, object: str) -> dict[str, Any]:
+        return {"id": self.id, "object": object, "created": self.created, "model": self.model}
+
+    def said(self, text: str) -> dict[str, Any]:
+        """A choice's text in a whole answer."""
+        raise NotImplementedError
+
+    def opening(self, choice: Choice) -> str | None:
+        """The first chunk's part of a choice as JSON members; None if there is no need for one."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> str:
+        """New text as JSON members of a choice."""
+        raise NotImplementedError
+
+    def closing(self) -> str:
+        """The last chunk's part, next to the finish reason."""
+        raise NotImplementedError
+
+    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+        """The log-probabilities of an output's tokens."""
+        raise NotImplementedError
+
+    def joined(self, parts: Sequence[dict[str, list[Any]]]) -> dict[str, Any] | None:
+        """Those of several outputs in one; None if none were asked for."""
+        if not parts:
+            return None
+        return {name: [row for part in parts for row in part[name]] for name in parts[0]}
+
+
+class Chat(Call):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def said(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def opening(self, choice: Choice) -> str | None:
+        return '"delta": {"role": "assistant", "content": ""}'
+
+    def delta(self, text: str) -> str:
+        return '"delta": {"content": ' + json.dumps(text) + "}"
+
+    def closing(self) -> str:
+        return '"delta": {}'
+
+    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+        details = cast(TokenLogprob, output.details)
+        top = [self._entry(id, logprob) for id, logprob in details.top]
+        return {"content": [self._entry(output.tokens[0], details.logprob) | {"top_logprobs": top}]}
+
+    def joined(self, parts: Sequence[dict[str, list[Any]]]) -> dict[str, Any] | None:
+        joined = super().joined(parts)
+        return None if joined is None else joined | {"refusal": None}
+
+    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
+        piece = self._text.piece(id)
+        whole = "\ufffd" not in piece  # a part of a character has bytes that its text does not tell
+        return {"token": piece, "logprob": max(logprob, LEAST), "bytes": list(piece.encode()) if whole else None}
+
+
+class Completions(Call):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def said(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def opening(self, choice: Choice) -> str | None:
+        return self.delta(choice.echo) if choice.echo else None
+
+    def delta(self, text: str) -> str:
+        return '"text": ' + json.dumps(text)
+
+    def closing(self) -> str:
+        return '"text": ""'
+
+    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+        details = cast(TokenLogprob, output.details)
+        piece = self._text.piece(output.tokens[0])
+        offset, choice.offset = choice.offset, choice.offset + len(piece)
+        top: dict[str, float] = {}
+        for id, logprob in details.top:
+            top.setdefault(self._text.piece(id), max(logprob, LEAST))  # of equal pieces, halves of characters, the best stays
+        return {
+            "tokens": [piece],
+            "token_logprobs": [max(details.logprob, LEAST)],
+            "top_logprobs": [top],
+            "text_offset": [offset],
+        }

@@ -1,0 +1,136 @@
+"""Every error leaves as OpenAI's error object: `{"error": {"message", "type", "param", "code"}}` with the status that fits.
+
+It knows HTTP and the exceptions of those below; it does not know what the routes do.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from stallfree.engine.text import TextError
+from stallfree.engine.thread import Unavailable
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorObject
+
+
+_MEANINGS: dict[int | str, str] = {
+    400: "The request is at fault; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    404: "No such route or model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    429: "The queue is full; `Retry-After` says when to try again.",
+    500: "The engine failed this request.",
+    503: "The server is shutting down, or its engine has failed.",
+    "default": "Any other error.",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
+}
+"""What every route may answer, for the OpenAPI schema."""
+
+
+class ApiError(Exception):
+    """An error on its way to the client: the HTTP `status`, and the field `param` that is at fault, if one is."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> bytes:
+        """The error object. ASCII, so that half a surrogate pair in a client's field name cannot break it."""
+        type_ = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": self.message, "type": type_, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, "application/json")
+
+
+def shown(value: object) -> str:
+    """A client's value in an error message: short, however long it is, and printable."""
+    return _short.repr(value)
+
+
+def unavailable(error: Unavailable) -> ApiError:
+    if error.retry_after is None:
+        return ApiError(503, str(error), code="unavailable")
+    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every exception that is a client's doing, or a passing state of the engine, with an error object."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(TextError)
+    async def text_error(_: Request, error: TextError) -> Response:
+        return ApiError(400, str(error), param="messages").response()
+
+    @app.exception_handler(Unavailable)
+    async def not_now(_: Request, error: Unavailable) -> Response:
+        return unavailable(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return _of_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        path = shown(request.scope["path"])  # not request.url, which fails for a Host header that is none
+        message = {
+            404: f"there is no route {path}",
+            405: f"{request.method} is not allowed on {path}",
+            400: "the body is not JSON that can be read (its encoding is not UTF-8, or it is nested too deeply)",
+        }.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first field at fault, with all that it might have been (a union fails once for each of its members)."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
+    if len(first["loc"]) < 2:
+        return ApiError(400, "the body is empty or not a JSON object", code="invalid_json")
+    field = str(first["loc"][1])
+    same = [e for e in errors if len(e["loc"]) > 1 and str(e["loc"][1]) == field]
+    if first["type"] == "missing":
+        return ApiError(400, f"{field} is missing", param=field)
+    messages = [str(e["msg"]).removeprefix("Value error, ") for e in same]
+    reasons = dict.fromkeys(message[:1].lower() + message[1:] for message in messages)
+    return ApiError(400, f"{field}: {' or '.join(list(reasons)[:4])}, not {shown(first['input'])}", param=field)

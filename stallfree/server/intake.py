@@ -1,0 +1,177 @@
+"""From a checked body to the engine's requests: prompts become token ids, and fields left out get their defaults.
+
+What depends on the model (vocabulary, context, chat template) is checked here or by the scheduler; what does not, in `schema`.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from stallfree.core.request import Refused, Request
+from stallfree.engine.engine import Engine
+from stallfree.engine.text import Text
+from stallfree.executors.sampling import Sampling
+from stallfree.server.errors import ApiError, shown
+from stallfree.server.schema import ChatRequest, CompletionRequest, Generation, Message
+
+T = TypeVar("T")
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default `max_tokens` for completions; a chat's is all that fits."""
+
+LONG_TEXT = 10_000
+"""Characters from which prompts are tokenised in a thread: it takes milliseconds, in which no stream could move."""
+
+
+async def encode(text: Text, string: str, *, special: bool = True) -> list[int]:
+    return await _run(len(string), partial(text.encode, string, special=special))
+
+
+async def conversation(text: Text, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
+    """Token ids of `messages` through the model's template. TextError if it refuses them, ApiError for content that is no text."""
+    plain = [_plain(i, message) for i, message in enumerate(messages)]
+    length = sum(len(message["content"]) for message in plain)
+    return await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt))
+
+
+async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[list[int], str]]:
+    """The token ids of each prompt, and its text if it is to be echoed.
+
+    ApiError for ids that the vocabulary does not have, and for prompts that make more than `most` choices.
+    """
+    given: Any = body.prompt
+    several: list[Any] = [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
+    if len(several) * (body.n or 1) > most:
+        message = f"{len(several)} prompts and n = {body.n or 1} make more choices than the queue holds ({most})"
+        raise ApiError(400, message, param="prompt" if len(several) > most else "n")
+
+    def encoded() -> list[tuple[list[int], str]]:
+        return [_prompt(text, one, bool(body.echo)) for one in several]
+
+    return await _run(sum(map(len, several)), encoded)
+
+
+async def _run(length: int, work: Callable[[], T]) -> T:
+    return work() if length < LONG_TEXT else await asyncio.to_thread(work)
+
+
+def _prompt(text: Text, given: str | list[int], echo: bool) -> tuple[list[int], str]:
+    if isinstance(given, str):
+        return text.encode(given), given if echo else ""
+    check_ids(given, text.vocab_size, "prompt")
+    return given, text.decode(given) if echo else ""
+
+
+def _plain(index: int, message: Message) -> dict[str, str]:
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            raise ApiError(400, f"messages[{index}].content is missing; only an assistant's may be null", param="messages")
+        content = ""
+    elif not isinstance(content, str):
+        for at, part in enumerate(content):
+            if part.type != "text":
+                where = f"messages[{index}].content[{at}]"
+                raise ApiError(400, f"{where} is of type {shown(part.type)}; this server takes text only", param="messages")
+            if part.text is None:
+                raise ApiError(400, f"messages[{index}].content[{at}].text is missing", param="messages")
+        content = "\n".join(str(part.text) for part in content)
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    return plain if message.name is None else plain | {"name": message.name}
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise ApiError(400, f"{field}: token id {shown(wrong)} is outside the vocabulary (0 to {vocab_size - 1})", param=field)
+
+
+def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]]) -> list[Request]:
+    """`n` requests for each of `prompts`; choice k of a prompt samples with `seed` + k. ApiError for fields at odds."""
+    n = 1 if body.n is None else body.n
+    if body.best_of is not None and body.best_of != n:
+        raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams only; set stream to true", param="stream_options")
+    max_tokens, field = _max_tokens(body)
+    min_tokens = body.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
+    vocab_size = engine.text.vocab_size
+    check_ids(body.stop_token_ids or [], vocab_size, "stop_token_ids")
+    stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
+    given = {
+        name: value
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        if (value := getattr(body, name)) is not None
+    }
+    given |= {"logit_bias": _logit_bias(body.logit_bias or {}, vocab_size), "logprobs": _logprobs(body)}
+    given |= {"top_k": max(0, body.top_k or 0), "min_tokens": min_tokens, "stop_ids": stop_ids}
+    seed = secrets.randbits(48) if body.seed is None else body.seed
+    samplings = [Sampling(seed=seed + k, **given) for k in range(n)]
+    arrival = engine.clock()
+    made = []
+    for prompt in prompts:
+        room = max(1, engine.scheduler.max_len - len(prompt))
+        default = min(COMPLETION_TOKENS, room) if isinstance(body, CompletionRequest) else room
+        for sampling in samplings:
+            made.append(
+                Request(
+                    secrets.token_hex(12),
+                    prompt,
+                    max_tokens or default,
+                    stop_ids=stop_ids,
+                    min_tokens=min_tokens,
+                    arrival=arrival,
+                    priority=body.priority or 0,
+                    tenant=body.user or "",
+                    sampling=sampling,
+                )
+            )
+    return made
+
+
+def stops(body: Generation) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def refused(refusal: Refused, body: Generation, prompts: Sequence[Sequence[int]]) -> ApiError:
+    """The scheduler's refusal in the words of the body, which may say `messages` where the scheduler says `prompt`."""
+    code = "context_length_exceeded" if refusal.field == "prompt" and all(prompts) else None
+    field = refusal.field
+    if isinstance(body, ChatRequest):
+        field = {"prompt": "messages", "max_tokens": _max_tokens(body)[1]}.get(field, field)
+    return ApiError(400, str(refusal), param=field, code=code)
+
+
+def _max_tokens(body: Generation) -> tuple[int | None, str]:
+    """The limit, and the name of the field that set it."""
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+        return body.max_completion_tokens, "max_completion_tokens"
+    return body.max_tokens, "max_tokens"
+
+
+def _logprobs(body: Generation) -> int | None:
+    if isinstance(body, ChatRequest):
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (body.top_logprobs or 0) if body.logprobs else None
+    if isinstance(body, CompletionRequest):
+        if body.echo and body.logprobs is not None:
+            raise ApiError(400, "logprobs with echo is not supported: a prompt has no log-probabilities here", param="logprobs")
+        return body.logprobs
+    return None
+
+
+def _logit_bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    for key in given:
+        if not re.fullmatch(r"[0-9]{1,10}", key):
+            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param="logit_bias")
+    bias = {int(key): value for key, value in given.items()}
+    check_ids(list(bias), vocab_size, "logit_bias")
+    return bias

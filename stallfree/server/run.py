@@ -1,0 +1,142 @@
+"""From an app to a process: a port of its own, connections that must make progress, and an end that lets streams finish.
+
+It knows uvicorn and signals; what is served is the app's.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stallfree.engine.thread import EngineThread
+
+WRITE_TIMEOUT_S = 60.0
+"""Seconds in which a client that has fallen behind must read something."""
+HEAD_TIMEOUT_S = 30.0
+"""Seconds in which a new connection must have sent a request's head."""
+KEEP_ALIVE_S = 30
+"""Seconds that a connection may idle between two requests."""
+FLUSH_S = 5
+"""Seconds for the last bytes of answers to leave after the engine has stopped."""
+
+
+class PortError(OSError):
+    """The address cannot be listened on; the message names it and the way out."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens on `host`:`port` (0: any free port), before anything costly is loaded. Raises PortError.
+
+    Nobody is answered before `run` has it.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise PortError(f"cannot listen on host {host!r}: {error.strerror or error}; give another --host") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortError(f"port {port} on {host} is in use; stop what uses it, or give another with --port") from None
+        if error.errno == errno.EACCES:
+            raise PortError(f"port {port} is reserved for the system; give one from 1024 on with --port") from None
+        raise PortError(f"cannot listen on {host} port {port}: {error.strerror}; give another --host or --port") from None
+    return sock
+
+
+def run(app: FastAPI, engine_thread: EngineThread, sock: socket.socket, *, drain_timeout_s: float) -> None:
+    """Serve until SIGTERM or SIGINT; then take no new requests, let those there are finish, and return.
+
+    Streams that are unfinished after `drain_timeout_s` end in an error. A second signal exits the process at once.
+    """
+    _Server(configure(app), engine_thread, drain_timeout_s).run(sockets=[sock])
+
+
+def configure(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that drains the engine before it closes its port, and whose process then exits with 0."""
+
+    def __init__(self, config: uvicorn.Config, engine_thread: EngineThread, drain_timeout_s: float):
+        super().__init__(config)
+        self._engine_thread = engine_thread
+        self._drain_timeout_s = drain_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled or self._loop is None:
+            os._exit(128 + sig)
+        self._signalled = True
+        self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._engine_thread.close(self._drain_timeout_s)
+        finally:
+            self.should_exit = True
+
+
+class Connection(H11Protocol):
+    """An HTTP connection that is closed when its client sends no request, or does not read what it asked for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._unread: asyncio.TimerHandle | None = None
+        self._unsaid: asyncio.TimerHandle | None = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._unread, self._unsaid):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self._unsaid is None and not self.transport.is_closing():
+            self._unsaid = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+        elif not waiting and self._unsaid is not None:
+            self._unsaid.cancel()
+            self._unsaid = None
+
+    def pause_writing(self) -> None:
+        """The client has fallen behind. `close` would wait for it to read; `abort` does not."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()

@@ -1,0 +1,98 @@
+"""Every executor: results in order, a token for whoever samples, the same for the same plan, and it serves under any policy."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from stallfree.checkpoint import open_checkpoint
+from stallfree.core.plan import Capacity, Plan
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.engine.assemble import EXECUTORS
+from stallfree.executors.openvino import OpenVINOExecutor
+from stallfree.executors.sampling import Sampling
+from stallfree.executors.simulated import Linear, SimulatedExecutor
+from stallfree.policies import load, names
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A llama of two layers and a vocabulary of 256, with random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    heads, kv_heads, dim, hidden, ffn, vocab, layers = 4, 2, 32, 128, 256, 256, 2
+    config = {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim, "intermediate_size": ffn,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        shapes |= {
+            at + f"self_attn.{x}_proj.weight": (n * dim, hidden) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        }
+        shapes |= {at + "self_attn.o_proj.weight": (hidden, heads * dim), at + "mlp.down_proj.weight": (hidden, ffn)}
+        shapes |= {at + f"mlp.{x}_proj.weight": (ffn, hidden) for x in ("gate", "up")}
+        shapes |= {at + f"{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
+    tensors = {n: np.ones(s, np.float32) if len(s) == 1 else rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request, tiny):
+    if request.param == "simulated":
+        made = SimulatedExecutor(Capacity(16, 64, 512), range(256), Linear(0.0001, 0.000001, 0.0))
+    else:
+        made = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=4 << 20, max_model_len=512)
+    yield made
+    made.close()
+
+
+def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]]:
+    scheduler = Scheduler(load(policy), executor.capacity, limits)
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(str(i), rng.integers(0, 256, n).tolist(), 9, sampling=Sampling(temperature=0)) for i, n in enumerate((3, 90, 150))
+    ]
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.requests:
+        plan = scheduler.schedule(0)
+        executor.submit(plan)
+        result = executor.collect()
+        assert result.error is None
+        assert {w.id for w in plan.work if w.samples} == set(result.tokens)
+        assert result.seconds > 0
+        scheduler.complete(plan, result, 0)
+    scheduler.check()
+    return [r.output for r in requests]
+
+
+def test_capacity_is_told_before_the_first_plan(executor):
+    assert executor.capacity.block_size >= 1
+    assert executor.capacity.num_blocks >= 1
+    assert executor.capacity.depth >= 1
+
+
+def test_the_tokens_are_the_same_under_every_policy(executor):
+    served = [serve(executor, name) for name in names()]
+    assert [served[0]] * len(served) == served
+
+
+def test_the_tokens_are_the_same_when_the_limit_is_small(executor):
+    assert serve(executor, "sarathi") == serve(executor, "sarathi", Limits(max_seqs=2, max_tokens=7))
+
+
+def test_results_come_in_the_order_of_the_plans(executor):
+    scheduler = Scheduler(load("sarathi"), Capacity(executor.capacity.block_size, executor.capacity.num_blocks, 512, depth=2))
+    for id in "ab":
+        scheduler.submit(Request(id, range(200), 1))
+    plans: list[Plan] = [scheduler.schedule(0), scheduler.schedule(0)]
+    for plan in plans:
+        executor.submit(plan)
+    assert [0, 1] == [executor.collect().step for _ in plans]

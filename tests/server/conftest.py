@@ -1,0 +1,108 @@
+"""A live server in this process, on a free port, over a simulated model whose tokens are bytes."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from stallfree import policies
+from stallfree.core.plan import Capacity, StepResult
+from stallfree.engine.assemble import bytes_as_text
+from stallfree.engine.engine import Engine
+from stallfree.engine.thread import EngineThread
+from stallfree.executors.sampling import TokenLogprob
+from stallfree.executors.simulated import Linear, SimulatedExecutor
+from stallfree.server.app import create_app
+from stallfree.server.metrics import Metrics
+from stallfree.server.run import bind, configure
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+FAST = Linear(iteration_s=0.0005, token_s=0.000001, context_s=0.0)
+SLOW = Linear(iteration_s=0.02, token_s=0.0, context_s=0.0)
+
+
+class Executor(SimulatedExecutor):
+    """The simulated executor, with log-probabilities for requests that ask, and a `fault` to raise in the next iteration."""
+
+    fault: Exception | None = None
+
+    def collect(self) -> StepResult:
+        plan = self._plans[0]
+        result = super().collect()
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+        details = {}
+        for work in plan.work:
+            if work.samples and work.sampling.logprobs is not None:
+                (token,) = result.tokens[work.id]
+                others = tuple((token + i, -0.5 - i) for i in range(work.sampling.logprobs))
+                details[work.id] = TokenLogprob(-0.5, others)
+        return StepResult(plan.step, result.tokens, result.seconds, details=details)
+
+
+class Server:
+    """A running server: `url`, and what is behind it."""
+
+    def __init__(self, cost: Linear = FAST, *, blocks: int = 1000, max_model_len: int = 2048, max_queue: int = 256, **options):
+        text = bytes_as_text()
+        self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
+        self.metrics = Metrics()
+        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self.metrics.record)
+        self.engine_thread = EngineThread(self.engine, max_queue)
+        self.app: FastAPI = create_app(self.engine_thread, model="toy", metrics=self.metrics, **options)
+        self.socket = bind("127.0.0.1", 0)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._uvicorn = uvicorn.Server(configure(self.app))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
+
+    def __enter__(self):
+        self._thread.start()
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+        while not self._uvicorn.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.client.close()
+        self._uvicorn.should_exit = True
+        self._thread.join()
+
+    def post(self, path: str, body: object = None, **options) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
+
+    def settled(self, timeout_s: float = 20.0) -> None:
+        """Wait until nothing is left, then hold the accounts against each other: every KV block must be free."""
+        scheduler, deadline = self.engine.scheduler, time.monotonic() + timeout_s
+        while self.engine_thread._streams or self.engine.busy:
+            assert time.monotonic() < deadline, f"{len(scheduler.requests)} requests are left"
+            time.sleep(0.01)
+        scheduler.check()
+        assert {} == scheduler.requests
+        assert scheduler.capacity.num_blocks == scheduler.pool.num_free
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """For tests that provoke what is logged with a traceback."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="package")
+def server() -> Iterator[Server]:
+    """For tests that leave it as they found it."""
+    with Server() as running:
+        yield running
+        running.settled()
