@@ -110,7 +110,7 @@ class _Server(uvicorn.Server):
 class Connection(H11Protocol):
     """An HTTP connection that is closed when its client sends no request, or does not read what it asked for."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
         super().connection_made(transport)
         self._unread: asyncio.TimerHandle | None = None
         self._unsaid: asyncio.TimerHandle | None = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)

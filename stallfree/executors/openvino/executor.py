@@ -3,6 +3,7 @@
 It keeps KV tensors and nothing about requests.
 """
 
+import mmap
 import time
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -17,14 +18,17 @@ from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import sample
 
+QUANTISATION_GROUP = 96
+"""Activations that share a scale when an int8 product quantises them; measured in docs/log.md."""
+
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 
 
 class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
-    `weights`: how matrices are stored, int8 (one scale per output channel), bf16 or f32; f32 also computes in float32, the others in
-    bfloat16 where the CPU has it. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
+    `weights`: how matrices are stored, int8 (one scale per output channel), bf16 or f32; the products of int8 are int8
+    too, with a scale for every QUANTISATION_GROUP activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
     `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
@@ -55,15 +59,17 @@ class OpenVINOExecutor:
         compiled = ov.Core().compile_model(model, "CPU", _settings(weights, kv, threads))
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
-        # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised keys have their scales,
-        # one per channel, in further rows, and values theirs, one per token, in further columns: so values show the block size.
+        # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised ones have their
+        # scales in further columns.
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
         block_bytes = sum(int(np.prod(tail)) * i.get_element_type().size for tail, i in zip(tails, cache, strict=True))
         num_blocks = kv_bytes // block_bytes
-        self.capacity = Capacity(block_size=tails[1][1], num_blocks=num_blocks, max_model_len=max_model_len)
+        self.capacity = Capacity(block_size=tails[0][1], num_blocks=num_blocks, max_model_len=max_model_len)
         _check_memory(num_blocks, block_bytes, self.capacity.block_size, kv_bytes)
-        for tail, i in zip(tails, cache, strict=True):
-            self._request.set_tensor(i, ov.Tensor(i.get_element_type(), [num_blocks, *tail]))
+        # The runtime does not keep the memory behind a tensor alive; this list does.
+        self._cache = [_huge_pages(num_blocks * int(np.prod(t)) * i.get_element_type().size) for t, i in zip(tails, cache, strict=True)]
+        for memory, tail, i in zip(self._cache, tails, cache, strict=True):
+            self._request.set_tensor(i, ov.Tensor(memory, [num_blocks, *tail], i.get_element_type()))
         self._results: list[StepResult] = []
 
     def submit(self, plan: Plan) -> None:
@@ -83,7 +89,7 @@ class OpenVINOExecutor:
         return self._forward(work, np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
     def close(self) -> None:
-        del self._request
+        del self._request, self._cache
 
     def _forward(self, work: Sequence[Work], rows: np.ndarray) -> np.ndarray:
         """Logits of `rows`, valid until the next call."""
@@ -138,16 +144,38 @@ def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
 
 
 def _settings(weights: str, kv: str, threads: int | None) -> dict[str, object]:
-    capable = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
-        "INFERENCE_PRECISION_HINT": ov.Type.bf16 if capable and weights != "f32" else ov.Type.f32,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 192 if weights == "int8" else 0,
+        "INFERENCE_PRECISION_HINT": _compute_type(weights, kv),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": QUANTISATION_GROUP if weights == "int8" else 0,
     }
+    if kv == "u8":
+        # Keys are quantised by token like values: by channel, the scales of a block would change as it fills, and logits with them.
+        settings["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     return settings
+
+
+def _compute_type(weights: str, kv: str) -> ov.Type:
+    """What the graph computes in: bfloat16 or float32 as keys and values are, and float32 for int8 products, which quantise it."""
+    if weights == "f32" and kv == "bf16":
+        raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
+    if kv == "bf16" or (weights == "bf16" and kv == "u8"):
+        if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
+        return ov.Type.bf16
+    return ov.Type.f32
+
+
+def _huge_pages(num_bytes: int) -> np.ndarray:
+    """Zeroed memory in pages of 2 MiB where the system has them: blocks lie scattered, and small pages would make attention a
+    third slower. Pages are taken when first written."""
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: int) -> None:
