@@ -77,7 +77,7 @@ async def listen(url: str, prompt: list[int], tokens: int) -> None:
     writer.write(f"{head}Connection: close\r\n\r\n{body}".encode())
     last = b""
     while piece := await reader.read(1 << 16):
-        last = piece
+        last = (last + piece)[-64:]
     if b"[DONE]" not in last:
         raise RuntimeError(f"a stream ended without [DONE]: {last[-200:]!r}")
     writer.close()

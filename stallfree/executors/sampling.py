@@ -13,7 +13,7 @@ import numpy as np
 from stallfree.core.plan import Work
 
 PIECE = 64
-"""Logits per piece when bounding the k-th largest from below."""
+"""Logits per piece, where a search goes by pieces first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +115,37 @@ def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
     scaled = scaled / np.float32(how.temperature) if how.temperature > 1e-3 else (scaled.astype(np.float64) / how.temperature)
     weights = np.exp(scaled, out=scaled)
     if how.top_p < 1:
-        # Tokens below this bound hold less than 1 - top_p together, so the nucleus is among the others.
-        kept = np.flatnonzero(weights >= (1 - how.top_p) * weights.sum(dtype=np.float64) / len(weights))
-        kept = kept[np.argsort(-weights[kept], kind="stable")]
-        mass = np.cumsum(weights[kept], dtype=np.float64)
-        kept = kept[: int(np.searchsorted(mass, how.top_p * weights.sum(dtype=np.float64))) + 1]
+        kept = _nucleus(weights, how.top_p)
         weights, ids = weights[kept], kept if ids is None else ids[kept]
     if how.min_p > 0:
         kept = np.flatnonzero(weights >= how.min_p)  # the largest weight is 1
         weights, ids = weights[kept], kept if ids is None else ids[kept]
-    mass = np.cumsum(weights, dtype=np.float64)
-    chosen = int(np.searchsorted(mass, uniform(how.seed, work.start + work.count) * mass[-1], side="right"))
+    chosen = _draw(weights, uniform(how.seed, work.start + work.count))
     return chosen if ids is None else int(ids[chosen])
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices of the fewest largest weights that hold `top_p` of the sum, largest first (Holtzman et al. 2020)."""
+    wanted = top_p * float(weights.sum())
+    for floor in (0.1, 0.01, 0.001, 0.0001, 0.0):
+        # The largest weight is 1. Only what may be in the nucleus is sorted, which is little unless the distribution is flat.
+        kept = np.flatnonzero(weights >= floor)
+        if floor == 0 or float(weights[kept].sum()) > wanted:
+            break
+    kept = kept[np.argsort(-weights[kept])]
+    return kept[: int(np.searchsorted(np.cumsum(weights[kept], dtype=np.float64), wanted)) + 1]
+
+
+def _draw(weights: np.ndarray, number: float) -> int:
+    """The index at which the cumulative share of `weights` passes `number`, found piece by piece."""
+    whole = len(weights) // PIECE * PIECE
+    pieces = np.append(weights[:whole].reshape(-1, PIECE).sum(axis=1), weights[whole:].sum()).cumsum(dtype=np.float64)
+    wanted = number * pieces[-1]
+    # Rounding may leave a sum just short of what is wanted: then the last weight above 0 is meant.
+    piece = min(int(np.searchsorted(pieces, wanted, side="right")), int(np.searchsorted(pieces, pieces[-1])))
+    before = pieces[piece - 1] if piece else 0.0
+    within = weights[piece * PIECE : (piece + 1) * PIECE if piece * PIECE < whole else None].cumsum(dtype=np.float64)
+    return piece * PIECE + min(int(np.searchsorted(within, wanted - before, side="right")), int(np.searchsorted(within, within[-1])))
 
 
 def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:

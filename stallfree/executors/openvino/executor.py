@@ -15,11 +15,8 @@ import openvino as ov
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.openvino.graph import INPUTS, build
-from stallfree.executors.openvino.weights import FORMATS
+from stallfree.executors.openvino.weights import FORMATS, quantisation_group
 from stallfree.executors.sampling import sample
-
-QUANTISATION_GROUP = 96
-"""Activations that share a scale when an int8 product quantises them; measured in docs/log.md."""
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 
@@ -28,7 +25,7 @@ class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
     `weights`: how matrices are stored, int8 (one scale per output channel), bf16 or f32; the products of int8 are int8
-    too, with a scale for every QUANTISATION_GROUP activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
+    too, with a scale for each group of activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
     `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
@@ -56,7 +53,7 @@ class OpenVINOExecutor:
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or longest
         model = build(checkpoint, weights, max_model_len)
-        compiled = ov.Core().compile_model(model, "CPU", _settings(weights, kv, threads))
+        compiled = ov.Core().compile_model(model, "CPU", _settings(weights, kv, threads, quantisation_group(checkpoint.config)))
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised ones have their
@@ -143,12 +140,12 @@ def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
     return _i32(chain.from_iterable(values))
 
 
-def _settings(weights: str, kv: str, threads: int | None) -> dict[str, object]:
+def _settings(weights: str, kv: str, threads: int | None, group: int) -> dict[str, object]:
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
         "INFERENCE_PRECISION_HINT": _compute_type(weights, kv),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": QUANTISATION_GROUP if weights == "int8" else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group if weights == "int8" else 0,
     }
     if kv == "u8":
         # Keys are quantised by token like values: by channel, the scales of a block would change as it fills, and logits with them.
