@@ -46,7 +46,9 @@ class ModelConfig:
         """Every tensor that the model needs, by name, with its shape ([out, in] for matrices)."""
         hidden, ffn = self.hidden_size, self.ffn_size
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden), "model.norm.weight": (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes["model.embed_tokens.weight"] = (self.vocab_size, hidden)
+        shapes["model.norm.weight"] = (hidden,)
         if not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         linears = [

@@ -48,7 +48,7 @@ class Tensor:
             self.kind = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[self.kind]
         except (ValueError, KeyError):
-            raise CheckpointError(f"{path}: tensor {name!r} has the unknown quantisation {kind}; a newer `gguf` may know it") from None
+            raise CheckpointError(f"{path}: tensor {name!r} has the unknown quantisation {kind}; update `gguf`") from None
         self.path, self.name, self.shape, self.offset = path, name, shape, offset
         if not shape or min(shape) < 1 or shape[-1] % block:
             raise CheckpointError(f"{path}: tensor {name!r} of shape {shape} does not fit {self.kind.name} blocks of {block}")
@@ -63,17 +63,18 @@ class Tensor:
         if raw.size != self.num_bytes:
             raise CheckpointError(f"{self.path}: tensor {self.name!r} ends early; the file changed after it was opened")
         try:
-            return dequantize(raw.reshape(*self.shape[:-1], self.row_bytes), self.kind).astype(np.float32, copy=False)
+            values: np.ndarray = dequantize(raw.reshape(*self.shape[:-1], self.row_bytes), self.kind)
         except NotImplementedError:
-            message = f"{self.path}: tensor {self.name!r} is {self.kind.name}, which cannot be dequantised; take another quantisation"
-            raise CheckpointError(message) from None
+            unknown = f"tensor {self.name!r} is {self.kind.name}, which cannot be dequantised"
+            raise CheckpointError(f"{self.path}: {unknown}; take another quantisation") from None
+        return values.astype(np.float32, copy=False)
 
 
 class Header:
     """A cursor over the file's bytes that never reads past their end."""
 
     def __init__(self, path: Path, data: np.memmap) -> None:
-        self.path, self.data, self.at = path, memoryview(data), 0
+        self.path, self.data, self.at = path, data.data, 0
 
     def truncated(self) -> CheckpointError:
         return CheckpointError(f"{self.path}: the file ends early, at {len(self.data)} bytes; it is truncated, fetch it again")
@@ -85,7 +86,8 @@ class Header:
         return self.data[self.at - num_bytes : self.at]
 
     def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
 
     def string(self) -> str:
         return str(self.take(self.number("<Q")), "utf-8", "replace")
@@ -96,7 +98,7 @@ class Header:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise CheckpointError(f"{self.path}: value of unknown type {kind} at byte {self.at}; the file is damaged, fetch it again")
+            raise CheckpointError(f"{self.path}: value of type {kind} at byte {self.at}; the file is damaged, fetch it again")
         kind, count = self.number("<I"), self.number("<Q")
         if kind in SCALARS:
             form = SCALARS[kind][1]
@@ -165,8 +167,8 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
     tensors = {_name(name): tensor for name, tensor in stored.items()}
     if "model.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path}: tensors are missing: 'token_embd.weight'; the file is incomplete")
-    scaling = {"rope_type": metadata.get(f"{family}.rope.scaling.type") or "default", "factor": metadata.get(f"{family}.rope.scaling.factor")}
-    if scaling["rope_type"] == "none":
+    scaling = {"rope_type": metadata.get(f"{family}.rope.scaling.type"), "factor": metadata.get(f"{family}.rope.scaling.factor")}
+    if scaling["rope_type"] in (None, "none"):
         scaling["rope_type"] = "default"
     inv_freq = rotary_frequencies(head_dim, positive(metadata, f"{family}.rope.freq_base", source, 10000.0), scaling, source)
     if "rope_freqs.weight" in stored:
@@ -206,7 +208,7 @@ def _name(name: str) -> str:
     """The Hugging Face name of a GGUF tensor; names that the map does not know stay as they are."""
     prefix, rest = "", name
     if name.startswith("blk."):
-        _, layer, rest = (name.split(".", 2) + ["", ""])[:3]
+        layer, _, rest = name.removeprefix("blk.").partition(".")
         prefix = f"model.layers.{layer}."
     stem, _, kind = rest.rpartition(".")
     return f"{prefix}{NAMES[stem]}.{kind}" if stem in NAMES else name

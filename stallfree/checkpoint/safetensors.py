@@ -54,7 +54,7 @@ def _config(path: Path) -> ModelConfig:
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
     if values.get("quantization_config"):
-        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take the model unquantised or as GGUF")
+        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
     hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = size(values, "head_dim", source, hidden // num_heads)
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}

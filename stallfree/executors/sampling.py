@@ -65,9 +65,7 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-def sample(
-    logits: np.ndarray, works: Sequence[Work]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
+def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
     """One token for each row of `logits` [rows, vocabulary] float32, which is left as it is. Row i belongs to `works[i]`.
 
     Gives the tokens by request id, the log-probabilities of those that asked, and why rows without a token have none: logits that
@@ -110,10 +108,8 @@ def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
     if 0 < how.top_k < len(row):
         ids = _largest(row, how.top_k)
         row = row[ids]
-    scaled = row - np.float32(peak)
-    # Divided in double precision where it could overflow: a temperature near 0 is greedy.
-    scaled = scaled / np.float32(how.temperature) if how.temperature > 1e-3 else (scaled.astype(np.float64) / how.temperature)
-    weights = np.exp(scaled, out=scaled)
+    # A temperature near 0 is greedy; below this bound the division could overflow.
+    weights = np.exp((row - np.float32(peak)) / np.float32(max(how.temperature, 1e-6)))
     if how.top_p < 1:
         kept = _nucleus(weights, how.top_p)
         weights, ids = weights[kept], kept if ids is None else ids[kept]
@@ -145,7 +141,9 @@ def _draw(weights: np.ndarray, number: float) -> int:
     piece = min(int(np.searchsorted(pieces, wanted, side="right")), int(np.searchsorted(pieces, pieces[-1])))
     before = pieces[piece - 1] if piece else 0.0
     within = weights[piece * PIECE : (piece + 1) * PIECE if piece * PIECE < whole else None].cumsum(dtype=np.float64)
-    return piece * PIECE + min(int(np.searchsorted(within, wanted - before, side="right")), int(np.searchsorted(within, within[-1])))
+    return piece * PIECE + min(
+        int(np.searchsorted(within, wanted - before, side="right")), int(np.searchsorted(within, within[-1]))
+    )
 
 
 def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:

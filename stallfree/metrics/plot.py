@@ -1,4 +1,7 @@
-"""Pictures of runs, drawn from records: who got a token when, and who waited for whose prompt. Needs matplotlib (the extra `plot`)."""
+"""Pictures of runs, drawn from records: who got a token when, and who waited for whose prompt.
+
+It needs matplotlib (the extra `plot`) and knows nothing of how a run came about.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +11,9 @@ from stallfree.metrics.timeline import timelines
 
 
 def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tuple[float, float], long_prompt: int = 1000) -> None:
-    """One panel per run: a row of dots for each stream, a dot for each token, and shading where an iteration computes a prompt of at
-    least `long_prompt` tokens, as dark as its share of the iteration's tokens. `window_s`: from and to, seconds after the first token.
+    """One panel per run: a row of dots for each stream, a dot for each token, and shading where an iteration computes a prompt of
+    at least `long_prompt` tokens, as dark as its share of the iteration's tokens. `window_s`: from and to, in seconds after the
+    first token.
     """
     from matplotlib.figure import Figure
 
@@ -23,7 +27,9 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
             total = sum(count for _, _, count in r.work)
             long = sum(count for id, _, count in r.work if lines[id].prompt_tokens >= long_prompt)
             if long:
-                axis.axvspan(r.t_start - origin, r.t_end - origin, color="tab:orange", alpha=0.15 + 0.35 * long / total, linewidth=0)
+                axis.axvspan(
+                    r.t_start - origin, r.t_end - origin, color="tab:orange", alpha=0.15 + 0.35 * long / total, linewidth=0
+                )
         for row, line in enumerate(rows):
             axis.plot([t - origin for t in line.tokens], [row] * len(line.tokens), ".", color="tab:blue", markersize=2.5)
         axis.set_xlim(0, window_s[1] - window_s[0])

@@ -24,9 +24,9 @@ KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
-    `weights`: how matrices are stored, int8 (one scale per output channel), bf16 or f32; the products of int8 are int8
-    too, with a scale for each group of activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them.
-    `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
+    `weights`: how matrices are stored, int8, bf16 or f32; the products of int8 are int8 too, with a scale for each group of
+    activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them. `max_model_len`: at most the
+    model's own. `threads`: None leaves it to the runtime.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
     """
@@ -61,12 +61,13 @@ class OpenVINOExecutor:
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
         block_bytes = sum(int(np.prod(tail)) * i.get_element_type().size for tail, i in zip(tails, cache, strict=True))
         num_blocks = kv_bytes // block_bytes
-        self.capacity = Capacity(block_size=tails[0][1], num_blocks=num_blocks, max_model_len=max_model_len)
+        self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
         _check_memory(num_blocks, block_bytes, self.capacity.block_size, kv_bytes)
         # The runtime does not keep the memory behind a tensor alive; this list does.
-        self._cache = [_huge_pages(num_blocks * int(np.prod(t)) * i.get_element_type().size) for t, i in zip(tails, cache, strict=True)]
-        for memory, tail, i in zip(self._cache, tails, cache, strict=True):
-            self._request.set_tensor(i, ov.Tensor(memory, [num_blocks, *tail], i.get_element_type()))
+        self._cache: list[np.ndarray] = []
+        for tail, i in zip(tails, cache, strict=True):
+            self._cache.append(_huge_pages(num_blocks * int(np.prod(tail)) * i.get_element_type().size))
+            self._request.set_tensor(i, ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
         self._results: list[StepResult] = []
 
     def submit(self, plan: Plan) -> None:
@@ -95,7 +96,8 @@ class OpenVINOExecutor:
         for name, values in feed.items():
             self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
         self._request.infer()
-        return self._request.get_output_tensor(0).data
+        logits: np.ndarray = self._request.get_output_tensor(0).data
+        return logits
 
     def _packed(self, work: Sequence[Work]) -> dict[str, np.ndarray]:
         """The graph's inputs. Everything is checked here: the runtime would follow a wrong block number out of its memory."""
@@ -110,7 +112,7 @@ class OpenVINOExecutor:
             if len(w.tokens) != w.count:
                 raise ValueError(f"request {w.id}: {len(w.tokens)} token ids for {w.count} tokens")
             if len(w.blocks) < needed:
-                raise ValueError(f"request {w.id}: {len(w.blocks)} KV blocks of {size} cannot hold {end} tokens, {needed} are needed")
+                raise ValueError(f"request {w.id}: {len(w.blocks)} KV blocks cannot hold {end} tokens, {needed} are needed")
             tables.append(w.blocks[:needed])
         tokens, blocks = _flat(w.tokens for w in work), _flat(tables)
         starts, counts = _i32(w.start for w in work), _i32(w.count for w in work)

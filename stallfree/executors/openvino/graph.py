@@ -26,8 +26,8 @@ INPUTS = {
 `past_lens` [N] tokens already in the cache; `subsequence_begins` [N + 1] first row of each sequence; `block_indices` all block
 tables end to end, `block_indices_begins` [N + 1] where each begins; `sampled_rows` the rows to compute logits of."""
 
-ATTENTION_INPUTS = 28
-"""How many inputs the runtime's paged-attention operator takes in the versions that this graph is written for."""
+OPENVINO = "2026.4.1"
+"""The version that the paged-attention operator's inputs below are written for: it is internal to the runtime, and grows."""
 
 
 def build(checkpoint: Checkpoint, weights: str, max_model_len: int) -> ov.Model:
@@ -36,7 +36,7 @@ def build(checkpoint: Checkpoint, weights: str, max_model_len: int) -> ov.Model:
     inputs = {name: _input(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
     cache: list[ov.op.Parameter] = []
     tables = _rotary_tables(config, inputs["position_ids"], max_model_len)
-    hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(np.int32(0)))
+    hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(0, np.int32))
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         kv = [_input(f"{kind}_cache.{layer}", ov.PartialShape.dynamic(4), ov.Type.dynamic) for kind in ("key", "value")]
@@ -46,7 +46,7 @@ def build(checkpoint: Checkpoint, weights: str, max_model_len: int) -> ov.Model:
         hidden = ops.add(hidden, x)
         x = _rms_norm(hidden, source.vector(prefix + "post_attention_layernorm.weight"), config.norm_eps)
         hidden = ops.add(hidden, _swiglu(config, source, prefix + "mlp.", x))
-    hidden = ops.gather(hidden, inputs["sampled_rows"], constant(np.int32(0)))
+    hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
     logits = _linear(source, hidden, [head], False)
@@ -65,14 +65,14 @@ def _linear(source: Weights, x: ov.Node, names: list[str], bias: bool) -> ov.Nod
 
 
 def _rms_norm(x: ov.Node, weight: ov.Node, eps: float) -> ov.Node:
-    mean = ops.reduce_mean(ops.power(x, _f32(2)), constant(np.int32([-1])), True)
+    mean = ops.reduce_mean(ops.power(x, _f32(2)), constant([-1], np.int32), True)
     return ops.multiply(ops.multiply(x, ops.divide(_f32(1), ops.sqrt(ops.add(mean, _f32(eps))))), weight)
 
 
 def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) -> tuple[ov.Node, ov.Node]:
     """cos and sin of every token's rotary angles, [tokens, 1, 1, head_dim], looked up once for all layers."""
     angles = np.outer(np.arange(max_model_len), np.tile(config.inv_freq, 2))
-    zero, middle = constant(np.int32(0)), constant(np.int32([1, 2]))
+    zero, middle = constant(0, np.int32), constant([1, 2], np.int32)
     cos, sin = (ops.gather(constant(table.astype(np.float32)), positions, zero) for table in (np.cos(angles), np.sin(angles)))
     return ops.unsqueeze(cos, middle), ops.unsqueeze(sin, middle)
 
@@ -80,7 +80,7 @@ def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) 
 def _rotate(x: ov.Node, tables: tuple[ov.Node, ov.Node], half: int) -> ov.Node:
     """Rotary positions on [tokens, heads, 1, head_dim], the pairs half a head apart."""
     cos, sin = tables
-    first, second = ops.variadic_split(x, constant(np.int64(3)), constant(np.int64([half, half]))).outputs()
+    first, second = ops.variadic_split(x, constant(3, np.int64), constant([half, half], np.int64)).outputs()
     turned = ops.concat([ops.multiply(second, _f32(-1)), first], -1)
     return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
 
@@ -97,30 +97,36 @@ def _attention(
 ) -> ov.Node:
     query, width, dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
     x = _linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias)
-    q, k, v = ops.variadic_split(x, constant(np.int64(1)), constant(np.int64([query, width, width]))).outputs()
+    q, k, v = ops.variadic_split(x, constant(1, np.int64), constant([query, width, width], np.int64)).outputs()
 
     def placed(x: ov.Node, heads: int, norm: str) -> ov.Node:
-        x = ops.reshape(x, constant(np.int64([-1, heads, 1, dim])), False)
+        x = ops.reshape(x, constant([-1, heads, 1, dim], np.int64), False)
         if config.qk_norm:
             x = _rms_norm(x, source.vector(f"{prefix}{norm}.weight"), config.norm_eps)
-        return ops.reshape(_rotate(x, tables, dim // 2), constant(np.int64([-1, heads * dim])), False)
+        return ops.reshape(_rotate(x, tables, dim // 2), constant([-1, heads * dim], np.int64), False)
 
     def empty(kind: type) -> ov.Node:
-        return constant(np.zeros(0, kind))
+        return constant([], kind)
 
     def zero() -> ov.Node:
-        return constant(np.int32(0))
+        return constant(0, np.int32)
 
     arguments = [placed(q, config.num_heads, "q_norm"), placed(k, config.num_kv_heads, "k_norm"), v, *kv]
     arguments += [inputs[n] for n in ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")]
-    arguments += [constant(np.float32(dim**-0.5)), constant(np.int32(window)), empty(np.float32), inputs["max_context_len"]]
+    arguments += [constant(dim**-0.5, np.float32), constant(window, np.int32), empty(np.float32), inputs["max_context_len"]]
     # What follows is switched off: score aggregation, cache rotation (3), sparse attention (3), sinks, cache eviction (4),
     # token types, tree masks (2).
     arguments += [empty(np.int32), empty(np.int32), empty(np.int32), empty(np.float32)]
     arguments += [empty(np.float32), zero(), zero(), empty(np.float32)]
     arguments += [zero(), empty(np.int32), empty(np.int32), empty(np.int32)]
     arguments += [empty(np.int32), empty(np.uint8), empty(np.int32)]
-    attention = ov.op._PagedAttentionExtension([a if isinstance(a, ov.Output) else a.output(0) for a in arguments])
+    try:
+        attention = ov.op._PagedAttentionExtension([a if isinstance(a, ov.Output) else a.output(0) for a in arguments])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise RuntimeError(
+            f"openvino {ov.__version__} has no paged-attention operator that takes these {len(arguments)} inputs; "
+            f"install openvino=={OPENVINO}"
+        ) from error
     info = attention.get_rt_info()
     info["num_k_heads"] = info["num_v_heads"] = config.num_kv_heads
     info["k_head_size"] = info["v_head_size"] = dim
@@ -129,9 +135,9 @@ def _attention(
 
 def _swiglu(config: ModelConfig, source: Weights, prefix: str, x: ov.Node) -> ov.Node:
     x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias)
-    gate, up = ops.variadic_split(x, constant(np.int64(1)), constant(np.int64([config.ffn_size, config.ffn_size]))).outputs()
+    gate, up = ops.variadic_split(x, constant(1, np.int64), constant([config.ffn_size, config.ffn_size], np.int64)).outputs()
     return _linear(source, ops.multiply(ops.swish(gate), up), [prefix + "down_proj"], config.mlp_bias)
 
 
 def _f32(value: float) -> ov.Node:
-    return constant(np.float32(value))
+    return constant(value, np.float32)

@@ -5,13 +5,14 @@ It knows number formats and nothing of transformers. Tensors pass one at a time,
 
 import numpy as np
 import openvino as ov
+from numpy.typing import ArrayLike, DTypeLike
 from openvino import opset13 as ops
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
 
 FORMATS = ("int8", "bf16", "f32")
 
-GROUPS = (96, 64, 32)
+GROUPS = (64, 96, 32)
 """Widths of quantisation groups, the preferred first; docs/log.md has the measurements."""
 
 
@@ -54,9 +55,10 @@ class Weights:
         grouped = values.reshape(len(values), -1, self._group or values.shape[1])
         scale = np.maximum(np.abs(grouped).max(axis=2, keepdims=True) / 127, np.float32(1e-12))
         quantised = constant(np.rint(grouped / scale).astype(np.int8))
-        return ops.reshape(ops.multiply(ops.convert(quantised, np.float32), constant(scale)), constant(np.int64(values.shape)), False)
+        restored = ops.multiply(ops.convert(quantised, np.float32), constant(scale))
+        return ops.reshape(restored, constant(values.shape, np.int64), False)
 
 
-def constant(values: np.ndarray) -> ov.Node:
+def constant(values: ArrayLike, kind: DTypeLike | None = None) -> ov.Node:
     """A graph constant with its own copy of `values`: one that aliases numpy's memory would outlive it."""
-    return ov.op.Constant(np.asarray(values, order="C"), shared_memory=False)
+    return ov.op.Constant(np.asarray(values, kind, order="C"), shared_memory=False)

@@ -1,0 +1,188 @@
+"""Hugging Face folders: the config and tensors come back, and a folder that cannot be used is refused by what is wrong with it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stallfree.checkpoint import CheckpointError, open_checkpoint
+from stallfree.checkpoint.config import rotary_frequencies
+from tests.models import TINY, change_json
+
+CONFIG = {
+    **TINY,
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 2,
+}
+
+
+def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
+
+
+def write(path: Path, tensors: dict[str, tuple[int, ...]], kind: str = "F32") -> None:
+    """A safetensors file of random numbers."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, shape in tensors.items():
+        data = values(name, shape)
+        data = (data.view(np.uint32) >> 16).astype(np.uint16) if kind == "BF16" else data.astype({"F16": "<f2"}.get(kind, "<f4"))
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(body), len(body) + data.nbytes]}
+        body += data.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes((0).to_bytes(8, "little"))
+    hidden, ffn = 96, 192
+    shapes = {"model.embed_tokens.weight": (160, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(2):
+        p = f"model.layers.{layer}."
+        shapes |= {p + "self_attn.q_proj.weight": (128, hidden), p + "self_attn.k_proj.weight": (64, hidden)}
+        shapes |= {p + "self_attn.v_proj.weight": (64, hidden), p + "self_attn.o_proj.weight": (hidden, 128)}
+        shapes |= {p + "mlp.gate_proj.weight": (ffn, hidden), p + "mlp.up_proj.weight": (ffn, hidden)}
+        shapes |= {p + "mlp.down_proj.weight": (hidden, ffn)}
+        shapes |= {p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,)}
+    write(tmp_path / "model.safetensors", shapes)
+    return tmp_path
+
+
+def refused(folder: Path, **changes: object) -> str:
+    """What the refusal says, after changes of config.json; it always names the folder."""
+    if changes:
+        change_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_config_is_read(folder: Path) -> None:
+    config = open_checkpoint(folder).config
+    assert ("llama", 160, 2, 96, 4, 2, 32, 192) == (
+        config.family, config.vocab_size, config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
+        config.head_dim, config.ffn_size,
+    )  # fmt: skip
+    assert (1, (2,), True, (0, 0)) == (config.bos_token_id, config.eos_token_ids, config.tie_embeddings, config.windows)
+
+
+def test_tensors_of_several_files_are_found(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    shapes = checkpoint.config.tensors()
+    names = sorted(shapes)
+    (folder / "model.safetensors").unlink()
+    write(folder / "model-00001-of-00002.safetensors", {n: shapes[n] for n in names[:7]})
+    write(folder / "model-00002-of-00002.safetensors", {n: shapes[n] for n in names[7:]})
+    for name in names:
+        np.testing.assert_array_equal(values(name, shapes[name]), open_checkpoint(folder).read(name))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("F16", 0.002), ("BF16", 0.02)])
+def test_half_precision_is_read_as_float32(folder: Path, kind: str, bound: float) -> None:
+    shapes = open_checkpoint(folder).config.tensors()
+    write(folder / "model.safetensors", shapes, kind)
+    got = open_checkpoint(folder).read("model.norm.weight")
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, values("model.norm.weight", (96,)), rtol=0, atol=bound)
+
+
+def test_generation_config_says_which_tokens_end_a_reply(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert (2, 7) == open_checkpoint(folder).config.eos_token_ids
+
+
+def test_qwen_has_no_window_unless_it_says_so(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen3", "sliding_window": 16}))
+    assert "q_norm" in refused(folder)  # a qwen3 has tensors that this folder lacks
+    from stallfree.checkpoint.safetensors import _config
+
+    assert (0, 0) == _config(folder).windows
+    change_json(folder / "config.json", use_sliding_window=True, max_window_layers=1)
+    assert (0, 16) == _config(folder).windows
+
+
+def test_old_and_new_names_of_the_rotary_base_agree(folder: Path) -> None:
+    change_json(folder / "config.json", rope_theta=None, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert rotary_frequencies(32, 5e5, {}, "test") == open_checkpoint(folder).config.inv_freq
+    change_json(folder / "config.json", rope_theta=5e5, rope_parameters=None)
+    assert rotary_frequencies(32, 5e5, {}, "test") == open_checkpoint(folder).config.inv_freq
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    assert "config.json: missing" in refused(tmp_path)
+
+
+def test_broken_json_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert "not valid JSON" in refused(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "rms_norm_eps"])
+def test_a_missing_key_is_named(folder: Path, key: str) -> None:
+    assert f"{key!r} is missing" in refused(folder, **{key: None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        ({"hidden_size": "96"}, "'hidden_size' is '96'"),
+        ({"hidden_size": 2**40}, "'hidden_size' is 1099511627776"),
+        ({"num_hidden_layers": -1}, "'num_hidden_layers' is -1"),
+        ({"num_hidden_layers": 3}, "tensors are missing: 'model.layers.2.self_attn.q_proj.weight'"),
+        ({"intermediate_size": 100}, "has shape (192, 96)"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_key_value_heads": 3}, "cannot share 3 KV heads"),
+        ({"eos_token_id": 160}, "special token 160"),
+        ({"tie_word_embeddings": False}, "'lm_head.weight' is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
+        ({"rope_scaling": 3}, "rope scaling is 3"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by another tool"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    assert message in refused(folder, **changes)
+
+
+def test_pickled_weights_are_never_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "only pytorch_model.bin, and pickled weights are never loaded" in refused(folder)
+
+
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "truncated" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, (2).to_bytes(8, "little") + b"{]", (2).to_bytes(8, "little") + b"[]"]
+)
+def test_something_else_is_not_a_safetensors_file(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    assert "safetensors" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [96], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-96], "data_offsets": [0, -384]},
+        {"dtype": "F32", "shape": [96], "data_offsets": [10**12, 10**12 + 384]},
+        {"dtype": "F32", "shape": [96]},
+        {"dtype": "F32", "shape": 96, "data_offsets": [0, 384]},
+        7,
+    ],
+)
+def test_a_damaged_header_is_refused(folder: Path, entry: object) -> None:
+    text = json.dumps({"model.norm.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
+    refused(folder)

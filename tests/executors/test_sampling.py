@@ -1,0 +1,186 @@
+"""Sampling does what its parameters say, and depends on the request's seed and position alone."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stallfree.core.plan import Work
+from stallfree.executors.sampling import Sampling, TokenLogprob, sample, uniform
+
+VOCAB = 1000
+
+
+def work(
+    sampling: Sampling | None, *, id: str = "a", start: int = 3, prompt: tuple[int, ...] = (1, 2, 3), output: tuple[int, ...] = (4,)
+) -> Work:
+    return Work(id, start, 1, True, True, (0,), (0,), sampling, "", prompt, output)
+
+
+def one(row: np.ndarray, sampling: Sampling | None, **kwargs: object) -> int:
+    tokens, _, failed = sample(row[None].astype(np.float32), [work(sampling, **kwargs)])
+    assert failed == {}
+    return tokens["a"][0]
+
+
+def drawn(row: np.ndarray, sampling: Sampling, count: int = 2000) -> Counter[int]:
+    """Tokens drawn under `count` seeds."""
+    return Counter(one(row, replace(sampling, seed=seed)) for seed in range(count))
+
+
+@pytest.fixture
+def row() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=VOCAB).astype(np.float32)
+
+
+def test_no_sampling_is_greedy(row: np.ndarray) -> None:
+    assert row.argmax() == one(row, None)
+
+
+def test_temperature_zero_is_greedy(row: np.ndarray) -> None:
+    assert row.argmax() == one(row, Sampling(temperature=0.0))
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(row: np.ndarray) -> None:
+    assert row.argmax() == one(row * 100, Sampling(temperature=1e-30))
+
+
+def test_top_k_of_one_is_greedy(row: np.ndarray) -> None:
+    assert {int(row.argmax())} == set(drawn(row, Sampling(temperature=5.0, top_k=1), 50))
+
+
+@pytest.mark.parametrize("k", [2, 7, 100, 999])
+def test_top_k_draws_from_the_k_largest_only(row: np.ndarray, k: int) -> None:
+    assert set(np.argsort(-row)[:k]) >= set(drawn(row, Sampling(temperature=50.0, top_k=k), 300))
+
+
+def test_top_p_draws_from_the_smallest_set_that_holds_p() -> None:
+    row = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    assert {0, 1, 2} == set(drawn(row, Sampling(top_p=0.9)))
+
+
+def test_top_p_keeps_at_least_one_token() -> None:
+    assert {0} == set(drawn(np.log(np.array([0.5, 0.3, 0.2])), Sampling(top_p=1e-9), 50))
+
+
+def test_min_p_draws_only_what_is_likely_beside_the_likeliest() -> None:
+    row = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    assert {0, 1} == set(drawn(row, Sampling(min_p=0.5)))
+
+
+def test_filters_combine() -> None:
+    row = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05]))
+    assert {0, 1} == set(drawn(row, Sampling(top_k=4, top_p=0.7, min_p=0.2)))
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    counts = drawn(np.log(probabilities), Sampling(), 4000)
+    np.testing.assert_allclose([counts[t] / 4000 for t in range(4)], probabilities, atol=0.025)
+
+
+def test_temperature_sharpens_the_distribution() -> None:
+    probabilities = np.array([0.5, 0.3, 0.2])
+    counts = drawn(np.log(probabilities), Sampling(temperature=0.5), 4000)
+    np.testing.assert_allclose([counts[t] / 4000 for t in range(3)], probabilities**2 / sum(probabilities**2), atol=0.025)
+
+
+def test_the_same_seed_and_position_give_the_same_token_alone_and_batched(row: np.ndarray) -> None:
+    rows = np.stack([row, row[::-1], row * 2])
+    works = [work(Sampling(seed=s), id=str(s)) for s in range(3)]
+    together, _, _ = sample(rows, works)
+    alone = {w.id: sample(r[None], [w])[0][w.id] for r, w in zip(rows, works, strict=True)}
+    assert alone == together
+
+
+def test_a_chunk_and_a_decode_that_end_at_the_same_position_draw_the_same_token(row: np.ndarray) -> None:
+    decode = work(Sampling(seed=9), start=7)
+    chunk = decode._replace(start=2, count=6)
+    assert sample(row[None], [decode])[0] == sample(row[None], [chunk])[0]
+
+
+def test_positions_draw_independently(row: np.ndarray) -> None:
+    assert len({one(row, Sampling(seed=1), start=start) for start in range(50)}) > 20
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    numbers = np.array([uniform(seed, position) for seed in range(100) for position in range(100)])
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    np.testing.assert_allclose(np.histogram(numbers, 10, (0, 1))[0], 1000, atol=130)
+
+
+def test_a_negative_or_huge_seed_is_as_good_as_any(row: np.ndarray) -> None:
+    assert 0 <= one(row, Sampling(seed=-(2**100))) < VOCAB
+
+
+def test_logit_bias_is_added() -> None:
+    assert 2 == one(np.zeros(4), Sampling(temperature=0, logit_bias={2: 1.0, 3: -1.0}))
+
+
+def test_repetition_penalty_divides_positive_logits_of_prompt_and_output_and_multiplies_negative_ones() -> None:
+    penalised = Sampling(temperature=0, repetition_penalty=2.0)
+    assert 3 == one(np.array([5.0, 4.0, 4.0, 3.0]), penalised, prompt=(0, 1), output=(2,), start=2)
+    assert 1 == one(np.array([-1.0, -1.5]), penalised, prompt=(0,), output=(), start=0)
+
+
+def test_presence_penalty_is_subtracted_once_from_tokens_of_the_output() -> None:
+    assert 1 == one(np.array([2.0, 1.5]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+    assert 0 == one(np.array([2.0, 1.0]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+
+
+def test_frequency_penalty_is_subtracted_for_each_occurrence_in_the_output() -> None:
+    assert 1 == one(np.array([2.0, 1.0]), Sampling(temperature=0, frequency_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+
+
+def test_output_beyond_the_work_does_not_count() -> None:
+    penalised = Sampling(temperature=0, presence_penalty=1.0)
+    assert 0 == one(np.array([2.0, 1.5]), penalised, prompt=(1,), output=(1, 0), start=1)
+
+
+def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
+    patient = Sampling(temperature=0, min_tokens=2, stop_ids=frozenset({0}))
+    assert 1 == one(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1,), start=1)
+    assert 0 == one(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1, 1), start=2)
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    row = np.log(np.array([0.5, 0.3, 0.2]))
+    how = Sampling(temperature=0, logprobs=2, logit_bias={2: 9.0})
+    _, details, _ = sample(row[None].astype(np.float32), [work(how)])
+    detail = details["a"]
+    assert isinstance(detail, TokenLogprob)
+    assert pytest.approx(np.log(0.2), abs=1e-5) == detail.logprob
+    assert [(0, pytest.approx(np.log(0.5), abs=1e-5)), (1, pytest.approx(np.log(0.3), abs=1e-5))] == list(detail.top)
+
+
+def test_logprobs_of_zero_alternatives_report_the_chosen_token_alone(row: np.ndarray) -> None:
+    _, details, _ = sample(row[None], [work(Sampling(logprobs=0))])
+    assert () == details["a"].top
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(), Sampling(top_k=3, top_p=0.5)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_fail_their_own_request_only(row: np.ndarray, sampling: Sampling | None, bad: float) -> None:
+    broken = row.copy()
+    broken[5] = bad
+    tokens, _, failed = sample(np.stack([broken, row]), [work(sampling, id="a"), work(None, id="b")])
+    assert {"b": (int(row.argmax()),)} == tokens
+    assert ["a"] == list(failed)
+    assert "not finite" in failed["a"]
+
+
+def test_a_bias_that_forbids_everything_fails_the_request() -> None:
+    _, _, failed = sample(np.zeros((1, 2), np.float32), [work(Sampling(logit_bias={0: -np.inf, 1: -np.inf}))])
+    assert ["a"] == list(failed)
+
+
+def test_the_logits_are_left_as_they_are(row: np.ndarray) -> None:
+    before = row.copy()
+    one(row, Sampling(temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.5, logit_bias={1: 2.0}))
+    np.testing.assert_array_equal(before, row)
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert ({}, {}, {}) == sample(np.zeros((0, VOCAB), np.float32), [])

@@ -1,0 +1,123 @@
+"""Small models with random weights: written by `transformers` as a folder, or by `gguf` as a file. Nothing is downloaded."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from stallfree.checkpoint import Checkpoint
+
+TINY = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 192,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def write_folder(folder: Path, family: str, **config: object) -> object:
+    """A Hugging Face folder with random weights; gives the model as `transformers` has it, in float32."""
+    with warnings.catch_warnings():
+        # torch and transformers deprecate parts of themselves and of Python while they are imported.
+        warnings.simplefilter("ignore")
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(family, **{**TINY, **config})
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager", dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Norms and biases too: left at ones and zeros they would hide a mistake.
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        model.save_pretrained(folder)
+    return model
+
+
+def reference(model: object, tokens: list[int]) -> np.ndarray:
+    """Logits [tokens, vocabulary] by `transformers`."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", **values: object) -> None:
+    """The tensors of `checkpoint` as a GGUF file, with queries and keys in the order that llama.cpp gives them; `values` are
+    further uint32 metadata under the architecture's name, and None leaves one out."""
+    import gguf
+
+    config = checkpoint.config
+    family = "llama" if config.family == "mistral" else config.family
+    writer = gguf.GGUFWriter(path, family)
+    numbers = {
+        "block_count": config.num_layers,
+        "context_length": config.max_model_len,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.ffn_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        **values,
+    }
+    for key, number in numbers.items():
+        if number is not None:
+            writer.add_uint32(f"{family}.{key}", number)
+    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", config.norm_eps)
+    writer.add_float32(f"{family}.rope.freq_base", 10000.0)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_ids[0])
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(config.vocab_size)])
+    for name in config.tensors():
+        data = checkpoint.read(name)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if family == "llama" and heads:
+            data = data.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(data.shape)
+        stem, _, suffix = name.rpartition(".")
+        prefix = ""
+        if stem.startswith("model.layers."):
+            _, _, layer, stem = stem.split(".", 3)
+            prefix = f"blk.{layer}."
+        quantised = gguf.GGMLQuantizationType[kind if data.ndim == 2 else "F32"]
+        data = gguf.quants.quantize(np.ascontiguousarray(data), quantised)
+        writer.add_tensor(f"{prefix}{SHORT[stem]}.{suffix}", data, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+SHORT = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""What llama.cpp calls the tensors."""
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Sets keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
