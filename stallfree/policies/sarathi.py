@@ -12,7 +12,7 @@ class Sarathi:
     reserve: Reserve = "prompt"
     stall_free = True
 
-    def __init__(self, token_budget: int = 128):
+    def __init__(self, token_budget: int = 64):
         if token_budget < 1:
             raise ValueError(f"token_budget is {token_budget}; it must be at least 1 token")
         self.token_budget = token_budget

@@ -1,0 +1,105 @@
+"""What the compressed weights and KV cost in quality: perplexity over one fixed text, and greedy agreement, against f32.
+
+The text is *Alice's Adventures in Wonderland* (benchmarks/data, public domain), cut into windows of 1,024 tokens. Each window is
+teacher-forced through the executor, the same tokens for every configuration; perplexity is exp of the mean negative
+log-likelihood of each token but a window's first. `agree` is the share of positions at which the most probable token is that of
+f32 weights and f32 KV. A window runs in chunks of 512 tokens; the last row runs the default in iterations of 16 decodes, each of
+another window, since decodes go through other kernels.
+
+    python benchmarks/quality.py
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from harness import machine, parser, show
+
+from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.fetch import locate
+from stallfree.core.plan import Work
+from stallfree.engine.text import Text
+from stallfree.executors.openvino import OpenVINOExecutor
+
+TEXT = Path(__file__).parent / "data" / "alice29.txt"
+WINDOW, CHUNK, DECODES, LIMIT = 1024, 512, 16, 1.0
+CONFIGURATIONS = [("f32", "f32"), ("int8", "u8"), ("int8", "f32"), ("f32", "u8"), ("bf16", "bf16")]
+
+
+def pieces(windows: list[list[int]], one_by_one: bool, block_size: int) -> Iterator[list[tuple[int, int, Work]]]:
+    """Iterations as lists of (window, start, work)."""
+    blocks = -(-WINDOW // block_size)
+
+    def work(index: int, slot: int, start: int, count: int) -> Work:
+        tokens = tuple(windows[index][start : start + count])
+        table = tuple(range(slot * blocks, (slot + 1) * blocks))
+        return Work(str(index), start, count, False, count == 1, tokens, table, None, "", windows[index], [])
+
+    if not one_by_one:
+        for index in range(len(windows)):
+            for start in range(0, WINDOW, CHUNK):
+                yield [(index, start, work(index, 0, start, CHUNK))]
+        return
+    for first in range(0, len(windows), DECODES):
+        group = range(first, min(first + DECODES, len(windows)))
+        for start in range(WINDOW):
+            yield [(index, start, work(index, index - first, start, 1)) for index in group]
+
+
+def evaluate(executor: OpenVINOExecutor, windows: list[list[int]], one_by_one: bool) -> tuple[float, np.ndarray]:
+    """Perplexity, and the most probable token at each position [windows, WINDOW]."""
+    loss, count = 0.0, 0
+    best = np.zeros((len(windows), WINDOW), np.int64)
+    for iteration in pieces(windows, one_by_one, executor.capacity.block_size):
+        logits = executor.logits([work for _, _, work in iteration])
+        row = 0
+        for index, start, work in iteration:
+            mine = logits[row : row + work.count].astype(np.float64)
+            row += work.count
+            best[index, start : start + work.count] = mine.argmax(axis=1)
+            targets = windows[index][start + 1 : start + 1 + work.count]
+            peak = mine.max(axis=1, keepdims=True)
+            total = peak[:, 0] + np.log(np.exp(mine - peak).sum(axis=1))
+            loss += float((total[: len(targets)] - mine[np.arange(len(targets)), targets]).sum())
+            count += len(targets)
+    return float(np.exp(loss / count)), best
+
+
+def main() -> None:
+    args: argparse.Namespace = parser(__doc__).parse_args()
+    facts = machine()
+    checkpoint = open_checkpoint(locate(say=lambda line: print(line, file=sys.stderr)))
+    if checkpoint.metadata is None:
+        raise SystemExit("the embedded model is a GGUF file; this is a folder")
+    ids = Text.from_gguf(checkpoint.metadata).encode(TEXT.read_text("utf-8"))
+    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)][: 3 if args.quick else None]
+    facts["tokens"] = len(windows) * WINDOW
+    rows = []
+    reference: tuple[float, np.ndarray] | None = None
+    runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True)]
+    for weights, kv, one_by_one in runs:
+        executor = OpenVINOExecutor(checkpoint, weights=weights, kv=kv, kv_bytes=1 << 30, max_model_len=WINDOW)
+        perplexity, best = evaluate(executor, windows, one_by_one)
+        executor.close()
+        reference = reference or (perplexity, best)
+        change = 100 * (perplexity / reference[0] - 1)
+        rows.append(
+            {
+                "weights": weights,
+                "KV": kv,
+                "run as": f"{DECODES} decodes" if one_by_one else f"chunks of {CHUNK}",
+                "perplexity": f"{perplexity:.4f}",
+                "against f32, %": f"{change:+.2f}",
+                "agree, %": f"{100 * float((best == reference[1]).mean()):.1f}",
+                "within 1 %": "" if (weights, kv) != ("int8", "u8") else "yes" if change <= LIMIT else "no",
+            }
+        )
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    show(f"Perplexity over {facts['tokens']} tokens", rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()
