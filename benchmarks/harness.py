@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 def show(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], file: Path | None) -> None:
     """Print `rows` as a table under `title`, with the machine below; write both to `file` if one is given."""
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(150, Console().width))
     table = Table(title=title, title_justify="left", box=None)
     for key in rows[0]:
         table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")

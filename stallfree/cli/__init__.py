@@ -26,12 +26,6 @@ def main() -> None:
     """Run the command line. What the user can mend ends in one line on standard error and exit code 1; a bug in a traceback."""
     try:
         app()
-    except (ValueError, MemoryError, OSError, RuntimeError) as error:
-        from stallfree.checkpoint.fetch import FetchError
-
-        if type(error) is RuntimeError:
-            raise
-        if isinstance(error, ValueError | MemoryError | OSError | FetchError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        raise
+    except (ValueError, MemoryError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
