@@ -69,6 +69,7 @@ class OpenVINOExecutor:
             self._cache.append(_huge_pages(num_blocks * int(np.prod(tail)) * i.get_element_type().size))
             self._request.set_tensor(i, ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
         self._results: list[StepResult] = []
+        self._warm_up()
 
     def submit(self, plan: Plan) -> None:
         """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run."""
@@ -88,6 +89,15 @@ class OpenVINOExecutor:
 
     def close(self) -> None:
         del self._request, self._cache
+
+    def _warm_up(self) -> None:
+        """The first runs compile kernels, for half a second: nobody's first token should wait for that. What they write into the
+        cache is written over before it is read."""
+        size, longest = self.capacity.block_size, self.capacity.max_model_len
+        for count in {1, min(64, longest, size * self.capacity.num_blocks)}:
+            blocks = tuple(range(-(-count // size)))
+            work = Work("warm-up", 0, count, True, False, (0,) * count, blocks, None, "", (), [])
+            self._forward([work], np.array([count - 1], np.int32))
 
     def _forward(self, work: Sequence[Work], rows: np.ndarray) -> np.ndarray:
         """Logits of `rows`, valid until the next call."""
