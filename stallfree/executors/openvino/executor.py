@@ -194,7 +194,7 @@ def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: 
     if available is not None and needed > available:
         raise MemoryError(
             f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
-            f"lower the memory for it (kv_bytes), or store it as u8"
+            f"give it less (kv_bytes; --kv-memory on the command line), or store it as u8"
         )
 
 
