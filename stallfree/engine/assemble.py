@@ -2,7 +2,6 @@
 that knows them all; what each of them does is theirs.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from stallfree.core.scheduler import Limits
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
+
+MOST_KV = 4 << 30
+"""Bytes of KV cache that are taken unasked, at the most."""
 
 EXECUTORS = {"openvino": "runs a model on this machine's processor", "simulated": "sleeps as a cost model says; no model"}
 
@@ -66,7 +68,7 @@ def assemble(
 def _openvino(options: Options, say: Callable[[str], None]) -> tuple[Executor, Text, str, str]:
     from stallfree.checkpoint import open_checkpoint
     from stallfree.checkpoint.fetch import EMBEDDED, locate
-    from stallfree.executors.openvino import OpenVINOExecutor
+    from stallfree.executors.openvino import OpenVINOExecutor, available_bytes
 
     path = locate(options.model, say)
     checkpoint = open_checkpoint(path)
@@ -76,7 +78,7 @@ def _openvino(options: Options, say: Callable[[str], None]) -> tuple[Executor, T
         checkpoint,
         weights=options.weights,
         kv=options.kv,
-        kv_bytes=options.kv_memory or min(_free_memory() // 4, 4 << 30),
+        kv_bytes=options.kv_memory or min((available_bytes() or MOST_KV) // 4, MOST_KV),
         max_model_len=options.max_model_len,
         threads=options.threads,
     )
@@ -100,12 +102,3 @@ def bytes_as_text() -> Text:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return Text(tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ())
-
-
-def _free_memory() -> int:
-    """Bytes that can be had now (Linux; elsewhere the physical memory, if it is known)."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,17 +2,9 @@
 `orca` in that KV is reserved for the prompt alone, so that outputs may have to be preempted.
 """
 
-from stallfree.core.draft import Draft
 from stallfree.core.policy import Reserve
+from stallfree.policies.orca import Orca
 
 
-class HybridOnly:
+class HybridOnly(Orca):
     reserve: Reserve = "prompt"
-    stall_free = True
-
-    def plan(self, draft: Draft) -> None:
-        for r in draft.decoding:
-            draft.decode(r)
-        for r in draft.waiting:
-            if not draft.admit(r, whole=True):
-                break

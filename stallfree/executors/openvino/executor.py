@@ -190,7 +190,7 @@ def _huge_pages(num_bytes: int) -> np.ndarray:
 def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: int) -> None:
     if num_blocks < 1:
         raise ValueError(f"kv_bytes {kv_bytes} is less than one block of {block_size} tokens, which takes {block_bytes} bytes")
-    needed, available = num_blocks * block_bytes, _available_bytes()
+    needed, available = num_blocks * block_bytes, available_bytes()
     if available is not None and needed > available:
         raise MemoryError(
             f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
@@ -198,7 +198,7 @@ def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: 
         )
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory that can be allocated without swapping, where the system says so (Linux)."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
