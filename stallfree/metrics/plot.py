@@ -33,6 +33,7 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
         for row, line in enumerate(rows):
             axis.plot([t - origin for t in line.tokens], [row] * len(line.tokens), ".", color="tab:blue", markersize=2.5)
         axis.set_xlim(0, window_s[1] - window_s[0])
+        axis.set_yticks(range(0, len(rows), 5))
         axis.set_ylabel("stream")
         axis.set_title(name, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
