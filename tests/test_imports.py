@@ -13,7 +13,7 @@ STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "core": ({"core"}, set()),
     "policies": ({"core", "policies"}, set()),
-    "checkpoint": ({"checkpoint"}, {"gguf", "httpx", "huggingface_hub", "numpy", "rich"}),
+    "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),

@@ -36,29 +36,28 @@ class LLM:
         self._assembled = assemble(Options(model=model, **options))
         self._engine = self._assembled.engine
         self._ids = itertools.count()
+        self._came: dict[str, list[Output]] = {}
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Complete one or many prompts, texts or token ids, batched; the completions in the prompts' order."""
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if single else prompts
-        requests = [self._submit(prompt, sampling) for prompt in many]
-        texts, last = {r.id: "" for r in requests}, dict[str, Output]()
-        for output in self._run():
-            texts[output.id] += output.text
-            last[output.id] = output
-        return [Completion(texts[r.id], tuple(r.output), last[r.id].finish_reason or "error", last[r.id].error) for r in requests]
+        texts = [""] * len(many)
+        tokens: list[tuple[int, ...]] = [()] * len(many)
+        last: dict[int, Output] = {}
+        for index, output in self._serve(many, sampling):
+            texts[index] += output.text
+            tokens[index] += output.tokens
+            last[index] = output
+        return [Completion(texts[i], tokens[i], last[i].finish_reason or "error", last[i].error) for i in range(len(many))]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
         """The completion's text as it comes. RuntimeError if the executor fails; leaving the iterator early ends the request."""
-        request = self._submit(prompt, sampling)
-        try:
-            for output in self._run():
-                if output.error:
-                    raise RuntimeError(output.error)
-                if output.text:
-                    yield output.text
-        finally:
-            self._engine.abort(request.id)
+        for _, output in self._serve([prompt], sampling):
+            if output.error:
+                raise RuntimeError(output.error)
+            if output.text:
+                yield output.text
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
         """The answer to a conversation: messages with `role` and `content`, through the model's template."""
@@ -76,9 +75,30 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self) -> Iterator[Output]:
-        while self._engine.busy:
-            yield from self._engine.step()
+    def _serve(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> Iterator[tuple[int, Output]]:
+        """The outputs of `prompts`, each with its prompt's index, as they come; those of other calls are kept for them.
+
+        All prompts are submitted or none, and whoever leaves early leaves nothing behind.
+        """
+        ids: list[str] = []
+        try:
+            for prompt in prompts:
+                ids.append(self._submit(prompt, sampling).id)
+                self._came[ids[-1]] = []
+            unfinished = set(ids)
+            while unfinished:
+                for output in self._engine.step():
+                    self._came[output.id].append(output)
+                for index, id in enumerate(ids):
+                    came, self._came[id] = self._came[id], []
+                    for output in came:
+                        if output.finish_reason is not None:
+                            unfinished.discard(id)
+                        yield index, output
+        finally:
+            for id in ids:
+                self._engine.abort(id)
+                self._came.pop(id, None)
 
     def _submit(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Request:
         from stallfree.executors.sampling import Sampling

@@ -1,0 +1,34 @@
+"""The engine for scripts, without a model: calls that overlap keep to themselves, and a refusal leaves nothing behind."""
+
+import pytest
+
+from stallfree import LLM
+from stallfree.core.request import Refused
+
+
+@pytest.fixture
+def llm():
+    with LLM(executor="simulated", max_model_len=64) as made:
+        yield made
+
+
+def test_streams_read_in_turn_get_each_their_own_text(llm):
+    alone = ["".join(llm.stream(prompt, max_tokens=9)) for prompt in ("a", "bcd")]
+    first, second = llm.stream("a", max_tokens=9), llm.stream("bcd", max_tokens=9)
+    pairs = list(zip(first, second, strict=True))
+    assert alone == ["".join(column) for column in zip(*pairs, strict=True)]
+
+
+def test_a_completion_during_a_stream_disturbs_neither(llm):
+    alone = "".join(llm.stream("a", max_tokens=9))
+    stream = llm.stream("a", max_tokens=9)
+    text = next(stream)
+    assert 5 == len(llm.generate("bcd", max_tokens=5)[0].tokens)
+    assert alone == text + "".join(stream)
+
+
+def test_a_refused_prompt_takes_the_others_of_its_call_with_it_and_nothing_else(llm):
+    with pytest.raises(Refused, match="prompt has 70 tokens"):
+        llm.generate(["a", "b" * 70], max_tokens=5)
+    assert not llm._engine.busy
+    assert ["length"] == [done.finish_reason for done in llm.generate(["a"], max_tokens=5)]
