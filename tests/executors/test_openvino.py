@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import pytest
 
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.core.plan import Plan, Work
 from stallfree.executors.openvino import OpenVINOExecutor
+from stallfree.executors.openvino import executor as module
 from tests.models import reference, write_folder, write_gguf
 
 pytest.importorskip("torch")
@@ -164,7 +164,7 @@ def test_every_combination_of_formats_is_close_to_exact(llama: Checkpoint, exact
     assert np.abs(got - expected).mean() < CLOSE * expected.std()
 
 
-@pytest.mark.skipif("BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no bfloat16 arithmetic")
+@pytest.mark.skipif(not module.has_bf16(), reason="no bfloat16 arithmetic")
 @pytest.mark.parametrize(("weights", "kv"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "u8")])
 def test_bfloat16_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, weights: str, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights=weights, kv=kv, kv_bytes=KV)
@@ -172,9 +172,18 @@ def test_bfloat16_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, 
     assert np.abs(got - expected).mean() < CLOSE * expected.std()
 
 
+def test_the_default_needs_no_bfloat16(llama: Checkpoint, exact: OpenVINOExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    plain = OpenVINOExecutor(llama, kv_bytes=KV)
+    expected, got = exact.logits([work(TOKENS)]), plain.logits([work(TOKENS)])
+    assert np.abs(got - expected).mean() < CLOSE * expected.std()
+    with pytest.raises(ValueError, match="no bfloat16 arithmetic; take weights 'int8' or 'f32'"):
+        OpenVINOExecutor(llama, weights="bf16", kv_bytes=KV)
+
+
 def test_a_width_that_no_group_divides_still_works(tmp_path: Path) -> None:
     model = write_folder(tmp_path, "llama", hidden_size=80, intermediate_size=144)
-    executor = OpenVINOExecutor(open_checkpoint(tmp_path), kv_bytes=KV)
+    executor = OpenVINOExecutor(open_checkpoint(tmp_path), kv="f32", kv_bytes=KV)
     expected = reference(model, TOKENS)
     assert np.abs(executor.logits([work(TOKENS)]) - expected).mean() < CLOSE * expected.std()
 

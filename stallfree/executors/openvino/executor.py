@@ -15,7 +15,7 @@ import openvino as ov
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.openvino.graph import INPUTS, build
-from stallfree.executors.openvino.weights import FORMATS, quantisation_group
+from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
 from stallfree.executors.sampling import sample
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
@@ -24,9 +24,9 @@ KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
-    `weights`: how matrices are stored, int8, bf16 or f32; the products of int8 are int8 too, with a scale for each group of
-    activations. `kv`: how keys and values are stored, u8, bf16 or f32. `kv_bytes`: memory for them. `max_model_len`: at most the
-    model's own. `threads`: None leaves it to the runtime.
+    `weights`: how matrices are stored, int8, bf16 or f32. Products are computed in bf16; on a CPU without it, those of int8
+    weights in int8, with a scale for each group of activations. `kv`: how keys and values are stored, u8, bf16 or f32.
+    `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
     """
@@ -52,8 +52,10 @@ class OpenVINOExecutor:
             raise ValueError(f"threads is {threads}, expected at least 1")
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or longest
-        model = build(checkpoint, weights, max_model_len)
-        compiled = ov.Core().compile_model(model, "CPU", _settings(weights, kv, threads, quantisation_group(checkpoint.config)))
+        compute = _compute_type(weights, kv)
+        group = quantisation_group(checkpoint.config) if weights == "int8" and compute == ov.Type.f32 else 0
+        model = build(Weights(checkpoint, weights, group), checkpoint.config, max_model_len)
+        compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised ones have their
@@ -152,12 +154,12 @@ def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
     return _i32(chain.from_iterable(values))
 
 
-def _settings(weights: str, kv: str, threads: int | None, group: int) -> dict[str, object]:
+def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dict[str, object]:
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
-        "INFERENCE_PRECISION_HINT": _compute_type(weights, kv),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group if weights == "int8" else 0,
+        "INFERENCE_PRECISION_HINT": compute,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
     if kv == "u8":
         # Keys are quantised by token like values: by channel, the scales of a block would change as it fills, and logits with them.
@@ -168,14 +170,22 @@ def _settings(weights: str, kv: str, threads: int | None, group: int) -> dict[st
 
 
 def _compute_type(weights: str, kv: str) -> ov.Type:
-    """What the graph computes in: bfloat16 or float32 as keys and values are, and float32 for int8 products, which quantise it."""
+    """What the graph computes in: what keys and values are stored in; beside u8, bfloat16 where the CPU has it, or float32, from
+    which the runtime quantises activations for int8 products."""
     if weights == "f32" and kv == "bf16":
         raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
-    if kv == "bf16" or (weights == "bf16" and kv == "u8"):
-        if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
+    if weights == "f32" or kv == "f32":
+        return ov.Type.f32
+    if has_bf16():
         return ov.Type.bf16
-    return ov.Type.f32
+    if weights == "int8" and kv == "u8":
+        return ov.Type.f32
+    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _huge_pages(num_bytes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.checkpoint import ModelConfig
 from stallfree.executors.openvino.weights import Weights, constant
 
 INPUTS = {
@@ -30,9 +30,8 @@ OPENVINO = "2026.4.1"
 """The version that the paged-attention operator's inputs below are written for: it is internal to the runtime, and grows."""
 
 
-def build(checkpoint: Checkpoint, weights: str, max_model_len: int) -> ov.Model:
-    """The graph: logits [sampled rows, vocabulary] float32. Positions up to `max_model_len`; `weights` is a format of `Weights`."""
-    config, source = checkpoint.config, Weights(checkpoint, weights)
+def build(source: Weights, config: ModelConfig, max_model_len: int) -> ov.Model:
+    """The graph: logits [sampled rows, vocabulary] float32. Positions up to `max_model_len`."""
     inputs = {name: _input(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
     cache: list[ov.op.Parameter] = []
     tables = _rotary_tables(config, inputs["position_ids"], max_model_len)

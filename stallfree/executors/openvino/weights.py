@@ -13,12 +13,12 @@ from stallfree.checkpoint import Checkpoint, ModelConfig
 FORMATS = ("int8", "bf16", "f32")
 
 GROUPS = (64, 96, 32)
-"""Widths of quantisation groups, the preferred first; docs/log.md has the measurements."""
+"""Widths of quantisation groups for int8 products, the preferred first; docs/log.md has the measurements."""
 
 
 def quantisation_group(config: ModelConfig) -> int:
-    """How many inputs of an int8 matrix, and activations before it, share a scale: a width that divides every matrix's. 0 if none
-    of `GROUPS` does: then a scale is an output channel's, and products are float."""
+    """How many inputs of an int8 matrix, and activations before it, share a scale where products are int8: a width that divides
+    every matrix's. 0 if none of `GROUPS` does: then a scale is an output channel's, and products are float."""
     widths = (config.hidden_size, config.num_heads * config.head_dim, config.ffn_size)
     return next((group for group in GROUPS if not any(width % group for width in widths)), 0)
 
@@ -26,11 +26,12 @@ def quantisation_group(config: ModelConfig) -> int:
 class Weights:
     """The tensors of `checkpoint` as graph nodes of type float32; matrices are stored as `form`, vectors as float32.
 
-    int8 is symmetric, with one scale s = max|w| / 127 for each group of an output channel's weights: round(w / s).
+    int8 is symmetric, with one scale s = max|w| / 127 for each `group` of an output channel's weights, or for all of them (0):
+    round(w / s).
     """
 
-    def __init__(self, checkpoint: Checkpoint, form: str) -> None:
-        self._checkpoint, self._form, self._group = checkpoint, form, quantisation_group(checkpoint.config)
+    def __init__(self, checkpoint: Checkpoint, form: str, group: int) -> None:
+        self._checkpoint, self._form, self._group = checkpoint, form, group
         self._shared: dict[tuple[str, ...], ov.Node] = {}
 
     def vector(self, *names: str) -> ov.Node:
@@ -52,11 +53,11 @@ class Weights:
             halves = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
             stored = ov.op.Constant(ov.Tensor(halves, list(values.shape), ov.Type.bf16), shared_memory=False)
             return ops.convert(stored, np.float32)
-        grouped = values.reshape(len(values), -1, self._group or values.shape[1])
-        scale = np.maximum(np.abs(grouped).max(axis=2, keepdims=True) / 127, np.float32(1e-12))
+        grouped = values.reshape(len(values), -1, self._group) if self._group else values
+        scale = np.maximum(np.abs(grouped).max(axis=-1, keepdims=True) / 127, np.float32(1e-12))
         quantised = constant(np.rint(grouped / scale).astype(np.int8))
         restored = ops.multiply(ops.convert(quantised, np.float32), constant(scale))
-        return ops.reshape(restored, constant(values.shape, np.int64), False)
+        return ops.reshape(restored, constant(values.shape, np.int64), False) if self._group else restored
 
 
 def constant(values: ArrayLike, kind: DTypeLike | None = None) -> ov.Node:
