@@ -23,11 +23,13 @@ class Draft:
 
     Reads: `now` (s); `left`, tokens that still fit; `running`, `decoding` (one token short: ready decodes) and `prefilling` (more
     to catch up on), each in order of priority, then arrival, as they stood when the page was empty; `waiting`, the same order;
-    `shape`, what is written so far. Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`.
+    `shape`, what is written so far. Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. Notes that go into the record unread:
+    `limit_s` and `margin` (see `Plan`).
     """
 
     __slots__ = (
-        "_admitted", "_block_size", "_passed", "_scheduler", "_work", "budget", "decoding", "left", "now", "prefilling", "reason",
+        "_admitted", "_block_size", "_passed", "_scheduler", "_work", "budget", "decoding", "left", "limit_s",
+        "margin", "now", "prefilling", "reason",
     )  # fmt: skip
 
     def __init__(self, scheduler: Scheduler, now: float):
@@ -39,6 +41,8 @@ class Draft:
         self.now = now
         self.left = self.budget = scheduler.limits.max_tokens
         self.reason = "the engine's limit"
+        self.limit_s: float | None = None
+        self.margin: float | None = None
         self.decoding: list[Request] = []
         self.prefilling: list[Request] = []
         for r in scheduler.running:
@@ -144,7 +148,8 @@ class Draft:
         stalled = tuple(r.id for r in self.decoding if r not in self._work)
         work = tuple(self._work.values())
         cached = tuple((r.id, r.num_cached) for r in self._admitted if r in self._work)
-        return Plan(step, self.now, work, preempted, stalled, cached, self.budget, self.reason), list(self._work)
+        plan = Plan(step, self.now, work, preempted, stalled, cached, self.budget, self.reason, self.limit_s, self.margin)
+        return plan, list(self._work)
 
     def _write(self, request: Request, count: int) -> None:
         start = request.num_planned

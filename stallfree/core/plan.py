@@ -38,7 +38,8 @@ class Plan:
     """One iteration. `now` in seconds; `preempted`, `stalled`: request ids; `budget` in tokens, with its `reason` in words.
 
     `stalled` are the ready decodes that got no token in this iteration: the generation stalls. `cached`: (id, tokens found in the
-    prefix cache) of the requests that this iteration admits.
+    prefix cache) of the requests that this iteration admits. `limit_s`: seconds that the policy allowed the iteration, None if it
+    set no limit; `margin`: what it multiplied the expected time with, to be within that limit as often as promised.
     """
 
     step: int
@@ -49,6 +50,8 @@ class Plan:
     cached: tuple[tuple[str, int], ...] = ()
     budget: int = 0
     reason: str = ""
+    limit_s: float | None = None
+    margin: float | None = None
 
     @property
     def shape(self) -> list[tuple[int, int]]:

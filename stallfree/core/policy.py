@@ -2,10 +2,12 @@
 and what KV is reserved at admission. It keeps no clock and owns no request.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from stallfree.core.draft import Draft
-from stallfree.core.plan import Shape
+from stallfree.core.plan import Plan, Shape
+from stallfree.core.request import Request
 
 Reserve = Literal["chunk", "prompt", "max"]
 
@@ -23,7 +25,23 @@ class Policy(Protocol):
     def plan(self, draft: Draft) -> None: ...
 
 
-class CostModel(Protocol):
-    """Seconds that an iteration of this shape takes."""
+class Learner(Policy, Protocol):
+    """A policy that looks at what became of its plans."""
 
-    def seconds(self, shape: Shape) -> float: ...
+    def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
+        """`plan` ran without error and was complete at `now`; `requests` are those of its work, as they were before that."""
+
+
+class CostModel(Protocol):
+    """What an iteration costs."""
+
+    def seconds(self, shape: Shape) -> float:
+        """Seconds that an iteration of this shape takes."""
+
+    def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
+        """How many tokens from position `start`, `most` at the most, an iteration of this shape can take in and stay within
+        `limit` seconds; an efficient number of them, where the executor has such.
+        """
+
+    def learn(self, shape: Shape, seconds: float) -> None:
+        """An iteration of this shape took `seconds`."""

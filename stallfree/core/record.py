@@ -3,15 +3,88 @@ read records and nothing else. Token values and text are not in them.
 """
 
 import json
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Self
+from hashlib import blake2b
+from typing import Any, NamedTuple, Self
 
-from stallfree.core.plan import Plan, StepResult
+from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Scheduler
+from stallfree.core.scheduler import Limits, Scheduler
 
-VERSION = 1
+VERSION = 2
+
+
+class Arrived(NamedTuple):
+    """A request as it came in: `arrival` in seconds, sizes in tokens, its own latency targets in words ("" for none), and the
+    fingerprints of its prompt's whole KV blocks, if they were taken."""
+
+    id: str
+    arrival: float
+    prompt_tokens: int
+    max_tokens: int
+    priority: int
+    slo: str = ""
+    blocks: tuple[int, ...] = ()
+
+
+class Finished(NamedTuple):
+    """A request that ended, why, and the fingerprints of the whole KV blocks behind its prompt's."""
+
+    id: str
+    reason: str
+    blocks: tuple[int, ...] = ()
+
+
+class Fingerprints:
+    """Numbers that are equal for KV blocks of equal content behind equal content, and say nothing else about it: replay finds the
+    prefixes that requests shared by them. `key` is secret, of the run, and never written.
+    """
+
+    def __init__(self, block_size: int, key: bytes):
+        self._block_size, self._key = block_size, key
+
+    def prompt(self, request: Request) -> tuple[int, ...]:
+        return tuple(self._blocks(request, len(request.prompt)))
+
+    def output(self, request: Request) -> tuple[int, ...]:
+        return tuple(self._blocks(request, request.num_tokens))[len(request.prompt) // self._block_size :]
+
+    def _blocks(self, request: Request, length: int) -> Iterator[int]:
+        digest = request.adapter.encode()
+        for start in range(0, length - self._block_size + 1, self._block_size):
+            content = array("q", request.tokens(start, start + self._block_size)).tobytes()
+            digest = blake2b(digest + content, digest_size=6, key=self._key).digest()
+            yield int.from_bytes(digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all iterations of a run have in common: the first line of its file. `policy` by name, with its `options`; `slo` in
+    words; `cost`: the state of the cost model at the start, if the policy has one.
+    """
+
+    policy: str
+    capacity: Capacity
+    limits: Limits
+    reuse: bool = True
+    slo: str = ""
+    options: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps({"version": VERSION, "run": asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Raises ValueError for a line that does not begin a run of this version."""
+        values = _values(line).get("run")
+        if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
+            raise ValueError(f"a record file begins with a line that describes the run; this one with {line[:80]!r}")
+        values["capacity"], values["limits"] = Capacity(**values["capacity"]), Limits(**values["limits"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +92,9 @@ class StepRecord:
     """Times in seconds since the run's origin: planning began at `t_plan`, the executor at `t_start` and ended at `t_end`.
 
     `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
-    the requests admitted. `arrived`: (id, arrival, prompt tokens, max_tokens, priority) since the last record; `finished`:
-    (id, reason), likewise. `preempted`, `stalled`: ids, the latter the ready decodes that got no token. `num_running`,
-    `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its `reason`. `error`: the executor's, if it failed.
+    the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready decodes that got no token. `num_running`,
+    `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's,
+    if it failed.
     """
 
     step: int
@@ -31,8 +104,8 @@ class StepRecord:
     work: list[tuple[str, int, int]]
     emitted: list[str]
     cached: list[tuple[str, int]]
-    arrived: list[tuple[str, float, int, int, int]]
-    finished: list[tuple[str, str]]
+    arrived: list[Arrived]
+    finished: list[Finished]
     preempted: list[str]
     stalled: list[str]
     num_running: int
@@ -40,6 +113,8 @@ class StepRecord:
     free_blocks: int
     budget: int
     reason: str
+    limit_s: float | None = None
+    margin: float | None = None
     error: str | None = None
 
     @classmethod
@@ -51,8 +126,9 @@ class StepRecord:
         times: tuple[float, float, float],
         arrived: Iterable[Request],
         finished: Iterable[Request],
+        prints: Fingerprints | None = None,
     ) -> Self:
-        """The record of a completed plan; `times` are (t_plan, t_start, t_end)."""
+        """The record of a completed plan; `times` are (t_plan, t_start, t_end); `prints` takes fingerprints of KV blocks."""
         lost = result.failed if result.error is None else {w.id: result.error for w in plan.work}
         return cls(
             plan.step,
@@ -60,8 +136,19 @@ class StepRecord:
             work=[(w.id, w.start, w.count) for w in plan.work],
             emitted=[w.id for w in plan.work if w.samples and w.id not in lost],
             cached=list(plan.cached),
-            arrived=[(r.id, r.arrival, len(r.prompt), r.max_tokens, r.priority) for r in arrived],
-            finished=[(r.id, str(r.finish_reason)) for r in finished],
+            arrived=[
+                Arrived(
+                    r.id,
+                    r.arrival,
+                    len(r.prompt),
+                    r.max_tokens,
+                    r.priority,
+                    "" if r.slo is None else str(r.slo),
+                    () if prints is None else prints.prompt(r),
+                )
+                for r in arrived
+            ],
+            finished=[Finished(r.id, str(r.finish_reason), () if prints is None else prints.output(r)) for r in finished],
             preempted=list(plan.preempted),
             stalled=list(plan.stalled),
             num_running=len(scheduler.running),
@@ -69,6 +156,8 @@ class StepRecord:
             free_blocks=scheduler.pool.num_free,
             budget=plan.budget,
             reason=plan.reason,
+            limit_s=plan.limit_s,
+            margin=plan.margin,
             error=result.error,
         )
 
@@ -79,14 +168,41 @@ class StepRecord:
     @classmethod
     def from_json(cls, line: str) -> Self:
         """Raises ValueError for a line that is not a whole record of this version."""
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"not a record, or one cut short: {line[:80]!r} ({error})") from None
-        if not isinstance(values, dict) or values.pop("version", None) != VERSION:
-            raise ValueError(f"not a record of version {VERSION}: {line[:80]!r}")
+        values = _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "arrived", "finished"):
+        for name in ("work", "cached"):
             values[name] = [tuple(row) for row in values[name]]
+        values["arrived"] = [Arrived(*row[:-1], tuple(row[-1])) for row in values["arrived"]]
+        values["finished"] = [Finished(*row[:-1], tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
+
+
+def read(lines: Iterable[str]) -> tuple[Run, list[StepRecord]]:
+    """A run from the lines of its file. Raises ValueError naming the line that is none."""
+    run: Run | None = None
+    records: list[StepRecord] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if run is None:
+                run = Run.from_json(line)
+            else:
+                records.append(StepRecord.from_json(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+    if run is None:
+        raise ValueError("the file is empty; a record file begins with a line that describes the run")
+    return run, records
+
+
+def _values(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not a record, or one cut short: {line[:80]!r} ({error})") from None
+    version = values.pop("version", None) if isinstance(values, dict) else None
+    if version != VERSION:
+        raise ValueError(
+            f"not a record of version {VERSION} but of {version}: {line[:80]!r}; record the run again with this release"
+        )
+    return dict(values)

@@ -8,6 +8,8 @@ arrival.
 from collections.abc import Sequence
 from enum import Enum
 
+from stallfree.core.slo import Slo
+
 
 class Refused(ValueError):
     """A request that can never be served as asked. `field` names the part of it that is at fault."""
@@ -30,18 +32,18 @@ class Request:
 
     Written by the user of the scheduler, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens`
     (output tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id
-    counts), `arrival` (seconds, any origin), `priority` (lower is served first), `tenant`, `slo`, `adapter`, and `sampling`,
-    which the scheduler passes on unread.
+    counts), `arrival` (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None),
+    `adapter`, and `sampling`, which the scheduler passes on unread.
 
     Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
     output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
     `num_cached` (prompt tokens found in the prefix cache at the last admission), `status`, `finish_reason` ("stop", "length",
-    "abort" or "error"), `num_preemptions`, and the place in the queue, `key`, with `ticket`, the live queue entry.
+    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; None before), and the place in the queue, `key`, with `ticket`, the live queue entry.
     `num_shared` and `prefix` belong to the block pool: the leading blocks that it has indexed, and the last one's node.
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "finish_reason", "id", "in_flight", "key", "max_tokens", "min_tokens", "num_cached",
+        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "max_tokens", "min_tokens", "num_cached",
         "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output", "prefix", "priority", "prompt",
         "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
     )  # fmt: skip
@@ -57,7 +59,7 @@ class Request:
         arrival: float = 0.0,
         priority: int = 0,
         tenant: str = "",
-        slo: object = None,
+        slo: Slo | None = None,
         adapter: str = "",
         sampling: object = None,
     ):
@@ -85,6 +87,8 @@ class Request:
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_preemptions = 0
+        self.first_token: float | None = None
+        self.last_token: float | None = None
         self.key: tuple[int, float, int] = (priority, arrival, 0)
         self.ticket = 0
 

@@ -11,7 +11,7 @@ It is driven from outside: time comes in as an argument, plans complete in the o
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stallfree.core.draft import Draft
@@ -105,6 +105,7 @@ class Scheduler:
         self.step = 0
         self._arrivals = 0
         self._preempted: list[str] = []
+        self._learn: Callable[[Plan, Sequence[Request], float], None] | None = getattr(policy, "learn", None)
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
 
     def validate(self, request: Request) -> None:
@@ -189,6 +190,8 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} with the result of step {result.step} is not the oldest plan in flight")
         _, requests = self._in_flight.popleft()
+        if self._learn is not None and result.error is None:
+            self._learn(plan, requests, now)
         done: list[Request] = []
         block_size = self.pool.block_size
         tokens, failed = result.tokens, result.error is not None or result.failed
@@ -205,7 +208,7 @@ class Scheduler:
                 if computed >= (request.num_shared + 1) * block_size:
                     self.pool.commit(request)
                 if work.samples:
-                    reason = self._append(request, tokens[work.id])
+                    reason = self._append(request, tokens[work.id], now)
             if reason is not None:
                 self._finish(request, reason)
                 del self.requests[request.id]
@@ -252,9 +255,12 @@ class Scheduler:
         request.key = (request.priority, request.arrival, self._arrivals)
         self.requests[request.id] = request
 
-    def _append(self, request: Request, tokens: Sequence[int]) -> str | None:
+    def _append(self, request: Request, tokens: Sequence[int], now: float) -> str | None:
         """Add the sampled tokens; the finish reason if one of them ends the request."""
         output = request.output
+        if not output:
+            request.first_token = now
+        request.last_token = now
         for token in tokens:
             output.append(token)
             request.num_tokens += 1

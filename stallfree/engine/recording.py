@@ -4,13 +4,15 @@ import logging
 from pathlib import Path
 from typing import BinaryIO
 
-from stallfree.core.record import StepRecord
+from stallfree.core.record import Run, StepRecord
 
 log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """Writes StepRecords to a new file at `path`. Raises ValueError if there is one already: a run is not written over another."""
+    """A new file at `path`: one line for the run (`begin`), one for each iteration (`write`). Raises ValueError if there is one
+    already: a run is not written over another.
+    """
 
     def __init__(self, path: Path):
         self._path = path
@@ -21,16 +23,22 @@ class RecordFile:
         except OSError as error:
             raise ValueError(f"the record file {path} cannot be written: {error.strerror}") from error
 
+    def begin(self, run: Run) -> None:
+        self._write(run.to_json())
+
     def write(self, record: StepRecord) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(f"{record.to_json()}\n".encode())
-        except OSError as error:
-            log.error("recording to %s ends at step %d: %s", self._path, record.step, error)
-            self.close()
+        if self._file is not None:
+            self._write(record.to_json())
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _write(self, line: str) -> None:
+        try:
+            if self._file is not None:
+                self._file.write(f"{line}\n".encode())
+        except OSError as error:
+            log.error("recording to %s ends: %s", self._path, error)
+            self.close()

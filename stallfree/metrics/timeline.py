@@ -41,8 +41,8 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
     """Every request that arrived in these records, by id."""
     found: dict[str, Timeline] = {}
     for r in records:
-        for id, arrival, prompt_tokens, _, _ in r.arrived:
-            found[id] = Timeline(id, arrival, prompt_tokens)
+        for request in r.arrived:
+            found[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
         for id, _, _ in r.work:
             if found[id].scheduled is None:
                 found[id].scheduled = r.t_start
@@ -50,7 +50,7 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
             found[id].tokens.append(r.t_end)
         for id in r.stalled:
             found[id].stalls += 1
-        for id, reason in r.finished:
+        for id, reason, _ in r.finished:
             found[id].finished, found[id].reason = r.t_end, reason
     return found
 

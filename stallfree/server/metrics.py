@@ -47,9 +47,9 @@ class Metrics:
 
     def record(self, step: StepRecord) -> None:
         """Count one iteration. Called in the engine's thread, after each."""
-        for id, arrival, prompt, _, _ in step.arrived:
-            self._since[id] = arrival
-            self._prompt.inc(prompt)
+        for request in step.arrived:
+            self._since[request.id] = request.arrival
+            self._prompt.inc(request.prompt_tokens)
         decoded = sum(count for id, _, count in step.work if count == 1 and id in self._decoding)
         self._decode.inc(decoded)
         self._prefill.inc(sum(count for _, _, count in step.work) - decoded)
@@ -66,7 +66,7 @@ class Metrics:
                 (self._tbt if id in self._decoding else self._ttft).observe(step.t_end - since)
                 self._since[id] = step.t_end
                 self._decoding.add(id)
-        for id, reason in step.finished:
+        for id, reason, _ in step.finished:
             self._finished.labels(reason).inc()
             self._since.pop(id, None)
             self._decoding.discard(id)

@@ -20,8 +20,8 @@ def test_a_record_cut_short_is_refused(line):
 
 
 def test_a_record_of_another_version_is_refused(line):
-    with pytest.raises(ValueError, match="version 1"):
-        StepRecord.from_json(line.replace('"version":1', '"version":99'))
+    with pytest.raises(ValueError, match="of version 2 but of 99"):
+        StepRecord.from_json(line.replace('"version":2', '"version":99'))
 
 
 def test_a_record_with_a_field_missing_is_refused(line):
@@ -30,4 +30,4 @@ def test_a_record_with_a_field_missing_is_refused(line):
 
 
 def test_a_record_says_who_arrived_and_what_they_asked_for(line):
-    assert [("a", 0.0, 5, 2, 0)] == StepRecord.from_json(line).arrived
+    assert [("a", 0.0, 5, 2, 0, "", ())] == StepRecord.from_json(line).arrived

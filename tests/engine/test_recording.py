@@ -5,21 +5,24 @@ from pathlib import Path
 import pytest
 
 from stallfree.core.plan import Capacity
-from stallfree.core.record import StepRecord
+from stallfree.core.record import Run, read
 from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits
 from stallfree.engine.recording import RecordFile
 from stallfree.policies.sarathi import Sarathi
 from tests.virtual import run
 
+RUN = Run("sarathi", Capacity(16, 10, 100), Limits(), slo="tbt=100ms@p99", options={"token_budget": 64})
 RECORDS = run(Sarathi(), [Request("a", range(5), 3)], Capacity(16, 10, 100))
 
 
 def test_what_is_written_is_read_back(tmp_path):
     file = RecordFile(tmp_path / "run.jsonl")
+    file.begin(RUN)
     for record in RECORDS:
         file.write(record)
     file.close()
-    assert RECORDS == [StepRecord.from_json(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert (RUN, RECORDS) == read((tmp_path / "run.jsonl").read_text().splitlines())
 
 
 def test_a_run_is_not_written_over_another(tmp_path):

@@ -1,0 +1,98 @@
+"""A latency target, in words and in numbers: `ttft=2s@p90,tbt=100ms@p99`. It says what is wanted and knows nothing of how to meet it."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_ITEM = re.compile(r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.eE]+)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?")
+_EXAMPLE = "write ttft=2s@p90,tbt=100ms@p99, or a part of it"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """At most `seconds`, in `percentile` per cent of the cases."""
+
+    seconds: float
+    percentile: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"a latency target is a time above 0, not {self.seconds:g} s; {_EXAMPLE}")
+        if not 50 <= self.percentile < 100:
+            raise ValueError(
+                f"p{self.percentile:g} is not a percentile that can be promised; take one from p50 to below p100, as p99"
+            )
+
+    @property
+    def late_share(self) -> float:
+        """The share of the cases that may be late."""
+        return 1 - self.percentile / 100
+
+    def __str__(self) -> str:
+        milliseconds = self.seconds * 1e3
+        time = f"{milliseconds:g}ms" if milliseconds < 1000 else f"{self.seconds:g}s"
+        return f"{time}@p{self.percentile:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Targets; None is none. `ttft`: arrival to first token. `tbt`: between any two consecutive tokens of a request, strictly.
+    `tpot`: an envelope: token i is due i times that after the first one was due, so that early tokens bank slack.
+    """
+
+    ttft: Target | None = None
+    tbt: Target | None = None
+    tpot: Target | None = None
+
+    def __post_init__(self) -> None:
+        if self.tbt is not None and self.tpot is not None:
+            raise ValueError("tbt and tpot both say when the next token is due; give one of them")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Targets from words: name=time[@percentile], with commas between; times in us, ms or s. Without a percentile: p99, for
+        ttft p90. Raises ValueError that says what to write instead.
+        """
+        found: dict[str, Target] = {}
+        known = [f.name for f in fields(cls)]
+        for item in text.split(","):
+            match = _ITEM.fullmatch(item.strip())
+            if match is None:
+                raise ValueError(f"{item.strip()!r} is not a latency target; {_EXAMPLE}")
+            name, number, unit = match["name"].strip(), match["number"], match["unit"]
+            if name not in known:
+                raise ValueError(f"unknown latency target {name!r}; known are {', '.join(known)}")
+            if name in found:
+                raise ValueError(f"two targets for {name}; give one")
+            if unit not in UNITS:
+                wrong = f"has the unknown unit {unit!r}" if unit else "has no unit"
+                raise ValueError(f"{name}={number} {wrong}; write {name}={number}ms or {name}={number}s")
+            found[name] = Target(
+                _number(number, item) * UNITS[unit], _percentile(match["percentile"], 90.0 if name == "ttft" else 99.0)
+            )
+        return cls(**found)
+
+    def within(self, default: "Slo") -> "Slo":
+        """These targets, and those of `default` where there are none."""
+        pace = {"tbt": self.tbt, "tpot": self.tpot} if self.tbt or self.tpot else {"tbt": default.tbt, "tpot": default.tpot}
+        return replace(default, ttft=self.ttft or default.ttft, **pace)
+
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def _number(text: str, item: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} in {item.strip()!r} is not a number; {_EXAMPLE}") from None
+
+
+def _percentile(text: str | None, default: float) -> float:
+    if text is None:
+        return default
+    match = re.fullmatch(r"[pP]?([0-9]+(?:\.[0-9]+)?)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a percentile; write @p99")
+    return float(match[1])
