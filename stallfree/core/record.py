@@ -92,9 +92,9 @@ class StepRecord:
     """Times in seconds since the run's origin: planning began at `t_plan`, the executor at `t_start` and ended at `t_end`.
 
     `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
-    the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready decodes that got no token. `num_running`,
-    `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's,
-    if it failed.
+    the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready
+    decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its
+    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed.
     """
 
     step: int

@@ -38,14 +38,15 @@ class Request:
     Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
     output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
     `num_cached` (prompt tokens found in the prefix cache at the last admission), `status`, `finish_reason` ("stop", "length",
-    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; None before), and the place in the queue, `key`, with `ticket`, the live queue entry.
+    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; None before), and the place in the
+    queue, `key`, with `ticket`, the live queue entry.
     `num_shared` and `prefix` belong to the block pool: the leading blocks that it has indexed, and the last one's node.
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "max_tokens", "min_tokens", "num_cached",
-        "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output", "prefix", "priority", "prompt",
-        "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
+        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "max_tokens",
+        "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output",
+        "prefix", "priority", "prompt", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
     )  # fmt: skip
 
     def __init__(

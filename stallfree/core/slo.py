@@ -1,4 +1,4 @@
-"""A latency target, in words and in numbers: `ttft=2s@p90,tbt=100ms@p99`. It says what is wanted and knows nothing of how to meet it."""
+"""A latency target, in words and in numbers: `ttft=2s@p90,tbt=100ms@p99`. It says what is wanted, not how."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -20,9 +20,7 @@ class Target:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"a latency target is a time above 0, not {self.seconds:g} s; {_EXAMPLE}")
         if not 50 <= self.percentile < 100:
-            raise ValueError(
-                f"p{self.percentile:g} is not a percentile that can be promised; take one from p50 to below p100, as p99"
-            )
+            raise ValueError(f"p{self.percentile:g} cannot be promised; take a percentile from p50 to below p100, as p99")
 
     @property
     def late_share(self) -> float:

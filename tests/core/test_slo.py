@@ -28,7 +28,7 @@ def test_words_become_numbers(text: str, expected: Slo) -> None:
         ("tbt=0ms", "a time above 0"),
         ("tbt=100", "write tbt=100ms or tbt=100s"),
         ("tbt=100m", "unknown unit 'm'"),
-        ("tbt=100ms@p0", "p0 is not a percentile"),
+        ("tbt=100ms@p0", "p0 cannot be promised"),
         ("tbt=100ms@p100", "below p100"),
         ("tbt=100ms@often", "write @p99"),
         ("tbt=1.2.3ms", "is not a number"),
