@@ -12,7 +12,8 @@ STDLIB = set(sys.stdlib_module_names)
 # Package -> (packages of ours, libraries) that it may import when loaded or later. `cli` is free, and lazy.
 ALLOWED = {
     "core": ({"core"}, set()),
-    "policies": ({"core", "policies"}, set()),
+    "policies": ({"core", "perf", "policies"}, set()),
+    "perf": ({"core", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
