@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from stallfree.core.plan import Shape
 
-FEATURES = ("iteration", "tokens", "decode context", "prefill attention", "sampled rows")
-"""1; the iteration's tokens; tokens of KV that its decodes read; pairs of query and key in its prefill chunks; its pieces of work,
-of which each yields at most one row of logits."""
+FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
+"""1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks; its
+pieces of work, of which each yields at most one row of logits."""
 
-SCALE = (1.0, 100.0, 10_000.0, 100_000.0, 10.0)
+SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0)
 """What a feature is counted in, so that all are of one order and the sums well conditioned."""
 
 ANCHOR = 50.0
@@ -52,7 +52,7 @@ class Fitted:
     Identification, chapter 11), and solved for prices that are not negative by coordinate descent from where they stood.
     """
 
-    def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.005, 0.01), quantum: int = 1):
+    def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1):
         if len(prices) != len(FEATURES) or not all(0 <= price < inf for price in prices) or not any(prices):
             raise ValueError(f"prices are {len(FEATURES)} times in seconds, none negative and not all 0; these are {list(prices)}")
         if quantum < 1:
@@ -102,8 +102,9 @@ class Fitted:
         return self.pace * _product(self.prices, features(shape))
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
-        _, per_token, _, per_pair, per_row = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
-        spare = limit - self.seconds(shape) - per_row
+        prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
+        _, per_token, _, per_context, per_pair, per_row = prices
+        spare = limit - self.seconds(shape) - per_row - per_context * start
         if spare <= 0:
             return 0
         # A chunk of c tokens costs linear x c + square x c^2.
@@ -146,15 +147,17 @@ class Fitted:
 
 def features(shape: Shape) -> Row:
     """The `FEATURES` of an iteration, counted in `SCALE`."""
-    tokens = context = 0
+    tokens = decoding = prefilling = 0
     pairs = 0.0
     for start, count in shape:
         tokens += count
         if count == 1:
-            context += start
+            decoding += start
         else:
+            prefilling += start
             pairs += count * (start + (count + 1) / 2)
-    return [1.0, tokens / SCALE[1], context / SCALE[2], pairs / SCALE[3], len(shape) / SCALE[4]]
+    found = (1, tokens, decoding, prefilling, pairs, len(shape))
+    return [value / scale for value, scale in zip(found, SCALE, strict=True)]
 
 
 def _product(a: Iterable[float], b: Iterable[float]) -> float:
