@@ -96,11 +96,13 @@ class StallAccount:
     due or came, whichever is later. `present`: requests that arrived before the first record; they are judged from the first
     token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
 
-    `iteration` is what the latest record did.
+    Of the latest record: `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in seconds.
     """
 
     def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
         self.iteration = Iteration(-1, 0.0, 0, ())
+        self.gaps: list[float] = []
+        self.ttfts: list[float] = []
         self._slo = slo or Slo()
         self._streams: dict[str, _Stream] = {}
         self._meet(present)
@@ -110,6 +112,8 @@ class StallAccount:
         stalls: list[Stall] = []
         self._meet(step.arrived)
         self.iteration = self._iteration(step)
+        gaps = self.gaps = []
+        self.ttfts = []
         streams, t = self._streams, step.t_end
         for id in step.preempted:
             if id in streams:
@@ -121,15 +125,13 @@ class StallAccount:
             stream = streams.get(id)
             if stream is None:
                 continue
-            last = stream.last
-            if last is not None and t > stream.due:
-                stalls.append(self._late(step, id, stream, t - last))
-            if not stream.envelope:
-                stream.due = t + stream.pace
-            elif last is None:
-                stream.due = max(stream.arrival + stream.ttft_s, t) + stream.pace
+            if stream.last is None:
+                self._begin(step, id, stream)
             else:
-                stream.due += stream.pace
+                gaps.append(t - stream.last)
+                if t > stream.due:
+                    stalls.append(self._late(step, id, stream, t - stream.last))
+                stream.due = (stream.due if stream.envelope else t) + stream.pace
             stream.last, stream.waited = t, None
         for ended in step.finished:
             streams.pop(ended.id, None)
@@ -149,6 +151,12 @@ class StallAccount:
                 prefills.append((id, count))
         prefills.sort(key=lambda prefill: -prefill[1])
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))
+
+    def _begin(self, step: StepRecord, id: str, stream: _Stream) -> None:
+        """The first token seen; the request's first if it was sampled behind the prompt."""
+        if any(start + count == stream.prompt_tokens for other, start, count in step.work if other == id):
+            self.ttfts.append(step.t_end - stream.arrival)
+        stream.due = (max(stream.arrival + stream.ttft_s, step.t_end) if stream.envelope else step.t_end) + stream.pace
 
     def _left_out(self, step: StepRecord, id: str, stream: _Stream) -> Stall:
         now = self.iteration

@@ -129,6 +129,14 @@ def test_those_present_before_the_first_record_are_judged_from_their_first_token
     assert ["late"] == [stall.kind for stall in account.record(step(8, 5.1, 5.3, DECODE))]
 
 
+def test_only_a_request_s_first_token_has_a_ttft_and_only_those_after_it_a_gap():
+    account = StallAccount(None, [arrived("old")])
+    account.record(step(5, 0.5, 0.75, [("a", 0, 10), ("old", 12, 1)], arrived=[arrived("a", arrival=0.25)], emitted=["a", "old"]))
+    assert ([0.5], []) == (account.ttfts, account.gaps)
+    account.record(step(6, 0.75, 1.0, [("a", 10, 1), ("old", 13, 1)], emitted=["a", "old"]))
+    assert ([], [0.25, 0.25]) == (account.ttfts, account.gaps)
+
+
 def test_those_who_have_ended_or_are_unknown_are_not_judged():
     end = step(1, 0.02, 0.04, DECODE, finished=[Finished("a", "abort")])
     assert [] == judge([FIRST, end, step(2, 0.04, 9.0, DECODE, emitted=["a", "x"], stalled=["y"], preempted=["z"])])
