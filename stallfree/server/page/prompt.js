@@ -15,7 +15,7 @@ export function promptBox(authorization) {
     event.preventDefault();
     if (stopper) return;
     stopper = new AbortController();
-    $("send").disabled = true;
+    $("send").hidden = true;
     $("stop").hidden = false;
     $("answer").hidden = false;
     $("answer").textContent = "";
@@ -26,7 +26,7 @@ export function promptBox(authorization) {
       note(error.name === "AbortError" ? "stopped" : error.message || String(error), error.name !== "AbortError");
     } finally {
       stopper = null;
-      $("send").disabled = false;
+      $("send").hidden = false;
       $("stop").hidden = true;
     }
   });
