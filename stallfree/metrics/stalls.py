@@ -4,7 +4,6 @@ It is fed records one by one, so it serves a file and a live server alike. It kn
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from stallfree.core.record import Arrived, StepRecord
@@ -25,8 +24,7 @@ class Iteration(NamedTuple):
     prefills: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stall:
+class Stall(NamedTuple):
     """A ready decode that iteration `step` left out, or a token that came late in it, at `t` (s, the run's).
 
     `gap_s`: since the request's token before, or at least that if its time is not in the records. `late_s`: after the token was
@@ -115,6 +113,7 @@ class StallAccount:
         gaps = self.gaps = []
         self.ttfts = []
         streams, t = self._streams, step.t_end
+        reached: dict[str, int] = {}
         for id in step.preempted:
             if id in streams:
                 streams[id].waited = ("preempted", self.iteration)
@@ -126,7 +125,8 @@ class StallAccount:
             if stream is None:
                 continue
             if stream.last is None:
-                self._begin(step, id, stream)
+                reached = reached or {id: start + count for id, start, count in step.work}
+                self._begin(stream, t, reached.get(id))
             else:
                 gaps.append(t - stream.last)
                 if t > stream.due:
@@ -152,11 +152,11 @@ class StallAccount:
         prefills.sort(key=lambda prefill: -prefill[1])
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))
 
-    def _begin(self, step: StepRecord, id: str, stream: _Stream) -> None:
-        """The first token seen; the request's first if it was sampled behind the prompt."""
-        if any(start + count == stream.prompt_tokens for other, start, count in step.work if other == id):
-            self.ttfts.append(step.t_end - stream.arrival)
-        stream.due = (max(stream.arrival + stream.ttft_s, step.t_end) if stream.envelope else step.t_end) + stream.pace
+    def _begin(self, stream: _Stream, t: float, reached: int | None) -> None:
+        """The first token seen, sampled behind the token `reached`; the request's first if that was the prompt's last."""
+        if reached == stream.prompt_tokens:
+            self.ttfts.append(t - stream.arrival)
+        stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
 
     def _left_out(self, step: StepRecord, id: str, stream: _Stream) -> Stall:
         now = self.iteration
