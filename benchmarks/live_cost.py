@@ -90,8 +90,9 @@ def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
 
 async def ask(app: Any, since: int) -> None:
     scope = {
-        "type": "http", "http_version": "1.1", "method": "GET", "path": "/live", "raw_path": b"/live", "root_path": "", "headers": [],
-        "query_string": f"since={since}".encode(), "scheme": "http", "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+        "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": "/live", "raw_path": b"/live",
+        "query_string": f"since={since}".encode(), "root_path": "", "headers": [], "server": ("127.0.0.1", 80),
+        "client": ("127.0.0.1", 1),
     }  # fmt: skip
     status = []
 

@@ -13,6 +13,8 @@ Kind = Literal["left out", "late"]
 Cause = Literal["prefill", "decodes", "left out", "preempted", "unexpected"]
 
 NEVER = float("inf")
+FAIR_SHARE = 0.9
+"""Of the time between two tokens, what an iteration may take whose policy set it no limit; the rest is for all else."""
 
 
 class Iteration(NamedTuple):
@@ -173,7 +175,8 @@ class StallAccount:
         return Stall(step.step, step.t_end, id, "late", cause, gap_s, step.t_end - stream.due, blamed)
 
     def _fault(self, step: StepRecord, stream: _Stream) -> Cause:
-        if self.iteration.seconds <= min(stream.pace, NEVER if step.limit_s is None else step.limit_s):
+        allowed = FAIR_SHARE * stream.pace if step.limit_s is None else min(stream.pace, step.limit_s)
+        if self.iteration.seconds <= allowed:
             return "unexpected"
         return "prefill" if self.iteration.prefills else "decodes"
 

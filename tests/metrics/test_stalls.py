@@ -61,6 +61,11 @@ def test_time_lost_between_iterations_is_unexpected():
     assert "the rest of the time passed between iterations" in stall.words()
 
 
+def test_an_iteration_without_a_limit_is_at_fault_from_nine_tenths_of_the_target_on():
+    assert ["prefill"] == [stall.cause for stall in judge([FIRST, step(1, 0.03, 0.125, WITH_PREFILL)])]
+    assert ["unexpected"] == [stall.cause for stall in judge([FIRST, step(1, 0.03, 0.125, WITH_PREFILL, limit_s=0.096)])]
+
+
 def test_an_iteration_over_its_own_limit_is_at_fault_even_if_within_the_target():
     (stall,) = judge([FIRST, step(1, 0.05, 0.13, WITH_PREFILL, limit_s=0.05)])
     assert "prefill" == stall.cause
