@@ -18,7 +18,10 @@ ALLOWED = {
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
-    "server": ({"core", "engine", "executors", "server"}, {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}),
+    "server": (
+        {"core", "engine", "executors", "metrics", "server"},
+        {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+    ),
 }  # fmt: skip
 
 

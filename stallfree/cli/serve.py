@@ -39,15 +39,17 @@ def serve(
     from stallfree.engine.recording import RecordFile
     from stallfree.engine.thread import EngineThread
     from stallfree.server.app import create_app
+    from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
 
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
-    metrics = Metrics()
+    metrics, live = Metrics(), Live(policy)
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
         metrics.record(step)
+        live.record(step)
         if file is not None:
             file.write(step)
 
@@ -85,7 +87,8 @@ def serve(
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
     }
     _print_card(card, as_json)
-    run(create_app(engine_thread, model=name, metrics=metrics, api_key=api_key), engine_thread, sock, drain_timeout_s=drain_timeout)
+    app = create_app(engine_thread, model=name, metrics=metrics, live=live, api_key=api_key)
+    run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     if file is not None:
         file.close()
 
@@ -104,6 +107,7 @@ def _print_card(card: dict[str, object], as_json: bool) -> None:
         "KV cache": kv,
         "policy": f"{card['policy']}{budget}",
         "URL": f"{card['url']}/v1",
+        "live page": f"{card['url']}/",
     }
-    body = "\n".join(f"[bold]{key:<9}[/bold]{value}" for key, value in lines.items())
+    body = "\n".join(f"[bold]{key:<11}[/bold]{value}" for key, value in lines.items())
     Console().print(Panel(body, title="stallfree", title_align="left", expand=False))
