@@ -17,7 +17,8 @@ def serve(
         str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
-    policy: options.Policy = "sarathi",
+    slo: options.Slo = None,
+    policy: options.Policy = "slo",
     token_budget: options.TokenBudget = None,
     executor: options.Executor = "openvino",
     weights: options.Weights = "int8",
@@ -44,7 +45,7 @@ def serve(
     from stallfree.server.run import bind, run
 
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
-    metrics, live = Metrics(), Live(policy)
+    metrics = Metrics()
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
@@ -58,6 +59,7 @@ def serve(
             model=model,
             executor=executor,
             policy=policy,
+            slo=slo,
             token_budget=token_budget,
             weights=weights,
             kv=kv,
@@ -69,8 +71,13 @@ def serve(
             threads=threads,
         ),
         record=each_step,
+        fingerprints=file is not None,
         say=lambda line: typer.echo(line, err=True),
+        progress=options.progress("calibrating"),
     )
+    live = Live(policy, assembled.slo)
+    if file is not None:
+        file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
     name = served_name or assembled.name
     capacity = assembled.engine.executor.capacity
@@ -83,6 +90,7 @@ def serve(
         "block_size": capacity.block_size,
         "max_model_len": assembled.engine.scheduler.max_len,
         "policy": policy,
+        "slo": None if assembled.slo is None else str(assembled.slo),
         "token_budget": budget,
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
     }
@@ -102,10 +110,11 @@ def _print_card(card: dict[str, object], as_json: bool) -> None:
 
     kv = f"{card['kv_blocks']:,} blocks of {card['block_size']} tokens; a sequence has at most {card['max_model_len']:,}"
     budget = "" if card["token_budget"] is None else f", {card['token_budget']} tokens an iteration"
+    slo = "" if card["slo"] is None else f", {card['slo']}"
     lines = {
         "model": f"{card['model']} ({card['weights']})",
         "KV cache": kv,
-        "policy": f"{card['policy']}{budget}",
+        "policy": f"{card['policy']}{budget}{slo}",
         "URL": f"{card['url']}/v1",
         "live page": f"{card['url']}/",
     }

@@ -23,6 +23,10 @@ PATIENCE_S = 8.0
 """Seconds after which a calibration makes do with what it has."""
 
 SHORT_S = 0.1
+"""Seconds from which an iteration is timed once: what the first of its shape costs more does not show."""
+
+RING, CHUNK = 4096, 512
+"""Tokens of KV that the calibration uses, and writes in chunks before."""
 
 TILES = (64, 32, 16, 8)
 """Sizes of tiles, in tokens, that executors may work in."""
@@ -36,9 +40,10 @@ def calibrate(executor: Executor, progress: Progress = lambda done, of: None) ->
     shapes = [shape for shape in _shapes(executor.capacity) if _fits(shape, executor.capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
     probes = [[(0, size)] for size in sorted(sizes) if _fits([(0, size)], executor.capacity)]
+    _fill(executor)
     samples: list[Sample] = []
     end = time.perf_counter() + PATIENCE_S
-    # Twice over, so that a slow moment of the machine does not fall on one kind of iteration alone; the second time, if there is time.
+    # Twice over if there is time, so that a slow moment of the machine does not fall on one kind of iteration alone.
     plan = [*shapes, *probes, *shapes]
     for shape in plan:
         if len(samples) >= len(shapes) and time.perf_counter() > end:
@@ -67,7 +72,7 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
 
 
 def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path) -> Path:
-    """Keep `model` for `key`; where it is kept. A disk that is full or closed costs the next start some seconds, and a line here."""
+    """Keep `model` for `key`; where it is kept. A disk that is full costs the next start some seconds, and a line here."""
     file = _file(key, folder)
     errors_too = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
     saved = {"version": VERSION, "of": dict(key), "model": model.state(), "errors": errors_too}
@@ -113,8 +118,22 @@ def _shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
 
 
 def _fits(shape: Shape, capacity: Capacity) -> bool:
-    blocks = sum(-(-(start + count) // capacity.block_size) for start, count in shape)
-    return blocks <= capacity.num_blocks and all(start + count <= capacity.max_model_len for start, count in shape)
+    return all(start + count <= min(capacity.max_model_len, capacity.num_blocks * capacity.block_size) for start, count in shape)
+
+
+def _fill(executor: Executor) -> None:
+    """Write the KV that the timed iterations read: memory never written is not there, and quicker to read than it will be."""
+    size, capacity = executor.capacity.block_size, executor.capacity
+    for first in range(0, _ring(capacity) * size - CHUNK + 1, CHUNK):
+        if _fits([(0, CHUNK)], capacity):
+            blocks = tuple(first // size + k for k in range(-(-CHUNK // size)))
+            work = Work("calibration", 0, CHUNK, False, False, (0,) * CHUNK, blocks, None, "", (0,) * CHUNK, ())
+            _seconds(executor, Plan(0, 0.0, (work,)))
+
+
+def _ring(capacity: Capacity) -> int:
+    """How many KV blocks the calibration goes round in: more than a processor's caches hold, and few to fill."""
+    return min(capacity.num_blocks, RING // capacity.block_size)
 
 
 def _time(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
@@ -122,7 +141,8 @@ def _time(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
     work, block = [], 0
     for i, (start, count) in enumerate(shape):
         blocks = -(-(start + count) // executor.capacity.block_size)
-        table, prompt = tuple(range(block, block + blocks)), (0,) * (start + count)
+        table = tuple((block + k) % _ring(executor.capacity) for k in range(blocks))
+        prompt = (0,) * (start + count)
         block += blocks
         work.append(Work(f"calibration-{i}", start, count, True, count == 1, prompt[start:], table, None, "", prompt, ()))
     plan = Plan(0, 0.0, tuple(work))

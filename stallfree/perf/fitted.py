@@ -13,8 +13,8 @@ from typing import Any, Self
 from stallfree.core.plan import Shape
 
 FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
-"""1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks; its
-pieces of work, of which each yields at most one row of logits."""
+"""1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks;
+its pieces of work, of which each yields at most one row of logits."""
 
 SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0)
 """What a feature is counted in, so that all are of one order and the sums well conditioned."""
@@ -116,8 +116,6 @@ class Fitted:
         return count - waste if waste < count else count
 
     def learn(self, shape: Shape, seconds: float) -> None:
-        if not 0 < seconds < inf:  # a clock that stood still teaches nothing
-            return
         row = features(shape)
         ratio = seconds / (self.pace * _product(self.prices, row))
         self.error += 0.05 * (abs(1 / ratio - 1) - self.error)

@@ -68,6 +68,8 @@ class Slo:
 
     def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
         shape, seconds = plan.shape, now - plan.now
+        if seconds <= 0:  # a clock that stood still teaches nothing
+            return
         decoding = [r for work, r in zip(plan.work, requests, strict=True) if work.decode]
         if decoding:
             late = sum(self._due(r) < now for r in decoding)
@@ -144,7 +146,7 @@ class Slo:
 
     def _efficient(self, most: int) -> int:
         """The smallest power of two of prefill tokens whose time a token is near the least there is; at most `most`."""
-        sizes = [2**k for k in range(4, most.bit_length()) if 2**k <= most] or [most]
+        sizes = [1 << k for k in range(4, most.bit_length())] or [most]
         per_token = {size: self.cost.seconds([(0, size)]) / size for size in sizes}
         enough = EFFICIENT * min(per_token.values())
         return min(size for size, seconds in per_token.items() if seconds <= enough)
