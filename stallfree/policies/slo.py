@@ -24,6 +24,9 @@ STRICT = 5
 SMALL_BATCH = [(512, 1)] * 8
 """The decode iteration that this is counted in: what a few streams take that disturb each other little."""
 
+AIM = 0.75
+"""Share of the late tokens allowed that the margin aims at: an aim at all of them would miss it half of the time."""
+
 LOOKAHEAD = 16
 """Waiting requests that compete for the next prefill, the oldest: ordering all would cost more than it gains."""
 
@@ -47,7 +50,7 @@ class Slo:
         self.slo = given.within(Targets(tbt=default))
         self._possible()
         pace = self.slo.tbt or self.slo.tpot or default
-        self.margin = Margin(pace.late_share)
+        self.margin = Margin(AIM * pace.late_share)
         self._merged = lru_cache(1024)(self._merge)
 
     def plan(self, draft: Draft) -> None:
