@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stallfree.cli import calibrate, chat, generate, listing, models, serve
+from stallfree.cli import calibrate, chat, explain, generate, listing, models, replay, serve
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -20,6 +20,8 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(models.app, name="models")
 app.command("calibrate")(calibrate.calibrate)
+app.command("explain")(explain.explain)
+app.command("replay")(replay.replay)
 app.command("list")(listing.listing)
 
 

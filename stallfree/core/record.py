@@ -189,7 +189,8 @@ def read(lines: Iterable[str]) -> tuple[Run, list[StepRecord]]:
             else:
                 records.append(StepRecord.from_json(line))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"line {number}: {error}") from None
+            whole = f"; the lines before it are whole: `head -n {number - 1}` keeps them" if records else ""
+            raise ValueError(f"line {number}: {error}{whole}") from None
     if run is None:
         raise ValueError("the file is empty; a record file begins with a line that describes the run")
     return run, records

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
+"""How many of it a second has: dividing by it gives the nearest number to what was written, so words and numbers agree."""
 _ITEM = re.compile(r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.eE]+)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?")
 _EXAMPLE = "write ttft=2s@p90,tbt=100ms@p99, or a part of it"
 
@@ -29,8 +30,8 @@ class Target:
 
     def __str__(self) -> str:
         milliseconds = self.seconds * 1e3
-        time = f"{milliseconds:g}ms" if milliseconds < 1000 else f"{self.seconds:g}s"
-        return f"{time}@p{self.percentile:g}"
+        time = f"{milliseconds:.15g}ms" if milliseconds < 1000 else f"{self.seconds:.15g}s"
+        return f"{time}@p{self.percentile:.15g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Slo:
                 wrong = f"has the unknown unit {unit!r}" if unit else "has no unit"
                 raise ValueError(f"{name}={number} {wrong}; write {name}={number}ms or {name}={number}s")
             found[name] = Target(
-                _number(number, item) * UNITS[unit], _percentile(match["percentile"], 90.0 if name == "ttft" else 99.0)
+                _number(number, item) / UNITS[unit], _percentile(match["percentile"], 90.0 if name == "ttft" else 99.0)
             )
         return cls(**found)
 

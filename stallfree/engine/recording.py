@@ -1,10 +1,10 @@
-"""A run written to a file as it happens, a line an iteration. A disk that fails ends the recording, not the serving."""
+"""A run written to a file as it happens, a line an iteration, and read back. A disk that fails ends the recording, not the serving."""
 
 import logging
 from pathlib import Path
 from typing import BinaryIO
 
-from stallfree.core.record import Run, StepRecord
+from stallfree.core.record import Run, StepRecord, read
 
 log = logging.getLogger(__name__)
 
@@ -42,3 +42,14 @@ class RecordFile:
         except OSError as error:
             log.error("recording to %s ends: %s", self._path, error)
             self.close()
+
+
+def load(path: Path) -> tuple[Run, list[StepRecord]]:
+    """What a `RecordFile` wrote to `path`. Raises ValueError naming file, line and way out for anything else."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return read(lines)
+    except OSError as error:
+        raise ValueError(f"the record file {path} cannot be read: {error.strerror}; `stallfree serve --record FILE` makes one") from error
+    except ValueError as error:  # of UnicodeDecodeError too: a binary file
+        raise ValueError(f"{path}: {error}") from None

@@ -46,7 +46,7 @@ class Slo:
     def __init__(self, slo: str | Targets = "", cost: CostModel | None = None):
         self.cost = cost or Fitted()
         given = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
-        default = Target(STRICT * self.cost.seconds(SMALL_BATCH), 99.0)
+        default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
         self.slo = given.within(Targets(tbt=default))
         self._possible()
         pace = self.slo.tbt or self.slo.tpot or default

@@ -70,7 +70,7 @@ def create_app(
 
     async def answer(kind: type[Call], body: schema.Generation, prompts: list[tuple[list[int], str]], request: Request) -> Response:
         ids = [ids for ids, _ in prompts]
-        requests = intake.requests(engine, body, ids)
+        requests = intake.requests(engine, body, ids, intake.targets(body, request.headers, live.slo))
         n = len(requests) // len(prompts)
         try:
             outputs = engine_thread.submit(requests, intake.stops(body), include_stop=bool(body.include_stop_str_in_output))

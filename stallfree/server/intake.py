@@ -10,17 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from starlette.datastructures import Headers
+
 from stallfree.core.request import Refused, Request
+from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.sampling import Sampling
 from stallfree.server.errors import ApiError, shown
-from stallfree.server.schema import ChatRequest, CompletionRequest, Generation, Message
+from stallfree.server.schema import MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
 
 T = TypeVar("T")
 
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` for completions; a chat's is all that fits."""
+
+TARGET_HEADERS = ("x-slo", "x-llm-d-slo")
+"""Beginnings of the headers with a request's latency targets: this server's, and those of llm-d's gateway."""
 
 LONG_TEXT = 10_000
 """Characters from which prompts are tokenised in a thread: it takes milliseconds, in which no stream could move."""
@@ -89,8 +95,41 @@ def check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
         raise ApiError(400, f"{field}: token id {shown(wrong)} is outside the vocabulary (0 to {vocab_size - 1})", param=field)
 
 
-def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]]) -> list[Request]:
-    """`n` requests for each of `prompts`; choice k of a prompt samples with `seed` + k. ApiError for fields at odds."""
+def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
+    """The latency targets of this request alone, from `slo` and from headers; None without any. They are held to the percentiles
+    of `default`. ApiError, naming the place, for what is no time, and for two that contradict each other.
+    """
+    given: dict[str, tuple[float, str]] = {}
+    for name in ("ttft", "tbt", "tpot"):
+        own = None if body.slo is None else getattr(body.slo, f"{name}_ms")
+        found = [] if own is None else [(float(own), "slo")]
+        for header in (f"{prefix}-{name}-ms" for prefix in TARGET_HEADERS):
+            found += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
+        for value, place in found:
+            first, where = given.setdefault(name, (value, place))
+            if value != first:
+                raise ApiError(400, f"{place} asks for {name} {value:g} ms, {where} for {first:g} ms; give one of them", param=place)
+    if not given:
+        return None
+    if "tbt" in given and "tpot" in given:
+        message = "tbt_ms and tpot_ms both say when the next token is due; give one of them"
+        raise ApiError(400, message, param=given["tpot"][1])
+    usual = {"ttft": default.ttft or Target(1, 90), "tbt": default.tbt or default.tpot or Target(1, 99)}
+    usual["tpot"] = usual["tbt"]
+    return Slo(**{name: Target(value / 1000, usual[name].percentile) for name, (value, _) in given.items()})
+
+
+def _milliseconds(text: str, header: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= MOST_TARGET_MS:
+        message = f"{header}: {shown(text)} is not a number of milliseconds above 0 and up to {MOST_TARGET_MS:,}; write {header}: 100"
+        raise ApiError(400, message, param=header)
+    return float(text)
+
+
+def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]], slo: Slo | None) -> list[Request]:
+    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. ApiError for fields at
+    odds.
+    """
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
         raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
@@ -128,6 +167,7 @@ def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]])
                     arrival=arrival,
                     priority=body.priority or 0,
                     tenant=body.user or "",
+                    slo=slo,
                     sampling=sampling,
                 )
             )

@@ -44,6 +44,7 @@ WITHOUT_EFFECT = frozenset(
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_CHOICES = 128
+MOST_TARGET_MS = 3_600_000
 
 
 class Body(BaseModel):
@@ -90,10 +91,23 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
+Milliseconds = Annotated[float, Field(gt=0, le=MOST_TARGET_MS, allow_inf_nan=False)]
+
+
+class LatencyTargets(Body):
+    """What this request wants instead of what the server promises everybody: from arrival to the first token (`ttft_ms`), and
+    either between any two tokens (`tbt_ms`) or as an envelope (`tpot_ms`).
+    """
+
+    ttft_ms: Milliseconds | None = None
+    tbt_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+
+
 class Generation(Body):
     """What chat and completions have in common. Numbers out of OpenAI's ranges are refused; `top_k`, `min_p`,
     `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output` and `priority` (lower is
-    served first) are vLLM's.
+    served first) are vLLM's; `slo` is ours.
     """
 
     model: str | None = None
@@ -117,6 +131,7 @@ class Generation(Body):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+    slo: LatencyTargets | None = None
     user: Text | None = Field(None, max_length=512)
 
 

@@ -1,0 +1,194 @@
+"""A recorded run in words: what happened in a step, to a request, or on the whole, and why.
+
+It says what the records and the account of stalls say, and adds no judgement of its own. Times are seconds of the run, from its
+first arrival.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+
+from stallfree.core.record import Arrived, Run, StepRecord
+from stallfree.core.slo import Slo
+from stallfree.metrics.stalls import StallAccount
+
+WORST = 5
+"""Of a long list, how many are shown."""
+
+
+class Explained:
+    """`run` and `records`, judged by the run's SLO and what requests asked for themselves. Raises ValueError if nothing ran."""
+
+    def __init__(self, run: Run, records: Sequence[StepRecord]):
+        if not records:
+            raise ValueError("the record holds no iterations; nothing was asked of the engine while it was written")
+        self.run, self.records = run, records
+        self.slo = Slo.parse(run.slo) if run.slo else Slo()
+        self.arrived = {a.id: a for r in records for a in r.arrived}
+        account = StallAccount(self.slo)
+        self.stalls = [account.record(r) for r in records]
+        """Those of each record, in the same order."""
+        self.origin = min([records[0].t_plan, *(a.arrival for a in self.arrived.values())])
+
+    def on_the_whole(self) -> Iterator[str]:
+        """The run: what was served, how well, what was late, why, and because of whom."""
+        records, stalls = self.records, [s for some in self.stalls for s in some]
+        seconds = records[-1].t_end - self.origin
+        emitted = sum(len(r.emitted) for r in records)
+        reasons = Counter(f.reason for r in records for f in r.finished)
+        ends = ", ".join(f"{count} by {reason}" for reason, count in reasons.most_common()) or "none"
+        yield f"{len(records)} iterations in {seconds:.1f} s under policy {self.run.policy}, {self.run.slo or 'with no SLO'}."
+        yield f"{len(self.arrived)} requests arrived and got {emitted} tokens; ended: {ends}."
+        yield f"{_of_all(records, 'budget')} tokens of budget an iteration; {_of_all(records, 'num_waiting')} requests waited."
+        margins = [r.margin for r in records if r.margin is not None]
+        if margins:
+            yield f"Expected times were multiplied by a margin of {min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median."
+        late = [s for s in stalls if s.kind == "late"]
+        left_out = len(stalls) - len(late)
+        yield f"{_number(left_out, 'ready decode')} left out of iterations, {_number(len(late), 'token')} late."
+        for cause, count in Counter(s.cause for s in late).most_common():
+            yield f"  {count} late because of {CAUSES[cause]}"
+        culprits = Counter(id for s in stalls for id, _ in s.culprits)
+        for id, count in culprits.most_common(WORST):
+            yield f"  the prompt of {id} ({self._prompt(id)}) delayed {_number(count, 'token')}"
+        worst = sorted(stalls, key=lambda s: -s.gap_s)[:WORST]
+        if worst:
+            yield "The longest waits for a token:"
+        for s in worst:
+            yield f"  {self._at(s.t)}, step {s.step}: {s.id} waited {_ms(s.gap_s)}; {s.words()}"
+
+    def step(self, number: int) -> Iterator[str]:
+        """One iteration: what it computed and for whom, how long it took, what limited it, and who was late. Raises ValueError for
+        a step that is not in the record.
+        """
+        first = self.records[0].step
+        index = number - first
+        if not 0 <= index < len(self.records):
+            raise ValueError(f"step {number} is not in the record; it holds steps {first} to {self.records[-1].step}")
+        r = self.records[index]
+        decoded = [id for id, start, count in r.work if self._decodes(id, start, count)]
+        yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(r.t_end - r.t_plan)} with its planning."
+        if r.error is not None:
+            yield f"It failed: {r.error}. All its requests ended with that error."
+        yield f"{_number(len(decoded), 'decode')}{_list(decoded)}."
+        cached = dict(r.cached)
+        for id, start, count in r.work:
+            if not self._decodes(id, start, count):
+                whole = self._length(id)
+                yield f"{_number(count, 'token')} of prefill of {id}: {start} to {start + count} of {whole}{self._admission(r, id, cached)}."
+        yield f"The budget was {_number(r.budget, 'token')}, {sum(count for _, _, count in r.work)} of them used: {r.reason}."
+        if r.limit_s is not None and r.margin is not None:
+            took = r.t_end - r.t_plan
+            verdict = "within it" if took <= r.limit_s else f"{_ms(took - r.limit_s)} too long"
+            yield f"It was to take at most {_ms(r.limit_s)}, {_ms(r.limit_s / r.margin)} by the cost model with its margin of {r.margin:.2f}; it was {verdict}."
+        if r.preempted:
+            yield f"Preempted for want of KV blocks since the step before{_list(r.preempted)}."
+        if r.stalled:
+            yield f"Left out though ready{_list(r.stalled)}."
+        for s in self.stalls[index]:
+            yield f"{s.id} {'waited' if s.kind == 'left out' else 'was late'}: {_ms(s.gap_s)} since its token before; {s.words()}."
+        for f in r.finished:
+            yield f"{f.id} ended: {f.reason}."
+        yield f"After it {r.num_running} requests were running, {r.num_waiting} waiting, {r.free_blocks} KV blocks free."
+
+    def request(self, id: str) -> Iterator[str]:
+        """One request's life: what it waited for, how it was prefilled, each stall with its cause, and whom it delayed. `id` may be
+        cut short. Raises ValueError if none begins so, or several do.
+        """
+        a = self._find(id)
+        work = [(r, start, count) for r in self.records for other, start, count in r.work if other == a.id]
+        tokens = [r.t_end for r in self.records if a.id in r.emitted]
+        wanted = f", own targets {a.slo}" if a.slo else ""
+        yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
+        if not work:
+            yield "It was never scheduled."
+        else:
+            yield from self._beginning(a, work)
+        if tokens:
+            gaps = [y - x for x, y in zip(tokens, tokens[1:], strict=False)]
+            paces = f"; TBT {_ms(median(gaps))} at the median, {_ms(max(gaps))} at most" if gaps else ""
+            yield f"First token {self._at(tokens[0])}, TTFT {_ms(tokens[0] - a.arrival)}; {_number(len(tokens), 'token')} in all{paces}."
+        own = [s for some in self.stalls for s in some if s.id == a.id]
+        yield f"{_number(len(own), 'stalled or late token')}{':' if own else '.'}"
+        for s in own:
+            yield f"  {self._at(s.t)}, step {s.step}: {s.kind}, {_ms(s.gap_s)} since its token before; {s.words()}"
+        blamed = Counter(s.id for some in self.stalls for s in some for other, _ in s.culprits if other == a.id)
+        if blamed:
+            yield f"Its own prompt delayed {_number(blamed.total(), 'token')} of {_number(len(blamed), 'other')}{_list(blamed)}."
+        ends = [(r, f) for r in self.records for f in r.finished if f.id == a.id]
+        yield f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record did."
+
+    def _beginning(self, a: Arrived, work: Sequence[tuple[StepRecord, int, int]]) -> Iterator[str]:
+        first = work[0][0]
+        waited = [r for r in self.records if a.arrival <= r.t_end and r.step < first.step]
+        others = Counter[str]()
+        for r in waited:
+            for id, start, count in r.work:
+                if not self._decodes(id, start, count):
+                    others[id] += count
+        ahead = f"; meanwhile {sum(others.values())} tokens of prefill of {_number(len(others), 'other')} were computed" if others else ""
+        yield f"It waited {_ms(first.t_plan - a.arrival)}, {_number(len(waited), 'iteration')}, until step {first.step}{ahead}."
+        cached = [count for r in self.records for id, count in r.cached if id == a.id]
+        found = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
+        chunks = [(r, count) for r, start, count in work if not self._decodes(a.id, start, count)]
+        seconds = chunks[-1][0].t_end - first.t_start if chunks else 0.0
+        yield f"Its prompt was computed in {_number(len(chunks), 'chunk')} over {_ms(seconds)}{found}."
+        preempted = [r.step for r in self.records if a.id in r.preempted]
+        if preempted:
+            yield f"It was preempted for want of KV blocks before step{_list(map(str, preempted))}, and its KV computed again."
+
+    def _find(self, id: str) -> Arrived:
+        found = [a for a in self.arrived if a.startswith(id)]
+        if id in self.arrived:
+            return self.arrived[id]
+        if len(found) != 1:
+            several = f"{len(found)} requests begin with {id!r}: {', '.join(found[:WORST])}; give more of one"
+            raise ValueError(several if found else f"no request in the record begins with {id!r}; the first is {next(iter(self.arrived), 'none')}")
+        return self.arrived[found[0]]
+
+    def _decodes(self, id: str, start: int, count: int) -> bool:
+        return count == 1 and id in self.arrived and start >= self.arrived[id].prompt_tokens
+
+    def _length(self, id: str) -> str:
+        return f"{self.arrived[id].prompt_tokens}" if id in self.arrived else "an unknown number"
+
+    def _prompt(self, id: str) -> str:
+        return f"{self._length(id)} tokens"
+
+    def _admission(self, r: StepRecord, id: str, cached: dict[str, int]) -> str:
+        if id not in cached or id not in self.arrived:
+            return ""
+        found = f", {cached[id]} found in the prefix cache" if cached[id] else ""
+        return f"; admitted here after {_ms(r.t_plan - self.arrived[id].arrival)}{found}"
+
+    def _at(self, t: float) -> str:
+        return f"at {t - self.origin:.3f} s"
+
+
+CAUSES = {
+    "prefill": "a prefill beside them",
+    "decodes": "the decodes alone",
+    "left out": "having been left out before",
+    "preempted": "preemption",
+    "unexpected": "time between iterations",
+}
+
+
+
+def _of_all(records: Sequence[StepRecord], field: str) -> str:
+    values = [getattr(r, field) for r in records]
+    return f"{min(values)} to {max(values)} (median {median(values):g})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _list(ids: Iterable[str]) -> str:
+    ids = list(ids)
+    more = f" and {len(ids) - WORST} more" if len(ids) > WORST else ""
+    return f": {', '.join(ids[:WORST])}{more}" if ids else ""

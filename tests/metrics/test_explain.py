@@ -1,0 +1,75 @@
+"""A run in words: of it all, of a step, of a request."""
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.record import Run
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits
+from stallfree.metrics.explain import Explained
+from stallfree.policies.prefill_first import PrefillFirst
+from stallfree.policies.slo import Slo
+from tests.virtual import run
+
+CAPACITY = Capacity(16, 200, 2048)
+
+
+def explained(policy, slo: str) -> Explained:
+    short = [Request(f"short-{i}", range(20), 40, arrival=0.01 * i) for i in range(3)]
+    requests = [*short, Request("long", range(1000), 5, arrival=0.2)]
+    return Explained(Run("a-policy", CAPACITY, Limits(), slo=slo), run(policy, requests, CAPACITY))
+
+
+@pytest.fixture(scope="module")
+def stopped() -> Explained:
+    return explained(PrefillFirst(), "tbt=50ms@p99")
+
+
+def test_the_whole_names_the_policy_the_late_tokens_and_the_culprit(stopped):
+    said = "\n".join(stopped.on_the_whole())
+    assert "under policy a-policy, tbt=50ms@p99." in said
+    assert "4 requests arrived and got 125 tokens; ended: 4 by length." in said
+    assert "3 ready decodes left out of iterations, 3 tokens late." in said
+    assert "the prompt of long (1000 tokens) delayed 6 tokens" in said
+
+
+def test_a_step_says_what_it_computed_and_whom_it_left_out(stopped):
+    (step,) = [r.step for r in stopped.records if r.stalled]
+    said = "\n".join(stopped.step(step))
+    assert "0 decodes." in said
+    assert "1000 tokens of prefill of long: 0 to 1000 of 1000; admitted here after" in said
+    assert "Left out though ready: short-0, short-1, short-2." in said
+    assert f"short-1 waited: 4{said.split('short-1 waited: 4')[1][:2]} ms since its token before" in said
+
+
+def test_a_step_of_the_slo_policy_says_its_limit_and_whether_it_was_kept():
+    told = explained(Slo("tbt=50ms"), "tbt=50ms@p99")
+    step = next(r.step for r in told.records if r.limit_s is not None)
+    said = "\n".join(told.step(step))
+    assert "It was to take at most" in said
+    assert "of them used:" in said
+
+
+def test_a_request_says_what_it_waited_for_and_its_stalls(stopped):
+    said = "\n".join(stopped.request("short-2"))
+    assert "short-2 arrived at 0.020 s: 20 prompt tokens, at most 40 of output." in said
+    assert "Its prompt was computed in 1 chunk over" in said
+    assert "2 stalled or late tokens:" in said
+    assert "1000 prefill tokens of long" in said
+
+
+def test_a_request_says_whom_its_prompt_delayed(stopped):
+    said = "\n".join(stopped.request("l"))
+    assert "Its own prompt delayed 6 tokens of 3 others: short-0, short-1, short-2." in said
+    assert "0 stalled or late tokens." in said
+
+
+def test_what_is_not_there_is_named(stopped):
+    with pytest.raises(ValueError, match="step 9999 is not in the record; it holds steps 0 to"):
+        list(stopped.step(9999))
+    with pytest.raises(ValueError, match="no request in the record begins with 'x'; the first is short-0"):
+        list(stopped.request("x"))
+    with pytest.raises(ValueError, match="3 requests begin with 'short': short-0, short-1, short-2"):
+        list(stopped.request("short"))
+    with pytest.raises(ValueError, match="holds no iterations"):
+        Explained(stopped.run, [])

@@ -1,0 +1,176 @@
+"""A replay decides as the run did, whatever happened in it; with another policy it answers what if."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from stallfree import policies
+from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.record import Fingerprints, Run, StepRecord, read
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits
+from stallfree.core.slo import Slo
+from stallfree.engine.assemble import bytes_as_text
+from stallfree.engine.engine import Engine
+from stallfree.metrics.timeline import timelines
+from stallfree.perf.fitted import Fitted
+from stallfree.sim.replay import Machine, difference, what_if
+
+TEXT = bytes_as_text()
+LETTERS = TEXT.encode("abcdefghijklmnopqrstuvwxyz")
+COST = (0.004, 0.02, 0.005, 0.005, 0.01, 0.0)
+
+
+class Machinery:
+    """An executor on a clock of its own, now and then disturbed or faulty."""
+
+    def __init__(self, capacity: Capacity, seed: int):
+        self.capacity = capacity
+        self.now = 1000.0
+        self._random = random.Random(seed)
+        self._cost = Fitted(COST)
+        self._plans = []
+
+    def clock(self) -> float:
+        self.now += 1e-5
+        return self.now
+
+    def submit(self, plan):
+        self._plans.append(plan)
+
+    def collect(self):
+        plan = self._plans.pop(0)
+        self.now += self._cost.seconds(plan.shape) * self._random.uniform(0.9, 1.3)
+        luck = self._random.random()
+        if luck < 0.004:
+            raise RuntimeError("no memory")
+        tokens = {w.id: (LETTERS[(w.start + w.count) % 26],) for w in plan.work if w.samples}
+        failed = {plan.work[0].id: "not a number"} if luck > 0.995 else {}
+        return StepResult(plan.step, tokens, 0.0, failed=failed)
+
+    def close(self):
+        self._plans.clear()
+
+
+def record(policy: str, seed: int, depth: int = 1, reuse: bool = True) -> tuple[Run, list[StepRecord]]:
+    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as its file would say it."""
+    draw = random.Random(seed)
+    capacity = Capacity(8, 60, 320, depth)
+    machine = Machinery(capacity, seed)
+    options = {"token_budget": 24} if policy == "sarathi" else {}
+    cost = Fitted(COST) if policy == "slo" else None
+    chosen = policies.load(policy, cost=cost, slo=Slo.parse("tbt=30ms") if cost else None, **options)
+    lines: list[str] = []
+    engine = Engine(
+        machine,
+        TEXT,
+        chosen,
+        Limits(8, 512),
+        reuse=reuse,
+        record=lambda step: lines.append(step.to_json()),
+        prints=Fingerprints(8, b"key"),
+        clock=machine.clock,
+    )
+    slo = getattr(chosen, "slo", None)
+    run = Run(policy, capacity, Limits(8, 512), reuse, str(slo or ""), options, None if cost is None else cost.state())
+    said: list[list[int]] = []
+    for number in range(60):
+        beginning = draw.choice(said) if said and draw.random() < 0.5 else []
+        prompt = [*beginning, *(draw.randrange(200) for _ in range(draw.choice((3, 20, 90))))][:200]
+        stop_ids = frozenset(LETTERS[:2]) if draw.random() < 0.3 else frozenset()
+        stop = ["fg", "tu"] if draw.random() < 0.3 else []
+        own = Slo.parse("tbt=61.7ms") if draw.random() < 0.2 else None
+        request = Request(
+            f"r{number}",
+            prompt,
+            draw.choice((1, 5, 40)),
+            stop_ids=stop_ids,
+            arrival=machine.clock(),
+            priority=draw.choice((0, 0, 1)),
+            slo=own,
+        )
+        engine.submit(request, stop)
+        for _ in range(draw.randrange(8)):
+            if engine.busy:
+                engine.step()
+        said.append([*prompt, *request.output])
+        if draw.random() < 0.15:
+            engine.abort(f"r{draw.randrange(number + 1)}")
+    while engine.busy:
+        engine.step()
+    return read([run.to_json(), *lines])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("policy", policies.names())
+def test_the_unchanged_policy_decides_the_same(policy, seed):
+    run, records = record(policy, seed)
+    assert {"stop", "length", "abort"} <= {f.reason for r in records for f in r.finished}
+    assert difference(run, records) is None
+
+
+@pytest.mark.parametrize("policy", ["sarathi", "slo"])
+def test_with_several_plans_in_flight_too(policy):
+    run, records = record(policy, 5, depth=3)
+    assert difference(run, records) is None
+
+
+def test_without_a_prefix_cache_too():
+    run, records = record("sarathi", 6, reuse=False)
+    assert difference(run, records) is None
+
+
+def test_prefixes_are_found_again_and_kv_runs_out_again():
+    _, records = record("sarathi", 1)
+    assert sum(count for r in records for _, count in r.cached) > 100
+    assert any(r.preempted for r in records)
+
+
+def test_another_decision_is_named_with_its_step():
+    run, records = record("sarathi", 1)
+    changed = replace(run, options={"token_budget": 25})
+    found = difference(changed, records)
+    assert (records[0].step, "work") == (found.step, found.field)
+    assert "recorded [('r0', 0" in str(found)
+
+
+def test_a_record_without_fingerprints_is_refused():
+    run, records = record("sarathi", 1)
+    bare = [replace(r, arrived=[a._replace(blocks=()) for a in r.arrived]) for r in records]
+    with pytest.raises(ValueError, match="no fingerprints of its prompt"):
+        difference(run, bare)
+
+
+def test_what_if_serves_the_same_requests_with_the_same_lengths():
+    run, records = record("sarathi", 2)
+    made = what_if(run, records, Machine(records), "prefill-first", None, {})
+    was, now = timelines(records), timelines(made)
+    ended = [id for id, line in was.items() if line.reason in ("stop", "length")]
+    assert was.keys() == now.keys()
+    assert [len(was[id].tokens) for id in ended] == [len(now[id].tokens) for id in ended]
+
+
+def test_what_if_answers_with_a_tighter_target():
+    run, records = record("slo", 3)
+    machine = Machine(records)
+
+    def longest(slo: str) -> float:
+        made = what_if(run, records, machine, "slo", Slo.parse(slo), {})
+        return max(r.t_end - r.t_plan for r in made)
+
+    assert longest("tbt=12ms") < longest("tbt=60ms")
+
+
+def test_the_same_policy_simulated_comes_near_the_record():
+    run, records = record("sarathi", 4)
+    made = what_if(run, records, Machine(records), "sarathi", None, run.options)
+    was, now = records[-1].t_end - records[0].t_plan, made[-1].t_end - made[0].t_plan
+    assert was == pytest.approx(now, rel=0.1)
+
+
+def test_what_if_with_an_slo_that_cannot_be_met_is_refused():
+    run, records = record("sarathi", 1)
+    with pytest.raises(ValueError, match="cannot be met"):
+        what_if(run, records, Machine(records), "slo", Slo.parse("tbt=1us"), {})
