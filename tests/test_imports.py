@@ -17,6 +17,8 @@ ALLOWED = {
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
+    "workload": ({"workload"}, {"numpy"}),
+    "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
     "server": ({"core", "engine", "executors", "server"}, {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}),
 }  # fmt: skip
 
@@ -49,6 +51,6 @@ def test_no_module_of_core_knows_a_clock_log_random_number_or_thread():
 
 
 def test_importing_the_package_loads_neither_runtime_nor_server():
-    heavy = "{'torch', 'openvino', 'numpy', 'fastapi'}"
+    heavy = "{'torch', 'openvino', 'numpy', 'fastapi', 'aiohttp'}"
     code = f"import sys, stallfree, stallfree.cli; print(sorted({heavy} & set(sys.modules)))"
     assert "[]" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
