@@ -26,7 +26,7 @@ from urllib.parse import urlparse
 from harness import machine, parser, server, show
 
 from stallfree.core.plan import Capacity, Plan, StepResult
-from stallfree.core.record import StepRecord
+from stallfree.core.record import StepRecord, read
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.assemble import Options, assemble
@@ -97,7 +97,7 @@ def live(tokens: int, folder: Path) -> tuple[float, float]:
 
     with server("--record", str(file)) as url:
         asyncio.run(load(url))
-    records = decodes([StepRecord.from_json(line) for line in file.read_text().splitlines()])
+    records = decodes(read(file.read_text().splitlines())[1])
     pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]
     return statistics.median(b.t_end - a.t_end for a, b in pairs), statistics.median(b.t_start - a.t_end for a, b in pairs)
 

@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 from harness import machine, parser, server, show
 
-from stallfree.core.record import StepRecord
+from stallfree.core.record import StepRecord, read
 from stallfree.metrics.plot import streams
 from stallfree.metrics.timeline import timelines
 
@@ -79,7 +79,7 @@ def measure(
     file = folder / f"{policy}.jsonl"
     with server("--policy", policy, "--record", str(file)) as url:
         chats, ttfts = asyncio.run(load(url, seconds, every))
-    records = [StepRecord.from_json(line) for line in file.read_text().splitlines()]
+    _, records = read(file.read_text().splitlines())
     lines = [line for line in timelines(records).values() if line.prompt_tokens < LONG]
     late_after = late_after or 5 * lone_decode(records)
     gaps = np.concatenate([np.diff(times[1:]) for times in chats])

@@ -12,14 +12,18 @@ STDLIB = set(sys.stdlib_module_names)
 # Package -> (packages of ours, libraries) that it may import when loaded or later. `cli` is free, and lazy.
 ALLOWED = {
     "core": ({"core"}, set()),
-    "policies": ({"core", "policies"}, set()),
+    "policies": ({"core", "perf", "policies"}, set()),
+    "perf": ({"core", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
-    "engine": ({"core", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
+    "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
-    "server": ({"core", "engine", "executors", "server"}, {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}),
+    "server": (
+        {"core", "engine", "executors", "metrics", "server"},
+        {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+    ),
 }  # fmt: skip
 
 

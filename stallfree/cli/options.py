@@ -1,6 +1,8 @@
 """The options that several commands share: what engine to make. It knows their names and units, not what they do."""
 
 import re
+import sys
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import typer
@@ -14,6 +16,16 @@ def memory(text: str | int) -> int:
     return int(float(match[1]) * 1024 ** ("", "k", "m", "g", "t").index(match[2].lower()))
 
 
+def progress(what: str) -> Callable[[int, int], None]:
+    """Shows how far `what` is, in one line on a terminal, and nothing elsewhere."""
+
+    def show(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what}: {100 * done // of} %", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return show
+
+
 Model = Annotated[
     str | None,
     typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),
@@ -21,6 +33,10 @@ Model = Annotated[
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
 Executor = Annotated[str, typer.Option(help="What runs the model: openvino, simulated.")]
 Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or package.module:Class.")]
+Slo = Annotated[
+    str | None,
+    typer.Option(help="Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", show_default="5 small decode iterations"),
+]
 TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]

@@ -17,7 +17,8 @@ def serve(
         str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
-    policy: options.Policy = "sarathi",
+    slo: options.Slo = None,
+    policy: options.Policy = "slo",
     token_budget: options.TokenBudget = None,
     executor: options.Executor = "openvino",
     weights: options.Weights = "int8",
@@ -39,6 +40,7 @@ def serve(
     from stallfree.engine.recording import RecordFile
     from stallfree.engine.thread import EngineThread
     from stallfree.server.app import create_app
+    from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
 
@@ -48,6 +50,7 @@ def serve(
 
     def each_step(step: StepRecord) -> None:
         metrics.record(step)
+        live.record(step)
         if file is not None:
             file.write(step)
 
@@ -56,6 +59,7 @@ def serve(
             model=model,
             executor=executor,
             policy=policy,
+            slo=slo,
             token_budget=token_budget,
             weights=weights,
             kv=kv,
@@ -67,8 +71,13 @@ def serve(
             threads=threads,
         ),
         record=each_step,
+        fingerprints=file is not None,
         say=lambda line: typer.echo(line, err=True),
+        progress=options.progress("calibrating"),
     )
+    live = Live(policy, assembled.slo)
+    if file is not None:
+        file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
     name = served_name or assembled.name
     capacity = assembled.engine.executor.capacity
@@ -81,11 +90,13 @@ def serve(
         "block_size": capacity.block_size,
         "max_model_len": assembled.engine.scheduler.max_len,
         "policy": policy,
+        "slo": None if assembled.slo is None else str(assembled.slo),
         "token_budget": budget,
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
     }
     _print_card(card, as_json)
-    run(create_app(engine_thread, model=name, metrics=metrics, api_key=api_key), engine_thread, sock, drain_timeout_s=drain_timeout)
+    app = create_app(engine_thread, model=name, metrics=metrics, live=live, api_key=api_key)
+    run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     if file is not None:
         file.close()
 
@@ -99,11 +110,13 @@ def _print_card(card: dict[str, object], as_json: bool) -> None:
 
     kv = f"{card['kv_blocks']:,} blocks of {card['block_size']} tokens; a sequence has at most {card['max_model_len']:,}"
     budget = "" if card["token_budget"] is None else f", {card['token_budget']} tokens an iteration"
+    slo = "" if card["slo"] is None else f", {card['slo']}"
     lines = {
         "model": f"{card['model']} ({card['weights']})",
         "KV cache": kv,
-        "policy": f"{card['policy']}{budget}",
+        "policy": f"{card['policy']}{budget}{slo}",
         "URL": f"{card['url']}/v1",
+        "live page": f"{card['url']}/",
     }
-    body = "\n".join(f"[bold]{key:<9}[/bold]{value}" for key, value in lines.items())
+    body = "\n".join(f"[bold]{key:<11}[/bold]{value}" for key, value in lines.items())
     Console().print(Panel(body, title="stallfree", title_align="left", expand=False))

@@ -173,8 +173,8 @@ class StepRecord:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
         for name in ("work", "cached"):
             values[name] = [tuple(row) for row in values[name]]
-        values["arrived"] = [Arrived(*row[:-1], tuple(row[-1])) for row in values["arrived"]]
-        values["finished"] = [Finished(*row[:-1], tuple(row[-1])) for row in values["finished"]]
+        values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
+        values["finished"] = [Finished(*row)._replace(blocks=tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
 
 

@@ -7,6 +7,7 @@ arrival.
 
 from collections.abc import Sequence
 from enum import Enum
+from math import inf
 
 from stallfree.core.slo import Slo
 
@@ -38,7 +39,7 @@ class Request:
     Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
     output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
     `num_cached` (prompt tokens found in the prefix cache at the last admission), `status`, `finish_reason` ("stop", "length",
-    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; None before), and the place in the
+    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; inf before), and the place in the
     queue, `key`, with `ticket`, the live queue entry.
     `num_shared` and `prefix` belong to the block pool: the leading blocks that it has indexed, and the last one's node.
     """
@@ -88,8 +89,8 @@ class Request:
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_preemptions = 0
-        self.first_token: float | None = None
-        self.last_token: float | None = None
+        self.first_token = inf
+        self.last_token = inf
         self.key: tuple[int, float, int] = (priority, arrival, 0)
         self.ticket = 0
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from stallfree.core.plan import Plan, StepResult
 from stallfree.core.policy import Policy
-from stallfree.core.record import StepRecord
+from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.text import Detokenizer, StopStrings, Text
@@ -48,7 +48,9 @@ class _Stream:
 
 
 class Engine:
-    """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration."""
+    """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration,
+    with fingerprints of KV blocks by `prints`.
+    """
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Engine:
         *,
         reuse: bool = True,
         record: Callable[[StepRecord], None] | None = None,
+        prints: Fingerprints | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.executor = executor
@@ -66,6 +69,7 @@ class Engine:
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
         self.clock = clock
         self._record = record
+        self._prints = prints
         self._streams: dict[str, _Stream] = {}
         self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
         self._arrived: list[Request] = []
@@ -108,7 +112,7 @@ class Engine:
         outputs = self._outputs(plan, result)
         if self._record is not None:
             times = (plan.now, started, ended)
-            self._record(StepRecord.of(plan, result, self.scheduler, times, self._arrived, self._ended))
+            self._record(StepRecord.of(plan, result, self.scheduler, times, self._arrived, self._ended, self._prints))
         self._arrived, self._ended = [], []
         return outputs
 

@@ -18,6 +18,11 @@ def names() -> list[str]:
     return sorted(p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[a-z]*.py"))
 
 
+def takes(name: str) -> list[str]:
+    """The options of policy `name`, or `package.module:Class`. Raises ValueError as `load` does."""
+    return list(inspect.signature(_find(name)).parameters)
+
+
 def load(name: str, **options: object) -> Policy:
     """Make the policy `name`, or `package.module:Class`, with those of `options` that are not None.
 
@@ -25,7 +30,7 @@ def load(name: str, **options: object) -> Policy:
     """
     cls = _find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    known = list(inspect.signature(cls).parameters)
+    known = takes(name)
     for key in given:
         if key not in known:
             raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,6 +17,8 @@ from stallfree.server import errors, intake, schema
 from stallfree.server.answers import Call, Chat, Choice, Completions
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError, shown
+from stallfree.server.files import Files
+from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.sse import EventStream, watching
 
@@ -29,12 +32,14 @@ def create_app(
     *,
     model: str,
     metrics: Metrics,
+    live: Live,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics` is the one whose `record` the engine calls. Every route but /health wants `api_key`, if there is one.
+    `metrics` and `live` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health and the
+    page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
@@ -134,6 +139,37 @@ def create_app(
     @app.get("/version")
     async def version() -> schema.Version:
         return schema.Version(version=stallfree.__version__)
+
+    @app.get("/live", include_in_schema=False)
+    async def look(since: int = -1) -> Response:
+        """What the page at / draws: `Live.look` behind step `since`, and what there is to say of the server."""
+        scheduler, capacity = engine.scheduler, engine.executor.capacity
+        now = engine.clock()
+        about = {
+            "model": model,
+            "policy": live.policy,
+            "slo": str(live.slo),
+            "targets": asdict(live.slo),
+            "max_model_len": max_len,
+            "num_blocks": capacity.num_blocks,
+            "now": now,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.queue),
+            "free_blocks": scheduler.pool.num_free,
+        }
+        return JSONResponse(about | live.look(now, since), headers={"Cache-Control": "no-store"})
+
+    files = Files()
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        """The live page."""
+        return files.response("index.html", request)
+
+    @app.get("/live/{name:path}", include_in_schema=False)
+    async def file(name: str, request: Request) -> Response:
+        """A file of the live page."""
+        return files.response(name, request)
 
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:

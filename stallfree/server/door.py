@@ -1,6 +1,6 @@
 """What every request passes before a route sees it: its id, the API key, and a body that is neither too large nor too slow.
 
-Pure ASGI, around the app; it knows no route but `/health`, which needs no key. Whatever escapes a route ends here as a 500.
+Pure ASGI, around the app; it knows no route but those that need no key. Whatever escapes a route ends here as a 500.
 """
 
 import asyncio
@@ -65,7 +65,8 @@ class Door:
             )
 
     def _check_key(self, scope: Scope) -> None:
-        if self._authorization is None or scope["path"] == "/health":
+        path = scope["path"]
+        if self._authorization is None or path in ("/", "/health") or path.startswith("/live/"):  # the page's files, not its data
             return
         given = dict(scope["headers"]).get(b"authorization")
         if given is None or not hmac.compare_digest(given, self._authorization):

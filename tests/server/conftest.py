@@ -14,12 +14,15 @@ from fastapi import FastAPI
 
 from stallfree import policies
 from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.record import StepRecord
+from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
 from stallfree.server.app import create_app
+from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.run import bind, configure
 
@@ -51,18 +54,31 @@ class Executor(SimulatedExecutor):
 class Server:
     """A running server: `url`, and what is behind it."""
 
-    def __init__(self, cost: Linear = FAST, *, blocks: int = 1000, max_model_len: int = 2048, max_queue: int = 256, **options):
+    def __init__(
+        self,
+        cost: Linear = FAST,
+        *,
+        blocks: int = 1000,
+        max_model_len: int = 2048,
+        max_queue: int = 256,
+        slo: Slo | None = None,
+        **options,
+    ):
         text = bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
-        self.metrics = Metrics()
-        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self.metrics.record)
+        self.metrics, self.live = Metrics(), Live("sarathi", slo)
+        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
         self.engine_thread = EngineThread(self.engine, max_queue)
-        self.app: FastAPI = create_app(self.engine_thread, model="toy", metrics=self.metrics, **options)
+        self.app: FastAPI = create_app(self.engine_thread, model="toy", metrics=self.metrics, live=self.live, **options)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._uvicorn = uvicorn.Server(configure(self.app))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
+
+    def _record(self, step: StepRecord) -> None:
+        self.metrics.record(step)
+        self.live.record(step)
 
     def __enter__(self):
         self._thread.start()

@@ -231,9 +231,9 @@ def test_tokenize_and_detokenize_undo_each_other(server):
     assert "tokens" == error_of(server.post("/detokenize", {"tokens": [300]}), 400)["param"]
 
 
-def test_with_a_key_every_route_but_health_wants_it():
+def test_with_a_key_every_route_but_health_and_the_page_s_files_wants_it():
     with Server(api_key="sësame") as server:
-        for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing"):
+        for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/live", "/nothing"):
             for headers in (
                 {},
                 {"Authorization": "Bearer wrong"},

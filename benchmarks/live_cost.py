@@ -1,0 +1,141 @@
+"""What the live page costs the server, with nobody and with one page watching.
+
+An engine that runs 50 iterations a second, 20 ms each, with 32 or 256 decodes and a chunk of 64 prefill tokens in every one.
+`record`: microseconds in the engine's thread for each iteration, with nobody watching and with a page. `reduce`: microseconds for
+each iteration when a page looks, in the event loop's thread. `look`: milliseconds for one answer beside that: percentiles, JSON
+and the app around it, all but the parsing of HTTP; a page asks four times a second. The shares are those of the engine's time;
+the limit is 1 %. In the rows with `late`, every token misses its target: the page's worst case.
+
+    python benchmarks/live_cost.py
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from harness import machine, parser, show
+
+from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.slo import Slo
+from stallfree.engine.assemble import Options, assemble
+from stallfree.engine.thread import EngineThread
+from stallfree.server.app import create_app
+from stallfree.server.live import KEPT, Live
+from stallfree.server.metrics import Metrics
+
+ITERATION_S = 0.020
+LOOKS_PER_S = 4
+PROMPT = 512
+LIMIT = 1.0
+
+
+def records(running: int, number: int) -> list[StepRecord]:
+    """`running` decodes and a chunk of a prompt, `number` times over; all arrive in the first."""
+    ids = [f"{i:032x}" for i in range(running)]
+    arrived = [Arrived(id, 0.0, PROMPT, 10**6, 0) for id in [*ids, "chunked"]]
+    return [
+        StepRecord(
+            step,
+            step * ITERATION_S,
+            step * ITERATION_S,
+            (step + 1) * ITERATION_S,
+            work=[(id, PROMPT + step, 1) for id in ids] + [("chunked", 0, 64)],
+            emitted=ids,
+            cached=[],
+            arrived=arrived if step == 0 else [],
+            finished=[],
+            preempted=[],
+            stalled=[],
+            num_running=running + 1,
+            num_waiting=0,
+            free_blocks=1000,
+            budget=512,
+            reason="the policy's",
+        )
+        for step in range(number)
+    ]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def each(live: Live, steps: list[StepRecord]) -> float:
+    """Seconds for one `record`."""
+    return seconds(lambda: [live.record(step) for step in steps]) / len(steps)
+
+
+def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
+    """Seconds of a `record`, of reducing one, and of an answer beside that, while a page looks after every few records."""
+    live = Live("sarathi", slo)
+    engine = assemble(Options(executor="simulated")).engine
+    engine.clock = lambda: at
+    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics(), live=live)
+    few = round(1 / ITERATION_S / LOOKS_PER_S)
+    recording, reducing, answering = [], [], []
+    for i in range(0, len(steps) - few, few):
+        some = steps[i : i + few]
+        at = some[-1].t_end
+        recording.append(each(live, some))
+        taken, _ = live._take()
+        reducing.append(seconds(lambda taken=taken: [live._reduce(step) for step in taken]) / few)
+        answering.append(seconds(lambda since=some[0].step - 1: asyncio.run(ask(app, since))))
+    start = seconds(lambda: asyncio.run(asyncio.sleep(0)))
+    return statistics.median(recording), statistics.median(reducing), statistics.median(answering) - start
+
+
+async def ask(app: Any, since: int) -> None:
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": "/live", "raw_path": b"/live",
+        "query_string": f"since={since}".encode(), "root_path": "", "headers": [], "server": ("127.0.0.1", 80),
+        "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    status = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        status.append(message.get("status"))
+
+    await app(scope, receive, send)
+    if status[0] != 200:
+        raise RuntimeError(f"/live answered {status[0]}")
+
+
+def row(running: int, late: bool, number: int) -> dict[str, Any]:
+    steps = records(running, number)
+    slo = Slo.parse("tbt=10ms" if late else "tbt=100ms")
+    alone = Live("sarathi", slo)
+    each(alone, steps[:KEPT])
+    unwatched = each(alone, steps[KEPT:])
+    watched, reduce, look = looked_at(slo, steps)
+    per_second = (watched + reduce) / ITERATION_S + look * LOOKS_PER_S
+    return {
+        "running": running,
+        "tokens": "all late" if late else "in time",
+        "record, nobody, us": unwatched * 1e6,
+        "share, nobody, %": 100 * unwatched / ITERATION_S,
+        "record, a page, us": watched * 1e6,
+        "reduce, us": reduce * 1e6,
+        "look, ms": look * 1e3,
+        "ms per second": per_second * 1e3,
+        "share, a page, %": 100 * per_second,
+        "limit, %": LIMIT,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    facts = machine()
+    number = KEPT + (500 if args.quick else 4000)
+    rows = [row(running, late, number) for running in (32, 256) for late in (False, True)]
+    show("The live page", rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()

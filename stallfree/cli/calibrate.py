@@ -1,0 +1,35 @@
+"""`stallfree calibrate`: times iterations on this machine again, and shows what they cost and how well the model of them fits."""
+
+import json
+
+import typer
+
+from stallfree.cli import options
+
+
+def calibrate(
+    model: options.Model = None,
+    weights: options.Weights = "int8",
+    kv: options.Kv = "u8",
+    kv_memory: options.KvMemory = None,
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time iterations of a model on this machine, and remember what they cost for `serve`."""
+    from stallfree.engine.assemble import Options, recalibrate
+    from stallfree.perf.fitted import FEATURES, SCALE
+
+    chosen = Options(model, weights=weights, kv=kv, kv_memory=kv_memory, max_model_len=max_model_len, threads=threads)
+    fitted, errors, file = recalibrate(chosen, lambda line: typer.echo(line, err=True), options.progress("calibrating"))
+    if as_json:
+        found = {"file": str(file), "prices_s": fitted.prices, "scale": SCALE, "quantum": fitted.quantum}
+        found |= {"error_median": errors.median, "error_p90": errors.p90, "error_largest": errors.largest}
+        typer.echo(json.dumps(found))
+        return
+    for name, price, scale in zip(FEATURES, fitted.prices, SCALE, strict=True):
+        typer.echo(f"{name:<18}{1000 * price:8.2f} ms for {scale:,.0f}")
+    typer.echo(f"efficient sizes: multiples of {fitted.quantum} tokens")
+    shares = f"median {errors.median:.1%}, p90 {errors.p90:.1%}, largest {errors.largest:.1%}"
+    typer.echo(f"error over {errors.iterations} iterations: {shares}")
+    typer.echo(f"kept in {file}")

@@ -1,0 +1,185 @@
+"""Which decode tokens were stalled or late, in which iteration, why, and whose prefill was in the way.
+
+It is fed records one by one, so it serves a file and a live server alike. It knows no clock and draws nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.slo import Slo, Target
+
+Kind = Literal["left out", "late"]
+Cause = Literal["prefill", "decodes", "left out", "preempted", "unexpected"]
+
+NEVER = float("inf")
+FAIR_SHARE = 0.9
+"""Of the time between two tokens, what an iteration may take whose policy set it no limit; the rest is for all else."""
+
+
+class Iteration(NamedTuple):
+    """What an iteration did: its `seconds` on the executor, how many `decodes`, and (id, tokens) of its prefills, largest first."""
+
+    step: int
+    seconds: float
+    decodes: int
+    prefills: tuple[tuple[str, int], ...]
+
+
+class Stall(NamedTuple):
+    """A ready decode that iteration `step` left out, or a token that came late in it, at `t` (s, the run's).
+
+    `gap_s`: since the request's token before, or at least that if its time is not in the records. `late_s`: after the token was
+    due; 0 for one left out, which may still be in time. `blamed`: the iteration at fault, `step` itself or one before it.
+
+    `cause` of one left out: "prefill" if others' prompts were computed instead, else "left out". Of one late: "preempted" or
+    "left out" since the token before; "prefill" or "decodes" if the iteration was too long, by what it held; "unexpected" if
+    it was not, and the time went by between two iterations.
+    """
+
+    step: int
+    t: float
+    id: str
+    kind: Kind
+    cause: Cause
+    gap_s: float
+    late_s: float
+    blamed: Iteration
+
+    @property
+    def culprits(self) -> tuple[tuple[str, int], ...]:
+        """(id, tokens) of the prefills in the blamed iteration, the largest first; none where no prefill is the cause."""
+        return () if self.cause in ("decodes", "unexpected", "preempted") else self.blamed.prefills
+
+    def words(self, name: Callable[[str], str] = str) -> str:
+        """The cause in words; `name` makes a request's name of its id."""
+        step, seconds, decodes, prefills = self.blamed
+        held = [f"{decodes} decode{'s' * (decodes != 1)}"] if decodes else []
+        if prefills:
+            others = f" and {len(prefills) - 1} more" if len(prefills) > 1 else ""
+            tokens = sum(count for _, count in prefills)
+            held.append(f"{tokens} prefill token{'s' * (tokens != 1)} of {name(prefills[0][0])}{others}")
+        took = f"{seconds * 1e3:.0f} ms for {' and '.join(held) or 'nothing'}"
+        match self.cause:
+            case "preempted":
+                return f"preempted in step {step}; its KV was computed again"
+            case "unexpected":
+                return f"step {step} took only {took}; the rest of the time passed between iterations"
+            case "prefill" | "decodes" if self.kind == "late":
+                return f"step {step} took {took}"
+            case _:
+                return f"left out of step {step}, which took {took}"
+
+
+class _Stream:
+    """A request that decodes: the `pace` (s) it was promised, when its `last` token came, and when its next one is `due`."""
+
+    __slots__ = ("arrival", "blame", "due", "envelope", "last", "pace", "prompt_tokens", "ttft_s", "waited")
+
+    def __init__(self, request: Arrived, slo: Slo):
+        pace = slo.tbt or slo.tpot
+        self.arrival = request.arrival
+        self.prompt_tokens = request.prompt_tokens
+        self.pace = NEVER if pace is None else pace.seconds
+        self.envelope = slo.tpot is not None
+        self.ttft_s = _seconds(slo.ttft)
+        self.last: float | None = None
+        self.due = NEVER
+        self.waited: tuple[Cause, Iteration] | None = None
+        self.blame: tuple[Cause, Iteration] | None = None
+
+
+class StallAccount:
+    """Judges records in their order by `slo`, and by what requests asked for themselves; with neither, nothing is late.
+
+    Under `tbt` a token is due that long after the one before; under `tpot` token i is due i times that after the first one was
+    due or came, whichever is later. `present`: requests that arrived before the first record; they are judged from the first
+    token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
+
+    Of the latest record: `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in seconds.
+    """
+
+    def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
+        self.iteration = Iteration(-1, 0.0, 0, ())
+        self.gaps: list[float] = []
+        self.ttfts: list[float] = []
+        self._slo = slo or Slo()
+        self._streams: dict[str, _Stream] = {}
+        self._meet(present)
+
+    def record(self, step: StepRecord) -> list[Stall]:
+        """The stalls of one iteration."""
+        stalls: list[Stall] = []
+        self._meet(step.arrived)
+        self.iteration = self._iteration(step)
+        gaps = self.gaps = []
+        self.ttfts = []
+        streams, t = self._streams, step.t_end
+        reached: dict[str, int] = {}
+        for id in step.preempted:
+            if id in streams:
+                streams[id].waited = ("preempted", self.iteration)
+        for id in step.stalled:
+            if id in streams:
+                stalls.append(self._left_out(step, id, streams[id]))
+        for id in step.emitted:
+            stream = streams.get(id)
+            if stream is None:
+                continue
+            if stream.last is None:
+                reached = reached or {id: start + count for id, start, count in step.work}
+                self._begin(stream, t, reached.get(id))
+            else:
+                gaps.append(t - stream.last)
+                if t > stream.due:
+                    stalls.append(self._late(step, id, stream, t - stream.last))
+                stream.due = (stream.due if stream.envelope else t) + stream.pace
+            stream.last, stream.waited = t, None
+        for ended in step.finished:
+            streams.pop(ended.id, None)
+        return stalls
+
+    def _meet(self, requests: Iterable[Arrived]) -> None:
+        for request in requests:
+            slo = Slo.parse(request.slo).within(self._slo) if request.slo else self._slo
+            self._streams[request.id] = _Stream(request, slo)
+
+    def _iteration(self, step: StepRecord) -> Iteration:
+        """A decode is one token behind the prompt; all else is prefill, what is computed again after a preemption included."""
+        prefills: list[tuple[str, int]] = []
+        streams = self._streams
+        for id, start, count in step.work:
+            if count > 1 or (stream := streams.get(id)) is None or start < stream.prompt_tokens:
+                prefills.append((id, count))
+        prefills.sort(key=lambda prefill: -prefill[1])
+        return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))
+
+    def _begin(self, stream: _Stream, t: float, reached: int | None) -> None:
+        """The first token seen, sampled behind the token `reached`; the request's first if that was the prompt's last."""
+        if reached == stream.prompt_tokens:
+            self.ttfts.append(t - stream.arrival)
+        stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
+
+    def _left_out(self, step: StepRecord, id: str, stream: _Stream) -> Stall:
+        now = self.iteration
+        if stream.waited is None or (stream.waited[0] == "left out" and stream.waited[1].seconds < now.seconds):
+            stream.waited = ("left out", now)
+        cause: Cause = "prefill" if now.prefills else "left out"
+        since = step.t_plan if stream.last is None else stream.last
+        return Stall(step.step, step.t_end, id, "left out", cause, step.t_end - since, 0.0, now)
+
+    def _late(self, step: StepRecord, id: str, stream: _Stream, gap_s: float) -> Stall:
+        if stream.blame is None or gap_s > stream.pace:  # else it is behind its envelope since before, by no fault of this step
+            stream.blame = stream.waited or (self._fault(step, stream), self.iteration)
+        cause, blamed = stream.blame
+        return Stall(step.step, step.t_end, id, "late", cause, gap_s, step.t_end - stream.due, blamed)
+
+    def _fault(self, step: StepRecord, stream: _Stream) -> Cause:
+        allowed = FAIR_SHARE * stream.pace if step.limit_s is None else min(stream.pace, step.limit_s)
+        if self.iteration.seconds <= allowed:
+            return "unexpected"
+        return "prefill" if self.iteration.prefills else "decodes"
+
+
+def _seconds(target: Target | None) -> float:
+    return 0.0 if target is None else target.seconds

@@ -1,0 +1,184 @@
+"""What the live page shows: records reduced to rows, percentiles and stalls, but only while somebody looks.
+
+The engine's thread leaves each record here, and that is all it pays; a look takes what has come since the last one, a bounded
+amount at a time. It knows neither HTTP nor the engine.
+"""
+
+import math
+import secrets
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any
+
+from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.slo import Slo
+from stallfree.metrics.stalls import Stall, StallAccount
+
+KEPT = 512
+"""Records that are kept for a look to come; whoever opens the page sees that many iterations back."""
+PIECES = 4096
+"""Pieces of work that one look reduces, about 2 ms: a page that is opened must not make tokens late."""
+ROWS = 2000
+"""Iterations that can be asked for again, by another page or after a lost answer."""
+ROWS_AT_ONCE = 500
+STALLS = 20
+WINDOW_S = 60
+"""Seconds that percentiles reach back."""
+ID_CHARS = 8
+FINENESS = 50
+"""Buckets of the percentiles per factor e: each is 2 % wide, so a percentile is right to 1 %."""
+
+
+class Live:
+    """`record` is an Engine's callback; `look` is for one other thread. `slo` says which tokens are late; `policy` is a name."""
+
+    def __init__(self, policy: str, slo: Slo | None = None):
+        self.policy = policy
+        self.slo = slo or Slo()
+        self._run = secrets.token_hex(4)
+        self._lock = threading.Lock()
+        self._unseen: deque[StepRecord] = deque()
+        self._present: dict[str, Arrived] = {}
+        """Requests that arrived before the first of the unseen records, and had not ended by then."""
+        self._missed = False
+        self._account = StallAccount(self.slo)
+        self._rows: deque[tuple[Any, ...]] = deque(maxlen=ROWS)
+        self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
+        self._stalls: dict[tuple[str, str, int], dict[str, Any]] = {}
+
+    def record(self, step: StepRecord) -> None:
+        """Keep one iteration. Called in the engine's thread, after each."""
+        with self._lock:
+            if len(self._unseen) == KEPT:
+                self._pass(self._unseen.popleft())
+                self._missed = True
+            self._unseen.append(step)
+
+    def look(self, now: float, since: int = -1) -> dict[str, Any]:
+        """What is new behind step `since` at `now` (s, the run's), as JSON values, times in seconds:
+
+        `run`, another for each server; `rows`, oldest first: (step, t_start, t_end, decodes, prefill tokens, limit_s, budget,
+        margin, running, waiting, free KV blocks); `more`, whether to ask again at once; `ttft` and `tbt` of the last minute:
+        null, or count, p50, p90, p99 and the share that was late; `stalls`, the last ones, newest first: what one iteration is to
+        blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest.
+        """
+        steps, more = self._take()
+        for step in steps:
+            self._reduce(step)
+        rows = [row for row in self._rows if row[0] > since]
+        seconds = [second for second in self._seconds if now - WINDOW_S <= second.at]
+        return {
+            "run": self._run,
+            "rows": rows[:ROWS_AT_ONCE],
+            "more": more or len(rows) > ROWS_AT_ONCE,
+            "ttft": _summary([second.ttft for second in seconds]),
+            "tbt": _summary([second.tbt for second in seconds]),
+            "stalls": list(self._stalls.values())[::-1],
+        }
+
+    def _take(self) -> tuple[list[StepRecord], bool]:
+        """The next records to reduce, and whether there are more."""
+        steps: list[StepRecord] = []
+        pieces = 0
+        with self._lock:
+            if self._missed:
+                self._account = StallAccount(self.slo, self._present.values())
+                self._missed = False
+            while self._unseen and pieces < PIECES:
+                step = self._unseen.popleft()
+                self._pass(step)
+                pieces += 1 + len(step.work)
+                steps.append(step)
+            return steps, bool(self._unseen)
+
+    def _pass(self, step: StepRecord) -> None:
+        for request in step.arrived:
+            self._present[request.id] = request
+        for ended in step.finished:
+            self._present.pop(ended.id, None)
+
+    def _reduce(self, step: StepRecord) -> None:
+        stalls = self._account.record(step)
+        iteration = self._account.iteration
+        self._rows.append(
+            (
+                step.step,
+                round(step.t_start, 6),
+                round(step.t_end, 6),
+                iteration.decodes,
+                sum(tokens for _, tokens in iteration.prefills),
+                step.limit_s,
+                step.budget,
+                step.margin,
+                step.num_running,
+                step.num_waiting,
+                step.free_blocks,
+            )
+        )
+        if not self._seconds or self._seconds[-1].at != int(step.t_end):
+            self._seconds.append(_Second(int(step.t_end)))
+        second, account, ttft = self._seconds[-1], self._account, self.slo.ttft
+        second.ttft.add(account.ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in account.ttfts))
+        second.tbt.add(account.gaps, sum(stall.kind == "late" for stall in stalls))
+        alike: dict[tuple[str, str, int], list[Stall]] = {}
+        for stall in stalls:
+            alike.setdefault((stall.kind, stall.cause, stall.blamed.step), []).append(stall)
+        for key, same in alike.items():
+            self._note(key, same)
+
+    def _note(self, key: tuple[str, str, int], same: list[Stall]) -> None:
+        """One line for all that one iteration is to blame for in the same way: a long one makes everybody late."""
+        worst = max(same, key=lambda stall: stall.gap_s)
+        line = self._stalls.pop(key, {"count": 0, "gap_s": -1.0})
+        if worst.gap_s > line["gap_s"]:
+            line |= {"id": worst.id[:ID_CHARS], "gap_s": worst.gap_s, "late_s": worst.late_s}
+        line |= {"t": worst.t, "step": worst.step, "kind": worst.kind, "cause": worst.cause, "count": line["count"] + len(same)}
+        line["words"] = worst.words(lambda id: id[:ID_CHARS])
+        self._stalls[key] = line
+        if len(self._stalls) > STALLS:
+            del self._stalls[next(iter(self._stalls))]
+
+
+class _Times:
+    """How many times fell in each bucket, and how many were late."""
+
+    __slots__ = ("buckets", "late")
+
+    def __init__(self) -> None:
+        self.buckets: Counter[int] = Counter()
+        self.late = 0
+
+    def add(self, seconds: Iterable[float], late: int) -> None:
+        for value, number in Counter(seconds).items():  # most tokens of an iteration waited equally long: one logarithm for all
+            self.buckets[round(FINENESS * math.log(max(value, 1e-6)))] += number
+        self.late += late
+
+
+class _Second:
+    """The latencies of one second, `at`."""
+
+    __slots__ = ("at", "tbt", "ttft")
+
+    def __init__(self, at: int):
+        self.at = at
+        self.ttft, self.tbt = _Times(), _Times()
+
+
+def _summary(times: Iterable[_Times]) -> dict[str, float] | None:
+    """Null if there are none. A percentile is the least value that so many per cent do not exceed."""
+    buckets, late = Counter[int](), 0
+    for some in times:
+        buckets.update(some.buckets)
+        late += some.late
+    count = buckets.total()
+    if not count:
+        return None
+    found: dict[str, float] = {"count": count, "late": late / count}
+    left = [50, 90, 99]
+    below = 0
+    for bucket in sorted(buckets):
+        below += buckets[bucket]
+        while left and 100 * below >= left[0] * count:
+            found[f"p{left.pop(0)}"] = math.exp(bucket / FINENESS)
+    return found

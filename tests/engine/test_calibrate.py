@@ -1,0 +1,76 @@
+"""A calibration describes the executor it timed, is remembered for the same machine and model, and a broken file is passed over."""
+
+import pytest
+
+from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.engine.calibrate import calibrate, remember, remembered
+from stallfree.executors.simulated import Linear
+
+COST = Linear(iteration_s=0.01, token_s=0.0004, context_s=0.0)
+KEY = {"cpu": "one", "model": "that"}
+
+
+class Instant:
+    """Says what `COST` says, and takes no time."""
+
+    def __init__(self, blocks: int = 400) -> None:
+        self.capacity = Capacity(block_size=32, num_blocks=blocks, max_model_len=4096)
+        self.plans: list[Plan] = []
+
+    def submit(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    def collect(self) -> StepResult:
+        plan = self.plans[-1]
+        return StepResult(plan.step, {w.id: (0,) for w in plan.work if w.samples}, COST.seconds(plan.shape))
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_model_describes_the_executor():
+    model, errors = calibrate(Instant())
+    assert COST.seconds([(700, 1)] * 6 + [(100, 90)]) == pytest.approx(model.seconds([(700, 1)] * 6 + [(100, 90)]), rel=0.01)
+    assert errors.largest < 0.01
+
+
+@pytest.mark.parametrize("blocks", [1, 20, 400])
+def test_no_block_is_named_that_the_executor_does_not_have(blocks):
+    executor = Instant(blocks)
+    calibrate(executor)
+    assert all(0 <= block < blocks for plan in executor.plans for work in plan.work for block in work.blocks)
+
+
+def test_progress_ends_at_the_end():
+    told = []
+    calibrate(Instant(), lambda done, of: told.append((done, of)))
+    assert told[-1][0] == told[-1][1]
+    assert told == sorted(told)
+
+
+def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):
+    model, errors = calibrate(Instant())
+    remember(model, errors, KEY, tmp_path / "new")
+    assert model.prices == remembered(KEY, tmp_path / "new").prices
+    assert None is remembered({**KEY, "cpu": "another"}, tmp_path / "new")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "model": {"prices": [1]}}'])
+def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content):
+    file = remember(*calibrate(Instant()), KEY, tmp_path)
+    file.write_text(content)
+    assert None is remembered(KEY, tmp_path)
+    assert str(file) in caplog.text
+    assert "calibrating again replaces it" in caplog.text
+
+
+def test_a_calibration_of_another_version_is_passed_over(tmp_path):
+    file = remember(*calibrate(Instant()), KEY, tmp_path)
+    file.write_text(file.read_text().replace('"version": 1', '"version": 0'))
+    assert None is remembered(KEY, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_costs_a_line_in_the_log(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    remember(*calibrate(Instant()), KEY, tmp_path / "file")
+    assert "cannot be kept" in caplog.text

@@ -1,0 +1,92 @@
+"""The fitted model finds the prices behind iterations, follows a machine that changes speed, and knows how much fits."""
+
+import random
+
+import pytest
+
+from stallfree.perf.fitted import FEATURES, Fitted
+
+PRICES = (0.009, 0.05, 0.02, 0.03, 0.02, 0.004)
+
+
+def shapes(count: int, seed: int = 0) -> list[list[tuple[int, int]]]:
+    rng = random.Random(seed)
+    return [
+        [(rng.randint(1, 2000), 1)] * rng.randint(0, 30) + [(rng.choice([0, 700, 1500]), rng.randint(2, 300))] * rng.randint(0, 2)
+        for _ in range(count)
+    ]
+
+
+def samples(count: int = 80, factor: float = 1.0) -> list[tuple[list[tuple[int, int]], float]]:
+    true = Fitted(PRICES)
+    return [(shape, factor * true.seconds(shape)) for shape in shapes(count) if shape]
+
+
+def test_prices_are_found_again():
+    assert PRICES == pytest.approx(Fitted.fit(samples()).prices, rel=0.02)
+
+
+def test_errors_are_those_of_the_worst_too():
+    data = samples()
+    data[7] = (data[7][0], 2 * data[7][1])
+    errors = Fitted(PRICES).errors(data)
+    assert 0 == pytest.approx(errors.median)
+    assert 0.5 == pytest.approx(errors.largest)
+    assert tuple(data[7][0]) == errors.worst
+
+
+def test_no_price_is_negative_even_where_noise_would_have_it():
+    rng = random.Random(1)
+    noisy = [(shape, seconds * rng.uniform(0.5, 2)) for shape, seconds in samples(12)]
+    assert all(price >= 0 for price in Fitted.fit(noisy).prices)
+
+
+def test_a_change_of_speed_is_followed_within_tens_of_iterations():
+    model = Fitted.fit(samples())
+    for shape, seconds in samples(40, factor=2.0):
+        model.learn(shape, seconds)
+    assert model.errors(samples(factor=2.0)).median < 0.05
+
+
+def test_what_traffic_never_shows_stays_as_calibrated():
+    model = Fitted.fit(samples())
+    for _ in range(2000):
+        model.learn([(500, 1)] * 4, Fitted(PRICES).seconds([(500, 1)] * 4))
+    assert model.errors(samples()).median < 0.02
+
+
+@pytest.mark.parametrize("start", [0, 900])
+@pytest.mark.parametrize("limit", [0.03, 0.08, 0.3])
+def test_room_is_the_most_that_stays_within_the_limit(start: int, limit: float):
+    model, decodes = Fitted(PRICES), [(300, 1)] * 5
+    count = model.room(decodes, start, 4000, limit)
+    if count > 1:
+        assert model.seconds([*decodes, (start, count)]) <= limit
+    assert model.seconds([*decodes, (start, count + 1)]) > limit or count == 4000
+
+
+def test_room_keeps_to_whole_tiles_where_it_can():
+    model, decodes = Fitted(PRICES, quantum=32), [(300, 1)] * 5
+    assert 0 == (5 + model.room(decodes, 0, 4000, 0.1)) % 32
+    assert 7 == model.room(decodes, 0, 7, 0.1)
+    assert 0 < model.room(decodes, 0, 4000, 0.03) < 32
+
+
+def test_a_model_begins_again_from_its_state():
+    model = Fitted.fit(samples(), quantum=16)
+    again = Fitted.from_state(model.state())
+    assert (model.prices, 16) == (again.prices, again.quantum)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"prices": [1], "quantum": 1, "anchor": []}, {"prices": list(PRICES), "quantum": 1, "anchor": [[1]]}]
+)
+def test_what_is_no_state_is_refused(state: dict):
+    with pytest.raises(ValueError, match="state of a cost model|prices are"):
+        Fitted.from_state(state)
+
+
+@pytest.mark.parametrize("prices", [(1.0,) * 3, (-0.1, *PRICES[1:]), (0.0,) * len(FEATURES), (float("nan"), *PRICES[1:])])
+def test_prices_that_cannot_be_are_refused(prices: tuple):
+    with pytest.raises(ValueError, match="prices are"):
+        Fitted(prices)

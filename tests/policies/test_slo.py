@@ -1,0 +1,123 @@
+"""The slo policy keeps its target whatever the load, uses its slack, and bears one client's impatience. In virtual time."""
+
+import random
+
+import pytest
+
+from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Scheduler
+from stallfree.core.slo import Slo as Targets
+from stallfree.policies import load
+from stallfree.policies.slo import Margin, Slo
+
+TARGET_S = 0.1
+
+
+def seconds(plan: Plan, noise: random.Random) -> float:
+    """Not what the policy's cost model starts from, and noisy: one iteration in a hundred takes half as long again."""
+    exact = 0.009 + sum(0.0012 + 1.2e-6 * w.start if w.decode else 0.0004 * w.count + 2e-8 * w.count * w.start for w in plan.work)
+    return exact * noise.lognormvariate(0, 0.05) * (1.5 if noise.random() < 0.01 else 1)
+
+
+def gaps(policy: Slo, requests: list[Request], slowdown: float = 1.0) -> list[float]:
+    """Every gap between tokens, in the order in which they ended; from half of the requests on, all is `slowdown` times as slow."""
+    scheduler, noise, now = Scheduler(policy, Capacity(32, 4000, 4096)), random.Random(5), 0.0
+    coming, found = requests[::-1], []
+    while coming or scheduler.requests:
+        while coming and coming[-1].arrival <= now:
+            scheduler.submit(coming.pop())
+        plan = scheduler.schedule(now)
+        if not plan.work:
+            now = coming[-1].arrival
+            continue
+        before = {w.id: scheduler.requests[w.id].last_token for w in plan.work if w.decode}
+        now += seconds(plan, noise) * (slowdown if len(coming) < len(requests) / 2 else 1)
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+        found += [now - last for last in before.values()]
+        now += 0.0008
+    return found
+
+
+def chat(rate: float, count: int = 250) -> list[Request]:
+    """Poisson arrivals; one prompt in twenty is long."""
+    rng, now, made = random.Random(1), 0.0, []
+    for i in range(count):
+        now += rng.expovariate(rate)
+        length = 2000 if rng.random() < 0.05 else min(1500, int(rng.lognormvariate(5.3, 1)) + 4)
+        made.append(Request(f"r{i}", range(100_000 * i, 100_000 * i + length), rng.randint(2, 160), arrival=now))
+    return made
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.5, 2.5, 4.0])
+def test_late_tokens_stay_within_the_share_allowed_at_every_load(rate):
+    found = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(rate))
+    assert sum(gap > TARGET_S for gap in found) <= 0.01 * len(found)
+
+
+def test_near_saturation_the_slack_is_used():
+    found = sorted(gaps(Slo(Targets.parse("tbt=100ms@p90")), chat(4.0)))
+    assert found[int(0.95 * len(found))] > 0.9 * TARGET_S
+    assert sum(gap > TARGET_S for gap in found) >= 0.05 * len(found)
+
+
+def test_a_machine_that_turns_slow_is_followed():
+    found = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(1.0), slowdown=1.8)
+    assert sum(gap > TARGET_S for gap in found) <= 0.01 * len(found)
+
+
+def test_a_clients_own_impossible_target_does_not_shut_the_others_out():
+    hasty = Request("hasty", range(50), 400, slo=Targets.parse("tbt=1ms"))
+    others = [Request(f"o{i}", range(1000 * i, 1000 * i + 300), 5, arrival=0.2) for i in range(1, 6)]
+    scheduler, now = Scheduler(Slo(Targets.parse("tbt=100ms")), Capacity(32, 4000, 4096)), 0.0
+    for request in (hasty, *others):
+        scheduler.submit(request)
+    for _ in range(60):
+        plan = scheduler.schedule(now)
+        now += seconds(plan, random.Random(0))
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+    assert [5] * 5 == [len(r.output) for r in others]
+    assert "running" == hasty.status.value
+
+
+def test_the_most_pressed_prompt_is_served_first():
+    policy = Slo(Targets.parse("tbt=100ms"))
+    scheduler = Scheduler(policy, Capacity(32, 4000, 4096))
+    scheduler.submit(Request("stream", range(10), 100))
+    first = scheduler.schedule(0.0)
+    scheduler.complete(first, StepResult(0, {"stream": (1,)}, 0.0), 0.01)
+    scheduler.submit(Request("long", range(10_000, 13_000), 10, arrival=0.0))
+    scheduler.submit(Request("short", range(20_000, 20_030), 10, arrival=0.0))
+    assert ["stream", "short", "long"] == [w.id for w in scheduler.schedule(0.02).work]
+
+
+def test_under_an_envelope_early_tokens_bank_slack():
+    scheduler = Scheduler(Slo(Targets.parse("tpot=100ms")), Capacity(32, 4000, 4096))
+    scheduler.submit(Request("stream", range(10), 100))
+    now, limits = 0.0, []
+    for _ in range(5):
+        plan = scheduler.schedule(now)
+        limits.append(plan.limit_s)
+        now += 0.01
+        scheduler.complete(plan, StepResult(plan.step, {"stream": (1,)}, 0.0), now)
+    assert None is limits[0]
+    assert limits[1:] == sorted(limits[1:])
+    assert limits[-1] > 0.3
+
+
+def test_a_target_that_no_machine_like_this_meets_is_refused_with_what_could_be_met():
+    with pytest.raises(ValueError, match=r"tbt=2ms cannot be met: .* about tbt=\d+ms"):
+        load("slo", slo="tbt=2ms")
+
+
+def test_a_late_token_widens_the_margin_and_many_in_time_narrow_it():
+    margin = Margin(0.01)
+    for i in range(100):
+        margin.learn(1 + i % 10 / 100, 0, 8)
+    before = margin.value
+    margin.learn(1.5, 8, 8)
+    wide = margin.value
+    for i in range(1000):
+        margin.learn(1 + i % 10 / 100, 0, 8)
+    assert before < wide
+    assert margin.value < wide

@@ -1,0 +1,203 @@
+"""The live page in a browser. Skipped where Debian's `chromium` and `chromium-driver`, or their like, are not installed."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import urlparse
+
+import httpx
+import pytest
+
+from stallfree.core.slo import Slo
+from tests.server.conftest import Linear, Server, quiet
+
+selenium = pytest.importorskip("selenium")
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver")
+
+COST = Linear(iteration_s=0.004, token_s=0.0004, context_s=0.0)
+FLAGS = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "window-size=1400,900",
+)  # fmt: skip
+PAINTED = """
+return [...document.querySelectorAll('[data-chart]')].map((figure) => {
+  const canvas = figure.querySelector('canvas');
+  const pixels = new Uint32Array(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+  return [figure.dataset.chart, new Set(pixels).size];
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(driver) -> Iterator[webdriver.Chrome]:
+    """A browser at its usual size, whose page has said nothing wrong and asked nobody else when the test is over."""
+    driver.get_log("browser")
+    driver.get_log("performance")
+    yield driver
+    ours = ("/live?since=", "/v1/chat/completions")  # Chromium notes every answer of 400 and more, and every lack of one
+    complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in ours)]
+    asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = {event["params"]["request"]["url"] for event in asked if event["method"] == "Network.requestWillBeSent"}
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.get("about:blank")
+    assert [] == complaints
+    assert {"127.0.0.1"} == {urlparse(url).hostname for url in urls if not url.startswith(("chrome:", "about:", "data:"))}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Server]:
+    """A server with a stream that goes on and on, and a long prompt every now and then, which makes a token late."""
+    over = threading.Event()
+
+    def streams(url: str) -> None:
+        while not over.is_set():
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 40, "max_tokens": 400}, timeout=60)
+
+    def prompts(url: str) -> None:
+        number = 0
+        while not over.wait(0.3):
+            number += 1
+            httpx.post(f"{url}/v1/completions", json={"prompt": f"{number} " * 150, "max_tokens": 2}, timeout=60)
+
+    with Server(COST, slo=Slo.parse("ttft=2s,tbt=20ms")) as server:
+        threads = [threading.Thread(target=target, args=(server.url,)) for target in (streams, streams, prompts)]
+        for thread in threads:
+            thread.start()
+        yield server
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def text(page: webdriver.Chrome, id: str) -> str:
+    return page.find_element(By.ID, id).text
+
+
+def size(page: webdriver.Chrome, width: int, height: int) -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def test_every_chart_is_drawn_with_data(page, loaded):
+    page.get(loaded.url)
+    until(lambda: page.execute_script("return document.querySelectorAll('#stalls li').length"))
+    painted = dict(page.execute_script(PAINTED))
+    assert {"tokens", "time", "budget", "requests", "memory"} == set(painted)
+    assert all(colours > 10 for colours in painted.values()), painted
+    labels = {figure.get_attribute("data-chart"): figure.text for figure in page.find_elements(By.CSS_SELECTOR, "[data-chart]")}
+    assert "SLO 20 ms" in labels["time"].replace("\n", " ")
+    assert "budget 64 tokens" in labels["budget"].replace("\n", " ")
+
+
+def test_header_latencies_and_stalls_say_what_the_server_does(page, loaded):
+    page.get(loaded.url)
+    until(lambda: "late" in text(page, "stalls"))
+    assert ("toy", "sarathi", "ttft=2s@p90, tbt=20ms@p99") == tuple(text(page, id) for id in ("model", "policy", "slo"))
+    assert "prefill tokens of" in text(page, "stalls")
+    assert text(page, "tbt").startswith("TBT")
+    assert "ms" in text(page, "tbt")
+    assert "live" == text(page, "status")
+
+
+def test_a_prompt_streams(page, loaded):
+    page.get(loaded.url)
+    page.find_element(By.ID, "send").click()
+    until(lambda: text(page, "answer"))
+    until(lambda: "tokens/s" in text(page, "answer-note"))
+    assert text(page, "answer-note").startswith("200 tokens · TTFT ")
+    assert "abcdefghijklmnopqrstuvwxyz" in text(page, "answer")
+
+
+def test_a_stream_can_be_stopped(page, loaded):
+    page.get(loaded.url)
+    page.execute_script("document.getElementById('max-tokens').value = 1900")
+    page.find_element(By.ID, "send").click()
+    until(lambda: text(page, "answer"))
+    page.find_element(By.ID, "stop").click()
+    until(lambda: "stopped" == text(page, "answer-note"))
+    assert page.find_element(By.ID, "send").is_displayed()
+
+
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_nothing_runs_over_the_edge(page, loaded, width):
+    size(page, width, 740)
+    page.get(loaded.url)
+    until(lambda: page.execute_script("return document.querySelectorAll('#stalls li').length"))
+    page.find_element(By.ID, "send").click()
+    until(lambda: text(page, "answer"))
+    assert [width, 0] == page.execute_script(
+        "const root = document.documentElement; return [innerWidth, root.scrollWidth - root.clientWidth]"
+    )
+    page.find_element(By.ID, "stop").click()
+
+
+def test_every_field_and_picture_has_a_name(page, loaded):
+    page.get(loaded.url)
+    until(lambda: "live" == text(page, "status"))
+    nameless = """
+    const fields = [...document.querySelectorAll('input, textarea')].filter((field) => !field.labels.length);
+    const pictures = [...document.querySelectorAll('[role=img]')].filter((picture) => !picture.ariaLabel);
+    return [...fields, ...pictures].map((element) => element.outerHTML);
+    """
+    assert [] == page.execute_script(nameless)
+    picture = page.find_element(By.CSS_SELECTOR, "[data-chart=tokens] [role=img]")
+    assert "Tokens per iteration, last 30 seconds: decode " in picture.get_attribute("aria-label")
+
+
+def test_an_error_is_shown_in_words(page):
+    with Server() as server:
+        page.get(server.url)
+        page.execute_script("document.getElementById('prompt').value = 'x'.repeat(3000)")
+        page.find_element(By.ID, "send").click()
+        until(lambda: "at most 2047 fit" in text(page, "answer-note"))
+
+
+def test_with_a_key_the_page_asks_for_it_and_sends_it_in_no_address(page):
+    with Server(api_key="sesame") as server, quiet():
+        page.get(server.url)
+        until(lambda: page.find_element(By.ID, "key").is_displayed())
+        for key, says in (("wrong", "the key is wrong"), ("sesame", "idle")):
+            page.find_element(By.ID, "key").send_keys(key)
+            page.find_element(By.CSS_SELECTOR, "#key-form button").click()
+            until(lambda says=says: says == text(page, "status"))
+        assert not page.find_element(By.ID, "key").is_displayed()
+        page.find_element(By.ID, "send").click()
+        until(lambda: "tokens/s" in text(page, "answer-note"))
+        assert "" == page.execute_script("return JSON.stringify(localStorage) + JSON.stringify(sessionStorage)").replace("{}", "")
+        assert "sesame" not in page.page_source
+        urls = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        assert not [url for url in urls if "sesame" in url]
+
+
+def test_a_server_that_goes_away_is_noticed(page):
+    with Server() as server:
+        page.get(server.url)
+        until(lambda: "idle" == text(page, "status"))
+    until(lambda: "does not answer" in text(page, "status"))
