@@ -1,9 +1,8 @@
-"""`stallfree bench`: load on a server, its capacity, and servers side by side."""
+"""`stallfree bench`: load on a server, its capacity, and servers or policies side by side."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +11,7 @@ import typer
 from stallfree.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from stallfree.bench.client import Client
-    from stallfree.bench.dialect import Dialect
-    from stallfree.bench.load import Load
-    from stallfree.metrics.report import Report
+    from stallfree.cli.measuring import Place
     from stallfree.workload.workload import Arrival
 
 app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
@@ -71,21 +65,34 @@ def load(
 
     Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or nothing was completed.
     """
-    from stallfree.bench.client import Client
+    from stallfree.cli import measuring
+    from stallfree.core.slo import Slo
 
-    client = Client(url, api_key=api_key, timeout_s=timeout)
-    coming = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
-    facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "rate": rate, "requests": len(coming), "seed": seed}
-    results = _measure({client.url: client}, model, coming, rate, slo, facts, html)
-    ((run, report),) = results.values()
+    targets = Slo.parse(slo) if slo else Slo()
+    measuring.check_page(html)
+    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
+    access = measuring.Access(model, api_key, timeout)
+    results = measuring.measure([measuring.Place(url, url)], access, coming, targets, rate)
+    if html is not None:
+        measuring.write_page(html, results, facts, targets)
     if as_json:
+        ((run, report),) = results.values()
         typer.echo(json.dumps({"workload": facts} | run.as_dict(report)))
-    _end(results, as_json)
+    else:
+        measuring.show(results)
+    measuring.end(results)
 
 
 @app.command()
 def compare(
-    servers: Annotated[list[str], typer.Argument(metavar="NAME=URL...", help="The servers, each with a name for it.")],
+    them: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="POLICY[:BUDGET] | NAME=URL ...",
+            help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
+            "and servers that are there already, as theirs=http://127.0.0.1:8001.",
+        ),
+    ],
     rate: Rate = None,
     requests: Requests = None,
     duration: Duration = None,
@@ -94,30 +101,37 @@ def compare(
     max_total: MaxTotal = None,
     slo: Targets = None,
     seed: Seed = 0,
+    serve: Annotated[
+        str,
+        typer.Option(help="What else `stallfree serve` is to be told for policies: 'model.gguf --threads 2'.", show_default=False),
+    ] = "",
     api_key: ApiKey = None,
     timeout: Timeout = 600,
     as_json: options.Json = False,
     html: Html = None,
 ) -> None:
-    """Put the same load on several servers, one after another, and report them side by side. Exit code 1 if a run is not valid."""
-    from stallfree.bench.client import Client
+    """Put the same load on several policies or servers, one after another, and report them side by side.
 
-    clients: dict[str, Client] = {}
-    for server in servers:
-        name, equals, url = server.partition("=")
-        if not (name and equals):
-            raise ValueError(f"{server!r} is not a named server; write name=http://127.0.0.1:8000")
-        if name in clients:
-            raise ValueError(f"two servers are named {name!r}; give each its own name")
-        clients[name] = Client(url, api_key=api_key, timeout_s=timeout)
-    coming = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
-    facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "rate": rate, "requests": len(coming), "seed": seed}
-    results = _measure(clients, None, coming, rate, slo, facts, html)
+    For a policy `stallfree serve` is started with the SLO, and ended afterwards. Exit code 1 if a run is not valid.
+    """
+    from stallfree.cli import measuring
+    from stallfree.core.slo import Slo
+
+    targets = Slo.parse(slo) if slo else Slo()
+    measuring.check_page(html)
+    places = [_place(text, slo, serve) for text in them]
+    if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
+        raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
+    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
+    results = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, rate)
+    if html is not None:
+        measuring.write_page(html, results, facts, targets)
     if as_json:
-        typer.echo(
-            json.dumps({"workload": facts, "servers": {name: run.as_dict(report) for name, (run, report) in results.items()}})
-        )
-    _end(results, as_json)
+        servers = {name: run.as_dict(report) for name, (run, report) in results.items()}
+        typer.echo(json.dumps({"workload": facts, "servers": servers}))
+    else:
+        measuring.show(results)
+    measuring.end(results)
 
 
 @app.command()
@@ -142,44 +156,49 @@ def capacity(
     A trial passes if every target is met, the median TTFT is at most 2 s (unless the SLO has a target for it) and at most 1 % of
     the requests fail. Exit code 1 if it was interrupted, or if the client was too slow to tell.
     """
-    import asyncio
+    from rich.console import Console
 
-    from stallfree.bench.capacity import search, shortfalls
-    from stallfree.bench.client import Client
+    from stallfree.bench.capacity import Capacity, search, shortfalls
+    from stallfree.cli import measuring
     from stallfree.core.slo import Slo
     from stallfree.metrics.report import report
     from stallfree.workload.workload import Workload
 
     targets, workload = Slo.parse(slo), Workload.parse(arrivals, lengths, max_total)
-    client = Client(url, api_key=api_key, timeout_s=timeout)
-    dialect = asyncio.run(_probe(client, model))
+    workload.draw(start, seed, requests=requests)  # a mistake is to be told before anybody is asked
+    client = measuring.Access(model, api_key, timeout).client(url)
+    dialect = measuring.probe(client, model)
     made: list[dict[str, Any]] = []
+    behind: dict[float, str] = {}
 
     def trial(rate: float, seed: int) -> bool:
-        run = asyncio.run(_run(client, dialect, workload.draw(rate, seed, requests=requests), f"{rate:.4g}/s"))
+        run = measuring.follow(client, dialect, workload.draw(rate, seed, requests=requests), f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt
         result = report(run.lines, targets, rate)
-        why = shortfalls(result, targets) + ([run.behind] if run.behind else [])
+        why = shortfalls(result, targets)
+        if run.behind:
+            behind[rate] = run.behind
+            why.append(run.behind)
         typer.echo(f"{rate:.4g} requests/s, seed {seed}: {'; '.join(why) or 'passed'}", err=True)
         made.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
         return not why
 
-    problems, found = [], None
+    found, problems = Capacity(0.0, None, ()), []
     try:
         found = search(trial, start, tolerance=tolerance, most_trials=trials, seed=seed)
     except KeyboardInterrupt:
         problems.append(f"interrupted after {len(made)} trials")
-    if found is not None and any(t["rate"] == found.above and t["client"]["late"] for t in made):
-        problems.append(f"at {found.above:.4g} requests/s the client fell behind its schedule; the server may be capable of more")
+    if found.above in behind:
+        problems.append(f"the server may be capable of more: at {found.above:.4g} requests/s {behind[found.above]}")
     if as_json:
         facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "requests": requests, "seed": seed}
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": facts}
-        answer |= {"capacity": None, "above": None} if found is None else {"capacity": found.rate, "above": found.above}
+        answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
         typer.echo(json.dumps(answer | {"trials": made}))
     else:
-        _print_trials(made)
-        if found is not None:
+        Console().print(measuring.grid(_trials(made)))
+        if found.decisions:
             above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
             typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
     for problem in problems:
@@ -196,127 +215,55 @@ def _draw(
     seed: int,
     requests: int | None,
     duration_s: float | None,
-) -> list[Arrival]:
+) -> tuple[list[Arrival], dict[str, Any]]:
+    """What arrives, and how that was drawn."""
     from stallfree.workload.workload import Workload
 
     workload = Workload.parse(arrivals, lengths, max_total)
-    if requests is None and duration_s is None and workload.cv is not None:
-        requests = REQUESTS
-    return workload.draw(rate, seed, requests=requests, duration_s=duration_s)
+    if workload.cv is not None:
+        if rate is None:
+            raise ValueError(
+                "how many requests a second? --rate 2 makes it two, on average; --arrivals trace takes a trace's times"
+            )
+        if requests is None and duration_s is None:
+            requests = REQUESTS
+    coming = workload.draw(rate, seed, requests=requests, duration_s=duration_s)
+    facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "rate": rate, "requests": len(coming), "seed": seed}
+    return coming, facts
 
 
-def _measure(
-    clients: dict[str, Client],
-    model: str | None,
-    coming: Sequence[Arrival],
-    rate: float | None,
-    slo: str | None,
-    facts: dict[str, Any],
-    html: Path | None,
-) -> dict[str, tuple[Load, Report]]:
-    """The same load on one server after another, and the page of it; after an interruption on no more."""
-    import asyncio
+def _place(text: str, slo: str | None, serve: str) -> Place:
+    """A server that is there, NAME=URL, or a policy for which one is to be started, with its budget if that is a number."""
+    import shlex
 
-    from stallfree.core.slo import Slo
-    from stallfree.metrics.report import report
+    from stallfree import policies
+    from stallfree.cli.measuring import Place
 
-    targets = Slo() if slo is None else Slo.parse(slo)
-    if html is not None:
-        from stallfree.metrics import plot
-
-        plot.require()
-        if not html.parent.is_dir():
-            raise ValueError(f"--html {html}: there is no folder {html.parent}; make it, or name another file")
-    dialects = {name: asyncio.run(_probe(client, model)) for name, client in clients.items()}
-    results: dict[str, tuple[Load, Report]] = {}
-    for name, client in clients.items():
-        run = asyncio.run(_run(client, dialects[name], coming, name))
-        results[name] = run, report(run.lines, targets, rate)
-        if run.interrupted:
-            break
-    if html is not None:
-        from stallfree.metrics.page import page
-
-        said = [", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)]
-        said += [f"{name}: {run.server}" for name, (run, _) in results.items()]
-        said.append(f"SLO {targets}" if slo else "no SLO")
-        problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
-        lines = {name: (report, run.lines) for name, (run, report) in results.items()}
-        html.write_text(page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, lines, targets))
-    return results
+    name, equals, url = text.partition("=")
+    if "://" in name:
+        raise ValueError(f"the server {text} has no name; write theirs={text}")
+    if equals:
+        if not (name and url):
+            raise ValueError(f"{text!r} is neither a policy nor a named server; write theirs=http://127.0.0.1:8001")
+        return Place(name, url)
+    policy, colon, number = text.rpartition(":")
+    budget = int(number) if colon and number.isdecimal() else None
+    policy = text if budget is None else policy
+    policies.load(policy, token_budget=budget)  # a mistake is to be told before the first run
+    try:
+        told = shlex.split(serve)
+    except ValueError as error:
+        raise ValueError(f"--serve {serve!r}: {error}") from None
+    chosen = {"--policy": policy, "--slo": slo, "--token-budget": budget}
+    return Place(text, None, (*told, *(str(word) for item in chosen.items() if item[1] is not None for word in item)))
 
 
-async def _probe(client: Client, model: str | None) -> Dialect:
-    from stallfree.bench.dialect import Dialect
-
-    async with client:
-        dialect = await Dialect.probe(client, model)
-    typer.echo(f"{client.url}: {dialect}", err=True)
-    return dialect
-
-
-async def _run(client: Client, dialect: Dialect, coming: Sequence[Arrival], name: str) -> Load:
-    """Ctrl-C ends it with what there is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from stallfree.bench.load import load
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[running]} running"))
-    # The bar is drawn by a thread that holds up the client while it does: seldom.
-    progress = Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=2, disable=not console.is_terminal)
-    async with client:
-        with progress:
-            bar = progress.add_task(name, total=len(coming), running=0)
-
-            def tick(run: Load) -> None:
-                progress.update(bar, completed=run.ended, running=len(run.lines) - run.ended)
-
-            return await load(client, dialect, coming, tick)
-
-
-def _end(results: dict[str, tuple[Load, Report]], as_json: bool) -> None:
-    """The table, what went wrong, and the exit code."""
-    if not as_json:
-        from rich.console import Console
-
-        from stallfree.metrics.report import table
-
-        Console().print(_as_table(table({name: report for name, (_, report) in results.items()})))
-    for name, (run, _) in results.items():
-        for message in run.messages.values():
-            typer.echo(f"{name}: {message}", err=True)
-        if run.short:
-            typer.echo(f"{name}: {run.short} requests got fewer tokens than they asked for", err=True)
-        for problem in run.problems:
-            typer.echo(f"{name} is not valid: {problem}", err=True)
-    if any(run.problems for run, _ in results.values()):
-        raise typer.Exit(1)
-
-
-def _print_trials(made: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
+def _trials(made: list[dict[str, Any]]) -> list[list[str]]:
+    """Trials as rows of a table, by their rate."""
     rows = [["requests/s", "seed", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "verdict"]]
     for t in sorted(made, key=lambda t: (t["rate"], t["seed"])):
         ttft, tbt = t["ttft_s"], t["tbt_s"]
-        figures = [
-            f"{t['rate']:.4g}",
-            str(t["seed"]),
-            f"{ttft['p50']:.3g}" if ttft else "-",
-            f"{tbt['p99'] * 1e3:.3g}" if tbt else "-",
-        ]
-        rows.append([*figures, f"{t['output_tokens_per_s']:.3g}", "; ".join(t["why"]) or "passed"])
-    Console().print(_as_table(rows))
-
-
-def _as_table(rows: list[list[str]]) -> Any:
-    from rich.table import Table
-
-    made = Table(box=None)
-    for number, name in enumerate(rows[0]):
-        made.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows[1:]:
-        made.add_row(*row)
-    return made
+        figures = [f"{ttft['p50']:.3g}" if ttft else "-", f"{tbt['p99'] * 1e3:.3g}" if tbt else "-"]
+        verdict = "; ".join(t["why"]) or "passed"
+        rows.append([f"{t['rate']:.4g}", str(t["seed"]), *figures, f"{t['output_tokens_per_s']:.3g}", verdict])
+    return rows
