@@ -23,7 +23,7 @@ from harness import machine, parser, server, show
 
 from stallfree.core.record import StepRecord, read
 from stallfree.metrics.plot import streams
-from stallfree.metrics.timeline import report, timelines
+from stallfree.metrics.timeline import timelines
 
 POLICIES = ["sarathi", "prefill-first", "orca", "hybrid-only", "chunked-only", "request-level"]
 MODEL = "smollm2-135m-instruct"
@@ -87,7 +87,7 @@ def measure(
     row = {
         "policy": policy,
         "tokens": len(gaps),
-        "left out": report(lines, late_after).stalls,
+        "left out": sum(line.stalls for line in lines),
         "late": int((gaps > late_after).sum()),
         "late after, ms": late_after * 1e3,
         "TBT p50, ms": p50 * 1e3,

@@ -18,6 +18,9 @@ ALLOWED = {
     "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
+    "workload": ({"workload"}, {"numpy"}),
+    "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
+    "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
     "server": (
         {"core", "engine", "executors", "metrics", "server"},
         {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
@@ -53,6 +56,6 @@ def test_no_module_of_core_knows_a_clock_log_random_number_or_thread():
 
 
 def test_importing_the_package_loads_neither_runtime_nor_server():
-    heavy = "{'torch', 'openvino', 'numpy', 'fastapi'}"
+    heavy = "{'torch', 'openvino', 'numpy', 'fastapi', 'aiohttp'}"
     code = f"import sys, stallfree, stallfree.cli; print(sorted({heavy} & set(sys.modules)))"
     assert "[]" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

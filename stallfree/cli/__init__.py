@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stallfree.cli import calibrate, chat, explain, generate, listing, models, replay, serve
+from stallfree.cli import bench, calibrate, chat, explain, generate, listing, models, replay, serve
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -22,6 +22,7 @@ app.add_typer(models.app, name="models")
 app.command("calibrate")(calibrate.calibrate)
 app.command("explain")(explain.explain)
 app.command("replay")(replay.replay)
+app.add_typer(bench.app, name="bench")
 app.command("list")(listing.listing)
 
 

@@ -1,13 +1,26 @@
-"""Pictures of runs, drawn from records: who got a token when, and who waited for whose prompt.
+"""Pictures of runs: from records, who got a token when, and who waited for whose prompt; from timelines, latencies and load.
 
 It needs matplotlib (the extra `plot`) and knows nothing of how a run came about.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from io import StringIO
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from stallfree.core.record import StepRecord
-from stallfree.metrics.timeline import timelines
+from stallfree.core.slo import Slo, Target
+from stallfree.metrics.timeline import Timeline, timelines
+
+
+def require() -> None:
+    """Raises ValueError, saying how to get it, if matplotlib is not installed: to be known before a run, not after it."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib, which is not installed; pip install 'stallfree[plot]' installs it")
 
 
 def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tuple[float, float], long_prompt: int = 1000) -> None:
@@ -39,3 +52,54 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("seconds (a dot is a token; orange: a long prompt is being computed)")
     figure.savefig(file, dpi=150)
+
+
+def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
+    """Runs side by side as an SVG element: how TTFT and TBT are distributed, with the targets of `slo`; and for each run every TBT
+    when it happened, and how many requests were there.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2 * (1 + len(runs))), layout="constrained")
+    axes = figure.subplots(1 + len(runs), 2, squeeze=False)
+    ttfts = {name: [line.ttft for line in lines if line.ttft is not None] for name, lines in runs.items()}
+    gaps = {name: [gap for line in lines for gap in line.gaps] for name, lines in runs.items()}
+    _distribution(axes[0, 0], "TTFT", ttfts, slo.ttft)
+    _distribution(axes[0, 1], "TBT", gaps, slo.tbt)
+    for number, (name, lines) in enumerate(runs.items()):
+        over_time, load = axes[1 + number]
+        times = [t for line in lines for t in line.tokens[1:]]
+        over_time.plot(times, [gap * 1e3 for gap in gaps[name]], ".", color=f"C{number}", markersize=1.5, rasterized=True)
+        if slo.tbt:
+            over_time.axhline(slo.tbt.seconds * 1e3, color="black", linestyle="--", linewidth=0.8)
+        if number:
+            over_time.sharey(axes[1, 0])
+        over_time.set(title=f"{name}: every TBT", ylabel="ms")
+        end = max((t for line in lines for t in (line.arrival, line.finished or 0.0)), default=0.0)
+        changes = sorted([(line.arrival, 1) for line in lines] + [(line.finished or end, -1) for line in lines])
+        load.step([t for t, _ in changes], list(accumulate(change for _, change in changes)), where="post", color=f"C{number}")
+        load.plot([line.arrival for line in lines], [0] * len(lines), "|", color="black", markersize=8, alpha=0.5)
+        load.set(title=f"{name}: requests there (a bar is an arrival)", ylabel="requests")
+        for axis in (over_time, load):
+            axis.set_xlim(0, end or None)
+            axis.set_xlabel("seconds of the run")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
+    text = StringIO()
+    figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _distribution(axis: Any, title: str, values: Mapping[str, Sequence[float]], target: Target | None) -> None:
+    percent = np.linspace(0, 100, 501)
+    for name, seconds in values.items():
+        if seconds:
+            axis.plot(np.maximum(np.percentile(seconds, percent) * 1e3, 0.01), percent, label=name)
+            axis.set_xscale("log")
+    if target:
+        axis.axvline(target.seconds * 1e3, color="black", linestyle="--", linewidth=0.8)
+        axis.axhline(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc="lower right")
+    axis.set(title=f"{title}, distribution", xlabel="ms", ylabel="% of all")

@@ -1,12 +1,10 @@
-"""Records into one timeline per request, and timelines into the numbers that users feel: TTFT, TBT, and stalls with their cause.
+"""One timeline per request: when it arrived, and when each of its tokens came; and how records become timelines.
 
 It reads StepRecords and nothing else, so a live run and a simulated one are measured by the same lines.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from stallfree.core.record import StepRecord
 
@@ -14,7 +12,8 @@ from stallfree.core.record import StepRecord
 @dataclass(slots=True)
 class Timeline:
     """One request's life, in the run's seconds: `arrival`, when it was first `scheduled`, when each output token came (`tokens`),
-    when it `finished` and why (`reason`); sizes in tokens. None for what has not happened.
+    when it `finished` and why (`reason`); sizes in tokens. None for what has not happened. `stalls`: iterations that left it out as
+    a ready decode, which only records can tell.
     """
 
     id: str
@@ -53,40 +52,3 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
         for id, reason, _ in r.finished:
             found[id].finished, found[id].reason = r.t_end, reason
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A run in numbers. Seconds; percentiles over the requests (TTFT) and over all gaps pooled (TBT). `stalls`: ready decodes that
-    an iteration left out. `late`: output tokens that came more than `late_after` after the one before.
-    """
-
-    requests: int
-    output_tokens: int
-    ttft_p50: float
-    tbt_p50: float
-    tbt_p99: float
-    tbt_max: float
-    stalls: int
-    late: int
-    late_after: float
-
-
-def report(lines: Sequence[Timeline], late_after: float) -> Report:
-    """Raises ValueError if no request got two tokens: there is nothing to measure."""
-    gaps = np.array([gap for line in lines for gap in line.gaps])
-    ttfts = np.array([line.ttft for line in lines if line.ttft is not None])
-    if not len(gaps):
-        raise ValueError(f"none of {len(lines)} requests got two tokens, so there are no gaps to measure")
-    p50, p99 = np.percentile(gaps, [50, 99])
-    return Report(
-        requests=len(lines),
-        output_tokens=sum(len(line.tokens) for line in lines),
-        ttft_p50=float(np.median(ttfts)),
-        tbt_p50=float(p50),
-        tbt_p99=float(p99),
-        tbt_max=float(gaps.max()),
-        stalls=sum(line.stalls for line in lines),
-        late=int((gaps > late_after).sum()),
-        late_after=late_after,
-    )

@@ -1,0 +1,135 @@
+"""Open-loop load: each request is sent when it is due, whatever became of those before, as users do who do not know one another.
+
+Times count from when a request was due, so that a wait in the client would not be hidden. A client that is often late has not made
+the load it was to make; its run is not valid. It knows neither what was drawn nor what is wanted of the latencies.
+"""
+
+import asyncio
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stallfree.bench.client import Client, Failed
+from stallfree.bench.dialect import Dialect
+from stallfree.metrics.report import COMPLETED, Report
+from stallfree.metrics.timeline import Timeline
+from stallfree.workload.workload import Arrival
+
+MOST_LATE_S = 0.05
+"""How late the client may send 1 request in 100: far below a TTFT that anyone would set a target for."""
+
+
+@dataclass(slots=True)
+class Load:
+    """A run as its client saw it, in seconds from its start: `lines` of the requests sent, of which `ended` have. `late_s`: from
+    when each was due until it was sent. `short`: completed ones with fewer tokens than asked. `cpu_share`: what the client took
+    of one core. `messages`: the first of each kind of error.
+    """
+
+    server: str
+    planned: int
+    lines: list[Timeline] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
+    ended: int = 0
+    short: int = 0
+    cpu_share: float = 0.0
+    messages: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def behind(self) -> str | None:
+        """That the client was late, in words, if it was."""
+        late = _percentile(self.late_s, 99)
+        if late <= MOST_LATE_S:
+            return None
+        return (
+            f"the client fell behind its own schedule: 1 request in 100 was sent {late * 1e3:.0f} ms late or more, "
+            f"{MOST_LATE_S * 1e3:.0f} ms are allowed; lower the rate or give the client a machine of its own"
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the run does not count; nothing if it does."""
+        found = []
+        if self.interrupted:
+            found.append(f"interrupted after {len(self.lines)} of {self.planned} requests were sent")
+        if self.behind:
+            found.append(self.behind)
+        if not any(line.reason in COMPLETED for line in self.lines):
+            found.append(f"no request was completed: {'; '.join(self.messages.values()) or 'none had ended'}")
+        return found
+
+    def as_dict(self, report: Report) -> dict[str, Any]:
+        """For programs: the report, whether it is valid, and what else the client knows."""
+        client = {
+            "late_p99_s": _percentile(self.late_s, 99),
+            "late_max_s": _percentile(self.late_s, 100),
+            "cpu_share": self.cpu_share,
+        }
+        valid = {"valid": not self.problems, "problems": self.problems, "server": self.server}
+        return valid | asdict(report) | {"short": self.short, "messages": self.messages, "client": client}
+
+
+async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], tick: Callable[[Load], None]) -> Load:
+    """Send `arrivals` when they are due, and wait for their ends. `tick` is called whenever one is sent or has ended. Cancelled, it
+    leaves the requests that run and returns what there is.
+    """
+    _allow_connections(len(arrivals))
+    loop, rng = asyncio.get_running_loop(), np.random.default_rng()
+    run = Load(str(dialect), len(arrivals))
+    running: set[asyncio.Task[None]] = set()
+
+    async def serve(arrival: Arrival, line: Timeline, body: bytes) -> None:
+        run.late_s.append(loop.time() - origin - arrival.at)
+        run.lines.append(line)
+        tick(run)
+        times: list[float] = []
+        try:
+            events = await client.stream(body, times)
+        except Failed as failed:
+            line.reason = failed.kind
+            run.messages.setdefault(failed.kind, str(failed))
+        else:
+            line.reason = "length"
+            line.prompt_tokens = events.prompt_tokens or line.prompt_tokens
+            run.short += len(times) < arrival.output_tokens
+        finally:
+            line.tokens = [t - origin for t in times]
+        line.finished = loop.time() - origin
+        run.ended += 1
+        tick(run)
+
+    worked, origin = time.process_time(), loop.time()
+    try:
+        for number, arrival in enumerate(arrivals):
+            body = dialect.body(rng, arrival.prompt_tokens, arrival.output_tokens)
+            await asyncio.sleep(origin + arrival.at - loop.time())
+            task = asyncio.create_task(serve(arrival, Timeline(str(number), arrival.at, arrival.prompt_tokens), body))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        while running:
+            await asyncio.wait(running)
+    except asyncio.CancelledError:
+        run.interrupted = True
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    run.cpu_share = (time.process_time() - worked) / (loop.time() - origin)
+    return run
+
+
+def _percentile(values: Sequence[float], percent: float) -> float:
+    return float(np.percentile(values, percent)) if values else 0.0
+
+
+def _allow_connections(most: int) -> None:
+    """A request that runs is an open file, of which a process may by default have too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))

@@ -1,0 +1,269 @@
+"""`stallfree bench`: load on a server, its capacity, and servers or policies side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stallfree.cli import options
+
+if TYPE_CHECKING:
+    from stallfree.cli.measuring import Place
+    from stallfree.workload.workload import Arrival
+
+app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
+Rate = Annotated[float | None, typer.Option(help="Requests per second, on average.", show_default="a trace's own")]
+Requests = Annotated[int | None, typer.Option(help="How many requests.", show_default="200, or a trace's all")]
+Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals, instead of a number of requests.", show_default=False)]
+Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=2 (burstier with a larger cv), or trace: the times in the csv.")]
+Lengths = Annotated[
+    str,
+    typer.Option(
+        help="Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, or a FILE.csv with prompt_tokens, output_tokens "
+        "and perhaps arrived_at. Others may be mixed in: 512/128 + 5%:2000/64."
+    ),
+]
+MaxTotal = Annotated[
+    int | None, typer.Option(help="Most tokens of a request, prompt and output; longer ones are drawn again.", show_default=False)
+]
+Targets = Annotated[str | None, typer.Option("--slo", help="Latency targets: ttft=2s@p90,tbt=100ms@p99.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Draws the same arrivals and lengths again.", min=0)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Its name there.", show_default="the first that is listed")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Sent as a bearer token.", show_envvar=True, show_default=False)
+]
+Timeout = Annotated[float, typer.Option(help="Seconds that a request may take, its output included.")]
+Html = Annotated[Path | None, typer.Option(help="Write table and plots to this file; needs matplotlib.", show_default=False)]
+
+LENGTHS = "512/128"
+REQUESTS = 200
+
+
+@app.command()
+def load(
+    url: Url = "http://127.0.0.1:8000",
+    rate: Rate = None,
+    requests: Requests = None,
+    duration: Duration = None,
+    arrivals: Arrivals = "poisson",
+    lengths: Lengths = LENGTHS,
+    max_total: MaxTotal = None,
+    slo: Targets = None,
+    seed: Seed = 0,
+    model: Model = None,
+    api_key: ApiKey = None,
+    timeout: Timeout = 600,
+    as_json: options.Json = False,
+    html: Html = None,
+) -> None:
+    """Send requests at a rate, whether or not earlier ones have ended, and report latencies, stalls and the SLO.
+
+    Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or nothing was completed.
+    """
+    from stallfree.cli import measuring
+    from stallfree.core.slo import Slo
+
+    targets = Slo.parse(slo) if slo else Slo()
+    measuring.check_page(html)
+    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
+    access = measuring.Access(model, api_key, timeout)
+    results = measuring.measure([measuring.Place(url, url)], access, coming, targets, rate)
+    if html is not None:
+        measuring.write_page(html, results, facts, targets)
+    if as_json:
+        ((run, report),) = results.values()
+        typer.echo(json.dumps({"workload": facts} | run.as_dict(report)))
+    else:
+        measuring.show(results)
+    measuring.end(results)
+
+
+@app.command()
+def compare(
+    them: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="POLICY[:BUDGET] | NAME=URL ...",
+            help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
+            "and servers that are there already, as theirs=http://127.0.0.1:8001.",
+        ),
+    ],
+    rate: Rate = None,
+    requests: Requests = None,
+    duration: Duration = None,
+    arrivals: Arrivals = "poisson",
+    lengths: Lengths = LENGTHS,
+    max_total: MaxTotal = None,
+    slo: Targets = None,
+    seed: Seed = 0,
+    serve: Annotated[
+        str,
+        typer.Option(help="What else `stallfree serve` is to be told for policies: 'model.gguf --threads 2'.", show_default=False),
+    ] = "",
+    api_key: ApiKey = None,
+    timeout: Timeout = 600,
+    as_json: options.Json = False,
+    html: Html = None,
+) -> None:
+    """Put the same load on several policies or servers, one after another, and report them side by side.
+
+    For a policy `stallfree serve` is started with the SLO, and ended afterwards. Exit code 1 if a run is not valid.
+    """
+    from stallfree.cli import measuring
+    from stallfree.core.slo import Slo
+
+    targets = Slo.parse(slo) if slo else Slo()
+    measuring.check_page(html)
+    places = [_place(text, slo, serve) for text in them]
+    if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
+        raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
+    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
+    results = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, rate)
+    if html is not None:
+        measuring.write_page(html, results, facts, targets)
+    if as_json:
+        servers = {name: run.as_dict(report) for name, (run, report) in results.items()}
+        typer.echo(json.dumps({"workload": facts, "servers": servers}))
+    else:
+        measuring.show(results)
+    measuring.end(results)
+
+
+@app.command()
+def capacity(
+    slo: Annotated[str, typer.Option(help="Latency targets that make the capacity: ttft=2s@p90,tbt=100ms@p99.")],
+    url: Url = "http://127.0.0.1:8000",
+    start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
+    trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
+    requests: Annotated[int, typer.Option(help="Requests in a trial.")] = REQUESTS,
+    arrivals: Arrivals = "poisson",
+    lengths: Lengths = LENGTHS,
+    max_total: MaxTotal = None,
+    seed: Seed = 0,
+    model: Model = None,
+    api_key: ApiKey = None,
+    timeout: Timeout = 600,
+    as_json: options.Json = False,
+) -> None:
+    """Find the highest request rate at which the server meets an SLO, by bisection over repeated trials.
+
+    A trial passes if every target is met, the median TTFT is at most 2 s (unless the SLO has a target for it) and at most 1 % of
+    the requests fail. Exit code 1 if it was interrupted, or if the client was too slow to tell.
+    """
+    from rich.console import Console
+
+    from stallfree.bench.capacity import Capacity, search, shortfalls
+    from stallfree.cli import measuring
+    from stallfree.core.slo import Slo
+    from stallfree.metrics.report import report
+    from stallfree.workload.workload import Workload
+
+    targets, workload = Slo.parse(slo), Workload.parse(arrivals, lengths, max_total)
+    workload.draw(start, seed, requests=requests)  # a mistake is to be told before anybody is asked
+    client = measuring.Access(model, api_key, timeout).client(url)
+    dialect = measuring.probe(client, model)
+    made: list[dict[str, Any]] = []
+    behind: dict[float, str] = {}
+
+    def trial(rate: float, seed: int) -> bool:
+        run = measuring.follow(client, dialect, workload.draw(rate, seed, requests=requests), f"{rate:.4g}/s")
+        if run.interrupted:
+            raise KeyboardInterrupt
+        result = report(run.lines, targets, rate)
+        why = shortfalls(result, targets)
+        if run.behind:
+            behind[rate] = run.behind
+            why.append(run.behind)
+        typer.echo(f"{rate:.4g} requests/s, seed {seed}: {'; '.join(why) or 'passed'}", err=True)
+        made.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
+        return not why
+
+    found, problems = Capacity(0.0, None, ()), []
+    try:
+        found = search(trial, start, tolerance=tolerance, most_trials=trials, seed=seed)
+    except KeyboardInterrupt:
+        problems.append(f"interrupted after {len(made)} trials")
+    if found.above in behind:
+        problems.append(f"the server may be capable of more: at {found.above:.4g} requests/s {behind[found.above]}")
+    if as_json:
+        facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "requests": requests, "seed": seed}
+        answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": facts}
+        answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
+        typer.echo(json.dumps(answer | {"trials": made}))
+    else:
+        Console().print(measuring.grid(_trials(made)))
+        if found.decisions:
+            above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
+            typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
+    for problem in problems:
+        typer.echo(f"not valid: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _draw(
+    arrivals: str,
+    lengths: str,
+    max_total: int | None,
+    rate: float | None,
+    seed: int,
+    requests: int | None,
+    duration_s: float | None,
+) -> tuple[list[Arrival], dict[str, Any]]:
+    """What arrives, and how that was drawn."""
+    from stallfree.workload.workload import Workload
+
+    workload = Workload.parse(arrivals, lengths, max_total)
+    if workload.cv is not None:
+        if rate is None:
+            raise ValueError(
+                "how many requests a second? --rate 2 makes it two, on average; --arrivals trace takes a trace's times"
+            )
+        if requests is None and duration_s is None:
+            requests = REQUESTS
+    coming = workload.draw(rate, seed, requests=requests, duration_s=duration_s)
+    facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "rate": rate, "requests": len(coming), "seed": seed}
+    return coming, facts
+
+
+def _place(text: str, slo: str | None, serve: str) -> Place:
+    """A server that is there, NAME=URL, or a policy for which one is to be started, with its budget if that is a number."""
+    import shlex
+
+    from stallfree import policies
+    from stallfree.cli.measuring import Place
+
+    name, equals, url = text.partition("=")
+    if "://" in name:
+        raise ValueError(f"the server {text} has no name; write theirs={text}")
+    if equals:
+        if not (name and url):
+            raise ValueError(f"{text!r} is neither a policy nor a named server; write theirs=http://127.0.0.1:8001")
+        return Place(name, url)
+    policy, colon, number = text.rpartition(":")
+    budget = int(number) if colon and number.isdecimal() else None
+    policy = text if budget is None else policy
+    policies.load(policy, token_budget=budget)  # a mistake is to be told before the first run
+    try:
+        told = shlex.split(serve)
+    except ValueError as error:
+        raise ValueError(f"--serve {serve!r}: {error}") from None
+    chosen = {"--policy": policy, "--slo": slo, "--token-budget": budget}
+    return Place(text, None, (*told, *(str(word) for item in chosen.items() if item[1] is not None for word in item)))
+
+
+def _trials(made: list[dict[str, Any]]) -> list[list[str]]:
+    """Trials as rows of a table, by their rate."""
+    rows = [["requests/s", "seed", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "verdict"]]
+    for t in sorted(made, key=lambda t: (t["rate"], t["seed"])):
+        ttft, tbt = t["ttft_s"], t["tbt_s"]
+        figures = [f"{ttft['p50']:.3g}" if ttft else "-", f"{tbt['p99'] * 1e3:.3g}" if tbt else "-"]
+        verdict = "; ".join(t["why"]) or "passed"
+        rows.append([f"{t['rate']:.4g}", str(t["seed"]), *figures, f"{t['output_tokens_per_s']:.3g}", verdict])
+    return rows

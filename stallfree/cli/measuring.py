@@ -1,0 +1,148 @@
+"""The same load on one server after another, as somebody at a terminal follows it: a bar, a table, what went wrong, and a page.
+
+It knows servers by their URL or by what starts them; what arrives, and what its commands are called, is others'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from stallfree.bench.client import Client
+from stallfree.bench.dialect import Dialect
+from stallfree.bench.load import Load, load
+from stallfree.bench.server import server
+from stallfree.core.slo import Slo
+from stallfree.metrics import plot
+from stallfree.metrics.page import page
+from stallfree.metrics.report import Report, report, table
+from stallfree.workload.workload import Arrival
+
+Results = Mapping[str, tuple[Load, Report]]
+"""Of each server, by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server to be measured: the one at `url`; or, without one, one that `stallfree serve` with the arguments `serve` starts when
+    its turn comes.
+    """
+
+    name: str
+    url: str | None
+    serve: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a server is asked: for which `model` (None: the first that it lists), with which key, and for how long at the most."""
+
+    model: str | None
+    api_key: str | None
+    timeout_s: float
+
+    def client(self, url: str) -> Client:
+        return Client(url, api_key=self.api_key, timeout_s=self.timeout_s)
+
+
+def measure(places: Sequence[Place], access: Access, coming: Sequence[Arrival], slo: Slo, rate: float | None) -> Results:
+    """`coming` on every server in turn; after an interruption on no more. Raises ValueError for one that does not answer."""
+    # Those that are there are asked before the first run: a mistake in the last address must not cost the first run's time.
+    dialects = {place.name: probe(access.client(place.url), access.model) for place in places if place.url is not None}
+    results: dict[str, tuple[Load, Report]] = {}
+    for place in places:
+        with server(place.serve) if place.url is None else nullcontext(place.url) as url:
+            client = access.client(url)
+            run = follow(client, dialects.get(place.name) or probe(client, access.model), coming, place.name)
+        results[place.name] = run, report(run.lines, slo, rate)
+        if run.interrupted:
+            break
+    return results
+
+
+def probe(client: Client, model: str | None) -> Dialect:
+    """How the server is to be asked, which is said."""
+
+    async def ask() -> Dialect:
+        async with client:
+            return await Dialect.probe(client, model)
+
+    dialect = asyncio.run(ask())
+    typer.echo(f"{client.url}: {dialect}", err=True)
+    return dialect
+
+
+def follow(client: Client, dialect: Dialect, coming: Sequence[Arrival], name: str) -> Load:
+    """One run, with a bar on a terminal. Ctrl-C ends it with what there is."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[running]} running"))
+    # The bar is drawn by a thread that holds up the client while it does: seldom.
+    progress = Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=2, disable=not console.is_terminal)
+    bar = progress.add_task(name, total=len(coming), running=0)
+
+    def tick(run: Load) -> None:
+        progress.update(bar, completed=run.ended, running=len(run.lines) - run.ended)
+
+    async def run() -> Load:
+        async with client:
+            return await load(client, dialect, coming, tick)
+
+    with progress:
+        return asyncio.run(run())
+
+
+def show(results: Results) -> None:
+    """The table of the runs, for people."""
+    Console().print(grid(table({name: report for name, (_, report) in results.items()})))
+
+
+def end(results: Results) -> None:
+    """What went wrong, and exit code 1 if a run does not count for it."""
+    for name, (run, _) in results.items():
+        for message in run.messages.values():
+            typer.echo(f"{name}: {message}", err=True)
+        if run.short:
+            typer.echo(f"{name}: {run.short} requests got fewer tokens than they asked for", err=True)
+        for problem in run.problems:
+            typer.echo(f"{name} is not valid: {problem}", err=True)
+    if any(run.problems for run, _ in results.values()):
+        raise typer.Exit(1)
+
+
+def check_page(file: Path | None) -> None:
+    """Raises ValueError for a page that cannot be written, before the run of which it is to be."""
+    if file is None:
+        return
+    plot.require()
+    if file.is_dir() or not file.parent.is_dir():
+        wrong = f"{file} is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise ValueError(f"--html {file}: {wrong}; name a file in a folder that is there")
+
+
+def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo) -> None:
+    said = [", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)]
+    said += [f"{name}: {run.server}" for name, (run, _) in results.items()]
+    said.append(f"SLO {slo}" if slo != Slo() else "no SLO")
+    problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
+    runs = {name: (report, run.lines) for name, (run, report) in results.items()}
+    file.write_text(page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, runs, slo))
+
+
+def grid(rows: Sequence[Sequence[str]]) -> Table:
+    """Rows, the first of which are names, as a table with its numbers to the right."""
+    made = Table(box=None)
+    for number, name in enumerate(rows[0]):
+        made.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows[1:]:
+        made.add_row(*row)
+    return made

@@ -1,0 +1,38 @@
+"""Runs as one HTML file that can be sent to somebody: the table of their reports and the plots, with nothing to be fetched."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from stallfree.core.slo import Slo
+from stallfree.metrics.plot import latencies
+from stallfree.metrics.report import Report, table
+from stallfree.metrics.timeline import Timeline
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .1em 1.2em .1em 0; text-align: right }
+th:first-child, td:first-child { text-align: left }
+tr:nth-child(even) { background: #f3f3f3 } svg { width: 100%; height: auto; margin-top: 1em } .problem { color: #b00020 }
+"""
+
+
+def page(
+    title: str, facts: Sequence[str], problems: Sequence[str], runs: Mapping[str, tuple[Report, Sequence[Timeline]]], slo: Slo
+) -> str:
+    """The file's text. `facts`: lines on how the runs came about; `problems`: why they do not count, if they do not."""
+    names, *rows = table({name: report for name, (report, _) in runs.items()})
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+    paragraphs = [f"<p>{escape(fact)}</p>" for fact in facts] + [f"<p class=problem>{escape(problem)}</p>" for problem in problems]
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+<h1>{escape(title)}</h1>
+{"".join(paragraphs)}
+<table>
+<tr>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>
+{cells}</table>
+{latencies({name: lines for name, (_, lines) in runs.items()}, slo)}
+</html>
+"""

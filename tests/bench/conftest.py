@@ -1,0 +1,81 @@
+"""A server of few lines that does what it is told, in the event loop of its client."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import web
+
+from stallfree.bench.client import Client
+
+
+def chunk(text: str = "x", finish_reason: str | None = None, **fields: Any) -> str:
+    """An event of a completion."""
+    choice = {"index": 0, "text": text, "finish_reason": finish_reason} | {k: fields.pop(k) for k in ("token_ids",) if k in fields}
+    return f"data: {json.dumps({'choices': [choice], **fields})}\n\n"
+
+
+class Fake:
+    """Answers with `max_tokens` events, or with those of `events`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its
+    tokens in a word. `failure`: what happens to requests for more than two tokens, so that the probe passes: a status, "die" (after two
+    tokens), "mute" (never answers), "stop" (ends after two tokens as if that were all).
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.models: Any = {"data": [{"id": "fake"}]}
+        self.refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
+        self.events: list[str] | None = None
+        self.failure: str | int | None = None
+        self.per_word = 1
+        self.url = ""
+
+    async def list(self, _: web.Request) -> web.Response:
+        return web.json_response(self.models)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if (why := self.refuse(body)) is not None:
+            return web.json_response({"error": {"message": why}}, status=400)
+        prompt, usage = body["prompt"], body.get("stream_options")
+        told = {"prompt_tokens": len(prompt) if isinstance(prompt, list) else 1 + self.per_word * len(prompt.split())}
+        if not body.get("stream"):
+            return web.json_response({"choices": [{"text": "x"}], "usage": told})
+        failure = self.failure if body["max_tokens"] > 2 else None
+        if isinstance(failure, int):
+            return web.json_response({"error": {"message": "too much"}}, status=failure)
+        if failure == "mute":
+            await asyncio.sleep(60)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        if self.events is not None and body["max_tokens"] > 2:
+            await response.write("".join(self.events).encode())
+            return response
+        for number in range(body["max_tokens"]):
+            if number == 2 and failure == "die":
+                request.transport.abort()
+            if number == 2 and failure == "stop":
+                break
+            await response.write(chunk(usage=told | {"completion_tokens": number + 1} if usage else None).encode())
+        await response.write((chunk("", "length") + "data: [DONE]\n\n").encode())
+        return response
+
+
+@asynccontextmanager
+async def running(fake: Fake, **options: Any):
+    """A client of the fake server, on a free port."""
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", fake.list), web.post("/v1/completions", fake.complete)])
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    fake.url = "http://127.0.0.1:{}".format(runner.addresses[0][1])
+    try:
+        async with Client(fake.url, **options) as client:
+            yield client
+    finally:
+        await runner.cleanup()

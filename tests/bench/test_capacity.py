@@ -1,0 +1,90 @@
+"""The search finds the capacity of servers that are known and of those whose verdicts are noisy; trials fail for good reasons."""
+
+import random
+import statistics
+
+import pytest
+
+from stallfree.bench.capacity import Decision, decide, search, shortfalls
+from stallfree.core.slo import Slo
+from stallfree.metrics.report import report
+from stallfree.metrics.timeline import Timeline
+
+
+def noisy(capacity: float, width: float, run: int):
+    """Passes surely at `width` below the capacity and never at as much above; between them the likelier the lower the rate."""
+    return lambda rate, seed: random.Random(f"{run} {rate} {seed}").random() < 0.5 + (capacity - rate) / (2 * width)
+
+
+@pytest.mark.parametrize("start", [0.01, 1, 3.7, 500])
+def test_a_sharp_capacity_is_found_from_any_start(start):
+    found = search(lambda rate, _: rate <= 3.7, start, tolerance=0.02)
+    assert found.rate <= 3.7 < found.above <= 1.02 * found.rate
+
+
+def test_a_noisy_capacity_is_found_more_exactly_with_more_trials():
+    def errors(most_trials):
+        found = [search(noisy(10, 2, run), 1, most_trials=most_trials, tolerance=0.02).rate for run in range(200)]
+        return statistics.mean(abs(rate - 10) for rate in found)
+
+    assert errors(5) < 0.8
+    assert errors(5) < errors(1)
+
+
+def test_every_rate_is_tried_with_the_same_seeds():
+    asked = {}
+    search(lambda rate, seed: asked.setdefault(rate, []).append(seed) or rate < 3, 1, seed=7)
+    assert {(7, 8)} == {tuple(seeds) for seeds in asked.values()}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [("pp", (2, 0, True)), ("ff", (0, 2, True)), ("pfff", (1, 3, True)), ("pfpfp", (3, 2, False)), ("pffpf", (2, 3, False))],
+)
+def test_trials_end_once_one_verdict_leads_by_two(verdicts, expected):
+    decision = decide(1.0, lambda _, seed: verdicts[seed] == "p", 5, 0)
+    assert expected == (decision.passed, decision.failed, decision.sure)
+
+
+def test_a_server_that_meets_the_slo_at_any_rate_has_no_bound():
+    found = search(lambda rate, _: True, 1, most_trials=1)
+    assert (2**20, None) == (found.rate, found.above)
+
+
+def test_a_server_that_never_meets_the_slo_has_no_capacity():
+    found = search(lambda rate, _: False, 1, most_trials=1)
+    assert (0, 2**-20) == (found.rate, found.above)
+
+
+def test_decisions_are_told_in_their_order():
+    assert (Decision(1, 2, 0), Decision(2, 0, 2), Decision(1.5, 0, 2)) == search(lambda r, _: r < 1.2, 1, tolerance=0.5).decisions
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"start": 0}, "start at 0"), ({"tolerance": 0}, "0.001"), ({"most_trials": 4}, "odd number")]
+)
+def test_options_that_cannot_be_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        search(lambda rate, _: True, **{"start": 1} | options)
+
+
+def lines(ttft, gap, n=100, reason="length"):
+    return [Timeline("x", 0, 1, tokens=[ttft, ttft + gap], reason=reason) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("measured", "slo", "says"),
+    [
+        (lines(1, 0.05), "tbt=100ms", None),
+        (lines(1, 0.2), "tbt=100ms", "tbt 100ms@p99 in 0.00%"),
+        (lines(3, 0.05), "tbt=100ms", "median TTFT 3 s"),
+        (lines(3, 0.05), "tbt=100ms,ttft=5s", None),
+        (lines(3, 0.05) + lines(3, 0.05, 1, "HTTP 429"), "tbt=100ms,ttft=5s", None),
+        (lines(3, 0.05) + lines(3, 0.05, 2, "HTTP 429"), "tbt=100ms,ttft=5s", "2 of 102 requests failed"),
+        ([], "tbt=100ms", "median TTFT none"),
+    ],
+)
+def test_a_trial_fails_for_late_tokens_a_growing_queue_or_refusals(measured, slo, says):
+    slo = Slo.parse(slo)
+    found = "; ".join(shortfalls(report(measured, slo), slo))
+    assert says in found if says else found == ""

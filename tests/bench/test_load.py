@@ -1,0 +1,129 @@
+"""What the client measures: of this project's server, and of servers that die, fall silent or refuse."""
+
+import asyncio
+import time
+
+import pytest
+
+from stallfree.bench.client import Client
+from stallfree.bench.dialect import Dialect
+from stallfree.bench.load import Load, load
+from stallfree.metrics.report import report
+from stallfree.workload.workload import Arrival, Workload
+from tests.bench.conftest import Fake, chunk, running
+from tests.server.conftest import SLOW, Server
+
+FIVE = [Arrival(0.01 * i, 20, 6) for i in range(5)]
+
+
+def loaded(fake: Fake, arrivals=FIVE, tick=lambda run: None, **options) -> Load:
+    async def run():
+        async with running(fake, **options) as client:
+            return await load(client, await Dialect.probe(client), arrivals, tick)
+
+    return asyncio.run(run())
+
+
+def failing(failure, **options) -> Load:
+    fake = Fake()
+    fake.failure = failure
+    return loaded(fake, **options)
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_this_projects_server_gives_every_token_that_was_asked_for_in_order(key):
+    arrivals = Workload.parse("poisson", "median=30,p90=90/median=20,p90=60").draw(100, 1, requests=40)
+
+    async def run(url):
+        async with Client(url, api_key=key) as client:
+            return await load(client, await Dialect.probe(client), arrivals, lambda run: None)
+
+    with Server(api_key=key) as server:
+        result = asyncio.run(run(f"{server.url}/v1/"))
+        server.settled()
+    lines = sorted(result.lines, key=lambda line: int(line.id))
+    assert [] == result.problems
+    assert [a.output_tokens for a in arrivals] == [len(line.tokens) for line in lines]
+    assert [a.prompt_tokens for a in arrivals] == [line.prompt_tokens for line in lines]
+    assert all(line.arrival < line.tokens[0] and line.tokens == sorted(line.tokens) for line in lines)
+    assert (40, 0, 40) == (report(lines).completed, result.short, result.ended)
+
+
+def test_a_wrong_key_is_said_before_the_run():
+    async def probe(url):
+        async with Client(url, api_key="wrong") as client:
+            await Dialect.probe(client)
+
+    with Server(api_key="secret") as server, pytest.raises(ValueError, match="HTTP 401.*API key"):
+        asyncio.run(probe(server.url))
+
+
+def test_requests_are_sent_when_due_though_none_has_ended():
+    most = []
+    loaded(Fake(), tick=lambda run: most.append(len(run.lines) - run.ended))
+    result = failing("mute", timeout_s=0.5, tick=lambda run: most.append(len(run.lines) - run.ended))
+    assert 5 == max(most)
+    assert {"timeout": 5} == report(result.lines).errors
+
+
+def test_a_stream_that_dies_is_cut_short_and_keeps_its_tokens():
+    result = failing("die")
+    assert {"cut short": 5} == report(result.lines).errors
+    assert [2] * 5 == [len(line.tokens) for line in result.lines]
+    assert "no request was completed" in result.problems[0]
+
+
+def test_refusals_are_counted_by_status_with_the_servers_words():
+    result = failing(429)
+    assert {"HTTP 429": 5} == report(result.lines).errors
+    assert {"HTTP 429": "HTTP 429: too much"} == result.messages
+
+
+@pytest.mark.parametrize(
+    ("events", "kind"),
+    [
+        ([chunk(), 'data: {"error": {"message": "on fire"}}\n\n'], "server error"),
+        ([chunk()], "cut short"),
+        (["data: nonsense\n\n"], "malformed"),
+    ],
+)
+def test_streams_that_are_no_completions_are_errors(events, kind):
+    fake = Fake()
+    fake.events = events
+    assert {kind: 5} == report(loaded(fake).lines).errors
+
+
+def test_outputs_that_end_early_are_counted():
+    assert (5, []) == (failing("stop").short, failing("stop").problems)
+
+
+def test_a_server_that_takes_text_only_is_measured_too():
+    fake = Fake()
+    fake.refuse = lambda body: "no ids" if isinstance(body["prompt"], list) else None
+    result = loaded(fake)
+    assert [(20, 6)] * 5 == [(line.prompt_tokens, len(line.tokens)) for line in result.lines]
+
+
+def test_a_client_behind_its_schedule_fails_the_run():
+    result = loaded(Fake(), tick=lambda run: time.sleep(0.06))
+    assert 5 == report(result.lines).completed
+    assert ["fell behind its own schedule"] == [p[11:39] for p in result.problems]
+    assert not result.as_dict(report(result.lines))["valid"]
+
+
+def test_an_interrupted_run_gives_what_there_is():
+    async def run(url):
+        async with Client(url) as client:
+            dialect = await Dialect.probe(client)
+            begun = asyncio.Event()
+            task = asyncio.create_task(load(client, dialect, [*FIVE, Arrival(99, 5, 5)], lambda run: begun.set()))
+            await begun.wait()
+            await asyncio.sleep(0.1)
+            task.cancel()
+            return await task
+
+    with Server(SLOW) as server:
+        result = asyncio.run(run(server.url))
+        server.settled()
+    assert "interrupted after 5 of 6 requests" in result.problems[0]
+    assert 5 == report(result.lines).completed + report(result.lines).unfinished

@@ -1,0 +1,100 @@
+"""What a report makes of timelines whose figures can be told by hand."""
+
+import pytest
+
+from stallfree.core.slo import Slo
+from stallfree.metrics.report import Attainment, Quantiles, report, table
+from stallfree.metrics.timeline import Timeline
+
+
+def line(arrival, tokens, reason="length"):
+    return Timeline("x", arrival, 10, tokens=tokens, reason=reason)
+
+
+TWO = [line(0, [1, 2, 3]), line(1, [2, 12])]
+
+
+def test_ttft_and_e2e_are_over_the_requests():
+    result = report(TWO)
+    assert (1, 1) == (result.ttft_s.p50, result.ttft_s.max)
+    assert (7, 11) == (result.e2e_s.p50, result.e2e_s.max)
+
+
+def test_tbt_is_pooled_over_all_gaps_and_tpot_is_not():
+    result = report(TWO)
+    assert (1, 10) == (result.tbt_s.p50, result.tbt_s.max)
+    assert (5.5, 10) == (result.tpot_s.p50, result.tpot_s.max)
+
+
+def test_rates_are_over_the_time_from_the_first_arrival_to_the_last_token():
+    result = report(TWO, nominal_rate=2)
+    assert (5, 12, 5 / 12) == (result.output_tokens, result.seconds, result.output_tokens_per_s)
+    assert (2, 1) == (result.request_rate.nominal, result.request_rate.actual)
+
+
+def test_requests_that_ended_in_errors_are_counted_by_kind_and_their_gaps_count():
+    result = report([*TWO, line(2, [], "HTTP 429"), line(2, [3, 23], "cut short"), line(2, [], "HTTP 429"), line(3, [4], None)])
+    assert (2, {"HTTP 429": 2, "cut short": 1}, 1) == (result.completed, result.errors, result.unfinished)
+    assert (20, 11) == (result.tbt_s.max, result.e2e_s.max)
+
+
+def test_a_stall_is_a_gap_of_more_than_five_median_ones_if_there_is_no_target():
+    tokens = [1, 2, 3, 4, 9, 15, 16]
+    assert (5, 1, 1 / 6) == tuple(getattr(report([line(0, tokens)]).stalls, name) for name in ("after_s", "count", "share"))
+
+
+def test_a_target_for_tbt_says_what_a_stall_is():
+    stalls = report([line(0, [1, 2, 3, 4.5])], Slo.parse("tbt=1.2s")).stalls
+    assert (1.2, 1) == (stalls.after_s, stalls.count)
+
+
+def test_tokens_that_come_together_do_not_make_every_gap_a_stall():
+    stalls = report([line(0, [1, 1, 1, 2, 2, 2, 3, 3, 3])]).stalls
+    assert (5, 0) == (stalls.after_s, stalls.count)
+
+
+@pytest.mark.parametrize(("percentile", "met"), [(75, True), (76, False)])
+def test_tbt_is_met_if_no_larger_share_of_gaps_is_late_than_the_percentile_leaves(percentile, met):
+    slo = Slo.parse(f"tbt=2s@p{percentile}")
+    assert {"tbt": Attainment(f"2s@p{percentile}", 0.75, met)} == report([line(0, [1, 2, 3, 4, 9])], slo).slo_attainment
+
+
+def test_a_request_that_failed_before_its_first_token_is_late_however_soon_it_failed():
+    lines = [line(0, [1]), line(0, [], "HTTP 429"), line(0, [], None)]
+    assert Attainment("2s@p90", 0.5, False) == report(lines, Slo.parse("ttft=2s")).slo_attainment["ttft"]
+
+
+def test_tpot_lets_early_tokens_bank_slack():
+    slo = Slo.parse("tpot=1s")
+    assert 1 == report([line(0, [5, 5.1, 5.2, 8])], slo).slo_attainment["tpot"].in_time
+    assert 2 / 3 == pytest.approx(report([line(0, [5, 5.1, 7.2, 8])], slo).slo_attainment["tpot"].in_time)
+
+
+def test_tpot_counts_from_when_the_first_token_was_due():
+    slo = Slo.parse("ttft=2s,tpot=1s")
+    assert 1 == report([line(0, [0.5, 3, 4])], slo).slo_attainment["tpot"].in_time
+    assert 0.5 == report([line(0, [2.5, 3, 4.1])], slo).slo_attainment["tpot"].in_time
+
+
+def test_a_target_without_a_case_is_not_met():
+    assert Attainment("100ms@p99", None, False) == report([line(0, [1])], Slo.parse("tbt=100ms")).slo_attainment["tbt"]
+
+
+def test_nothing_can_be_reported_too():
+    result = report([])
+    assert (0, 0, 0.0, None, None, None) == (
+        result.completed, result.output_tokens, result.output_tokens_per_s, result.request_rate.actual, result.tbt_s, result.stalls,
+    )  # fmt: skip
+
+
+def test_quantiles_lie_between_the_values():
+    assert Quantiles(50, 90, 99, 100) == report([line(0, [float(i)]) for i in range(101)]).ttft_s
+
+
+def test_reports_stand_side_by_side():
+    slo = Slo.parse("tbt=2s@p90")
+    rows = {row[0]: row[1:] for row in table({"a": report(TWO, slo, 2), "b": report([line(0, [], "timeout")], slo)})}
+    assert ["a", "b"] == rows[""]
+    assert ["0", "1 timeout"] == rows["errors"]
+    assert ["1000", "-"] == rows["TBT p50, ms"]
+    assert ["66.67% of 2s@p90: MISSED", "-"] == rows["tbt in time"]

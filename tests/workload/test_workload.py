@@ -1,0 +1,101 @@
+"""What is drawn has the rate, the burstiness and the lengths that were asked for, and is the same for the same seed."""
+
+import statistics
+from itertools import pairwise
+
+import pytest
+
+from stallfree.workload.workload import Arrival, Workload
+
+
+def gaps(drawn):
+    return [b.at - a.at for a, b in pairwise(drawn)]
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at,prompt_tokens,output_tokens\n10,100,1\n11,200,2\n14,300,3\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(("arrivals", "cv"), [("poisson", 1), ("gamma:cv=3", 3), ("gamma:cv=0.25", 0.25)])
+def test_gaps_have_the_mean_of_the_rate_and_the_variation_asked_for(arrivals, cv):
+    found = gaps(Workload.parse(arrivals, "8/8").draw(5, seed=1, requests=20_000))
+    assert pytest.approx(0.2, rel=0.05) == statistics.mean(found)
+    assert pytest.approx(cv, rel=0.05) == statistics.stdev(found) / statistics.mean(found)
+
+
+def test_poisson_gaps_are_not_cut_off():
+    found = gaps(Workload.parse("poisson", "8/8").draw(1, seed=1, requests=20_000))
+    assert pytest.approx(2.718**-5, rel=0.15) == sum(gap > 5 for gap in found) / len(found)
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not():
+    workload = Workload.parse("gamma:cv=2", "median=100,p90=300/9 + 10%:900/9")
+    assert workload.draw(2, 7, requests=50) == workload.draw(2, 7, requests=50)
+    assert workload.draw(2, 7, requests=50) != workload.draw(2, 8, requests=50)
+
+
+def test_at_twice_the_rate_the_same_requests_come_in_half_the_time():
+    workload = Workload.parse("poisson", "median=100,p90=300/9 + 10%:900/9")
+    slow, fast = workload.draw(2, 7, requests=50), workload.draw(4, 7, requests=50)
+    assert [a.prompt_tokens for a in slow] == [a.prompt_tokens for a in fast]
+    assert pytest.approx([a.at / 2 for a in slow]) == [a.at for a in fast]
+
+
+def test_a_longer_run_begins_as_a_shorter_one():
+    workload = Workload.parse("poisson", "median=100,p90=300/9 + 10%:900/9")
+    assert workload.draw(2, 7, requests=20) == workload.draw(2, 7, requests=50)[:20]
+
+
+def test_a_duration_ends_the_arrivals():
+    drawn = Workload.parse("poisson", "8/8").draw(100, 1, duration_s=20)
+    assert drawn[-1].at < 20
+    assert pytest.approx(2000, rel=0.1) == len(drawn)
+
+
+def test_a_trace_arrives_at_its_own_times_from_its_first_on(trace):
+    expected = [Arrival(0, 100, 1), Arrival(1, 200, 2), Arrival(4, 300, 3)]
+    assert expected == Workload.parse("trace", trace).draw(None, 0)
+
+
+def test_a_trace_is_stretched_to_a_rate(trace):
+    assert [0, 2, 8] == [a.at for a in Workload.parse("trace", trace).draw(0.25, 0)]
+
+
+def test_long_prompts_can_be_mixed_into_a_trace_without_moving_its_arrivals(trace):
+    drawn = Workload.parse("trace", f"{trace} + 50%:2000/64").draw(None, 3)
+    assert [0, 1, 4] == [a.at for a in drawn]
+    assert {2000} < {a.prompt_tokens for a in drawn}
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "says"),
+    [("poison", "'poison'"), ("gamma:cv=x", "gamma:cv=2"), ("gamma:cv=0", "above 0"), ("trace", "from a .csv")],
+)
+def test_arrivals_that_cannot_be_are_named(arrivals, says):
+    with pytest.raises(ValueError, match=says):
+        Workload.parse(arrivals, "8/8")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rate": 0, "requests": 1}, "rate of 0"),
+        ({"rate": None, "requests": 1}, "need a rate"),
+        ({"rate": 1}, "number of requests or a duration"),
+        ({"rate": 1, "requests": 1, "duration_s": 1}, "number of requests or a duration"),
+        ({"rate": 1, "requests": 0}, "at least 1"),
+        ({"rate": 1, "duration_s": 1e-9}, "nothing arrives"),
+        ({"rate": 1, "requests": 1, "seed": -1}, "seed -1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(options, says):
+    with pytest.raises(ValueError, match=says):
+        Workload.parse("poisson", "8/8").draw(**{"seed": 0} | options)
+
+
+def test_a_trace_is_not_longer_than_it_is(trace):
+    with pytest.raises(ValueError, match="has 3 requests that fit, fewer than 4"):
+        Workload.parse("trace", trace).draw(None, 0, requests=4)
