@@ -54,6 +54,25 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
     figure.savefig(file, dpi=150)
 
 
+def late_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], file: Path, allowed: float = 0.01) -> None:
+    """A panel for each target: for each side, the share of late tokens over the request rate, and the share that is `allowed`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, sides) in zip(axes, panels.items(), strict=True):
+        for name, points in sides.items():
+            ours = name.startswith("slo")
+            rates, shares = zip(*sorted(points), strict=True)
+            drawn = [max(100 * share, 0.01) for share in shares]
+            axis.plot(rates, drawn, "o-", label=name, linewidth=2.5 if ours else 1, markersize=3, color="black" if ours else None)
+        axis.axhline(100 * allowed, color="tab:red", linestyle="--", linewidth=0.8)
+        axis.set(yscale="log", title=title, xlabel="requests per second", ylabel="late tokens, %")
+        axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
 def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
     """Runs side by side as an SVG element: how TTFT and TBT are distributed, with the targets of `slo`; and for each run every TBT
     when it happened, and how many requests were there.
