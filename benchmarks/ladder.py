@@ -1,0 +1,115 @@
+"""What the benchmarks of capacity share: a climb from low request rates to saturation, and the rate at which a target is first missed.
+
+One run at a rate tells for every TBT target whether it is met there, so several are judged by the same runs. A run passes if the
+target's percentile of all gaps is within it, the median TTFT is at most 2 s (the paper's criterion, Sarathi-Serve, OSDI'24,
+section 5) and at most 1 % of the requests fail.
+"""
+
+import asyncio
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from stallfree.bench.capacity import MEDIAN_TTFT_S, MOST_FAILED
+from stallfree.bench.client import Client
+from stallfree.bench.dialect import Dialect
+from stallfree.bench.load import Load, load
+from stallfree.core.slo import Slo, Target
+from stallfree.metrics.report import report
+from stallfree.metrics.timeline import Timeline
+from stallfree.workload.workload import Arrival, Workload
+
+STEP = 1.2
+"""Ratio of one rate of a climb to the one before."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run at `rate` (requests per second): the share of gaps above each target (`late`, by its seconds), latencies in seconds."""
+
+    rate: float
+    late: dict[float, float]
+    ttft_p50: float
+    ttft_p90: float
+    tbt_p99: float
+    failed: float
+    output_tokens_per_s: float
+
+    def stress(self, target: Target) -> float:
+        """Above 1 if the run fails `target`, by its worst criterion."""
+        return max(self.late[target.seconds] / target.late_share, self.ttft_p50 / MEDIAN_TTFT_S, self.failed / MOST_FAILED)
+
+
+class Server:
+    """A server under load, at `url`; asked as it takes it."""
+
+    def __init__(self, url: str, model: str | None = None):
+        self.client = Client(url, timeout_s=300)
+        self.dialect = asyncio.run(self._probe(model))
+
+    async def _probe(self, model: str | None) -> Dialect:
+        async with self.client:
+            return await Dialect.probe(self.client, model)
+
+    def run(self, arrivals: Sequence[Arrival]) -> Load:
+        """Raises RuntimeError if the client could not keep its schedule: nothing is measured then."""
+
+        async def go() -> Load:
+            async with self.client:
+                return await load(self.client, self.dialect, arrivals, lambda _: None)
+
+        done = asyncio.run(go())
+        if done.behind:
+            raise RuntimeError(done.behind)
+        return done
+
+    def rung(self, workload: Workload, rate: float, seconds: float, seed: int, targets: Sequence[Target]) -> Rung:
+        return rung(self.run(workload.draw(rate, seed, duration_s=seconds)).lines, rate, targets)
+
+
+def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> Rung:
+    whole = report(lines)
+    late = {}
+    for target in targets:
+        attained = report(lines, Slo(tbt=target)).slo_attainment["tbt"].in_time
+        late[target.seconds] = 1 - (attained if attained is not None else 0.0)
+    failed = sum(whole.errors.values())
+    ttft, tbt = whole.ttft_s, whole.tbt_s
+    return Rung(
+        rate,
+        late,
+        math.inf if ttft is None else ttft.p50,
+        math.inf if ttft is None else ttft.p90,
+        math.inf if tbt is None else tbt.p99,
+        failed / (failed + whole.completed),
+        whole.output_tokens_per_s,
+    )
+
+
+def climb(server: Server, workload: Workload, first: float, seconds: float, seed: int, targets: Sequence[Target]) -> list[Rung]:
+    """Runs at rates that rise by `STEP` from `first`, until every target is missed by half, or twice in a row."""
+    rungs: list[Rung] = []
+    rate = first
+    while True:
+        rungs.append(server.rung(workload, rate, seconds, seed, targets))
+        now = rungs[-1]
+        shares = ", ".join(f"{seconds * 1e3:.0f} ms {share:.2%}" for seconds, share in now.late.items())
+        print(f"  {rate:.2f}/s: late {shares}; TTFT p50 {now.ttft_p50:.2f} s", file=sys.stderr)
+        if all(_over(rungs, target) for target in targets):
+            return rungs
+        rate *= STEP
+
+
+def _over(rungs: Sequence[Rung], target: Target) -> bool:
+    return rungs[-1].stress(target) > 1.5 or all(r.stress(target) > 1 for r in rungs[-2:]) and len(rungs) > 1
+
+
+def capacity(rungs: Sequence[Rung], target: Target) -> float:
+    """Requests per second at which the stress reaches 1, between the last rung that passes and the next; 0 if none passes."""
+    for before, after in reversed(list(pairwise(rungs))):
+        a, b = max(before.stress(target), 0.05), after.stress(target)
+        if a <= 1 < b:
+            return before.rate * (after.rate / before.rate) ** (math.log(1 / a) / math.log(min(b, 20) / a))
+    return 0.0

