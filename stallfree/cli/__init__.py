@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stallfree.cli import bench, calibrate, chat, generate, listing, models, serve
+from stallfree.cli import bench, calibrate, chat, demo, generate, listing, models, serve
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -21,6 +21,7 @@ app.command("generate")(generate.generate)
 app.add_typer(models.app, name="models")
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
+app.command("demo")(demo.demo)
 app.command("list")(listing.listing)
 
 
