@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from stallfree.cli import options
 
 if TYPE_CHECKING:
+    from stallfree.bench.dialect import Dialect
     from stallfree.cli.measuring import Place
     from stallfree.workload.workload import Arrival
 
@@ -42,6 +44,8 @@ Html = Annotated[Path | None, typer.Option(help="Write table and plots to this f
 
 LENGTHS = "512/128"
 REQUESTS = 200
+LONGEST_S = 1800.0
+"""Seconds of arrivals in a trial, at the most: rates so low that they take longer are not searched."""
 
 
 @app.command()
@@ -165,14 +169,17 @@ def capacity(
     from stallfree.workload.workload import Workload
 
     targets, workload = Slo.parse(slo), Workload.parse(arrivals, lengths, max_total)
-    workload.draw(start, seed, requests=requests)  # a mistake is to be told before anybody is asked
     client = measuring.Access(model, api_key, timeout).client(url)
-    dialect = measuring.probe(client, model)
     made: list[dict[str, Any]] = []
     behind: dict[float, str] = {}
 
+    @cache
+    def dialect() -> Dialect:
+        return measuring.probe(client, model)
+
     def trial(rate: float, seed: int) -> bool:
-        run = measuring.follow(client, dialect, workload.draw(rate, seed, requests=requests), f"{rate:.4g}/s")
+        coming = workload.draw(rate, seed, requests=requests)
+        run = measuring.follow(client, dialect(), coming, f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt
         result = report(run.lines, targets, rate)
@@ -186,7 +193,8 @@ def capacity(
 
     found, problems = Capacity(0.0, None, ()), []
     try:
-        found = search(trial, start, tolerance=tolerance, most_trials=trials, seed=seed)
+        lowest = requests / LONGEST_S
+        found = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=seed)
     except KeyboardInterrupt:
         problems.append(f"interrupted after {len(made)} trials")
     if found.above in behind:
@@ -198,9 +206,11 @@ def capacity(
         typer.echo(json.dumps(answer | {"trials": made}))
     else:
         Console().print(measuring.grid(_trials(made)))
-        if found.decisions:
+        if found.rate:
             above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
             typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
+        elif found.decisions:
+            typer.echo(f"no capacity: {targets} is missed at {found.above:.4g} requests/s, the lowest rate tried")
     for problem in problems:
         typer.echo(f"not valid: {problem}", err=True)
     if problems:

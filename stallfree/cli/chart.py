@@ -1,6 +1,7 @@
 """Bars on a terminal, an eighth of a line exact. It knows nothing of what they stand for."""
 
 from collections.abc import Sequence
+from math import ceil
 
 from rich.text import Text
 
@@ -8,18 +9,18 @@ EIGHTHS = " ▁▂▃▄▅▆▇█"
 LABEL = 7
 
 
-def chart(bars: Sequence[float], height: int, top: float, unit: str, line: float | None = None) -> Text:
-    """`height` lines of text, `LABEL` wider than there are bars. The axis ends at `top`; a bar above `line` is red."""
+def chart(bars: Sequence[float], height: int, top: float, line: float | None = None) -> Text:
+    """`height` lines of text, `LABEL` wider than there are bars, with an axis to `top`. A bar above `line` is red."""
     step = top / height
     text = Text(no_wrap=True)
     for row in reversed(range(height)):
         at_line = line is not None and row == min(int(line / step), height - 1)
-        label = f"{line:.0f}" if at_line else f"{top:.0f} {unit}" if row == height - 1 else "0" if row == 0 else ""
+        label = f"{line:.0f}" if at_line else f"{top:.0f}" if row == height - 1 else "0" if row == 0 else ""
         text.append(f"{label:>{LABEL - 1}} ", "yellow" if at_line else "dim")
         for bar in bars:
-            eighths = min(max(round(8 * (bar / step - row)), 0), 8)
+            eighths = min(max(ceil(8 * (bar / step - row)), 0), 8)
             if eighths:
-                text.append(EIGHTHS[eighths], "red" if line is not None and bar > line else "green" if line else "cyan")
+                text.append(EIGHTHS[eighths], "cyan" if line is None else "red" if bar > line else "green")
             else:
                 text.append("╌" if at_line else " ", "yellow")
         text.append("\n" if row else "")

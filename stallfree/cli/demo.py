@@ -33,6 +33,12 @@ FIRST_S, EVERY_S = 2.0, 1.0
 LAST_S = 20.0
 """Seconds of its own after which a run ends, finished or not: a slow machine too is to need less than a minute."""
 REDRAW_S = 0.125
+BESIDE = 76
+"""Columns of a terminal on which two charts stand beside each other."""
+HEAD = f"""\
+{STREAMS} streams; from {FIRST_S:g} s on {PROMPTS} prompts of {LONG_PROMPT:,} tokens arrive. One model, in turns.
+Above: longest wait for a next token, ms; dashed: the SLO. Below: tokens in an iteration, the most.
+"""
 
 
 def demo(
@@ -156,35 +162,36 @@ class Picture:
         for lane in self._lanes:
             lane.catch_up()
         width, height = self._console.size
-        beside = len(self._lanes) if width >= 90 else 1
+        beside = len(self._lanes) if width >= BESIDE else 1
         seconds = 5.0 * (1 + max(lane.most(0) for lane in self._lanes) // 5)
-        rows = (height - 4) * beside // len(self._lanes) - 4
-        drawn = [self._draw(lane, width // beside - 1, max(4, min(rows - 4, 14)), seconds) for lane in self._lanes]
+        room = (height - 1 - len(HEAD.splitlines())) * beside // len(self._lanes)
         grid = Table.grid(padding=(0, 1, 0, 0))
+        drawn = [self._draw(lane, width // beside - 1, room, seconds) for lane in self._lanes]
         for first in range(0, len(drawn), beside):
             grid.add_row(*drawn[first : first + beside])
-        what = f"{STREAMS} streams; from {FIRST_S:g} s on, {PROMPTS} prompts of {LONG_PROMPT:,} tokens. One model, in turns.\n"
-        return Group(Text(what), grid)
+        return Group(Text(HEAD, no_wrap=True, overflow="ellipsis"), grid)
 
     def _draw(self, lane: Lane, width: int, height: int, seconds: float) -> RenderableType:
+        """`height` lines: three of text, and the two charts of which the lower is the smaller."""
         from rich.console import Group
         from rich.text import Text
 
         from stallfree.cli.chart import LABEL, chart
 
         number, line = width - LABEL, 1e3 * self._pace.seconds if self._pace else None
+        below = 3 if height >= 10 else 2
+        above = min(height - 3 - below, 14)
         waits = [1e3 * bar for bar in lane.bars(1, number, seconds)]
-        top = max(2 * (line or 1.0), *(1e3 * lane.most(1) for lane in self._lanes))
-        most = max(1.0, *(lane.most(2) for lane in self._lanes))
-        said = f"{lane.most(0):5.1f} s   late {lane.late / max(1, lane.tokens):.1%}   longest wait {1e3 * lane.most(1):.0f} ms"
+        longest = max(1e3 * lane.most(1) for lane in self._lanes)
+        most = max(lane.most(2) for lane in self._lanes)
+        said = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {1e3 * lane.most(1):.0f} ms"
+        axis = f"{'':{LABEL}}0 s{f'{seconds:.0f} s':>{number - 3}}"
         return Group(
-            Text(lane.name, "bold"),
-            Text("longest wait for a stream's next token, ms", "dim"),
-            chart(waits, height, top, line),
-            Text("tokens in the largest iteration", "dim"),
-            chart(lane.bars(2, number, seconds), 3, most),
-            Text(f"{'':{LABEL}}0 s{seconds:>{number - 5}.0f} s", "dim"),
-            Text(said),
+            Text(lane.name, "bold", no_wrap=True, overflow="ellipsis"),
+            chart(waits, above, max(2 * (line or 1.0), longest), line),
+            chart(lane.bars(2, number, seconds), below, max(1.0, most)),
+            Text(axis, "dim", no_wrap=True),
+            Text(said, no_wrap=True, overflow="ellipsis"),
         )
 
 

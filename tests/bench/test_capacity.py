@@ -51,9 +51,10 @@ def test_a_server_that_meets_the_slo_at_any_rate_has_no_bound():
     assert (2**20, None) == (found.rate, found.above)
 
 
-def test_a_server_that_never_meets_the_slo_has_no_capacity():
-    found = search(lambda rate, _: False, 1, most_trials=1)
-    assert (0, 2**-20) == (found.rate, found.above)
+def test_a_server_that_never_meets_the_slo_has_no_capacity_and_no_rate_below_the_lowest_is_tried():
+    found = search(lambda rate, _: False, 1, lowest=0.2, most_trials=1)
+    assert (0, 0.25) == (found.rate, found.above)
+    assert [1, 0.5, 0.25] == [decision.rate for decision in found.decisions]
 
 
 def test_decisions_are_told_in_their_order():
