@@ -37,8 +37,7 @@ BESIDE = 76
 """Columns of a terminal on which two charts stand beside each other."""
 HEAD = f"""\
 {STREAMS} streams; from {FIRST_S:g} s on {PROMPTS} prompts of {LONG_PROMPT:,} tokens arrive. One model, in turns.
-Above: longest wait for a next token, ms; dashed: the SLO. Below: tokens in an iteration, the most.
-"""
+Above: longest wait for a next token, ms; dashed: the SLO. Below: tokens in an iteration, the most."""
 
 
 def demo(
@@ -110,33 +109,35 @@ def play(players: Sequence[Player], watch: Callable[[], None]) -> None:
 
 
 class Lane:
-    """What of one player is drawn: for each iteration its end, the longest wait for a token that it ended, and its tokens."""
+    """What of one player is drawn, for each of its iterations: when it ended (s), the longest wait for a token that it ended (ms),
+    and its tokens. `late` of `tokens`: those that came after they were due.
+    """
 
     def __init__(self, name: str, player: Player, slo: Slo):
         from stallfree.metrics.stalls import StallAccount
 
         self.name = name
-        self.iterations: list[tuple[float, float, int]] = []
+        self.ends: list[float] = [0.0]
+        self.waits: list[float] = [0.0]
+        self.sizes: list[float] = [0.0]
         self.tokens = self.late = 0
-        self._records = player.records
+        self._coming = player.records
         self._account = StallAccount(slo)
 
     def catch_up(self) -> None:
-        for record in self._records[len(self.iterations) :]:
+        for record in self._coming[len(self.ends) - 1 :]:
             self.late += sum(stall.kind == "late" for stall in self._account.record(record))
             self.tokens += len(self._account.gaps)
-            longest = max(self._account.gaps, default=0.0)
-            self.iterations.append((record.t_end, longest, sum(count for _, _, count in record.work)))
+            self.ends.append(record.t_end)
+            self.waits.append(1e3 * max(self._account.gaps, default=0.0))
+            self.sizes.append(sum(count for _, _, count in record.work))
 
-    def most(self, which: int) -> float:
-        return max((iteration[which] for iteration in self.iterations), default=0.0)
-
-    def bars(self, which: int, number: int, seconds: float) -> list[float]:
-        """The largest value in each of `number` parts of the first `seconds`."""
+    def bars(self, values: Sequence[float], number: int, seconds: float) -> list[float]:
+        """The largest of `values` in each of `number` parts of the first `seconds`."""
         bars = [0.0] * number
-        for iteration in self.iterations:
-            at = min(int(iteration[0] / seconds * number), number - 1)
-            bars[at] = max(bars[at], iteration[which])
+        for end, value in zip(self.ends, values, strict=True):
+            at = min(int(end / seconds * number), number - 1)
+            bars[at] = max(bars[at], value)
         return bars
 
 
@@ -163,7 +164,7 @@ class Picture:
             lane.catch_up()
         width, height = self._console.size
         beside = len(self._lanes) if width >= BESIDE else 1
-        seconds = 5.0 * (1 + max(lane.most(0) for lane in self._lanes) // 5)
+        seconds = 5.0 * (1 + max(lane.ends[-1] for lane in self._lanes) // 5)
         room = (height - 1 - len(HEAD.splitlines())) * beside // len(self._lanes)
         grid = Table.grid(padding=(0, 1, 0, 0))
         drawn = [self._draw(lane, width // beside - 1, room, seconds) for lane in self._lanes]
@@ -181,15 +182,14 @@ class Picture:
         number, line = width - LABEL, 1e3 * self._pace.seconds if self._pace else None
         below = 3 if height >= 10 else 2
         above = min(height - 3 - below, 14)
-        waits = [1e3 * bar for bar in lane.bars(1, number, seconds)]
-        longest = max(1e3 * lane.most(1) for lane in self._lanes)
-        most = max(lane.most(2) for lane in self._lanes)
-        said = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {1e3 * lane.most(1):.0f} ms"
+        longest = max(max(lane.waits) for lane in self._lanes)
+        most = max(max(lane.sizes) for lane in self._lanes)
+        said = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {max(lane.waits):.0f} ms"
         axis = f"{'':{LABEL}}0 s{f'{seconds:.0f} s':>{number - 3}}"
         return Group(
             Text(lane.name, "bold", no_wrap=True, overflow="ellipsis"),
-            chart(waits, above, max(2 * (line or 1.0), longest), line),
-            chart(lane.bars(2, number, seconds), below, max(1.0, most)),
+            chart(lane.bars(lane.waits, number, seconds), above, max(2 * (line or 1.0), longest), line),
+            chart(lane.bars(lane.sizes, number, seconds), below, max(1.0, most)),
             Text(axis, "dim", no_wrap=True),
             Text(said, no_wrap=True, overflow="ellipsis"),
         )

@@ -30,6 +30,7 @@ class Fake:
         self.events: list[str] | None = None
         self.failure: str | int | None = None
         self.per_word = 1
+        self.over = asyncio.Event()
         self.url = ""
 
     async def list(self, _: web.Request) -> web.Response:
@@ -48,7 +49,7 @@ class Fake:
         if isinstance(failure, int):
             return web.json_response({"error": {"message": "too much"}}, status=failure)
         if failure == "mute":
-            await asyncio.sleep(60)
+            await self.over.wait()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         if self.events is not None and body["max_tokens"] > 2:
@@ -78,4 +79,5 @@ async def running(fake: Fake, **options: Any):
         async with Client(fake.url, **options) as client:
             yield client
     finally:
+        fake.over.set()
         await runner.cleanup()
