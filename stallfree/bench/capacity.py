@@ -114,7 +114,7 @@ def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, s
 def shortfalls(report: Report, slo: Slo) -> list[str]:
     """Why a trial fails, in words; nothing if it passes."""
     found = [
-        f"{name} {target.target} in {target.in_time or 0:.2%} of the cases"
+        f"{target.in_time or 0:.2%} within {name}={target.target}"
         for name, target in report.slo_attainment.items()
         if not target.met
     ]

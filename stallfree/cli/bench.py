@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +73,7 @@ def load(
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
-    targets = Slo.parse(slo) if slo else Slo()
+    targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
     coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
     access = measuring.Access(model, api_key, timeout)
@@ -92,7 +93,7 @@ def compare(
     them: Annotated[
         list[str],
         typer.Argument(
-            metavar="POLICY[:BUDGET] | NAME=URL ...",
+            metavar="WHAT...",
             help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
             "and servers that are there already, as theirs=http://127.0.0.1:8001.",
         ),
@@ -121,7 +122,7 @@ def compare(
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
-    targets = Slo.parse(slo) if slo else Slo()
+    targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
     places = [_place(text, slo, serve) for text in them]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
@@ -203,6 +204,7 @@ def capacity(
         facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "requests": requests, "seed": seed}
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": facts}
         answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
+        answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in found.decisions]}
         typer.echo(json.dumps(answer | {"trials": made}))
     else:
         Console().print(measuring.grid(_trials(made)))
@@ -211,6 +213,10 @@ def capacity(
             typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
         elif found.decisions:
             typer.echo(f"no capacity: {targets} is missed at {found.above:.4g} requests/s, the lowest rate tried")
+        for decision in found.decisions:
+            if trials > 1 and not decision.sure:
+                counts = f"{decision.passed} trials passed and {decision.failed} failed"
+                typer.echo(f"{decision.rate:.4g} requests/s is not certain: {counts}; more --trials tell better", err=True)
     for problem in problems:
         typer.echo(f"not valid: {problem}", err=True)
     if problems:
@@ -274,6 +280,6 @@ def _trials(made: list[dict[str, Any]]) -> list[list[str]]:
     for t in sorted(made, key=lambda t: (t["rate"], t["seed"])):
         ttft, tbt = t["ttft_s"], t["tbt_s"]
         figures = [f"{ttft['p50']:.3g}" if ttft else "-", f"{tbt['p99'] * 1e3:.3g}" if tbt else "-"]
-        verdict = "; ".join(t["why"]) or "passed"
+        verdict = "passed" if t["passed"] else "failed"
         rows.append([f"{t['rate']:.4g}", str(t["seed"]), *figures, f"{t['output_tokens_per_s']:.3g}", verdict])
     return rows

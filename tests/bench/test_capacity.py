@@ -77,7 +77,7 @@ def lines(ttft, gap, n=100, reason="length"):
     ("measured", "slo", "says"),
     [
         (lines(1, 0.05), "tbt=100ms", None),
-        (lines(1, 0.2), "tbt=100ms", "tbt 100ms@p99 in 0.00%"),
+        (lines(1, 0.2), "tbt=100ms", "0.00% within tbt=100ms@p99"),
         (lines(3, 0.05), "tbt=100ms", "median TTFT 3 s"),
         (lines(3, 0.05), "tbt=100ms,ttft=5s", None),
         (lines(3, 0.05) + lines(3, 0.05, 1, "HTTP 429"), "tbt=100ms,ttft=5s", None),
