@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
-Rate = Annotated[float | None, typer.Option(help="Requests per second, on average.", show_default="a trace's own")]
+Rate = Annotated[float | None, typer.Option(help="Requests per second, on average; only a trace has its own.", show_default=False)]
 Requests = Annotated[int | None, typer.Option(help="How many requests.", show_default="200, or a trace's all")]
 Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals, instead of a number of requests.", show_default=False)]
 Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=2 (burstier with a larger cv), or trace: the times in the csv.")]
@@ -93,7 +93,7 @@ def compare(
     them: Annotated[
         list[str],
         typer.Argument(
-            metavar="WHAT...",
+            metavar="WHAT",
             help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
             "and servers that are there already, as theirs=http://127.0.0.1:8001.",
         ),
@@ -115,7 +115,9 @@ def compare(
     as_json: options.Json = False,
     html: Html = None,
 ) -> None:
-    """Put the same load on several policies or servers, one after another, and report them side by side.
+    """Put the same load on several policies or servers, one after another, and report them side by side, as in
+
+    stallfree bench compare sarathi:64 slo --rate 2 --slo tbt=100ms
 
     For a policy `stallfree serve` is started with the SLO, and ended afterwards. Exit code 1 if a run is not valid.
     """
