@@ -14,7 +14,7 @@ from stallfree.metrics.report import Report
 LEAD = 2
 """How many trials more must say the same before a rate is decided."""
 DOUBLINGS = 20
-"""How often the first rate is doubled, or halved, before the search ends without a bracket."""
+"""How often the first rate is doubled before the search ends: no server is that much faster than anybody expects."""
 MEDIAN_TTFT_S = 2.0
 """Without a target for TTFT: what its median may be at most. In a queue that grows without bound it is beyond any limit."""
 MOST_FAILED = 0.01
@@ -50,11 +50,18 @@ class Capacity:
 
 
 def search(
-    trial: Callable[[float, int], bool], start: float, *, tolerance: float = 0.05, most_trials: int = 5, seed: int = 0
+    trial: Callable[[float, int], bool],
+    start: float,
+    *,
+    lowest: float = 1e-6,
+    tolerance: float = 0.05,
+    most_trials: int = 5,
+    seed: int = 0,
 ) -> Capacity:
     """The capacity by `trial(rate, seed)`, to a share of `tolerance`: doubling or halving from `start`, then bisection.
 
-    A rate gets `most_trials` trials at the most, with the same seeds as every other. Raises ValueError for options that cannot be.
+    No rate below `lowest` is tried: the lower it is, the longer a trial takes. A rate gets `most_trials` trials at the most, with
+    the same seeds as every other. Raises ValueError for options that cannot be.
     """
     if not 0 < start < float("inf"):
         raise ValueError(f"a search cannot start at {start:g} requests per second; give a rate above 0")
@@ -79,12 +86,10 @@ def search(
         else:
             return Capacity(low, None, tuple(decisions))
     else:
-        for _ in range(DOUBLINGS):
-            low = high / 2
-            if met(low):
-                break
-            high = low
-        else:
+        low = high / 2
+        while low >= lowest and not met(low):
+            low, high = low / 2, low
+        if low < lowest:
             return Capacity(0.0, high, tuple(decisions))
     while high - low > tolerance * low:
         middle = (low + high) / 2
@@ -109,7 +114,7 @@ def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, s
 def shortfalls(report: Report, slo: Slo) -> list[str]:
     """Why a trial fails, in words; nothing if it passes."""
     found = [
-        f"{name} {target.target} in {target.in_time or 0:.2%} of the cases"
+        f"{target.in_time or 0:.2%} within {name}={target.target}"
         for name, target in report.slo_attainment.items()
         if not target.met
     ]

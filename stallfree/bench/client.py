@@ -6,8 +6,10 @@ a token costs one `json.loads`.
 
 import asyncio
 import json
+import os
 from contextlib import suppress
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -30,8 +32,8 @@ class Client:
     """For use with `async with`. `url` with or without /v1; `timeout_s` for each request, from its sending to its last token."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is not a URL; write http://127.0.0.1:8000")
+        if not _is_url(url):
+            raise ValueError(f"{url!r} is not a server's URL; write http://127.0.0.1:8000")
         if not 0 < timeout_s < float("inf"):
             raise ValueError(f"a timeout of {timeout_s:g} s cannot be; give seconds above 0")
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -79,13 +81,21 @@ class Client:
             raise _failed(error, False, self._timeout_s) from error
 
 
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in text
+    except ValueError:  # such as a port that cannot be
+        return False
+
+
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
     text = (await response.read()).decode(errors="replace")
     with suppress(ValueError, LookupError, TypeError):  # not OpenAI's error object: what came will do
         text = said(json.loads(text)["error"])
-    raise Failed(f"HTTP {response.status}", text[:500], response.status)
+    raise Failed(f"HTTP {response.status}", " ".join(text.split())[:500], response.status)
 
 
 def _failed(error: Exception, begun: bool, timeout_s: float) -> Failed:
@@ -93,7 +103,9 @@ def _failed(error: Exception, begun: bool, timeout_s: float) -> Failed:
         case TimeoutError():
             return Failed("timeout", f"no end within {timeout_s:g} s")
         case aiohttp.ClientPayloadError():
-            return Failed("cut short", str(error))
+            return Failed("cut short", "the connection ended in the middle of the answer")
+        case aiohttp.ClientConnectorError(errno=int(number)) if number > 0:
+            return Failed("connection", os.strerror(number))
         case aiohttp.ClientError() | OSError():
             return Failed("cut short" if begun else "connection", str(error) or type(error).__name__)
         case _:

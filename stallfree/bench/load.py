@@ -59,6 +59,8 @@ class Load:
             found.append(f"interrupted after {len(self.lines)} of {self.planned} requests were sent")
         if self.behind:
             found.append(self.behind)
+        if lost := sum(line.reason == "connection" for line in self.lines):
+            found.append(f"{lost} requests found no server: {self.messages['connection']}")
         if not any(line.reason in COMPLETED for line in self.lines):
             found.append(f"no request was completed: {'; '.join(self.messages.values()) or 'none had ended'}")
         return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +13,14 @@ import typer
 from stallfree.cli import options
 
 if TYPE_CHECKING:
+    from stallfree.bench.dialect import Dialect
     from stallfree.cli.measuring import Place
     from stallfree.workload.workload import Arrival
 
 app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
-Rate = Annotated[float | None, typer.Option(help="Requests per second, on average.", show_default="a trace's own")]
+Rate = Annotated[float | None, typer.Option(help="Requests per second, on average; only a trace has its own.", show_default=False)]
 Requests = Annotated[int | None, typer.Option(help="How many requests.", show_default="200, or a trace's all")]
 Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals, instead of a number of requests.", show_default=False)]
 Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=2 (burstier with a larger cv), or trace: the times in the csv.")]
@@ -42,6 +45,8 @@ Html = Annotated[Path | None, typer.Option(help="Write table and plots to this f
 
 LENGTHS = "512/128"
 REQUESTS = 200
+LONGEST_S = 1800.0
+"""Seconds of arrivals in a trial, at the most: rates so low that they take longer are not searched."""
 
 
 @app.command()
@@ -68,7 +73,7 @@ def load(
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
-    targets = Slo.parse(slo) if slo else Slo()
+    targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
     coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
     access = measuring.Access(model, api_key, timeout)
@@ -88,7 +93,7 @@ def compare(
     them: Annotated[
         list[str],
         typer.Argument(
-            metavar="POLICY[:BUDGET] | NAME=URL ...",
+            metavar="WHAT",
             help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
             "and servers that are there already, as theirs=http://127.0.0.1:8001.",
         ),
@@ -110,14 +115,16 @@ def compare(
     as_json: options.Json = False,
     html: Html = None,
 ) -> None:
-    """Put the same load on several policies or servers, one after another, and report them side by side.
+    """Put the same load on several policies or servers, one after another, and report them side by side, as in
+
+    stallfree bench compare sarathi:64 slo --rate 2 --slo tbt=100ms
 
     For a policy `stallfree serve` is started with the SLO, and ended afterwards. Exit code 1 if a run is not valid.
     """
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
-    targets = Slo.parse(slo) if slo else Slo()
+    targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
     places = [_place(text, slo, serve) for text in them]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
@@ -165,14 +172,17 @@ def capacity(
     from stallfree.workload.workload import Workload
 
     targets, workload = Slo.parse(slo), Workload.parse(arrivals, lengths, max_total)
-    workload.draw(start, seed, requests=requests)  # a mistake is to be told before anybody is asked
     client = measuring.Access(model, api_key, timeout).client(url)
-    dialect = measuring.probe(client, model)
     made: list[dict[str, Any]] = []
     behind: dict[float, str] = {}
 
+    @cache
+    def dialect() -> Dialect:
+        return measuring.probe(client, model)
+
     def trial(rate: float, seed: int) -> bool:
-        run = measuring.follow(client, dialect, workload.draw(rate, seed, requests=requests), f"{rate:.4g}/s")
+        coming = workload.draw(rate, seed, requests=requests)
+        run = measuring.follow(client, dialect(), coming, f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt
         result = report(run.lines, targets, rate)
@@ -186,7 +196,8 @@ def capacity(
 
     found, problems = Capacity(0.0, None, ()), []
     try:
-        found = search(trial, start, tolerance=tolerance, most_trials=trials, seed=seed)
+        lowest = requests / LONGEST_S
+        found = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=seed)
     except KeyboardInterrupt:
         problems.append(f"interrupted after {len(made)} trials")
     if found.above in behind:
@@ -195,12 +206,19 @@ def capacity(
         facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "requests": requests, "seed": seed}
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": facts}
         answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
+        answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in found.decisions]}
         typer.echo(json.dumps(answer | {"trials": made}))
     else:
         Console().print(measuring.grid(_trials(made)))
-        if found.decisions:
+        if found.rate:
             above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
             typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
+        elif found.decisions:
+            typer.echo(f"no capacity: {targets} is missed at {found.above:.4g} requests/s, the lowest rate tried")
+        for decision in found.decisions:
+            if trials > 1 and not decision.sure:
+                counts = f"{decision.passed} trials passed and {decision.failed} failed"
+                typer.echo(f"{decision.rate:.4g} requests/s is not certain: {counts}; more --trials tell better", err=True)
     for problem in problems:
         typer.echo(f"not valid: {problem}", err=True)
     if problems:
@@ -264,6 +282,6 @@ def _trials(made: list[dict[str, Any]]) -> list[list[str]]:
     for t in sorted(made, key=lambda t: (t["rate"], t["seed"])):
         ttft, tbt = t["ttft_s"], t["tbt_s"]
         figures = [f"{ttft['p50']:.3g}" if ttft else "-", f"{tbt['p99'] * 1e3:.3g}" if tbt else "-"]
-        verdict = "; ".join(t["why"]) or "passed"
+        verdict = "passed" if t["passed"] else "failed"
         rows.append([f"{t['rate']:.4g}", str(t["seed"]), *figures, f"{t['output_tokens_per_s']:.3g}", verdict])
     return rows

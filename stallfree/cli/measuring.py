@@ -136,13 +136,14 @@ def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo)
     problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
     runs = {name: (report, run.lines) for name, (run, report) in results.items()}
     file.write_text(page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, runs, slo))
+    typer.echo(f"table and plots are in {file}", err=True)
 
 
 def grid(rows: Sequence[Sequence[str]]) -> Table:
     """Rows, the first of which are names, as a table with its numbers to the right."""
     made = Table(box=None)
     for number, name in enumerate(rows[0]):
-        made.add_column(name, justify="left" if number == 0 else "right")
+        made.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows[1:]:
         made.add_row(*row)
     return made

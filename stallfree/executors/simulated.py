@@ -3,7 +3,7 @@ clients and faults on; it knows no tensors, and its tokens depend on nothing but
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stallfree.core.plan import Capacity, Plan, Shape, StepResult
@@ -23,12 +23,15 @@ class Linear:
 
 
 class SimulatedExecutor:
-    """Takes `cost.seconds(plan.shape)` seconds an iteration. `letters` are the token ids that it answers with, in turn."""
+    """Takes `cost.seconds(plan.shape)` seconds an iteration. `letters` are the token ids that it answers with, in turn. `sleep` may
+    be replaced, by what lets another time than the wall's pass.
+    """
 
     def __init__(self, capacity: Capacity, letters: Sequence[int], cost: CostModel | None = None):
         self.capacity = capacity
         self._letters = letters
         self._cost = cost or Linear()
+        self.sleep: Callable[[float], None] = time.sleep
         self._plans: list[Plan] = []
 
     def submit(self, plan: Plan) -> None:
@@ -37,7 +40,7 @@ class SimulatedExecutor:
     def collect(self) -> StepResult:
         plan = self._plans.pop(0)
         seconds = self._cost.seconds(plan.shape)
-        time.sleep(seconds)
+        self.sleep(seconds)
         tokens = {w.id: (self._letters[(w.start + w.count) % len(self._letters)],) for w in plan.work if w.samples}
         return StepResult(plan.step, tokens, seconds)
 

@@ -137,8 +137,8 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
             values = (None if q is None else getattr(q, f.name) * 1e3 for q in found)
             rows.append([f"{name.upper()} {f.name}, ms", *map(_number, values)])
     rows.append(["stalls", *("-" if r.stalls is None else f"{r.stalls.count} (> {r.stalls.after_s * 1e3:.4g} ms)" for r in each)])
-    for name in dict.fromkeys(name for r in each for name in r.slo_attainment):
-        rows.append([f"{name} in time", *(_in_time(r.slo_attainment.get(name)) for r in each)])
+    for name, target in dict.fromkeys((name, attained.target) for r in each for name, attained in r.slo_attainment.items()):
+        rows.append([f"within {name}={target}", *(_in_time(r.slo_attainment.get(name)) for r in each)])
     return rows
 
 
@@ -149,7 +149,7 @@ def _number(value: float | None) -> str:
 def _in_time(attained: Attainment | None) -> str:
     if attained is None or attained.in_time is None:
         return "-"
-    return f"{attained.in_time:.2%} of {attained.target}: {'met' if attained.met else 'MISSED'}"
+    return f"{attained.in_time:.2%} {'met' if attained.met else 'MISSED'}"
 
 
 def _rate(arrivals: Sequence[float]) -> float | None:

@@ -86,7 +86,7 @@ class Lengths:
     @classmethod
     def parse(cls, text: str, max_total: int | None = None) -> Self:
         """Lengths from words; of `max_total` tokens, prompt and output together, at the most. Raises ValueError that says what to
-        write, OSError for a file that cannot be read.
+        write.
         """
         base, *more = _MORE.split(text)
         shares = [_share(share, text) for share in more[::2]]

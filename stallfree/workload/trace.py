@@ -55,6 +55,8 @@ class Trace:
                     lengths.append((_count(row, "prompt_tokens", where), _count(row, "output_tokens", where)))
                     if "arrived_at" in found:
                         times.append(_time(row, times, where))
+        except OSError as error:
+            raise ValueError(f"the trace {path} cannot be read: {error.strerror}; give the name of a csv") from None
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a csv: {error}") from None
         if not lengths:

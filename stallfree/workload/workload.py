@@ -15,6 +15,8 @@ import numpy as np
 from stallfree.workload.lengths import Lengths
 from stallfree.workload.trace import Trace
 
+MOST_REQUESTS = 1_000_000
+"""More are taken for a mistake: they would be drawn, and a file opened for each, before the first is sent."""
 _GAMMA = re.compile(r"gamma:cv=([0-9.]+)")
 
 
@@ -65,8 +67,13 @@ class Workload:
             raise ValueError(f"the seed {seed} is negative; give 0 or more")
         if requests is not None and requests < 1:
             raise ValueError(f"{requests} requests are no workload; ask for at least 1")
+        if duration_s is not None and not 0 < duration_s < float("inf"):
+            raise ValueError(f"a duration of {duration_s:g} s cannot be; give seconds above 0")
         if self.cv is not None and (requests is None) == (duration_s is None):
             raise ValueError("arrivals that are drawn have no end of their own; give either a number of requests or a duration")
+        asked = requests if duration_s is None or rate is None else rate * duration_s
+        if self.cv is not None and asked is not None and asked > MOST_REQUESTS:
+            raise ValueError(f"about {asked:,.0f} requests are more than the {MOST_REQUESTS:,} that can be; ask for fewer")
         timing, sizes = np.random.default_rng(seed).spawn(2)
         coming: Iterator[Arrival] = (
             Arrival(at, prompt, output)

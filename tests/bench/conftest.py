@@ -19,8 +19,8 @@ def chunk(text: str = "x", finish_reason: str | None = None, **fields: Any) -> s
 
 class Fake:
     """Answers with `max_tokens` events, or with those of `events`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its
-    tokens in a word. `failure`: what happens to requests for more than two tokens, so that the probe passes: a status, "die" (after two
-    tokens), "mute" (never answers), "stop" (ends after two tokens as if that were all).
+    tokens in a word. `failure`: what happens to requests for more than two tokens, so that the probe passes: a status, "die"
+    (after two tokens), "mute" (never answers), "stop" (ends after two tokens as if that were all).
     """
 
     def __init__(self) -> None:
@@ -30,6 +30,7 @@ class Fake:
         self.events: list[str] | None = None
         self.failure: str | int | None = None
         self.per_word = 1
+        self.over = asyncio.Event()
         self.url = ""
 
     async def list(self, _: web.Request) -> web.Response:
@@ -48,7 +49,7 @@ class Fake:
         if isinstance(failure, int):
             return web.json_response({"error": {"message": "too much"}}, status=failure)
         if failure == "mute":
-            await asyncio.sleep(60)
+            await self.over.wait()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         if self.events is not None and body["max_tokens"] > 2:
@@ -73,9 +74,10 @@ async def running(fake: Fake, **options: Any):
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    fake.url = "http://127.0.0.1:{}".format(runner.addresses[0][1])
+    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with Client(fake.url, **options) as client:
             yield client
     finally:
+        fake.over.set()
         await runner.cleanup()

@@ -51,9 +51,10 @@ def test_a_server_that_meets_the_slo_at_any_rate_has_no_bound():
     assert (2**20, None) == (found.rate, found.above)
 
 
-def test_a_server_that_never_meets_the_slo_has_no_capacity():
-    found = search(lambda rate, _: False, 1, most_trials=1)
-    assert (0, 2**-20) == (found.rate, found.above)
+def test_a_server_that_never_meets_the_slo_has_no_capacity_and_no_rate_below_the_lowest_is_tried():
+    found = search(lambda rate, _: False, 1, lowest=0.2, most_trials=1)
+    assert (0, 0.25) == (found.rate, found.above)
+    assert [1, 0.5, 0.25] == [decision.rate for decision in found.decisions]
 
 
 def test_decisions_are_told_in_their_order():
@@ -76,7 +77,7 @@ def lines(ttft, gap, n=100, reason="length"):
     ("measured", "slo", "says"),
     [
         (lines(1, 0.05), "tbt=100ms", None),
-        (lines(1, 0.2), "tbt=100ms", "tbt 100ms@p99 in 0.00%"),
+        (lines(1, 0.2), "tbt=100ms", "0.00% within tbt=100ms@p99"),
         (lines(3, 0.05), "tbt=100ms", "median TTFT 3 s"),
         (lines(3, 0.05), "tbt=100ms,ttft=5s", None),
         (lines(3, 0.05) + lines(3, 0.05, 1, "HTTP 429"), "tbt=100ms,ttft=5s", None),

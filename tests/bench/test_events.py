@@ -39,7 +39,7 @@ def test_usage_in_every_event_is_the_count():
 
 def test_usage_at_the_end_brings_what_was_not_counted():
     counts, events = fed(
-        chunk("ab"), chunk("", "length"), f'data: {{"choices": [], "usage": {{"prompt_tokens": 7, "completion_tokens": 3}}}}\n\n'
+        chunk("ab"), chunk("", "length"), 'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
     )
     assert [1, 0, 2] == counts
     assert 7 == events.prompt_tokens

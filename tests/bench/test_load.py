@@ -93,6 +93,16 @@ def test_streams_that_are_no_completions_are_errors(events, kind):
     assert {kind: 5} == report(loaded(fake).lines).errors
 
 
+def test_requests_that_find_no_server_fail_the_run():
+    async def run():
+        async with Client("http://127.0.0.1:9") as client:
+            return await load(client, Dialect(None, (0, 100), (0, 1), {}), FIVE, lambda run: None)
+
+    result = asyncio.run(run())
+    assert {"connection": 5} == report(result.lines).errors
+    assert "5 requests found no server: connection: Connection refused" == result.problems[0]
+
+
 def test_outputs_that_end_early_are_counted():
     assert (5, []) == (failing("stop").short, failing("stop").problems)
 

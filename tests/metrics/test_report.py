@@ -97,4 +97,4 @@ def test_reports_stand_side_by_side():
     assert ["a", "b"] == rows[""]
     assert ["0", "1 timeout"] == rows["errors"]
     assert ["1000", "-"] == rows["TBT p50, ms"]
-    assert ["66.67% of 2s@p90: MISSED", "-"] == rows["tbt in time"]
+    assert ["66.67% MISSED", "-"] == rows["within tbt=2s@p90"]

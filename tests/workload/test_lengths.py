@@ -111,5 +111,5 @@ def test_a_malformed_csv_is_named_with_its_line_and_column(file, text, says):
 
 
 def test_a_file_that_is_not_there_is_an_oserror():
-    with pytest.raises(OSError, match="nowhere.csv"):
+    with pytest.raises(ValueError, match="the trace nowhere.csv cannot be read"):
         Lengths.parse("nowhere.csv")

@@ -49,6 +49,18 @@ def test_a_longer_run_begins_as_a_shorter_one():
     assert workload.draw(2, 7, requests=20) == workload.draw(2, 7, requests=50)[:20]
 
 
+@pytest.mark.parametrize(("asked", "says"), [({"requests": 10**7}, "10,000,000 requests"), ({"duration_s": 1e9}, "2,000,000,000")])
+def test_more_requests_than_anybody_means_are_refused_before_they_are_drawn(asked, says):
+    with pytest.raises(ValueError, match=says):
+        Workload.parse("poisson", "8/8").draw(2, 1, **asked)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_a_duration_that_cannot_be_is_named(seconds):
+    with pytest.raises(ValueError, match=f"duration of {seconds:g} s"):
+        Workload.parse("poisson", "8/8").draw(2, 1, duration_s=seconds)
+
+
 def test_a_duration_ends_the_arrivals():
     drawn = Workload.parse("poisson", "8/8").draw(100, 1, duration_s=20)
     assert drawn[-1].at < 20

@@ -1,0 +1,241 @@
+"""`stallfree demo`: the same burst against a fixed token budget and against the SLO policy, drawn while it happens.
+
+Both run in this process and on one model, iteration by iteration in turns, so that they have the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stallfree.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from stallfree.core.request import Request
+    from stallfree.core.slo import Slo
+    from stallfree.engine.turns import Player
+    from stallfree.executors.base import Executor
+    from stallfree.metrics.report import Quantiles, Report
+
+STREAMS, STREAM_PROMPT, STREAM_TOKENS = 8, 64, 250
+PROMPTS, LONG_PROMPT, LONG_TOKENS = 4, 1500, 16
+FIRST_S, EVERY_S = 2.0, 1.0
+"""When the first long prompt comes, and how long after it each of the others."""
+LAST_S = 20.0
+"""Seconds of its own after which a run ends, finished or not: a slow machine too is to need less than a minute."""
+REDRAW_S = 0.125
+BESIDE = 76
+"""Columns of a terminal on which two charts stand beside each other."""
+HEAD = f"""\
+{STREAMS} streams; from {FIRST_S:g} s on {PROMPTS} prompts of {LONG_PROMPT:,} tokens arrive. One model, in turns.
+Above: longest wait for a next token, ms; dashed: the SLO. Below: tokens in an iteration, the most."""
+
+
+def demo(
+    model: options.Model = None,
+    slo: Annotated[str, typer.Option(help="The latency target of the slo policy.")] = "tbt=100ms",
+    budget: Annotated[int, typer.Option(help="The fixed token budget beside it.")] = 512,
+    executor: options.Executor = "openvino",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Watch streams while long prompts arrive, under a fixed token budget and under the SLO policy. Takes less than a minute."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from stallfree import policies
+    from stallfree.core.slo import Slo
+    from stallfree.engine.assemble import Options, assemble
+    from stallfree.engine.turns import Player, Share
+
+    fixed = policies.load("sarathi", token_budget=budget)
+    assembled = assemble(
+        Options(model, executor=executor, policy="slo", slo=slo, threads=threads),
+        say=lambda line: typer.echo(line, err=True),
+        progress=options.progress("calibrating"),
+    )
+    engine, targets = assembled.engine, assembled.slo or Slo()
+    chosen = {f"fixed budget, {budget} tokens": fixed, f"slo, {targets}": engine.scheduler.policy}
+    clock = _clock(engine.executor)
+    players = {
+        name: Player(Share(engine.executor, number, len(chosen)), engine.text, policy, burst(engine.text.vocab_size), clock)
+        for number, (name, policy) in enumerate(chosen.items())
+    }
+    console = Console()
+    try:
+        if as_json or not console.is_terminal or console.is_dumb_terminal:
+            play(list(players.values()), lambda: None)
+        else:
+            picture = Picture(console, players, targets)
+            with Live(console=console, auto_refresh=False) as live:
+                play(list(players.values()), lambda: picture.redraw(live.update))
+                live.update(picture.now(), refresh=True)
+    finally:
+        engine.close()
+    results = {name: _reports(player, targets) for name, player in players.items()}
+    if as_json:
+        runs = {name: {"all": asdict(every), "long_prompts": asdict(prompts)} for name, (every, prompts) in results.items()}
+        typer.echo(json.dumps({"slo": str(targets), "runs": runs}))
+    else:
+        console.print(_table(results))
+
+
+def burst(vocabulary: int) -> list[Request]:
+    """Streams that decode, and meanwhile one long prompt after another; the same tokens every time."""
+    from stallfree.core.request import Request
+    from stallfree.executors.sampling import GREEDY
+
+    rng = random.Random(0)
+    streams = [(f"stream-{i}", 0.1 * i, STREAM_PROMPT, STREAM_TOKENS) for i in range(STREAMS)]
+    prompts = [(f"prompt-{i}", FIRST_S + EVERY_S * i, LONG_PROMPT, LONG_TOKENS) for i in range(PROMPTS)]
+    ordinary = range(vocabulary // 4, vocabulary // 2)
+    return [Request(id, rng.choices(ordinary, k=n), out, arrival=at, sampling=GREEDY) for id, at, n, out in streams + prompts]
+
+
+def play(players: Sequence[Player], watch: Callable[[], None]) -> None:
+    """Let all play to their end, whoever is behind the others next; `watch` is called between turns, when every clock stands."""
+    while going := [player for player in players if not player.done and player.clock() < LAST_S]:
+        min(going, key=lambda player: player.clock()).turn()
+        watch()
+
+
+class Lane:
+    """What of one player is drawn, for each of its iterations: when it ended (s), the longest wait for a token that it ended (ms),
+    and its tokens. `late` of `tokens`: those that came after they were due.
+    """
+
+    def __init__(self, name: str, player: Player, slo: Slo):
+        from stallfree.metrics.stalls import StallAccount
+
+        self.name = name
+        self.ends: list[float] = [0.0]
+        self.waits: list[float] = [0.0]
+        self.sizes: list[float] = [0.0]
+        self.tokens = self.late = 0
+        self._coming = player.records
+        self._account = StallAccount(slo)
+
+    def catch_up(self) -> None:
+        for record in self._coming[len(self.ends) - 1 :]:
+            self.late += sum(stall.kind == "late" for stall in self._account.record(record))
+            self.tokens += len(self._account.gaps)
+            self.ends.append(record.t_end)
+            self.waits.append(1e3 * max(self._account.gaps, default=0.0))
+            self.sizes.append(sum(count for _, _, count in record.work))
+
+    def bars(self, values: Sequence[float], number: int, seconds: float) -> list[float]:
+        """The largest of `values` in each of `number` parts of the first `seconds`."""
+        bars = [0.0] * number
+        for end, value in zip(self.ends, values, strict=True):
+            at = min(int(end / seconds * number), number - 1)
+            bars[at] = max(bars[at], value)
+        return bars
+
+
+class Picture:
+    """All lanes on the same scales, side by side where the terminal is wide enough."""
+
+    def __init__(self, console: Console, players: Mapping[str, Player], slo: Slo):
+        self._console = console
+        self._lanes = [Lane(name, player, slo) for name, player in players.items()]
+        self._pace = slo.tbt or slo.tpot
+        self._drawn = 0.0
+
+    def redraw(self, update: Callable[..., None]) -> None:
+        if time.perf_counter() - self._drawn > REDRAW_S:
+            update(self.now(), refresh=True)
+            self._drawn = time.perf_counter()
+
+    def now(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        for lane in self._lanes:
+            lane.catch_up()
+        width, height = self._console.size
+        beside = len(self._lanes) if width >= BESIDE else 1
+        seconds = 5.0 * (1 + max(lane.ends[-1] for lane in self._lanes) // 5)
+        room = (height - 1 - len(HEAD.splitlines())) * beside // len(self._lanes)
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        drawn = [self._draw(lane, width // beside - 1, room, seconds) for lane in self._lanes]
+        for first in range(0, len(drawn), beside):
+            grid.add_row(*drawn[first : first + beside])
+        return Group(Text(HEAD, no_wrap=True, overflow="ellipsis"), grid)
+
+    def _draw(self, lane: Lane, width: int, height: int, seconds: float) -> RenderableType:
+        """`height` lines: three of text, and the two charts of which the lower is the smaller."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from stallfree.cli.chart import LABEL, chart
+
+        number, line = width - LABEL, 1e3 * self._pace.seconds if self._pace else None
+        below = 3 if height >= 10 else 2
+        above = min(height - 3 - below, 14)
+        longest = max(max(lane.waits) for lane in self._lanes)
+        most = max(max(lane.sizes) for lane in self._lanes)
+        said = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {max(lane.waits):.0f} ms"
+        axis = f"{'':{LABEL}}0 s{f'{seconds:.0f} s':>{number - 3}}"
+        return Group(
+            Text(lane.name, "bold", no_wrap=True, overflow="ellipsis"),
+            chart(lane.bars(lane.waits, number, seconds), above, max(2 * (line or 1.0), longest), line),
+            chart(lane.bars(lane.sizes, number, seconds), below, max(1.0, most)),
+            Text(axis, "dim", no_wrap=True),
+            Text(said, no_wrap=True, overflow="ellipsis"),
+        )
+
+
+def _reports(player: Player, slo: Slo) -> tuple[Report, Report]:
+    """Of all requests, and of the long prompts by themselves."""
+    from stallfree.metrics.report import report
+    from stallfree.metrics.timeline import timelines
+
+    lines = timelines(player.records).values()
+    return report(lines, slo), report([line for line in lines if line.prompt_tokens == LONG_PROMPT], slo)
+
+
+def _table(results: Mapping[str, tuple[Report, Report]]) -> Table:
+    from rich.table import Column, Table
+
+    table = Table("", *(Column(name, justify="right") for name in results), box=None)
+    for name in next(iter(results.values()))[0].slo_attainment:
+        found = [every.slo_attainment[name] for every, _ in results.values()]
+        late = ("-" if a.in_time is None else f"{1 - a.in_time:.1%}" for a in found)
+        table.add_row(f"tokens late for {name} {found[0].target}", *late)
+    for name, which in (("p50", "p50"), ("p99", "p99"), ("longest", "max")):
+        table.add_row(f"TBT {name}, ms", *(_ms(every.tbt_s, which) for every, _ in results.values()))
+    table.add_row("TTFT p50, ms", *(_ms(every.ttft_s, "p50") for every, _ in results.values()))
+    table.add_row("TTFT p50 of the long prompts, ms", *(_ms(prompts.ttft_s, "p50") for _, prompts in results.values()))
+    table.add_row("output tokens/s", *(f"{every.output_tokens_per_s:.0f}" for every, _ in results.values()))
+    if any(every.unfinished for every, _ in results.values()):
+        table.add_row(f"unfinished after {LAST_S:g} s", *(str(every.unfinished) for every, _ in results.values()))
+    return table
+
+
+def _ms(found: Quantiles | None, which: str) -> str:
+    return "-" if found is None else f"{1e3 * getattr(found, which):.0f}"
+
+
+def _clock(executor: Executor) -> Callable[[], float]:
+    """Seconds; for the simulated executor, what it would have slept, at once."""
+    from stallfree.executors.simulated import SimulatedExecutor
+
+    if not isinstance(executor, SimulatedExecutor):
+        return time.perf_counter
+    passed = [0.0]
+
+    def sleep(seconds: float) -> None:
+        passed[0] += seconds
+
+    executor.sleep = sleep
+    return lambda: passed[0]
