@@ -1,10 +1,11 @@
-"""What the live page costs the server, with nobody and with one page watching.
+"""What the live page and the metrics cost the server, with nobody and with one page watching.
 
 An engine that runs 50 iterations a second, 20 ms each, with 32 or 256 decodes and a chunk of 64 prefill tokens in every one.
 `record`: microseconds in the engine's thread for each iteration, with nobody watching and with a page. `reduce`: microseconds for
 each iteration when a page looks, in the event loop's thread. `look`: milliseconds for one answer beside that: percentiles, JSON
 and the app around it, all but the parsing of HTTP; a page asks four times a second. The shares are those of the engine's time;
-the limit is 1 %. In the rows with `late`, every token misses its target: the page's worst case.
+the limit is 1 %. In the rows with `late`, every token misses its target: the worst case.
+`metrics`: microseconds in the engine's thread for each iteration, to count it for Prometheus.
 
     python benchmarks/live_cost.py
 """
@@ -64,7 +65,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def each(live: Live, steps: list[StepRecord]) -> float:
+def each(live: Live | Metrics, steps: list[StepRecord]) -> float:
     """Seconds for one `record`."""
     return seconds(lambda: [live.record(step) for step in steps]) / len(steps)
 
@@ -74,7 +75,7 @@ def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
     live = Live("sarathi", slo)
     engine = assemble(Options(executor="simulated")).engine
     engine.clock = lambda: at
-    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics(), live=live)
+    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics("none"), live=live)
     few = round(1 / ITERATION_S / LOOKS_PER_S)
     recording, reducing, answering = [], [], []
     for i in range(0, len(steps) - few, few):
@@ -114,6 +115,9 @@ def row(running: int, late: bool, number: int) -> dict[str, Any]:
     each(alone, steps[:KEPT])
     unwatched = each(alone, steps[KEPT:])
     watched, reduce, look = looked_at(slo, steps)
+    metrics = Metrics("none", slo)
+    each(metrics, steps[:KEPT])
+    counting = each(metrics, steps[KEPT:])
     per_second = (watched + reduce) / ITERATION_S + look * LOOKS_PER_S
     return {
         "running": running,
@@ -126,6 +130,8 @@ def row(running: int, late: bool, number: int) -> dict[str, Any]:
         "ms per second": per_second * 1e3,
         "share, a page, %": 100 * per_second,
         "limit, %": LIMIT,
+        "metrics, us": counting * 1e6,
+        "share, metrics, %": 100 * counting / ITERATION_S,
     }
 
 

@@ -45,7 +45,6 @@ def serve(
     from stallfree.server.run import bind, run
 
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
-    metrics = Metrics()
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
@@ -75,11 +74,11 @@ def serve(
         say=lambda line: typer.echo(line, err=True),
         progress=options.progress("calibrating"),
     )
-    live = Live(policy, assembled.slo)
+    name = served_name or assembled.name
+    metrics, live = Metrics(name, assembled.slo), Live(policy, assembled.slo)
     if file is not None:
         file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
-    name = served_name or assembled.name
     capacity = assembled.engine.executor.capacity
     budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
     address, at = sock.getsockname()[:2]

@@ -96,13 +96,17 @@ class StallAccount:
     due or came, whichever is later. `present`: requests that arrived before the first record; they are judged from the first
     token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
 
-    Of the latest record: `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in seconds.
+    Of the latest record: `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in seconds;
+    `judged`, how many of those tokens were due at some time, and `slack`, the least time (s) by which one came before it; inf
+    without any, negative for a late one.
     """
 
     def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
         self.iteration = Iteration(-1, 0.0, 0, ())
         self.gaps: list[float] = []
         self.ttfts: list[float] = []
+        self.judged = 0
+        self.slack = NEVER
         self._slo = slo or Slo()
         self._streams: dict[str, _Stream] = {}
         self._meet(present)
@@ -115,6 +119,7 @@ class StallAccount:
         gaps = self.gaps = []
         self.ttfts = []
         streams, t = self._streams, step.t_end
+        judged, least = 0, NEVER
         reached: dict[str, int] = {}
         for id in step.preempted:
             if id in streams:
@@ -131,10 +136,14 @@ class StallAccount:
                 self._begin(stream, t, reached.get(id))
             else:
                 gaps.append(t - stream.last)
+                if stream.due < NEVER:
+                    judged += 1
+                    least = min(least, stream.due - t)
                 if t > stream.due:
                     stalls.append(self._late(step, id, stream, t - stream.last))
                 stream.due = (stream.due if stream.envelope else t) + stream.pace
             stream.last, stream.waited = t, None
+        self.judged, self.slack = judged, least
         for ended in step.finished:
             streams.pop(ended.id, None)
         return stalls

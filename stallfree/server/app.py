@@ -174,6 +174,6 @@ def create_app(
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.expose(engine.scheduler), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(metrics.expose(engine.scheduler, engine.clock()), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return app

@@ -66,7 +66,7 @@ class Server:
     ):
         text = bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
-        self.metrics, self.live = Metrics(), Live("sarathi", slo)
+        self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
         self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
         self.engine_thread = EngineThread(self.engine, max_queue)
         self.app: FastAPI = create_app(self.engine_thread, model="toy", metrics=self.metrics, live=self.live, **options)
