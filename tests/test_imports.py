@@ -23,7 +23,7 @@ ALLOWED = {
     "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
     "server": (
         {"core", "engine", "executors", "metrics", "server"},
-        {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+        {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     ),
 }  # fmt: skip
 

@@ -1,12 +1,16 @@
 """`stallfree serve`: a model behind an OpenAI-compatible HTTP server."""
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stallfree.cli import options
+
+if TYPE_CHECKING:
+    from stallfree.server.traces import Traces
 
 
 def serve(
@@ -32,6 +36,10 @@ def serve(
     threads: options.Threads = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Send a trace of each request to this OpenTelemetry collector, as http://127.0.0.1:4318.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
@@ -44,12 +52,15 @@ def serve(
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
 
+    tracing = None if otlp_endpoint is None else _tracing()
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
         metrics.record(step)
         live.record(step)
+        if traces is not None:
+            traces.record(step)
         if file is not None:
             file.write(step)
 
@@ -76,6 +87,9 @@ def serve(
     )
     name = served_name or assembled.name
     metrics, live = Metrics(name, assembled.slo), Live(policy, assembled.slo)
+    traces = None
+    if tracing is not None and otlp_endpoint is not None:
+        traces = tracing(otlp_endpoint, name, assembled.slo, time.time() - assembled.engine.clock())
     if file is not None:
         file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
@@ -94,10 +108,20 @@ def serve(
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
     }
     _print_card(card, as_json)
-    app = create_app(engine_thread, model=name, metrics=metrics, live=live, api_key=api_key)
+    app = create_app(engine_thread, model=name, metrics=metrics, live=live, traces=traces, api_key=api_key)
     run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     if file is not None:
         file.close()
+    if traces is not None:
+        traces.close()
+
+
+def _tracing() -> "type[Traces]":
+    try:
+        from stallfree.server.traces import Traces
+    except ImportError as error:
+        raise ValueError(f"--otlp-endpoint needs OpenTelemetry ({error}); pip install 'stallfree[otel]' installs it") from None
+    return Traces
 
 
 def _print_card(card: dict[str, object], as_json: bool) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -22,6 +22,9 @@ from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.sse import EventStream, watching
 
+if TYPE_CHECKING:  # its libraries are an extra
+    from stallfree.server.traces import Traces
+
 MAX_BODY_BYTES = 4 << 20
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
@@ -33,12 +36,13 @@ def create_app(
     model: str,
     metrics: Metrics,
     live: Live,
+    traces: "Traces | None" = None,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics` and `live` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health and the
+    `metrics`, `live` and `traces` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health and the
     page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
@@ -72,9 +76,16 @@ def create_app(
         ids = [ids for ids, _ in prompts]
         requests = intake.requests(engine, body, ids, intake.targets(body, request.headers, live.slo))
         n = len(requests) // len(prompts)
+        names = [r.id for r in requests]
+        if traces is not None:
+            traces.expect(names, request.headers)
         try:
             outputs = engine_thread.submit(requests, intake.stops(body), include_stop=bool(body.include_stop_str_in_output))
-        except Refused as refusal:
+        except Exception as refusal:
+            if traces is not None:
+                traces.forget(names)
+            if not isinstance(refusal, Refused):
+                raise
             raise intake.refused(refusal, body, ids) from None
         choices = [Choice(i, r, prompts[i // n][1]) for i, r in enumerate(requests)]
         call = kind(model, text, outputs, choices, n)
