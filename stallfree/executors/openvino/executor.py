@@ -24,8 +24,8 @@ KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
-    `weights`: how matrices are stored, int8, bf16 or f32. Products are computed in bf16; on a CPU without it, those of int8
-    weights in int8, with a scale for each group of activations. `kv`: how keys and values are stored, u8, bf16 or f32.
+    `weights`: how matrices are stored, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for each
+    group of activations; all else in bf16 where the CPU has it. `kv`: how keys and values are stored, u8, bf16 or f32.
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
@@ -53,7 +53,7 @@ class OpenVINOExecutor:
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or longest
         compute = _compute_type(weights, kv)
-        group = quantisation_group(checkpoint.config) if weights == "int8" and compute == ov.Type.f32 else 0
+        group = quantisation_group(checkpoint.config, compute) if weights == "int8" else 0
         model = build(Weights(checkpoint, weights, group), checkpoint.config, max_model_len)
         compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
         self._request = compiled.create_infer_request()
@@ -170,8 +170,7 @@ def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dic
 
 
 def _compute_type(weights: str, kv: str) -> ov.Type:
-    """What the graph computes in: what keys and values are stored in; beside u8, bfloat16 where the CPU has it, or float32, from
-    which the runtime quantises activations for int8 products."""
+    """What the graph computes in: what keys and values are stored in; beside u8, bfloat16 where the CPU has it, or float32."""
     if weights == "f32" and kv == "bf16":
         raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
     if weights == "f32" or kv == "f32":
