@@ -5,15 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -57,25 +54,3 @@ def show(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], file
     console.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
     if file is not None:
         file.write_text(json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
-
-
-@contextmanager
-def server(*options: str) -> Iterator[str]:
-    """A `stallfree serve` of its own on a free port, ready; yields its URL, and stops it in the end."""
-    command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        if not line:
-            raise RuntimeError(f"the server did not start: {' '.join(command)}")
-        url = json.loads(line)["url"]
-        for _ in range(100):
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)

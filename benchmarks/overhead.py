@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from harness import machine, parser, server, show
+from harness import machine, parser, show
 
+from stallfree.bench.server import server
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.record import StepRecord, read
 from stallfree.core.policy import Policy
@@ -142,7 +143,7 @@ def live(tokens: int, folder: Path) -> tuple[float, float]:
     async def load(url: str) -> None:
         await asyncio.gather(*(listen(url, prompt, tokens) for prompt in prompts()))
 
-    with server("--record", str(file)) as url:
+    with server(["--record", str(file)]) as url:
         asyncio.run(load(url))
     records = decodes(read(file.read_text().splitlines())[1])
     pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]

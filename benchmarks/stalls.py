@@ -19,8 +19,9 @@ from typing import Any
 
 import httpx
 import numpy as np
-from harness import machine, parser, server, show
+from harness import machine, parser, show
 
+from stallfree.bench.server import server
 from stallfree.core.record import StepRecord, read
 from stallfree.metrics.plot import streams
 from stallfree.metrics.timeline import timelines
@@ -77,7 +78,7 @@ def measure(
 ) -> tuple[dict[str, Any], list[StepRecord], float]:
     """The policy's row, its records, and `late_after` in seconds, measured here if it is not given."""
     file = folder / f"{policy}.jsonl"
-    with server("--policy", policy, "--record", str(file)) as url:
+    with server(["--policy", policy, "--record", str(file)]) as url:
         chats, ttfts = asyncio.run(load(url, seconds, every))
     _, records = read(file.read_text().splitlines())
     lines = [line for line in timelines(records).values() if line.prompt_tokens < LONG]

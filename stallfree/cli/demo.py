@@ -72,7 +72,7 @@ def demo(
     }
     console = Console()
     try:
-        if as_json or not console.is_terminal or console.is_dumb_terminal:
+        if as_json or not console.is_terminal or console.is_dumb_terminal or console.options.ascii_only:
             play(list(players.values()), lambda: None)
         else:
             picture = Picture(console, players, targets)
@@ -83,8 +83,8 @@ def demo(
         engine.close()
     results = {name: _reports(player, targets) for name, player in players.items()}
     if as_json:
-        runs = {name: {"all": asdict(every), "long_prompts": asdict(prompts)} for name, (every, prompts) in results.items()}
-        typer.echo(json.dumps({"slo": str(targets), "runs": runs}))
+        runs = ({"all": asdict(every), "long_prompts": asdict(prompts)} for every, prompts in results.values())
+        typer.echo(json.dumps({"target": str(targets), "budget": budget} | dict(zip(("fixed", "slo"), runs, strict=True))))
     else:
         console.print(_table(results))
 
