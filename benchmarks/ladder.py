@@ -1,4 +1,4 @@
-"""What the benchmarks of capacity share: a climb from low request rates to saturation, and the rate at which a target is first missed.
+"""What the benchmarks of capacity share: a climb from low request rates to saturation, and the rate at which a target is missed.
 
 One run at a rate tells for every TBT target whether it is met there, so several are judged by the same runs. A run passes if the
 target's percentile of all gaps is within it, the median TTFT is at most 2 s (the paper's criterion, Sarathi-Serve, OSDI'24,
@@ -103,7 +103,7 @@ def climb(server: Server, workload: Workload, first: float, seconds: float, seed
 
 
 def _over(rungs: Sequence[Rung], target: Target) -> bool:
-    return rungs[-1].stress(target) > 1.5 or all(r.stress(target) > 1 for r in rungs[-2:]) and len(rungs) > 1
+    return rungs[-1].stress(target) > 1.5 or (all(r.stress(target) > 1 for r in rungs[-2:]) and len(rungs) > 1)
 
 
 def capacity(rungs: Sequence[Rung], target: Target) -> float:

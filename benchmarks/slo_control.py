@@ -58,7 +58,9 @@ def climbed(options: list[str], first: float, seconds: float, targets: list[Targ
         return climb(side, WORKLOAD, first, seconds, SEED, targets)
 
 
-def sweep(targets: list[Target], seconds: float, budgets: tuple[int, ...], file: Path | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def sweep(
+    targets: list[Target], seconds: float, budgets: tuple[int, ...], file: Path | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row for each of the policy's runs, and one for each side's capacity."""
     runs: dict[str, list[Rung]] = {}
     for number, target in enumerate(targets):
@@ -103,7 +105,9 @@ def sweep(targets: list[Target], seconds: float, budgets: tuple[int, ...], file:
         plot.late_shares(
             {
                 f"{target.seconds * 1e3:.0f} ms": {
-                    name: [(r.rate, r.late[target.seconds]) for r in rungs] for name, rungs in runs.items() if target.seconds in rungs[0].late
+                    name: [(r.rate, r.late[target.seconds]) for r in rungs]
+                    for name, rungs in runs.items()
+                    if target.seconds in rungs[0].late
                 }
                 for target in targets
             },

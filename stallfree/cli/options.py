@@ -57,5 +57,7 @@ MaxSeqs = Annotated[int, typer.Option(help="Most requests running at once.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens in one iteration, whatever the policy.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="all cores")]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal prompt beginnings.")]
-Recorded = Annotated[Path, typer.Argument(metavar="RUN.jsonl", help="What `stallfree serve --record RUN.jsonl` wrote.", show_default=False)]
+Recorded = Annotated[
+    Path, typer.Argument(metavar="RUN.jsonl", help="What `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -33,7 +33,7 @@ def replay(
     run, records = load(file)
     if not records:
         raise ValueError(f"{file} holds no iterations; nothing was asked of the engine while it was written")
-    if policy is slo is token_budget is None:
+    if policy is None and slo is None and token_budget is None:
         found = difference(run, records)
         if as_json:
             typer.echo(json.dumps({"iterations": len(records), "identical": found is None, "difference": found and asdict(found)}))

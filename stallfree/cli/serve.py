@@ -38,7 +38,9 @@ def serve(
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
         str | None,
-        typer.Option(help="Send a trace of each request to this OpenTelemetry collector, as http://127.0.0.1:4318.", show_default=False),
+        typer.Option(
+            help="Send a trace of each request to this OpenTelemetry collector, as http://127.0.0.1:4318.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:

@@ -1,4 +1,5 @@
-"""A run written to a file as it happens, a line an iteration, and read back. A disk that fails ends the recording, not the serving."""
+"""A run written to a file as it happens, a line an iteration, and read back. A disk that fails ends the recording, not the
+serving."""
 
 import logging
 from pathlib import Path
@@ -50,6 +51,8 @@ def load(path: Path) -> tuple[Run, list[StepRecord]]:
         with path.open(encoding="utf-8") as lines:
             return read(lines)
     except OSError as error:
-        raise ValueError(f"the record file {path} cannot be read: {error.strerror}; `stallfree serve --record FILE` makes one") from error
+        raise ValueError(
+            f"the record file {path} cannot be read: {error.strerror}; `stallfree serve --record FILE` makes one"
+        ) from error
     except ValueError as error:  # of UnicodeDecodeError too: a binary file
         raise ValueError(f"{path}: {error}") from None

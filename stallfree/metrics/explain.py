@@ -6,6 +6,7 @@ first arrival.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from statistics import median
 
 from stallfree.core.record import Arrived, Run, StepRecord
@@ -42,7 +43,8 @@ class Explained:
         yield f"{_of_all(records, 'budget')} tokens of budget an iteration; {_of_all(records, 'num_waiting')} requests waited."
         margins = [r.margin for r in records if r.margin is not None]
         if margins:
-            yield f"Expected times were multiplied by a margin of {min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median."
+            spread = f"{min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median"
+            yield f"Expected times were multiplied by a margin of {spread}."
         late = [s for s in stalls if s.kind == "late"]
         left_out = len(stalls) - len(late)
         yield f"{_number(left_out, 'ready decode')} left out of iterations, {_number(len(late), 'token')} late."
@@ -67,20 +69,21 @@ class Explained:
             raise ValueError(f"step {number} is not in the record; it holds steps {first} to {self.records[-1].step}")
         r = self.records[index]
         decoded = [id for id, start, count in r.work if self._decodes(id, start, count)]
-        yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(r.t_end - r.t_plan)} with its planning."
+        took = r.t_end - r.t_plan
+        yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(took)} with its planning."
         if r.error is not None:
             yield f"It failed: {r.error}. All its requests ended with that error."
         yield f"{_number(len(decoded), 'decode')}{_list(decoded)}."
         cached = dict(r.cached)
         for id, start, count in r.work:
             if not self._decodes(id, start, count):
-                whole = self._length(id)
-                yield f"{_number(count, 'token')} of prefill of {id}: {start} to {start + count} of {whole}{self._admission(r, id, cached)}."
+                chunk = f"{_number(count, 'token')} of prefill of {id}: {start} to {start + count} of {self._length(id)}"
+                yield f"{chunk}{self._admission(r, id, cached)}."
         yield f"The budget was {_number(r.budget, 'token')}, {sum(count for _, _, count in r.work)} of them used: {r.reason}."
         if r.limit_s is not None and r.margin is not None:
-            took = r.t_end - r.t_plan
             verdict = "within it" if took <= r.limit_s else f"{_ms(took - r.limit_s)} too long"
-            yield f"It was to take at most {_ms(r.limit_s)}, {_ms(r.limit_s / r.margin)} by the cost model with its margin of {r.margin:.2f}; it was {verdict}."
+            expected = f"{_ms(r.limit_s / r.margin)} by the cost model with its margin of {r.margin:.2f}"
+            yield f"It was to take at most {_ms(r.limit_s)}, {expected}; it was {verdict}."
         if r.preempted:
             yield f"Preempted for want of KV blocks since the step before{_list(r.preempted)}."
         if r.stalled:
@@ -105,9 +108,10 @@ class Explained:
         else:
             yield from self._beginning(a, work)
         if tokens:
-            gaps = [y - x for x, y in zip(tokens, tokens[1:], strict=False)]
+            gaps = [y - x for x, y in pairwise(tokens)]
             paces = f"; TBT {_ms(median(gaps))} at the median, {_ms(max(gaps))} at most" if gaps else ""
-            yield f"First token {self._at(tokens[0])}, TTFT {_ms(tokens[0] - a.arrival)}; {_number(len(tokens), 'token')} in all{paces}."
+            first = f"First token {self._at(tokens[0])}, TTFT {_ms(tokens[0] - a.arrival)}"
+            yield f"{first}; {_number(len(tokens), 'token')} in all{paces}."
         own = [s for some in self.stalls for s in some if s.id == a.id]
         yield f"{_number(len(own), 'stalled or late token')}{':' if own else '.'}"
         for s in own:
@@ -126,7 +130,11 @@ class Explained:
             for id, start, count in r.work:
                 if not self._decodes(id, start, count):
                     others[id] += count
-        ahead = f"; meanwhile {sum(others.values())} tokens of prefill of {_number(len(others), 'other')} were computed" if others else ""
+        ahead = (
+            f"; meanwhile {sum(others.values())} tokens of prefill of {_number(len(others), 'other')} were computed"
+            if others
+            else ""
+        )
         yield f"It waited {_ms(first.t_plan - a.arrival)}, {_number(len(waited), 'iteration')}, until step {first.step}{ahead}."
         cached = [count for r in self.records for id, count in r.cached if id == a.id]
         found = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
@@ -143,7 +151,11 @@ class Explained:
             return self.arrived[id]
         if len(found) != 1:
             several = f"{len(found)} requests begin with {id!r}: {', '.join(found[:WORST])}; give more of one"
-            raise ValueError(several if found else f"no request in the record begins with {id!r}; the first is {next(iter(self.arrived), 'none')}")
+            raise ValueError(
+                several
+                if found
+                else f"no request in the record begins with {id!r}; the first is {next(iter(self.arrived), 'none')}"
+            )
         return self.arrived[found[0]]
 
     def _decodes(self, id: str, start: int, count: int) -> bool:
@@ -172,7 +184,6 @@ CAUSES = {
     "preempted": "preemption",
     "unexpected": "time between iterations",
 }
-
 
 
 def _of_all(records: Sequence[StepRecord], field: str) -> str:

@@ -108,7 +108,9 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
         for value, place in found:
             first, where = given.setdefault(name, (value, place))
             if value != first:
-                raise ApiError(400, f"{place} asks for {name} {value:g} ms, {where} for {first:g} ms; give one of them", param=place)
+                raise ApiError(
+                    400, f"{place} asks for {name} {value:g} ms, {where} for {first:g} ms; give one of them", param=place
+                )
     if not given:
         return None
     if "tbt" in given and "tpot" in given:
@@ -121,7 +123,9 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
 
 def _milliseconds(text: str, header: str) -> float:
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= MOST_TARGET_MS:
-        message = f"{header}: {shown(text)} is not a number of milliseconds above 0 and up to {MOST_TARGET_MS:,}; write {header}: 100"
+        message = (
+            f"{header}: {shown(text)} is not a number of milliseconds above 0 and up to {MOST_TARGET_MS:,}; write {header}: 100"
+        )
         raise ApiError(400, message, param=header)
     return float(text)
 

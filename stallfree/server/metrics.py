@@ -5,7 +5,7 @@ an idle engine writes none. It knows records, targets and the scheduler's counts
 """
 
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
@@ -42,7 +42,7 @@ class Metrics:
         self._ended = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
         self._reasons: Counter[str] = Counter()
         self._stalls: Counter[tuple[str, str]] = Counter()
-        self._stall_s: Counter[tuple[str, str]] = Counter()
+        self._stall_s: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._cases: Counter[str] = Counter()
         self._late: Counter[str] = Counter()
         self._step_s, self._step_tokens = _Histogram(STEP_S), _Histogram(TOKENS)
@@ -141,7 +141,9 @@ class Metrics:
         yield _counter("stallfree_requests", "Requests that ended, by reason.", "reason", self._ended)
         yield _counter("stallfree_good_requests", "Requests that met all their targets.", "", {"": counts["good"]})
         stalls = CounterMetricFamily(
-            "stallfree_decode_stalls", "Ready decodes left out of an iteration, and tokens that came late.", labels=("kind", "cause")
+            "stallfree_decode_stalls",
+            "Ready decodes left out of an iteration, and tokens that came late.",
+            labels=("kind", "cause"),
         )
         seconds = CounterMetricFamily(
             "stallfree_decode_stall_seconds", "Seconds that those sat out, or came after they were due.", labels=("kind", "cause")
@@ -158,7 +160,9 @@ class Metrics:
         yield _counter("stallfree_steps", "Iterations, by what set their token budget.", "reason", self._reasons)
         yield _gauge("stallfree_budget_tokens", "Token budget of the latest iteration.", "", _present(last, "budget"))
         yield _gauge("stallfree_limit_seconds", "Time that the policy allowed it; 0 without a limit.", "", _present(last, "limit"))
-        yield _gauge("stallfree_margin", "What expected times are multiplied with; 0 without a limit.", "", _present(last, "margin"))
+        yield _gauge(
+            "stallfree_margin", "What expected times are multiplied with; 0 without a limit.", "", _present(last, "margin")
+        )
         slack = {"": last["slack"]} if last.get("slack", float("inf")) < float("inf") else {}
         yield _gauge("stallfree_slack_seconds", "Least time before it was due at which a token of it came.", "", slack)
         yield _gauge("stallfree_running_requests", "Requests admitted.", "", {"": len(scheduler.running)})

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: a span for each request, with spans for its queue, prefill and decode, sent to a collector when it has ended.
+"""OpenTelemetry traces: a span for each request, with its queue, prefill and decode within it, sent to a collector when it has ended.
 
-They are read off the StepRecords, and sent by the SDK's own thread from a bounded queue: a collector that is slow or gone costs no
-iteration anything. Names follow OpenTelemetry's conventions for generative AI where there are any. No text, token or key is in them.
-It needs the extra `otel`.
+They are read off the StepRecords, and sent by the SDK's own thread from a bounded queue: a collector that is slow or gone costs
+no iteration anything. Names follow OpenTelemetry's conventions for generative AI where there are any. No text, token or key is in
+them. It needs the extra `otel`.
 """
 
 import logging
@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
 
 import stallfree
 from stallfree.core.record import Arrived, StepRecord
@@ -37,7 +38,9 @@ class Traces:
     def __init__(self, endpoint: str, model: str, slo: Slo | None, origin_s: float, exporter: SpanExporter | None = None):
         url = urlsplit(endpoint)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"--otlp-endpoint {endpoint!r} is not a URL; write http://127.0.0.1:4318, the collector's port for HTTP")
+            raise ValueError(
+                f"--otlp-endpoint {endpoint!r} is not a URL; write http://127.0.0.1:4318, the collector's port for HTTP"
+            )
         target = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}{PATH}"
         _once_in_the_log()
         resource = Resource.create({"service.name": "stallfree", "service.version": stallfree.__version__})
@@ -94,7 +97,7 @@ class Traces:
             f"text_completion {self._model}", context=life.parent, kind=SpanKind.SERVER, start_time=self._at(request.arrival)
         )
         first = life.first
-        attributes = {
+        attributes: dict[str, AttributeValue | None] = {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -41,7 +42,11 @@ def policy_of(run: Run) -> Policy:
 
 
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
-    """The records that the scheduler writes now, given the same arrivals, ends and times; it stops where there is no work to do."""
+    """The records that the scheduler writes now, given the same arrivals, ends and times; it stops where there is no work to do.
+
+    With several plans in flight it is exact only without a prefix cache: of an attempt to plan that found no KV there is no record,
+    but it has made the prefix that it looked up a recently used one.
+    """
     scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse)
     late = {id for r in records for id in _ended_by_text(r)}
     served = _served(run, records, {f.id for r in records for f in r.finished if f.reason == "stop"} - late)
@@ -52,7 +57,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         for request in arrived:
             scheduler.submit(request)
         ended = [scheduler.abort(f.id) for f in r.finished if f.reason == "abort"]
-        while len(outstanding) < run.capacity.depth and planned < len(records):
+        while len(outstanding) < run.capacity.depth and planned < len(records) and records[planned].t_plan <= r.t_end:
             plan = scheduler.schedule(records[planned].t_plan)
             if not plan.work:
                 break
@@ -101,7 +106,7 @@ class Machine:
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
         self._speed = [_ratio(self.model, r) for r in records]
-        busy = [b.t_plan - a.t_end for a, b in zip(records, records[1:], strict=False) if a.num_running + a.num_waiting]
+        busy = [b.t_plan - a.t_end for a, b in pairwise(records) if a.num_running + a.num_waiting]
         self.between_s = max(0.0, median(busy)) if busy else 0.0
 
     def seconds(self, plan: Plan) -> float:
@@ -146,7 +151,7 @@ def what_if(
             now += machine.between_s
         elif coming or going:
             now = min([request.arrival for request in list(coming)[:1]] + [at for at, _ in list(going)[:1]])
-        else:
+        elif scheduler.requests:
             raise ValueError(f"policy {policy!r} plans no work for {len(scheduler.requests)} requests; they would wait for ever")
     return made
 
@@ -204,12 +209,12 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     found: dict[str, _Served] = {}
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
-            raise ValueError(f"request {a.id} has no fingerprints of its prompt, so what it shared is not known; record the run again")
+            raise ValueError(
+                f"request {a.id} has no fingerprints of its prompt, so what it shared is not known; record the run again"
+            )
         tokens = _Tokens(a.prompt_tokens, size, (*a.blocks, *behind.get(a.id, ())), -number)
         slo = Slo.parse(a.slo) if a.slo else None
-        request = Request(
-            a.id, tokens, a.max_tokens, stop_ids=frozenset({STOP}), arrival=a.arrival, priority=a.priority, slo=slo
-        )
+        request = Request(a.id, tokens, a.max_tokens, stop_ids=frozenset({STOP}), arrival=a.arrival, priority=a.priority, slo=slo)
         found[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return found
 

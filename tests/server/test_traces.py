@@ -21,7 +21,10 @@ from stallfree.server.traces import Traces
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 RECORDS = run(
     PrefillFirst(),
-    [*(Request(f"short-{i}", range(20), 30, arrival=0.01 * i) for i in range(2)), Request("long", range(1000), 5, arrival=0.2)],
+    [
+        *(Request(f"short-{i}", range(100 * i, 100 * i + 20), 30, arrival=0.01 * i) for i in range(2)),
+        Request("long", range(5000, 6000), 5, arrival=0.2),
+    ],
     Capacity(16, 200, 2048),
 )
 
@@ -62,8 +65,8 @@ def test_its_parts_follow_one_another(spans):
 
 def test_its_stalls_are_events_with_their_cause(spans):
     whole, _ = of(spans, "short-0")
-    assert ["token left out", "token late"] == [e.name for e in whole.events]
-    assert "1000 prefill tokens of long" in whole.events[1].attributes["stallfree.why"]
+    assert ["token left out", "token left out", "token late"] == [e.name for e in whole.events]
+    assert "1000 prefill tokens of long" in whole.events[2].attributes["stallfree.why"]
 
 
 def test_the_callers_trace_is_continued(spans):

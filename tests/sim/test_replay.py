@@ -96,7 +96,7 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True) -> tuple[
                 engine.step()
         said.append([*prompt, *request.output])
         if draw.random() < 0.15:
-            engine.abort(f"r{draw.randrange(number + 1)}")
+            engine.abort(f"r{number}")
     while engine.busy:
         engine.step()
     return read([run.to_json(), *lines])
@@ -113,7 +113,7 @@ def test_the_unchanged_policy_decides_the_same(policy, seed):
 
 @pytest.mark.parametrize("policy", ["sarathi", "slo"])
 def test_with_several_plans_in_flight_too(policy):
-    run, records = record(policy, 5, depth=3)
+    run, records = record(policy, 5, depth=3, reuse=False)
     assert difference(run, records) is None
 
 
@@ -122,18 +122,16 @@ def test_without_a_prefix_cache_too():
     assert difference(run, records) is None
 
 
-def test_prefixes_are_found_again_and_kv_runs_out_again():
-    _, records = record("sarathi", 1)
-    assert sum(count for r in records for _, count in r.cached) > 100
-    assert any(r.preempted for r in records)
+def test_the_recorded_runs_share_prefixes_and_run_out_of_kv():
+    runs = [record("sarathi", seed)[1] for seed in range(4)]
+    assert all(sum(count for r in records for _, count in r.cached) > 100 for records in runs)
+    assert any(r.preempted for records in runs for r in records)
 
 
 def test_another_decision_is_named_with_its_step():
     run, records = record("sarathi", 1)
     changed = replace(run, options={"token_budget": 25})
-    found = difference(changed, records)
-    assert (records[0].step, "work") == (found.step, found.field)
-    assert "recorded [('r0', 0" in str(found)
+    assert "step 0 differs in budget: recorded 24, replayed 25" == str(difference(changed, records))
 
 
 def test_a_record_without_fingerprints_is_refused():
