@@ -53,7 +53,7 @@ class OpenVINOExecutor:
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or longest
         compute = _compute_type(weights, kv)
-        group = quantisation_group(checkpoint.config, compute) if weights == "int8" else 0
+        group = quantisation_group(checkpoint.config) if weights == "int8" else 0
         model = build(Weights(checkpoint, weights, group), checkpoint.config, max_model_len)
         compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
         self._request = compiled.create_infer_request()

@@ -12,16 +12,15 @@ from stallfree.checkpoint import Checkpoint, ModelConfig
 
 FORMATS = ("int8", "bf16", "f32")
 
-GROUPS = {ov.Type.bf16: (192, 128, 96, 64, 32), ov.Type.f32: (64, 96, 32)}
-"""Widths of quantisation groups for int8 products, the preferred first, by what the graph computes in; docs/log.md has the
-measurements."""
+GROUPS = (64, 96, 32)
+"""Widths of quantisation groups, the preferred first; docs/log.md has the measurements."""
 
 
-def quantisation_group(config: ModelConfig, compute: ov.Type) -> int:
+def quantisation_group(config: ModelConfig) -> int:
     """How many inputs of an int8 matrix, and activations before it, share a scale: a width that divides every matrix's. 0 if none
     of `GROUPS` does: then a scale is an output channel's, and products are float."""
     widths = (config.hidden_size, config.num_heads * config.head_dim, config.ffn_size)
-    return next((group for group in GROUPS[compute] if not any(width % group for width in widths)), 0)
+    return next((group for group in GROUPS if not any(width % group for width in widths)), 0)
 
 
 class Weights:
