@@ -37,7 +37,7 @@ BESIDE = 76
 """Columns of a terminal on which two charts stand beside each other."""
 HEAD = f"""\
 {STREAMS} streams; from {FIRST_S:g} s on {PROMPTS} prompts of {LONG_PROMPT:,} tokens arrive. One model, in turns.
-Above: longest wait for a next token, ms; dashed: the SLO. Below: tokens in an iteration, the most."""
+Above: longest wait for a token, ms (dashed: SLO). Below: tokens an iteration."""
 
 
 def demo(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from stallfree.cli import bench, main
@@ -145,6 +146,21 @@ def test_ctrl_c_ends_a_run_with_what_there_is(command, tmp_path):
     assert (1, False) == (process.returncode, told["valid"])
     assert "interrupted" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_leaves_no_server_of_a_policy_behind():
+    arguments = ("bench", "compare", "slo", "sarathi", "--rate", "5", "--lengths", "20/400", "--serve", "--executor simulated")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stallfree", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    url, _, takes = process.stderr.readline().partition(": ")
+    assert "model simulated" in takes
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode
+    assert "Traceback" not in err
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
 
 
 @pytest.mark.parametrize(
