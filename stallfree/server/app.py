@@ -42,8 +42,8 @@ def create_app(
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics`, `live` and `traces` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health and the
-    page's own files, which say nothing of this server.
+    `metrics`, `live` and `traces` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health
+    and the page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span for each request, with its queue, prefill and decode within it, sent to a collector when it has ended.
+"""OpenTelemetry traces: a span for each request, with its queue, prefill and decode in it, sent to a collector when it has ended.
 
 They are read off the StepRecords, and sent by the SDK's own thread from a bounded queue: a collector that is slow or gone costs
 no iteration anything. Names follow OpenTelemetry's conventions for generative AI where there are any. No text, token or key is in
@@ -53,7 +53,7 @@ class Traces:
         self._lives: dict[str, _Life] = {}
 
     def expect(self, ids: Sequence[str], headers: Mapping[str, str]) -> None:
-        """Requests that are about to be submitted, of a caller whose `headers` may say (W3C `traceparent`) what trace they belong to."""
+        """Requests that are about to be submitted, of a caller whose `headers` may say (W3C `traceparent`) whose trace they are in."""
         if "traceparent" in headers:
             parent = TraceContextTextMapPropagator().extract(headers)
             self._parents |= dict.fromkeys(ids, parent)

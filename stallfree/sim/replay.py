@@ -202,7 +202,7 @@ class _Served:
 
 
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
-    """Every request that arrived, new, by id; those `stopped` end after as many tokens as they got, if not before by `max_tokens`."""
+    """Every request that arrived, new, by id; those `stopped` end after as many tokens as they got, or before by `max_tokens`."""
     size = run.capacity.block_size
     lengths = Counter(id for r in records for id in r.emitted)
     behind = {f.id: f.blocks for r in records for f in r.finished}
@@ -230,7 +230,7 @@ def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]
 
 
 def _ended_by_text(r: StepRecord) -> list[str]:
-    """Whose end the engine found in the text, after the iteration was complete: those whose turn had passed in the order of work."""
+    """Whose end the engine found in the text, after the iteration was complete: those out of turn in the order of its work."""
     order = {id: number for number, (id, _, _) in enumerate(r.work)}
     ids = [f.id for f in r.finished if f.reason != "abort"]
     for number in range(1, len(ids)):

@@ -21,7 +21,7 @@ CAPACITY = Capacity(16, 200, 2048)
 
 
 def read(policy, slo: str, requests) -> dict[tuple[str, tuple], float]:
-    """Every sample by its name and the values of its labels, in the order of their names, after `requests` were served in virtual time."""
+    """Every sample by its name and its labels' values, in the order of their names, after `requests` were served in virtual time."""
     metrics, end = Metrics("toy", Slo.parse(slo)), 0.0
     for record in run(policy, requests, CAPACITY):
         metrics.record(record)
@@ -78,7 +78,8 @@ def test_the_same_numbers_have_vllms_names(stopped):
     assert stopped["stallfree_generation_tokens_total", ()] == stopped["vllm:generation_tokens_total", labels]
     assert 3 == stopped["vllm:request_success_total", ("0", "length", "toy")]
     for name in (
-        "time_to_first_token_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds",
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
         "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
     ):  # fmt: skip
         assert stopped[f"vllm:{name}_count", labels] in (3, 82), name
