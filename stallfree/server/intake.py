@@ -18,7 +18,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.sampling import Sampling
 from stallfree.server.errors import ApiError, shown
-from stallfree.server.schema import MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
+from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
 
 
 def _milliseconds(text: str, header: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= MOST_TARGET_MS:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not LEAST_TARGET_MS <= float(text) <= MOST_TARGET_MS:
         message = (
             f"{header}: {shown(text)} is not a number of milliseconds above 0 and up to {MOST_TARGET_MS:,}; write {header}: 100"
         )

@@ -28,7 +28,7 @@ Labels = Mapping[str, str]
 
 
 class Metrics:
-    """What has been served under the name `model`, judged by `slo` and what requests asked for. `record` is an Engine's callback."""
+    """What has been served under the name `model`, by `slo` and what requests asked for. `record` is an Engine's callback."""
 
     def __init__(self, model: str, slo: Slo | None = None):
         self._vllm = {"model_name": model, "engine": "0"}

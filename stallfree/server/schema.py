@@ -44,6 +44,7 @@ WITHOUT_EFFECT = frozenset(
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_CHOICES = 128
+LEAST_TARGET_MS = 0.001
 MOST_TARGET_MS = 3_600_000
 
 
@@ -91,7 +92,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-Milliseconds = Annotated[float, Field(gt=0, le=MOST_TARGET_MS, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=LEAST_TARGET_MS, le=MOST_TARGET_MS, allow_inf_nan=False)]
 
 
 class LatencyTargets(Body):

@@ -53,7 +53,7 @@ class Traces:
         self._lives: dict[str, _Life] = {}
 
     def expect(self, ids: Sequence[str], headers: Mapping[str, str]) -> None:
-        """Requests that are about to be submitted, of a caller whose `headers` may say (W3C `traceparent`) whose trace they are in."""
+        """Requests that are about to be submitted, of a caller whose `headers` may say (W3C `traceparent`) whose trace it is."""
         if "traceparent" in headers:
             parent = TraceContextTextMapPropagator().extract(headers)
             self._parents |= dict.fromkeys(ids, parent)

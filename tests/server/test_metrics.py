@@ -21,7 +21,7 @@ CAPACITY = Capacity(16, 200, 2048)
 
 
 def read(policy, slo: str, requests) -> dict[tuple[str, tuple], float]:
-    """Every sample by its name and its labels' values, in the order of their names, after `requests` were served in virtual time."""
+    """Every sample by its name and its labels' values, in the order of their names, after `requests` were served."""
     metrics, end = Metrics("toy", Slo.parse(slo)), 0.0
     for record in run(policy, requests, CAPACITY):
         metrics.record(record)
