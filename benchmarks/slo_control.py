@@ -3,7 +3,8 @@
 Live HTTP, the embedded model, an open-loop client on the same machine. Chats (prompts of 150 tokens at the median, 500 at P90;
 outputs of 50 and 120), of which 5 % are long prompts of 2,000 tokens, arrive as a Poisson process. Targets: 1.5, 3 and 10
 times the lone decode iteration, measured first: the median gap of a single stream. For each target, and each fixed budget,
-the rate climbs until targets are missed; a fixed budget's runs are judged by all three targets, and all sides see the same arrivals.
+the rate climbs until targets are missed; a fixed budget's runs are judged by all three targets, and all sides see the same
+arrivals.
 
 `late`: share of all gaps above the target, of 1 % allowed. Capacity is interpolated between the last rate that passes and the next
 (see `ladder.py`). `--disturb`: at half of the capacity for the second target, another process takes one core for 30 s; counted are

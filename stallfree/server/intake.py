@@ -123,7 +123,8 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
 
 def _milliseconds(text: str, header: str) -> float:
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not LEAST_TARGET_MS <= float(text) <= MOST_TARGET_MS:
-        message = f"{header}: {shown(text)} is no number of milliseconds from {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:,}; write {header}: 100"
+        limits = f"from {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:,}"
+        message = f"{header}: {shown(text)} is no number of milliseconds {limits}; write {header}: 100"
         raise ApiError(400, message, param=header)
     return float(text)
 
