@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from harness import machine, server, show
+from harness import machine, show
 from ladder import Rung, Server, capacity, climb
 from step_time import bfloat16_folder, peers_parser
 
+from stallfree.bench.server import server
 from stallfree.checkpoint import open_checkpoint
 from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
@@ -147,7 +148,7 @@ def main() -> None:
     seconds = 8.0 if args.quick else 40.0
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
-        with server("--slo", f"tbt={target}") as url:
+        with server(["--slo", f"tbt={target}"]) as url:
             rows += measured(url, "stallfree", None, [target], seconds, 1.0)
     model = locate(say=lambda line: print(line, file=sys.stderr))
     checkpoint = open_checkpoint(model)

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import machine, parser, server, show
+from harness import machine, parser, show
 from ladder import Rung, Server, capacity, climb
 
+from stallfree.bench.server import server
 from stallfree.core.record import StepRecord, read
 from stallfree.core.slo import Slo, Target
 from stallfree.metrics import plot
@@ -44,7 +45,7 @@ CORE_TAKEN_S = 30.0
 
 def lone_decode() -> float:
     """Median seconds between the tokens of a stream that has the server to itself."""
-    with server("--policy", "sarathi") as url:
+    with server(["--policy", "sarathi"]) as url:
         alone = Server(url)
         lone = Workload.parse("poisson", "200/200").draw(1, 0, requests=1)
         alone.run(lone)
@@ -53,7 +54,7 @@ def lone_decode() -> float:
 
 
 def climbed(options: list[str], first: float, seconds: float, targets: list[Target]) -> list[Rung]:
-    with server(*options) as url:
+    with server(options) as url:
         side = Server(url)
         side.run(WORKLOAD.draw(first, SEED + 1, duration_s=10))  # what a first request pays is not the policy's
         return climb(side, WORKLOAD, first, seconds, SEED, targets)
@@ -138,7 +139,7 @@ def disturb(target: Target, rate: float) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.jsonl"
-        with server("--slo", f"tbt={target}", "--record", str(file)) as url:
+        with server(["--slo", f"tbt={target}", "--record", str(file)]) as url:
             side = Server(url)
             side.run(WORKLOAD.draw(rate, SEED + 1, duration_s=10))
             thread = threading.Thread(target=later)
