@@ -82,7 +82,7 @@ def peer(command: list[str], port: int, log: Path) -> Iterator[str]:
 def measured(url: str, name: str, model: str | None, targets: list[Target], seconds: float, first: float) -> list[dict[str, Any]]:
     """A row for each target: the capacity, and the TTFT at half of it."""
     side = Server(url, model)
-    side.run(WORKLOAD.draw(first, SEED + 1, duration_s=10))
+    side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
     rungs = climb(side, WORKLOAD, first, seconds, SEED, targets)
     rows = []
     for target in targets:

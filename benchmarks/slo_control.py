@@ -56,7 +56,7 @@ def lone_decode() -> float:
 def climbed(options: list[str], first: float, seconds: float, targets: list[Target]) -> list[Rung]:
     with server(options) as url:
         side = Server(url)
-        side.run(WORKLOAD.draw(first, SEED + 1, duration_s=10))  # what a first request pays is not the policy's
+        side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))  # what a first request pays is not the policy's
         return climb(side, WORKLOAD, first, seconds, SEED, targets)
 
 
@@ -141,7 +141,7 @@ def disturb(target: Target, rate: float) -> list[dict[str, Any]]:
         file = Path(folder) / "run.jsonl"
         with server(["--slo", f"tbt={target}", "--record", str(file)]) as url:
             side = Server(url)
-            side.run(WORKLOAD.draw(rate, SEED + 1, duration_s=10))
+            side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
             thread = threading.Thread(target=later)
             thread.start()
             side.run(WORKLOAD.draw(rate, SEED, duration_s=90))
