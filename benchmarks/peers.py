@@ -145,7 +145,7 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
 def main() -> None:
     args = peers_parser(__doc__).parse_args()
     facts, rows = machine(), []
-    seconds = 8.0 if args.quick else 40.0
+    seconds = 8.0 if args.quick else 30.0
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
         with server(["--slo", f"tbt={target}"]) as url:

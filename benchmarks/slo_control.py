@@ -35,7 +35,7 @@ from stallfree.workload.workload import Workload
 
 CHAT = "median=150,p90=500/median=50,p90=120 + 5%:2000/50"
 TIMES = (1.5, 3.0, 10.0)
-BUDGETS = (16, 32, 64, 128, 256, 512, 2048)
+BUDGETS = (16, 32, 64, 128, 512, 2048)
 USUAL = (128, 512, 2048)
 WORKLOAD = Workload.parse("poisson", CHAT, 4000)
 SEED = 11
@@ -190,7 +190,7 @@ def main() -> None:
     if args.disturb:
         show("One core taken for 30 s", disturb(targets[1], 0.5), facts, args.json)
         return
-    seconds, budgets = (8.0, (128,)) if args.quick else (45.0, BUDGETS)
+    seconds, budgets = (8.0, (128,)) if args.quick else (30.0, BUDGETS)
     loads, found = sweep(targets, seconds, budgets, args.plot)
     show("The slo policy from low load to saturation", loads, facts, None)
     show("Capacity, requests/s", found, facts, args.json)
