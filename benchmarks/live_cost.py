@@ -1,10 +1,11 @@
-"""What the live page costs the server, with nobody and with one page watching.
+"""What the live page costs the server, with nobody and with one page watching, and what metrics cost it.
 
 An engine that runs 50 iterations a second, 20 ms each, with 32 or 256 decodes and a chunk of 64 prefill tokens in every one.
 `record`: microseconds in the engine's thread for each iteration, with nobody watching and with a page. `reduce`: microseconds for
 each iteration when a page looks, in the event loop's thread. `look`: milliseconds for one answer beside that: percentiles, JSON
 and the app around it, all but the parsing of HTTP; a page asks four times a second. The shares are those of the engine's time;
-the limit is 1 %. In the rows with `late`, every token misses its target: the page's worst case.
+the limit is 1 %. `metrics`: microseconds for each iteration in the engine's thread, and `scrape`, milliseconds in the event
+loop's for one answer of /metrics, without HTTP. In the rows with `late`, every token misses its target: the page's worst case.
 
     python benchmarks/live_cost.py
 """
@@ -74,7 +75,7 @@ def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
     live = Live("sarathi", slo)
     engine = assemble(Options(executor="simulated")).engine
     engine.clock = lambda: at
-    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics(), live=live)
+    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics("none"), live=live)
     few = round(1 / ITERATION_S / LOOKS_PER_S)
     recording, reducing, answering = [], [], []
     for i in range(0, len(steps) - few, few):
@@ -86,6 +87,15 @@ def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
         answering.append(seconds(lambda since=some[0].step - 1: asyncio.run(ask(app, since))))
     start = seconds(lambda: asyncio.run(asyncio.sleep(0)))
     return statistics.median(recording), statistics.median(reducing), statistics.median(answering) - start
+
+
+def counted(slo: Slo, steps: list[StepRecord]) -> tuple[float, float]:
+    """Seconds of a `record` of the metrics, and of a scrape."""
+    metrics = Metrics("none", slo)
+    scheduler = assemble(Options(executor="simulated")).engine.scheduler
+    recording = [seconds(lambda step=step: metrics.record(step)) for step in steps]
+    scraping = [seconds(lambda: metrics.expose(scheduler)) for _ in range(20)]
+    return statistics.median(recording), statistics.median(scraping)
 
 
 async def ask(app: Any, since: int) -> None:
@@ -114,6 +124,7 @@ def row(running: int, late: bool, number: int) -> dict[str, Any]:
     each(alone, steps[:KEPT])
     unwatched = each(alone, steps[KEPT:])
     watched, reduce, look = looked_at(slo, steps)
+    counting, scrape = counted(slo, steps)
     per_second = (watched + reduce) / ITERATION_S + look * LOOKS_PER_S
     return {
         "running": running,
@@ -126,6 +137,8 @@ def row(running: int, late: bool, number: int) -> dict[str, Any]:
         "ms per second": per_second * 1e3,
         "share, a page, %": 100 * per_second,
         "limit, %": LIMIT,
+        "metrics, us": counting * 1e6,
+        "scrape, ms": scrape * 1e3,
     }
 
 

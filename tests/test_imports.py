@@ -20,7 +20,7 @@ ALLOWED = {
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "server": (
         {"core", "engine", "executors", "metrics", "server"},
-        {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+        {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     ),
 }  # fmt: skip
 

@@ -32,6 +32,9 @@ def serve(
     threads: options.Threads = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector that gets a trace of every request, as http://127.0.0.1:4318.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
@@ -43,13 +46,16 @@ def serve(
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
+    from stallfree.server.traces import Traces, exporter_to
 
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
-    metrics = Metrics()
+    exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
-        metrics.record(step)
+        account = metrics.record(step)
+        if traces is not None:
+            traces.record(account)
         live.record(step)
         if file is not None:
             file.write(step)
@@ -75,11 +81,12 @@ def serve(
         say=lambda line: typer.echo(line, err=True),
         progress=options.progress("calibrating"),
     )
-    live = Live(policy, assembled.slo)
+    name = served_name or assembled.name
+    live, metrics = Live(policy, assembled.slo), Metrics(name, assembled.slo)
+    traces = None if exporter is None else Traces(name, assembled.engine.clock, exporter)
     if file is not None:
         file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
-    name = served_name or assembled.name
     capacity = assembled.engine.executor.capacity
     budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
     address, at = sock.getsockname()[:2]
@@ -95,8 +102,10 @@ def serve(
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
     }
     _print_card(card, as_json)
-    app = create_app(engine_thread, model=name, metrics=metrics, live=live, api_key=api_key)
+    app = create_app(engine_thread, model=name, metrics=metrics, live=live, traces=traces, api_key=api_key)
     run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
+    if traces is not None:
+        traces.close()
     if file is not None:
         file.close()
 

@@ -21,6 +21,7 @@ from stallfree.server.files import Files
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.sse import EventStream, watching
+from stallfree.server.traces import Traces
 
 MAX_BODY_BYTES = 4 << 20
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -33,13 +34,14 @@ def create_app(
     model: str,
     metrics: Metrics,
     live: Live,
+    traces: Traces | None = None,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics` and `live` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health and the
-    page's own files, which say nothing of this server.
+    `metrics`, `live` and `traces` are those whose `record` is called after each iteration. With an `api_key`, every route wants
+    it but /health and the page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
@@ -72,6 +74,8 @@ def create_app(
         ids = [ids for ids, _ in prompts]
         requests = intake.requests(engine, body, ids)
         n = len(requests) // len(prompts)
+        if traces is not None:
+            traces.told([r.id for r in requests], kind.operation, request.headers)
         try:
             outputs = engine_thread.submit(requests, intake.stops(body), include_stop=bool(body.include_stop_str_in_output))
         except Refused as refusal:

@@ -1,79 +1,247 @@
-"""Prometheus metrics, read off the engine's StepRecords. It knows records and the outcome of HTTP requests, nothing of the engine.
+"""Prometheus metrics, read off the engine's StepRecords: plain numbers, made into families when somebody asks for them.
 
-Counts come from the records. Gauges are set when somebody looks: the last record may be old, for an idle engine writes none.
+`record` is paid for in every iteration, so it touches a histogram once for all tokens that waited equally long. It knows records
+and the scheduler's gauges, nothing of the engine; the names of others for the same numbers are `vllm_names`.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from math import inf
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from stallfree.core.draft import ENGINE_LIMIT
 from stallfree.core.record import StepRecord
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.slo import Slo
+from stallfree.metrics.stalls import CAUSES, TARGETS, StallAccount
+from stallfree.server.vllm_names import Aliases
 
-STEP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
+REASONS = ("policy", "deadline", "engine")
+"""What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record has it in
+words, but words with times and ids in them would make a series each."""
+FINISHED = ("stop", "length", "abort", "error")
+
+# vLLM's bounds, so that its dashboards find the `le` that they ask for, and finer ones below, for iterations of a few ms.
+GAPS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+    2560.0,
+)  # fmt: skip
+REQUEST_S = (
+    0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+REQUEST_TOKENS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
 
 
-class Metrics:
-    """A registry of its own, so that two servers in a process do not share their counts. `record` is an Engine's callback."""
+class Metrics(Collector):
+    """What `model`, held to `slo`, has done. `record` is for the engine's thread, `expose` for any other."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, model: str, slo: Slo | None = None) -> None:
+        self._slo = slo or Slo()
+        self._aliases = Aliases(model)
+        self._account = StallAccount(self._slo)
+        self._lock = threading.Lock()
+        self._last: StepRecord | None = None
+        self._phases = {"prefill": 0, "decode": 0}
+        self._reasons = dict.fromkeys(REASONS, 0)
+        self._finished = dict.fromkeys(FINISHED, 0)
+        self._late_s = dict.fromkeys(CAUSES, 0.0)
+        self._late = dict.fromkeys(CAUSES, 0)
+        self._judged = dict.fromkeys(TARGETS, 0)
+        self._in_time = dict.fromkeys(TARGETS, 0)
+        self._first_late_s = 0.0
+        self._errors = self._preemptions = self._left_out = self._prompt = self._looked_up = self._found = self._generated = 0
+        self._judged_requests = self._requests_in_time = 0
+        self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
+        self._ttft, self._tbt, self._tpot = _Histogram(TTFT_S), _Histogram(GAPS_S), _Histogram(GAPS_S)
+        self._e2e, self._queue, self._prefill, self._decode, self._service = (_Histogram(REQUEST_S) for _ in range(5))
+        self._prompts, self._outputs = _Histogram(REQUEST_TOKENS), _Histogram(REQUEST_TOKENS)
+        self._gauges: dict[str, float] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"stallfree_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"stallfree_{name}", text, buckets=buckets, registry=self.registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"stallfree_{name}", text, registry=self.registry)
-
-        tokens = counter("step_tokens", "Tokens computed, by phase.", "phase")
-        self._prefill, self._decode = tokens.labels("prefill"), tokens.labels("decode")
-        self._seconds = histogram("step_seconds", "Time of an iteration on the executor.", STEP_BUCKETS_S)
-        self._errors = counter("step_errors", "Iterations that failed.")
-        self._preemptions = counter("preemptions", "Running requests whose KV was given to others.")
-        self._stalled = counter("stalled_decodes", "Ready decodes that got no token in an iteration.")
-        self._ttft = histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS_S)
-        self._tbt = histogram("inter_token_seconds", "Between consecutive tokens of a request.", STEP_BUCKETS_S)
-        self._prompt = counter("prompt_tokens", "Prompt tokens of the requests that arrived.")
-        self._cached = counter("cached_tokens", "Prompt tokens found in the prefix cache.")
-        self._generation = counter("generation_tokens", "Tokens sampled.")
-        self._finished = counter("requests", "Requests that ended, by reason.", "reason")
-        self._running = gauge("running_requests", "Requests admitted.")
-        self._waiting = gauge("waiting_requests", "Requests that wait for admission.")
-        self._free_blocks = gauge("free_kv_blocks", "KV blocks that are free, or hold only what the prefix cache can drop.")
-        self._since: dict[str, float] = {}
-        self._decoding: set[str] = set()
-
-    def record(self, step: StepRecord) -> None:
-        """Count one iteration. Called in the engine's thread, after each."""
-        for request in step.arrived:
-            self._since[request.id] = request.arrival
-            self._prompt.inc(request.prompt_tokens)
-        decoded = sum(count for id, _, count in step.work if count == 1 and id in self._decoding)
-        self._decode.inc(decoded)
-        self._prefill.inc(sum(count for _, _, count in step.work) - decoded)
-        self._seconds.observe(step.t_end - step.t_start)
-        self._cached.inc(sum(count for _, count in step.cached))
-        self._preemptions.inc(len(step.preempted))
-        self._stalled.inc(len(step.stalled))
-        self._generation.inc(len(step.emitted))
-        if step.error is not None:
-            self._errors.inc()
-        for id in step.emitted:
-            since = self._since.get(id)
-            if since is not None:  # aborted requests' last tokens come after their end
-                (self._tbt if id in self._decoding else self._ttft).observe(step.t_end - since)
-                self._since[id] = step.t_end
-                self._decoding.add(id)
-        for id, reason, _ in step.finished:
-            self._finished.labels(reason).inc()
-            self._since.pop(id, None)
-            self._decoding.discard(id)
+    def record(self, step: StepRecord) -> StallAccount:
+        """Count one iteration; the account by which it was counted. Called in the engine's thread, after each."""
+        with self._lock:
+            account = self._account
+            self._prompt += sum(request.prompt_tokens for request in step.arrived)
+            account.record(step)
+            self._last = step
+            tokens = sum(count for _, _, count in step.work)
+            prefill = sum(count for _, count in account.iteration.prefills)
+            self._phases["prefill"] += prefill
+            self._phases["decode"] += tokens - prefill
+            self._step_tokens.observe(tokens)
+            self._step_s.observe(account.iteration.seconds)
+            self._reasons[_reason(step)] += 1
+            self._errors += step.error is not None
+            self._preemptions += len(step.preempted)
+            self._left_out += len(step.stalled)
+            self._looked_up += account.looked_up
+            self._found += sum(found for _, found in step.cached)
+            self._generated += len(step.emitted)
+            self._tbt.observe_all(account.gaps)
+            self._ttft.observe_all(account.ttfts)
+            for target in TARGETS:
+                self._judged[target] += account.due[target]
+                self._in_time[target] += account.due[target] - account.late[target]
+            self._first_late_s += account.first_late_s
+            for stall in account.stalls:
+                if stall.kind == "late":
+                    self._late[stall.cause] += 1
+                    self._late_s[stall.cause] += stall.late_s
+            self._end()
+            return account
 
     def expose(self, scheduler: Scheduler) -> bytes:
-        """The text format, with the gauges as they are now."""
-        self._running.set(len(scheduler.running))
-        self._waiting.set(len(scheduler.queue))
-        self._free_blocks.set(scheduler.pool.num_free)
-        return generate_latest(self.registry)
+        """The text format, with the gauges as they are now: the last record may be old, for an idle engine writes none."""
+        blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
+        self._gauges = {
+            "running_requests": len(scheduler.running),
+            "waiting_requests": len(scheduler.queue),
+            "kv_blocks": blocks,
+            "free_kv_blocks": free,
+            "kv_usage_ratio": 1 - free / blocks,
+        }
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family under its own name, then under those of vLLM."""
+        with self._lock:
+            families = list(self._families())
+        yield from families
+        for family in families:
+            yield from self._aliases.of(family)
+
+    def _end(self) -> None:
+        for ended in self._account.ended:
+            self._finished[ended.reason] = self._finished.get(ended.reason, 0) + 1
+            if ended.reason not in ("stop", "length"):
+                continue
+            if ended.in_time is not None:
+                self._judged_requests += 1
+                self._requests_in_time += ended.in_time
+            self._e2e.observe(ended.t - ended.arrival)
+            self._prompts.observe(ended.prompt_tokens)
+            self._outputs.observe(ended.output_tokens)
+            if ended.tpot is not None:
+                self._tpot.observe(ended.tpot)
+            if ended.scheduled is not None and ended.first is not None:
+                self._queue.observe(ended.scheduled - ended.arrival)
+                self._prefill.observe(ended.first - ended.scheduled)
+                self._decode.observe(ended.t - ended.first)
+                self._service.observe(ended.t - ended.scheduled)
+
+    def _families(self) -> Iterator[Metric]:
+        step, slo = self._last, {name: getattr(self._slo, name) for name in TARGETS}
+        targets = {name: target for name, target in slo.items() if target is not None}
+        yield _counter("step_tokens", "Tokens computed, by phase.", self._phases, "phase")
+        yield self._step_tokens.family("tokens_per_step", "Tokens of an iteration, prefill and decode.")
+        yield self._step_s.family("step_seconds", "Time of an iteration on the executor.")
+        yield _counter("step_errors", "Iterations that failed.", self._errors)
+        yield _counter("steps", "Iterations, by what set their token budget.", self._reasons, "reason")
+        yield _gauge("budget_tokens", "Token budget of the last iteration.", None if step is None else step.budget)
+        yield _gauge("limit_seconds", "Time that the policy allowed the last iteration.", None if step is None else step.limit_s)
+        yield _gauge("margin_ratio", "What the policy multiplies expected times with.", None if step is None else step.margin)
+        slack = "From the planning of the last iteration until the first of its decodes was due; below 0: too late already."
+        yield _gauge("slack_seconds", slack, self._account.slack)
+        yield _counter("decode_stall_seconds", "Lateness of the tokens that came after they were due.", self._late_s, "cause")
+        yield _counter("late_tokens", "Tokens that came after they were due, but for first ones.", self._late, "cause")
+        yield _counter("first_token_late_seconds", "Lateness of first tokens.", self._first_late_s)
+        yield _counter("stalled_decodes", "Ready decodes that got no token in an iteration.", self._left_out)
+        yield _counter("slo_tokens", "Tokens that a target said when were due.", self._judged, "target")
+        yield _counter("slo_tokens_in_time", "Of those, the ones that came in time.", self._in_time, "target")
+        yield _counter("slo_requests", "Requests with a target that ended by themselves.", self._judged_requests)
+        yield _counter("slo_requests_in_time", "Of those, the ones that met all their targets.", self._requests_in_time)
+        seconds = {name: target.seconds for name, target in targets.items()}
+        yield _gauge("slo_target_seconds", "The server's targets.", seconds, "target")
+        shares = {name: target.percentile / 100 for name, target in targets.items()}
+        yield _gauge("slo_target_ratio", "Share of the tokens that is to be in time.", shares, "target")
+        yield self._ttft.family("time_to_first_token_seconds", "From a request's arrival to its first token.")
+        yield self._tbt.family("inter_token_seconds", "Between consecutive tokens of a request.")
+        yield self._tpot.family("request_tpot_seconds", "Mean time between the tokens of a request.")
+        yield self._e2e.family("request_seconds", "From a request's arrival to its end.")
+        yield self._queue.family("request_queue_seconds", "From a request's arrival to its first iteration.")
+        yield self._prefill.family("request_prefill_seconds", "From a request's first iteration to its first token.")
+        yield self._decode.family("request_decode_seconds", "From a request's first token to its end.")
+        yield self._service.family("request_service_seconds", "From a request's first iteration to its end.")
+        yield self._prompts.family("request_prompt_tokens", "Prompt tokens of a request.")
+        yield self._outputs.family("request_output_tokens", "Tokens sampled for a request.")
+        yield _counter("requests", "Requests that ended, by reason.", self._finished, "reason")
+        yield _counter("preemptions", "Running requests whose KV was given to others.", self._preemptions)
+        yield _counter("prompt_tokens", "Prompt tokens of the requests that arrived.", self._prompt)
+        yield _counter("generation_tokens", "Tokens sampled.", self._generated)
+        yield _counter("prefix_lookup_tokens", "Tokens that were looked for in the prefix cache.", self._looked_up)
+        yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._found)
+        for name, text in GAUGES.items():
+            yield _gauge(name, text, self._gauges.get(name))
+
+
+GAUGES = {
+    "running_requests": "Requests admitted.",
+    "waiting_requests": "Requests that wait for admission.",
+    "kv_blocks": "KV blocks there are.",
+    "free_kv_blocks": "KV blocks that are free, or hold only what the prefix cache can drop.",
+    "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
+}
+
+
+class _Histogram:
+    """How many values were at most each of `bounds`, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self._bounds = (*bounds, inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, number: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += number
+        self._sum += value * number
+
+    def observe_all(self, values: list[float]) -> None:
+        for value, number in Counter(values).items():  # most tokens of an iteration waited equally long
+            self.observe(value, number)
+
+    def family(self, name: str, text: str) -> Metric:
+        buckets = [
+            ("+Inf" if bound == inf else str(float(bound)), count)
+            for bound, count in zip(self._bounds, accumulate(self._counts), strict=True)
+        ]
+        family = HistogramMetricFamily(f"stallfree_{name}", text)
+        family.add_metric([], buckets, self._sum)
+        return family
+
+
+def _counter(name: str, text: str, values: float | Mapping[str, float], label: str = "") -> Metric:
+    return _filled(CounterMetricFamily(f"stallfree_{name}", text, labels=[label] if label else []), values)
+
+
+def _gauge(name: str, text: str, values: float | Mapping[str, float] | None, label: str = "") -> Metric:
+    """Without a sample where there is no value."""
+    return _filled(GaugeMetricFamily(f"stallfree_{name}", text, labels=[label] if label else []), {} if values is None else values)
+
+
+def _filled(
+    family: CounterMetricFamily | GaugeMetricFamily, values: float | Mapping[str, float]
+) -> CounterMetricFamily | GaugeMetricFamily:
+    if isinstance(values, Mapping):
+        for label, value in values.items():
+            family.add_metric([label], value)
+    else:
+        family.add_metric([], values)
+    return family
+
+
+def _reason(step: StepRecord) -> str:
+    if step.reason == ENGINE_LIMIT:
+        return "engine"
+    return "policy" if step.limit_s is None else "deadline"
