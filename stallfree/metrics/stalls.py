@@ -136,9 +136,9 @@ class StallAccount:
     token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
 
     Of the latest record: `stalls`; `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in
-    seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness of the
-    first tokens among those, all together; `slack`, seconds from planning until the first of its decodes was due (None if none
-    was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended.
+    seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness
+    of the first tokens among those, all together; `slack`, seconds from planning until the first of its decodes was due (None if
+    none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended.
     """
 
     def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
