@@ -1,16 +1,12 @@
 """`stallfree serve`: a model behind an OpenAI-compatible HTTP server."""
 
 import json
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from stallfree.cli import options
-
-if TYPE_CHECKING:
-    from stallfree.server.traces import Traces
 
 
 def serve(
@@ -37,10 +33,7 @@ def serve(
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Send a trace of each request to this OpenTelemetry collector, as http://127.0.0.1:4318.", show_default=False
-        ),
+        str | None, typer.Option(help="OpenTelemetry collector that gets a trace of every request, as http://127.0.0.1:4318.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
@@ -53,16 +46,17 @@ def serve(
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
+    from stallfree.server.traces import Traces, exporter_to
 
-    tracing = None if otlp_endpoint is None else _tracing()
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
+    exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     file = None if record is None else RecordFile(record)
 
     def each_step(step: StepRecord) -> None:
-        metrics.record(step)
-        live.record(step)
+        account = metrics.record(step)
         if traces is not None:
-            traces.record(step)
+            traces.record(account)
+        live.record(step)
         if file is not None:
             file.write(step)
 
@@ -88,10 +82,8 @@ def serve(
         progress=options.progress("calibrating"),
     )
     name = served_name or assembled.name
-    metrics, live = Metrics(name, assembled.slo), Live(policy, assembled.slo)
-    traces = None
-    if tracing is not None and otlp_endpoint is not None:
-        traces = tracing(otlp_endpoint, name, assembled.slo, time.time() - assembled.engine.clock())
+    live, metrics = Live(policy, assembled.slo), Metrics(name, assembled.slo)
+    traces = None if exporter is None else Traces(name, assembled.engine.clock, exporter)
     if file is not None:
         file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
@@ -112,18 +104,10 @@ def serve(
     _print_card(card, as_json)
     app = create_app(engine_thread, model=name, metrics=metrics, live=live, traces=traces, api_key=api_key)
     run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
-    if file is not None:
-        file.close()
     if traces is not None:
         traces.close()
-
-
-def _tracing() -> "type[Traces]":
-    try:
-        from stallfree.server.traces import Traces
-    except ImportError as error:
-        raise ValueError(f"--otlp-endpoint needs OpenTelemetry ({error}); pip install 'stallfree[otel]' installs it") from None
-    return Traces
+    if file is not None:
+        file.close()
 
 
 def _print_card(card: dict[str, object], as_json: bool) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and this one is asked for at every decode
 
+ENGINE_LIMIT = "the engine's limit"
+"""The reason for the budget where a policy gives none."""
+
 
 class Draft:
     """One iteration, from an empty page to a sealed plan.
@@ -40,7 +43,7 @@ class Draft:
         self._passed: list[tuple[tuple[int, float, int], int, Request]] = []
         self.now = now
         self.left = self.budget = scheduler.limits.max_tokens
-        self.reason = "the engine's limit"
+        self.reason = ENGINE_LIMIT
         self.limit_s: float | None = None
         self.margin: float | None = None
         self.decoding: list[Request] = []

@@ -4,7 +4,7 @@ It is fed records one by one, so it serves a file and a live server alike. It kn
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from stallfree.core.record import Arrived, StepRecord
 from stallfree.core.slo import Slo, Target
@@ -13,6 +13,8 @@ Kind = Literal["left out", "late"]
 Cause = Literal["prefill", "decodes", "left out", "preempted", "unexpected"]
 
 NEVER = float("inf")
+TARGETS = ("ttft", "tbt", "tpot")
+CAUSES: tuple[str, ...] = get_args(Cause)
 FAIR_SHARE = 0.9
 """Of the time between two tokens, what an iteration may take whose policy set it no limit; the rest is for all else."""
 
@@ -71,15 +73,52 @@ class Stall(NamedTuple):
                 return f"left out of step {step}, which took {took}"
 
 
+class Ended(NamedTuple):
+    """A request that ended at `t`, in the run's seconds: its `arrival`, when it was first `scheduled`, when its `first` and its
+    `last` token came (None for what never did). `in_time`: whether it met its targets: the first token came in time, and of the
+    others no greater share was late than the target's percentile leaves; None without a target.
+    """
+
+    id: str
+    reason: str
+    t: float
+    arrival: float
+    scheduled: float | None
+    first: float | None
+    last: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    late_tokens: int
+    preemptions: int
+    in_time: bool | None
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds between its tokens; None if it has fewer than two."""
+        if self.first is None or self.last is None or self.output_tokens < 2:
+            return None
+        return (self.last - self.first) / (self.output_tokens - 1)
+
+
 class _Stream:
     """A request that decodes: the `pace` (s) it was promised, when its `last` token came, and when its next one is `due`."""
 
-    __slots__ = ("arrival", "blame", "due", "envelope", "last", "pace", "prompt_tokens", "ttft_s", "waited")
+    __slots__ = (
+        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "pace", "preemptions",
+        "prompt_tokens", "scheduled", "tokens", "ttft", "ttft_s", "waited",
+    )  # fmt: skip
 
     def __init__(self, request: Arrived, slo: Slo):
         pace = slo.tbt or slo.tpot
         self.arrival = request.arrival
         self.prompt_tokens = request.prompt_tokens
+        self.ttft = slo.ttft
+        self.late_share = 1.0 if pace is None else pace.late_share
+        self.scheduled: float | None = None
+        self.first: float | None = None
+        self.cached = self.tokens = self.late = self.preemptions = 0
+        self.late_first = False
         self.pace = NEVER if pace is None else pace.seconds
         self.envelope = slo.tpot is not None
         self.ttft_s = _seconds(slo.ttft)
@@ -96,56 +135,76 @@ class StallAccount:
     due or came, whichever is later. `present`: requests that arrived before the first record; they are judged from the first
     token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
 
-    Of the latest record: `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in seconds;
-    `judged`, how many of those tokens were due at some time, and `slack`, the least time (s) by which one came before it; inf
-    without any, negative for a late one.
+    Of the latest record: `stalls`; `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in
+    seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness
+    of the first tokens among those, all together; `slack`, seconds from planning until the first of its decodes was due (None if
+    none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended.
     """
 
     def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
         self.iteration = Iteration(-1, 0.0, 0, ())
         self.gaps: list[float] = []
         self.ttfts: list[float] = []
-        self.judged = 0
-        self.slack = NEVER
+        self.due = self.late = dict.fromkeys(TARGETS, 0)
+        self.first_late_s = 0.0
+        self.slack: float | None = None
+        self.stalls: list[Stall] = []
+        self.ended: list[Ended] = []
+        self.looked_up = 0
         self._slo = slo or Slo()
         self._streams: dict[str, _Stream] = {}
         self._meet(present)
 
     def record(self, step: StepRecord) -> list[Stall]:
         """The stalls of one iteration."""
-        stalls: list[Stall] = []
+        stalls = self.stalls = []
         self._meet(step.arrived)
         self.iteration = self._iteration(step)
         gaps = self.gaps = []
         self.ttfts = []
+        self.first_late_s = 0.0
         streams, t = self._streams, step.t_end
-        judged, least = 0, NEVER
+        self.due, self.late = dict.fromkeys(TARGETS, 0), dict.fromkeys(TARGETS, 0)
+        earliest = NEVER
         reached: dict[str, int] = {}
+        self.looked_up = 0
+        for id, found in step.cached:
+            if id in streams:
+                admitted = streams[id]
+                self.looked_up += admitted.prompt_tokens + admitted.tokens
+                if admitted.scheduled is None:
+                    admitted.scheduled, admitted.cached = step.t_start, found
         for id in step.preempted:
             if id in streams:
                 streams[id].waited = ("preempted", self.iteration)
+                streams[id].preemptions += 1
         for id in step.stalled:
             if id in streams:
+                earliest = min(earliest, streams[id].due)
                 stalls.append(self._left_out(step, id, streams[id]))
         for id in step.emitted:
             stream = streams.get(id)
             if stream is None:
                 continue
+            stream.tokens += 1
             if stream.last is None:
                 reached = reached or {id: start + count for id, start, count in step.work}
                 self._begin(stream, t, reached.get(id))
             else:
                 gaps.append(t - stream.last)
-                if stream.due < NEVER:
-                    judged += 1
-                    least = min(least, stream.due - t)
-                if t > stream.due:
+                due = stream.due
+                if due < NEVER:
+                    self.due["tpot" if stream.envelope else "tbt"] += 1
+                    if due < earliest:
+                        earliest = due
+                if t > due:
+                    stream.late += 1
+                    self.late["tpot" if stream.envelope else "tbt"] += 1
                     stalls.append(self._late(step, id, stream, t - stream.last))
                 stream.due = (stream.due if stream.envelope else t) + stream.pace
             stream.last, stream.waited = t, None
-        self.judged, self.slack = judged, least
-        for ended in step.finished:
-            streams.pop(ended.id, None)
+        self.slack = None if earliest == NEVER else earliest - step.t_plan
+        self.ended = [self._end(id, reason, t) for id, reason, _ in step.finished if id in streams]
         return stalls
 
     def _meet(self, requests: Iterable[Arrived]) -> None:
@@ -165,9 +224,38 @@ class StallAccount:
 
     def _begin(self, stream: _Stream, t: float, reached: int | None) -> None:
         """The first token seen, sampled behind the token `reached`; the request's first if that was the prompt's last."""
+        stream.first = t
         if reached == stream.prompt_tokens:
-            self.ttfts.append(t - stream.arrival)
+            ttft = t - stream.arrival
+            self.ttfts.append(ttft)
+            if stream.ttft is not None:
+                self.due["ttft"] += 1
+                if ttft > stream.ttft.seconds:
+                    stream.late_first = True
+                    self.late["ttft"] += 1
+                    self.first_late_s += ttft - stream.ttft.seconds
         stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
+
+    def _end(self, id: str, reason: str, t: float) -> Ended:
+        stream = self._streams.pop(id)
+        in_time = None
+        if stream.ttft is not None or stream.pace < NEVER:
+            in_time = not stream.late_first and stream.late <= stream.late_share * max(0, stream.tokens - 1)
+        return Ended(
+            id,
+            reason,
+            t,
+            stream.arrival,
+            stream.scheduled,
+            stream.first,
+            stream.last,
+            stream.prompt_tokens,
+            stream.cached,
+            stream.tokens,
+            stream.late,
+            stream.preemptions,
+            in_time,
+        )
 
     def _left_out(self, step: StepRecord, id: str, stream: _Stream) -> Stall:
         now = self.iteration

@@ -38,6 +38,7 @@ class Call:
     prefix: str
     object: str
     chunk_object: str
+    operation: str
 
     def __init__(self, model: str, text: Text, outputs: Outputs, choices: Sequence[Choice], n: int):
         self.id = f"{self.prefix}-{choices[0].request.id}"
@@ -129,7 +130,7 @@ class Call:
 
 
 class Chat(Call):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object, chunk_object, operation = "chatcmpl", "chat.completion", "chat.completion.chunk", "chat"
 
     def said(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -159,7 +160,7 @@ class Chat(Call):
 
 
 class Completions(Call):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, object, chunk_object, operation = "cmpl", "text_completion", "text_completion", "text_completion"
 
     def said(self, text: str) -> dict[str, Any]:
         return {"text": text}

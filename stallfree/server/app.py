@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,9 +21,7 @@ from stallfree.server.files import Files
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.sse import EventStream, watching
-
-if TYPE_CHECKING:  # its libraries are an extra
-    from stallfree.server.traces import Traces
+from stallfree.server.traces import Traces
 
 MAX_BODY_BYTES = 4 << 20
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -36,14 +34,14 @@ def create_app(
     model: str,
     metrics: Metrics,
     live: Live,
-    traces: "Traces | None" = None,
+    traces: Traces | None = None,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics`, `live` and `traces` are those whose `record` the engine calls. With an `api_key`, every route wants it but /health
-    and the page's own files, which say nothing of this server.
+    `metrics`, `live` and `traces` are those whose `record` is called after each iteration. With an `api_key`, every route wants
+    it but /health and the page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
@@ -76,16 +74,11 @@ def create_app(
         ids = [ids for ids, _ in prompts]
         requests = intake.requests(engine, body, ids, intake.targets(body, request.headers, live.slo))
         n = len(requests) // len(prompts)
-        names = [r.id for r in requests]
         if traces is not None:
-            traces.expect(names, request.headers)
+            traces.told([r.id for r in requests], kind.operation, request.headers)
         try:
             outputs = engine_thread.submit(requests, intake.stops(body), include_stop=bool(body.include_stop_str_in_output))
-        except Exception as refusal:
-            if traces is not None:
-                traces.forget(names)
-            if not isinstance(refusal, Refused):
-                raise
+        except Refused as refusal:
             raise intake.refused(refusal, body, ids) from None
         choices = [Choice(i, r, prompts[i // n][1]) for i, r in enumerate(requests)]
         call = kind(model, text, outputs, choices, n)
@@ -185,6 +178,6 @@ def create_app(
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.expose(engine.scheduler, engine.clock()), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(metrics.expose(engine.scheduler), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return app

@@ -1,303 +1,247 @@
-"""Prometheus metrics, read off the engine's StepRecords, under names of our own and under vLLM's, so that its dashboards work here.
+"""Prometheus metrics, read off the engine's StepRecords: plain numbers, made into families when somebody asks for them.
 
-Each number is kept once, and named when somebody looks. Gauges of now come from the scheduler then: the last record may be old, for
-an idle engine writes none. It knows records, targets and the scheduler's counts, nothing of HTTP.
+`record` is paid for in every iteration, so it touches a histogram once for all tokens that waited equally long. It knows records
+and the scheduler's gauges, nothing of the engine; the names of others for the same numbers are `vllm_names`.
 """
 
+import threading
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from math import inf
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.draft import ENGINE_LIMIT
+from stallfree.core.record import StepRecord
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import StallAccount
+from stallfree.metrics.stalls import CAUSES, TARGETS, StallAccount
+from stallfree.server.vllm_names import Aliases
 
-STEP_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0)
-TOKENS = tuple(float(1 << k) for k in range(16))
-WINDOW_S = 60
-"""Seconds that the gauge of the attainment reaches back."""
+REASONS = ("policy", "deadline", "engine")
+"""What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record has it in
+words, but words with times and ids in them would make a series each."""
+FINISHED = ("stop", "length", "abort", "error")
 
-Labels = Mapping[str, str]
+# vLLM's bounds, so that its dashboards find the `le` that they ask for, and finer ones below, for iterations of a few ms.
+GAPS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+    2560.0,
+)  # fmt: skip
+REQUEST_S = (
+    0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+REQUEST_TOKENS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
 
 
-class Metrics:
-    """What has been served under the name `model`, by `slo` and what requests asked for. `record` is an Engine's callback."""
+class Metrics(Collector):
+    """What `model`, held to `slo`, has done. `record` is for the engine's thread, `expose` for any other."""
 
-    def __init__(self, model: str, slo: Slo | None = None):
-        self._vllm = {"model_name": model, "engine": "0"}
+    def __init__(self, model: str, slo: Slo | None = None) -> None:
         self._slo = slo or Slo()
-        self._pace = "tpot" if self._slo.tpot else "tbt"
+        self._aliases = Aliases(model)
         self._account = StallAccount(self._slo)
-        self._lives: dict[str, _Life] = {}
-        self._recent: deque[tuple[int, Counter[str], Counter[str]]] = deque(maxlen=WINDOW_S + 1)
-        self._counts: Counter[str] = Counter()
-        self._phases = Counter({"prefill": 0, "decode": 0})
-        self._ended = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
-        self._reasons: Counter[str] = Counter()
-        self._stalls: Counter[tuple[str, str]] = Counter()
-        self._stall_s: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self._cases: Counter[str] = Counter()
-        self._late: Counter[str] = Counter()
-        self._step_s, self._step_tokens = _Histogram(STEP_S), _Histogram(TOKENS)
-        self._ttft, self._tbt = _Histogram(REQUEST_S), _Histogram(STEP_S)
-        self._times = {name: _Histogram(REQUEST_S) for name in ("queue", "prefill", "decode", "inference", "e2e")}
-        self._prompts, self._outputs = _Histogram(TOKENS), _Histogram(TOKENS)
-        self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._last: StepRecord | None = None
+        self._phases = {"prefill": 0, "decode": 0}
+        self._reasons = dict.fromkeys(REASONS, 0)
+        self._finished = dict.fromkeys(FINISHED, 0)
+        self._late_s = dict.fromkeys(CAUSES, 0.0)
+        self._late = dict.fromkeys(CAUSES, 0)
+        self._judged = dict.fromkeys(TARGETS, 0)
+        self._in_time = dict.fromkeys(TARGETS, 0)
+        self._first_late_s = 0.0
+        self._errors = self._preemptions = self._left_out = self._prompt = self._looked_up = self._found = self._generated = 0
+        self._judged_requests = self._requests_in_time = 0
+        self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
+        self._ttft, self._tbt, self._tpot = _Histogram(TTFT_S), _Histogram(GAPS_S), _Histogram(GAPS_S)
+        self._e2e, self._queue, self._prefill, self._decode, self._service = (_Histogram(REQUEST_S) for _ in range(5))
+        self._prompts, self._outputs = _Histogram(REQUEST_TOKENS), _Histogram(REQUEST_TOKENS)
+        self._gauges: dict[str, float] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
-    def record(self, step: StepRecord) -> None:
-        """Count one iteration. Called in the engine's thread, after each."""
-        account, lives, counts = self._account, self._lives, self._counts
-        for request in step.arrived:
-            lives[request.id] = _Life(request, self._slo)
-            counts["prompt"] += request.prompt_tokens
-        stalls = account.record(step)
-        prefill = sum(count for _, count in account.iteration.prefills)
-        self._phases["prefill"] += prefill
-        self._phases["decode"] += account.iteration.decodes
-        self._step_s.add(account.iteration.seconds)
-        self._step_tokens.add(prefill + account.iteration.decodes)
-        for value, number in Counter(account.gaps).items():  # most of an iteration's tokens waited equally long
-            self._tbt.add(value, number)
-        for id, cached in step.cached:
-            if id in lives and lives[id].scheduled is None:
-                lives[id].scheduled = step.t_plan
-                counts["queried"] += lives[id].prompt_tokens
-                counts["cached"] += cached
-        counts["preempted"] += len(step.preempted)
-        counts["emitted"] += len(step.emitted)
-        counts["errors"] += step.error is not None
-        self._reasons[_reason(step)] += 1
-        self._last = {"budget": step.budget, "limit": step.limit_s or 0.0, "margin": step.margin or 0.0, "slack": account.slack}
-        cases, late = Counter[str](), Counter[str]()
-        for stall in stalls:
-            key = stall.kind, stall.cause
-            self._stalls[key] += 1
-            self._stall_s[key] += stall.late_s if stall.kind == "late" else account.iteration.seconds
-            if stall.kind == "late":
-                late[self._pace] += 1
-                lives[stall.id].late += 1
-        cases[self._pace] = account.judged
-        for id in step.emitted:
-            life = lives.get(id)
-            if life is None:  # aborted requests' last tokens come after their end
+    def record(self, step: StepRecord) -> StallAccount:
+        """Count one iteration; the account by which it was counted. Called in the engine's thread, after each."""
+        with self._lock:
+            account = self._account
+            self._prompt += sum(request.prompt_tokens for request in step.arrived)
+            account.record(step)
+            self._last = step
+            tokens = sum(count for _, _, count in step.work)
+            prefill = sum(count for _, count in account.iteration.prefills)
+            self._phases["prefill"] += prefill
+            self._phases["decode"] += tokens - prefill
+            self._step_tokens.observe(tokens)
+            self._step_s.observe(account.iteration.seconds)
+            self._reasons[_reason(step)] += 1
+            self._errors += step.error is not None
+            self._preemptions += len(step.preempted)
+            self._left_out += len(step.stalled)
+            self._looked_up += account.looked_up
+            self._found += sum(found for _, found in step.cached)
+            self._generated += len(step.emitted)
+            self._tbt.observe_all(account.gaps)
+            self._ttft.observe_all(account.ttfts)
+            for target in TARGETS:
+                self._judged[target] += account.due[target]
+                self._in_time[target] += account.due[target] - account.late[target]
+            self._first_late_s += account.first_late_s
+            for stall in account.stalls:
+                if stall.kind == "late":
+                    self._late[stall.cause] += 1
+                    self._late_s[stall.cause] += stall.late_s
+            self._end()
+            return account
+
+    def expose(self, scheduler: Scheduler) -> bytes:
+        """The text format, with the gauges as they are now: the last record may be old, for an idle engine writes none."""
+        blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
+        self._gauges = {
+            "running_requests": len(scheduler.running),
+            "waiting_requests": len(scheduler.queue),
+            "kv_blocks": blocks,
+            "free_kv_blocks": free,
+            "kv_usage_ratio": 1 - free / blocks,
+        }
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family under its own name, then under those of vLLM."""
+        with self._lock:
+            families = list(self._families())
+        yield from families
+        for family in families:
+            yield from self._aliases.of(family)
+
+    def _end(self) -> None:
+        for ended in self._account.ended:
+            self._finished[ended.reason] = self._finished.get(ended.reason, 0) + 1
+            if ended.reason not in ("stop", "length"):
                 continue
-            if life.first is None:
-                life.first = step.t_end
-                self._ttft.add(step.t_end - life.arrival)
-                if life.slo.ttft is not None:
-                    cases["ttft"] += 1
-                    late["ttft"] += not life.in_time
-            life.tokens += 1
-        for id, reason, _ in step.finished:
-            self._ended[reason] += 1
-            if id in lives:
-                self._end(lives.pop(id), reason, step.t_end)
-        self._judge(int(step.t_end), cases, late)
+            if ended.in_time is not None:
+                self._judged_requests += 1
+                self._requests_in_time += ended.in_time
+            self._e2e.observe(ended.t - ended.arrival)
+            self._prompts.observe(ended.prompt_tokens)
+            self._outputs.observe(ended.output_tokens)
+            if ended.tpot is not None:
+                self._tpot.observe(ended.tpot)
+            if ended.scheduled is not None and ended.first is not None:
+                self._queue.observe(ended.scheduled - ended.arrival)
+                self._prefill.observe(ended.first - ended.scheduled)
+                self._decode.observe(ended.t - ended.first)
+                self._service.observe(ended.t - ended.scheduled)
 
-    def expose(self, scheduler: Scheduler, now: float) -> bytes:
-        """The text format, at `now` (s, the run's)."""
-        registry = CollectorRegistry()
-        registry.register(_Families([*self._own(scheduler, now), *self._aliases(scheduler)]))
-        return generate_latest(registry)
-
-    def _end(self, life: "_Life", reason: str, t: float) -> None:
-        self._prompts.add(life.prompt_tokens)
-        self._outputs.add(life.tokens)
-        self._times["e2e"].add(t - life.arrival)
-        if life.scheduled is not None:
-            self._times["queue"].add(life.scheduled - life.arrival)
-            self._times["inference"].add(t - life.scheduled)
-            if life.first is not None:
-                self._times["prefill"].add(life.first - life.scheduled)
-                self._times["decode"].add(t - life.first)
-        self._counts["good"] += reason in ("stop", "length") and life.good
-
-    def _judge(self, second: int, cases: Counter[str], late: Counter[str]) -> None:
-        self._cases.update(cases)
-        self._late.update(late)
-        if not self._recent or self._recent[-1][0] != second:
-            self._recent.append((second, Counter(), Counter()))
-        self._recent[-1][1].update(cases)
-        self._recent[-1][2].update(late)
-
-    def _own(self, scheduler: Scheduler, now: float) -> Iterable[Metric]:
-        counts, last = self._counts, self._last
-        yield _counter("stallfree_step_tokens", "Tokens computed, by phase.", "phase", self._phases)
-        yield self._step_s.family("stallfree_step_seconds", "Time of an iteration on the executor.")
-        yield _counter("stallfree_step_errors", "Iterations that failed.", "", {"": counts["errors"]})
-        yield _counter("stallfree_preemptions", "Running requests whose KV was given to others.", "", {"": counts["preempted"]})
-        yield self._ttft.family("stallfree_time_to_first_token_seconds", "From a request's arrival to its first token.")
-        yield self._tbt.family("stallfree_inter_token_seconds", "Between consecutive tokens of a request.")
-        yield _counter("stallfree_prompt_tokens", "Prompt tokens of the requests that arrived.", "", {"": counts["prompt"]})
-        yield _counter("stallfree_cached_tokens", "Prompt tokens found in the prefix cache.", "", {"": counts["cached"]})
-        yield _counter("stallfree_generation_tokens", "Tokens sampled.", "", {"": counts["emitted"]})
-        yield _counter("stallfree_requests", "Requests that ended, by reason.", "reason", self._ended)
-        yield _counter("stallfree_good_requests", "Requests that met all their targets.", "", {"": counts["good"]})
-        stalls = CounterMetricFamily(
-            "stallfree_decode_stalls",
-            "Ready decodes left out of an iteration, and tokens that came late.",
-            labels=("kind", "cause"),
-        )
-        seconds = CounterMetricFamily(
-            "stallfree_decode_stall_seconds", "Seconds that those sat out, or came after they were due.", labels=("kind", "cause")
-        )
-        for key in list(self._stalls):
-            stalls.add_metric(key, self._stalls[key])
-            seconds.add_metric(key, self._stall_s[key])
-        yield from (stalls, seconds)
-        yield _counter("stallfree_slo_cases", "Tokens that had a target, by target.", "target", self._cases)
-        yield _counter("stallfree_slo_late", "Those of them that missed it.", "target", self._late)
-        yield _gauge("stallfree_slo_attainment", f"Share in time over the last {WINDOW_S} s.", "target", self._attained(now))
-        targets = {n: t.seconds for n in ("ttft", "tbt", "tpot") if (t := getattr(self._slo, n)) is not None}
-        yield _gauge("stallfree_slo_target_seconds", "The server's targets.", "target", targets)
-        yield _counter("stallfree_steps", "Iterations, by what set their token budget.", "reason", self._reasons)
-        yield _gauge("stallfree_budget_tokens", "Token budget of the latest iteration.", "", _present(last, "budget"))
-        yield _gauge("stallfree_limit_seconds", "Time that the policy allowed it; 0 without a limit.", "", _present(last, "limit"))
-        yield _gauge(
-            "stallfree_margin", "What expected times are multiplied with; 0 without a limit.", "", _present(last, "margin")
-        )
-        slack = {"": last["slack"]} if last.get("slack", float("inf")) < float("inf") else {}
-        yield _gauge("stallfree_slack_seconds", "Least time before it was due at which a token of it came.", "", slack)
-        yield _gauge("stallfree_running_requests", "Requests admitted.", "", {"": len(scheduler.running)})
-        yield _gauge("stallfree_waiting_requests", "Requests that wait for admission.", "", {"": len(scheduler.queue)})
-        free = "KV blocks that are free, or hold only what the prefix cache can drop."
-        yield _gauge("stallfree_free_kv_blocks", free, "", {"": scheduler.pool.num_free})
-        yield _gauge("stallfree_kv_blocks", "KV blocks there are.", "", {"": scheduler.pool.num_blocks})
-
-    def _aliases(self, scheduler: Scheduler) -> Iterable[Metric]:
-        """vLLM's names, with its labels; docs/metrics.md has the table."""
-        counts, label = self._counts, self._vllm
-        used = 1 - scheduler.pool.num_free / scheduler.pool.num_blocks
-        for name, text, value in (
-            ("num_requests_running", "Requests in model execution batches.", float(len(scheduler.running))),
-            ("num_requests_waiting", "Requests waiting to be processed.", float(len(scheduler.queue))),
-            ("kv_cache_usage_perc", "KV-cache usage; 1 is all of it.", used),
-            ("gpu_cache_usage_perc", "The older name of kv_cache_usage_perc.", used),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=tuple(label))
-            gauge.add_metric(tuple(label.values()), value)
-            yield gauge
-        for name, text, count in (
-            ("num_preemptions", "Preemptions.", counts["preempted"]),
-            ("prompt_tokens", "Prompt tokens.", counts["prompt"]),
-            ("generation_tokens", "Tokens sampled.", counts["emitted"]),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", counts["queried"]),
-            ("prefix_cache_hits", "Prompt tokens found there.", counts["cached"]),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=tuple(label))
-            counter.add_metric(tuple(label.values()), count)
-            yield counter
-        success = CounterMetricFamily("vllm:request_success", "Requests that ended.", labels=(*label, "finished_reason"))
-        for reason, count in self._ended.items():
-            success.add_metric((*label.values(), reason), count)
-        yield success
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "Arrival to first token.", self._ttft),
-            ("inter_token_latency_seconds", "Between consecutive tokens of a request.", self._tbt),
-            ("time_per_output_token_seconds", "The older name of inter_token_latency_seconds.", self._tbt),
-            ("e2e_request_latency_seconds", "Arrival to end.", self._times["e2e"]),
-            ("request_queue_time_seconds", "Arrival to first scheduled.", self._times["queue"]),
-            ("request_prefill_time_seconds", "First scheduled to first token.", self._times["prefill"]),
-            ("request_decode_time_seconds", "First token to end.", self._times["decode"]),
-            ("request_inference_time_seconds", "First scheduled to end.", self._times["inference"]),
-            ("request_prompt_tokens", "Prompt tokens of a request.", self._prompts),
-            ("request_generation_tokens", "Output tokens of a request.", self._outputs),
-            ("iteration_tokens_total", "Tokens of an iteration.", self._step_tokens),
-        ):
-            yield histogram.family(f"vllm:{name}", text, label)
-
-    def _attained(self, now: float) -> dict[str, float]:
-        cases, late = Counter[str](), Counter[str]()
-        for second, some, missed in list(self._recent):
-            if now - WINDOW_S <= second:
-                cases.update(some)
-                late.update(missed)
-        return {target: 1 - late[target] / count for target, count in cases.items() if count}
+    def _families(self) -> Iterator[Metric]:
+        step, slo = self._last, {name: getattr(self._slo, name) for name in TARGETS}
+        targets = {name: target for name, target in slo.items() if target is not None}
+        yield _counter("step_tokens", "Tokens computed, by phase.", self._phases, "phase")
+        yield self._step_tokens.family("tokens_per_step", "Tokens of an iteration, prefill and decode.")
+        yield self._step_s.family("step_seconds", "Time of an iteration on the executor.")
+        yield _counter("step_errors", "Iterations that failed.", self._errors)
+        yield _counter("steps", "Iterations, by what set their token budget.", self._reasons, "reason")
+        yield _gauge("budget_tokens", "Token budget of the last iteration.", None if step is None else step.budget)
+        yield _gauge("limit_seconds", "Time that the policy allowed the last iteration.", None if step is None else step.limit_s)
+        yield _gauge("margin_ratio", "What the policy multiplies expected times with.", None if step is None else step.margin)
+        slack = "From the planning of the last iteration until the first of its decodes was due; below 0: too late already."
+        yield _gauge("slack_seconds", slack, self._account.slack)
+        yield _counter("decode_stall_seconds", "Lateness of the tokens that came after they were due.", self._late_s, "cause")
+        yield _counter("late_tokens", "Tokens that came after they were due, but for first ones.", self._late, "cause")
+        yield _counter("first_token_late_seconds", "Lateness of first tokens.", self._first_late_s)
+        yield _counter("stalled_decodes", "Ready decodes that got no token in an iteration.", self._left_out)
+        yield _counter("slo_tokens", "Tokens that a target said when were due.", self._judged, "target")
+        yield _counter("slo_tokens_in_time", "Of those, the ones that came in time.", self._in_time, "target")
+        yield _counter("slo_requests", "Requests with a target that ended by themselves.", self._judged_requests)
+        yield _counter("slo_requests_in_time", "Of those, the ones that met all their targets.", self._requests_in_time)
+        seconds = {name: target.seconds for name, target in targets.items()}
+        yield _gauge("slo_target_seconds", "The server's targets.", seconds, "target")
+        shares = {name: target.percentile / 100 for name, target in targets.items()}
+        yield _gauge("slo_target_ratio", "Share of the tokens that is to be in time.", shares, "target")
+        yield self._ttft.family("time_to_first_token_seconds", "From a request's arrival to its first token.")
+        yield self._tbt.family("inter_token_seconds", "Between consecutive tokens of a request.")
+        yield self._tpot.family("request_tpot_seconds", "Mean time between the tokens of a request.")
+        yield self._e2e.family("request_seconds", "From a request's arrival to its end.")
+        yield self._queue.family("request_queue_seconds", "From a request's arrival to its first iteration.")
+        yield self._prefill.family("request_prefill_seconds", "From a request's first iteration to its first token.")
+        yield self._decode.family("request_decode_seconds", "From a request's first token to its end.")
+        yield self._service.family("request_service_seconds", "From a request's first iteration to its end.")
+        yield self._prompts.family("request_prompt_tokens", "Prompt tokens of a request.")
+        yield self._outputs.family("request_output_tokens", "Tokens sampled for a request.")
+        yield _counter("requests", "Requests that ended, by reason.", self._finished, "reason")
+        yield _counter("preemptions", "Running requests whose KV was given to others.", self._preemptions)
+        yield _counter("prompt_tokens", "Prompt tokens of the requests that arrived.", self._prompt)
+        yield _counter("generation_tokens", "Tokens sampled.", self._generated)
+        yield _counter("prefix_lookup_tokens", "Tokens that were looked for in the prefix cache.", self._looked_up)
+        yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._found)
+        for name, text in GAUGES.items():
+            yield _gauge(name, text, self._gauges.get(name))
 
 
-class _Life:
-    """A request that has not ended, and what is needed of it at its end."""
-
-    __slots__ = ("arrival", "first", "late", "prompt_tokens", "scheduled", "slo", "tokens")
-
-    def __init__(self, request: Arrived, slo: Slo):
-        self.arrival = request.arrival
-        self.prompt_tokens = request.prompt_tokens
-        self.slo = Slo.parse(request.slo).within(slo) if request.slo else slo
-        self.scheduled: float | None = None
-        self.first: float | None = None
-        self.tokens = self.late = 0
-
-    @property
-    def in_time(self) -> bool:
-        """Whether the first token was."""
-        return self.slo.ttft is None or (self.first is not None and self.first - self.arrival <= self.slo.ttft.seconds)
-
-    @property
-    def good(self) -> bool:
-        """Whether all targets were met, those of pace by the request's own tokens."""
-        pace = self.slo.tbt or self.slo.tpot
-        return self.in_time and (pace is None or self.late <= pace.late_share * max(0, self.tokens - 1) + 1e-9)
+GAUGES = {
+    "running_requests": "Requests admitted.",
+    "waiting_requests": "Requests that wait for admission.",
+    "kv_blocks": "KV blocks there are.",
+    "free_kv_blocks": "KV blocks that are free, or hold only what the prefix cache can drop.",
+    "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
+}
 
 
 class _Histogram:
-    """Values counted in buckets up to each of `bounds`; many at once, which prometheus_client's own cannot."""
+    """How many values were at most each of `bounds`, and their sum."""
 
     def __init__(self, bounds: tuple[float, ...]):
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+        self._bounds = (*bounds, inf)
+        self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
-    def add(self, value: float, number: int = 1) -> None:
+    def observe(self, value: float, number: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += number
         self._sum += value * number
 
-    def family(self, name: str, text: str, labels: Labels | None = None) -> Metric:
-        labels = labels or {}
-        names = [*map(str, self._bounds), "+Inf"]
-        made = HistogramMetricFamily(name, text, labels=tuple(labels))
-        made.add_metric(tuple(labels.values()), list(zip(names, accumulate(self._counts), strict=True)), self._sum)
-        return made
+    def observe_all(self, values: list[float]) -> None:
+        for value, number in Counter(values).items():  # most tokens of an iteration waited equally long
+            self.observe(value, number)
+
+    def family(self, name: str, text: str) -> Metric:
+        buckets = [
+            ("+Inf" if bound == inf else str(float(bound)), count)
+            for bound, count in zip(self._bounds, accumulate(self._counts), strict=True)
+        ]
+        family = HistogramMetricFamily(f"stallfree_{name}", text)
+        family.add_metric([], buckets, self._sum)
+        return family
 
 
-class _Families(Collector):
-    """Metrics that were read already."""
+def _counter(name: str, text: str, values: float | Mapping[str, float], label: str = "") -> Metric:
+    return _filled(CounterMetricFamily(f"stallfree_{name}", text, labels=[label] if label else []), values)
 
-    def __init__(self, families: list[Metric]):
-        self._families = families
 
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+def _gauge(name: str, text: str, values: float | Mapping[str, float] | None, label: str = "") -> Metric:
+    """Without a sample where there is no value."""
+    return _filled(GaugeMetricFamily(f"stallfree_{name}", text, labels=[label] if label else []), {} if values is None else values)
+
+
+def _filled(
+    family: CounterMetricFamily | GaugeMetricFamily, values: float | Mapping[str, float]
+) -> CounterMetricFamily | GaugeMetricFamily:
+    if isinstance(values, Mapping):
+        for label, value in values.items():
+            family.add_metric([label], value)
+    else:
+        family.add_metric([], values)
+    return family
 
 
 def _reason(step: StepRecord) -> str:
-    """What set the budget, as one of few words."""
-    if step.limit_s is not None:
-        return "deadline"
-    words = step.reason.partition(":")[0]
-    return words if words in ("nobody decodes", "fixed token budget", "the engine's limit") else "policy"
-
-
-def _counter(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    made = CounterMetricFamily(name, text, labels=(label,) if label else ())
-    for key, value in list(values.items()):
-        made.add_metric((key,) if label else (), value)
-    return made
-
-
-def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    made = GaugeMetricFamily(name, text, labels=(label,) if label else ())
-    for key, value in list(values.items()):
-        made.add_metric((key,) if label else (), value)
-    return made
-
-
-def _present(values: Mapping[str, float], name: str) -> dict[str, float]:
-    return {"": values[name]} if name in values else {}
+    if step.reason == ENGINE_LIMIT:
+        return "engine"
+    return "policy" if step.limit_s is None else "deadline"

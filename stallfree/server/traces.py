@@ -1,162 +1,215 @@
-"""OpenTelemetry traces: a span for each request, with its queue, prefill and decode in it, sent to a collector when it has ended.
+"""A span for every request, sent to an OpenTelemetry collector: when it waited, was prefilled and decoded, and what stalled it.
 
-They are read off the StepRecords, and sent by the SDK's own thread from a bounded queue: a collector that is slow or gone costs
-no iteration anything. Names follow OpenTelemetry's conventions for generative AI where there are any. No text, token or key is in
-them. It needs the extra `otel`.
+The engine's thread only notes what ended; spans are made and sent in a thread of its own, and dropped while a collector that is
+slow or down holds it up. It knows sizes and times of a request, never its prompt, text or key.
 """
 
 import logging
+import os
+import queue
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from opentelemetry.util.types import AttributeValue
+from stallfree.metrics.stalls import Ended, Stall, StallAccount
 
-import stallfree
-from stallfree.core.record import Arrived, StepRecord
-from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import Stall, StallAccount
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
 
-MOST_STALLS = 32
-"""Stalls of one request that become events of its span."""
-TIMEOUT_S = 5
-PATH = "/v1/traces"
+log = logging.getLogger(__name__)
+
+WAITING = 2048
+"""Ended requests that wait to be sent; more are dropped."""
+AT_ONCE = 128
+CALLS = 4096
+"""Requests whose operation and parent are remembered: more than can be in the server by default."""
+STALLS = 32
+"""Stalls of one request that become events."""
+TIMEOUT_S = 5.0
+"""For one attempt to send, and for the last one when the server stops."""
+
+
+class Told(NamedTuple):
+    """What the HTTP side knows of a request: its `operation`, by OpenTelemetry's name, and the W3C headers of its caller."""
+
+    operation: str
+    headers: Mapping[str, str]
 
 
 class Traces:
-    """Spans of the requests to `model`, judged by `slo`, sent to `endpoint`. `record` is an Engine's callback; `origin_s` is the
-    time since 1970 (s) at which the engine's clock shows 0. Raises ValueError for an endpoint that is no URL.
-    """
+    """`told` is for the event loop's thread, `record` for the engine's. `clock` is the engine's (s), `exporter` sends."""
 
-    def __init__(self, endpoint: str, model: str, slo: Slo | None, origin_s: float, exporter: SpanExporter | None = None):
-        url = urlsplit(endpoint)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(
-                f"--otlp-endpoint {endpoint!r} is not a URL; write http://127.0.0.1:4318, the collector's port for HTTP"
-            )
-        target = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}{PATH}"
-        _once_in_the_log()
-        resource = Resource.create({"service.name": "stallfree", "service.version": stallfree.__version__})
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(target, timeout=TIMEOUT_S)))
-        self._tracer = self._provider.get_tracer("stallfree", stallfree.__version__)
-        self._model, self._origin = model, origin_s
-        self._account = StallAccount(slo)
-        self._parents: dict[str, Context] = {}
-        self._lives: dict[str, _Life] = {}
+    def __init__(self, model: str, clock: Callable[[], float], exporter: "SpanExporter"):
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    def expect(self, ids: Sequence[str], headers: Mapping[str, str]) -> None:
-        """Requests that are about to be submitted, of a caller whose `headers` may say (W3C `traceparent`) whose trace it is."""
-        if "traceparent" in headers:
-            parent = TraceContextTextMapPropagator().extract(headers)
-            self._parents |= dict.fromkeys(ids, parent)
+        resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "stallfree")})
+        self._tracer = TracerProvider(resource=resource, shutdown_on_exit=False).get_tracer("stallfree")
+        self._propagator = TraceContextTextMapPropagator()
+        self._model, self._clock, self._exporter = model, clock, exporter
+        self._calls: OrderedDict[str, Told] = OrderedDict()
+        self._stalls: dict[str, list[Stall]] = {}
+        self._ended: queue.Queue[tuple[Ended, list[Stall]] | None] = queue.Queue(WAITING)
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
+        self._thread.start()
 
-    def forget(self, ids: Sequence[str]) -> None:
-        """They were refused."""
+    def told(self, ids: Sequence[str], operation: str, headers: Mapping[str, str]) -> None:
+        """What there is to know of the requests `ids` beside their records. Call it before they are submitted."""
+        about = Told(operation, {name: headers[name] for name in ("traceparent", "tracestate") if name in headers})
         for id in ids:
-            self._parents.pop(id, None)
+            self._calls[id] = about
+        while len(self._calls) > CALLS:  # those refused never end
+            self._calls.popitem(last=False)
 
-    def record(self, step: StepRecord) -> None:
-        """Follow one iteration. Called in the engine's thread, after each."""
-        lives = self._lives
-        for request in step.arrived:
-            lives[request.id] = _Life(request, self._parents.pop(request.id, None))
-        for stall in self._account.record(step):
-            if stall.id in lives and len(lives[stall.id].stalls) < MOST_STALLS:
-                lives[stall.id].stalls.append(stall)
-        for id, cached in step.cached:
-            if id in lives and lives[id].scheduled is None:
-                lives[id].scheduled, lives[id].cached = step.t_plan, cached
-        for id in step.preempted:
-            if id in lives:
-                lives[id].preemptions += 1
-        for id in step.emitted:
-            if id in lives:
-                life = lives[id]
-                life.first = step.t_end if life.first is None else life.first
-                life.tokens += 1
-        for id, reason, _ in step.finished:
-            if id in lives:
-                self._span(lives.pop(id), reason, step.t_end)
+    def record(self, account: StallAccount) -> None:
+        """Note what the last iteration stalled and ended."""
+        for stall in account.stalls:
+            kept = self._stalls.setdefault(stall.id, [])
+            if len(kept) < STALLS:
+                kept.append(stall)
+        for ended in account.ended:
+            stalls = self._stalls.pop(ended.id, [])
+            try:
+                self._ended.put_nowait((ended, stalls))
+            except queue.Full:
+                self._calls.pop(ended.id, None)
 
     def close(self) -> None:
-        """Send what is left, for as long as one message may take."""
-        self._provider.force_flush(1000 * TIMEOUT_S)
-        self._provider.shutdown()
+        """Send what is there, but wait no longer than a while for it."""
+        try:
+            self._ended.put(None, timeout=TIMEOUT_S)
+        except queue.Full:
+            log.warning("traces of the last requests are lost")
+        self._thread.join(TIMEOUT_S)
+        self._exporter.shutdown()
 
-    def _span(self, life: "_Life", reason: str, end: float) -> None:
-        request = life.request
-        span = self._tracer.start_span(
-            f"text_completion {self._model}", context=life.parent, kind=SpanKind.SERVER, start_time=self._at(request.arrival)
-        )
-        first = life.first
-        attributes: dict[str, AttributeValue | None] = {
-            "gen_ai.operation.name": "text_completion",
+    def _run(self) -> None:
+        while (first := self._ended.get()) is not None:
+            batch = [first]
+            while len(batch) < AT_ONCE and not self._ended.empty():
+                item = self._ended.get()
+                if item is None:
+                    self._send(batch)
+                    return
+                batch.append(item)
+            self._send(batch)
+
+    def _send(self, batch: Sequence[tuple[Ended, list[Stall]]]) -> None:
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        spans = [span for ended, stalls in batch for span in self._spans(ended, stalls)]
+        try:
+            failed = bool(spans) and self._exporter.export(spans) is not SpanExportResult.SUCCESS
+        except Exception:
+            failed = True
+        if failed and not self._failing:
+            log.warning("the OpenTelemetry collector takes no traces; is it there, and its port that of OTLP over HTTP (4318)?")
+        elif self._failing and not failed:
+            log.warning("the OpenTelemetry collector takes traces again")
+        self._failing = failed
+
+    def _spans(self, ended: Ended, stalls: Sequence[Stall]) -> "list[ReadableSpan]":
+        """The request's span and those of its phases; none if its caller does not sample."""
+        from opentelemetry.sdk.trace import ReadableSpan
+        from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+
+        origin = time.time_ns() - int(self._clock() * 1e9)
+
+        def at(t: float) -> int:
+            return origin + int(t * 1e9)
+
+        told = self._calls.pop(ended.id, Told("text_completion", {}))
+        context = self._propagator.extract(told.headers)
+        name = f"{told.operation} {self._model}"
+        span = self._tracer.start_span(name, context, SpanKind.SERVER, start_time=at(ended.arrival))
+        if not isinstance(span, ReadableSpan):
+            return []
+        attributes = self._attributes(ended) | {"gen_ai.operation.name": told.operation}
+        span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+        for stall in stalls:
+            span.add_event("stall", _of(stall), timestamp=at(stall.t))
+        if ended.reason == "error":
+            span.set_status(StatusCode.ERROR)
+        made: list[Span] = [span]
+        phases = {"queue": ended.arrival, "prefill": ended.scheduled, "decode": ended.first}
+        begun = [(phase, since) for phase, since in phases.items() if since is not None]
+        until = [since for _, since in begun[1:]] + [ended.t]
+        for (phase, since), to in zip(begun, until, strict=True):
+            child = self._tracer.start_span(phase, set_span_in_context(span), start_time=at(since))
+            child.end(at(to))
+            made.append(child)
+        span.end(at(ended.t))
+        return [one for one in made if isinstance(one, ReadableSpan)]
+
+    def _attributes(self, ended: Ended) -> dict[str, str | int | float | bool | list[str] | None]:
+        """OpenTelemetry's names, then vLLM's for what has none there or had another."""
+
+        def between(since: float | None, to: float | None) -> float | None:
+            return None if since is None or to is None else to - since
+
+        ttft = between(ended.arrival, ended.first)
+        return {
+            "gen_ai.provider.name": "stallfree",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,
-            "gen_ai.response.id": request.id,
-            "gen_ai.response.finish_reasons": (reason,),
-            "gen_ai.request.max_tokens": request.max_tokens,
-            "gen_ai.usage.input_tokens": request.prompt_tokens,
-            "gen_ai.usage.output_tokens": life.tokens,
-            "gen_ai.latency.e2e": end - request.arrival,
-            "gen_ai.latency.time_in_queue": None if life.scheduled is None else life.scheduled - request.arrival,
-            "gen_ai.latency.time_to_first_token": None if first is None else first - request.arrival,
-            "stallfree.cached_tokens": life.cached,
-            "stallfree.preemptions": life.preemptions,
-            "stallfree.slo": request.slo or None,
+            "gen_ai.response.finish_reasons": [ended.reason],
+            "gen_ai.response.time_to_first_chunk": ttft,
+            "gen_ai.server.time_to_first_token": ttft,
+            "gen_ai.usage.input_tokens": ended.prompt_tokens,
+            "gen_ai.usage.output_tokens": ended.output_tokens,
+            "gen_ai.usage.cache_read.input_tokens": ended.cached_tokens,
+            "gen_ai.request.id": ended.id,
+            "gen_ai.usage.prompt_tokens": ended.prompt_tokens,
+            "gen_ai.usage.completion_tokens": ended.output_tokens,
+            "gen_ai.latency.time_to_first_token": ttft,
+            "gen_ai.latency.time_in_queue": between(ended.arrival, ended.scheduled),
+            "gen_ai.latency.time_in_model_prefill": between(ended.scheduled, ended.first),
+            "gen_ai.latency.time_in_model_decode": between(ended.first, ended.last),
+            "gen_ai.latency.time_in_model_inference": between(ended.scheduled, ended.t),
+            "gen_ai.latency.e2e": ended.t - ended.arrival,
+            "stallfree.late_tokens": ended.late_tokens,
+            "stallfree.preemptions": ended.preemptions,
+            "stallfree.slo.in_time": ended.in_time,
         }
-        span.set_attributes({name: value for name, value in attributes.items() if value is not None})
-        if reason == "error":
-            span.set_status(Status(StatusCode.ERROR))
-        self._part(span, "queue", request.arrival, end if life.scheduled is None else life.scheduled)
-        if life.scheduled is not None:
-            self._part(span, "prefill", life.scheduled, end if first is None else first)
-        if first is not None:
-            self._part(span, "decode", first, end)
-        for stall in life.stalls:
-            said = {"stallfree.step": stall.step, "stallfree.cause": stall.cause, "stallfree.why": stall.words()}
-            span.add_event(f"token {stall.kind}", said | {"stallfree.gap_s": stall.gap_s}, timestamp=self._at(stall.t))
-        span.end(self._at(end))
-
-    def _part(self, whole: Span, name: str, start: float, end: float) -> None:
-        part = self._tracer.start_span(name, context=set_span_in_context(whole), start_time=self._at(start))
-        part.end(self._at(end))
-
-    def _at(self, t: float) -> int:
-        return int((self._origin + t) * 1e9)
 
 
-class _Life:
-    """A request that has not ended, and what is told of it then."""
+def exporter_to(endpoint: str) -> "SpanExporter":
+    """Sends to the collector at `endpoint`, by OTLP over HTTP. ValueError for what is no such address, or without the extra."""
+    address = _address(endpoint)
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError:
+        raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'stallfree[otel]'") from None
+    # Its own lines would come with every batch; ours comes once.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
+    return OTLPSpanExporter(endpoint=address, timeout=TIMEOUT_S)
 
-    __slots__ = ("cached", "first", "parent", "preemptions", "request", "scheduled", "stalls", "tokens")
 
-    def __init__(self, request: Arrived, parent: Context | None):
-        self.request, self.parent = request, parent
-        self.scheduled: float | None = None
-        self.first: float | None = None
-        self.tokens = self.cached = self.preemptions = 0
-        self.stalls: list[Stall] = []
+def _address(endpoint: str) -> str:
+    """The URL that takes traces: a collector's address has no path of its own."""
+    wrong = f"--otlp-endpoint {endpoint!r} is not the address of a collector; write http://127.0.0.1:4318"
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port
+    except ValueError:
+        raise ValueError(wrong) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(wrong)
+    return endpoint if parts.path.strip("/") else endpoint.rstrip("/") + "/v1/traces"
 
 
-def _once_in_the_log() -> None:
-    """The exporter complains of every message that a collector did not take; once a minute will do."""
-    last = [float("-inf")]
-
-    def seldom(_: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now - last[0] < 60:
-            return False
-        last[0] = now
-        return True
-
-    for name in ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk._shared_internal"):
-        logging.getLogger(name).addFilter(seldom)
+def _of(stall: Stall) -> dict[str, str | int | float]:
+    return {
+        "stallfree.stall.kind": stall.kind,
+        "stallfree.stall.cause": stall.cause,
+        "stallfree.stall.gap_s": stall.gap_s,
+        "stallfree.stall.late_s": stall.late_s,
+        "stallfree.stall.step": stall.blamed.step,
+    }

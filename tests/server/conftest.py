@@ -25,6 +25,7 @@ from stallfree.server.app import create_app
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.run import bind, configure
+from stallfree.server.traces import Traces
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 FAST = Linear(iteration_s=0.0005, token_s=0.000001, context_s=0.0)
@@ -62,14 +63,18 @@ class Server:
         max_model_len: int = 2048,
         max_queue: int = 256,
         slo: Slo | None = None,
+        exporter=None,
         **options,
     ):
         text = bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
         self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
         self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
+        self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)
         self.engine_thread = EngineThread(self.engine, max_queue)
-        self.app: FastAPI = create_app(self.engine_thread, model="toy", metrics=self.metrics, live=self.live, **options)
+        self.app: FastAPI = create_app(
+            self.engine_thread, model="toy", metrics=self.metrics, live=self.live, traces=self.traces, **options
+        )
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -77,7 +82,9 @@ class Server:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
 
     def _record(self, step: StepRecord) -> None:
-        self.metrics.record(step)
+        account = self.metrics.record(step)
+        if self.traces is not None:
+            self.traces.record(account)
         self.live.record(step)
 
     def __enter__(self):
@@ -91,6 +98,8 @@ class Server:
         self.client.close()
         self._uvicorn.should_exit = True
         self._thread.join()
+        if self.traces is not None:
+            self.traces.close()
 
     def post(self, path: str, body: object = None, **options) -> httpx.Response:
         return self.client.post(path, json=body, **options)

@@ -1,4 +1,4 @@
-"""What Prometheus reads: valid, once under our names and once under vLLM's, and enough for the dashboard."""
+"""What /metrics says of records, under our names and under vLLM's."""
 
 import json
 import re
@@ -7,103 +7,182 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from stallfree.core.draft import ENGINE_LIMIT
 from stallfree.core.plan import Capacity
-from stallfree.core.request import Request
+from stallfree.core.record import Arrived, Finished, StepRecord
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
-from stallfree.policies.prefill_first import PrefillFirst
-from stallfree.policies.slo import Slo as Policy
-from stallfree.server.metrics import Metrics
-from tests.virtual import run
+from stallfree.policies import load
+from stallfree.server.metrics import FINISHED, Metrics
+from stallfree.server.vllm_names import NAMES
 
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
-CAPACITY = Capacity(16, 200, 2048)
+ROOT = Path(__file__).parents[2]
+TARGET = Slo.parse("ttft=150ms,tbt=100ms")
 
 
-def read(policy, slo: str, requests) -> dict[tuple[str, tuple], float]:
-    """Every sample by its name and its labels' values, in the order of their names, after `requests` were served."""
-    metrics, end = Metrics("toy", Slo.parse(slo)), 0.0
-    for record in run(policy, requests, CAPACITY):
+def step(number: int, t_start: float, t_end: float, work, **fields) -> StepRecord:
+    """An iteration in which all get a token."""
+    values = {
+        "emitted": [id for id, _, _ in work], "cached": [], "arrived": [], "finished": [], "preempted": [], "stalled": [],
+        "num_running": 2, "num_waiting": 1, "free_blocks": 9, "budget": 64, "reason": "a is due", "limit_s": 0.08, "margin": 1.25,
+    }  # fmt: skip
+    return StepRecord(number, t_start, t_start, t_end, work, **values | fields)
+
+
+def arrival(id: str, prompt_tokens: int = 10, slo: str = "") -> Arrived:
+    return Arrived(id, 0.0, prompt_tokens, 9, 0, slo)
+
+
+FIRST = step(0, 0.02, 0.1, [("a", 4, 6)], arrived=[arrival("a")], cached=[("a", 4)], reason="nobody decodes", limit_s=None)
+HYBRID = step(1, 0.1, 0.3, [("a", 10, 1), ("b", 0, 30)], arrived=[arrival("b", 30)], cached=[("b", 0)])
+END = step(2, 0.3, 0.35, [("a", 11, 1), ("b", 30, 1)], finished=[Finished("a", "length")])
+
+
+def served(*records: StepRecord, slo: Slo | None = TARGET) -> dict[tuple[str, ...], float]:
+    """Sample name and label values -> value, once through Prometheus' own parser."""
+    metrics = Metrics("toy", slo)
+    for record in records:
         metrics.record(record)
-        end = record.t_end
-    text = metrics.expose(Scheduler(policy, CAPACITY), end).decode()
-    return {
-        (s.name, tuple(s.labels[name] for name in sorted(s.labels))): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
+    text = metrics.expose(Scheduler(load("sarathi"), Capacity(16, 10, 128))).decode()
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    return {(s.name.removeprefix("stallfree_"), *s.labels.values()): s.value for family in families for s in family.samples}
 
 
 @pytest.fixture(scope="module")
-def stopped():
-    """Two streams that a prompt of 1,000 tokens stops for 0.4 s, under targets of 50 ms and, for TTFT, 200 ms."""
-    short = [Request(f"short-{i}", range(100 * i, 100 * i + 20), 40, arrival=0.01 * i) for i in range(2)]
-    return read(PrefillFirst(), "tbt=50ms,ttft=200ms", [*short, Request("long", range(5000, 6000), 5, arrival=0.2)])
+def samples() -> dict[tuple[str, ...], float]:
+    return served(FIRST, HYBRID, END)
 
 
-def test_tokens_are_counted_by_phase(stopped):
-    assert 1040 == stopped["stallfree_step_tokens_total", ("prefill",)]
-    assert 39 + 39 + 4 == stopped["stallfree_step_tokens_total", ("decode",)]
-    assert 85 == stopped["stallfree_generation_tokens_total", ()]
+def test_tokens_are_counted_by_phase(samples):
+    assert (36, 3) == (samples["step_tokens_total", "prefill"], samples["step_tokens_total", "decode"])
 
 
-def test_stall_seconds_have_kind_and_cause(stopped):
-    short, long = 0.018, 0.410
-    assert 3 == stopped["stallfree_decode_stalls_total", ("prefill", "left out")]
-    assert 2 == stopped["stallfree_decode_stalls_total", ("left out", "late")]
-    assert short + 2 * long == pytest.approx(stopped["stallfree_decode_stall_seconds_total", ("prefill", "left out")])
-    assert 2 * (long - 0.050) < stopped["stallfree_decode_stall_seconds_total", ("left out", "late")] < 2 * long
+def test_a_late_token_adds_its_lateness_under_its_cause(samples):
+    assert (1, pytest.approx(0.1)) == (samples["late_tokens_total", "prefill"], samples["decode_stall_seconds_total", "prefill"])
+    assert 0 == samples["late_tokens_total", "decodes"]
 
 
-def test_attainment_is_judged_token_by_token_and_request_by_request(stopped):
-    assert (82, 2) == (stopped["stallfree_slo_cases_total", ("tbt",)], stopped["stallfree_slo_late_total", ("tbt",)])
-    assert (3, 1) == (stopped["stallfree_slo_cases_total", ("ttft",)], stopped["stallfree_slo_late_total", ("ttft",)])
-    assert 1 - 2 / 82 == pytest.approx(stopped["stallfree_slo_attainment", ("tbt",)])
-    assert (3, 0) == (stopped["stallfree_requests_total", ("length",)], stopped["stallfree_good_requests_total", ()])
+def test_tokens_in_time_are_counted_beside_all_that_had_a_deadline(samples):
+    assert (3, 2) == (samples["slo_tokens_total", "tbt"], samples["slo_tokens_in_time_total", "tbt"])
+    assert (2, 1) == (samples["slo_tokens_total", "ttft"], samples["slo_tokens_in_time_total", "ttft"])
+    assert pytest.approx(0.15) == samples["first_token_late_seconds_total",]
+    assert 0 == samples["slo_tokens_total", "tpot"]
 
 
-def test_a_policy_with_a_deadline_shows_budget_reason_limit_margin_and_slack():
-    short = [Request(f"short-{i}", range(100 * i, 100 * i + 20), 40, arrival=0.01 * i) for i in range(2)]
-    found = read(Policy("tbt=50ms"), "tbt=50ms", [*short, Request("long", range(5000, 6000), 5, arrival=0.2)])
-    assert found["stallfree_steps_total", ("deadline",)] > 10
-    assert found["stallfree_steps_total", ("nobody decodes",)] >= 1
-    assert found["stallfree_margin", ()] >= 1
-    assert 0 < found["stallfree_limit_seconds", ()] < 0.051
-    assert 0 < found["stallfree_slack_seconds", ()] < 0.05
-    assert 3 == found["stallfree_good_requests_total", ()]
+def test_a_request_is_in_time_with_no_more_late_tokens_than_its_percentile_leaves():
+    strict, loose = served(FIRST, HYBRID, END), served(FIRST, HYBRID, END, slo=Slo.parse("ttft=150ms,tbt=100ms@p50"))
+    assert (1, 0) == (strict["slo_requests_total",], strict["slo_requests_in_time_total",])
+    assert (1, 1) == (loose["slo_requests_total",], loose["slo_requests_in_time_total",])
 
 
-def test_the_same_numbers_have_vllms_names(stopped):
-    labels = ("0", "toy")
-    assert stopped["stallfree_generation_tokens_total", ()] == stopped["vllm:generation_tokens_total", labels]
-    assert 3 == stopped["vllm:request_success_total", ("0", "length", "toy")]
-    for name in (
-        "time_to_first_token_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds",
-        "e2e_request_latency_seconds",
-        "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
-    ):  # fmt: skip
-        assert stopped[f"vllm:{name}_count", labels] in (3, 82), name
-    assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= {name for name, _ in stopped}
+def test_a_request_s_own_target_is_what_its_tokens_are_held_to():
+    own = step(0, 0.0, 0.1, [("a", 0, 10)], arrived=[arrival("a", slo="tbt=1s")])
+    found = served(own, step(1, 0.1, 0.5, [("a", 10, 1)]), slo=None)
+    assert (1, 1) == (found["slo_tokens_total", "tbt"], found["slo_tokens_in_time_total", "tbt"])
 
 
-def test_a_requests_own_target_is_what_it_is_judged_by():
-    metrics = Metrics("toy", Slo.parse("tbt=50ms"))
-    for record in run(PrefillFirst(), [Request("a", range(20), 10, slo=Slo.parse("tbt=1ms"))], CAPACITY):
-        metrics.record(record)
-    assert b'stallfree_slo_late_total{target="tbt"} 9.0' in metrics.expose(Scheduler(PrefillFirst(), CAPACITY), 1.0)
+def test_without_a_target_nothing_has_a_deadline():
+    found = served(FIRST, HYBRID, END, slo=None)
+    assert 0 == sum(value for name, value in found.items() if name[0].startswith(("slo_", "late_tokens", "decode_stall")))
+    assert ("slack_seconds",) not in found
 
 
-def test_what_has_ended_is_forgotten():
+def test_gauges_are_those_of_the_last_iteration(samples):
+    assert (64, 0.08, 1.25) == (samples["budget_tokens",], samples["limit_seconds",], samples["margin_ratio",])
+    assert pytest.approx(0.1) == samples["slack_seconds",]
+
+
+def test_a_gauge_without_a_value_has_no_sample():
+    found = served(FIRST)
+    assert [] == [name for name in ("limit_seconds", "slack_seconds") if (name,) in found]
+
+
+def test_reasons_of_the_budget_are_three_whatever_the_words():
+    found = served(FIRST, HYBRID, END, step(3, 0.4, 0.5, [("b", 31, 1)], reason=ENGINE_LIMIT))
+    assert {"policy": 1, "deadline": 2, "engine": 1} == {name[1]: found[name] for name in found if name[0] == "steps_total"}
+
+
+def test_the_phases_of_a_request_add_up_to_its_time(samples):
+    phases = [samples[f"request_{phase}_seconds_sum",] for phase in ("queue", "prefill", "decode")]
+    assert pytest.approx([0.02, 0.08, 0.25]) == phases
+    assert pytest.approx(0.35) == samples["request_seconds_sum",]
+
+
+def test_an_aborted_request_is_counted_and_not_timed():
+    found = served(FIRST, step(1, 0.1, 0.2, [], finished=[Finished("a", "abort")]))
+    assert (1, 0) == (found["requests_total", "abort"], found["request_seconds_count",])
+    assert 0 == found["slo_requests_total",]
+
+
+def test_buckets_are_cumulative_and_end_with_all(samples):
+    assert [0, 2, 3, 3] == [samples["inter_token_seconds_bucket", le] for le in ("0.025", "0.075", "0.3", "+Inf")]
+    assert (3, pytest.approx(0.3)) == (samples["inter_token_seconds_count",], samples["inter_token_seconds_sum",])
+
+
+def test_the_prefix_cache_is_counted_in_tokens(samples):
+    assert (40, 4) == (samples["prefix_lookup_tokens_total",], samples["cached_tokens_total",])
+
+
+@pytest.mark.parametrize(
+    ("vllm", "ours"),
+    [
+        ("vllm:num_requests_running", "running_requests"),
+        ("vllm:num_requests_waiting", "waiting_requests"),
+        ("vllm:kv_cache_usage_perc", "kv_usage_ratio"),
+        ("vllm:gpu_cache_usage_perc", "kv_usage_ratio"),
+        ("vllm:num_preemptions_total", "preemptions_total"),
+        ("vllm:prompt_tokens_total", "prompt_tokens_total"),
+        ("vllm:generation_tokens_total", "generation_tokens_total"),
+        ("vllm:prefix_cache_queries_total", "prefix_lookup_tokens_total"),
+        ("vllm:prefix_cache_hits_total", "cached_tokens_total"),
+        ("vllm:time_to_first_token_seconds_sum", "time_to_first_token_seconds_sum"),
+        ("vllm:inter_token_latency_seconds_count", "inter_token_seconds_count"),
+        ("vllm:time_per_output_token_seconds_count", "inter_token_seconds_count"),
+        ("vllm:request_time_per_output_token_seconds_count", "request_tpot_seconds_count"),
+        ("vllm:e2e_request_latency_seconds_sum", "request_seconds_sum"),
+        ("vllm:request_queue_time_seconds_sum", "request_queue_seconds_sum"),
+        ("vllm:request_prefill_time_seconds_sum", "request_prefill_seconds_sum"),
+        ("vllm:request_decode_time_seconds_sum", "request_decode_seconds_sum"),
+        ("vllm:request_inference_time_seconds_sum", "request_service_seconds_sum"),
+        ("vllm:request_prompt_tokens_sum", "request_prompt_tokens_sum"),
+        ("vllm:request_generation_tokens_sum", "request_output_tokens_sum"),
+        ("vllm:iteration_tokens_total_sum", "tokens_per_step_sum"),
+    ],
+)
+def test_a_series_has_vllm_s_name_and_labels_too(samples, vllm, ours):
+    assert samples[ours,] == samples[vllm, "0", "toy"]
+
+
+def test_requests_by_reason_have_vllm_s_label():
     metrics = Metrics("toy")
-    for record in run(PrefillFirst(), [Request(str(i), range(20), 3) for i in range(5)], CAPACITY):
-        metrics.record(record)
-    assert {} == metrics._lives
-    assert {} == metrics._account._streams
+    text = metrics.expose(Scheduler(load("sarathi"), Capacity(16, 10, 128))).decode()
+    for reason in FINISHED:
+        assert f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="toy"}} 0.0' in text
 
 
-def test_every_metric_of_the_dashboard_is_there(stopped):
-    dashboard = json.loads(DASHBOARD.read_text())
-    exprs = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = {name for expr in exprs for name in re.findall(r"\bstallfree_\w+", expr)}
-    assert len(used) > 15
-    assert used <= {name for name, _ in stopped} | {"stallfree_slack_seconds"}
+def test_a_bucket_of_iteration_tokens_has_vllm_s_name(samples):
+    assert 3 == samples["vllm:iteration_tokens_total_bucket", "0", "64.0", "toy"]
+
+
+def test_every_name_with_an_alias_is_one_of_ours():
+    families = {family.name.removeprefix("stallfree_") for family in Metrics("toy").collect()}
+    assert set() == set(NAMES) - families
+
+
+def test_the_dashboard_asks_only_for_what_the_server_has():
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "stallfree.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    asked = {name for expression in expressions for name in re.findall(r"stallfree_\w+", expression)}
+    text = Metrics("toy", TARGET).expose(Scheduler(load("sarathi"), Capacity(16, 10, 128))).decode()
+    families = {line.split()[2]: line.split()[3] for line in text.splitlines() if line.startswith("# TYPE")}
+    ends = {"histogram": ("_bucket", "_sum", "_count")}
+    there = {name + end for name, kind in families.items() for end in ends.get(kind, ("",))}
+    assert asked
+    assert set() == asked - there
+
+
+def test_the_document_lists_every_metric_with_its_alias():
+    document = (ROOT / "docs" / "metrics.md").read_text()
+    names = {family.name.removeprefix("vllm:") for family in Metrics("toy").collect()}
+    assert [] == sorted(name for name in names if f"`{name}" not in document)
