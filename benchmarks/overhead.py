@@ -3,7 +3,7 @@
 First table: `schedule` + `complete` alone, for 256 and 1,000 running requests at 512 tokens of context, with nobody and with
 100,000 requests waiting; limits 0.5 and 2 ms.
 
-Second table: what the slo policy adds to that of a fixed budget, with 248 decodes and 8 long prompts running and 1,000 requests
+Second table: what the slo policy adds to that of a fixed budget, with 255 decodes and a long prompt running and 1,000 requests
 waiting: pricing, ordering, its margin and its refitted prices. The limit is 0.3 ms.
 
 Third table: one model, 32 streams. `live` is a server with 32 HTTP streams: the median period of its iterations, and the part of
@@ -70,9 +70,9 @@ def scheduler_row(running: int, waiting: int) -> dict[str, Any]:
 
 
 def policy_ms(policy: Policy, cost: Fitted) -> float:
-    """Median milliseconds of `schedule` + `complete` in virtual time, 248 decodes, 8 long prompts and 1,000 requests waiting."""
+    """Median milliseconds of `schedule` + `complete` in virtual time, 255 decodes, a long prompt and 1,000 requests waiting."""
     scheduler = Scheduler(policy, Capacity(32, 200_000, 8192), Limits(256, 8192))
-    for i in range(248):
+    for i in range(255):
         scheduler.submit(Request(str(i), range(i * 1000, i * 1000 + 512), 4000))
     now, times = 0.0, []
 
@@ -89,14 +89,12 @@ def policy_ms(policy: Policy, cost: Fitted) -> float:
 
     while any(not r.output for r in scheduler.requests.values()):
         step()
-    for i in range(8):
-        scheduler.submit(Request(f"long{i}", range(i * 10_000, i * 10_000 + 7000), 10, arrival=now))
-    while len(scheduler.running) < 256:
-        step()
+    scheduler.submit(Request("long", range(8000), 10, arrival=now))
+    step()
     for i in range(1000):
         scheduler.submit(Request(f"w{i}", range(80), 10, arrival=now))
     times.clear()
-    for _ in range(200):
+    for _ in range(100):
         step()
     if len(scheduler.running) != 256 or len(scheduler.queue) < 1000:
         raise RuntimeError(f"{len(scheduler.running)} requests are running and {len(scheduler.queue)} waiting, not 256 and 1,000")
@@ -105,8 +103,8 @@ def policy_ms(policy: Policy, cost: Fitted) -> float:
 
 def policy_row() -> dict[str, Any]:
     cost = Fitted()
-    tbt = 1000 * cost.seconds([(600, 1)] * 248 + [(3000, 64)])
-    fixed, slo = policy_ms(Sarathi(248 + 64), cost), policy_ms(Slo(f"tbt={tbt:.0f}ms", Fitted()), cost)
+    tbt = 1000 * cost.seconds([(600, 1)] * 255 + [(3000, 64)])
+    fixed, slo = policy_ms(Sarathi(255 + 64), cost), policy_ms(Slo(f"tbt={tbt:.0f}ms", Fitted()), cost)
     return {"fixed budget, ms": fixed, "slo, ms": slo, "the policy, ms": slo - fixed, "limit, ms": 0.3}
 
 
