@@ -91,8 +91,8 @@ def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> R
 def climb(server: Server, workload: Workload, first: float, seconds: float, seed: int, targets: Sequence[Target]) -> list[Rung]:
     """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row.
 
-    A run with a few late tokens too many for some target is repeated, and the better one counts: a shared host disturbs now and then
-    for seconds, and a disturbance says nothing of a server.
+    A run with a few late tokens too many for some target is repeated, and the better one counts: a shared host disturbs now
+    and then for seconds, and a disturbance says nothing of a server.
     """
     rungs: list[Rung] = []
     rate = first
