@@ -35,7 +35,7 @@ from stallfree.workload.workload import Workload
 
 CHAT = "median=150,p90=500/median=50,p90=120 + 5%:2000/50"
 TIMES = (1.5, 3.0, 10.0)
-BUDGETS = (16, 32, 64, 128, 512, 2048)
+BUDGETS = (16, 32, 64, 96, 128, 512, 2048)
 USUAL = (128, 512, 2048)
 WORKLOAD = Workload.parse("poisson", CHAT, 4000)
 SEED = 11
