@@ -7,7 +7,7 @@ the rate climbs until targets are missed; a fixed budget's runs are judged by al
 arrivals.
 
 `late`: share of all gaps above the target, of 1 % allowed. Capacity is interpolated between the last rate that passes and the next
-(see `ladder.py`). `--disturb`: at half of the capacity for the second target, another process takes one core for 30 s; counted are
+(see `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one core for 30 s; counted are
 iterations from its beginning, and from its end, until the share of late tokens over the next 200 is back within the percentile.
 
     python benchmarks/slo_control.py --plot docs/images/slo_control.png
@@ -41,6 +41,8 @@ WORKLOAD = Workload.parse("poisson", CHAT, 4000)
 SEED = 11
 LOOK_BACK = 200
 CORE_TAKEN_S = 30.0
+DISTURBED_RATES = (0.5, 1.5)
+"""Requests per second for the second and the third target: a third of what was found to be their capacity."""
 
 
 def lone_decode() -> float:
@@ -167,6 +169,7 @@ def recovery(records: list[StepRecord], target: Target, phase: str, moment: floa
 
     back = next((k for k in range(len(records) - first) if share(first + k) <= target.late_share), None)
     return {
+        "target, ms": target.seconds * 1e3,
         "phase": phase,
         "late in the 200 before, %": 100 * share(max(0, first - LOOK_BACK)),
         "late in the 200 after, %": 100 * share(first),
@@ -188,7 +191,8 @@ def main() -> None:
     print(f"lone decode iteration: {lone * 1e3:.1f} ms")
     targets = [Target(round(times * lone, 4), 99.0) for times in TIMES]
     if args.disturb:
-        show("One core taken for 30 s", disturb(targets[1], 0.5), facts, args.json)
+        rows = [row for target, rate in zip(targets[1:], DISTURBED_RATES, strict=True) for row in disturb(target, rate)]
+        show("One core taken for 30 s", rows, facts, args.json)
         return
     seconds, budgets = (8.0, (128,)) if args.quick else (30.0, BUDGETS)
     loads, found = sweep(targets, seconds, budgets, args.plot)
