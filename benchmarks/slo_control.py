@@ -6,9 +6,10 @@ times the lone decode iteration, measured first: the median gap of a single stre
 the rate climbs until targets are missed; a fixed budget's runs are judged by all three targets, and all sides see the same
 arrivals.
 
-`late`: share of all gaps above the target, of 1 % allowed. Capacity is interpolated between the last rate that passes and the next
-(see `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one core for 30 s; counted are
-iterations from its beginning, and from its end, until the share of late tokens over the next 200 is back within the percentile.
+`late`: share of all gaps above the target, of 1 % allowed. Capacity is interpolated between the last rate that passes and the
+next (see `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one
+core for 30 s; counted are iterations from its beginning, and from its end, until the share of late tokens over the next 200 is
+back within the percentile.
 
     python benchmarks/slo_control.py --plot docs/images/slo_control.png
     python benchmarks/slo_control.py --disturb
