@@ -21,6 +21,9 @@ from stallfree.metrics.report import report
 from stallfree.metrics.timeline import Timeline
 from stallfree.workload.workload import Arrival, Workload
 
+WORKLOAD = Workload.parse("poisson", "median=150,p90=500/median=50,p90=120 + 5%:2000/50", 4000)
+"""Chats, of which 5 % are long prompts: the same for whoever is measured."""
+SEED = 11
 STEP = 1.25
 """Ratio of one rate of a climb to the one before."""
 
@@ -45,13 +48,13 @@ class Rung:
 class Server:
     """A server under load, at `url`; asked as it takes it."""
 
-    def __init__(self, url: str, model: str | None = None):
+    def __init__(self, url: str):
         self.client = Client(url, timeout_s=300)
-        self.dialect = asyncio.run(self._probe(model))
+        self.dialect = asyncio.run(self._probe())
 
-    async def _probe(self, model: str | None) -> Dialect:
+    async def _probe(self) -> Dialect:
         async with self.client:
-            return await Dialect.probe(self.client, model)
+            return await Dialect.probe(self.client)
 
     def run(self, arrivals: Sequence[Arrival]) -> Load:
         """Raises RuntimeError if the client could not keep its schedule: nothing is measured then."""
@@ -65,8 +68,12 @@ class Server:
             raise RuntimeError(done.behind)
         return done
 
-    def rung(self, workload: Workload, rate: float, seconds: float, seed: int, targets: Sequence[Target]) -> Rung:
-        return rung(self.run(workload.draw(rate, seed, duration_s=seconds)).lines, rate, targets)
+    def warm_up(self) -> None:
+        """What a server's first requests pay is not to be measured."""
+        self.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
+
+    def rung(self, rate: float, seconds: float, targets: Sequence[Target]) -> Rung:
+        return rung(self.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, rate, targets)
 
 
 def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> Rung:
@@ -88,7 +95,7 @@ def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> R
     )
 
 
-def climb(server: Server, workload: Workload, first: float, seconds: float, seed: int, targets: Sequence[Target]) -> list[Rung]:
+def climb(server: Server, first: float, seconds: float, targets: Sequence[Target]) -> list[Rung]:
     """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row.
 
     A run with a few late tokens too many for some target is repeated, and the better one counts: a shared host disturbs now
@@ -97,9 +104,9 @@ def climb(server: Server, workload: Workload, first: float, seconds: float, seed
     rungs: list[Rung] = []
     rate = first
     while True:
-        now = server.rung(workload, rate, seconds, seed, targets)
+        now = server.rung(rate, seconds, targets)
         if now.ttft_p50 < MEDIAN_TTFT_S and any(1 < now.stress(target) < 6 for target in targets):
-            now = min(now, server.rung(workload, rate, seconds, seed, targets), key=lambda r: sum(r.late.values()))
+            now = min(now, server.rung(rate, seconds, targets), key=lambda r: sum(r.late.values()))
         rungs.append(now)
         shares = ", ".join(f"{seconds * 1e3:.0f} ms {share:.2%}" for seconds, share in now.late.items())
         print(f"  {rate:.2f}/s: late {shares}; TTFT p50 {now.ttft_p50:.2f} s", file=sys.stderr)

@@ -34,12 +34,8 @@ from stallfree.checkpoint import open_checkpoint
 from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
 from stallfree.engine.text import Text
-from stallfree.workload.workload import Workload
 
-CHAT = "median=150,p90=500/median=50,p90=120 + 5%:2000/50"
-WORKLOAD = Workload.parse("poisson", CHAT, 4000)
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
-SEED = 11
 START_S = 300.0
 """Seconds that a peer gets to load its model."""
 
@@ -79,15 +75,15 @@ def peer(command: list[str], port: int, log: Path) -> Iterator[str]:
             process.wait()
 
 
-def measured(url: str, name: str, model: str | None, targets: list[Target], seconds: float, first: float) -> list[dict[str, Any]]:
+def measured(url: str, name: str, targets: list[Target], seconds: float, first: float) -> list[dict[str, Any]]:
     """A row for each target: the capacity, and the TTFT at half of it."""
-    side = Server(url, model)
-    side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
-    rungs = climb(side, WORKLOAD, first, seconds, SEED, targets)
+    side = Server(url)
+    side.warm_up()
+    rungs = climb(side, first, seconds, targets)
     rows = []
     for target in targets:
         most = capacity(rungs, target)
-        half: Rung | None = side.rung(WORKLOAD, most / 2, seconds, SEED, targets) if most else None
+        half: Rung | None = side.rung(most / 2, seconds, targets) if most else None
         rows.append(
             {
                 "server": name,
@@ -149,7 +145,7 @@ def main() -> None:
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
         with server(["--slo", f"tbt={target}"]) as url:
-            rows += measured(url, "stallfree", None, [target], seconds, 1.0)
+            rows += measured(url, "stallfree", [target], seconds, 1.0)
     model = locate(say=lambda line: print(line, file=sys.stderr))
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory() as name:
@@ -167,7 +163,7 @@ def main() -> None:
             command = [python, *(str(port) if a == "PORT" else a for a in arguments)]
             try:
                 with peer(command, port, folder / "log") as url:
-                    rows += measured(url, side, None, TARGETS, seconds, 0.1 if side == "llama.cpp" else 0.5)
+                    rows += measured(url, side, TARGETS, seconds, 0.1 if side == "llama.cpp" else 0.5)
             except RuntimeError as error:
                 print(f"{side} is left out: {error}", file=sys.stderr)
     show("Capacity at a P99 TBT target", rows, facts, args.json)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from harness import machine, parser, show
-from ladder import Rung, Server, capacity, climb
+from ladder import SEED, WORKLOAD, Rung, Server, capacity, climb
 
 from stallfree.bench.server import server
 from stallfree.core.record import StepRecord, read
@@ -34,12 +34,9 @@ from stallfree.metrics import plot
 from stallfree.metrics.stalls import StallAccount
 from stallfree.workload.workload import Workload
 
-CHAT = "median=150,p90=500/median=50,p90=120 + 5%:2000/50"
 TIMES = (1.5, 3.0, 10.0)
 BUDGETS = (16, 32, 64, 96, 128, 512, 2048)
 USUAL = (128, 512, 2048)
-WORKLOAD = Workload.parse("poisson", CHAT, 4000)
-SEED = 11
 LOOK_BACK = 200
 CORE_TAKEN_S = 30.0
 DISTURBED_RATES = (0.5, 1.5)
@@ -59,8 +56,8 @@ def lone_decode() -> float:
 def climbed(options: list[str], first: float, seconds: float, targets: list[Target]) -> list[Rung]:
     with server(options) as url:
         side = Server(url)
-        side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))  # what a first request pays is not the policy's
-        return climb(side, WORKLOAD, first, seconds, SEED, targets)
+        side.warm_up()
+        return climb(side, first, seconds, targets)
 
 
 def sweep(
@@ -144,7 +141,7 @@ def disturb(target: Target, rate: float) -> list[dict[str, Any]]:
         file = Path(folder) / "run.jsonl"
         with server(["--slo", f"tbt={target}", "--record", str(file)]) as url:
             side = Server(url)
-            side.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
+            side.warm_up()
             thread = threading.Thread(target=later)
             thread.start()
             side.run(WORKLOAD.draw(rate, SEED, duration_s=90))

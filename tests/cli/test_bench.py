@@ -11,26 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stallfree.cli import bench, main
+from stallfree.cli import bench
 from tests.server.conftest import SLOW, Server
 
 QUICK = ("--rate", "200", "--requests", "10", "--lengths", "20/8")
 NOBODY = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def stallfree(monkeypatch, capfd):
-    """The exit code, standard output and standard error of a command, run in this process."""
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stallfree", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,10 @@
 """`stallfree replay` and `explain`, as their user meets them, on files as `serve --record` writes them."""
 
 import json
-import sys
 
 import pytest
 
-from stallfree.cli import main
 from tests.sim.test_replay import record
-
-
-@pytest.fixture
-def stallfree(monkeypatch, capfd):
-    """The exit code, standard output and standard error of a command, run in this process."""
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stallfree", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
