@@ -13,6 +13,7 @@ import time
 import httpx
 import pytest
 
+from stallfree.executors.simulated import Linear
 from stallfree.server import door
 from stallfree.server import run as running
 from stallfree.server.run import PortError, bind
@@ -87,7 +88,8 @@ def test_a_body_that_never_comes_is_answered_with_408(monkeypatch):
 
 
 def test_a_full_queue_answers_429_and_when_to_come_back():
-    with Server(SLOW, max_queue=2, blocks=4, max_model_len=64) as server:
+    endless = Linear(iteration_s=0.25, token_s=0.0, context_s=0.0)  # 24 tokens take 6 s: no slow host sees the first one end
+    with Server(endless, max_queue=2, blocks=4, max_model_len=64) as server:
         held = [send(server, {"prompt": "a" * 40, "max_tokens": 24, "stream": True})]
         running_requests(server, 1)
         held += [send(server, {"prompt": "a" * 40, "max_tokens": 24, "stream": True}) for _ in range(2)]
@@ -102,7 +104,7 @@ def test_a_full_queue_answers_429_and_when_to_come_back():
         for sock in held:
             sock.close()
         server.settled()
-        assert 200 == server.post(COMPLETIONS, {"prompt": "a"}).status_code
+        assert 200 == server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1}).status_code
 
 
 def test_more_choices_than_the_queue_holds_are_refused_for_good():
