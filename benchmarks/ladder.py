@@ -26,6 +26,8 @@ WORKLOAD = Workload.parse("poisson", "median=150,p90=500/median=50,p90=120 + 5%:
 SEED = 11
 STEP = 1.25
 """Ratio of one rate of a climb to the one before."""
+FEWEST = 20
+"""Requests that a run has at least, on average: at a low rate it takes longer."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Server:
         self.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
 
     def rung(self, rate: float, seconds: float, targets: Sequence[Target]) -> Rung:
-        return rung(self.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, rate, targets)
+        return rung(self.run(WORKLOAD.draw(rate, SEED, duration_s=max(seconds, FEWEST / rate))).lines, rate, targets)
 
 
 def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> Rung:

