@@ -43,7 +43,7 @@ def replay(
             raise ValueError(f"{found}; the policy, or the scheduler, is not the one that was recorded")
         return
     machine = Machine(records)
-    targets = Slo.parse(slo) if slo is not None else Slo.parse(run.slo) if run.slo else None
+    targets = Slo.parse(slo) if slo is not None else run.targets
     own = {} if policy is not None else dict(run.options or {})
     given = own if token_budget is None else own | {"token_budget": token_budget}
     runs = {

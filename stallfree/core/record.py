@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.slo import Slo
 
 VERSION = 2
 
@@ -72,6 +73,11 @@ class Run:
     slo: str = ""
     options: Mapping[str, Any] | None = None
     cost: Mapping[str, Any] | None = None
+
+    @property
+    def targets(self) -> Slo | None:
+        """The `slo`, parsed; None if there was none."""
+        return Slo.parse(self.slo) if self.slo else None
 
     def to_json(self) -> str:
         """One line, without its end."""

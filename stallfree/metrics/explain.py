@@ -10,8 +10,7 @@ from itertools import pairwise
 from statistics import median
 
 from stallfree.core.record import Arrived, Run, StepRecord
-from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import StallAccount
+from stallfree.metrics.stalls import Stall, StallAccount
 
 WORST = 5
 """Of a long list, how many are shown."""
@@ -24,11 +23,15 @@ class Explained:
         if not records:
             raise ValueError("the record holds no iterations; nothing was asked of the engine while it was written")
         self.run, self.records = run, records
-        self.slo = Slo.parse(run.slo) if run.slo else Slo()
         self.arrived = {a.id: a for r in records for a in r.arrived}
-        account = StallAccount(self.slo)
-        self.stalls = [account.record(r) for r in records]
+        account = StallAccount(run.targets)
+        self.stalls: list[list[Stall]] = []
         """Those of each record, in the same order."""
+        self.prefills: list[dict[str, int]] = []
+        """Tokens by request, of each record in the same order; all else in its work are decodes."""
+        for r in records:
+            self.stalls.append(account.record(r))
+            self.prefills.append(dict(account.iteration.prefills))
         self.origin = min([records[0].t_plan, *(a.arrival for a in self.arrived.values())])
 
     def on_the_whole(self) -> Iterator[str]:
@@ -68,7 +71,8 @@ class Explained:
         if not 0 <= index < len(self.records):
             raise ValueError(f"step {number} is not in the record; it holds steps {first} to {self.records[-1].step}")
         r = self.records[index]
-        decoded = [id for id, start, count in r.work if self._decodes(id, start, count)]
+        prefills = self.prefills[index]
+        decoded = [id for id, _, _ in r.work if id not in prefills]
         took = r.t_end - r.t_plan
         yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(took)} with its planning."
         if r.error is not None:
@@ -76,7 +80,7 @@ class Explained:
         yield f"{_number(len(decoded), 'decode')}{_list(decoded)}."
         cached = dict(r.cached)
         for id, start, count in r.work:
-            if not self._decodes(id, start, count):
+            if id in prefills:
                 chunk = f"{_number(count, 'token')} of prefill of {id}: {start} to {start + count} of {self._length(id)}"
                 yield f"{chunk}{self._admission(r, id, cached)}."
         yield f"The budget was {_number(r.budget, 'token')}, {sum(count for _, _, count in r.work)} of them used: {r.reason}."
@@ -99,14 +103,14 @@ class Explained:
         cut short. Raises ValueError if none begins so, or several do.
         """
         a = self._find(id)
-        work = [(r, start, count) for r in self.records for other, start, count in r.work if other == a.id]
+        scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
         tokens = [r.t_end for r in self.records if a.id in r.emitted]
         wanted = f", own targets {a.slo}" if a.slo else ""
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
-        if not work:
+        if not scheduled:
             yield "It was never scheduled."
         else:
-            yield from self._beginning(a, work)
+            yield from self._beginning(a, scheduled)
         if tokens:
             gaps = [y - x for x, y in pairwise(tokens)]
             paces = f"; TBT {_ms(median(gaps))} at the median, {_ms(max(gaps))} at most" if gaps else ""
@@ -122,14 +126,13 @@ class Explained:
         ends = [(r, f) for r in self.records for f in r.finished if f.id == a.id]
         yield f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record did."
 
-    def _beginning(self, a: Arrived, work: Sequence[tuple[StepRecord, int, int]]) -> Iterator[str]:
-        first = work[0][0]
-        waited = [r for r in self.records if a.arrival <= r.t_end and r.step < first.step]
+    def _beginning(self, a: Arrived, scheduled: Sequence[int]) -> Iterator[str]:
+        """`scheduled`: the records that it was in."""
+        first = self.records[scheduled[0]]
+        waited = [index for index, r in enumerate(self.records[: scheduled[0]]) if a.arrival <= r.t_end]
         others = Counter[str]()
-        for r in waited:
-            for id, start, count in r.work:
-                if not self._decodes(id, start, count):
-                    others[id] += count
+        for index in waited:
+            others.update(self.prefills[index])
         ahead = (
             f"; meanwhile {sum(others.values())} tokens of prefill of {_number(len(others), 'other')} were computed"
             if others
@@ -138,8 +141,8 @@ class Explained:
         yield f"It waited {_ms(first.t_plan - a.arrival)}, {_number(len(waited), 'iteration')}, until step {first.step}{ahead}."
         cached = [count for r in self.records for id, count in r.cached if id == a.id]
         found = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
-        chunks = [(r, count) for r, start, count in work if not self._decodes(a.id, start, count)]
-        seconds = chunks[-1][0].t_end - first.t_start if chunks else 0.0
+        chunks = [self.records[index] for index in scheduled if a.id in self.prefills[index]]
+        seconds = chunks[-1].t_end - first.t_start if chunks else 0.0
         yield f"Its prompt was computed in {_number(len(chunks), 'chunk')} over {_ms(seconds)}{found}."
         preempted = [r.step for r in self.records if a.id in r.preempted]
         if preempted:
@@ -157,9 +160,6 @@ class Explained:
                 else f"no request in the record begins with {id!r}; the first is {next(iter(self.arrived), 'none')}"
             )
         return self.arrived[found[0]]
-
-    def _decodes(self, id: str, start: int, count: int) -> bool:
-        return count == 1 and id in self.arrived and start >= self.arrived[id].prompt_tokens
 
     def _length(self, id: str) -> str:
         return f"{self.arrived[id].prompt_tokens}" if id in self.arrived else "an unknown number"

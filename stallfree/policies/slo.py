@@ -57,15 +57,18 @@ class Slo:
         for r in draft.decoding:
             draft.decode(r)
         shape = draft.shape
+        alone = self.cost.seconds(shape)
         if shape:
-            until, first = self._slack(draft, shape)
+            until, first = self._slack(draft, alone)
             limit = until / self.margin.value
             draft.limit_s, draft.margin = until, self.margin.value
             why = f"{1000 * until:.0f} ms until {first} is due, margin {self.margin.value:.2f}"
         else:
             limit, why = inf, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
-        full = self._fill(draft, shape, limit)
+        full, crowd = self._fill(draft, shape, limit, alone)
+        if crowd:
+            why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
         draft.cap(sum(count for _, count in shape) + spare, why)
 
@@ -83,13 +86,13 @@ class Slo:
     def _merge(self, own: Targets) -> Targets:
         return own.within(self.slo)
 
-    def _slack(self, draft: Draft, shape: list[tuple[int, int]]) -> tuple[float, str]:
-        """Seconds until the first token of this iteration's decodes is due, and whose it is.
+    def _slack(self, draft: Draft, alone: float) -> tuple[float, str]:
+        """Seconds until the first token of this iteration's decodes is due, and whose it is; `alone` is what they take.
 
         A request whose own target not even the decodes by themselves can meet is held to the server's: one client's impatience
         must not shut the others out.
         """
-        alone = self.cost.seconds(shape) * self.margin.value
+        alone *= self.margin.value
         least, first = inf, ""
         for r in draft.decoding:
             if r.status is Status.RUNNING:
@@ -110,25 +113,59 @@ class Slo:
         start = r.first_token if slo.ttft is None else max(r.first_token, r.arrival + slo.ttft.seconds)
         return start + len(r.output) * slo.tpot.seconds
 
-    def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float) -> bool:
-        """Add prefill to the draft and to `shape`, the most urgent first; True if time or tokens were not enough for all."""
-        admitting = True
+    def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float, alone: float) -> tuple[bool, float]:
+        """Add prefill to the draft and to `shape`, the most urgent first.
+
+        No new request comes in where decodes by themselves, which take `alone` seconds now, would then be too slow for the targets:
+        once they are that many, no budget can mend it. A lone request always comes in.
+
+        True if time or tokens were not enough for all; and, if somebody was kept out for that, the seconds that decodes would take.
+        """
+        streams = [*draft.decoding, *draft.prefilling]
+        alone += sum(self._stream(r) for r in draft.prefilling)
+        admitting, crowd = True, 0.0
         for r in self._by_urgency(draft):
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
                 continue
+            if waiting and streams:
+                joined = alone + self._stream(r)
+                if self._too_slow(joined * self.margin.value, [*streams, r]):
+                    admitting, crowd = False, joined
+                    continue
             wanted = min(r.remaining, draft.left)
             count = self.cost.room(shape, r.num_planned, wanted, limit)
             if not count:
-                return True
+                return True, crowd
             taken = draft.admit(r, count) if waiting else draft.prefill(r, count)
             if not taken:  # for want of KV
                 admitting = admitting and not waiting
                 continue
             shape.append((r.num_planned - taken, taken))
+            if waiting:
+                streams.append(r)
+                alone += self._stream(r)
             if r.remaining and taken == count:
-                return True
-        return False
+                return True, crowd
+        return False, crowd
+
+    def _stream(self, r: Request) -> float:
+        """Seconds that the request adds to an iteration as one more decode."""
+        decode = (r.num_tokens, 1)
+        return self.cost.seconds([decode, decode]) - self.cost.seconds([decode])
+
+    def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
+        """Whether an iteration of so many seconds is longer than a gap between tokens may be. A request's own target counts where
+        it asks for less than the server's; where it asks for more, the others need not make room for it."""
+        return seconds > self._gap(self.slo) and seconds > min(
+            self._gap(self.slo if r.slo is None else self._merged(r.slo)) for r in streams
+        )
+
+    @staticmethod
+    def _gap(slo: Targets) -> float:
+        """Seconds between tokens."""
+        target = slo.tbt or slo.tpot
+        return inf if target is None else target.seconds
 
     def _by_urgency(self, draft: Draft) -> list[Request]:
         """Prefills by priority, then by relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due, in

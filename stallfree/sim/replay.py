@@ -38,7 +38,7 @@ class Difference:
 
 def policy_of(run: Run) -> Policy:
     """The policy as it was when the run began. Raises ValueError if there is no such policy here, or it takes other options."""
-    return _policy(run.policy, None if not run.slo else Slo.parse(run.slo), dict(run.options or {}), run.cost)
+    return _policy(run.policy, run.targets, dict(run.options or {}), run.cost)
 
 
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
