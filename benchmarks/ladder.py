@@ -97,24 +97,28 @@ def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> R
     )
 
 
-def climb(server: Server, first: float, seconds: float, targets: Sequence[Target]) -> list[Rung]:
-    """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row.
+def climb(server: Server, first: float, seconds: float, targets: Sequence[Target], least: float | None = None) -> list[Rung]:
+    """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row. Where a target
+    is missed at `first`, lower ones are run before, down to about `least`, if it is given.
 
     A run with a few late tokens too many for some target is repeated, and the better one counts: a shared host disturbs now
     and then for seconds, and a disturbance says nothing of a server.
     """
-    rungs: list[Rung] = []
-    rate = first
-    while True:
+
+    def run(rate: float) -> Rung:
         now = server.rung(rate, seconds, targets)
         if now.ttft_p50 < MEDIAN_TTFT_S and any(1 < now.stress(target) < 6 for target in targets):
             now = min(now, server.rung(rate, seconds, targets), key=lambda r: sum(r.late.values()))
-        rungs.append(now)
         shares = ", ".join(f"{seconds * 1e3:.0f} ms {share:.2%}" for seconds, share in now.late.items())
         print(f"  {rate:.2f}/s: late {shares}; TTFT p50 {now.ttft_p50:.2f} s", file=sys.stderr)
-        if all(_over(rungs, target) for target in targets):
-            return rungs
-        rate *= STEP
+        return now
+
+    rungs = [run(first)]
+    while least is not None and rungs[0].rate > least and any(rungs[0].stress(target) > 1 for target in targets):
+        rungs.insert(0, run(rungs[0].rate / STEP**2))
+    while not all(_over(rungs, target) for target in targets):
+        rungs.append(run(rungs[-1].rate * STEP))
+    return rungs
 
 
 def _over(rungs: Sequence[Rung], target: Target) -> bool:

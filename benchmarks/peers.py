@@ -36,6 +36,8 @@ from stallfree.core.slo import Target
 from stallfree.engine.text import Text
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
+LEAST_RATE = 0.2
+"""Requests per second below which nobody's capacity is looked for."""
 START_S = 300.0
 """Seconds that a peer gets to load its model."""
 
@@ -79,7 +81,7 @@ def measured(url: str, name: str, targets: list[Target], seconds: float, first: 
     """A row for each target: the capacity, and the TTFT at half of it."""
     side = Server(url)
     side.warm_up()
-    rungs = climb(side, first, seconds, targets)
+    rungs = climb(side, first, seconds, targets, LEAST_RATE)
     rows = []
     for target in targets:
         most = capacity(rungs, target)

@@ -77,7 +77,7 @@ def load(
     measuring.check_page(html)
     coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
     access = measuring.Access(model, api_key, timeout)
-    results = measuring.measure([measuring.Place(url, url)], access, coming, targets, rate)
+    results, error = measuring.measure([measuring.Place(url, url)], access, coming, targets, rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
@@ -85,7 +85,7 @@ def load(
         typer.echo(json.dumps({"workload": facts} | run.as_dict(report)))
     else:
         measuring.show(results)
-    measuring.end(results)
+    measuring.end(results, error)
 
 
 @app.command()
@@ -130,7 +130,7 @@ def compare(
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
         raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
     coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
-    results = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, rate)
+    results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
@@ -138,7 +138,7 @@ def compare(
         typer.echo(json.dumps({"workload": facts, "servers": servers}))
     else:
         measuring.show(results)
-    measuring.end(results)
+    measuring.end(results, error)
 
 
 @app.command()

@@ -55,19 +55,28 @@ class Access:
         return Client(url, api_key=self.api_key, timeout_s=self.timeout_s)
 
 
-def measure(places: Sequence[Place], access: Access, coming: Sequence[Arrival], slo: Slo, rate: float | None) -> Results:
-    """`coming` on every server in turn; after an interruption on no more. Raises ValueError for one that does not answer."""
+def measure(
+    places: Sequence[Place], access: Access, coming: Sequence[Arrival], slo: Slo, rate: float | None
+) -> tuple[Results, ValueError | None]:
+    """`coming` on every server in turn, after an interruption on no more; and the error of the one that ended it, with which what
+    was measured before is not lost. Raises ValueError if the first does not answer.
+    """
     # Those that are there are asked before the first run: a mistake in the last address must not cost the first run's time.
     dialects = {place.name: probe(access.client(place.url), access.model) for place in places if place.url is not None}
     results: dict[str, tuple[Load, Report]] = {}
     for place in places:
-        with server(place.serve) if place.url is None else nullcontext(place.url) as url:
-            client = access.client(url)
-            run = follow(client, dialects.get(place.name) or probe(client, access.model), coming, place.name)
+        try:
+            with server(place.serve) if place.url is None else nullcontext(place.url) as url:
+                client = access.client(url)
+                run = follow(client, dialects.get(place.name) or probe(client, access.model), coming, place.name)
+        except ValueError as error:
+            if results:
+                return results, error
+            raise
         results[place.name] = run, report(run.lines, slo, rate)
         if run.interrupted:
             break
-    return results
+    return results, None
 
 
 def probe(client: Client, model: str | None) -> Dialect:
@@ -106,8 +115,8 @@ def show(results: Results) -> None:
     Console().print(grid(table({name: report for name, (_, report) in results.items()})))
 
 
-def end(results: Results) -> None:
-    """What went wrong, and exit code 1 if a run does not count for it."""
+def end(results: Results, error: ValueError | None) -> None:
+    """What went wrong, and exit code 1 if a run does not count for it. Raises the `error` that ended the measurement."""
     for name, (run, _) in results.items():
         for message in run.messages.values():
             typer.echo(f"{name}: {message}", err=True)
@@ -115,6 +124,8 @@ def end(results: Results) -> None:
             typer.echo(f"{name}: {run.short} requests got fewer tokens than they asked for", err=True)
         for problem in run.problems:
             typer.echo(f"{name} is not valid: {problem}", err=True)
+    if error is not None:
+        raise error
     if any(run.problems for run, _ in results.values()):
         raise typer.Exit(1)
 

@@ -56,7 +56,7 @@ def serve(
         account = metrics.record(step)
         if traces is not None:
             traces.record(account)
-        live.record(step)
+        live.record(step, account)
         if file is not None:
             file.write(step)
 

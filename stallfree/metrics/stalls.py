@@ -132,8 +132,7 @@ class StallAccount:
     """Judges records in their order by `slo`, and by what requests asked for themselves; with neither, nothing is late.
 
     Under `tbt` a token is due that long after the one before; under `tpot` token i is due i times that after the first one was
-    due or came, whichever is later. `present`: requests that arrived before the first record; they are judged from the first
-    token seen. Ids that neither hold, such as those of aborted requests still in flight, are not judged.
+    due or came, whichever is later. Ids that did not arrive, such as those of aborted requests still in flight, are not judged.
 
     Of the latest record: `stalls`; `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in
     seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness
@@ -141,7 +140,7 @@ class StallAccount:
     none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended.
     """
 
-    def __init__(self, slo: Slo | None = None, present: Iterable[Arrived] = ()):
+    def __init__(self, slo: Slo | None = None):
         self.iteration = Iteration(-1, 0.0, 0, ())
         self.gaps: list[float] = []
         self.ttfts: list[float] = []
@@ -153,7 +152,6 @@ class StallAccount:
         self.looked_up = 0
         self._slo = slo or Slo()
         self._streams: dict[str, _Stream] = {}
-        self._meet(present)
 
     def record(self, step: StepRecord) -> list[Stall]:
         """The stalls of one iteration."""

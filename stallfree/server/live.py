@@ -1,24 +1,23 @@
 """What the live page shows: records reduced to rows, percentiles and stalls, but only while somebody looks.
 
-The engine's thread leaves each record here, and that is all it pays; a look takes what has come since the last one, a bounded
-amount at a time. It knows neither HTTP nor the engine.
+The engine's thread leaves each record here, with what the account of stalls found in it, and that is all it pays; a look takes
+what has come since the last one, a bounded amount at a time. It knows neither HTTP nor the engine.
 """
 
 import math
 import secrets
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import Stall, StallAccount
+from stallfree.metrics.stalls import Iteration, Stall, StallAccount
 
 KEPT = 512
 """Records that are kept for a look to come; whoever opens the page sees that many iterations back."""
 PIECES = 4096
-"""Pieces of work that one look reduces, about 2 ms: a page that is opened must not make tokens late."""
+"""Gaps and stalls that one look reduces, about 2 ms: a page that is opened must not make tokens late."""
 ROWS = 2000
 """Iterations that can be asked for again, by another page or after a lost answer."""
 ROWS_AT_ONCE = 500
@@ -30,30 +29,31 @@ FINENESS = 50
 """Buckets of the percentiles per factor e: each is 2 % wide, so a percentile is right to 1 %."""
 
 
+class Judged(NamedTuple):
+    """A record, and what the account of stalls found in it."""
+
+    step: StepRecord
+    iteration: Iteration
+    gaps: list[float]
+    ttfts: list[float]
+    stalls: list[Stall]
+
+
 class Live:
-    """`record` is an Engine's callback; `look` is for one other thread. `slo` says which tokens are late; `policy` is a name."""
+    """`record` is for the engine's thread; `look` is for one other. `slo`: what first tokens are judged by; `policy` is a name."""
 
     def __init__(self, policy: str, slo: Slo | None = None):
         self.policy = policy
         self.slo = slo or Slo()
         self._run = secrets.token_hex(4)
-        self._lock = threading.Lock()
-        self._unseen: deque[StepRecord] = deque()
-        self._present: dict[str, Arrived] = {}
-        """Requests that arrived before the first of the unseen records, and had not ended by then."""
-        self._missed = False
-        self._account = StallAccount(self.slo)
+        self._unseen: deque[Judged] = deque(maxlen=KEPT)  # appending and popping need no lock
         self._rows: deque[tuple[Any, ...]] = deque(maxlen=ROWS)
         self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
         self._stalls: dict[tuple[str, str, int], dict[str, Any]] = {}
 
-    def record(self, step: StepRecord) -> None:
-        """Keep one iteration. Called in the engine's thread, after each."""
-        with self._lock:
-            if len(self._unseen) == KEPT:
-                self._pass(self._unseen.popleft())
-                self._missed = True
-            self._unseen.append(step)
+    def record(self, step: StepRecord, account: StallAccount) -> None:
+        """Keep one iteration, which `account` has just judged. Called in the engine's thread, after each."""
+        self._unseen.append(Judged(step, account.iteration, account.gaps, account.ttfts, account.stalls))
 
     def look(self, now: float, since: int = -1) -> dict[str, Any]:
         """What is new behind step `since` at `now` (s, the run's), as JSON values, times in seconds:
@@ -63,44 +63,24 @@ class Live:
         null, or count, p50, p90, p99 and the share that was late; `stalls`, the last ones, newest first: what one iteration is to
         blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest.
         """
-        steps, more = self._take()
-        for step in steps:
-            self._reduce(step)
+        pieces = 0
+        while self._unseen and pieces < PIECES:
+            judged = self._unseen.popleft()
+            pieces += 1 + len(judged.gaps) + len(judged.stalls)
+            self._reduce(judged)
         rows = [row for row in self._rows if row[0] > since]
         seconds = [second for second in self._seconds if now - WINDOW_S <= second.at]
         return {
             "run": self._run,
             "rows": rows[:ROWS_AT_ONCE],
-            "more": more or len(rows) > ROWS_AT_ONCE,
+            "more": bool(self._unseen) or len(rows) > ROWS_AT_ONCE,
             "ttft": _summary([second.ttft for second in seconds]),
             "tbt": _summary([second.tbt for second in seconds]),
             "stalls": list(self._stalls.values())[::-1],
         }
 
-    def _take(self) -> tuple[list[StepRecord], bool]:
-        """The next records to reduce, and whether there are more."""
-        steps: list[StepRecord] = []
-        pieces = 0
-        with self._lock:
-            if self._missed:
-                self._account = StallAccount(self.slo, self._present.values())
-                self._missed = False
-            while self._unseen and pieces < PIECES:
-                step = self._unseen.popleft()
-                self._pass(step)
-                pieces += 1 + len(step.work)
-                steps.append(step)
-            return steps, bool(self._unseen)
-
-    def _pass(self, step: StepRecord) -> None:
-        for request in step.arrived:
-            self._present[request.id] = request
-        for ended in step.finished:
-            self._present.pop(ended.id, None)
-
-    def _reduce(self, step: StepRecord) -> None:
-        stalls = self._account.record(step)
-        iteration = self._account.iteration
+    def _reduce(self, judged: Judged) -> None:
+        step, iteration, gaps, ttfts, stalls = judged
         self._rows.append(
             (
                 step.step,
@@ -118,9 +98,9 @@ class Live:
         )
         if not self._seconds or self._seconds[-1].at != int(step.t_end):
             self._seconds.append(_Second(int(step.t_end)))
-        second, account, ttft = self._seconds[-1], self._account, self.slo.ttft
-        second.ttft.add(account.ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in account.ttfts))
-        second.tbt.add(account.gaps, sum(stall.kind == "late" for stall in stalls))
+        second, ttft = self._seconds[-1], self.slo.ttft
+        second.ttft.add(ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in ttfts))
+        second.tbt.add(gaps, sum(stall.kind == "late" for stall in stalls))
         alike: dict[tuple[str, str, int], list[Stall]] = {}
         for stall in stalls:
             alike.setdefault((stall.kind, stall.cause, stall.blamed.step), []).append(stall)

@@ -128,15 +128,10 @@ def test_tokens_that_are_still_behind_their_envelope_blame_the_iteration_that_pu
     assert {"prefill"} == {stall.cause for stall in stalls}
 
 
-def test_those_present_before_the_first_record_are_judged_from_their_first_token_on():
-    account = StallAccount(TBT, [arrived("a")])
-    assert [] == account.record(step(7, 5.0, 5.1, DECODE))
-    assert ["late"] == [stall.kind for stall in account.record(step(8, 5.1, 5.3, DECODE))]
-
-
 def test_only_a_request_s_first_token_has_a_ttft_and_only_those_after_it_a_gap():
-    account = StallAccount(None, [arrived("old")])
-    account.record(step(5, 0.5, 0.75, [("a", 0, 10), ("old", 12, 1)], arrived=[arrived("a", arrival=0.25)], emitted=["a", "old"]))
+    account = StallAccount()
+    both = [arrived("a", arrival=0.25), arrived("old")]  # as one that another engine began
+    account.record(step(5, 0.5, 0.75, [("a", 0, 10), ("old", 12, 1)], arrived=both, emitted=["a", "old"]))
     assert ([0.5], []) == (account.ttfts, account.gaps)
     account.record(step(6, 0.75, 1.0, [("a", 10, 1), ("old", 13, 1)], emitted=["a", "old"]))
     assert ([], [0.25, 0.25]) == (account.ttfts, account.gaps)

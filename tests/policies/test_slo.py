@@ -55,30 +55,29 @@ def test_late_tokens_stay_within_the_share_allowed_at_every_load(rate):
     assert sum(gap > TARGET_S for gap in found) <= 0.01 * len(found)
 
 
-@pytest.mark.parametrize("slowdown", [1.0, 1.5])
-def test_where_more_decodes_would_be_too_slow_by_themselves_requests_wait(slowdown):
-    found = gaps(Slo(Targets.parse("tbt=25ms@p99")), chat(1.5), slowdown)
-    assert sum(gap > 0.025 for gap in found) <= 0.01 * len(found)
-
-
 def test_a_machine_too_slow_for_any_stream_serves_one_after_the_other():
     found = gaps(Slo(Targets.parse("tbt=25ms@p99")), chat(1.5, count=40), slowdown=20)
     assert sum(max(1, r.max_tokens) - 1 for r in chat(1.5, count=40)) == len(found)
 
 
-def test_requests_that_ask_for_less_than_the_server_promises_may_be_more():
-    def running(slo: Targets | None) -> int:
-        scheduler, now = Scheduler(Slo(Targets.parse("tbt=20ms")), Capacity(32, 4000, 4096)), 0.0
-        for i in range(12):
-            scheduler.submit(Request(f"r{i}", range(100 * i, 100 * i + 40), 500, slo=slo))
-        for _ in range(100):
-            plan = scheduler.schedule(now)
-            now += seconds(plan, random.Random(0))
-            scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
-        return len(scheduler.running)
+def crowd(slo: Targets | None) -> int:
+    """How many of 20 short prompts that come at once are decoding a while later."""
+    scheduler, now = Scheduler(Slo(Targets.parse("tbt=25ms")), Capacity(32, 4000, 4096)), 0.0
+    for i in range(20):
+        scheduler.submit(Request(f"r{i}", range(100 * i, 100 * i + 4), 500, slo=slo))
+    for _ in range(100):
+        plan = scheduler.schedule(now)
+        now += seconds(plan, random.Random(0))
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+    return len(scheduler.running)
 
-    assert 12 == running(Targets.parse("tbt=200ms"))
-    assert running(None) < 12
+
+def test_no_more_requests_come_in_than_decode_within_the_target():
+    assert 4 <= crowd(None) <= (0.025 - 0.009) / 0.0012
+
+
+def test_requests_that_ask_for_less_than_the_server_promises_may_be_more():
+    assert 20 == crowd(Targets.parse("tbt=200ms"))
 
 
 def test_near_saturation_the_slack_is_used():

@@ -85,7 +85,7 @@ class Server:
         account = self.metrics.record(step)
         if self.traces is not None:
             self.traces.record(account)
-        self.live.record(step)
+        self.live.record(step, account)
 
     def __enter__(self):
         self._thread.start()
