@@ -92,7 +92,7 @@ def test_compare_puts_servers_and_policies_side_by_side(stallfree, url):
 def test_a_server_that_does_not_start_costs_no_run_before_it(stallfree, url):
     code, out, err = stallfree("bench", "compare", f"there={url}", "slo", *QUICK, "--serve", "--executor unheard-of", "--json")
     assert (1, {"there"}) == (code, set(json.loads(out)["servers"]))
-    assert "ended with exit code 2 before it served" in err
+    assert "ended with exit code 1 before it served" in err
 
 
 def test_compare_prints_a_column_for_each(stallfree, url):
