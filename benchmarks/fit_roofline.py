@@ -1,10 +1,12 @@
-"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and say how well they describe kernels that they did not see.
+"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and say how well they describe kernels that they did not
+see.
 
     python -m benchmarks.fit_roofline FOLDER [--paper FOLDER] [--quick] [--json FILE]
 
-FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles: compute, bandwidth, kernel_us and
-wave_us over all of its models, then with one model left out at a time, and the errors on that one. Attention: its three coefficients.
-Nothing is written: what is printed is put into the TOML files by hand. With --paper, Yi-34B's iterations beside the model's.
+FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles: compute, bandwidth,
+kernel_us and wave_us over all of its models, then with one model left out at a time, and the errors on that one. Attention: its
+three coefficients. Nothing is written: what is printed is put into the TOML files by hand. With --paper, Yi-34B's iterations
+beside the model's.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """What one kernel takes on one device: the peak rates of its data sheet, less the few ways in which kernels fall short of them.
 
-A matrix product is cut into tiles; processors take them in waves, and the last wave may be nearly empty. Attention reads the KV once
-per head that it belongs to. A message takes its latency and its bytes. What runs when, and how often, is others'.
+A matrix product is cut into tiles; processors take them in waves, and the last wave may be nearly empty. Attention reads the KV
+once per head that it belongs to. A message takes its latency and its bytes. What runs when, and how often, is others'.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ EDGE = 0.2 * 64
 """How much slower a tile is for its edges: a tile of r x c reads (r + c) / (r c) numbers an operation from the cache. Fitted on the
 visible profiles of three devices together; 0.15 to 0.25 describes each about as well."""
 
-TILES = tuple(
-    (tall, wide, 2 * tall * wide * (1 + EDGE / tall + EDGE / wide))
-    for tall, wide in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-)
-"""Rows (tokens) and columns (outputs) of the tiles that a library's matrix product chooses from, and what a step of their sum costs,
-in operations, edges included. The best one is taken to be chosen."""
+TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
+"""Rows (tokens) and columns (outputs) of the tiles that a library's matrix product chooses from; the best one is taken to be
+chosen."""
+
+LOW = ((16, 64), (32, 64), *TILES)
+"""The same for weights in fewer bits, whose kernels are made for few tokens (Marlin, arXiv 2408.11743)."""
 
 OVERLAP = 3.0
-"""Computing and reading overlap, but not wholly: a kernel takes the norm of this order of both. 2.5 to 4 describes profiles alike."""
+"""Computing and reading overlap, but not wholly: a kernel takes the norm of this order of both. 2.5 to 4 describes profiles
+alike."""
 
 STEP = 32
 """Numbers that the inner loop of a matrix product takes at once."""
@@ -33,9 +34,11 @@ STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A kernel that reads and writes rows: `passes` over them, at `bytes_per_clock` for each processor at the most, `floor_s` at least.
+    """A kernel that reads and writes rows: `passes` over them, at `bytes_per_clock` for each processor at the most, `floor_s` at
+    least.
 
-    Fitted on the profiles of an A100, H100 and A40 together; median error 7 to 14 %, of times that are mostly a few microseconds.
+    Fitted on the profiles of an A100, H100 and A40 together; median error 9 %, P90 23 %, of times that are mostly a few
+    microseconds.
     """
 
     passes: int
@@ -47,7 +50,8 @@ ELEMENTWISE = {
     "embedding": Elementwise(2, 2.2, 4.9e-6),
     "norm": Elementwise(3, 7.3, 4.8e-6),
     "rope": Elementwise(2, 5.8, 3.0e-6),
-    "activation": Elementwise(3, 6.4, 3.0e-6),
+    "gated activation": Elementwise(3, 6.4, 3.0e-6),
+    "activation": Elementwise(2, 6.4, 3.0e-6),
     "add": Elementwise(3, 13.4, 2.0e-6),
 }
 
@@ -92,10 +96,11 @@ def matmul(device: Hardware, tokens: int, matrix: Matrix) -> Cost:
     for parts in SPLITS:
         deep = ceil(columns / parts / STEP) * STEP
         quickest = float("inf")
-        for tall, wide, work in TILES:
+        for tall, wide in TILES if matrix.precision == "fp16" else LOW:
+            work = 2 * tall * wide * (1 + EDGE / tall + EDGE / wide) / rate
             tiles = met * ceil(each / tall) * ceil(rows / wide) * parts
             if parts == 1 or tiles <= processors:
-                quickest = min(quickest, ceil(tiles / processors) * (work * deep / rate + measured.wave_s))
+                quickest = min(quickest, ceil(tiles / processors) * (work * deep + measured.wave_s))
         partial = 8.0 * tokens * matrix.active * rows * (parts - 1) / (device.bandwidth * measured.bandwidth)
         best = min(best, (quickest**OVERLAP + (memory + partial) ** OVERLAP) ** (1 / OVERLAP))
     operations = 2 * tokens * matrix.active * rows * columns
@@ -115,8 +120,8 @@ def elementwise(device: Hardware, name: str, tokens: int, width: float) -> Cost:
 class Attention:
     """Attention of one layer on one device: `heads` query heads, `kv_heads` heads with `kv_bytes` of KV for each token.
 
-    `masked`: the share of the masked half of a chunk's own square that the kernel computes all the same: 1 for kernels of early 2024,
-    0 for later ones, which skip it but for the tiles on the diagonal.
+    `masked`: the share of the masked half of a chunk's own square that the kernel computes all the same: 1 for kernels of early
+    2024, 0 for later ones, which skip it but for the tiles on the diagonal.
     """
 
     def __init__(self, device: Hardware, heads: int, kv_heads: int, head_dim: int, kv_bytes: float, masked: float):
@@ -157,14 +162,14 @@ TALL = 128
 
 
 TREE = 700_000
-"""Bytes for each rank below which a sum over nodes of 4 devices and more goes along a tree, through one network card, and not around
-rings through all of them: as measured on 2 nodes of 4 and of 8 A100."""
+"""Bytes for each rank below which a sum over nodes of 4 devices and more goes along a tree, through one network card, and not
+around rings through all of them: as measured on 2 nodes of 4 and of 8 A100."""
 
 
 def all_reduce(link: Link, devices: int, per_node: int, size: float, in_step: bool) -> Cost:
-    """A sum over `devices`, `per_node` of them in each node, of `size` bytes: a ring, in which each device sends its part of the data
-    twice but for its own (Patarasuk and Yuan 2009), or a tree, which moves all of it up and down at once. `in_step`: the ranks are
-    launched together, as from one CUDA graph. Between nodes the latency grows with the ranks.
+    """A sum over `devices`, `per_node` of them in each node, of `size` bytes: a ring, in which each device sends its part of the
+    data twice but for its own (Patarasuk and Yuan 2009), or a tree, which moves all of it up and down at once. `in_step`: the
+    ranks are launched together, as from one CUDA graph. Between nodes the latency grows with the ranks.
     """
     latency = link.step_s if in_step else link.collective_s
     moved, ring = 2 * (devices - 1) / devices * size, link.ring

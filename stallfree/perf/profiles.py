@@ -1,8 +1,8 @@
 """Measured kernels, read from a folder, beside what the model says of them.
 
-A compute profile (DEVICE_MODEL.csv) has the milliseconds of each operator of a layer by tokens and TP degree, and the model's dimensions
-in each row; a network profile (NODE_all_reduce.csv, NODE_send_recv.csv) those of a message by its bytes and ranks; an attention profile
-names device and model in each row. The format is that of microsoft/vidur's profiles, reduced to medians.
+A compute profile (DEVICE_MODEL.csv) has the milliseconds of each operator of a layer by tokens and TP degree, and the model's
+dimensions in each row; a network profile (NODE_all_reduce.csv, NODE_send_recv.csv) those of a message by its bytes and ranks; an
+attention profile names device and model in each row. The format is that of microsoft/vidur's profiles, reduced to medians.
 """
 
 import csv
@@ -35,7 +35,8 @@ KINDS = {
 
 
 class Point(NamedTuple):
-    """One measurement: its file's name, device and operator, the `seconds` measured, and what gives those that a device should take."""
+    """One measurement: its file's name, device and operator, the `seconds` measured, and what gives those that a device should
+    take."""
 
     file: str
     device: Hardware
@@ -46,7 +47,8 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Relative errors |model / measured - 1| of `points` measurements: their median and 90th percentile, and the median with its sign."""
+    """Relative errors |model / measured - 1| of `points` measurements: their median and 90th percentile, and the median with its
+    sign."""
 
     points: int
     median: float
@@ -64,8 +66,8 @@ class Error:
 
 
 def read(folder: Path) -> tuple[list[Point], list[Path]]:
-    """The measurements in all profiles below `folder`, and the csv files that are none. Raises ValueError naming file, line and column,
-    or the nearest device known.
+    """The measurements in all profiles below `folder`, and the csv files that are none. Raises ValueError naming file, line and
+    column, or the nearest device known.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with profiles, as DEVICE_MODEL.csv or NODE_all_reduce.csv")
@@ -130,11 +132,11 @@ def _compute(file: Path, row: _Row) -> Iterator[Point]:
     tp, tokens = row.whole("tp"), row.whole("num_tokens")
     heads, hidden, ffn = row.whole("n_head"), row.whole("n_embd"), row.whole("n_expanded_embd")
     each, kv_heads = hidden // heads, max(row.whole("n_kv_head"), tp)
-    up = (2 if row.number("use_gated_mlp") else 1) * ffn // tp
+    gated = bool(row.number("use_gated_mlp"))
     matrices = {
         "attn_pre_proj": Matrix("qkv", (heads + 2 * kv_heads) * each // tp, hidden),
         "attn_post_proj": Matrix("output", hidden, heads * each // tp),
-        "mlp_up_proj": Matrix("up", up, hidden),
+        "mlp_up_proj": Matrix("up", (2 if gated else 1) * ffn // tp, hidden),
         "mlp_down_proj": Matrix("down", hidden, ffn // tp),
     }
     rows = {
@@ -142,7 +144,7 @@ def _compute(file: Path, row: _Row) -> Iterator[Point]:
         "input_layernorm": ("norm", hidden),
         "attn_rope": ("rope", (heads + kv_heads) * each // tp),
         "post_attention_layernorm": ("norm", hidden),
-        "mlp_act": ("activation", ffn // tp),
+        "mlp_act": ("gated activation" if gated else "activation", ffn // tp),
         "add": ("add", hidden),
     }
     for name in (*LINEAR, *ELEMENTWISE):

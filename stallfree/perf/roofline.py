@@ -1,7 +1,8 @@
-"""What an iteration takes, from the device's data sheet and the model's dimensions: the sum of its kernels, and the engine around them.
+"""What an iteration takes, from the device's data sheet and the model's dimensions: the sum of its kernels, and the engine around
+them.
 
-The linear part of a layer depends on the iteration's tokens alone and is remembered by their number; attention on a few sums over the
-shape. It knows no clock and no requests, and learns nothing: a model of another machine cannot be corrected by this one.
+The linear part of a layer depends on the iteration's tokens alone and is remembered by their number; attention on a few sums over
+the shape. It knows no clock and no requests, and learns nothing: a model of another machine cannot be corrected by this one.
 """
 
 from bisect import bisect_left
@@ -21,9 +22,10 @@ QUANTUM = 64
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` for each piece of work, and
-    `workers_s` for messages to more than one device. Launching a layer's kernels: `layer_s`, and `layer_sequence_s` for each piece of
-    work; a layer whose kernels are quicker waits for that. `in_step`: collectives start together on all ranks; `masked`: see `Attention`.
+    """What an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` for each piece of work,
+    and `workers_s` for messages to more than one device. Launching a layer's kernels: `layer_s`, and `layer_sequence_s` for each
+    piece of work; a layer whose kernels are quicker waits for that. `in_step`: collectives start together on all ranks; `masked`:
+    see `Attention`.
     """
 
     about: str
@@ -37,21 +39,30 @@ class Engine:
 
 
 ENGINES = {
-    # Host: schedule, sampling, input preparation and output processing of the 2024 reference engine (vidur, cpu_overheads, medians on
-    # A100): Llama-2-7B on one device, 0.94 ms and 0.04 ms a sequence.
-    "graph": Engine("CUDA graphs; attention that skips the mask", 0.9e-3, 0.04e-3, 0.0, 0.0, 0.0, True, 0.0),
-    # Host: the same source, CodeLlama-34B on two devices, 1.5 ms, 0.05 ms a sequence, and 6.3 ms of Ray. Layers: Yi-34B, TP2, A100 PCIe
-    # (Sarathi-Serve, OSDI'24 artifact, figure 2): 46.8 ms for one decode in 60 layers, and about 1.1 ms for each further one up to 128,
-    # which neither their KV (1,020 tokens each) nor the host accounts for.
+    "graph": Engine(
+        # Schedule, sampling, input preparation and output processing of the 2024 reference engine: vidur, cpu_overheads, medians
+        # on A100, Llama-2-7B on one device.
+        "CUDA graphs, attention that skips the mask",
+        iteration_s=0.9e-3,
+        sequence_s=0.04e-3,
+        workers_s=0.0,
+        layer_s=0.0,
+        layer_sequence_s=0.0,
+        in_step=True,
+        masked=0.0,
+    ),
     "eager-2024": Engine(
+        # Host: the same source, CodeLlama-34B on two devices; workers are Ray's. Layers: Yi-34B, TP2, A100 PCIe (Sarathi-Serve,
+        # artifact of OSDI'24, figure 2): 46.8 ms for one decode in 60 layers, and about 1.1 ms for each further one up to 128,
+        # which neither their KV (1,020 tokens each) nor the host accounts for.
         "kernels launched one by one from Python, as by research engines of early 2024",
-        1.5e-3,
-        0.05e-3,
-        6.3e-3,
-        0.7e-3,
-        18e-6,
-        False,
-        1.0,
+        iteration_s=1.5e-3,
+        sequence_s=0.05e-3,
+        workers_s=6.3e-3,
+        layer_s=0.7e-3,
+        layer_sequence_s=18e-6,
+        in_step=False,
+        masked=1.0,
     ),
 }
 
@@ -80,8 +91,8 @@ class Sums(NamedTuple):
 
 
 class Roofline:
-    """The cost model of `sharded` on `device`s; `engine` is one of `ENGINES`. `node`: devices of a node that are used, None for all it
-    has; `network`: the link between nodes, None for the device's first. Raises ValueError for what cannot be joined.
+    """The cost model of `sharded` on `device`s; `engine` is one of `ENGINES`. `node`: devices of a node that are used, None for
+    all it has; `network`: the link between nodes, None for the device's first. Raises ValueError for what cannot be joined.
 
     Tensor-parallel groups lie within a node where they fit; pipeline stages follow each other in the same node while it has room.
     """
@@ -100,24 +111,25 @@ class Roofline:
         self._ring = device.link(tp, self._per_node, network) if tp > 1 else None
         # From each stage to the next: in one node if the last device of the next is in the node of the first of this.
         same = [(stage + 2) * tp <= (stage * tp // used + 1) * used for stage in range(sharded.pp - 1)]
-        self._sends = [device.link(2 * tp, 2 * tp if here else used, network) for here in same]
+        self._sends = [device.link(2 * tp, used) if here else device.link(used + 1, used, network) for here in same]
         self._attention = Attention(
             device, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, self.engine.masked
         )
         self._num_layers = model.layers
         self._host_s = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
-        # By the iteration's tokens: what a layer takes without attention, and what comes before the layers; by its rows of logits: after.
+        # By the iteration's tokens: what a layer takes without attention, and what comes before the layers; by its rows of
+        # logits: after.
         self._layers: dict[int, float] = {}
         self._befores: dict[int, float] = {}
         self._afters: dict[int, float] = {}
 
     def seconds(self, shape: Shape) -> float:
-        """From the first stage's begin to the last one's end, the host's part before them included."""
-        return self._seconds(self._sums(shape))
+        """From the first stage's begin to the last one's end, the host's part before them included; that alone for no work."""
+        return self._seconds(self._sums(shape)) if shape else self._host_s
 
     def stages(self, shape: Shape) -> list[float]:
-        """Seconds of each pipeline stage, which together are `seconds`: the host's part and the embedding are in the first, the sends
-        each in the one that sends, the LM head in the last.
+        """Seconds of each pipeline stage, which together are `seconds`: the host's part and the embedding are in the first, the
+        sends each in the one that sends, the LM head in the last.
         """
         sums = self._sums(shape)
         layer = self._layer(sums)
@@ -151,7 +163,7 @@ class Roofline:
 
     def operators(self, shape: Shape) -> list[Operator]:
         """Every kernel of the iteration in the order of a layer, and what the engine adds; they add up to `seconds`."""
-        sharded, engine, layers = self.sharded, self.engine, self.sharded.model.layers
+        engine, layers = self.engine, self._num_layers
         tokens, requests = sum(count for _, count in shape), len(shape)
         found = [Operator("host", 1, Cost(self._host_s + engine.sequence_s * requests))]
         found.append(Operator("embedding", 1, self._embedding(tokens)))
@@ -179,8 +191,10 @@ class Roofline:
         return Sums(len(shape), decodes + chunked, decodes, context, chunked, cached, pairs)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
-        """The sums with one chunk more."""
+        """The sums with one piece of work more."""
         requests, tokens, decodes, context, chunked, cached, pairs = sums
+        if count == 1:
+            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunked, cached, pairs)
         more = pairs + self._attention.pairs(start, count)
         return Sums(requests + 1, tokens + count, decodes, context, chunked + count, cached + start, more)
 
@@ -223,7 +237,9 @@ class Roofline:
             turned = (sharded.heads + sharded.kv_heads) * model.head_dim
             yield Operator("rope", 1, kernels.elementwise(device, "rope", tokens, turned))
         channels = model.active_experts * model.ffn // sharded.tp
-        yield Operator("activation", 1, kernels.elementwise(device, "activation", tokens, channels))
+        yield Operator(
+            "activation", 1, kernels.elementwise(device, "gated activation" if model.gated else "activation", tokens, channels)
+        )
         yield Operator("add", 2, kernels.elementwise(device, "add", tokens, model.hidden))
         if self._ring is not None:
             size = self._activations(tokens)

@@ -1,7 +1,7 @@
 """A model's dimensions, and what of it lies on one device under tensor and pipeline parallelism: weights, KV, operations.
 
-It reads the dimensions from `models.toml` beside this file or from a Hugging Face config.json, and knows nothing of devices or time.
-Biases are left out: they are under 0.1 % of the weights. Bytes and operations are of the mathematics; kernels do worse.
+It reads the dimensions from `models.toml` beside this file or from a Hugging Face config.json, and knows nothing of devices or
+time. Biases are left out: they are under 0.1 % of the weights. Bytes and operations are of the mathematics; kernels do worse.
 """
 
 import json
@@ -26,9 +26,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "falcon", "opt")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A decoder-only transformer. `gated`: the FFN has two matrices up (SwiGLU), otherwise one; `parallel`: attention and FFN read the
-    same input (Falcon); `tied`: the embedding is the LM head too; `positions`: rows of a learned position table; of `experts` FFNs each
-    token passes `active_experts`. `context` in tokens.
+    """A decoder-only transformer. `gated`: the FFN has two matrices up (SwiGLU), otherwise one; `parallel`: attention and FFN
+    read the same input (Falcon); `tied`: the embedding is the LM head too; `positions`: rows of a learned position table; of
+    `experts` FFNs each token passes `active_experts`. `context` in tokens.
     """
 
     name: str
@@ -78,8 +78,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """The part of a weight matrix that one device holds: `rows` outputs of `columns` inputs each, in a `precision` of `WEIGHT_BYTES`;
-    and `copies` of it, of which a token meets `active`, for mixtures of experts.
+    """The part of a weight matrix that one device holds: `rows` outputs of `columns` inputs each, in a `precision` of
+    `WEIGHT_BYTES`; and `copies` of it, of which a token meets `active`, for mixtures of experts.
     """
 
     name: str
@@ -176,8 +176,8 @@ class Sharded:
         return 2 * self.kv_heads * self.model.head_dim * KV_BYTES[self.kv]
 
     def kv_tokens(self, memory: float, share: float = 0.9) -> int:
-        """Tokens whose KV fits, beside the weights, into `share` of the `memory` bytes of each device; the rest of the memory is for
-        activations. Raises ValueError if not one does, saying by how much and what would do.
+        """Tokens whose KV fits, beside the weights, into `share` of the `memory` bytes of each device; the rest of the memory is
+        for activations. Raises ValueError if not one does, saying by how much and what would do.
         """
         if not 0 < share <= 1:
             raise ValueError(f"a share of {share:g} of the memory cannot be; give one above 0 and at most 1")
@@ -225,8 +225,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Model:
-    """The built-in model `name`, which its repository's name means too, or the one of a config.json: that file, or the folder with it.
-    Raises ValueError naming the nearest built-in, or what is wrong in the file.
+    """The built-in model `name`, which its repository's name means too, or the one of a config.json: that file, or the folder
+    with it. Raises ValueError naming the nearest built-in, or what is wrong in the file.
     """
     for known, facts in _built_in().items():
         source = facts["source"]

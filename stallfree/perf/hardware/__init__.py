@@ -1,4 +1,5 @@
-"""Devices, one TOML file each; this folder is their registry. It says what a device is and what was measured of it, not what runs there.
+"""Devices, one TOML file each; this folder is their registry. It says what a device is and what was measured of it, not what runs
+there.
 
 A file holds the data sheet's figures, the links to other devices, the price of an hour, the source of each, and under `[measured]`
 the coefficients by which kernels fall short of the data sheet. Another device is another file here, or anywhere, named by its path.
@@ -7,7 +8,7 @@ the coefficients by which kernels fall short of the data sheet. Another device i
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ SIZES = ("fp16", "fp8", "int8")
 """Precisions of arithmetic that a device may have a peak rate for; fp16 stands for bf16 too, and each has it."""
 
 
+KEYS = {
+    *("about", "profiles", "processors", "clock_ghz", "memory_mib", "bandwidth_gb_s", "price_usd_hour", "node"),
+    *("peak_tflops", "links", "measured", "sources"),
+}
+"""What a device's file says; `profiles` may be left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins devices. `span`: the most devices of a node that it joins, 0 for a link between nodes. Bytes per second: `bandwidth`
-    from one device to another; `ring` what each device of a ring sends and receives (NCCL's bus bandwidth); `node_ring` the same for
-    rings through nodes of 4 devices and more, which may share several network cards. `latency_s` of a message; `collective_s` of an
-    all-reduce whose ranks are launched one by one and wait for each other, `step_s` of one whose ranks are in step.
+    """What joins devices. `span`: the most devices of a node that it joins, 0 for a link between nodes. Bytes per second:
+    `bandwidth` from one device to another; `ring` what each device of a ring sends and receives (NCCL's bus bandwidth);
+    `node_ring` the same for rings through nodes of 4 devices and more, which may share several network cards. `latency_s` of a
+    message; `collective_s` of an all-reduce whose ranks are launched one by one and wait for each other, `step_s` of one whose
+    ranks are in step.
     """
 
     span: int
@@ -96,7 +105,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Hardware:
-    """The device `name`, or the one in the TOML file of that path. Raises ValueError naming the nearest, or what is wrong in the file."""
+    """The device `name`, or the one in the TOML file of that path. Raises ValueError naming the nearest, or what is wrong in the
+    file."""
     file = Path(name) if name.endswith(".toml") else Path(__file__).parent / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
         raise ValueError(f"unknown hardware {name!r}{nearest(name, names())}; known: {', '.join(names())}, or the path of a .toml")
@@ -144,12 +154,12 @@ def _read(found: Mapping[str, Any], name: str) -> Hardware:
             *(number(table, key, where, 1e-6) for key in ("latency_us", "collective_us", "step_us")),
         )
 
-    known = {"about", "profiles", "processors", "clock_ghz", "memory_mib", "bandwidth_gb_s", "price_usd_hour", "node"}
-    for key in found.keys() - known - {"peak_tflops", "links", "measured", "sources"}:
-        raise ValueError(f"{key!r} is not known{nearest(key, known)}")
+    for key in found.keys() - KEYS:
+        raise ValueError(f"{key!r} is not known{nearest(key, KEYS)}")
     measured = found["measured"]
-    in_us = {"kernel_s": "kernel_us", "wave_s": "wave_us", "attention_s": "attention_us", "split_s": "split_us"}
-    coefficients = [field.name for field in fields(Measured) if field.name != "source"]
+    coefficients = {name: number(measured, name, " in measured") for name in ("compute", "bandwidth", "attention")}
+    for name in ("kernel", "wave", "attention", "split"):
+        coefficients[f"{name}_s"] = number(measured, f"{name}_us", " in measured", 1e-6)
     peak = {size: number(found["peak_tflops"], size, " in peak_tflops", 1e12) for size in found["peak_tflops"]}
     if "fp16" not in peak or not peak.keys() <= set(SIZES):
         raise ValueError(f"peak_tflops has {', '.join(peak)}; expected fp16, and any of {', '.join(SIZES)}")
@@ -165,9 +175,6 @@ def _read(found: Mapping[str, Any], name: str) -> Hardware:
         int(number(found, "node", "")),
         peak,
         {key: link(table, f" in links.{key}") for key, table in found["links"].items()},
-        Measured(
-            *(number(measured, in_us.get(key, key), " in measured", 1e-6 if key in in_us else 1.0) for key in coefficients),
-            source=str(measured["source"]),
-        ),
+        Measured(**coefficients, source=str(measured["source"])),
         {key: str(value) for key, value in found["sources"].items()},
     )
