@@ -111,7 +111,7 @@ def elementwise(device: Hardware, name: str, tokens: int, width: float) -> Cost:
     """The kernel `name` of `ELEMENTWISE` over `tokens` rows of `width` fp16 numbers."""
     kernel = ELEMENTWISE[name]
     moved = kernel.passes * width * 2.0 * tokens
-    memory = moved / (device.bandwidth * device.measured.bandwidth)
+    memory = moved / (device.bandwidth * device.measured.stream)
     issue = moved / (device.processors * device.clock * kernel.bytes_per_clock)
     seconds = (kernel.floor_s**OVERLAP + max(memory, issue) ** OVERLAP) ** (1 / OVERLAP)
     return Cost(seconds, bandwidth_s=moved / device.bandwidth, launch_s=kernel.floor_s)
@@ -128,7 +128,7 @@ class Attention:
         measured, self.masked = device.measured, masked
         self._launch_s, self._split_s = measured.attention_s, measured.split_s
         self._compute_s, self._read_s = 4 * heads * head_dim / device.peak["fp16"], kv_bytes / device.bandwidth
-        self._pair_s, self._token_s = self._compute_s / measured.attention, self._read_s / measured.bandwidth
+        self._pair_s, self._token_s = self._compute_s / measured.attention, self._read_s / measured.stream
         # Tokens whose tiles occupy all processors: each KV head has tiles of TALL queries of its heads.
         self._enough = device.processors // kv_heads * TALL * kv_heads / heads
 

@@ -46,13 +46,15 @@ class Link:
 class Measured:
     """How kernels fall short of the data sheet. Each is one physical quantity; `source` says what it was fitted to, and how well.
 
-    `compute`, `bandwidth`: the share of the peak rates that a large matrix product sustains. `kernel_s`: a kernel's own latency;
-    `wave_s`: filling and draining the pipeline once per wave of tiles. `attention`: the share of peak fp16 that prefill attention
-    sustains; `attention_s`: its latency; `split_s`: splitting the KV among processors and merging what they found.
+    `compute`, `bandwidth`: the share of the peak rates that a large matrix product sustains; `stream`: of the bandwidth, that
+    reading rows or KV in order does. `kernel_s`: a kernel's own latency; `wave_s`: filling and draining the pipeline once per
+    wave of tiles. `attention`: the share of peak fp16 that prefill attention sustains; `attention_s`: its latency; `split_s`:
+    splitting the KV among processors and merging what they found.
     """
 
     compute: float
     bandwidth: float
+    stream: float
     kernel_s: float
     wave_s: float
     attention: float
@@ -157,9 +159,9 @@ def _read(found: Mapping[str, Any], name: str) -> Hardware:
     for key in found.keys() - KEYS:
         raise ValueError(f"{key!r} is not known{nearest(key, KEYS)}")
     measured = found["measured"]
-    coefficients = {name: number(measured, name, " in measured") for name in ("compute", "bandwidth", "attention")}
-    for name in ("kernel", "wave", "attention", "split"):
-        coefficients[f"{name}_s"] = number(measured, f"{name}_us", " in measured", 1e-6)
+    coefficients = {what: number(measured, what, " in measured") for what in ("compute", "bandwidth", "stream", "attention")}
+    for what in ("kernel", "wave", "attention", "split"):
+        coefficients[f"{what}_s"] = number(measured, f"{what}_us", " in measured", 1e-6)
     peak = {size: number(found["peak_tflops"], size, " in peak_tflops", 1e12) for size in found["peak_tflops"]}
     if "fp16" not in peak or not peak.keys() <= set(SIZES):
         raise ValueError(f"peak_tflops has {', '.join(peak)}; expected fp16, and any of {', '.join(SIZES)}")
