@@ -6,6 +6,7 @@ import pytest
 
 from stallfree.cli.perf import parse
 from stallfree.engine import calibrate
+from stallfree.perf import hardware, shape
 from stallfree.perf.fitted import Fitted
 
 QUESTION = ("perf", "--model", "llama2-7b", "--hardware", "a100-80g", "--tp", "1", "--shape", "32@2048,512")
@@ -70,6 +71,11 @@ def test_this_cpu_is_what_its_calibration_says(stallfree, tmp_path, monkeypatch)
     assert 0 == code
     assert model.seconds([(100, 1)] * 3 + [(0, 64)]) == json.loads(out)["seconds"]
     assert "small.gguf on this machine, as calibrated" in stallfree("perf", "--hardware", "this-cpu", "--model", "small")[1]
+
+
+@pytest.mark.parametrize(("what", "known"), [("hardware", hardware.names()), ("models", shape.names())])
+def test_what_there_are_prices_for_is_listed(stallfree, what, known):
+    assert known == [row["name"] for row in json.loads(stallfree("list", what, "--json")[1])]
 
 
 @pytest.mark.parametrize(
