@@ -7,7 +7,7 @@ the coefficients by which kernels fall short of the data sheet. Another device i
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -133,7 +133,7 @@ def profiled(name: str) -> Hardware:
     return load(known[name])
 
 
-def nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """What to add to a message about an unknown name: the known one that is nearest, if any is near."""
     near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
