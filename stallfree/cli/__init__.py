@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stallfree.cli import bench, calibrate, chat, demo, explain, generate, listing, models, replay, serve
+from stallfree.cli import bench, calibrate, chat, demo, explain, generate, listing, models, perf, replay, serve
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -23,6 +23,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("explain")(explain.explain)
 app.command("replay")(replay.replay)
 app.add_typer(bench.app, name="bench")
+app.add_typer(perf.app, name="perf")
 app.command("demo")(demo.demo)
 app.command("list")(listing.listing)
 

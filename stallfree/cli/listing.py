@@ -11,10 +11,12 @@ from stallfree.cli import options
 class What(StrEnum):
     policies = "policies"
     executors = "executors"
+    hardware = "hardware"
+    models = "models"
 
 
 def listing(what: What, as_json: options.Json = False) -> None:
-    """List the policies or the executors, each with its first line of documentation."""
+    """List policies, executors, or the hardware and models that `stallfree perf` has prices for, each with what it is."""
     if what is What.policies:
         import importlib
 
@@ -24,6 +26,15 @@ def listing(what: What, as_json: options.Json = False) -> None:
             n: _first_sentence(importlib.import_module(f"stallfree.policies.{n.replace('-', '_')}").__doc__)
             for n in policies.names()
         }
+    elif what is What.hardware:
+        from stallfree.perf import hardware
+
+        rows = {name: hardware.load(name).about for name in hardware.names()}
+    elif what is What.models:
+        from stallfree.perf import shape
+
+        built_in = {name: shape.load(name) for name in shape.names()}
+        rows = {n: f"{m.parameters / 1e9:.1f} billion parameters, {m.layers} layers" for n, m in built_in.items()}
     else:
         from stallfree.engine.assemble import EXECUTORS
 

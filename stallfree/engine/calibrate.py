@@ -71,6 +71,28 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
         return None
 
 
+def latest(folder: Path, model: str | None = None) -> tuple[Fitted, str]:
+    """The calibration that was remembered last on this machine, and the name of its model's file; of those whose name `model` is
+    in, if it is given. Raises ValueError if there is none.
+    """
+    found: list[tuple[float, Fitted, str]] = []
+    for file in folder.glob("*.json"):
+        try:
+            key = json.loads(file.read_text())["of"]
+            name = str(key["model"][0])
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue
+        if machine().items() <= key.items() and (model is None or model.lower() in name.lower()):
+            fitted = remembered(key, folder)
+            if fitted is not None:
+                found.append((file.stat().st_mtime, fitted, name))
+    if not found:
+        of = "" if model is None else f" of a model named {model!r}"
+        raise ValueError(f"this machine has no calibration{of}; `stallfree calibrate` makes one")
+    _, fitted, name = max(found, key=lambda one: one[0])
+    return fitted, name
+
+
 def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path) -> Path:
     """Keep `model` for `key`; where it is kept. A disk that is full costs the next start some seconds, and a line here."""
     file = _file(key, folder)

@@ -1,0 +1,184 @@
+"""`stallfree perf`: what an iteration costs on a device, kernel by kernel, and `stallfree perf check`: how far that can be
+believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stallfree.cli import options
+
+if TYPE_CHECKING:
+    from stallfree.perf.hardware import Hardware
+    from stallfree.perf.roofline import Roofline
+    from stallfree.perf.shape import Sharded
+
+app = typer.Typer(invoke_without_command=True, help="Price an iteration, or hold the prices against measured kernels.")
+
+THIS_CPU = "this-cpu"
+_PART = re.compile(r"(?:(?P<decodes>\d+)@(?P<context>\d+)|(?:(?P<start>\d+)\+)?(?P<count>\d+))")
+_GRAMMAR = (
+    "write 32@2048 for 32 decodes with 2,048 tokens before each, 512 for a first chunk, 4096+512 for one after 4,096; 32@2048,512"
+)
+
+
+@app.callback()
+def perf(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A built-in name, or a config.json of Hugging Face's.", show_default=False)
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="A device, the path of a .toml, or this-cpu as it was calibrated.")] = "a100-80g",
+    tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallelism.")] = 1,
+    shape: Annotated[
+        str, typer.Option(help="32@2048: 32 decodes at 2,048 tokens; 512: a first chunk; 4096+512: one after 4,096 tokens.")
+    ] = "32@2048,512",
+    weights: Annotated[str, typer.Option(help="fp16, fp8, int8 or int4.")] = "fp16",
+    kv: Annotated[str, typer.Option(help="fp16 or fp8.")] = "fp16",
+    engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
+    node: Annotated[int | None, typer.Option(help="Devices used of each node.", show_default="all it has")] = None,
+    network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Price one iteration, operator by operator, beside what holds each up: compute, bandwidth, link or launch."""
+    if context.invoked_subcommand is not None:
+        return
+    with _mistakes():
+        work = parse(shape)
+        if hardware == THIS_CPU:
+            _this_cpu(model, work, as_json)
+            return
+        from stallfree.perf import hardware as devices
+        from stallfree.perf import shape as models
+        from stallfree.perf.roofline import Roofline
+
+        if model is None:
+            raise ValueError(f"which model? --model takes one of {', '.join(models.names())}, or the path of a config.json")
+        device = devices.load(hardware)
+        sharded = models.Sharded(models.load(model), tp, pp, weights, kv)
+        cost = Roofline(device, sharded, engine, node=node, network=network)
+        room = sharded.kv_tokens(device.memory)
+        held = sum(start + count for start, count in work)
+        if held > room:
+            raise ValueError(f"the KV of {held:,} tokens does not fit beside the weights, {room:,} do; take fewer, or --kv fp8")
+    longest = max(start + count for start, count in work)
+    if longest > sharded.model.context:
+        typer.echo(
+            f"note: {sharded.model.name} was made for {sharded.model.context:,} tokens, this is priced at {longest:,}", err=True
+        )
+    _price(device, sharded, cost, work, room, as_json)
+
+
+def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[int, int]], room: int, as_json: bool) -> None:
+    seconds, tokens = cost.seconds(work), sum(count for _, count in work)
+    dollars = device.price * sharded.tp * sharded.pp * seconds / 3600 / tokens * 1e6
+    operators = cost.operators(work)
+    if as_json:
+        rows = [
+            {"operator": op.name, "times": op.count, "seconds": op.count * op.cost.seconds}
+            | {"limit": op.cost.limit[0] if op.cost.limit[1] else None, "limit_seconds": op.count * op.cost.limit[1]}
+            for op in operators
+        ]
+        found = {"seconds": seconds, "stages": cost.stages(work), "tokens": tokens, "dollars_per_million_tokens": dollars}
+        found |= {"weight_bytes": sharded.weight_bytes, "kv_bytes_per_token": sharded.kv_bytes_per_token, "kv_tokens": room}
+        typer.echo(json.dumps(found | {"operators": rows}))
+        return
+    from rich.console import Console
+
+    from stallfree.cli.measuring import grid
+
+    lines = [("operator", "times", "ms", "share", "limit", "ms at the limit", "reached")]
+    for op in operators:
+        took, (limit, least) = op.count * op.cost.seconds, op.cost.limit
+        at_limit = (limit, f"{1000 * op.count * least:.3f}", f"{least / op.cost.seconds:.0%}") if least else ("", "", "")
+        lines.append((op.name, str(op.count), f"{1000 * took:.3f}", f"{took / seconds:.1%}", *at_limit))
+    Console().print(grid(lines))
+    devices = f"{sharded.tp * sharded.pp} x {device.name}" if sharded.tp * sharded.pp > 1 else device.name
+    typer.echo(f"{sharded.model.name} on {devices}: {1000 * seconds:.2f} ms, {tokens:,} tokens, ${dollars:.3f} per million of them")
+    if sharded.pp > 1:
+        typer.echo(f"stages: {', '.join(f'{1000 * stage:.2f}' for stage in cost.stages(work))} ms")
+    typer.echo(f"engine: {cost.engine.about}")
+    typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and the KV of {room:,} tokens in 90 % of its memory")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
+    as_json: options.Json = False,
+) -> None:
+    """Hold the model against measured kernels: the error of each operator in each file, and of each kind of operator over all
+    files."""
+    from stallfree.perf.profiles import KINDS, Error, by, read
+
+    with _mistakes():
+        points, others = read(folder)
+        files = {key: Error.of(found) for key, found in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
+        kinds = {kind: Error.of(found) for kind, found in by(points, lambda point: KINDS[point.operator]).items()}
+    if as_json:
+        rows = [dict(zip(("file", "operator"), key.split("\t"), strict=True)) | asdict(error) for key, error in files.items()]
+        typer.echo(json.dumps({"operators": rows, "kinds": {kind: asdict(error) for kind, error in kinds.items()}}))
+        return
+    from rich.console import Console
+
+    from stallfree.cli.measuring import grid
+
+    def cells(error: Error) -> tuple[str, ...]:
+        return str(error.points), f"{error.median:.1%}", f"{error.p90:.1%}", f"{error.bias:+.1%}"
+
+    lines: list[tuple[str, ...]] = [("file", "operator", "points", "median", "P90", "signed median")]
+    lines += [(*key.split("\t"), *cells(error)) for key, error in files.items()]
+    lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
+    Console().print(grid(lines))
+    for file in others:
+        typer.echo(f"not looked at, since its columns are of no profile: {file}", err=True)
+
+
+def parse(text: str) -> list[tuple[int, int]]:
+    """(start, count) of each piece of work in words such as 32@2048,512,4096+512. Raises ValueError that says what to write."""
+    work: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"{part!r} in the shape {text!r} is not understood; {_GRAMMAR}")
+        if match["decodes"] is not None:
+            work += [(int(match["context"]), 1)] * int(match["decodes"])
+        elif int(match["count"]):
+            work.append((int(match["start"] or 0), int(match["count"])))
+    if not work:
+        raise ValueError(f"the shape {text!r} holds no tokens; {_GRAMMAR}")
+    return work
+
+
+def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> None:
+    """What the calibration of this machine says: prices of what an iteration has, not of kernels."""
+    from stallfree.checkpoint.fetch import cache_folder
+    from stallfree.engine.calibrate import latest
+    from stallfree.perf.fitted import FEATURES, features
+
+    fitted, name = latest(cache_folder() / "calibration", model)
+    rows = {what: price * amount for what, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
+    seconds = fitted.seconds(work)
+    if as_json:
+        typer.echo(json.dumps({"seconds": seconds, "model": name, "features": rows}))
+        return
+    for what, took in rows.items():
+        typer.echo(f"{what:<18}{1000 * took:9.2f} ms {took / seconds:6.1%}")
+    typer.echo(f"{name} on this machine, as calibrated: {1000 * seconds:.2f} ms, {sum(count for _, count in work):,} tokens")
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """What was asked for and cannot be is the asker's mistake: one line, and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,269 @@
+"""What an iteration takes, from the device's data sheet and the model's dimensions: the sum of its kernels, and the engine around
+them.
+
+The linear part of a layer depends on the iteration's tokens alone and is remembered by their number; attention on a few sums over
+the shape. It knows no clock and no requests, and learns nothing: a model of another machine cannot be corrected by this one.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stallfree.core.plan import Shape
+from stallfree.perf import kernels
+from stallfree.perf.hardware import Hardware, nearest
+from stallfree.perf.kernels import Attention, Cost
+from stallfree.perf.shape import Sharded
+
+QUANTUM = 64
+"""Tokens to whose multiples `room` keeps an iteration: the height of the smallest tile of matrix products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` for each piece of work,
+    and `workers_s` for messages to more than one device. Launching a layer's kernels: `layer_s`, and `layer_sequence_s` for each
+    piece of work; a layer whose kernels are quicker waits for that. `in_step`: collectives start together on all ranks; `masked`:
+    see `Attention`.
+    """
+
+    about: str
+    iteration_s: float
+    sequence_s: float
+    workers_s: float
+    layer_s: float
+    layer_sequence_s: float
+    in_step: bool
+    masked: float
+
+
+ENGINES = {
+    "graph": Engine(
+        # Schedule, sampling, input preparation and output processing of the 2024 reference engine: vidur, cpu_overheads, medians
+        # on A100, Llama-2-7B on one device.
+        "CUDA graphs, attention that skips the mask",
+        iteration_s=0.9e-3,
+        sequence_s=0.04e-3,
+        workers_s=0.0,
+        layer_s=0.0,
+        layer_sequence_s=0.0,
+        in_step=True,
+        masked=0.0,
+    ),
+    "eager-2024": Engine(
+        # Host: the same source, CodeLlama-34B on two devices; workers are Ray's. Layers: Yi-34B, TP2, A100 PCIe (Sarathi-Serve,
+        # artifact of OSDI'24, figure 2): 46.8 ms for one decode in 60 layers, and about 1.1 ms for each further one up to 128,
+        # which neither their KV (1,020 tokens each) nor the host accounts for.
+        "kernels launched one by one from Python, as by research engines of early 2024",
+        iteration_s=1.5e-3,
+        sequence_s=0.05e-3,
+        workers_s=6.3e-3,
+        layer_s=0.7e-3,
+        layer_sequence_s=18e-6,
+        in_step=False,
+        masked=1.0,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A kernel of an iteration: its name, how many times it runs one after the other, and what each time costs."""
+
+    name: str
+    count: int
+    cost: Cost
+
+
+class Sums(NamedTuple):
+    """What the price of an iteration depends on: pieces of work, tokens; decodes and the KV before them; tokens in chunks, the KV
+    before them, and their pairs of query and key.
+    """
+
+    requests: int
+    tokens: int
+    decodes: int
+    context: int
+    chunked: int
+    cached: int
+    pairs: float
+
+
+class Roofline:
+    """The cost model of `sharded` on `device`s; `engine` is one of `ENGINES`. `node`: devices of a node that are used, None for
+    all it has; `network`: the link between nodes, None for the device's first. Raises ValueError for what cannot be joined.
+
+    Tensor-parallel groups lie within a node where they fit; pipeline stages follow each other in the same node while it has room.
+    """
+
+    def __init__(
+        self, device: Hardware, sharded: Sharded, engine: str = "graph", *, node: int | None = None, network: str | None = None
+    ):
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
+        if node is not None and not 1 <= node <= device.node:
+            raise ValueError(f"a node of {device.name} has {device.node} devices, so {node} of it cannot be used")
+        model, tp = sharded.model, sharded.tp
+        self.device, self.sharded, self.engine = device, sharded, ENGINES[engine]
+        used = node or device.node
+        self._per_node = min(tp, used)
+        self._ring = device.link(tp, self._per_node, network) if tp > 1 else None
+        # From each stage to the next: in one node if the last device of the next is in the node of the first of this.
+        same = [(stage + 2) * tp <= (stage * tp // used + 1) * used for stage in range(sharded.pp - 1)]
+        self._sends = [device.link(2 * tp, used) if here else device.link(used + 1, used, network) for here in same]
+        self._attention = Attention(
+            device, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, self.engine.masked
+        )
+        self._num_layers = model.layers
+        self._host_s = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
+        # By the iteration's tokens: what a layer takes without attention, and what comes before the layers; by its rows of
+        # logits: after.
+        self._layers: dict[int, float] = {}
+        self._befores: dict[int, float] = {}
+        self._afters: dict[int, float] = {}
+
+    def seconds(self, shape: Shape) -> float:
+        """From the first stage's begin to the last one's end, the host's part before them included; that alone for no work."""
+        return self._seconds(self._sums(shape)) if shape else self._host_s
+
+    def stages(self, shape: Shape) -> list[float]:
+        """Seconds of each pipeline stage, which together are `seconds`: the host's part and the embedding are in the first, the
+        sends each in the one that sends, the LM head in the last.
+        """
+        sums = self._sums(shape)
+        layer = self._layer(sums)
+        found = [layers * layer + send for layers, send in zip(self.sharded.stages, [*self.sends(sums.tokens), 0.0], strict=True)]
+        before, after = self._ends(sums)
+        found[0] += before
+        found[-1] += after
+        return found
+
+    def sends(self, tokens: int) -> list[float]:
+        """Seconds of sending the activations of `tokens` from each pipeline stage to the next; empty without a next one."""
+        return [kernels.send(link, self._activations(tokens)).seconds for link in self._sends]
+
+    def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
+        sums = self._sums(shape)
+
+        def within(count: int) -> bool:
+            return self._seconds(self._with(sums, start, count)) <= limit
+
+        def largest(counts: Sequence[int]) -> int:
+            return bisect_left(counts, True, key=lambda count: not within(count))
+
+        if most < 1 or within(most):
+            return max(0, most)
+        whole = range(QUANTUM - sums.tokens % QUANTUM, most, QUANTUM)
+        found = largest(whole)
+        return whole[found - 1] if found else largest(range(1, min(most, whole.start) if whole else most))
+
+    def learn(self, shape: Shape, seconds: float) -> None:
+        """Nothing: what the device and the model are does not change."""
+
+    def operators(self, shape: Shape) -> list[Operator]:
+        """Every kernel of the iteration in the order of a layer, and what the engine adds; they add up to `seconds`."""
+        engine, layers = self.engine, self._num_layers
+        tokens, requests = sum(count for _, count in shape), len(shape)
+        found = [Operator("host", 1, Cost(self._host_s + engine.sequence_s * requests))]
+        found.append(Operator("embedding", 1, self._embedding(tokens)))
+        inside = [*self._linear(tokens), *self._attentions(shape)]
+        found += [Operator(op.name, op.count * layers, op.cost) for op in inside]
+        waiting = self._launching(requests) - sum(op.count * op.cost.seconds for op in inside)
+        if waiting > 0:
+            found.append(Operator("waiting for launches", layers, Cost(waiting, launch_s=waiting)))
+        found += [Operator("send", 1, kernels.send(link, self._activations(tokens))) for link in self._sends]
+        found += self._head(requests)
+        return found
+
+    def _sums(self, shape: Shape) -> Sums:
+        """All that the price of an iteration depends on. One pass, for a simulation does this for every iteration."""
+        decodes = context = chunked = cached = 0
+        pairs = 0.0
+        for start, count in shape:
+            if count == 1:
+                decodes += 1
+                context += start
+            else:
+                chunked += count
+                cached += start
+                pairs += self._attention.pairs(start, count)
+        return Sums(len(shape), decodes + chunked, decodes, context, chunked, cached, pairs)
+
+    def _with(self, sums: Sums, start: int, count: int) -> Sums:
+        """The sums with one piece of work more."""
+        requests, tokens, decodes, context, chunked, cached, pairs = sums
+        if count == 1:
+            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunked, cached, pairs)
+        more = pairs + self._attention.pairs(start, count)
+        return Sums(requests + 1, tokens + count, decodes, context, chunked + count, cached + start, more)
+
+    def _seconds(self, sums: Sums) -> float:
+        between = sum(self.sends(sums.tokens)) if self._sends else 0.0
+        return sum(self._ends(sums)) + self._num_layers * self._layer(sums) + between
+
+    def _layer(self, sums: Sums) -> float:
+        requests, tokens, decodes, context, chunked, cached, pairs = sums
+        layer = self._layers.get(tokens)
+        if layer is None:
+            layer = self._layers[tokens] = sum(op.count * op.cost.seconds for op in self._linear(tokens))
+        if decodes:
+            layer += self._attention.decodes(context)
+        if chunked:
+            layer += self._attention.chunks(chunked, cached, pairs)
+        launching = self._launching(requests)
+        return layer if layer > launching else launching
+
+    def _ends(self, sums: Sums) -> tuple[float, float]:
+        """Seconds before the first layer and after the last."""
+        requests, tokens = sums[:2]
+        before, after = self._befores.get(tokens), self._afters.get(requests)
+        if before is None:
+            before = self._befores[tokens] = self._embedding(tokens).seconds
+        if after is None:
+            after = self._afters[requests] = sum(op.cost.seconds for op in self._head(requests))
+        return self._host_s + self.engine.sequence_s * requests + before, after
+
+    def _launching(self, requests: int) -> float:
+        return self.engine.layer_s + self.engine.layer_sequence_s * requests
+
+    def _linear(self, tokens: int) -> Iterator[Operator]:
+        """The kernels of one layer on one device that depend on the number of tokens alone."""
+        device, sharded, model = self.device, self.sharded, self.sharded.model
+        yield Operator("norm", 2, kernels.elementwise(device, "norm", tokens, model.hidden))
+        for matrix in sharded.layer():
+            yield Operator(matrix.name, 1, kernels.matmul(device, tokens, matrix))
+        if not model.positions:
+            turned = (sharded.heads + sharded.kv_heads) * model.head_dim
+            yield Operator("rope", 1, kernels.elementwise(device, "rope", tokens, turned))
+        channels = model.active_experts * model.ffn // sharded.tp
+        yield Operator(
+            "activation", 1, kernels.elementwise(device, "gated activation" if model.gated else "activation", tokens, channels)
+        )
+        yield Operator("add", 2, kernels.elementwise(device, "add", tokens, model.hidden))
+        if self._ring is not None:
+            size = self._activations(tokens)
+            cost = kernels.all_reduce(self._ring, sharded.tp, self._per_node, size, self.engine.in_step)
+            yield Operator("all-reduce", 1 if model.parallel else 2, cost)
+
+    def _attentions(self, shape: Shape) -> Iterator[Operator]:
+        _, _, decodes, context, chunked, cached, pairs = self._sums(shape)
+        if decodes:
+            yield Operator("attention, decodes", 1, self._attention.cost_of_decodes(decodes, context))
+        if chunked:
+            yield Operator("attention, chunks", 1, self._attention.cost_of_chunks(chunked, cached, pairs))
+
+    def _embedding(self, tokens: int) -> Cost:
+        return kernels.elementwise(self.device, "embedding", tokens, self.sharded.model.hidden)
+
+    def _head(self, requests: int) -> list[Operator]:
+        """Logits of one row for each piece of work, and their parts brought together."""
+        found = [Operator("lm head", 1, kernels.matmul(self.device, requests, self.sharded.head()))]
+        if self._ring is not None:
+            size = 2.0 * requests * self.sharded.head().rows * (self.sharded.tp - 1)
+            found.append(Operator("gather logits", 1, kernels.send(self._ring, size)))
+        return found
+
+    def _activations(self, tokens: int) -> float:
+        """Bytes of what is between two layers."""
+        return 2.0 * tokens * self.sharded.model.hidden
