@@ -1,9 +1,9 @@
 """Short time slices, so that an iteration does not wait its turn in every operator when something else wants the machine.
 
 An operator is done when all of its threads are, and an iteration has hundreds. Where another process keeps a core busy, a thread
-that has waited for its operator to begin would be let in only when that process' slice of some milliseconds is over. Linux (from
-6.12 on) lets a thread ask for slices of its own length, and lets one with a short slice in before one with a long slice has used its
-up; shares of the machine stay as they were. It takes no privileges. This module knows of threads, and nothing of what they do.
+whose operator begins is let in only when that process' slice of some milliseconds is over. Linux lets a thread ask for slices of
+its own length (from 6.12 on), and lets one with a short slice in before one with a long slice has used its up; shares of the
+machine stay as they were. It takes no privileges. This module knows of threads, and nothing of what they do.
 """
 
 import ctypes
