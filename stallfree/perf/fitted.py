@@ -101,6 +101,9 @@ class Fitted:
     def seconds(self, shape: Shape) -> float:
         return self.pace * _product(self.prices, features(shape))
 
+    def batch(self, decodes: int, context: int, chunks: Shape) -> float:
+        return self.pace * _product(self.prices, _row(decodes, context, chunks))
+
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
         _, per_token, _, per_context, per_pair, per_row = prices
@@ -145,16 +148,21 @@ class Fitted:
 
 def features(shape: Shape) -> Row:
     """The `FEATURES` of an iteration, counted in `SCALE`."""
-    tokens = decoding = prefilling = 0
-    pairs = 0.0
-    for start, count in shape:
-        tokens += count
-        if count == 1:
-            decoding += start
+    decodes = context = 0
+    chunks = []
+    for piece in shape:
+        if piece[1] == 1:
+            decodes += 1
+            context += piece[0]
         else:
-            prefilling += start
-            pairs += count * (start + (count + 1) / 2)
-    found = (1, tokens, decoding, prefilling, pairs, len(shape))
+            chunks.append(piece)
+    return _row(decodes, context, chunks)
+
+
+def _row(decodes: int, context: int, chunks: Shape) -> Row:
+    tokens = decodes + sum([count for _, count in chunks])
+    pairs = sum([count * (start + (count + 1) / 2) for start, count in chunks])
+    found = (1, tokens, context, sum([start for start, _ in chunks]), pairs, decodes + len(chunks))
     return [value / scale for value, scale in zip(found, SCALE, strict=True)]
 
 

@@ -21,6 +21,9 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
 from stallfree.perf.fitted import Errors, Fitted
+from stallfree.sim.cluster import serve
+from stallfree.sim.replica import Replica, script
+from stallfree.sim.routers import round_robin
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,12 @@ class Machine:
         self.model = Fitted.fit(samples)
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
-        self._speed = [_ratio(self.model, r) for r in records]
+        self._slowness = [_ratio(self.model, r) for r in records]
         busy = [b.t_plan - a.t_end for a, b in pairwise(records) if a.num_running + a.num_waiting]
         self.between_s = max(0.0, median(busy)) if busy else 0.0
 
-    def seconds(self, plan: Plan) -> float:
-        moment = max(0, bisect_right(self._since, plan.now) - 1)
-        return self.model.seconds(plan.shape) * self._speed[moment]
+    def slowness(self, moment: float) -> float:
+        return self._slowness[max(0, bisect_right(self._since, moment) - 1)]
 
 
 def what_if(
@@ -128,31 +130,18 @@ def what_if(
     scheduler = Scheduler(_policy(policy, slo, options, state), replace(run.capacity, depth=1), run.limits, reuse=run.reuse)
     lost = {f.id: r.t_plan for r in records for f in r.finished if f.reason in ("abort", "error")}
     served = _served(run, records, {a.id for r in records for a in r.arrived} - lost.keys())
-    coming = deque(sorted((one.request for one in served.values()), key=lambda request: request.arrival))
-    going = deque(sorted((at, id) for id, at in lost.items()))
-    now = records[0].t_plan
-    arrived: list[Request] = []
-    ended: list[Request] = []
     made: list[StepRecord] = []
-    while coming or scheduler.requests:
-        while coming and coming[0].arrival <= now:
-            arrived.append(coming[0])
-            scheduler.submit(coming.popleft())
-        while going and going[0][0] <= now:
-            gone = scheduler.abort(going.popleft()[1])
-            ended += [] if gone is None else [gone]
-        plan = scheduler.schedule(now)
-        if plan.work:
-            started, now = now, now + machine.seconds(plan)
-            result = StepResult(plan.step, _sampled(plan, served), now - started)
-            ended += scheduler.complete(plan, result, now)
-            made.append(StepRecord.of(plan, result, scheduler, (started, started, now), arrived, ended))
-            arrived, ended = [], []
-            now += machine.between_s
-        elif coming or going:
-            now = min([request.arrival for request in list(coming)[:1]] + [at for at, _ in list(going)[:1]])
-        elif scheduler.requests:
-            raise ValueError(f"policy {policy!r} plans no work for {len(scheduler.requests)} requests; they would wait for ever")
+    replica = Replica(
+        scheduler,
+        machine.model,
+        record=made.append,
+        begin=records[0].t_plan,
+        between_s=machine.between_s,
+        slowness=machine.slowness,
+    )
+    coming = [script(one.request, one.answer) for one in served.values()]
+    coming.sort(key=lambda request: request.arrival)
+    serve(coming, [replica], round_robin(), sorted((at, id) for id, at in lost.items()))
     return made
 
 
@@ -199,6 +188,12 @@ class _Served:
     request: Request
     tokens: _Tokens
     stop_after: int
+
+    @property
+    def answer(self) -> list[int]:
+        length = len(self.tokens)
+        found = [self.tokens.at(length + number) for number in range(self.stop_after or self.request.max_tokens)]
+        return [*found[:-1], STOP] if self.stop_after else found
 
 
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
