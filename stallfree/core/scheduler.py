@@ -240,19 +240,22 @@ class Scheduler:
             raise ValueError(f"{steps} steps are not the beginning of the stretch that is planned")
         self._stretch = None
         self.step += steps
-        stretch.advance(self.pool, steps, tokens)
-        done: list[Request] = []
-        for request in stretch.sampling:
+        ending: list[tuple[Request, str]] = []
+        for request, sampled in zip(stretch.sampling, tokens, strict=True):
             output = request.output
-            if len(output) == 1:
+            if not output:
                 request.first_token = now
             request.last_token = now
-            if output[-1] in request.stop_ids and len(output) > request.min_tokens:
-                self._finish(request, "stop")
+            output += sampled
+            request.num_tokens += steps
+            if sampled[-1] in request.stop_ids and len(output) > request.min_tokens:
+                ending.append((request, "stop"))
             elif len(output) >= request.max_tokens:
-                self._finish(request, "length")
-            else:
-                continue
+                ending.append((request, "length"))
+        stretch.advance(self.pool, steps)
+        done: list[Request] = []
+        for request, reason in ending:
+            self._finish(request, reason)
             del self.requests[request.id]
             done.append(request)
         if done:

@@ -7,7 +7,6 @@ For those who need no tokens computed, such as a simulator. It does not know how
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stallfree.core.draft import Draft
@@ -35,12 +34,9 @@ class Stretch:
         self.most = 1 if preempted else min(most, _alike(scheduler, draft, most))
         self.grown: list[int] = []
 
-    def advance(self, pool: BlockPool, steps: int, tokens: Sequence[Sequence[int]]) -> None:
-        """Bring the requests to where they are `steps` iterations after their first was planned, before anybody ends."""
+    def advance(self, pool: BlockPool, steps: int) -> None:
+        """What is planned, computed and held is brought to where it is after `steps` iterations; the tokens are there already."""
         work = self.draft.work
-        for r, sampled in zip(self.sampling, tokens, strict=True):
-            r.output += sampled
-            r.num_tokens += steps
         if steps > 1:
             self._lengthen(pool, steps)
         for r in work:

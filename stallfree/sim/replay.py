@@ -24,6 +24,7 @@ from stallfree.perf.fitted import Errors, Fitted
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import Replica, script
 from stallfree.sim.routers import round_robin
+from stallfree.workload.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,28 +156,6 @@ def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mappin
     return policies.load(name, **chosen)
 
 
-class _Tokens(Sequence[int]):
-    """A prompt as stand-ins: in a KV block with a fingerprint every token is that number, elsewhere it is the request's `own`.
-
-    `at` a position behind the prompt is the output token there.
-    """
-
-    def __init__(self, length: int, block_size: int, prints: Sequence[int], own: int):
-        self._length, self._block_size, self._prints, self._own = length, block_size, prints, own
-
-    def __len__(self) -> int:
-        return self._length
-
-    def at(self, position: int) -> int:
-        block = position // self._block_size
-        return self._prints[block] if block < len(self._prints) else self._own
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.at(position) for position in range(*index.indices(self._length))]
-        return self.at(range(self._length)[index])
-
-
 STOP = -1
 """The token that ends a request; no fingerprint is negative, and a request's own token is below it."""
 
@@ -186,7 +165,7 @@ class _Served:
     """A request, its tokens, and after how many of output STOP comes (0: never)."""
 
     request: Request
-    tokens: _Tokens
+    tokens: Prompt
     stop_after: int
 
     @property
@@ -207,7 +186,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             raise ValueError(
                 f"request {a.id} has no fingerprints of its prompt, so what it shared is not known; record the run again"
             )
-        tokens = _Tokens(a.prompt_tokens, size, (*a.blocks, *behind.get(a.id, ())), -number)
+        tokens = Prompt(a.prompt_tokens, (*a.blocks, *behind.get(a.id, ())), -number, size)
         slo = Slo.parse(a.slo) if a.slo else None
         request = Request(a.id, tokens, a.max_tokens, stop_ids=frozenset({STOP}), arrival=a.arrival, priority=a.priority, slo=slo)
         found[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)

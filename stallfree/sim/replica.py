@@ -52,10 +52,11 @@ class Span(NamedTuple):
 
 
 class Replica:
-    """`scheduler` on a machine of `scheduler.capacity.depth` stages, each of which takes its share of an iteration's time by `cost`.
+    """`scheduler` on a machine of `scheduler.capacity.depth` stages, each of which takes an equal share of an iteration's time by
+    `cost`.
 
-    Nothing is planned before `begin`; `between_s` from an iteration's end to the next one's planning; `slowness`: what to multiply the time of an iteration with that
-    is planned at a given moment. `ended` is called with each request that ended, `record` with each record, `span` with each
+    Nothing is planned before `begin`; `between_s` pass from an iteration's end to the next one's planning; `slowness`: what to
+    multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended, `record` with each record, `span` with each
     iteration in each stage; without `record` none are made. `leap`: the most iterations at once; 1 is step by step.
 
     `due`: when it wants to be woken, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
@@ -140,10 +141,10 @@ class Replica:
         self._arrived += self._came
         self._came = []
         for id in self._leaving:
-            request = self.scheduler.abort(id)
-            if request is not None:
-                self._end(request, now)
-                self._gone.append(request)
+            gone = self.scheduler.abort(id)
+            if gone is not None:
+                self._end(gone, now)
+                self._gone.append(gone)
         self._leaving.clear()
         if self._steady:
             self._look_ahead(now)
@@ -195,8 +196,8 @@ class Replica:
                 if line.scheduled is None:
                     line.scheduled = start
                 if w.samples:
-                    done = len(request.output)
-                    tokens[w.id] = answer[done : done + 1]
+                    had = len(request.output)
+                    tokens[w.id] = answer[had : had + 1]
                     line.tokens.append(end)
         result = StepResult(plan.step, tokens, end - start)
         done = scheduler.complete(plan, result, end)
@@ -216,7 +217,7 @@ class Replica:
             return
         steps = stretch.most
         if steps > 1 and stretch.sampling:
-            steps = min(steps, min([_script(r).ends - r.num_tokens for r in stretch.sampling]))
+            steps = min(steps, min([r.sampling.ends - r.num_tokens for r in stretch.sampling]))  # type: ignore[attr-defined]
         self._moments, self._ends = moments, ends = [now], []
         between, slowness = self._between_s, self._slowness
         for _, seconds in zip(range(steps), self._seconds(stretch), strict=False):
@@ -261,7 +262,7 @@ class Replica:
                 _script(scheduler.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
-            answer, line, _ = _script(request)
+            answer, line, _ = request.sampling  # type: ignore[misc, has-type]
             had = len(request.output)
             tokens.append(answer[had : had + steps])
             line.tokens += ends
@@ -293,7 +294,19 @@ class Replica:
             first, last = number == 0, number == steps - 1
             free -= 0 if first else stretch.grown[number]
             work = tuple(
-                Work(r.id, r.num_computed - (steps - number) * count, count, r in sampling, r not in draft.chunks, (), (), None, "", (), ())
+                Work(
+                    r.id,
+                    r.num_computed - (steps - number) * count,
+                    count,
+                    r in sampling,
+                    r not in draft.chunks,
+                    (),
+                    (),
+                    None,
+                    "",
+                    (),
+                    (),
+                )
                 for r, count in draft.work.items()
             )
             plan = Plan(
@@ -302,7 +315,9 @@ class Replica:
             )  # fmt: skip
             arrived = self._arrived if first else []
             ended = [*(self._gone if first else []), *(done if last else [])]
-            record = StepRecord.of(plan, StepResult(plan.step, {}, end - begin), self.scheduler, (begin, begin, end), arrived, ended)
+            record = StepRecord.of(
+                plan, StepResult(plan.step, {}, end - begin), self.scheduler, (begin, begin, end), arrived, ended
+            )
             self._record(record if last else replace(record, num_running=running, free_blocks=free))  # type: ignore[misc]
 
     def _end(self, request: Request, t: float) -> None:

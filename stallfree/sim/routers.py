@@ -48,8 +48,8 @@ def shortest_queue() -> Router:
 
 
 def prefix_affinity() -> Router:
-    """The one to which the longest beginning of the prompt went last, in pieces of `PREFIX` tokens, unless it has many more requests
-    than the others; else the least loaded.
+    """The one to which the longest beginning of the prompt went last, in pieces of `PREFIX` tokens, unless it has many more
+    requests than the others; else the least loaded.
     """
     # A piece behind others by its number: that of the pieces before it and its own hash; a collision costs a cache miss.
     seen: dict[tuple[int, int], tuple[int, int]] = {}

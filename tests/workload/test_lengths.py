@@ -101,7 +101,7 @@ def test_a_limit_that_nothing_fits_is_said(file):
         (HEADER + "0,1\n", "line 2: output_tokens is ''"),
         (HEADER + "soon,1,1\n", "line 2: arrived_at is 'soon'"),
         (HEADER + "nan,1,1\n", "line 2: arrived_at is 'nan'"),
-        (HEADER + "1,1,1\n0,1,1\n", "line 3: arrived_at is 0, before"),
+        (HEADER + "1,1,1\n0,1,1\n", "line 3: its time, 0 s, is before"),
         (b"\xff\xfe\x00", "not a csv"),
     ],
 )
