@@ -34,7 +34,7 @@ Lengths = Annotated[
     str,
     typer.Option(
         help="Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, uniform=16..256/zipf=16..256,s=1.1; openchat or "
-        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or as BurstGPT has it; or "
+        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or BurstGPT's; or "
         "Mooncake's FILE.jsonl. Others may be mixed in: 512/128 + 5%:2000/64."
     ),
 ]

@@ -27,8 +27,9 @@ class Policy(Protocol):
 
 class Steady(Policy, Protocol):
     """A policy that says whether it is `steady`: what it plans follows from the requests' order and from what they lack, not from
-    the time, the past, or how long they have become. Then, while nobody comes, goes, ends or runs out of room, one iteration is like
-    the other, and a simulator may take many at once. A policy that does not say so is taken step by step.
+    the time, the past, how long they have become, or whether their prompts are begun. Then, while nobody comes, goes, ends or runs
+    out of room, one iteration is like the other, and a simulator may take many at once. A policy that does not say so is taken step
+    by step.
     """
 
     steady: bool

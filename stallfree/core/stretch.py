@@ -77,11 +77,11 @@ class Stretch:
 def _alike(scheduler: Scheduler, draft: Draft, most: int) -> int:
     """How many iterations in a row a steady policy would plan alike, the one in `draft` included.
 
-    It is in the same place again if every running request moved on, one prompt at the most was in the works, cut off by the token
-    limit and not yet at its end, and nobody was taken in. Who was refused then is refused again: there will not be more room.
+    It is in the same place again if every running request moved on and one prompt at the most was in the works, cut off by the
+    token limit and not yet at its end. Who was refused then is refused again: there will not be more room.
     """
     work = draft.work
-    if draft.admitted or draft.searched or len(draft.chunks) > 1 or len(work) < len(scheduler.running):
+    if draft.searched or len(draft.chunks) > 1 or len(work) < len(scheduler.running):
         return 1
     size = scheduler.pool.block_size
     for r in draft.chunks:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import CostModel
@@ -56,8 +56,9 @@ class Replica:
     `cost`.
 
     Nothing is planned before `begin`; `between_s` pass from an iteration's end to the next one's planning; `slowness`: what to
-    multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended, `record` with each record, `span` with each
-    iteration in each stage; without `record` none are made. `leap`: the most iterations at once; 1 is step by step.
+    multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended,
+    `record` with each record, `span` with each iteration in each stage; without `record` none are made. `leap`: the most
+    iterations at once; 1 is step by step.
 
     `due`: when it wants to be woken, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
     long each stage was; what they lack to `active_s` are bubbles. `iterations`: how many have ended.
@@ -262,7 +263,8 @@ class Replica:
                 _script(scheduler.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
-            answer, line, _ = request.sampling  # type: ignore[misc, has-type]
+            told: Script = request.sampling  # type: ignore[assignment]
+            answer, line, _ = told
             had = len(request.output)
             tokens.append(answer[had : had + steps])
             line.tokens += ends
@@ -287,31 +289,20 @@ class Replica:
         self, stretch: Stretch, moments: Sequence[float], ends: Sequence[float], before: tuple[int, int], done: Sequence[Request]
     ) -> None:
         """The records of the stretch's iterations; `before` the leap so many requests were running, and KV blocks free."""
-        draft, steps = stretch.draft, len(ends)
+        draft, chunks, steps = stretch.draft, stretch.draft.chunks, len(ends)
         running, free = before
         sampling = set(stretch.sampling)
         for number, (begin, end) in enumerate(zip(moments, ends, strict=True)):
             first, last = number == 0, number == steps - 1
             free -= 0 if first else stretch.grown[number]
+            behind = steps - number
             work = tuple(
-                Work(
-                    r.id,
-                    r.num_computed - (steps - number) * count,
-                    count,
-                    r in sampling,
-                    r not in draft.chunks,
-                    (),
-                    (),
-                    None,
-                    "",
-                    (),
-                    (),
-                )
+                Work(r.id, r.num_computed - behind * count, count, r in sampling, r not in chunks, (), (), None, "", (), ())
                 for r, count in draft.work.items()
             )
             plan = Plan(
-                stretch.step + number, begin, work, stretch.preempted if first else (), draft.stalled, draft.cached if first else (),
-                draft.budget, draft.reason, draft.limit_s, draft.margin,
+                stretch.step + number, begin, work, stretch.preempted if first else (), draft.stalled,
+                draft.cached if first else (), draft.budget, draft.reason, draft.limit_s, draft.margin,
             )  # fmt: skip
             arrived = self._arrived if first else []
             ended = [*(self._gone if first else []), *(done if last else [])]
@@ -327,4 +318,4 @@ class Replica:
 
 
 def _script(request: Request) -> Script:
-    return request.sampling  # type: ignore[return-value]
+    return cast(Script, request.sampling)

@@ -1,5 +1,5 @@
-"""When requests arrive, in words: `poisson`, `gamma:cv=2`, `bursts:on=10s,off=50s`, `diurnal:period=24h,swing=0.8`. It knows nothing
-of their lengths.
+"""When requests arrive, in words: `poisson`, `gamma:cv=2`, `bursts:on=10s,off=50s`, `diurnal:period=24h,swing=0.8`. It knows
+nothing of their lengths.
 
 Gaps are drawn with mean 1 and divided by the rate. Bursts and days then bend time, the same way at any rate, so that at another
 rate the same requests come in the same order, only closer.

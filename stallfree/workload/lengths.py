@@ -171,8 +171,8 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str, max_total: int | None = None) -> Self:
-        """Lengths from words, see the top; of at most `max_total` tokens, prompt and output together. Raises ValueError that says what to
-        write.
+        """Lengths from words, see the top; of at most `max_total` tokens, prompt and output together. Raises ValueError that says
+        what to write.
         """
         base, *more = _MORE.split(text)
         shares = [_share(share, text) for share in more[::2]]

@@ -1,4 +1,4 @@
-"""A prompt of which only the length is known, and perhaps what it shares with others: stand-ins for its tokens, made when asked for."""
+"""A prompt of which only the length is known, and perhaps what it shares with others: stand-ins for its tokens, made when asked."""
 
 from collections.abc import Sequence
 from typing import overload
