@@ -28,7 +28,7 @@ from stallfree.sim.simulate import simulate
 from stallfree.workload.workload import Workload
 
 COST = Fitted((0.010, 0.0042, 0.0020, 0.0020, 0.0002, 0.0004))
-"""Seconds an iteration, for 100 tokens, 10,000 of context: near llama2-7b, fp16, on an A100-80G; the trial has some 27,000 iterations."""
+"""Seconds an iteration, for 100 tokens, 10,000 of context, ...: near llama2-7b on an A100-80G; the trial has 27,000 iterations."""
 CAPACITY = Capacity(block_size=16, num_blocks=6750, max_model_len=8192)
 RATE = 2.0
 """Requests a second for each replica."""

@@ -51,10 +51,11 @@ class Workload:
 
     def draw(self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None) -> list[Arrival]:
         """As `stream`, all at once, and no more than `MOST_REQUESTS`. Raises ValueError for what cannot be drawn."""
+        coming = self.stream(rate, seed, requests=requests, duration_s=duration_s)
         asked = requests if duration_s is None or rate is None else rate * duration_s
         if self.arrivals is not None and asked is not None and asked > MOST_REQUESTS:
             raise ValueError(f"about {asked:,.0f} requests are more than the {MOST_REQUESTS:,} that can be; ask for fewer")
-        return list(self.stream(rate, seed, requests=requests, duration_s=duration_s))
+        return list(coming)
 
     def stream(
         self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None
