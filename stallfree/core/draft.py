@@ -95,7 +95,6 @@ class Draft:
             return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False
-        # The one path that runs for every stream in every iteration: `_write`, spelt out.
         self.work[request] = 1
         request.num_planned = start + 1
         self.left -= 1
@@ -151,15 +150,16 @@ class Draft:
     def seal(self, step: int, preempted: tuple[str, ...]) -> tuple[Plan, list[Request]]:
         """The plan, and its requests in the order of its work; the queue is whole again."""
         self.close()
-        work = []
-        for r, count in self.work.items():
-            stop = r.num_planned
-            start = stop - count
-            decode = r not in self.chunks
-            samples, tokens = (True, (r.output[-1],)) if decode else (stop == r.num_tokens, r.tokens(start, stop))
-            work.append(
-                Work(r.id, start, count, samples, decode, tokens, tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output)
+        chunks = self.chunks
+        # The one path that runs for every stream in every iteration: `_chunk`, spelt out for a decode.
+        work = [
+            self._chunk(r, chunks[r])
+            if r in chunks
+            else Work(
+                r.id, r.num_planned - 1, 1, True, True, (r.output[-1],), tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output
             )
+            for r in self.work
+        ]
         plan = Plan(
             step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin
         )
@@ -173,12 +173,23 @@ class Draft:
     @property
     def stalled(self) -> tuple[str, ...]:
         """The ready decodes that are left out."""
+        if len(self.decoding) + len(self.chunks) == len(self.work):
+            return ()
         return tuple([r.id for r in self.decoding if r not in self.work])
 
     @property
     def cached(self) -> tuple[tuple[str, int], ...]:
         """(id, tokens found in the prefix cache) of those admitted."""
         return tuple([(r.id, r.num_cached) for r in self.admitted if r in self.work])
+
+    @staticmethod
+    def _chunk(r: Request, count: int) -> Work:
+        stop = r.num_planned
+        start = stop - count
+        return Work(
+            r.id, start, count, stop == r.num_tokens, False, r.tokens(start, stop), tuple(r.blocks), r.sampling, r.adapter,
+            r.prompt, r.output,
+        )  # fmt: skip
 
     def _write(self, request: Request, count: int) -> None:
         self.work[request] = count

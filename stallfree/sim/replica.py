@@ -258,9 +258,8 @@ class Replica:
             line = _script(request).line
             if line.scheduled is None:
                 line.scheduled = moments[0]
-        if len(draft.decoding) + len(draft.chunks) > len(draft.work):
-            for id in draft.stalled:
-                _script(scheduler.requests[id]).line.stalls += steps
+        for id in draft.stalled:
+            _script(scheduler.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
             told: Script = request.sampling  # type: ignore[assignment]

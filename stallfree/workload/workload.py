@@ -41,7 +41,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.arrivals is None and not (isinstance(self.lengths.base, Trace) and self.lengths.base.times):
-            raise ValueError("arrivals as in a trace need lengths from a file with times: a .csv with arrived_at, or a .jsonl")
+            raise ValueError("arrivals as in a trace need lengths from a .csv with a column arrived_at, or from a .jsonl")
 
     @classmethod
     def parse(cls, arrivals: str, lengths: str, max_total: int | None = None) -> Self:

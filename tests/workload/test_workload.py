@@ -135,7 +135,7 @@ def test_long_prompts_can_be_mixed_into_a_trace_without_moving_its_arrivals(trac
         ("bursts:on=0s,off=5s", "bursts of 0 s"),
         ("diurnal:period=1h,swing=2", "swing of 2"),
         ("diurnal:period=1d,swing=1", "diurnal:period=24h"),
-        ("trace", "from a file with times"),
+        ("trace", "from a .csv"),
     ],
 )
 def test_arrivals_that_cannot_be_are_named(arrivals, says):
