@@ -100,7 +100,6 @@ class Replica:
         self._stretch: Stretch | None = None
         self._moments: list[float] = []
         self._ends: list[float] = []
-
         # What `pending` found, until something changes it.
         self._pending: int | None = None
 
@@ -193,7 +192,8 @@ class Replica:
         for w in plan.work:
             request = requests.get(w.id)
             if request is not None:  # else its client has left
-                answer, line, _ = _script(request)
+                told: Script = request.sampling  # type: ignore[assignment]
+                answer, line, _ = told
                 if line.scheduled is None:
                     line.scheduled = start
                 if w.samples:

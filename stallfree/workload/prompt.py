@@ -31,6 +31,12 @@ class Prompt(Sequence[int]):
         if isinstance(index, int):
             return self.at(range(self._length)[index])
         start, stop, step = index.indices(self._length)
-        if step == 1 and start // self._size == (stop - 1) // self._size:
-            return [self.at(start)] * (stop - start)
-        return [self.at(position) for position in range(start, stop, step)]
+        if step != 1:
+            return [self.at(position) for position in range(start, stop, step)]
+        found: list[int] = []
+        while start < stop:
+            block = start // self._size
+            end = min(stop, (block + 1) * self._size) if block < len(self._blocks) else stop
+            found += [self.at(start)] * (end - start)
+            start = end
+        return found

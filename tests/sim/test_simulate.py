@@ -56,6 +56,8 @@ def test_leaps_end_where_steps_do(name, load_name, capacity):
     leaps, steps = (run(load(load_name), name, capacity=capacity, records=True, leap=leap) for leap in (64, 1))
     assert steps.records == leaps.records
     assert steps.lines == leaps.lines
+    assert report(steps.lines, Slo.parse("ttft=1s,tpot=60ms")) == report(leaps.lines, Slo.parse("ttft=1s,tpot=60ms"))
+    assert [r.active_s for r in steps.replicas] == [r.active_s for r in leaps.replicas]
 
 
 @pytest.mark.parametrize("num_blocks", [300, 420, 5000])

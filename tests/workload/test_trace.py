@@ -88,6 +88,7 @@ def test_a_prompts_tokens_are_equal_where_its_blocks_are_and_its_own_elsewhere()
     assert [7, 8, 8] == list(one[3:6])
     assert [-2] == list(other[8:20])
     assert (-1, 7) == (one[-1], one[0])
+    assert [7, 8, -1] == list(one[::4])
 
 
 def test_a_prompt_ends_where_its_length_says_though_its_last_block_goes_on():
