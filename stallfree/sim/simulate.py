@@ -3,7 +3,9 @@
 It knows no rates, targets or names of models: what arrives is drawn elsewhere, and what it was worth is judged by `metrics`.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stallfree.core.plan import Capacity
@@ -86,8 +88,23 @@ def simulate(
         )
         for number in range(replicas)
     ]
-    serve(_requests(arrivals, several[0].scheduler, max_tokens), several, choose)
+    with _uncollected():
+        serve(_requests(arrivals, several[0].scheduler, max_tokens), several, choose)
     return Simulation(several, lines, made.records, made.spans)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for cycles of garbage: a simulation makes none, and with hundreds of replicas every look walks through
+    millions of blocks and times again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _requests(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
