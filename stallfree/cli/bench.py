@@ -23,12 +23,19 @@ Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
 Rate = Annotated[float | None, typer.Option(help="Requests per second, on average; only a trace has its own.", show_default=False)]
 Requests = Annotated[int | None, typer.Option(help="How many requests.", show_default="200, or a trace's all")]
 Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals, instead of a number of requests.", show_default=False)]
-Arrivals = Annotated[str, typer.Option(help="poisson, gamma:cv=2 (burstier with a larger cv), or trace: the times in the csv.")]
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        help="poisson, gamma:cv=2 (burstier with a larger cv), bursts:on=10s,off=50s, diurnal:period=24h,swing=0.8, or trace: "
+        "the times in the file."
+    ),
+]
 Lengths = Annotated[
     str,
     typer.Option(
-        help="Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, or a FILE.csv with prompt_tokens, output_tokens "
-        "and perhaps arrived_at. Others may be mixed in: 512/128 + 5%:2000/64."
+        help="Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, uniform=16..256/zipf=16..256,s=1.1; openchat or "
+        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or BurstGPT's; or "
+        "Mooncake's FILE.jsonl. Others may be mixed in: 512/128 + 5%:2000/64."
     ),
 ]
 MaxTotal = Annotated[
@@ -238,7 +245,7 @@ def _draw(
     from stallfree.workload.workload import Workload
 
     workload = Workload.parse(arrivals, lengths, max_total)
-    if workload.cv is not None:
+    if workload.arrivals is not None:
         if rate is None:
             raise ValueError(
                 "how many requests a second? --rate 2 makes it two, on average; --arrivals trace takes a trace's times"

@@ -28,18 +28,23 @@ class Draft:
     to catch up on), each in order of priority, then arrival, as they stood when the page was empty; `waiting`, the same order;
     `shape`, what is written so far. Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. Notes that go into the record unread:
     `limit_s` and `margin` (see `Plan`).
+
+    For the scheduler: `work`, how many tokens of each request are written, in their order, and which of these are `chunks`, not
+    decodes; who was `admitted`; whether the prefix cache was `searched` in vain, for a request that then found no room.
     """
 
     __slots__ = (
-        "_admitted", "_block_size", "_passed", "_scheduler", "_work", "budget", "decoding", "left", "limit_s",
-        "margin", "now", "prefilling", "reason",
+        "_block_size", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin", "now",
+        "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
     def __init__(self, scheduler: Scheduler, now: float):
         self._scheduler = scheduler
         self._block_size = scheduler.pool.block_size
-        self._work: dict[Request, Work] = {}
-        self._admitted: list[Request] = []
+        self.work: dict[Request, int] = {}
+        self.chunks: dict[Request, int] = {}
+        self.admitted: list[Request] = []
+        self.searched = False
         self._passed: list[tuple[tuple[int, float, int], int, Request]] = []
         self.now = now
         self.left = self.budget = scheduler.limits.max_tokens
@@ -61,11 +66,11 @@ class Draft:
 
     @property
     def empty(self) -> bool:
-        return not self._work
+        return not self.work
 
     @property
     def shape(self) -> list[tuple[int, int]]:
-        return [(w.start, w.count) for w in self._work.values()]
+        return [(r.num_planned - count, count) for r, count in self.work.items()]
 
     @property
     def waiting(self) -> Iterator[Request]:
@@ -90,18 +95,14 @@ class Draft:
             return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False
-        # The one path that runs for every stream in every iteration: `_write`, spelt out.
-        self._work[request] = Work(
-            request.id, start, 1, True, True, (request.output[-1],), tuple(request.blocks),
-            request.sampling, request.adapter, request.prompt, request.output,
-        )  # fmt: skip
+        self.work[request] = 1
         request.num_planned = start + 1
         self.left -= 1
         return True
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit; returns how many."""
-        if request.status is not RUNNING or request in self._work:
+        if request.status is not RUNNING or request in self.work:
             return 0
         size = min(request.remaining, self.left, request.remaining if count is None else count)
         if size <= 0 or not self._make_room(request, request.num_planned + size):
@@ -128,10 +129,11 @@ class Draft:
         spare = scheduler.watermark if scheduler.running else 0
         if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], spare):
             pool.release(request)
+            self.searched = self.searched or pool.reuse
             return 0
         request.num_cached = request.num_computed = request.num_planned = cached
         scheduler.admitted(request)
-        self._admitted.append(request)
+        self.admitted.append(request)
         self._write(request, size)
         return size
 
@@ -139,29 +141,60 @@ class Draft:
         """Take a running request's KV and put it back in the queue, at its old place; it will recompute. Not if in flight."""
         if request.status is not RUNNING or request.in_flight:
             raise ValueError(f"only a running request that is not in flight can be preempted, not {request!r}")
-        work = self._work.pop(request, None)
-        if work is not None:
-            self.left += work.count
+        count = self.work.pop(request, None)
+        if count is not None:
+            self.chunks.pop(request, None)
+            self.left += count
         self._scheduler.preempted(request)
 
     def seal(self, step: int, preempted: tuple[str, ...]) -> tuple[Plan, list[Request]]:
         """The plan, and its requests in the order of its work; the queue is whole again."""
+        self.close()
+        chunks = self.chunks
+        # The one path that runs for every stream in every iteration: `_chunk`, spelt out for a decode.
+        work = [
+            self._chunk(r, chunks[r])
+            if r in chunks
+            else Work(
+                r.id, r.num_planned - 1, 1, True, True, (r.output[-1],), tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output
+            )
+            for r in self.work
+        ]
+        plan = Plan(
+            step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin
+        )
+        return plan, list(self.work)
+
+    def close(self) -> None:
+        """Nothing more is written; the queue is whole again."""
         for entry in self._passed:
             self._scheduler.queue.restore(entry)
-        stalled = tuple(r.id for r in self.decoding if r not in self._work)
-        work = tuple(self._work.values())
-        cached = tuple((r.id, r.num_cached) for r in self._admitted if r in self._work)
-        plan = Plan(step, self.now, work, preempted, stalled, cached, self.budget, self.reason, self.limit_s, self.margin)
-        return plan, list(self._work)
+
+    @property
+    def stalled(self) -> tuple[str, ...]:
+        """The ready decodes that are left out."""
+        if len(self.decoding) + len(self.chunks) == len(self.work):
+            return ()
+        return tuple([r.id for r in self.decoding if r not in self.work])
+
+    @property
+    def cached(self) -> tuple[tuple[str, int], ...]:
+        """(id, tokens found in the prefix cache) of those admitted."""
+        return tuple([(r.id, r.num_cached) for r in self.admitted if r in self.work])
+
+    @staticmethod
+    def _chunk(r: Request, count: int) -> Work:
+        stop = r.num_planned
+        start = stop - count
+        return Work(
+            r.id, start, count, stop == r.num_tokens, False, r.tokens(start, stop), tuple(r.blocks), r.sampling, r.adapter,
+            r.prompt, r.output,
+        )  # fmt: skip
 
     def _write(self, request: Request, count: int) -> None:
-        start = request.num_planned
-        stop = start + count
-        self._work[request] = Work(
-            request.id, start, count, stop == request.num_tokens, False, request.tokens(start, stop), tuple(request.blocks),
-            request.sampling, request.adapter, request.prompt, request.output,
-        )  # fmt: skip
-        request.num_planned = stop
+        self.work[request] = count
+        self.chunks[request] = count
+        request.num_planned += count
         self.left -= count
 
     def _make_room(self, request: Request, upto: int) -> bool:

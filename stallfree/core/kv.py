@@ -42,18 +42,23 @@ class BlockPool:
             return True
         if need + spare > len(self._free) + len(self._idle):
             return False
-        for _ in range(need):
-            block = self._free.pop() if self._free else self._evict()
+        taken = self._free[-need:]
+        del self._free[-need:]
+        taken.reverse()
+        while len(taken) < need:
+            taken.append(self._evict())
+        for block in taken:
             self._references[block] = 1
-            request.blocks.append(block)
+        request.blocks += taken
         return True
 
     def release(self, request: Request) -> None:
         """Take back every block of `request`; the deepest become the first to be evicted."""
+        references, keys = self._references, self._keys
         for block in reversed(request.blocks):
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                if block in self._keys:
+            references[block] -= 1
+            if references[block] == 0:
+                if block in keys:
                     self._idle[block] = None
                 else:
                     self._free.append(block)

@@ -25,6 +25,16 @@ class Policy(Protocol):
     def plan(self, draft: Draft) -> None: ...
 
 
+class Steady(Policy, Protocol):
+    """A policy that says whether it is `steady`: what it plans follows from the requests' order and from what they lack, not from
+    the time, the past, how long they have become, or whether their prompts are begun. Then, while nobody comes, goes, ends or runs
+    out of room, one iteration is like the other, and a simulator may take many at once. A policy that does not say so is taken step
+    by step.
+    """
+
+    steady: bool
+
+
 class Learner(Policy, Protocol):
     """A policy that looks at what became of its plans."""
 
@@ -45,3 +55,12 @@ class CostModel(Protocol):
 
     def learn(self, shape: Shape, seconds: float) -> None:
         """An iteration of this shape took `seconds`."""
+
+
+class BatchModel(CostModel, Protocol):
+    """A cost model to which decodes differ in nothing but the sum of their contexts, so that it can be asked in one go."""
+
+    def batch(self, decodes: int, context: int, chunks: Shape) -> float:
+        """Seconds of an iteration of so many `decodes` (any piece of one token), `context` tokens before them all together, and
+        `chunks` of more than one: to the last bit what `seconds` says of such a shape.
+        """

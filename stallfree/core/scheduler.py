@@ -19,6 +19,7 @@ from stallfree.core.kv import BlockPool
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.policy import Policy
 from stallfree.core.request import Refused, Request, Status
+from stallfree.core.stretch import Stretch
 
 Entry = tuple[tuple[int, float, int], int, Request]
 
@@ -89,7 +90,7 @@ class Queue:
 
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
-    of priority, then arrival; `queue` those waiting. `reuse` shares the KV of equal prefixes.
+    of priority, then arrival; `queue` those waiting. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -105,6 +106,8 @@ class Scheduler:
         self.step = 0
         self._arrivals = 0
         self._preempted: list[str] = []
+        self.steady: bool = getattr(policy, "steady", False)
+        self._stretch: Stretch | None = None
         self._learn: Callable[[Plan, Sequence[Request], float], None] | None = getattr(policy, "learn", None)
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
 
@@ -174,9 +177,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Plan:
         """The next iteration. A plan without work is not to be run or completed: there is nothing to do at `now`."""
-        draft = Draft(self, now)
-        self.policy.plan(draft)
-        plan, requests = draft.seal(self.step, tuple(self._preempted))
+        plan, requests = self._draft(now).seal(self.step, tuple(self._preempted))
         if plan.work:
             for request in requests:
                 request.in_flight += 1
@@ -217,6 +218,50 @@ class Scheduler:
             self.running = [r for r in self.running if r.status is Status.RUNNING]
         return done
 
+    def stretch(self, now: float, most: int) -> Stretch:
+        """The next iteration, and how many after it would be planned alike, all together at the most `most`; for `leap` to
+        complete, before which nothing else may be asked. Raises ValueError unless the policy is steady and nothing is in flight.
+        """
+        if not self.steady or self._in_flight:
+            raise ValueError("a stretch needs a policy that is `steady`, and no plan in flight")
+        draft = self._draft(now)
+        draft.close()
+        stretch = Stretch(self, draft, tuple(self._preempted), most)
+        if draft.work:
+            self._preempted.clear()
+            self._stretch = stretch
+        return stretch
+
+    def leap(self, stretch: Stretch, steps: int, tokens: Sequence[Sequence[int]], now: float) -> list[Request]:
+        """Complete the first `steps` iterations of `stretch`, in which each request of `stretch.sampling` gets one of its `tokens`
+        after the other. Only the last of them may end it. Returns the requests that ended, at `now`.
+        """
+        if stretch is not self._stretch or not 1 <= steps <= stretch.most:
+            raise ValueError(f"{steps} steps are not the beginning of the stretch that is planned")
+        self._stretch = None
+        self.step += steps
+        ending: list[tuple[Request, str]] = []
+        for request, sampled in zip(stretch.sampling, tokens, strict=True):
+            output = request.output
+            if not output:
+                request.first_token = now
+            request.last_token = now
+            output += sampled
+            request.num_tokens += steps
+            if sampled[-1] in request.stop_ids and len(output) > request.min_tokens:
+                ending.append((request, "stop"))
+            elif len(output) >= request.max_tokens:
+                ending.append((request, "length"))
+        stretch.advance(self.pool, steps)
+        done: list[Request] = []
+        for request, reason in ending:
+            self._finish(request, reason)
+            del self.requests[request.id]
+            done.append(request)
+        if done:
+            self.running = [r for r in self.running if r.status is Status.RUNNING]
+        return done
+
     def check(self) -> None:
         """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
         self.pool.check(self.requests.values())
@@ -246,6 +291,13 @@ class Scheduler:
         request.num_preemptions += 1
         self._preempted.append(request.id)
         self.queue.push(request)
+
+    def _draft(self, now: float) -> Draft:
+        if self._stretch is not None:
+            raise ValueError(f"the stretch from step {self._stretch.step} on is to be completed first, by `leap`")
+        draft = Draft(self, now)
+        self.policy.plan(draft)
+        return draft
 
     def _enter(self, request: Request) -> None:
         self.validate(request)

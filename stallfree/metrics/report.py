@@ -4,6 +4,7 @@ It needs each request's arrival and the times of its tokens, and knows nothing o
 by the engine's records, or by a simulator. Times in seconds.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,8 @@ COMPLETED = ("stop", "length")
 """Reasons for which a request ends that has got all it asked for; any other is an error."""
 STALL = 5.0
 """Without a target for TBT a gap is a stall from so many median gaps on: the paper's strict SLO in decode iterations."""
+
+QUANTILES = (50, 90, 99, 100)
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,42 +84,81 @@ class Report:
     slo_attainment: dict[str, Attainment]
 
 
+class Tally:
+    """Timelines on their way into a report, one after another and kept no longer: a million of them need no room."""
+
+    def __init__(self, slo: Slo | None = None):
+        self._slo = slo or Slo()
+        self._arrivals, self._firsts, self._paces, self._whole = array("d"), array("d"), array("d"), array("d")
+        self._gaps = _Pool()
+        self._reasons: Counter[str] = Counter()
+        self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
+        self._last = 0.0
+        self._due = self._late = 0
+
+    def add(self, line: Timeline) -> None:
+        tokens, slo = np.array(line.tokens), self._slo
+        self._lines += 1
+        self._arrivals.append(line.arrival)
+        self._prompt_tokens += line.prompt_tokens
+        self._output_tokens += len(tokens)
+        if line.reason is not None:
+            self._reasons[line.reason] += 1
+            self._lost += not len(tokens)
+        if len(tokens):
+            self._last = max(self._last, line.tokens[-1])
+            self._firsts.append(line.tokens[0] - line.arrival)
+            if line.reason in COMPLETED:
+                self._whole.append(line.tokens[-1] - line.arrival)
+        if len(tokens) > 1:
+            gaps = tokens[1:] - tokens[:-1]
+            self._gaps.add(gaps)
+            self._paces.append(float(gaps.mean()))
+            if slo.tpot:
+                due = line.arrival + slo.ttft.seconds if slo.ttft else line.tokens[0]
+                behind = tokens[1:] - due - slo.tpot.seconds * np.arange(1, len(tokens))
+                self._due += len(gaps)
+                self._late += int((behind + slo.tpot.seconds > slo.tpot.seconds).sum())
+
+    def report(self, nominal_rate: float | None = None) -> Report:
+        """What they amount to."""
+        slo, gaps, firsts = self._slo, self._gaps, np.array(self._firsts)
+        arrivals = np.sort(self._arrivals)
+        seconds = self._last - float(arrivals[0]) if self._output_tokens else 0.0
+        attainment = {}
+        if slo.ttft:
+            late = self._lost + int((firsts > slo.ttft.seconds).sum())
+            attainment["ttft"] = _attainment(slo.ttft, late, len(firsts) + self._lost)
+        if slo.tbt:
+            attainment["tbt"] = _attainment(slo.tbt, gaps.above(slo.tbt.seconds), gaps.size)
+        if slo.tpot:
+            attainment["tpot"] = _attainment(slo.tpot, self._late, self._due)
+        return Report(
+            completed=sum(self._reasons[reason] for reason in COMPLETED),
+            errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},
+            unfinished=self._lines - self._reasons.total(),
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            seconds=seconds,
+            output_tokens_per_s=self._output_tokens / seconds if seconds else 0.0,
+            request_rate=Rate(nominal_rate, _rate(arrivals)),
+            ttft_s=_quantiles(firsts),
+            tbt_s=Quantiles(*gaps.percentiles(QUANTILES)) if gaps.size else None,
+            tpot_s=_quantiles(np.array(self._paces)),
+            e2e_s=_quantiles(np.array(self._whole)),
+            stalls=_stalls(gaps, slo.tbt),
+            slo_attainment=attainment,
+        )
+
+
 def report(lines: Iterable[Timeline], slo: Slo | None = None, nominal_rate: float | None = None) -> Report:
     """What `lines` amount to. A request that ended before its first token is late for `ttft`, however soon it ended. Under `tpot`
     the token after i others is due i times the target after the first was due: by `ttft`, or when it came if that is no target.
     """
-    lines, slo = list(lines), slo or Slo()
-    firsts = np.array([line.ttft for line in lines if line.ttft is not None])
-    gaps = [np.array(line.gaps) for line in lines if len(line.tokens) > 1]
-    pooled = np.concatenate(gaps) if gaps else np.array([])
-    arrivals = sorted(line.arrival for line in lines)
-    reasons = Counter(line.reason for line in lines if line.reason is not None)
-    output_tokens = sum(len(line.tokens) for line in lines)
-    seconds = max((line.tokens[-1] for line in lines if line.tokens), default=0.0) - arrivals[0] if output_tokens else 0.0
-    attainment = {}
-    if slo.ttft:
-        lost = sum(line.reason is not None and not line.tokens for line in lines)
-        attainment["ttft"] = _attainment(slo.ttft, np.append(firsts, [np.inf] * lost))
-    if slo.tbt:
-        attainment["tbt"] = _attainment(slo.tbt, pooled)
-    if slo.tpot:
-        attainment["tpot"] = _attainment(slo.tpot, _behind(lines, slo.tpot, slo.ttft) + slo.tpot.seconds)
-    return Report(
-        completed=sum(reasons[reason] for reason in COMPLETED),
-        errors={reason: n for reason, n in reasons.most_common() if reason not in COMPLETED},
-        unfinished=len(lines) - reasons.total(),
-        prompt_tokens=sum(line.prompt_tokens for line in lines),
-        output_tokens=output_tokens,
-        seconds=seconds,
-        output_tokens_per_s=output_tokens / seconds if seconds else 0.0,
-        request_rate=Rate(nominal_rate, _rate(arrivals)),
-        ttft_s=_quantiles(firsts),
-        tbt_s=_quantiles(pooled),
-        tpot_s=_quantiles(np.array([each.mean() for each in gaps])),
-        e2e_s=_quantiles(np.array([line.tokens[-1] - line.arrival for line in lines if line.tokens and line.reason in COMPLETED])),
-        stalls=_stalls(pooled, slo.tbt),
-        slo_attainment=attainment,
-    )
+    tally = Tally(slo)
+    for line in lines:
+        tally.add(line)
+    return tally.report(nominal_rate)
 
 
 def table(reports: Mapping[str, Report]) -> list[list[str]]:
@@ -152,36 +194,81 @@ def _in_time(attained: Attainment | None) -> str:
     return f"{attained.in_time:.2%} {'met' if attained.met else 'MISSED'}"
 
 
-def _rate(arrivals: Sequence[float]) -> float | None:
-    return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]) if len(arrivals) > 1 and arrivals[-1] > arrivals[0] else None
+def _rate(arrivals: Floats) -> float | None:
+    return (len(arrivals) - 1) / float(arrivals[-1] - arrivals[0]) if len(arrivals) and arrivals[-1] > arrivals[0] else None
 
 
 def _quantiles(values: Floats) -> Quantiles | None:
-    return Quantiles(*map(float, np.percentile(values, [50, 90, 99, 100]))) if len(values) else None
+    return Quantiles(*map(float, np.percentile(values, QUANTILES))) if len(values) else None
 
 
-def _stalls(gaps: Floats, target: Target | None) -> Stalls | None:
-    if not len(gaps):
+def _stalls(gaps: "_Pool", target: Target | None) -> Stalls | None:
+    if not gaps.size:
         return None
     # Tokens that come together leave gaps of 0; their share says nothing about the pace, and the median must not become 0.
-    apart = gaps[gaps > 0]
-    after = target.seconds if target else STALL * float(np.median(apart)) if len(apart) else 0.0
-    count = int((gaps > after).sum())
-    return Stalls(after, count, count / len(gaps))
+    apart = gaps.above(0.0)
+    after = target.seconds if target else STALL * gaps.percentiles([50], apart)[0] if apart else 0.0
+    count = gaps.above(after)
+    return Stalls(after, count, count / gaps.size)
 
 
-def _attainment(target: Target, seconds: Floats) -> Attainment:
-    if not len(seconds):
+def _attainment(target: Target, late: int, cases: int) -> Attainment:
+    if not cases:
         return Attainment(str(target), None, False)
-    late = int((seconds > target.seconds).sum())
-    return Attainment(str(target), 1 - late / len(seconds), late <= target.late_share * len(seconds) + 1e-9)
+    return Attainment(str(target), 1 - late / cases, late <= target.late_share * cases + 1e-9)
 
 
-def _behind(lines: Iterable[Timeline], pace: Target, first: Target | None) -> Floats:
-    """For each token after a request's first: seconds from when it was due until it came."""
-    found = [np.array([])]
-    for line in lines:
-        if len(line.tokens) > 1:
-            due = line.arrival + first.seconds if first else line.tokens[0]
-            found.append(np.array(line.tokens[1:]) - due - pace.seconds * np.arange(1, len(line.tokens)))
-    return np.concatenate(found)
+class _Pool:
+    """Many numbers, each kept once with how often it came: all that decode in one iteration have the same gap. `size`: of all."""
+
+    BUFFER = 1 << 20
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._values: Floats = np.array([])
+        self._counts: npt.NDArray[np.int64] = np.array([], dtype=np.int64)
+        self._new: list[Floats] = []
+        self._unsorted = 0
+
+    def add(self, values: Floats) -> None:
+        self._new.append(values)
+        self._unsorted += len(values)
+        self.size += len(values)
+        if self._unsorted > max(self.BUFFER, len(self._values)):
+            self._sort()
+
+    def above(self, limit: float) -> int:
+        """How many are above `limit`."""
+        self._sort()
+        return int(self._counts[np.searchsorted(self._values, limit, side="right") :].sum())
+
+    def percentiles(self, percents: Sequence[float], largest: int | None = None) -> list[float]:
+        """Of all, or of the `largest` so many of them; between two of them linear, as numpy's."""
+        self._sort()
+        size = self.size if largest is None else largest
+        upto = np.cumsum(self._counts)
+
+        def at(rank: int) -> float:
+            return float(self._values[np.searchsorted(upto, self.size - size + rank, side="right")])
+
+        found = []
+        for percent in percents:
+            place = (size - 1) * (percent / 100)
+            low, share = int(place), place % 1
+            a, b = at(low), at(min(low + 1, size - 1))
+            found.append(a + (b - a) * share if share < 0.5 else b - (b - a) * (1 - share))
+        return found
+
+    def _sort(self) -> None:
+        if not self._new:
+            return
+        values, counts = np.unique(np.concatenate(self._new), return_counts=True)
+        self._new.clear()
+        self._unsorted = 0
+        if len(self._values):
+            values, counts = np.concatenate([self._values, values]), np.concatenate([self._counts, counts])
+            order = np.argsort(values, kind="stable")
+            values, counts = values[order], counts[order]
+            firsts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+            values, counts = values[firsts], np.add.reduceat(counts, firsts)
+        self._values, self._counts = values, counts

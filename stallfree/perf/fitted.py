@@ -99,7 +99,14 @@ class Fitted:
         return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor}
 
     def seconds(self, shape: Shape) -> float:
-        return self.pace * _product(self.prices, features(shape))
+        return self.batch(*_parts(shape))
+
+    def batch(self, decodes: int, context: int, chunks: Shape) -> float:
+        _, tokens, decoding, prefilling, pairs, rows = _row(decodes, context, chunks)
+        one, per_token, per_decoding, per_prefilling, per_pair, per_row = self.prices
+        return self.pace * (
+            one + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
+        )
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
@@ -145,17 +152,31 @@ class Fitted:
 
 def features(shape: Shape) -> Row:
     """The `FEATURES` of an iteration, counted in `SCALE`."""
-    tokens = decoding = prefilling = 0
-    pairs = 0.0
-    for start, count in shape:
-        tokens += count
-        if count == 1:
-            decoding += start
+    return list(_row(*_parts(shape)))
+
+
+def _parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
+    """How many decodes, their context in all, and the chunks."""
+    decodes = context = 0
+    chunks = []
+    for piece in shape:
+        if piece[1] == 1:
+            decodes += 1
+            context += piece[0]
         else:
-            prefilling += start
-            pairs += count * (start + (count + 1) / 2)
-    found = (1, tokens, decoding, prefilling, pairs, len(shape))
-    return [value / scale for value, scale in zip(found, SCALE, strict=True)]
+            chunks.append(piece)
+    return decodes, context, chunks
+
+
+def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float]:
+    tokens, before, pairs = decodes, 0, 0.0
+    for start, count in chunks:
+        tokens += count
+        before += start
+        pairs += count * (start + (count + 1) / 2)
+    one, per_token, per_decoding, per_prefilling, per_pair, per_row = SCALE
+    rows = decodes + len(chunks)
+    return 1 / one, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row
 
 
 def _product(a: Iterable[float], b: Iterable[float]) -> float:

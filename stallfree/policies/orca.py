@@ -9,6 +9,7 @@ from stallfree.core.policy import Reserve
 class Orca:
     reserve: Reserve = "max"
     stall_free = True
+    steady = True
 
     def plan(self, draft: Draft) -> None:
         for r in draft.decoding:

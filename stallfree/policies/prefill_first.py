@@ -9,6 +9,7 @@ from stallfree.core.policy import Reserve
 class PrefillFirst:
     reserve: Reserve = "prompt"
     stall_free = False
+    steady = True
 
     def plan(self, draft: Draft) -> None:
         for r in draft.waiting:

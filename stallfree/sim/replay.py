@@ -21,6 +21,10 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
 from stallfree.perf.fitted import Errors, Fitted
+from stallfree.sim.cluster import serve
+from stallfree.sim.replica import Replica, script
+from stallfree.sim.routers import round_robin
+from stallfree.workload.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,12 @@ class Machine:
         self.model = Fitted.fit(samples)
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
-        self._speed = [_ratio(self.model, r) for r in records]
+        self._slowness = [_ratio(self.model, r) for r in records]
         busy = [b.t_plan - a.t_end for a, b in pairwise(records) if a.num_running + a.num_waiting]
         self.between_s = max(0.0, median(busy)) if busy else 0.0
 
-    def seconds(self, plan: Plan) -> float:
-        moment = max(0, bisect_right(self._since, plan.now) - 1)
-        return self.model.seconds(plan.shape) * self._speed[moment]
+    def slowness(self, moment: float) -> float:
+        return self._slowness[max(0, bisect_right(self._since, moment) - 1)]
 
 
 def what_if(
@@ -128,31 +131,18 @@ def what_if(
     scheduler = Scheduler(_policy(policy, slo, options, state), replace(run.capacity, depth=1), run.limits, reuse=run.reuse)
     lost = {f.id: r.t_plan for r in records for f in r.finished if f.reason in ("abort", "error")}
     served = _served(run, records, {a.id for r in records for a in r.arrived} - lost.keys())
-    coming = deque(sorted((one.request for one in served.values()), key=lambda request: request.arrival))
-    going = deque(sorted((at, id) for id, at in lost.items()))
-    now = records[0].t_plan
-    arrived: list[Request] = []
-    ended: list[Request] = []
     made: list[StepRecord] = []
-    while coming or scheduler.requests:
-        while coming and coming[0].arrival <= now:
-            arrived.append(coming[0])
-            scheduler.submit(coming.popleft())
-        while going and going[0][0] <= now:
-            gone = scheduler.abort(going.popleft()[1])
-            ended += [] if gone is None else [gone]
-        plan = scheduler.schedule(now)
-        if plan.work:
-            started, now = now, now + machine.seconds(plan)
-            result = StepResult(plan.step, _sampled(plan, served), now - started)
-            ended += scheduler.complete(plan, result, now)
-            made.append(StepRecord.of(plan, result, scheduler, (started, started, now), arrived, ended))
-            arrived, ended = [], []
-            now += machine.between_s
-        elif coming or going:
-            now = min([request.arrival for request in list(coming)[:1]] + [at for at, _ in list(going)[:1]])
-        elif scheduler.requests:
-            raise ValueError(f"policy {policy!r} plans no work for {len(scheduler.requests)} requests; they would wait for ever")
+    replica = Replica(
+        scheduler,
+        machine.model,
+        record=made.append,
+        begin=records[0].t_plan,
+        between_s=machine.between_s,
+        slowness=machine.slowness,
+    )
+    coming = [script(one.request, one.answer) for one in served.values()]
+    coming.sort(key=lambda request: request.arrival)
+    serve(coming, [replica], round_robin(), sorted((at, id) for id, at in lost.items()))
     return made
 
 
@@ -166,28 +156,6 @@ def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mappin
     return policies.load(name, **chosen)
 
 
-class _Tokens(Sequence[int]):
-    """A prompt as stand-ins: in a KV block with a fingerprint every token is that number, elsewhere it is the request's `own`.
-
-    `at` a position behind the prompt is the output token there.
-    """
-
-    def __init__(self, length: int, block_size: int, prints: Sequence[int], own: int):
-        self._length, self._block_size, self._prints, self._own = length, block_size, prints, own
-
-    def __len__(self) -> int:
-        return self._length
-
-    def at(self, position: int) -> int:
-        block = position // self._block_size
-        return self._prints[block] if block < len(self._prints) else self._own
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.at(position) for position in range(*index.indices(self._length))]
-        return self.at(range(self._length)[index])
-
-
 STOP = -1
 """The token that ends a request; no fingerprint is negative, and a request's own token is below it."""
 
@@ -197,8 +165,14 @@ class _Served:
     """A request, its tokens, and after how many of output STOP comes (0: never)."""
 
     request: Request
-    tokens: _Tokens
+    tokens: Prompt
     stop_after: int
+
+    @property
+    def answer(self) -> list[int]:
+        length = len(self.tokens)
+        found = [self.tokens.at(length + number) for number in range(self.stop_after or self.request.max_tokens)]
+        return [*found[:-1], STOP] if self.stop_after else found
 
 
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
@@ -212,7 +186,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             raise ValueError(
                 f"request {a.id} has no fingerprints of its prompt, so what it shared is not known; record the run again"
             )
-        tokens = _Tokens(a.prompt_tokens, size, (*a.blocks, *behind.get(a.id, ())), -number)
+        tokens = Prompt(a.prompt_tokens, (*a.blocks, *behind.get(a.id, ())), -number, size)
         slo = Slo.parse(a.slo) if a.slo else None
         request = Request(a.id, tokens, a.max_tokens, stop_ids=frozenset({STOP}), arrival=a.arrival, priority=a.priority, slo=slo)
         found[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)

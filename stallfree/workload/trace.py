@@ -1,24 +1,40 @@
-"""A trace: requests that were once served somewhere, read from a csv. It knows the file's columns and nothing of their use."""
+"""A trace: requests that were once served somewhere, read from a file. It knows the files' columns and nothing of their use.
+
+A .csv has a header: this project's own columns, or those of BurstGPT (HPMLL/BurstGPT). A .jsonl is Mooncake's (kvcache-ai/Mooncake,
+FAST'25): requests with the numbers of their prompts' prefix blocks, which are equal where all before them is.
+"""
 
 import csv
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 
+from stallfree.workload.prompt import BLOCK
+
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens")
+BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+"""The same three, in seconds and tokens; no response tokens is a request that failed there."""
+MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 _HEADER = f"a trace's first line names its columns: {','.join(COLUMNS)}; arrived_at may be left out"
+
+Row = tuple[int, int] | tuple[int, int, tuple[int, ...]]
+"""A request's prompt and output tokens and, if the trace has them, the numbers of its prompt's prefix blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """`lengths`: (prompt, output) tokens of each request. `times`: seconds of their arrivals from the first one's, in order; None
-    if the file does not say.
+    """`lengths` of each request. `times`: seconds of their arrivals from the first one's, in order; None if the file does not say.
+    `name` of the file, and the `lines` of the requests in it.
     """
 
-    lengths: tuple[tuple[int, int], ...]
-    times: tuple[float, ...] | None = None
+    lengths: Sequence[Row]
+    times: Sequence[float] | None = None
+    name: str = field(default="the trace", compare=False)
+    lines: Sequence[int] = field(default=(), compare=False)
 
     @property
     def rate(self) -> float:
@@ -27,58 +43,109 @@ class Trace:
             raise ValueError("the trace has no times from which a rate could be told; give it a column arrived_at")
         return (len(self.times) - 1) / self.times[-1]
 
-    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
+    def draw(self, rng: np.random.Generator) -> Row:
         """The lengths of any of its requests."""
-        return self.lengths[rng.integers(len(self.lengths))]
+        return self.lengths[int(rng.integers(len(self.lengths)))]
 
     def within(self, max_total: int) -> Self:
         """Only the requests with at most `max_total` tokens, prompt and output together. Raises ValueError if there are none."""
-        kept = [i for i, (prompt, output) in enumerate(self.lengths) if prompt + output <= max_total]
+        kept = [i for i, row in enumerate(self.lengths) if row[0] + row[1] <= max_total]
         if not kept:
             raise ValueError(f"no request of the trace has at most {max_total} tokens; raise the limit")
         times = None if self.times is None else tuple(self.times[i] - self.times[kept[0]] for i in kept)
-        return type(self)(tuple(self.lengths[i] for i in kept), times)
+        lines = [self.lines[i] for i in kept] if self.lines else ()
+        return type(self)(tuple(self.lengths[i] for i in kept), times, self.name, lines)
+
+    def check(self, context: int) -> None:
+        """Raises ValueError naming the first line of which the request has more than `context` tokens, prompt and output."""
+        for number, row in enumerate(self.lengths):
+            if row[0] + row[1] > context:
+                where = f"line {self.lines[number]}" if self.lines else f"request {number + 1}"
+                raise ValueError(
+                    f"{self.name}: {where}: {row[0]} prompt and {row[1]} output tokens are more than the context of {context}; "
+                    f"a limit of {context} tokens in all leaves such requests out"
+                )
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """A csv with a header; columns other than `COLUMNS` are not looked at. Raises ValueError naming file, line and column."""
-        lengths: list[tuple[int, int]] = []
+        """A .csv or .jsonl; what else its columns say is not looked at. Raises ValueError naming file, line and column."""
+        lengths: list[Row] = []
         times: list[float] = []
+        lines: list[int] = []
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = csv.DictReader(file, restval="")
-                found = [name for name in COLUMNS if name in (rows.fieldnames or ())]
-                if not {"prompt_tokens", "output_tokens"} <= set(found):
-                    raise ValueError(f"{path}: line 1 is {','.join(rows.fieldnames or ())[:80]!r}; {_HEADER}")
-                for row in rows:
-                    where = f"{path}: line {rows.line_num}"
-                    lengths.append((_count(row, "prompt_tokens", where), _count(row, "output_tokens", where)))
-                    if "arrived_at" in found:
-                        times.append(_time(row, times, where))
+                found = _mooncake(file) if path.suffix == ".jsonl" else _csv(file)
+                for line, row, at in found:
+                    if at is not None:
+                        if times and at < times[-1]:
+                            raise ValueError(
+                                f"line {line}: its time, {at:g} s, is before that of the line above; sort the file by time"
+                            )
+                        times.append(at)
+                    lengths.append(row)
+                    lines.append(line)
         except OSError as error:
             raise ValueError(f"the trace {path} cannot be read: {error.strerror}; give the name of a csv") from None
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is not a csv: {error}") from None
+            raise ValueError(f"{path} is not a {path.suffix[1:]}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if not lengths:
-            raise ValueError(f"{path}: no request follows the header")
-        return cls(tuple(lengths), tuple(t - times[0] for t in times) or None)
+            raise ValueError(f"{path}: no request follows the header" if path.suffix == ".csv" else f"{path} holds no request")
+        whole = range(lines[0], lines[0] + len(lines))
+        since = tuple(at - times[0] for at in times) or None
+        return cls(tuple(lengths), since, path.name, whole if lines == list(whole) else lines)
 
 
-def _count(row: dict[str, str], column: str, where: str) -> int:
-    text = row[column].strip()
+def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
+    """(line, lengths, seconds) of each request."""
+    rows = csv.DictReader(file, restval="")
+    names = rows.fieldnames or ()
+    burstgpt = set(BURSTGPT) <= set(names)
+    arrived_at, prompt, output = BURSTGPT if burstgpt else COLUMNS
+    if not {prompt, output} <= set(names):
+        raise ValueError(f"line 1 is {','.join(names)[:80]!r}; {_HEADER}")
+    for row in rows:
+        line = rows.line_num
+        if burstgpt and row[output].strip() == "0":
+            continue
+        at = _seconds(row[arrived_at], arrived_at, line) if arrived_at in names else None
+        yield line, (_count(row[prompt], prompt, line), _count(row[output], output, line)), at
+
+
+def _mooncake(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
+    """(line, lengths with blocks, seconds) of each request."""
+    for line, text in enumerate(file, 1):
+        try:
+            row = json.loads(text)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not set(MOONCAKE) <= row.keys():
+            raise ValueError(f"line {line} is {text.strip()[:80]!r}; write one JSON object a line, with {', '.join(MOONCAKE)}")
+        timestamp, prompt, output, blocks = (row[name] for name in MOONCAKE)
+        at = _seconds(timestamp, "timestamp", line) / 1e3
+        tokens = _count(prompt, "input_length", line)
+        whole = isinstance(blocks, list) and all(type(block) is int and block >= 0 for block in blocks)
+        if not whole or len(blocks) > -(-tokens // BLOCK):
+            raise ValueError(
+                f"line {line}: hash_ids are the numbers of at most {-(-tokens // BLOCK)} blocks of {BLOCK} tokens, from 0 on"
+            )
+        yield line, (tokens, _count(output, "output_length", line), tuple(blocks)), at
+
+
+def _count(value: Any, column: str, line: int) -> int:
+    text = str(value).strip()
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise ValueError(f"{where}: {column} is {text!r}; write a whole number above 0")
+        raise ValueError(f"line {line}: {column} is {text!r}; write a whole number above 0")
     return int(text)
 
 
-def _time(row: dict[str, str], before: list[float], where: str) -> float:
-    text = row["arrived_at"].strip()
+def _seconds(value: Any, column: str, line: int) -> float:
+    text = str(value).strip()
     try:
         time = float(text)
     except ValueError:
         time = float("nan")
-    if not abs(time) < float("inf"):
-        raise ValueError(f"{where}: arrived_at is {text!r}; write seconds")
-    if before and time < before[-1]:
-        raise ValueError(f"{where}: arrived_at is {text}, before the line above; sort the file by arrived_at")
+    if not 0 <= time < float("inf"):
+        raise ValueError(f"line {line}: {column} is {text!r}; write a time from 0 on")
     return time

@@ -128,6 +128,27 @@ def test_one_failed_request_fails_alone():
     assert ("error", "length") == (bad.finish_reason, good.finish_reason)
 
 
+def test_a_leap_is_of_one_stretch_and_no_further_than_it():
+    s = scheduler()
+    s.submit(Request("a", range(20), 9))
+    step(s)
+    stretch = s.stretch(0, 5)
+    with pytest.raises(ValueError, match="to be completed first"):
+        s.schedule(0)
+    with pytest.raises(ValueError, match="6 steps are not"):
+        s.leap(stretch, 6, [range(6)], 0)
+    s.leap(stretch, 3, [range(3)], 0)
+    assert (4, [0, 1, 2]) == (s.step, s.requests["a"].output[1:])
+
+
+def test_a_stretch_is_not_begun_while_a_plan_is_in_flight():
+    s = scheduler()
+    s.submit(Request("a", range(20), 9))
+    s.schedule(0)
+    with pytest.raises(ValueError, match="no plan in flight"):
+        s.stretch(0, 5)
+
+
 def test_results_must_come_in_order():
     s = Scheduler(Sarathi(8), Capacity(16, 100, 4096, depth=2))
     s.submit(Request("a", range(16), 1))

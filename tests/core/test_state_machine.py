@@ -81,6 +81,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not request.blocks
         self.scheduler.check()
 
+    @precondition(lambda self: self.scheduler.steady and not self.out)
+    @rule(most=st.integers(1, 20))
+    def leap(self, most):
+        stretch = self.scheduler.stretch(self.now, most)
+        if not stretch.draft.work:
+            return
+        ends = [min([r.max_tokens - len(r.output), *(stop + 1 - r.num_tokens for stop in r.stop_ids if stop >= r.num_tokens)])
+                for r in stretch.sampling]  # fmt: skip
+        steps = min([stretch.most, *ends])
+        before, free = self.scheduler.step, self.scheduler.pool.num_free
+        tokens = [range(r.num_tokens, r.num_tokens + steps) for r in stretch.sampling]
+        done = self.scheduler.leap(stretch, steps, tokens, self.now)
+        self.scheduler.check()
+        assert before + steps == self.scheduler.step
+        assert done or sum(stretch.grown) == free - self.scheduler.pool.num_free
+        assert {r.finish_reason for r in done} <= {"stop", "length"}
+
     @precondition(lambda self: self.everybody)
     @rule(data=st.data())
     def abort(self, data):

@@ -1,9 +1,10 @@
 """What a report makes of timelines whose figures can be told by hand."""
 
+import numpy as np
 import pytest
 
 from stallfree.core.slo import Slo
-from stallfree.metrics.report import Attainment, Quantiles, report, table
+from stallfree.metrics.report import Attainment, Quantiles, Tally, report, table
 from stallfree.metrics.timeline import Timeline
 
 
@@ -98,3 +99,24 @@ def test_reports_stand_side_by_side():
     assert ["0", "1 timeout"] == rows["errors"]
     assert ["1000", "-"] == rows["TBT p50, ms"]
     assert ["66.67% MISSED", "-"] == rows["within tbt=2s@p90"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 5000])
+def test_a_tally_that_sorts_often_has_numpys_percentiles(monkeypatch, count):
+    monkeypatch.setattr("stallfree.metrics.report._Pool.BUFFER", 16)
+    rng = np.random.default_rng(count)
+    gaps = rng.choice(rng.random(50), count)
+    tally = Tally()
+    for number, part in enumerate(np.array_split(gaps, max(1, count // 9))):
+        tally.add(Timeline(str(number), 0.0, 1, tokens=[0.0, *map(float, np.cumsum(part))]))
+    pooled = np.concatenate([np.diff([0.0, *np.cumsum(part)]) for part in np.array_split(gaps, max(1, count // 9))])
+    found = tally.report().tbt_s
+    assert pytest.approx(np.percentile(pooled, [50, 90, 99, 100]), rel=1e-14) == [found.p50, found.p90, found.p99, found.max]
+
+
+def test_a_tally_and_a_list_amount_to_the_same():
+    lines = [Timeline(str(i), i * 0.1, 3, tokens=[i + 0.2 * k for k in range(1, 6)], reason="length") for i in range(20)]
+    tally = Tally(Slo.parse("tbt=100ms,ttft=1s"))
+    for line in reversed(lines):
+        tally.add(line)
+    assert report(lines, Slo.parse("tbt=100ms,ttft=1s"), 10.0) == tally.report(10.0)

@@ -22,6 +22,14 @@ def samples(count: int = 80, factor: float = 1.0) -> list[tuple[list[tuple[int, 
     return [(shape, factor * true.seconds(shape)) for shape in shapes(count) if shape]
 
 
+def test_a_batch_costs_what_its_shape_does_to_the_last_bit():
+    model = Fitted(PRICES)
+    for shape in filter(None, shapes(200)):
+        decodes = [start for start, count in shape if count == 1]
+        chunks = [piece for piece in shape if piece[1] > 1]
+        assert model.seconds(shape) == model.batch(len(decodes), sum(decodes), chunks)
+
+
 def test_prices_are_found_again():
     assert PRICES == pytest.approx(Fitted.fit(samples()).prices, rel=0.02)
 

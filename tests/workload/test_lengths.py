@@ -35,6 +35,34 @@ def test_a_log_normal_has_its_median_and_its_p90():
     assert pytest.approx([800, 150], rel=0.05) == np.percentile(found, 90, axis=0)
 
 
+def test_uniform_lengths_are_all_as_likely():
+    found = [prompt for prompt, _ in draws("uniform=10..14/1", 20_000)]
+    assert pytest.approx([0.2] * 5, abs=0.02) == [found.count(tokens) / len(found) for tokens in range(10, 15)]
+    assert {10, 11, 12, 13, 14} == set(found)
+
+
+def test_zipf_lengths_fall_off_with_the_power_asked_for():
+    found = [prompt for prompt, _ in draws("zipf=100..200,s=1.5/1", 50_000)]
+    assert pytest.approx([2**-1.5, 3**-1.5], rel=0.1) == [found.count(100 + k) / found.count(100) for k in (1, 2)]
+    assert (100, 200) >= (min(found), max(found))
+    assert 100 == min(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "output", "limit"),
+    [("openchat", (1730, 5696, 2088), (415, 834, 266), 8192), ("arxiv", (7059, 12985, 3638), (208, 371, 101), 16384)],
+)
+def test_a_dataset_has_the_papers_median_p90_and_deviation(name, prompt, output, limit):
+    found = np.array(draws(name, 20_000))
+    for side, expected in zip(found.T, (prompt, output), strict=True):
+        assert pytest.approx(expected, rel=0.04) == (np.median(side), np.percentile(side, 90), np.std(side))
+    assert limit >= found.sum(axis=1).max()
+
+
+def test_a_datasets_limit_may_be_lower():
+    assert 3000 >= max(prompt + output for prompt, output in draws("openchat", 1000, max_total=3000))
+
+
 def test_one_side_may_be_fixed():
     assert {64} == {output for _, output in draws("median=200,p90=800/64", 100)}
 
@@ -72,6 +100,10 @@ def test_a_csv_may_hold_more_columns_in_another_order(file):
         ("512", "'512'.*neither"),
         ("512/x", "'x'.*not a number"),
         ("0/5", "median is above 0"),
+        ("uniform=9..3/5", "uniform=9..3 is no range"),
+        ("zipf=0..3,s=1/5", "zipf=0..3 is no range"),
+        ("zipf=1..3/5", "zipf=16..256,s=1.1"),
+        ("openchet", "openchat, arxiv"),
         ("median=9,p90=3/5", "p90 not below"),
         ("1/1 + 100%:2/2", "100%.*no share"),
         ("1/1 + 60%:2/2 + 60%:3/3", "120%.*leave some"),
@@ -101,7 +133,7 @@ def test_a_limit_that_nothing_fits_is_said(file):
         (HEADER + "0,1\n", "line 2: output_tokens is ''"),
         (HEADER + "soon,1,1\n", "line 2: arrived_at is 'soon'"),
         (HEADER + "nan,1,1\n", "line 2: arrived_at is 'nan'"),
-        (HEADER + "1,1,1\n0,1,1\n", "line 3: arrived_at is 0, before"),
+        (HEADER + "1,1,1\n0,1,1\n", "line 3: its time, 0 s, is before"),
         (b"\xff\xfe\x00", "not a csv"),
     ],
 )

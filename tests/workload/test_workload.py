@@ -1,7 +1,8 @@
 """What is drawn has the rate, the burstiness and the lengths that were asked for, and is the same for the same seed."""
 
+import math
 import statistics
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 
@@ -29,6 +30,44 @@ def test_gaps_have_the_mean_of_the_rate_and_the_variation_asked_for(arrivals, cv
 def test_poisson_gaps_are_not_cut_off():
     found = gaps(Workload.parse("poisson", "8/8").draw(1, seed=1, requests=20_000))
     assert pytest.approx(2.718**-5, rel=0.15) == sum(gap > 5 for gap in found) / len(found)
+
+
+def test_the_papers_gaps_are_cut_at_three_times_their_mean_and_make_a_higher_rate():
+    found = gaps(Workload.parse("poisson:cut=3", "8/8").draw(2, seed=1, requests=50_000))
+    assert pytest.approx(1.5) == max(found)
+    assert pytest.approx(2 * 1.052, rel=0.02) == 1 / statistics.mean(found)
+
+
+def test_bursts_have_the_rate_over_all_and_silence_between():
+    drawn = Workload.parse("bursts:on=10s,off=30s", "8/8").draw(5, seed=1, duration_s=40_000)
+    assert pytest.approx(200_000, rel=0.1) == len(drawn)
+    silent = [gap for gap in gaps(drawn) if gap > 2]
+    assert pytest.approx(30, rel=0.1) == statistics.mean(silent)
+    assert pytest.approx(0.05, rel=0.1) == statistics.mean(gap for gap in gaps(drawn) if gap <= 2)
+
+
+def test_a_day_has_its_rush_hour_and_its_night():
+    drawn = Workload.parse("diurnal:period=1h,swing=0.8", "8/8").draw(0.5, seed=1, duration_s=20 * 3600)
+    rush = sum(1500 <= a.at % 3600 < 2100 for a in drawn) / (20 * 600)
+    night = sum(a.at % 3600 < 300 or a.at % 3600 >= 3300 for a in drawn) / (20 * 600)
+    mean_cosine = math.sin(math.pi / 6) / (math.pi / 6)
+    assert pytest.approx(0.5, rel=0.05) == len(drawn) / (20 * 3600)
+    assert pytest.approx(0.5 * (1 + 0.8 * mean_cosine), rel=0.05) == rush
+    assert pytest.approx(0.5 * (1 - 0.8 * mean_cosine), rel=0.1) == night
+
+
+@pytest.mark.parametrize("arrivals", ["poisson:cut=3", "bursts:on=10s,off=30s", "diurnal:period=1h,swing=0.8"])
+def test_whatever_the_process_a_longer_run_begins_as_a_shorter_one_and_a_faster_has_the_same_requests(arrivals):
+    workload = Workload.parse(arrivals, "median=100,p90=300/9")
+    slow, fast = workload.draw(2, 7, requests=50), workload.draw(4, 7, requests=80)
+    assert slow[:20] == workload.draw(2, 7, requests=20)
+    assert [a.prompt_tokens for a in slow] == [a.prompt_tokens for a in fast[:50]]
+    assert all(a.at <= b.at for a, b in pairwise(fast))
+
+
+def test_a_stream_draws_one_after_another():
+    workload = Workload.parse("poisson", "openchat")
+    assert workload.draw(2, 7, requests=30) == list(islice(workload.stream(2, 7, requests=10**9), 30))
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not():
@@ -84,7 +123,20 @@ def test_long_prompts_can_be_mixed_into_a_trace_without_moving_its_arrivals(trac
 
 @pytest.mark.parametrize(
     ("arrivals", "says"),
-    [("poison", "'poison'"), ("gamma:cv=x", "gamma:cv=2"), ("gamma:cv=0", "above 0"), ("trace", "from a .csv")],
+    [
+        ("poison", "'poison'"),
+        ("gamma:cv=x", "gamma:cv=2"),
+        ("gamma:cv=0", "above 0"),
+        ("gamma", "lacks cv"),
+        ("poisson:cv=2", "'poisson:cv=2'"),
+        ("poisson:", "'poisson:'"),
+        ("poisson:cut=0", "leave none"),
+        ("bursts:on=10s", "lacks off"),
+        ("bursts:on=0s,off=5s", "bursts of 0 s"),
+        ("diurnal:period=1h,swing=2", "swing of 2"),
+        ("diurnal:period=1d,swing=1", "diurnal:period=24h"),
+        ("trace", "from a .csv"),
+    ],
 )
 def test_arrivals_that_cannot_be_are_named(arrivals, says):
     with pytest.raises(ValueError, match=says):

@@ -1,0 +1,50 @@
+"""Whatever arrives, in whatever machine: in leaps the records are those of single steps, to the last bit."""
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from stallfree.core.plan import Capacity
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits
+from stallfree.policies import load, names
+from tests.virtual import run
+
+STEADY = [name for name in names() if getattr(load(name), "steady", False)]
+ARRIVALS = st.lists(
+    st.tuples(
+        st.sampled_from([0, 0, 0.013, 0.2, 2.0]),  # since the one before
+        st.integers(1, 90),  # prompt
+        st.integers(1, 60),  # output
+        st.integers(0, 2),  # priority
+        st.integers(0, 2),  # family: prompts of one family begin alike
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+def requests(drawn) -> list[Request]:
+    now, made = 0.0, []
+    for number, (gap, prompt, output, priority, family) in enumerate(drawn):
+        now += gap
+        alike = prompt * 2 // 3
+        tokens = [*range(1000 * family, 1000 * family + alike), *[10_000 + number] * (prompt - alike)]
+        made.append(Request(str(number), tokens, output, arrival=now, priority=priority))
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    policy=st.sampled_from(STEADY),
+    drawn=ARRIVALS,
+    block_size=st.sampled_from([1, 4, 16]),
+    num_tokens=st.integers(160, 1200),
+    max_seqs=st.integers(1, 12),
+    budget=st.integers(4, 40),
+    watermark=st.sampled_from([0, 0.01, 0.2]),
+)
+def test_leaps_write_the_records_of_steps(policy, drawn, block_size, num_tokens, max_seqs, budget, watermark):
+    options = {"token_budget": budget} if policy == "sarathi" else {}
+    capacity, limits = Capacity(block_size, num_tokens // block_size, 160), Limits(max_seqs, 64, watermark)
+    steps, leaps = (run(load(policy, **options), requests(drawn), capacity, limits, leap=leap) for leap in (1, 64))
+    assert steps == leaps
