@@ -39,7 +39,6 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
     from stallfree.core.record import StepRecord
-    from stallfree.engine import slices
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
     from stallfree.engine.thread import EngineThread
@@ -49,7 +48,6 @@ def serve(
     from stallfree.server.run import bind, run
     from stallfree.server.traces import Traces, exporter_to
 
-    slices.shorten()  # before there are threads
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     file = None if record is None else RecordFile(record)

@@ -40,9 +40,9 @@ def calibrate(executor: Executor, progress: Progress = lambda done, of: None) ->
     shapes = [shape for shape in _shapes(executor.capacity) if _fits(shape, executor.capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
     probes = [[(0, size)] for size in sorted(sizes) if _fits([(0, size)], executor.capacity)]
+    end = time.perf_counter() + PATIENCE_S
     _fill(executor)
     samples: list[Sample] = []
-    end = time.perf_counter() + PATIENCE_S
     # Twice over if there is time, so that a slow moment of the machine does not fall on one kind of iteration alone.
     plan = [*shapes, *probes, *shapes]
     for shape in plan:

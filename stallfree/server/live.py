@@ -8,6 +8,8 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from stallfree.core.record import StepRecord
@@ -25,6 +27,7 @@ STALLS = 20
 WINDOW_S = 60
 """Seconds that percentiles reach back."""
 ID_CHARS = 8
+FAULT, GAP = attrgetter("kind", "cause", "blamed"), attrgetter("gap_s")
 FINENESS = 50
 """Buckets of the percentiles per factor e: each is 2 % wide, so a percentile is right to 1 %."""
 
@@ -100,16 +103,16 @@ class Live:
             self._seconds.append(_Second(int(step.t_end)))
         second, ttft = self._seconds[-1], self.slo.ttft
         second.ttft.add(ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in ttfts))
-        second.tbt.add(gaps, sum(stall.kind == "late" for stall in stalls))
         alike: dict[tuple[str, str, int], list[Stall]] = {}
-        for stall in stalls:
-            alike.setdefault((stall.kind, stall.cause, stall.blamed.step), []).append(stall)
+        for (kind, cause, blamed), same in groupby(stalls, key=FAULT):
+            alike.setdefault((kind, cause, blamed.step), []).extend(same)
+        second.tbt.add(gaps, sum(len(same) for (kind, _, _), same in alike.items() if kind == "late"))
         for key, same in alike.items():
             self._note(key, same)
 
     def _note(self, key: tuple[str, str, int], same: list[Stall]) -> None:
         """One line for all that one iteration is to blame for in the same way: a long one makes everybody late."""
-        worst = max(same, key=lambda stall: stall.gap_s)
+        worst = max(same, key=GAP)
         line = self._stalls.pop(key, {"count": 0, "gap_s": -1.0})
         if worst.gap_s > line["gap_s"]:
             line |= {"id": worst.id[:ID_CHARS], "gap_s": worst.gap_s, "late_s": worst.late_s}

@@ -157,6 +157,9 @@ def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
 def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dict[str, object]:
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
+        # A thread that is bound to a core which another process keeps busy waits its turn there in each of hundreds of operators,
+        # and the others for it: a decode takes ten times as long. Unbound, it goes where there is room.
+        "ENABLE_CPU_PINNING": False,
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
         "INFERENCE_PRECISION_HINT": compute,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
