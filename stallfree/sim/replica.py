@@ -60,7 +60,7 @@ class Replica:
     `record` with each record, `span` with each iteration in each stage; without `record` none are made. `leap`: the most
     iterations at once; 1 is step by step.
 
-    `due`: when it wants to be woken, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
+    `due`: when it goes on, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
     long each stage was; what they lack to `active_s` are bubbles. `iterations`: how many have ended.
     """
 
@@ -119,7 +119,7 @@ class Replica:
         return tokens
 
     def take(self, request: Request) -> None:
-        """A request with a `Script` comes in at its arrival; `due` may be sooner then."""
+        """A request with a `Script` comes in at its arrival, to which the replica has run."""
         self._came.append(request)
         self._look(request.arrival)
 
@@ -128,7 +128,12 @@ class Replica:
         self._leaving.append(id)
         self._look(now)
 
-    def wake(self) -> None:
+    def run(self, until: float) -> None:
+        """Go on to just before `until`."""
+        while self.due < until:
+            self._wake()
+
+    def _wake(self) -> None:
         """Go on at `due`: what has ended is completed, who came or went is taken in or let go, and the next iterations begin."""
         now = self.due
         self._pending = None

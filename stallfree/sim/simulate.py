@@ -26,7 +26,7 @@ STOP = -1
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """`lines`: the requests' timelines in the order in which they ended; none if they were handed on instead. `records` and
+    """`lines`: the requests' timelines, of each replica in the order in which they ended; none if they were handed on. `records` and
     `spans`: those of each replica, where they were asked for.
     """
 
