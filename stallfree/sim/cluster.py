@@ -1,5 +1,5 @@
-"""Many replicas, each with a clock of its own, and what arrives. A replica is brought up to the moment when somebody looks at it or
-sends it a request, and no sooner: what happens in it until then is nobody else's business, and done in one go it is done faster.
+"""Many replicas, each with a clock of its own, and what arrives. A replica is brought up to the moment when somebody looks at it,
+and no sooner than it likes: what happens in it until then is nobody else's business, and done in one go it is done faster.
 
 It sends each request to the replica that a router chooses, and knows nothing of what happens there.
 """
@@ -24,8 +24,7 @@ class Cluster:
     def at(self, moment: float) -> Sequence[Replica]:
         """The replicas as they are just before `moment`."""
         for replica in self.replicas:
-            if replica.due < moment:
-                replica.run(moment)
+            replica.run(moment)
         return self.replicas
 
 
@@ -49,9 +48,7 @@ def serve(
             raise ValueError(f"something happens at {moment:g} s, after what happened at {before:g} s; sort by time")
         before = moment
         if request is not None:
-            replica = replicas[router(request, cluster)]
-            replica.run(moment)
-            replica.take(request)
+            replicas[router(request, cluster)].take(request)
         else:
             for replica in cluster.at(moment):
                 replica.drop(id, moment)
