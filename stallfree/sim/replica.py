@@ -23,6 +23,10 @@ LEAP = 64
 """Iterations that are looked ahead at once: a leap that an arrival cuts short was looked at in vain from there on."""
 
 
+TOGETHER = 64
+"""Requests that are taken before it goes on: while it does, its state is in the processor's caches, and that of others is not."""
+
+
 class Script(NamedTuple):
     """What becomes of a request, as its `sampling`: the tokens of its `answer`, which ends with the last of them by a stop id or by
     `max_tokens`, and the `line` that is written meanwhile. `ends`: its tokens by then, those of the prompt included.
@@ -60,7 +64,7 @@ class Replica:
     `record` with each record, `span` with each iteration in each stage; without `record` none are made. `leap`: the most
     iterations at once; 1 is step by step.
 
-    `due`: when it wants to be woken, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
+    `due`: when it goes on, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
     long each stage was; what they lack to `active_s` are bubbles. `iterations`: how many have ended.
     """
 
@@ -88,6 +92,8 @@ class Replica:
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
         self._steady = leap > 1 and scheduler.steady and scheduler.capacity.depth == 1
+        # Those taken that are still to come, and those that have come and that the scheduler has not heard of.
+        self._coming: deque[Request] = deque()
         self._came: list[Request] = []
         self._leaving: list[str] = []
         self._arrived: list[Request] = []
@@ -106,29 +112,44 @@ class Replica:
     @property
     def num_requests(self) -> int:
         """Requests that are here and have not ended."""
-        return len(self.scheduler.requests) + len(self._came)
+        return len(self.scheduler.requests) + len(self._came) + len(self._coming)
 
     def pending(self, now: float) -> int:
         """Tokens to be computed before everybody here has a first token, or its next one."""
         if self._pending is None:
             self._pending = sum([r.remaining for r in self.scheduler.requests.values()])
-        tokens = self._pending + sum([len(r.prompt) for r in self._came])
+        tokens = self._pending + sum([len(r.prompt) for r in (*self._came, *self._coming)])
         if self._stretch is not None and self._stretch.draft.chunks:
             begun = bisect_left(self._moments, now, 1)
             tokens -= (begun - 1) * sum(self._stretch.draft.chunks.values())
         return tokens
 
     def take(self, request: Request) -> None:
-        """A request with a `Script` comes in at its arrival; `due` may be sooner then."""
-        self._came.append(request)
-        self._look(request.arrival)
+        """A request with a `Script` is to come in at its arrival, which is not before that of others taken, nor before the moment
+        to which the replica has run. It may run up to it.
+        """
+        self._coming.append(request)
+        if len(self._coming) > TOGETHER:
+            self.run(request.arrival)
 
     def drop(self, id: str, now: float) -> None:
         """A request's client leaves; nothing happens if it has ended, or was never here."""
         self._leaving.append(id)
         self._look(now)
 
-    def wake(self) -> None:
+    def run(self, until: float) -> None:
+        """Go on to just before `until`."""
+        coming = self._coming
+        while coming and coming[0].arrival < until:
+            request = coming.popleft()
+            while self.due < request.arrival:
+                self._wake()
+            self._came.append(request)
+            self._look(request.arrival)
+        while self.due < until:
+            self._wake()
+
+    def _wake(self) -> None:
         """Go on at `due`: what has ended is completed, who came or went is taken in or let go, and the next iterations begin."""
         now = self.due
         self._pending = None

@@ -2,12 +2,9 @@
 what will become of them.
 """
 
-from collections.abc import Sequence
-
 from stallfree.core.request import Request
 from stallfree.policies import nearest
-from stallfree.sim.cluster import Router
-from stallfree.sim.replica import Replica
+from stallfree.sim.cluster import Cluster, Router
 
 PREFIX = 512
 """Tokens that a prefix is told apart by, as in Mooncake's trace (FAST'25)."""
@@ -19,10 +16,10 @@ def round_robin() -> Router:
     """One after the other."""
     count = -1
 
-    def choose(request: Request, replicas: Sequence[Replica]) -> int:
+    def choose(request: Request, cluster: Cluster) -> int:
         nonlocal count
         count += 1
-        return count % len(replicas)
+        return count % len(cluster)
 
     return choose
 
@@ -30,8 +27,8 @@ def round_robin() -> Router:
 def least_loaded() -> Router:
     """The one with the fewest requests that have not ended."""
 
-    def choose(request: Request, replicas: Sequence[Replica]) -> int:
-        loads = [replica.num_requests for replica in replicas]
+    def choose(request: Request, cluster: Cluster) -> int:
+        loads = [replica.num_requests for replica in cluster.at(request.arrival)]
         return loads.index(min(loads))
 
     return choose
@@ -40,8 +37,8 @@ def least_loaded() -> Router:
 def shortest_queue() -> Router:
     """The one with the fewest tokens to be computed until everybody there has the next one."""
 
-    def choose(request: Request, replicas: Sequence[Replica]) -> int:
-        loads = [replica.pending(request.arrival) for replica in replicas]
+    def choose(request: Request, cluster: Cluster) -> int:
+        loads = [replica.pending(request.arrival) for replica in cluster.at(request.arrival)]
         return loads.index(min(loads))
 
     return choose
@@ -55,7 +52,7 @@ def prefix_affinity() -> Router:
     seen: dict[tuple[int, int], tuple[int, int]] = {}
     least = least_loaded()
 
-    def choose(request: Request, replicas: Sequence[Replica]) -> int:
+    def choose(request: Request, cluster: Cluster) -> int:
         starts = range(0, len(request.prompt) - PREFIX + 1, PREFIX)
         pieces = [hash(request.tokens(start, start + PREFIX)) for start in starts]
         piece, found = 0, None
@@ -63,8 +60,9 @@ def prefix_affinity() -> Router:
             if (piece, content) not in seen:
                 break
             piece, found = seen[piece, content]
+        replicas = cluster.at(request.arrival)
         allowed = UNEVEN * sum([replica.num_requests for replica in replicas]) / len(replicas) + 2
-        number = least(request, replicas) if found is None or replicas[found].num_requests > allowed else found
+        number = least(request, cluster) if found is None or replicas[found].num_requests > allowed else found
         piece = 0
         for content in pieces:
             behind = seen[piece, content][0] if (piece, content) in seen else len(seen) + 1

@@ -26,8 +26,8 @@ STOP = -1
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """`lines`: the requests' timelines in the order in which they ended; none if they were handed on instead. `records` and
-    `spans`: those of each replica, where they were asked for.
+    """`lines`: the requests' timelines, of each replica in the order in which they ended; none if they were handed on. `records`
+    and `spans`: those of each replica, where they were asked for.
     """
 
     replicas: Sequence[Replica]
