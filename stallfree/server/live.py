@@ -104,8 +104,8 @@ class Live:
         second, ttft = self._seconds[-1], self.slo.ttft
         second.ttft.add(ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in ttfts))
         alike: dict[tuple[str, str, int], list[Stall]] = {}
-        for (kind, cause, blamed), same in groupby(stalls, key=FAULT):
-            alike.setdefault((kind, cause, blamed.step), []).extend(same)
+        for (kind, cause, blamed), run in groupby(stalls, key=FAULT):
+            alike.setdefault((kind, cause, blamed.step), []).extend(run)
         second.tbt.add(gaps, sum(len(same) for (kind, _, _), same in alike.items() if kind == "late"))
         for key, same in alike.items():
             self._note(key, same)
