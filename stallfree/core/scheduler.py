@@ -211,11 +211,9 @@ class Scheduler:
                 if work.samples:
                     reason = self._append(request, tokens[work.id], now)
             if reason is not None:
-                self._finish(request, reason)
-                del self.requests[request.id]
-                done.append(request)
+                done.append(self._end(request, reason))
         if done:
-            self.running = [r for r in self.running if r.status is Status.RUNNING]
+            self._run_on()
         return done
 
     def stretch(self, now: float, most: int) -> Stretch:
@@ -253,13 +251,9 @@ class Scheduler:
             elif len(output) >= request.max_tokens:
                 ending.append((request, "length"))
         stretch.advance(self.pool, steps)
-        done: list[Request] = []
-        for request, reason in ending:
-            self._finish(request, reason)
-            del self.requests[request.id]
-            done.append(request)
+        done = [self._end(request, reason) for request, reason in ending]
         if done:
-            self.running = [r for r in self.running if r.status is Status.RUNNING]
+            self._run_on()
         return done
 
     def check(self) -> None:
@@ -328,6 +322,15 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.queue.discard(request)
+
+    def _end(self, request: Request, reason: str) -> Request:
+        """A running request is over; `_run_on` takes those out of the list."""
+        self._finish(request, reason)
+        del self.requests[request.id]
+        return request
+
+    def _run_on(self) -> None:
+        self.running = [r for r in self.running if r.status is Status.RUNNING]
 
     def _finish(self, request: Request, reason: str) -> None:
         request.status = Status.FINISHED
