@@ -121,13 +121,15 @@ class Slo:
 
         True if time or tokens were not enough for all; and, if somebody was kept out for that, the seconds that decodes would take.
         """
-        streams = [*draft.decoding, *draft.prefilling]
-        alone += sum(self._stream(r) for r in draft.prefilling)
+        streams: list[Request] = []
         admitting, crowd = True, 0.0
         for r in self._by_urgency(draft):
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
                 continue
+            if waiting and not streams:  # not before somebody wants to join them: most iterations have no time left by then
+                streams = [*draft.decoding, *draft.prefilling]
+                alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
                 joined = alone + self._stream(r)
                 if self._too_slow(joined * self.margin.value, [*streams, r]):
