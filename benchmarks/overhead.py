@@ -4,7 +4,8 @@ First table: `schedule` + `complete` alone, for 256 and 1,000 running requests a
 100,000 requests waiting; limits 0.5 and 2 ms.
 
 Second table: what the slo policy adds to that of a fixed budget, with 255 decodes and a long prompt running and 1,000 requests
-waiting: pricing, ordering, its margin and its refitted prices. The limit is 0.3 ms.
+waiting: pricing, ordering, its margin and its refitted prices; each side the best of seven rounds in turn, as a shared host changes
+its speed within seconds. The limit is 0.3 ms.
 
 Third table: one model, 32 streams. `live` is a server with 32 HTTP streams: the median period of its iterations, and the part of
 it between the end of one run of the executor and the start of the next (complete, detokenise, record, hand over, schedule).
@@ -41,6 +42,7 @@ from stallfree.policies.sarathi import Sarathi
 from stallfree.policies.slo import Slo
 
 STREAMS, PROMPT = 32, 64
+POLICY_ROUNDS = 7
 
 
 def answer(plan: Plan) -> StepResult:
@@ -104,7 +106,10 @@ def policy_ms(policy: Policy, cost: Fitted) -> float:
 def policy_row() -> dict[str, Any]:
     cost = Fitted()
     tbt = 1000 * cost.seconds([(600, 1)] * 255 + [(3000, 64)])
-    fixed, slo = policy_ms(Sarathi(255 + 64), cost), policy_ms(Slo(f"tbt={tbt:.0f}ms", Fitted()), cost)
+    rounds = [
+        (policy_ms(Sarathi(255 + 64), cost), policy_ms(Slo(f"tbt={tbt:.0f}ms", Fitted()), cost)) for _ in range(POLICY_ROUNDS)
+    ]
+    fixed, slo = (min(side) for side in zip(*rounds, strict=True))
     return {"fixed budget, ms": fixed, "slo, ms": slo, "the policy, ms": slo - fixed, "limit, ms": 0.3}
 
 

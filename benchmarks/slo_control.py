@@ -6,8 +6,9 @@ times the lone decode iteration, measured first: the median gap of a single stre
 the rate climbs until targets are missed; a fixed budget's runs are judged by all three targets, and all sides see the same
 arrivals.
 
-`late`: share of all gaps above the target, of 1 % allowed. Capacity is interpolated between the last rate that passes and the
-next (see `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one
+`late`: share of all gaps above the target, of 1 % allowed. The first table has what it is for requests that have the server to
+themselves, one after another: less than that no policy can reach. Capacity is interpolated between the last rate that passes and
+the next (see `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one
 core for 30 s; counted are iterations from its beginning, and from its end, until the share of late tokens over the next 200 is
 back within the percentile.
 
@@ -20,12 +21,13 @@ import os
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import machine, parser, show
-from ladder import SEED, WORKLOAD, Rung, Server, capacity, climb
+from ladder import SEED, WORKLOAD, Rung, Server, capacity, climb, rung
 
 from stallfree.bench.server import server
 from stallfree.core.record import StepRecord, read
@@ -37,6 +39,8 @@ from stallfree.workload.workload import Workload
 TIMES = (1.5, 3.0, 10.0)
 BUDGETS = (16, 32, 64, 96, 128, 512, 2048)
 USUAL = (128, 512, 2048)
+ALONE = 40
+"""Requests that are sent one after another."""
 LOOK_BACK = 200
 CORE_TAKEN_S = 30.0
 DISTURBED_RATES = (0.5, 1.5)
@@ -51,6 +55,19 @@ def lone_decode() -> float:
         alone.run(lone)
         (line,) = alone.run(lone).lines
     return float(np.median(line.gaps))
+
+
+def alone(targets: list[Target]) -> dict[str, Any]:
+    """What the same requests get that are sent one after another, so that none has another beside it."""
+    with server(["--policy", "sarathi", "--token-budget", "512"]) as url:
+        side = Server(url)
+        side.warm_up()
+        one_by_one = [replace(arrival, at=0.0) for arrival in WORKLOAD.draw(1.0, SEED, requests=ALONE)]
+        lines = [line for arrival in one_by_one for line in side.run([arrival]).lines]
+    least = rung(lines, 0.0, targets)
+    return {f"late above {1e3 * target.seconds:.1f} ms, %": 100 * least.late[target.seconds] for target in targets} | {
+        "TBT p99, ms": 1e3 * least.tbt_p99
+    }
 
 
 def climbed(options: list[str], first: float, seconds: float, targets: list[Target]) -> list[Rung]:
@@ -193,6 +210,7 @@ def main() -> None:
         show("One core taken for 30 s", rows, facts, args.json)
         return
     seconds, budgets = (8.0, (128,)) if args.quick else (30.0, BUDGETS)
+    show("Each request by itself", [alone(targets)], facts, None)
     loads, found = sweep(targets, seconds, budgets, args.plot)
     show("The slo policy from low load to saturation", loads, facts, None)
     show("Capacity, requests/s", found, facts, args.json)

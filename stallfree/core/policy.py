@@ -53,8 +53,8 @@ class CostModel(Protocol):
         `limit` seconds; an efficient number of them, where the executor has such.
         """
 
-    def learn(self, shape: Shape, seconds: float) -> None:
-        """An iteration of this shape took `seconds`."""
+    def learn(self, shape: Shape, seconds: float) -> float:
+        """An iteration of this shape took `seconds`; returns these over what had been expected."""
 
 
 class BatchModel(CostModel, Protocol):

@@ -122,7 +122,7 @@ class Fitted:
         waste = (sum(count for _, count in shape) + count) % self.quantum
         return count - waste if waste < count else count
 
-    def learn(self, shape: Shape, seconds: float) -> None:
+    def learn(self, shape: Shape, seconds: float) -> float:
         row = features(shape)
         ratio = seconds / (self.pace * _product(self.prices, row))
         self.error += 0.05 * (abs(1 / ratio - 1) - self.error)
@@ -133,6 +133,7 @@ class Fitted:
         _add(self._matrix, self._target, [x * self.pace / seconds for x in row])
         matrix = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._anchor, self._matrix, strict=True)]
         _improve(self.prices, matrix, [a + b for a, b in zip(self._pull, self._target, strict=True)])
+        return ratio
 
     def errors(self, samples: Sequence[Sample]) -> Errors:
         """How well `samples` are described. Raises ValueError without any."""
@@ -159,12 +160,12 @@ def _parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
     """How many decodes, their context in all, and the chunks."""
     decodes = context = 0
     chunks = []
-    for piece in shape:
-        if piece[1] == 1:
+    for start, count in shape:
+        if count == 1:
             decodes += 1
-            context += piece[0]
+            context += start
         else:
-            chunks.append(piece)
+            chunks.append((start, count))
     return decodes, context, chunks
 
 

@@ -158,8 +158,9 @@ class Roofline:
         found = largest(whole)
         return whole[found - 1] if found else largest(range(1, min(most, whole.start) if whole else most))
 
-    def learn(self, shape: Shape, seconds: float) -> None:
-        """Nothing: what the device and the model are does not change."""
+    def learn(self, shape: Shape, seconds: float) -> float:
+        """Nothing is learned, for what the device and the model are does not change; `seconds` over those expected."""
+        return seconds / self.seconds(shape)
 
     def operators(self, shape: Shape) -> list[Operator]:
         """Every kernel of the iteration in the order of a layer, and what the engine adds; they add up to `seconds`."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from math import ceil, inf
 
-from stallfree.core.draft import Draft
+from stallfree.core.draft import RUNNING, Draft
 from stallfree.core.plan import Plan
 from stallfree.core.policy import CostModel, Reserve
 from stallfree.core.request import Request, Status
@@ -70,18 +70,17 @@ class Slo:
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
-        draft.cap(sum(count for _, count in shape) + spare, why)
+        draft.cap(draft.budget - draft.left + spare, why)
 
     def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
         shape, seconds = plan.shape, now - plan.now
         if seconds <= 0:  # a clock that stood still teaches nothing
             return
-        decoding = [r for work, r in zip(plan.work, requests, strict=True) if work.decode]
-        if decoding:
-            late = sum(self._due(r) < now for r in decoding)
-            hybrid = len(decoding) < len(shape)
-            self.margin.learn(seconds / self.cost.seconds(shape) if hybrid else None, late, len(decoding))
-        self.cost.learn(shape, seconds)
+        score = self.cost.learn(shape, seconds)
+        due = [self._due(r) for work, r in zip(plan.work, requests, strict=True) if work.decode]
+        if due:
+            late = sum([at < now for at in due])
+            self.margin.learn(score if len(due) < len(shape) else None, late, len(due))
 
     def _merge(self, own: Targets) -> Targets:
         return own.within(self.slo)
@@ -95,7 +94,7 @@ class Slo:
         alone *= self.margin.value
         least, first = inf, ""
         for r in draft.decoding:
-            if r.status is Status.RUNNING:
+            if r.status is RUNNING:
                 slack = self._due(r) - draft.now
                 if slack < alone and r.slo is not None:
                     slack = self._due(r, self.slo) - draft.now
@@ -105,9 +104,11 @@ class Slo:
 
     def _due(self, r: Request, slo: Targets | None = None) -> float:
         """When the next token of a request that has one is due."""
-        slo = slo or (self.slo if r.slo is None else self._merged(r.slo))
-        if slo.tbt is not None:
-            return r.last_token + slo.tbt.seconds
+        if slo is None:
+            slo = self.slo if r.slo is None else self._merged(r.slo)
+        tbt = slo.tbt
+        if tbt is not None:
+            return r.last_token + tbt.seconds
         if slo.tpot is None:
             return inf
         start = r.first_token if slo.ttft is None else max(r.first_token, r.arrival + slo.ttft.seconds)
