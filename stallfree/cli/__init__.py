@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stallfree.cli import bench, calibrate, chat, demo, explain, generate, listing, models, perf, replay, serve
+from stallfree.cli import bench, calibrate, chat, demo, explain, generate, listing, models, perf, replay, reproduce, serve, simulate
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -24,6 +24,10 @@ app.command("explain")(explain.explain)
 app.command("replay")(replay.replay)
 app.add_typer(bench.app, name="bench")
 app.add_typer(perf.app, name="perf")
+app.command("simulate")(simulate.simulate)
+app.command("capacity")(simulate.capacity)
+app.command("compare")(simulate.compare)
+app.add_typer(reproduce.app, name="reproduce")
 app.command("demo")(demo.demo)
 app.command("list")(listing.listing)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stallfree.cli import options
+from stallfree.cli import options, words
+from stallfree.workload.traffic import Traffic
 
 if TYPE_CHECKING:
     from stallfree.bench.dialect import Dialect
@@ -20,29 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
-Rate = Annotated[float | None, typer.Option(help="Requests per second, on average; only a trace has its own.", show_default=False)]
-Requests = Annotated[int | None, typer.Option(help="How many requests.", show_default="200, or a trace's all")]
-Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals, instead of a number of requests.", show_default=False)]
-Arrivals = Annotated[
-    str,
-    typer.Option(
-        help="poisson, gamma:cv=2 (burstier with a larger cv), bursts:on=10s,off=50s, diurnal:period=24h,swing=0.8, or trace: "
-        "the times in the file."
-    ),
-]
-Lengths = Annotated[
-    str,
-    typer.Option(
-        help="Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, uniform=16..256/zipf=16..256,s=1.1; openchat or "
-        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or BurstGPT's; or "
-        "Mooncake's FILE.jsonl. Others may be mixed in: 512/128 + 5%:2000/64."
-    ),
-]
-MaxTotal = Annotated[
-    int | None, typer.Option(help="Most tokens of a request, prompt and output; longer ones are drawn again.", show_default=False)
-]
 Targets = Annotated[str | None, typer.Option("--slo", help="Latency targets: ttft=2s@p90,tbt=100ms@p99.", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Draws the same arrivals and lengths again.", min=0)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Its name there.", show_default="the first that is listed")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Sent as a bearer token.", show_envvar=True, show_default=False)
@@ -50,23 +29,17 @@ ApiKey = Annotated[
 Timeout = Annotated[float, typer.Option(help="Seconds that a request may take, its output included.")]
 Html = Annotated[Path | None, typer.Option(help="Write table and plots to this file; needs matplotlib.", show_default=False)]
 
-LENGTHS = "512/128"
 REQUESTS = 200
 LONGEST_S = 1800.0
 """Seconds of arrivals in a trial, at the most: rates so low that they take longer are not searched."""
 
 
 @app.command()
+@words.spread()
 def load(
+    traffic: Traffic,
     url: Url = "http://127.0.0.1:8000",
-    rate: Rate = None,
-    requests: Requests = None,
-    duration: Duration = None,
-    arrivals: Arrivals = "poisson",
-    lengths: Lengths = LENGTHS,
-    max_total: MaxTotal = None,
     slo: Targets = None,
-    seed: Seed = 0,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -82,9 +55,9 @@ def load(
 
     targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
-    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
+    coming, facts = _draw(traffic)
     access = measuring.Access(model, api_key, timeout)
-    results, error = measuring.measure([measuring.Place(url, url)], access, coming, targets, rate)
+    results, error = measuring.measure([measuring.Place(url, url)], access, coming, targets, traffic.rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
@@ -96,6 +69,7 @@ def load(
 
 
 @app.command()
+@words.spread()
 def compare(
     them: Annotated[
         list[str],
@@ -105,14 +79,8 @@ def compare(
             "and servers that are there already, as theirs=http://127.0.0.1:8001.",
         ),
     ],
-    rate: Rate = None,
-    requests: Requests = None,
-    duration: Duration = None,
-    arrivals: Arrivals = "poisson",
-    lengths: Lengths = LENGTHS,
-    max_total: MaxTotal = None,
+    traffic: Traffic,
     slo: Targets = None,
-    seed: Seed = 0,
     serve: Annotated[
         str,
         typer.Option(help="What else `stallfree serve` is to be told for policies: 'model.gguf --threads 2'.", show_default=False),
@@ -136,8 +104,8 @@ def compare(
     places = [_place(text, slo, serve) for text in them]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
         raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
-    coming, facts = _draw(arrivals, lengths, max_total, rate, seed, requests, duration)
-    results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, rate)
+    coming, facts = _draw(traffic)
+    results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, traffic.rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
@@ -149,17 +117,14 @@ def compare(
 
 
 @app.command()
+@words.spread("rate", "duration")
 def capacity(
     slo: Annotated[str, typer.Option(help="Latency targets that make the capacity: ttft=2s@p90,tbt=100ms@p99.")],
+    traffic: Traffic,
     url: Url = "http://127.0.0.1:8000",
     start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
     trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
-    requests: Annotated[int, typer.Option(help="Requests in a trial.")] = REQUESTS,
-    arrivals: Arrivals = "poisson",
-    lengths: Lengths = LENGTHS,
-    max_total: MaxTotal = None,
-    seed: Seed = 0,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -176,9 +141,9 @@ def capacity(
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
     from stallfree.metrics.report import report
-    from stallfree.workload.workload import Workload
 
-    targets, workload = Slo.parse(slo), Workload.parse(arrivals, lengths, max_total)
+    requests = REQUESTS if traffic.requests is None else traffic.requests
+    targets, workload = Slo.parse(slo), traffic.workload
     client = measuring.Access(model, api_key, timeout).client(url)
     made: list[dict[str, Any]] = []
     behind: dict[float, str] = {}
@@ -204,14 +169,13 @@ def capacity(
     found, problems = Capacity(0.0, None, ()), []
     try:
         lowest = requests / LONGEST_S
-        found = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=seed)
+        found = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
     except KeyboardInterrupt:
         problems.append(f"interrupted after {len(made)} trials")
     if found.above in behind:
         problems.append(f"the server may be capable of more: at {found.above:.4g} requests/s {behind[found.above]}")
     if as_json:
-        facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "requests": requests, "seed": seed}
-        answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": facts}
+        answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": traffic.facts(requests)}
         answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
         answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in found.decisions]}
         typer.echo(json.dumps(answer | {"trials": made}))
@@ -232,29 +196,10 @@ def capacity(
         raise typer.Exit(1)
 
 
-def _draw(
-    arrivals: str,
-    lengths: str,
-    max_total: int | None,
-    rate: float | None,
-    seed: int,
-    requests: int | None,
-    duration_s: float | None,
-) -> tuple[list[Arrival], dict[str, Any]]:
+def _draw(traffic: Traffic) -> tuple[list[Arrival], dict[str, Any]]:
     """What arrives, and how that was drawn."""
-    from stallfree.workload.workload import Workload
-
-    workload = Workload.parse(arrivals, lengths, max_total)
-    if workload.arrivals is not None:
-        if rate is None:
-            raise ValueError(
-                "how many requests a second? --rate 2 makes it two, on average; --arrivals trace takes a trace's times"
-            )
-        if requests is None and duration_s is None:
-            requests = REQUESTS
-    coming = workload.draw(rate, seed, requests=requests, duration_s=duration_s)
-    facts = {"arrivals": arrivals, "lengths": lengths, "max_total": max_total, "rate": rate, "requests": len(coming), "seed": seed}
-    return coming, facts
+    coming = traffic.ending(REQUESTS).draw()
+    return coming, traffic.facts(len(coming))
 
 
 def _place(text: str, slo: str | None, serve: str) -> Place:
@@ -271,9 +216,7 @@ def _place(text: str, slo: str | None, serve: str) -> Place:
         if not (name and url):
             raise ValueError(f"{text!r} is neither a policy nor a named server; write theirs=http://127.0.0.1:8001")
         return Place(name, url)
-    policy, colon, number = text.rpartition(":")
-    budget = int(number) if colon and number.isdecimal() else None
-    policy = text if budget is None else policy
+    policy, budget = words.policy(text)
     policies.load(policy, token_budget=budget)  # a mistake is to be told before the first run
     try:
         told = shlex.split(serve)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stallfree.cli import options
+from stallfree.cli.words import mistakes
 
 if TYPE_CHECKING:
     from stallfree.perf.hardware import Hardware
@@ -51,7 +50,7 @@ def perf(
     """Price one iteration, operator by operator, beside what holds each up: compute, bandwidth, link or launch."""
     if context.invoked_subcommand is not None:
         return
-    with _mistakes():
+    with mistakes():
         work = parse(shape)
         if hardware == THIS_CPU:
             _this_cpu(model, work, as_json)
@@ -118,7 +117,7 @@ def check(
     files."""
     from stallfree.perf.profiles import KINDS, Error, by, read
 
-    with _mistakes():
+    with mistakes():
         points, others = read(folder)
         files = {key: Error.of(found) for key, found in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
         kinds = {kind: Error.of(found) for kind, found in by(points, lambda point: KINDS[point.operator]).items()}
@@ -163,7 +162,7 @@ def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> 
     from stallfree.engine.calibrate import latest
     from stallfree.perf.fitted import FEATURES, features
 
-    fitted, name = latest(cache_folder() / "calibration", model)
+    fitted, name, _ = latest(cache_folder() / "calibration", model)
     rows = {what: price * amount for what, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
     seconds = fitted.seconds(work)
     if as_json:
@@ -172,13 +171,3 @@ def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> 
     for what, took in rows.items():
         typer.echo(f"{what:<18}{1000 * took:9.2f} ms {took / seconds:6.1%}")
     typer.echo(f"{name} on this machine, as calibrated: {1000 * seconds:.2f} ms, {sum(count for _, count in work):,} tokens")
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """What was asked for and cannot be is the asker's mistake: one line, and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None

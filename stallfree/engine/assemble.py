@@ -119,7 +119,8 @@ def recalibrate(options: Options, say: Callable[[str], None], progress: calibrat
         model, errors = calibrate.calibrate(executor, progress)
     finally:
         executor.close()
-    return model, errors, calibrate.remember(model, errors, key or {}, cache_folder() / "calibration")
+    folder = cache_folder() / "calibration"
+    return model, errors, calibrate.remember(model, errors, key or {}, folder, executor.capacity)
 
 
 def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[str], None], progress: calibrate.Progress) -> Fitted:
@@ -132,7 +133,7 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
         return found
     say("calibrating: timing iterations on this machine, once (`stallfree calibrate` does it again)")
     model, errors = calibrate.calibrate(executor, progress)
-    calibrate.remember(model, errors, key, folder)
+    calibrate.remember(model, errors, key, folder, executor.capacity)
     return model
 
 

@@ -18,7 +18,7 @@ from stallfree.perf.fitted import Errors, Fitted, Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 PATIENCE_S = 8.0
 """Seconds after which a calibration makes do with what it has."""
 
@@ -71,33 +71,36 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
         return None
 
 
-def latest(folder: Path, model: str | None = None) -> tuple[Fitted, str]:
-    """The calibration that was remembered last on this machine, and the name of its model's file; of those whose name `model` is
-    in, if it is given. Raises ValueError if there is none.
+def latest(folder: Path, model: str | None = None) -> tuple[Fitted, str, Capacity]:
+    """The calibration that was remembered last on this machine, the name of its model's file, and what the executor held; of those
+    whose name `model` is in, if it is given. Raises ValueError if there is none.
     """
-    found: list[tuple[float, Fitted, str]] = []
+    found: list[tuple[float, Fitted, str, Capacity]] = []
     for file in folder.glob("*.json"):
         try:
-            key = json.loads(file.read_text())["of"]
+            saved = json.loads(file.read_text())
+            key, capacity = saved["of"], Capacity(*map(int, saved["capacity"]))
             name = str(key["model"][0])
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue
         if machine().items() <= key.items() and (model is None or model.lower() in name.lower()):
             fitted = remembered(key, folder)
             if fitted is not None:
-                found.append((file.stat().st_mtime, fitted, name))
+                found.append((file.stat().st_mtime, fitted, name, capacity))
     if not found:
         of = "" if model is None else f" of a model named {model!r}"
         raise ValueError(f"this machine has no calibration{of}; `stallfree calibrate` makes one")
-    _, fitted, name = max(found, key=lambda one: one[0])
-    return fitted, name
+    _, fitted, name, capacity = max(found, key=lambda one: one[0])
+    return fitted, name, capacity
 
 
-def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path) -> Path:
-    """Keep `model` for `key`; where it is kept. A disk that is full costs the next start some seconds, and a line here."""
+def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path, capacity: Capacity) -> Path:
+    """Keep `model` for `key`, and the `capacity` of its executor; where it is kept. A disk that is full costs the next start some
+    seconds, and a line here."""
     file = _file(key, folder)
     errors_too = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
-    saved = {"version": VERSION, "of": dict(key), "model": model.state(), "errors": errors_too}
+    held = [capacity.block_size, capacity.num_blocks, capacity.max_model_len]
+    saved = {"version": VERSION, "of": dict(key), "capacity": held, "model": model.state(), "errors": errors_too}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from stallfree.core.slo import Slo
-from stallfree.metrics.plot import latencies
+from stallfree.metrics.plot import latencies, loads
 from stallfree.metrics.report import Report, table
 from stallfree.metrics.timeline import Timeline
 
@@ -20,7 +20,19 @@ def page(
     title: str, facts: Sequence[str], problems: Sequence[str], runs: Mapping[str, tuple[Report, Sequence[Timeline]]], slo: Slo
 ) -> str:
     """The file's text. `facts`: lines on how the runs came about; `problems`: why they do not count, if they do not."""
-    names, *rows = table({name: report for name, (report, _) in runs.items()})
+    rows = table({name: report for name, (report, _) in runs.items()})
+    return _page(title, facts, problems, rows, latencies({name: lines for name, (_, lines) in runs.items()}, slo))
+
+
+def loads_page(title: str, facts: Sequence[str], rows: Sequence[Sequence[str]], reports: Mapping[tuple[str, float], Report]) -> str:
+    """The text of a file on several configurations at several loads: `rows` of a table, the first of which are names, and plots of
+    the `reports`, by configuration and requests per second.
+    """
+    return _page(title, facts, [], rows, loads(reports))
+
+
+def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequence[Sequence[str]], plots: str) -> str:
+    names, *rows = table
     cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
     paragraphs = [f"<p>{escape(fact)}</p>" for fact in facts] + [f"<p class=problem>{escape(problem)}</p>" for problem in problems]
     return f"""<!doctype html>
@@ -33,6 +45,6 @@ def page(
 <table>
 <tr>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>
 {cells}</table>
-{latencies({name: lines for name, (_, lines) in runs.items()}, slo)}
+{plots}
 </html>
 """

@@ -14,6 +14,7 @@ import numpy as np
 
 from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline, timelines
 
 
@@ -105,6 +106,64 @@ def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
+    return _svg(figure)
+
+
+def loads(reports: Mapping[tuple[str, float], Report]) -> str:
+    """Configurations side by side as an SVG element: TTFT, TBT and throughput over the requests per second. `reports` by both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = {
+        "TTFT p50, s": lambda r: r.ttft_s and r.ttft_s.p50,
+        "TTFT p99, s": lambda r: r.ttft_s and r.ttft_s.p99,
+        "TBT p99, ms": lambda r: r.tbt_s and 1e3 * r.tbt_s.p99,
+        "output tokens/s": lambda r: r.output_tokens_per_s,
+    }
+    for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):
+        for name in dict.fromkeys(name for name, _ in reports):
+            points = sorted((rate, value(report)) for (other, rate), report in reports.items() if other == name)
+            axis.plot(*zip(*((rate, y) for rate, y in points if y is not None), strict=True), "o-", label=name, markersize=3)
+        axis.set(title=title, xlabel="requests per second", yscale="linear" if title == "output tokens/s" else "log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=8)
+    return _svg(figure)
+
+
+def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) -> None:
+    """Bars in pairs: what was published and what was simulated, by name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.5 + 0.45 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(rows))
+    axis.barh(places - 0.2, [value for _, value, _ in rows], 0.4, label="published", color="tab:gray")
+    axis.barh(places + 0.2, [value for _, _, value in rows], 0.4, label="simulated", color="tab:blue")
+    axis.set_yticks(places, [name for name, _, _ in rows])
+    axis.invert_yaxis()
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def lines(sides: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, title: str, file: Path) -> None:
+    """A line for each side, through its points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in sides.items():
+        axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+    axis.set(xlabel=across, ylabel=up)
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def _svg(figure: Any) -> str:
     text = StringIO()
     figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

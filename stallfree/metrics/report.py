@@ -65,7 +65,8 @@ class Report:
     `unfinished`: how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` over these.
 
     Over the requests: `ttft_s` (with a first token), `tpot_s` (mean gap, of those with two), `e2e_s` (arrival to last token, of the
-    completed). `tbt_s` over the gaps of all requests, pooled. `slo_attainment` by the target's name. None: there was no case.
+    completed), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s` over the gaps of all requests,
+    pooled. `slo_attainment` by the target's name. None: there was no case.
     """
 
     completed: int
@@ -80,6 +81,7 @@ class Report:
     tbt_s: Quantiles | None
     tpot_s: Quantiles | None
     e2e_s: Quantiles | None
+    scheduling_s: Quantiles | None
     stalls: Stalls | None
     slo_attainment: dict[str, Attainment]
 
@@ -90,6 +92,7 @@ class Tally:
     def __init__(self, slo: Slo | None = None):
         self._slo = slo or Slo()
         self._arrivals, self._firsts, self._paces, self._whole = array("d"), array("d"), array("d"), array("d")
+        self._delays = array("d")
         self._gaps = _Pool()
         self._reasons: Counter[str] = Counter()
         self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
@@ -102,6 +105,8 @@ class Tally:
         self._arrivals.append(line.arrival)
         self._prompt_tokens += line.prompt_tokens
         self._output_tokens += len(tokens)
+        if line.scheduled is not None:
+            self._delays.append(line.scheduled - line.arrival)
         if line.reason is not None:
             self._reasons[line.reason] += 1
             self._lost += not len(tokens)
@@ -146,6 +151,7 @@ class Tally:
             tbt_s=Quantiles(*gaps.percentiles(QUANTILES)) if gaps.size else None,
             tpot_s=_quantiles(np.array(self._paces)),
             e2e_s=_quantiles(np.array(self._whole)),
+            scheduling_s=_quantiles(np.array(self._delays)),
             stalls=_stalls(gaps, slo.tbt),
             slo_attainment=attainment,
         )

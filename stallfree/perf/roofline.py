@@ -127,6 +127,9 @@ class Roofline:
         """From the first stage's begin to the last one's end, the host's part before them included; that alone for no work."""
         return self._seconds(self._sums(shape)) if shape else self._host_s
 
+    def batch(self, decodes: int, context: int, chunks: Shape) -> float:
+        return self._seconds(self._summed(decodes, context, chunks))
+
     def stages(self, shape: Shape) -> list[float]:
         """Seconds of each pipeline stage, which together are `seconds`: the host's part and the embedding are in the first, the
         sends each in the one that sends, the LM head in the last.
@@ -179,17 +182,24 @@ class Roofline:
 
     def _sums(self, shape: Shape) -> Sums:
         """All that the price of an iteration depends on. One pass, for a simulation does this for every iteration."""
-        decodes = context = chunked = cached = 0
-        pairs = 0.0
+        decodes = context = 0
+        chunks = []
         for start, count in shape:
             if count == 1:
                 decodes += 1
                 context += start
             else:
-                chunked += count
-                cached += start
-                pairs += self._attention.pairs(start, count)
-        return Sums(len(shape), decodes + chunked, decodes, context, chunked, cached, pairs)
+                chunks.append((start, count))
+        return self._summed(decodes, context, chunks)
+
+    def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
+        chunked = cached = 0
+        pairs = 0.0
+        for start, count in chunks:
+            chunked += count
+            cached += start
+            pairs += self._attention.pairs(start, count)
+        return Sums(decodes + len(chunks), decodes + chunked, decodes, context, chunked, cached, pairs)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
         """The sums with one piece of work more."""

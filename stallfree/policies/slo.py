@@ -48,7 +48,7 @@ class Slo:
         given = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
         default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
         self.slo = given.within(Targets(tbt=default))
-        self._possible()
+        possible(self.slo, self.cost)
         pace = self.slo.tbt or self.slo.tpot or default
         self.margin = Margin(AIM * pace.late_share)
         self._merged = lru_cache(1024)(self._merge)
@@ -194,14 +194,16 @@ class Slo:
         enough = EFFICIENT * min(per_token.values())
         return min(size for size, seconds in per_token.items() if seconds <= enough)
 
-    def _possible(self) -> None:
-        token, prompt = self.cost.seconds([(1, 1)]), self.cost.seconds([(0, 2)])
-        for name, target, least in (("tbt", self.slo.tbt, token), ("tpot", self.slo.tpot, token), ("ttft", self.slo.ttft, prompt)):
-            if target is not None and target.seconds < least:
-                raise ValueError(
-                    f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms on "
-                    f"this machine; the least that can be asked for is about {name}={ceil(1200 * least)}ms"
-                )
+
+def possible(slo: Targets, cost: CostModel) -> None:
+    """Raises ValueError for a target that not even a lone request could meet, saying what the least is that can be asked for."""
+    token, prompt = cost.seconds([(1, 1)]), cost.seconds([(0, 2)])
+    for name, target, least in (("tbt", slo.tbt, token), ("tpot", slo.tpot, token), ("ttft", slo.ttft, prompt)):
+        if target is not None and target.seconds < least:
+            raise ValueError(
+                f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms on "
+                f"this machine; the least that can be asked for is about {name}={ceil(1200 * least)}ms"
+            )
 
 
 class Margin:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from stallfree.cli.perf import parse
+from stallfree.core.plan import Capacity
 from stallfree.engine import calibrate
 from stallfree.perf import hardware, shape
 from stallfree.perf.fitted import Fitted
@@ -66,7 +67,8 @@ def test_this_cpu_is_what_its_calibration_says(stallfree, tmp_path, monkeypatch)
     model = Fitted((0.01, 0.05, 0.02, 0.03, 0.02, 0.004))
     errors = model.errors([([(1, 1)], 1.0)])
     for name, made in (("small.gguf", model), ("other.gguf", Fitted())):
-        calibrate.remember(made, errors, calibrate.machine() | {"model": [name, 1, 2]}, tmp_path / "calibration")
+        key = calibrate.machine() | {"model": [name, 1, 2]}
+        calibrate.remember(made, errors, key, tmp_path / "calibration", Capacity(32, 9, 99))
     code, out, _ = stallfree("perf", "--hardware", "this-cpu", "--model", "small", "--shape", "3@100,64", "--json")
     assert 0 == code
     assert model.seconds([(100, 1)] * 3 + [(0, 64)]) == json.loads(out)["seconds"]

@@ -7,6 +7,7 @@ from stallfree.engine.calibrate import calibrate, remember, remembered
 from stallfree.executors.simulated import Linear
 
 COST = Linear(iteration_s=0.01, token_s=0.0004, context_s=0.0)
+CAPACITY = Capacity(block_size=32, num_blocks=400, max_model_len=4096)
 KEY = {"cpu": "one", "model": "that"}
 
 
@@ -50,14 +51,14 @@ def test_progress_ends_at_the_end():
 
 def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):
     model, errors = calibrate(Instant())
-    remember(model, errors, KEY, tmp_path / "new")
+    remember(model, errors, KEY, tmp_path / "new", CAPACITY)
     assert model.prices == remembered(KEY, tmp_path / "new").prices
     assert None is remembered({**KEY, "cpu": "another"}, tmp_path / "new")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "model": {"prices": [1]}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 2, "model": {"prices": [1]}}'])
 def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content):
-    file = remember(*calibrate(Instant()), KEY, tmp_path)
+    file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
     file.write_text(content)
     assert None is remembered(KEY, tmp_path)
     assert str(file) in caplog.text
@@ -65,12 +66,12 @@ def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content
 
 
 def test_a_calibration_of_another_version_is_passed_over(tmp_path):
-    file = remember(*calibrate(Instant()), KEY, tmp_path)
-    file.write_text(file.read_text().replace('"version": 1', '"version": 0'))
+    file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
+    file.write_text(file.read_text().replace('"version": 2', '"version": 0'))
     assert None is remembered(KEY, tmp_path)
 
 
 def test_a_place_that_cannot_be_written_costs_a_line_in_the_log(tmp_path, caplog):
     (tmp_path / "file").touch()
-    remember(*calibrate(Instant()), KEY, tmp_path / "file")
+    remember(*calibrate(Instant()), KEY, tmp_path / "file", CAPACITY)
     assert "cannot be kept" in caplog.text

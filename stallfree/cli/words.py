@@ -1,0 +1,212 @@
+"""A dataclass of words as the options of a command: its fields, their types and defaults, with help from here; and the same from a
+TOML file. It knows how options come in, not what they mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from stallfree.policies import nearest
+
+if TYPE_CHECKING:
+    from stallfree.sim.deployment import Deployment
+
+HELP: dict[str, tuple[str, str | None]] = {
+    # Traffic
+    "arrivals": (
+        "poisson, gamma:cv=2 (burstier with a larger cv), bursts:on=10s,off=50s, diurnal:period=24h,swing=0.8, or trace: the times "
+        "in the file.",
+        None,
+    ),
+    "lengths": (
+        "Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, uniform=16..256/zipf=16..256,s=1.1; openchat or "
+        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or BurstGPT's; or "
+        "Mooncake's FILE.jsonl. Others may be mixed in: 512/128 + 5%:2000/64.",
+        None,
+    ),
+    "max_total": ("Most tokens of a request, prompt and output; longer ones are drawn again.", "no limit"),
+    "rate": ("Requests per second, on average; only a trace has its own.", "none"),
+    "requests": ("How many requests.", "200, simulated 2,048, or a trace's all"),
+    "duration": ("Seconds of arrivals, instead of a number of requests.", "none"),
+    "seed": ("Draws the same arrivals and lengths again.", None),
+    # Deployment
+    "model": ("A name of `stallfree list models`, or a config.json of Hugging Face's.", "none"),
+    "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu as it was calibrated.", None),
+    "tp": ("Tensor parallelism.", None),
+    "pp": ("Pipeline parallelism.", None),
+    "weights": ("Precision of the weights: fp16, fp8, int8 or int4.", None),
+    "kv": ("Precision of the KV cache: fp16 or fp8.", None),
+    "engine": ("What launches the kernels: graph, eager-2024.", None),
+    "node": ("Devices used of each node.", "all it has"),
+    "network": ("The link between nodes.", "the device's first"),
+    "policy": ("Scheduling policy (see `stallfree list policies`), or package.module:Class.", None),
+    "token_budget": ("Tokens per iteration, for policies that take a budget.", "the policy's"),
+    "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; for policy slo 5 small decode iterations"),
+    "max_seqs": ("Most requests running at once.", None),
+    "max_tokens": ("Most tokens in one iteration, whatever the policy.", None),
+    "max_model_len": ("Longest request, in tokens, prompt and output.", "the model's context"),
+    "block_size": ("Tokens of a KV block.", None),
+    "memory": ("Share of the devices' memory for weights and KV.", None),
+    "watermark": ("Share of the KV blocks that an admission leaves free.", None),
+    "max_output": ("Output tokens that requests ask for, whatever they get.", "what they get"),
+    "replicas": ("Copies of the engine, each on devices of its own.", None),
+    "router": ("Which replica a request goes to: round-robin, least-loaded, shortest-queue, prefix-affinity.", None),
+    "prefix_cache": ("Share the KV of equal prompt beginnings.", None),
+}
+"""For each field its help, and what to show as its default where that is None."""
+
+_OF_TOML: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "integer": ((int,), "a whole number"),
+    "integer range": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "boolean": ((bool,), "true or false"),
+}
+_CONFIGURATIONS = "configurations"
+
+
+def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turns a command's parameters that are dataclasses into options for their fields, but for those `without`, which keep their
+    defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        made: dict[str, tuple[type, list[str]]] = {}
+        for parameter in inspect.signature(command).parameters.values():
+            hint = hints[parameter.name]
+            if not hasattr(hint, "__dataclass_fields__"):
+                parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            types = get_type_hints(hint)
+            told = [field for field in fields(hint) if field.name not in without]
+            made[parameter.name] = hint, [field.name for field in told]
+            for field in told:
+                help, shown = HELP[field.name]
+                annotation = Annotated[types[field.name], typer.Option(help=help, show_default=shown or True)]
+                parameters.append(
+                    inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+                )
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            whole = {name: cls(**{field: given.pop(field) for field in told}) for name, (cls, told) in made.items()}
+            command(**whole, **given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """What was asked for and cannot be is the asker's mistake: one line, and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """The values of `file` as defaults of the command's options, each of the type that the option has."""
+    if file is None:
+        return None
+    with mistakes():
+        try:
+            found = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise ValueError(f"--config {file} cannot be read: {error.strerror}; name a .toml") from None
+        except ValueError as error:
+            raise ValueError(f"--config {file} is no TOML: {error}") from None
+        context.meta[_CONFIGURATIONS] = _several(found.pop(_CONFIGURATIONS, {}), context, file)
+        context.default_map = _checked(found, context, str(file))
+    return file
+
+
+def _several(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise ValueError(f"{file}: configurations are tables with names of their own, as [configurations.relaxed]")
+    return {name: _checked(table, context, f"{file}, [configurations.{name}]") for name, table in tables.items()}
+
+
+def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> dict[str, Any]:
+    known = {parameter.name: parameter for parameter in context.command.params if parameter.name}
+    names = [name.replace("_", "-") for name in known if name in HELP]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known or name not in HELP:
+            raise ValueError(f"{where}: unknown option {key!r}{nearest(key, names)}; known: {', '.join(names)}")
+        types, words = _OF_TOML.get(known[name].type.name, ((str,), "text in quotes"))
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f"{where}: {key} is {value!r}, expected {words}")
+        values[name] = value
+    return values
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_configure,
+        help="A TOML file with any of these options, by their names; what is on the command line comes before it.",
+        show_default=False,
+    ),
+]
+SeveralConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_configure,
+        help="A TOML file with any of these options, by their names, and tables [configurations.NAME] with what each of them has "
+        "of its own; what is on the command line comes before what is at the top of the file.",
+        show_default=False,
+    ),
+]
+
+
+def only_one(context: typer.Context) -> None:
+    """Raises ValueError if the file had configurations, for a command that takes no others."""
+    if context.meta.get(_CONFIGURATIONS):
+        raise ValueError("this command simulates one configuration; `capacity` and `compare` take several")
+
+
+def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:
+    """`deployment` with each of the `policies` (as sarathi:512), and with what each of the file's configurations has of its own; it
+    itself if there is neither. Raises ValueError for a name that is there twice.
+    """
+    found: dict[str, Deployment] = {}
+    for text in policies:
+        name, budget = policy(text)
+        if text in found:
+            raise ValueError(f"{text!r} is there twice; name each policy once")
+        found[text] = replace(deployment, policy=name, token_budget=budget)
+    for name, own in context.meta.get(_CONFIGURATIONS, {}).items():
+        if name in found:
+            raise ValueError(f"{name!r} is there twice, as a policy and as a configuration; rename the latter")
+        alien = sorted(own.keys() - {f.name for f in fields(deployment)})
+        if alien:
+            raise ValueError(f"[configurations.{name}]: {alien[0]} is the same for all; set it above the tables")
+        found[name] = replace(deployment, **own)
+    return found or {deployment.policy: deployment}
+
+
+def policy(text: str) -> tuple[str, int | None]:
+    """A policy, and its budget if a number follows: sarathi:128."""
+    name, colon, number = text.rpartition(":")
+    return (name, int(number)) if colon and number.isdecimal() else (text, None)

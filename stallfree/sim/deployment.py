@@ -1,0 +1,43 @@
+"""What is simulated, in words that fit on a command line, in a file, and through a pipe to another process. What they come to is
+`testbed`'s to know.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """`model`: a built-in name or a config.json; `hardware`: a device's name or its TOML; `tp`, `pp`: devices that share each
+    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`); `node`:
+    devices used of each node (None: all), `network` between nodes (None: the device's first).
+
+    `policy` by name, with its `token_budget` or, for a policy that takes one, the `slo` in words. Limits: `max_seqs` running
+    requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's context); KV in blocks of
+    `block_size` tokens, in what the weights leave of `memory`, a share of the device's, of which admission leaves `watermark`
+    free. `max_output`: the tokens that requests ask for, which matters to policies that reserve KV for them (None: what they get).
+
+    `replicas` of it behind `router`; `prefix_cache` shares the KV of equal beginnings of prompts.
+    """
+
+    model: str | None = None
+    hardware: str = "a100-80g"
+    tp: int = 1
+    pp: int = 1
+    weights: str = "fp16"
+    kv: str = "fp16"
+    engine: str = "graph"
+    node: int | None = None
+    network: str | None = None
+    policy: str = "slo"
+    token_budget: int | None = None
+    slo: str | None = None
+    max_seqs: int = 256
+    max_tokens: int = 8192
+    max_model_len: int | None = None
+    block_size: int = 16
+    memory: float = 0.9
+    watermark: float = 0.01
+    max_output: int | None = None
+    replicas: int = 1
+    router: str = "round-robin"
+    prefix_cache: bool = False

@@ -1,0 +1,20 @@
+"""`stallfree reproduce`, as its user meets it."""
+
+import json
+
+
+def test_reproduce_prints_a_part(stallfree, tmp_path):
+    code, out, _ = stallfree("reproduce", "sarathi", "--only", "chunking", "--plots", str(tmp_path))
+    assert 0 == code
+    assert "published" in out
+    assert "errors: median" in out
+    assert ["the_price_of_chunks.png"] == [file.name for file in tmp_path.iterdir()]
+    told = json.loads(stallfree("reproduce", "sarathi", "--only", "chunking", "--json")[1])
+    assert 12 == len(told["tables"]["The price of chunks: Yi-34B"])
+
+
+def test_reproduce_names_its_mistakes(stallfree):
+    code, _, err = stallfree("reproduce", "sarathi", "--only", "chunking", "--engine", "fast")
+    assert (2, 1) == (code, err.count("\n"))
+    assert "unknown engine 'fast'" in err
+    assert 2 == stallfree("reproduce", "sarathi", "--only", "chunking", "--plots", "nowhere")[0]

@@ -1,0 +1,153 @@
+"""`stallfree simulate`, `capacity` and `compare`, as their user meets them."""
+
+import json
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.record import read
+from stallfree.engine import calibrate
+from stallfree.perf.fitted import Fitted
+
+LLAMA = ("--model", "llama3-8b", "--requests", "40", "--lengths", "300/30")
+
+
+def test_simulate_prints_a_table_for_people(stallfree):
+    code, out, _ = stallfree("simulate", *LLAMA, "--rate", "4", "--policy", "sarathi", "--token-budget", "512", "--slo", "tbt=50ms")
+    assert 0 == code
+    assert ["completed", "40"] in [line.split() for line in out.splitlines()]
+    assert all(part in out for part in ("sarathi:512", "within tbt=50ms@p99", "llama3-8b on a100-80g", "per million output tokens"))
+
+
+def test_simulate_prints_the_keys_of_bench_for_programs(stallfree):
+    code, out, _ = stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms,ttft=2s", "--json")
+    told = json.loads(out)
+    assert (0, 40, {}) == (code, told["completed"], told["errors"])
+    assert [{"p50", "p90", "p99", "max"}] * 5 == [
+        set(told[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s", "scheduling_s")
+    ]
+    assert {"model": "llama3-8b", "hardware": "a100-80g", "policy": "slo", "slo": "tbt=60ms,ttft=2s"} == told["deployment"]
+    assert {"ttft", "tbt"} == set(told["slo_attainment"])
+    assert 40 * 30 == told["output_tokens"]
+
+
+def test_simulate_writes_records_that_explain_reads_a_trace_and_a_page(stallfree, tmp_path):
+    record, trace, html = tmp_path / "run.jsonl", tmp_path / "trace.json", tmp_path / "page.html"
+    files = ("--record", str(record), "--trace", str(trace), "--html", str(html))
+    told = json.loads(stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms", *files, "--json")[1])
+    run, records = read(record.read_text().splitlines())
+    assert ("slo", told["iterations"]) == (run.policy, len(records))
+    assert "40 requests arrived and got 1200 tokens" in stallfree("explain", str(record))[1]
+    assert told["iterations"] == sum(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
+    assert all(part in html.read_text() for part in ("<svg", "TBT p99, ms", "llama3-8b on a100-80g"))
+
+
+def test_options_come_from_a_file_and_the_command_line_before_it(stallfree, tmp_path):
+    file = tmp_path / "load.toml"
+    file.write_text('model = "llama3-8b"\nlengths = "300/30"\nrequests = 20\nrate = 4\npolicy = "sarathi"\ntoken-budget = 512\n')
+    told = json.loads(stallfree("simulate", "--config", str(file), "--token-budget", "64", "--json")[1])
+    assert (20, 64) == (told["completed"], told["deployment"]["token_budget"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("modle = 'x'", "unknown option 'modle' (did you mean 'model'?)"),
+        ("tp = 1.5", "tp is 1.5, expected a whole number"),
+        ("tp = true", "tp is True, expected a whole number"),
+        ("rate = 'two'", "rate is 'two', expected a number"),
+        ("model = 7", "model is 7, expected text in quotes"),
+        ("prefix-cache = 1", "prefix-cache is 1, expected true or false"),
+        ("tp = ", "is no TOML"),
+        ("configurations = 3", "configurations are tables"),
+        ("[configurations.one]\ntp = 2", "this command simulates one configuration"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(stallfree, tmp_path, text, says):
+    file = tmp_path / "load.toml"
+    file.write_text(text)
+    code, out, err = stallfree("simulate", "--config", str(file), *LLAMA, "--rate", "4")
+    assert (2, "") == (code, out)
+    assert says in err
+
+
+def test_capacity_is_found_for_each_configuration(stallfree, tmp_path):
+    file = tmp_path / "two.toml"
+    file.write_text("[configurations.two-devices]\ntp = 2\n")
+    search = ("--config", str(file), "--slo", "tbt=40ms", "--start", "8", "--tolerance", "0.3", "--trials", "1")
+    code, out, _ = stallfree("capacity", "sarathi:256", *LLAMA, *search, "--json")
+    told = json.loads(out)["configurations"]
+    assert (0, {"sarathi:256", "two-devices"}) == (code, set(told))
+    assert 2 == told["two-devices"]["deployment"]["tp"]
+    for one in told.values():
+        assert one["capacity"] > 0
+        assert {"rate", "seed", "passed", "why", "ttft_s", "slo_attainment"} <= set(one["trials"][0])
+        assert max(trial["rate"] for trial in one["trials"] if trial["passed"]) == one["capacity"]
+    table = stallfree("capacity", "sarathi:256", *LLAMA, *search)[1]
+    assert all(name in table for name in ("sarathi:256", "two-devices", "missed at", "$/million"))
+
+
+def test_compare_puts_configurations_at_several_loads_side_by_side(stallfree, tmp_path):
+    loads = ("--rates", "2,8", "--slo", "tbt=40ms")
+    code, out, _ = stallfree("compare", "sarathi:256", "orca", *LLAMA, *loads, "--html", str(tmp_path / "page.html"))
+    assert 0 == code
+    rows = [line.split()[:2] for line in out.splitlines()[1:]]
+    assert [["sarathi:256", "2"], ["orca", "2"], ["sarathi:256", "8"], ["orca", "8"]] == rows
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    told = json.loads(stallfree("compare", "sarathi:256", "orca", *LLAMA, *loads, "--json")[1])
+    assert [(run["configuration"], run["rate"]) for run in told["runs"]] == [(name, float(rate)) for name, rate in rows]
+
+
+def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
+    monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path))
+    model = Fitted((0.01, 0.05, 0.02, 0.03, 0.02, 0.004))
+    key = calibrate.machine() | {"model": ["small.gguf", 1, 2]}
+    calibrate.remember(model, model.errors([([(1, 1)], 1.0)]), key, tmp_path / "calibration", Capacity(32, 500, 2048))
+    lone = ("--hardware", "this-cpu", "--requests", "1", "--rate", "1", "--lengths", "64/2")
+    told = json.loads(stallfree("simulate", *lone, "--policy", "sarathi", "--json")[1])
+    assert model.seconds([(64, 1)]) == pytest.approx(told["tbt_s"]["p50"])
+    code, _, err = stallfree("simulate", *lone, "--tp", "2")
+    assert 2 == code
+    assert "tp, pp, weights and kv are for other hardware" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["simulate", *LLAMA], "how many requests a second?"),
+        (["simulate", "--rate", "1"], "which model?"),
+        (["simulate", *LLAMA, "--rate", "0"], "a rate of 0 requests"),
+        (["simulate", *LLAMA, "--rate", "1", "--slo", "tbt=2ms"], "the least that can be asked for is about"),
+        (["simulate", *LLAMA, "--rate", "1", "--lengths", "9000/10"], "can never be served"),
+        (["simulate", *LLAMA, "--rate", "1", "--lengths", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
+        (["simulate", *LLAMA, "--rate", "1", "--router", "randm"], "unknown router 'randm'"),
+        (["simulate", *LLAMA, "--rate", "1", "--replicas", "0"], "0 replicas"),
+        (["simulate", *LLAMA, "--rate", "1", "--replicas", "2", "--record", "x"], "a record is of one replica"),
+        (["simulate", *LLAMA, "--rate", "1", "--html", "nowhere/x.html"], "there is no folder nowhere"),
+        (["capacity", *LLAMA], "which targets make the capacity of slo?"),
+        (["capacity", "slo", "slo", *LLAMA], "is there twice"),
+        (["capacity", *LLAMA, "--slo", "tbt=40ms", "--trials", "2"], "give an odd number"),
+        (["compare", *LLAMA, "--rates", "2,x"], "are no different rates above 0"),
+        (["compare", *LLAMA, "--rates", "2,2"], "are no different rates above 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(stallfree, arguments, says):
+    code, out, err = stallfree(*arguments)
+    assert (2, "", 1) == (code, out, err.count("\n")), err
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("trace", "says"),
+    [
+        ("arrived_at,prompt_tokens,output_tokens\n2,30,3\n1,20,5\n", "line 3: its time, 1 s, is before"),
+        ("arrived_at,prompt_tokens,output_tokens\n-2,30,3\n", "line 2: arrived_at is '-2'"),
+        ("arrived_at,prompt_tokens\n2,30\n", "line 1 is 'arrived_at,prompt_tokens'"),
+        ("arrived_at,prompt_tokens,output_tokens\n2,8000,500\n", "are more than the context of 8192"),
+    ],
+)
+def test_a_mistake_in_a_trace_is_named_by_its_line(stallfree, tmp_path, trace, says):
+    (tmp_path / "trace.csv").write_text(trace)
+    code, _, err = stallfree("simulate", "--model", "llama3-8b", "--arrivals", "trace", "--lengths", str(tmp_path / "trace.csv"))
+    assert 2 == code
+    assert says in err

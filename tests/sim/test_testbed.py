@@ -1,0 +1,86 @@
+"""A deployment in words becomes what the simulator runs, or a message that says what would do."""
+
+from dataclasses import replace
+
+import pytest
+
+from stallfree.core.slo import Slo
+from stallfree.perf.fitted import Fitted
+from stallfree.sim.deployment import Deployment
+from stallfree.sim.testbed import Testbed, calibrated, instance
+from stallfree.sim.trials import Trials
+from stallfree.workload.traffic import Traffic
+
+LLAMA = Deployment(model="llama3-8b", policy="sarathi", token_budget=512)
+SOME = Traffic(lengths="median=300,p90=900/median=40,p90=90", requests=60)
+
+
+def test_the_kv_is_what_the_weights_leave():
+    whole, half = instance(LLAMA).capacity, instance(replace(LLAMA, memory=0.5)).capacity
+    assert (16, 8192, 1) == (whole.block_size, whole.max_model_len, whole.depth)
+    tokens = (whole.num_blocks - half.num_blocks) * 16
+    assert 0.4 * 81920 * 2**20 == pytest.approx(tokens * 2 * 8 * 128 * 2 * 32, rel=0.001)
+
+
+def test_stages_are_plans_in_flight_and_devices_are_paid():
+    one, four = instance(LLAMA), instance(replace(LLAMA, tp=2, pp=2))
+    assert 2 == four.capacity.depth
+    assert 4 * one.dollars == four.dollars
+
+
+def test_a_trial_is_the_same_here_and_in_another_process():
+    testbed = Testbed(LLAMA)
+    here = testbed.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
+    with Trials({"it": testbed}) as trials:
+        there = trials.submit("it", SOME, 3.0, 5, Slo.parse("tbt=100ms")).result()
+    assert here == there
+    assert 60 == here.completed
+
+
+def test_the_slo_policy_knows_what_a_calibration_finds_and_keeps_its_target():
+    testbed = Testbed(replace(LLAMA, policy="slo", token_budget=None, slo="tbt=60ms"))
+    model, truth = calibrated(testbed.instance), testbed.instance.cost
+    shape = [(500, 1)] * 20 + [(300, 400)]
+    assert isinstance(model, Fitted)
+    assert truth.seconds(shape) == pytest.approx(model.seconds(shape), rel=0.3)
+    report = testbed.trial(replace(SOME, requests=300), 6.0, 0, Slo.parse("tbt=60ms"))
+    assert report.slo_attainment["tbt"].met
+
+
+def test_policies_that_learn_do_not_share_what_they_learned():
+    testbed = Testbed(replace(LLAMA, policy="slo", token_budget=None))
+    one, other = testbed.policy(), testbed.policy()
+    one.cost.learn([(10, 1)], 5.0)
+    assert one.cost.seconds([(10, 1)]) != other.cost.seconds([(10, 1)])
+
+
+def test_the_header_of_its_records_tells_the_policy_again():
+    header = Testbed(replace(LLAMA, slo="tbt=80ms")).header
+    assert ("sarathi", {"token_budget": 512}, "80ms") == (header.policy, header.options, str(header.targets.tbt).partition("@")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": None}, "which model"),
+        ({"model": "lama3-8b"}, "did you mean 'llama3-8b'"),
+        ({"model": "llama2-70b"}, "TP 2 or PP 2 or fp8 weights would do"),
+        ({"tp": 3}, "TP 3 does not divide"),
+        ({"hardware": "a100"}, "did you mean 'a100-"),
+        ({"policy": "sarati"}, "did you mean 'sarathi'"),
+        ({"policy": "slo"}, "takes no token_budget: it finds its own"),
+        ({"policy": "orca"}, "takes no token_budget"),
+        ({"token_budget": 0}, "at least 1 token"),
+        ({"slo": "tbt=1ms"}, "tbt=1ms cannot be met: .* the least that can be asked for is about"),
+        ({"slo": "tbt=100"}, "has no unit"),
+        ({"max_seqs": 0}, "max_seqs"),
+        ({"block_size": 0}, "blocks of 0 tokens"),
+        ({"memory": 1.5}, "a share of 1.5"),
+        ({"max_model_len": 9_000_000}, "a request of 9,000,000 tokens cannot be"),
+        ({"watermark": 1.0}, "watermark"),
+        ({"engine": "fast"}, "unknown engine 'fast'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_simulated(change, says):
+    with pytest.raises(ValueError, match=says):
+        Testbed(replace(LLAMA, **change))
