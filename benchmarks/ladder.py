@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stallfree.bench.capacity import MEDIAN_TTFT_S, MOST_FAILED
 from stallfree.bench.client import Client
 from stallfree.bench.dialect import Dialect
 from stallfree.bench.load import Load, load
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.capacity import MEDIAN_TTFT_S, MOST_FAILED
 from stallfree.metrics.report import report
 from stallfree.metrics.timeline import Timeline
 from stallfree.workload.workload import Arrival, Workload

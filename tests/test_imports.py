@@ -21,7 +21,7 @@ ALLOWED = {
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
     "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
-    "papers": ({"core", "bench", "metrics", "sim", "workload", "papers"}, set()),
+    "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "server": (
         {"core", "engine", "executors", "metrics", "server"},
         {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},

@@ -137,9 +137,9 @@ def capacity(
     """
     from rich.console import Console
 
-    from stallfree.bench.capacity import Capacity, search, shortfalls
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
+    from stallfree.metrics.capacity import Capacity, search, shortfalls
     from stallfree.metrics.report import report
 
     requests = REQUESTS if traffic.requests is None else traffic.requests

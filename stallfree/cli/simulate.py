@@ -18,10 +18,10 @@ from stallfree.sim.deployment import Deployment
 from stallfree.workload.traffic import Traffic
 
 if TYPE_CHECKING:
-    from stallfree.bench.capacity import Capacity
+    from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
     from stallfree.sim.testbed import Instance, Testbed
-    from stallfree.sim.trials import Trials
+    from stallfree.sim.trials import Trial, Trials
     from stallfree.workload.workload import Arrival
 
 REQUESTS = 2048
@@ -128,11 +128,8 @@ def capacity(
     A trial passes if every target is met, half of the requests are scheduled within 2 s (unless the SLO has a target for TTFT) and
     at most 1 % of them fail. Configurations are searched in parallel processes.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from rich.console import Console
 
-    from stallfree.bench.capacity import search, shortfalls
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
@@ -145,22 +142,14 @@ def capacity(
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in testbeds}
     with running(testbeds, None) as pool:
 
-        def find(name: str) -> Capacity:
-            targets = Slo.parse(several[name].slo or "")
+        def tell(name: str, trial: Trial) -> None:
+            rate, seed, report, why = trial
+            cost = testbeds[name].dollars_per_million(report)
+            row = {"rate": rate, "seed": seed, "passed": not why, "why": why, "dollars_per_million_tokens": cost}
+            made[name].append(row | asdict(report))
 
-            def trial(rate: float, seed: int) -> bool:
-                report = pool.submit(name, traffic, rate, seed, targets).result()
-                why = shortfalls(report, targets)
-                cost = testbeds[name].dollars_per_million(report)
-                made[name].append(
-                    {"rate": rate, "seed": seed, "passed": not why, "why": why, "dollars_per_million_tokens": cost} | asdict(report)
-                )
-                return not why
-
-            return search(trial, start, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
-
-        with ThreadPoolExecutor(len(testbeds)) as threads:
-            found = dict(zip(testbeds, threads.map(find, testbeds), strict=True))
+        cases = {name: (traffic, Slo.parse(one.slo or ""), start) for name, one in several.items()}
+        found = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
     if as_json:
         answers = {
             name: {

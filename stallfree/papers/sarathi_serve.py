@@ -6,14 +6,13 @@ described by the iteration times of the artifact's figure 2 (see `perf.roofline.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
 from typing import Any
 
-from stallfree.bench.capacity import MEDIAN_TTFT_S, Capacity, search, shortfalls
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.capacity import MEDIAN_TTFT_S, Capacity
 from stallfree.metrics.report import Report
 from stallfree.sim.deployment import Deployment
 from stallfree.sim.testbed import Testbed
@@ -131,19 +130,13 @@ class Capacities:
     def find(self, trials: Trials) -> dict[str, Capacity]:
         """Each case's capacity, searched side by side."""
 
-        def of(name: str) -> Capacity:
-            model, dataset, slo, _ = self.cases[name]
-            seconds = getattr(SETUPS[model], slo)[0]
-            target = Slo(tbt=Target(seconds, 99.0))
-
-            def passes(rate: float, seed: int) -> bool:
-                report = trials.submit(name, traffic(dataset, self.requests), rate, seed, target).result()
-                return not shortfalls(report, target)
-
-            return search(passes, SETUPS[model].start, lowest=0.005, tolerance=TOLERANCE, most_trials=1)
-
-        with ThreadPoolExecutor(len(self.cases)) as threads:
-            return dict(zip(self.cases, threads.map(of, self.cases), strict=True))
+        cases = {
+            name: (
+                traffic(dataset, self.requests), Slo(tbt=Target(getattr(SETUPS[model], slo)[0], 99.0)), SETUPS[model].start
+            )
+            for name, (model, dataset, slo, _) in self.cases.items()
+        }  # fmt: skip
+        return trials.capacities(cases, lowest=0.005, tolerance=TOLERANCE)
 
     def rows(self, found: Mapping[str, Capacity]) -> list[Row]:
         """A row for each model, dataset and SLO, with the ratios beside the published ones where there are such."""

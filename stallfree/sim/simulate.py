@@ -61,6 +61,7 @@ def simulate(
     records: bool = False,
     spans: bool = False,
     leap: int = LEAP,
+    between_s: float = 0.0,
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (of which `depth` is the number of
     pipeline stages) and `limits`, each with a policy of its own; `cost` says what a whole iteration takes.
@@ -68,6 +69,7 @@ def simulate(
     `reuse` shares the KV of equal beginnings of prompts. Each request gets as many tokens as its arrival says; it asks for these,
     or for `max_tokens` if that is more and fits, which matters to a policy that reserves KV for them. `ended`: called with the
     timeline of each request that ended, which then is not kept. `leap` 1 takes every iteration by itself, to the same end.
+    `between_s` pass from each iteration's end to the next one's planning.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -85,6 +87,7 @@ def simulate(
             record=made.records[number].append if records else None,
             span=made.spans[number].append if spans else None,
             leap=leap,
+            between_s=between_s,
         )
         for number in range(replicas)
     ]

@@ -26,13 +26,14 @@ from stallfree.workload.workload import Arrival
 
 class Instance(NamedTuple):
     """What one replica runs on: what an iteration costs there, the KV that it holds, and the price of an hour in US dollars, if it
-    has one. `about` it in words.
+    has one. `about` it in words. `between_s`: what passes between two iterations beside that.
     """
 
     cost: CostModel
     capacity: Capacity
     dollars: float | None
     about: str
+    between_s: float = 0.0
 
 
 class Testbed:
@@ -98,6 +99,7 @@ class Testbed:
             ended=ended,
             records=records,
             spans=spans,
+            between_s=self.instance.between_s,
         )
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:

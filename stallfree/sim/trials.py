@@ -1,19 +1,23 @@
-"""Trials of several testbeds in parallel processes, one per core. A testbed travels once, to every process; a trial is a few words
-there and a report back.
+"""Trials of several testbeds in parallel processes, one per core, and capacities found by them. A testbed travels once, to every
+process; a trial is a few words there and a report back.
 """
 
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 from stallfree.core.slo import Slo
+from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
 from stallfree.sim.deployment import Deployment
 from stallfree.sim.testbed import Instance, Testbed
 from stallfree.workload.traffic import Traffic
+
+Trial = tuple[float, int, Report, list[str]]
+"""The rate, the seed, what came of it, and why that is not enough, if it is not."""
 
 _testbeds: dict[str, Testbed] = {}
 """Those of a process that runs trials."""
@@ -39,6 +43,34 @@ class Trials:
         future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
         future.add_done_callback(lambda _: self._done())
         return future
+
+    def capacities(
+        self,
+        cases: Mapping[str, tuple[Traffic, Slo, float]],
+        tell: Callable[[str, Trial], None] = lambda name, trial: None,
+        *,
+        lowest: float = 1e-6,
+        tolerance: float = 0.05,
+        most_trials: int = 1,
+        seed: int = 0,
+    ) -> dict[str, Capacity]:
+        """For each case, a testbed's name with its traffic, targets and the rate to try first, the capacity; all are searched side
+        by side. `tell` hears of each trial. For the rest, and the errors, see `metrics.capacity.search`.
+        """
+
+        def find(name: str) -> Capacity:
+            traffic, slo, start = cases[name]
+
+            def passes(rate: float, seed: int) -> bool:
+                report = self.submit(name, traffic, rate, seed, slo).result()
+                why = shortfalls(report, slo)
+                tell(name, (rate, seed, report, why))
+                return not why
+
+            return search(passes, start, lowest=lowest, tolerance=tolerance, most_trials=most_trials, seed=seed)
+
+        with ThreadPoolExecutor(len(cases)) as threads:
+            return dict(zip(cases, threads.map(find, cases), strict=True))
 
 
 def _begin(several: Mapping[str, tuple[Deployment, Instance]]) -> None:

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from stallfree.bench.capacity import Decision, decide, search, shortfalls
 from stallfree.core.slo import Slo
+from stallfree.metrics.capacity import Decision, decide, search, shortfalls
 from stallfree.metrics.report import report
 from stallfree.metrics.timeline import Timeline
 

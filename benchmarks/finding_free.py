@@ -1,0 +1,68 @@
+"""Where does the stall-free guarantee stop being free? Simulated: Llama-3-8B on an A100 and an H100.
+
+`whole prompts`: the capacity of prefills first, which stalls every stream for every prompt, with no target for TBT at all: what the
+machine can do at best. Beside it what the slo policy serves under targets from 1.2 to 20 times a decode iteration (eight decodes
+with 512 tokens of context each), as a share of that: below 1, the guarantee costs throughput.
+
+    python benchmarks/finding_free.py --plot docs/images/finding_free.png
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from harness import machine, parser, show
+
+from stallfree.core.slo import Slo, Target
+from stallfree.metrics import plot
+from stallfree.sim.deployment import Deployment
+from stallfree.sim.testbed import Testbed
+from stallfree.sim.trials import Trials
+from stallfree.workload.traffic import Traffic
+
+DEVICES = ("a100-80g", "h100")
+MIXES = {
+    "chat": "median=250,p90=800/median=200,p90=500",
+    "openchat": "openchat",
+    "long prompts": "median=4000,p90=6500/median=150,p90=300",
+}
+TIMES = (1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+DECODES = [(512, 1)] * 8
+
+
+def main() -> None:
+    told = parser(__doc__)
+    told.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
+    args = told.parse_args()
+    devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 800)
+    testbeds: dict[str, Testbed] = {}
+    cases = {}
+    targets: dict[tuple[str, float], Target] = {}
+    for device, mix in product(devices, MIXES):
+        traffic = Traffic("poisson", MIXES[mix], 8192, requests=requests)
+        whole = Testbed(Deployment(model="llama3-8b", hardware=device, policy="prefill-first"))
+        decodes = whole.instance.cost.seconds(DECODES)
+        testbeds[f"{device} {mix} whole"] = whole
+        cases[f"{device} {mix} whole"] = traffic, Slo(), 8.0
+        for times in TIMES:
+            target = targets[device, times] = Target(round(times * decodes, 4), 99.0)
+            name = f"{device} {mix} {times}"
+            testbeds[name] = Testbed(Deployment(model="llama3-8b", hardware=device, policy="slo", slo=f"tbt={target}"))
+            cases[name] = traffic, Slo(tbt=target), 8.0
+    with Trials(testbeds) as trials:
+        found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
+    rows: list[dict[str, Any]] = []
+    for device, mix in product(devices, MIXES):
+        most = found[f"{device} {mix} whole"]
+        rows.append(
+            {"device": device, "mix": mix, "whole prompts, requests/s": most}
+            | {f"{times:g}x": found[f"{device} {mix} {times}"] / most for times in TIMES}
+        )
+    if args.plot:
+        sides = {f"{row['device']}, {row['mix']}": [(times, row[f"{times:g}x"]) for times in TIMES] for row in rows}
+        plot.lines(sides, "TBT target, in decode iterations", "capacity over that without a target", "Llama-3-8B", args.plot)
+    show("Capacity of the slo policy by its target, over prefills first without one", rows, machine(), args.json)
+
+
+if __name__ == "__main__":
+    main()
