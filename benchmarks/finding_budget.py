@@ -15,7 +15,7 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Testbed
+from stallfree.sim.simulator import Simulator
 from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
@@ -36,7 +36,7 @@ def main() -> None:
     told.add_argument("--plot", type=Path, metavar="FILE", help="draw capacity over the budget")
     args = told.parse_args()
     devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 400)
-    testbeds: dict[str, Testbed] = {}
+    simulators: dict[str, Simulator] = {}
     cases = {}
     for device, weights, mix in product(devices, PRECISIONS, MIXES):
         base = {"model": "llama3-8b", "hardware": device, "weights": weights, "kv": PRECISIONS[weights], "slo": SLO}
@@ -44,9 +44,9 @@ def main() -> None:
         for budget in (*BUDGETS, None):
             policy = {"policy": "slo"} if budget is None else {"policy": "sarathi", "token_budget": budget}
             name = f"{device} {weights} {mix} {budget}"
-            testbeds[name] = Testbed(Deployment(**base, **policy))
+            simulators[name] = Simulator(Deployment(**base, **policy))
             cases[name] = traffic, Slo.parse(SLO), 8.0
-    with Trials(testbeds) as trials:
+    with Trials(simulators) as trials:
         found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
     rows: list[dict[str, Any]] = []
     for device, weights, mix in product(devices, PRECISIONS, MIXES):

@@ -16,7 +16,7 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Testbed
+from stallfree.sim.simulator import Simulator
 from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
@@ -34,17 +34,17 @@ def main() -> None:
     args = told.parse_args()
     requests = 300 if args.quick else 4000
     base = {"model": "llama3-8b", "hardware": "a100-80g", "slo": SLO}
-    testbeds = {f"sarathi {budget}": Testbed(Deployment(**base, policy="sarathi", token_budget=budget)) for budget in BUDGETS}
-    testbeds["slo"] = Testbed(Deployment(**base, policy="slo"))
+    simulators = {f"sarathi {budget}": Simulator(Deployment(**base, policy="sarathi", token_budget=budget)) for budget in BUDGETS}
+    simulators["slo"] = Simulator(Deployment(**base, policy="slo"))
     targets = Slo.parse(SLO)
-    with Trials(testbeds) as trials:
+    with Trials(simulators) as trials:
         steady = Traffic("poisson", LENGTHS["alike"], 8192, requests=min(requests, 1000))
         rate = SHARE * trials.capacities({"sarathi 512": (steady, targets, 8.0)})["sarathi 512"].rate
         made = {
             (arrivals, lengths, name): trials.submit(
                 name, Traffic(ARRIVALS[arrivals], LENGTHS[lengths], 8192, requests=requests), rate, 0, targets
             )
-            for arrivals, lengths, name in product(ARRIVALS, LENGTHS, testbeds)
+            for arrivals, lengths, name in product(ARRIVALS, LENGTHS, simulators)
         }
         reports = {key: future.result() for key, future in made.items()}
     rows: list[dict[str, Any]] = [
@@ -55,7 +55,9 @@ def main() -> None:
     ]
     if args.plot:
         kinds = list(product(ARRIVALS, LENGTHS))
-        sides = {name: [(float(number), reports[*kind, name].ttft_s.p99) for number, kind in enumerate(kinds)] for name in testbeds}
+        sides = {
+            name: [(float(number), reports[*kind, name].ttft_s.p99) for number, kind in enumerate(kinds)] for name in simulators
+        }
         title = "; ".join(f"{number} {', '.join(kind)}" for number, kind in enumerate(kinds))
         plot.lines(sides, title, "TTFT P99, s", f"Llama-3-8B on an A100, {rate:.2f} requests per second", args.plot)
     show(f"{rate:.2f} requests/s", rows, machine(), args.json)

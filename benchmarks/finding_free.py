@@ -16,7 +16,7 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo, Target
 from stallfree.metrics import plot
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Testbed
+from stallfree.sim.simulator import Simulator
 from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
@@ -35,21 +35,21 @@ def main() -> None:
     told.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
     args = told.parse_args()
     devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 800)
-    testbeds: dict[str, Testbed] = {}
+    simulators: dict[str, Simulator] = {}
     cases = {}
     targets: dict[tuple[str, float], Target] = {}
     for device, mix in product(devices, MIXES):
         traffic = Traffic("poisson", MIXES[mix], 8192, requests=requests)
-        whole = Testbed(Deployment(model="llama3-8b", hardware=device, policy="prefill-first"))
+        whole = Simulator(Deployment(model="llama3-8b", hardware=device, policy="prefill-first"))
         decodes = whole.instance.cost.seconds(DECODES)
-        testbeds[f"{device} {mix} whole"] = whole
+        simulators[f"{device} {mix} whole"] = whole
         cases[f"{device} {mix} whole"] = traffic, Slo(), 8.0
         for times in TIMES:
             target = targets[device, times] = Target(round(times * decodes, 4), 99.0)
             name = f"{device} {mix} {times}"
-            testbeds[name] = Testbed(Deployment(model="llama3-8b", hardware=device, policy="slo", slo=f"tbt={target}"))
+            simulators[name] = Simulator(Deployment(model="llama3-8b", hardware=device, policy="slo", slo=f"tbt={target}"))
             cases[name] = traffic, Slo(tbt=target), 8.0
-    with Trials(testbeds) as trials:
+    with Trials(simulators) as trials:
         found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
     rows: list[dict[str, Any]] = []
     for device, mix in product(devices, MIXES):

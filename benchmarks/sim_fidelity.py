@@ -29,7 +29,7 @@ from stallfree.engine.calibrate import latest
 from stallfree.metrics.report import Report, report
 from stallfree.metrics.timeline import timelines
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Instance, Testbed
+from stallfree.sim.simulator import Instance, Simulator
 
 SLO = "tbt=100ms"
 LOADS = (0.3, 0.7, 0.95)
@@ -59,8 +59,8 @@ def between(records: list[StepRecord], until: float) -> float:
 def simulated(rate: float, seconds: float, between_s: float) -> Report:
     cost, name, held = latest(cache_folder() / "calibration")
     placed = Instance(cost, held, None, name, between_s)
-    testbed = Testbed(Deployment(hardware="this-cpu", policy="slo", slo=SLO), placed)
-    return report(testbed.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, Slo.parse(SLO), rate)
+    simulator = Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), placed)
+    return report(simulator.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, Slo.parse(SLO), rate)
 
 
 def rows(rate: float, share: float, runs: list[Report], made: Report) -> list[dict[str, Any]]:

@@ -65,8 +65,8 @@ def sarathi(
     tables: dict[str, list[Row]] = {}
     capacities = paper.Capacities(requests=requests, engine=engine) if Part.capacity in wanted else None
     curve = paper.Curve(requests, engine) if Part.curve in wanted else None
-    testbeds = (capacities.testbeds if capacities else {}) | (curve.testbeds if curve else {})
-    with running(testbeds, None) as trials:
+    simulators = (capacities.simulators if capacities else {}) | (curve.simulators if curve else {})
+    with running(simulators, None) as trials:
         if capacities:
             tables["Capacity"] = capacities.rows(capacities.find(trials))
             tables["Capacity over vLLM, the most"] = capacities.over_vllm(tables["Capacity"])

@@ -20,7 +20,7 @@ from stallfree.workload.traffic import Traffic
 if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
-    from stallfree.sim.testbed import Instance, Testbed
+    from stallfree.sim.simulator import Instance, Simulator
     from stallfree.sim.trials import Trial, Trials
     from stallfree.workload.workload import Arrival
 
@@ -72,8 +72,8 @@ def simulate(
     if record is not None and deployment.replicas > 1:
         raise ValueError(f"a record is of one replica, not of {deployment.replicas}; leave --record or --replicas out")
     traffic = traffic.ending(REQUESTS)
-    testbed = _testbed(deployment, traffic)
-    targets = testbed.targets or Slo()
+    simulator = _simulator(deployment, traffic)
+    targets = simulator.targets or Slo()
     tally, lines = Tally(targets), list[Timeline]()
 
     def ended(line: Timeline) -> None:
@@ -81,28 +81,28 @@ def simulate(
         if html is not None:
             lines.append(line)
 
-    made = testbed.run(_counted(traffic), ended=ended, records=record is not None, spans=trace is not None)
+    made = simulator.run(_counted(traffic), ended=ended, records=record is not None, spans=trace is not None)
     report = tally.report(traffic.rate)
     requests = report.completed + sum(report.errors.values())
     name = deployment.policy if deployment.token_budget is None else f"{deployment.policy}:{deployment.token_budget}"
     if record is not None:
         (records,) = made.records
-        record.write_text("".join(f"{line.to_json()}\n" for line in (testbed.header, *records)))
+        record.write_text("".join(f"{line.to_json()}\n" for line in (simulator.header, *records)))
     if trace is not None:
         trace.write_text(json.dumps(chrome.trace(made.spans)))
     if html is not None:
-        said = [testbed.instance.about, _words(_told(deployment)), _words(traffic.facts(requests))]
+        said = [simulator.instance.about, _words(_told(deployment)), _words(traffic.facts(requests))]
         html.write_text(page(f"stallfree simulate, {time.strftime('%Y-%m-%d %H:%M')}", said, [], {name: (report, lines)}, targets))
         typer.echo(f"table and plots are in {html}", err=True)
-    dollars = testbed.dollars_per_million(report)
+    dollars = simulator.dollars_per_million(report)
     if as_json:
         more = {"iterations": made.iterations, "bubbles": made.bubbles, "dollars_per_million_tokens": dollars}
         typer.echo(json.dumps({"deployment": _told(deployment), "workload": traffic.facts(requests)} | more | asdict(report)))
         return
     Console().print(measuring.grid(table({name: report})))
-    held = testbed.instance.capacity
+    held = simulator.instance.capacity
     typer.echo(
-        f"{testbed.instance.about}, room for {held.num_blocks * held.block_size:,} tokens of KV: {made.iterations:,} iterations"
+        f"{simulator.instance.about}, room for {held.num_blocks * held.block_size:,} tokens of KV: {made.iterations:,} iterations"
         f"{f', bubbles {made.bubbles:.1%}' if held.depth > 1 else ''}"
         f"{'' if dollars is None else f', ${dollars:.2f} per million output tokens'}"
     )
@@ -135,16 +135,16 @@ def capacity(
 
     several = words.configurations(context, deployment, policies or [])
     traffic = traffic.ending(REQUESTS)
-    testbeds = {name: _testbed(one, traffic) for name, one in several.items()}
+    simulators = {name: _simulator(one, traffic) for name, one in several.items()}
     for name, one in several.items():
         if one.slo is None:
             raise ValueError(f"which targets make the capacity of {name}? --slo tbt=100ms, for one")
-    made: dict[str, list[dict[str, Any]]] = {name: [] for name in testbeds}
-    with running(testbeds, None) as pool:
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in simulators}
+    with running(simulators, None) as pool:
 
         def tell(name: str, trial: Trial) -> None:
             rate, seed, report, why = trial
-            cost = testbeds[name].dollars_per_million(report)
+            cost = simulators[name].dollars_per_million(report)
             row = {"rate": rate, "seed": seed, "passed": not why, "why": why, "dollars_per_million_tokens": cost}
             made[name].append(row | asdict(report))
 
@@ -200,8 +200,8 @@ def compare(
     measuring.check_page(html)
     several = words.configurations(context, deployment, policies or [])
     traffic, loads = traffic.ending(REQUESTS), _rates(rates)
-    testbeds = {name: _testbed(one, traffic) for name, one in several.items()}
-    with running(testbeds, len(testbeds) * len(loads)) as pool:
+    simulators = {name: _simulator(one, traffic) for name, one in several.items()}
+    with running(simulators, len(simulators) * len(loads)) as pool:
         futures = {
             (name, rate): pool.submit(name, traffic, rate, traffic.seed, Slo.parse(one.slo) if one.slo else Slo())
             for rate in loads
@@ -223,11 +223,11 @@ def compare(
         Console().print(measuring.grid(rows))
 
 
-def _testbed(deployment: Deployment, traffic: Traffic) -> Testbed:
+def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
     """The deployment, made ready for `traffic`. Raises ValueError for what cannot be, lengths beyond the context included."""
-    from stallfree.sim.testbed import Testbed
+    from stallfree.sim.simulator import Simulator
 
-    made = Testbed(deployment, _placed(deployment))
+    made = Simulator(deployment, _placed(deployment))
     traffic.workload.lengths.check(made.instance.capacity.max_model_len)
     return made
 
@@ -239,7 +239,7 @@ def _placed(deployment: Deployment) -> Instance | None:
     from stallfree.checkpoint.fetch import cache_folder
     from stallfree.cli.perf import THIS_CPU
     from stallfree.engine.calibrate import latest
-    from stallfree.sim.testbed import Instance
+    from stallfree.sim.simulator import Instance
 
     if deployment.hardware != THIS_CPU:
         return None
@@ -250,7 +250,7 @@ def _placed(deployment: Deployment) -> Instance | None:
 
 
 @contextmanager
-def running(testbeds: Mapping[str, Testbed], number: int | None) -> Iterator[Trials]:
+def running(simulators: Mapping[str, Simulator], number: int | None) -> Iterator[Trials]:
     """Processes for trials, `number` of them if that is known, and a bar on a terminal that counts them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -261,7 +261,7 @@ def running(testbeds: Mapping[str, Testbed], number: int | None) -> Iterator[Tri
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("trials", total=number)
-        with Trials(testbeds, lambda: progress.advance(bar)) as pool:
+        with Trials(simulators, lambda: progress.advance(bar)) as pool:
             yield pool
 
 

@@ -15,7 +15,7 @@ from stallfree.core.slo import Slo, Target
 from stallfree.metrics.capacity import MEDIAN_TTFT_S, Capacity
 from stallfree.metrics.report import Report
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Testbed
+from stallfree.sim.simulator import Simulator
 from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
@@ -122,8 +122,8 @@ class Capacities:
             f"{model} {dataset} {slo} {scheduler}": (model, dataset, slo, scheduler)
             for model, dataset, slo, scheduler in product(models, LIMITS, ("strict", "relaxed"), SERVED)
         }
-        self.testbeds = {
-            name: Testbed(replace(deployment(model, dataset, scheduler, getattr(SETUPS[model], slo)[1]), engine=engine))
+        self.simulators = {
+            name: Simulator(replace(deployment(model, dataset, scheduler, getattr(SETUPS[model], slo)[1]), engine=engine))
             for name, (model, dataset, slo, scheduler) in self.cases.items()
         }
 
@@ -188,8 +188,8 @@ def ablation(engine: str = ENGINE) -> list[Row]:
     rows = []
     for (dataset, policy), published in ABLATION.items():
         made = replace(deployment("yi-34b", dataset, "sarathi"), policy=policy, engine=engine)
-        testbed = Testbed(made if policy == "hybrid-only" else replace(made, token_budget=512))
-        reports = [testbed.trial(traffic(dataset, 128), ABLATION_RATES[dataset], seed, Slo()) for seed in range(ABLATION_SEEDS)]
+        simulator = Simulator(made if policy == "hybrid-only" else replace(made, token_budget=512))
+        reports = [simulator.trial(traffic(dataset, 128), ABLATION_RATES[dataset], seed, Slo()) for seed in range(ABLATION_SEEDS)]
         ttft, tbt = median(_p50_ttft(report) for report in reports), median(_p99_tbt(report) for report in reports)
         rows.append(
             {"dataset": dataset, "policy": policy}
@@ -201,7 +201,7 @@ def ablation(engine: str = ENGINE) -> list[Row]:
 
 def chunking(engine: str = ENGINE) -> list[Row]:
     """The price of prefilling a prompt of Yi-34B in chunks, over that of doing it in one piece."""
-    cost = Testbed(replace(deployment("yi-34b", "arxiv", "orca"), engine=engine)).instance.cost
+    cost = Simulator(replace(deployment("yi-34b", "arxiv", "orca"), engine=engine)).instance.cost
     rows = []
     for tokens, published in CHUNKING.items():
         whole = cost.seconds([(0, tokens)])
@@ -226,7 +226,7 @@ def parallelism(engine: str = ENGINE, requests: int = 256) -> list[Row]:
         row: Row = {"batch": batch}
         for name, tp, pp in (("TP8", 8, 1), ("TP4-PP2", 4, 2)):
             made = replace(deployment("falcon-180b", "openchat", "sarathi", 512), tp=tp, pp=pp, max_seqs=batch, engine=engine)
-            report = Testbed(made).trial(traffic("openchat", requests), 0.75, 0, Slo())
+            report = Simulator(made).trial(traffic("openchat", requests), 0.75, 0, Slo())
             row[f"{name} TBT p50, s"] = report.tbt_s.p50 if report.tbt_s else None
         row["TP8 / TP4-PP2"] = row["TP8 TBT p50, s"] / row["TP4-PP2 TBT p50, s"]
         rows.append(row)
@@ -240,7 +240,7 @@ def stalls(engine: str = ENGINE) -> list[Row]:
         row: Row = {"requests/s": rate}
         for scheduler in ("vllm", "sarathi"):
             made = replace(deployment("yi-34b", "openchat", scheduler, 1536), max_seqs=256, engine=engine)
-            report = Testbed(made).trial(traffic("openchat", 128), rate, 0, Slo())
+            report = Simulator(made).trial(traffic("openchat", 128), rate, 0, Slo())
             row |= {
                 f"{scheduler} TBT p99, s": _p99_tbt(report),
                 f"{scheduler} longest, s": report.tbt_s.max if report.tbt_s else None,
@@ -255,8 +255,8 @@ class Curve:
     def __init__(self, requests: int = REQUESTS, engine: str = ENGINE):
         self.requests = requests
         self.rates = [round(0.1 * 1.15**step, 3) for step in range(22)]
-        self.testbeds = {
-            name: Testbed(replace(deployment("yi-34b", "openchat", scheduler, budget), engine=engine))
+        self.simulators = {
+            name: Simulator(replace(deployment("yi-34b", "openchat", scheduler, budget), engine=engine))
             for name, (scheduler, budget) in CURVE.items()
         }
 
@@ -264,11 +264,11 @@ class Curve:
         """A row for each SLO: the highest rate of the sweep at which each scheduler meets it."""
         made = {
             (name, rate): trials.submit(name, traffic("openchat", self.requests), rate, 0, Slo())
-            for name, rate in product(self.testbeds, self.rates)
+            for name, rate in product(self.simulators, self.rates)
         }
         reports = {key: future.result() for key, future in made.items()}
         return [
-            {"TBT p99, s": slo} | {f"{name}, requests/s": self._most(name, slo, reports) for name in self.testbeds}
+            {"TBT p99, s": slo} | {f"{name}, requests/s": self._most(name, slo, reports) for name in self.simulators}
             for slo in CURVE_S
         ]
 

@@ -1,5 +1,5 @@
 """What is simulated, in words that fit on a command line, in a file, and through a pipe to another process. What they come to is
-`testbed`'s to know.
+`simulator`'s to know.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Trials of several testbeds in parallel processes, one per core, and capacities found by them. A testbed travels once, to every
+"""Trials of several simulators in parallel processes, one per core, and capacities found by them. A simulator travels once, to every
 process; a trial is a few words there and a report back.
 """
 
@@ -13,21 +13,21 @@ from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Instance, Testbed
+from stallfree.sim.simulator import Instance, Simulator
 from stallfree.workload.traffic import Traffic
 
 Trial = tuple[float, int, Report, list[str]]
 """The rate, the seed, what came of it, and why that is not enough, if it is not."""
 
-_testbeds: dict[str, Testbed] = {}
+_simulators: dict[str, Simulator] = {}
 """Those of a process that runs trials."""
 
 
 class Trials:
-    """Processes that run trials of `testbeds`, by their names, until this is left; `done` is called after each."""
+    """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each."""
 
-    def __init__(self, testbeds: Mapping[str, Testbed], done: Callable[[], None] = lambda: None):
-        several = {name: (testbed.deployment, testbed.instance) for name, testbed in testbeds.items()}
+    def __init__(self, simulators: Mapping[str, Simulator], done: Callable[[], None] = lambda: None):
+        several = {name: (simulator.deployment, simulator.instance) for name, simulator in simulators.items()}
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (several,))
         self._done = done
@@ -39,7 +39,7 @@ class Trials:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
-        """See `Testbed.trial`."""
+        """See `Simulator.trial`."""
         future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
         future.add_done_callback(lambda _: self._done())
         return future
@@ -54,7 +54,7 @@ class Trials:
         most_trials: int = 1,
         seed: int = 0,
     ) -> dict[str, Capacity]:
-        """For each case, a testbed's name with its traffic, targets and the rate to try first, the capacity; all are searched side
+        """For each case, a simulator's name with its traffic, targets and the rate to try first, the capacity; all are searched side
         by side. `tell` hears of each trial. For the rest, and the errors, see `metrics.capacity.search`.
         """
 
@@ -74,8 +74,8 @@ class Trials:
 
 
 def _begin(several: Mapping[str, tuple[Deployment, Instance]]) -> None:
-    _testbeds.update({name: Testbed(*one) for name, one in several.items()})
+    _simulators.update({name: Simulator(*one) for name, one in several.items()})
 
 
 def _trial(name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
-    return _testbeds[name].trial(traffic, rate, seed, slo)
+    return _simulators[name].trial(traffic, rate, seed, slo)

@@ -7,11 +7,11 @@ from stallfree.papers import sarathi_serve as paper
 
 def test_every_deployment_of_the_paper_fits_its_devices():
     capacities = paper.Capacities()
-    assert 4 * 2 * 2 * 3 == len(capacities.testbeds)
-    assert {8192, 16384} == {testbed.instance.capacity.max_model_len for testbed in capacities.testbeds.values()}
-    orca = capacities.testbeds["llama2-70b arxiv strict orca"]
+    assert 4 * 2 * 2 * 3 == len(capacities.simulators)
+    assert {8192, 16384} == {simulator.instance.capacity.max_model_len for simulator in capacities.simulators.values()}
+    orca = capacities.simulators["llama2-70b arxiv strict orca"]
     assert (8, 2) == (orca.limits.max_seqs, orca.instance.capacity.depth)
-    assert 1536 == capacities.testbeds["llama2-70b openchat relaxed sarathi"].deployment.token_budget
+    assert 1536 == capacities.simulators["llama2-70b openchat relaxed sarathi"].deployment.token_budget
 
 
 def test_chunks_cost_more_than_the_whole_and_less_the_larger_they_are():

@@ -7,7 +7,7 @@ import pytest
 from stallfree.core.slo import Slo
 from stallfree.perf.fitted import Fitted
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.testbed import Testbed, calibrated, instance
+from stallfree.sim.simulator import Simulator, calibrated, instance
 from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
@@ -29,33 +29,33 @@ def test_stages_are_plans_in_flight_and_devices_are_paid():
 
 
 def test_a_trial_is_the_same_here_and_in_another_process():
-    testbed = Testbed(LLAMA)
-    here = testbed.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
-    with Trials({"it": testbed}) as trials:
+    simulator = Simulator(LLAMA)
+    here = simulator.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
+    with Trials({"it": simulator}) as trials:
         there = trials.submit("it", SOME, 3.0, 5, Slo.parse("tbt=100ms")).result()
     assert here == there
     assert 60 == here.completed
 
 
 def test_the_slo_policy_knows_what_a_calibration_finds_and_keeps_its_target():
-    testbed = Testbed(replace(LLAMA, policy="slo", token_budget=None, slo="tbt=60ms"))
-    model, truth = calibrated(testbed.instance), testbed.instance.cost
+    simulator = Simulator(replace(LLAMA, policy="slo", token_budget=None, slo="tbt=60ms"))
+    model, truth = calibrated(simulator.instance), simulator.instance.cost
     shape = [(500, 1)] * 20 + [(300, 400)]
     assert isinstance(model, Fitted)
     assert truth.seconds(shape) == pytest.approx(model.seconds(shape), rel=0.3)
-    report = testbed.trial(replace(SOME, requests=300), 6.0, 0, Slo.parse("tbt=60ms"))
+    report = simulator.trial(replace(SOME, requests=300), 6.0, 0, Slo.parse("tbt=60ms"))
     assert report.slo_attainment["tbt"].met
 
 
 def test_policies_that_learn_do_not_share_what_they_learned():
-    testbed = Testbed(replace(LLAMA, policy="slo", token_budget=None))
-    one, other = testbed.policy(), testbed.policy()
+    simulator = Simulator(replace(LLAMA, policy="slo", token_budget=None))
+    one, other = simulator.policy(), simulator.policy()
     one.cost.learn([(10, 1)], 5.0)
     assert one.cost.seconds([(10, 1)]) != other.cost.seconds([(10, 1)])
 
 
 def test_the_header_of_its_records_tells_the_policy_again():
-    header = Testbed(replace(LLAMA, slo="tbt=80ms")).header
+    header = Simulator(replace(LLAMA, slo="tbt=80ms")).header
     assert ("sarathi", {"token_budget": 512}, "80ms") == (header.policy, header.options, str(header.targets.tbt).partition("@")[0])
 
 
@@ -83,4 +83,4 @@ def test_the_header_of_its_records_tells_the_policy_again():
 )
 def test_what_cannot_be_is_said_before_anything_is_simulated(change, says):
     with pytest.raises(ValueError, match=says):
-        Testbed(replace(LLAMA, **change))
+        Simulator(replace(LLAMA, **change))

@@ -36,7 +36,7 @@ class Instance(NamedTuple):
     between_s: float = 0.0
 
 
-class Testbed:
+class Simulator:
     """A deployment made ready, to be run many times: on the instance `placed`, or on that of the roofline.
 
     Raises ValueError for what is not known, does not fit, is not taken by the policy, or cannot be promised.
