@@ -1,5 +1,5 @@
-"""Trials of several simulators in parallel processes, one per core, and capacities found by them. A simulator travels once, to every
-process; a trial is a few words there and a report back.
+"""Trials of several simulators in parallel processes, one per core, and capacities found by them. A simulator travels once, to
+every process; a trial is a few words there and a report back.
 """
 
 import multiprocessing
@@ -54,8 +54,8 @@ class Trials:
         most_trials: int = 1,
         seed: int = 0,
     ) -> dict[str, Capacity]:
-        """For each case, a simulator's name with its traffic, targets and the rate to try first, the capacity; all are searched side
-        by side. `tell` hears of each trial. For the rest, and the errors, see `metrics.capacity.search`.
+        """For each case, a simulator's name with its traffic, targets and the rate to try first, the capacity; all are searched
+        side by side. `tell` hears of each trial. For the rest, and the errors, see `metrics.capacity.search`.
         """
 
         def find(name: str) -> Capacity:
