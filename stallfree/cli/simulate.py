@@ -87,7 +87,8 @@ def simulate(
     name = deployment.policy if deployment.token_budget is None else f"{deployment.policy}:{deployment.token_budget}"
     if record is not None:
         (records,) = made.records
-        record.write_text("".join(f"{line.to_json()}\n" for line in (simulator.header, *records)))
+        lines_of_text = [simulator.header.to_json(), *(step.to_json() for step in records)]
+        record.write_text("".join(f"{text}\n" for text in lines_of_text))
     if trace is not None:
         trace.write_text(json.dumps(chrome.trace(made.spans)))
     if html is not None:
@@ -165,11 +166,10 @@ def capacity(
         typer.echo(json.dumps({"workload": traffic.facts(traffic.requests or 0), "configurations": answers}))
         return
     rows = [["", "capacity, requests/s", "missed at", "because", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "$/million"]]
-    for name, one in found.items():
-        rows.append([name, *_at_capacity(one, made[name])])
+    rows += [[name, *_at_capacity(most, made[name])] for name, most in found.items()]
     Console().print(measuring.grid(rows))
-    for name, one in found.items():
-        for decision in one.decisions:
+    for name, most in found.items():
+        for decision in most.decisions:
             if trials > 1 and not decision.sure:
                 counts = f"{decision.passed} trials passed and {decision.failed} failed"
                 typer.echo(f"{name}: {decision.rate:.4g} requests/s is not certain: {counts}; more --trials tell better", err=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -64,13 +64,14 @@ HELP: dict[str, tuple[str, str | None]] = {
 }
 """For each field its help, and what to show as its default where that is None."""
 
-_OF_TOML: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "integer": ((int,), "a whole number"),
-    "integer range": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "boolean": ((bool,), "true or false"),
+_IN_TOML: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "text in quotes"),
 }
+_kinds: dict[str, type] = {}
+"""Of the fields that are options of some command."""
 _CONFIGURATIONS = "configurations"
 
 
@@ -93,7 +94,9 @@ def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]
             made[parameter.name] = hint, [field.name for field in told]
             for field in told:
                 help, shown = HELP[field.name]
-                annotation = Annotated[types[field.name], typer.Option(help=help, show_default=shown or True)]
+                kind: Any = types[field.name]
+                _kinds[field.name] = next(one for one in (*get_args(kind), kind) if one in _IN_TOML)
+                annotation: Any = Annotated[kind, typer.Option(help=help, show_default=shown or True)]
                 parameters.append(
                     inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
                 )
@@ -143,14 +146,14 @@ def _several(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[
 
 
 def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> dict[str, Any]:
-    known = {parameter.name: parameter for parameter in context.command.params if parameter.name}
-    names = [name.replace("_", "-") for name in known if name in HELP]
+    known = [parameter.name for parameter in context.command.params if parameter.name in _kinds]
+    names = [name.replace("_", "-") for name in known]
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        if name not in known or name not in HELP:
+        if name not in known:
             raise ValueError(f"{where}: unknown option {key!r}{nearest(key, names)}; known: {', '.join(names)}")
-        types, words = _OF_TOML.get(known[name].type.name, ((str,), "text in quotes"))
+        types, words = _IN_TOML[_kinds[name]]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"{where}: {key} is {value!r}, expected {words}")
         values[name] = value

@@ -3,7 +3,7 @@
 It needs matplotlib (the extra `plot`) and knows nothing of how a run came about.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from io import StringIO
 from itertools import accumulate
@@ -115,10 +115,10 @@ def loads(reports: Mapping[tuple[str, float], Report]) -> str:
 
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
-    panels = {
-        "TTFT p50, s": lambda r: r.ttft_s and r.ttft_s.p50,
-        "TTFT p99, s": lambda r: r.ttft_s and r.ttft_s.p99,
-        "TBT p99, ms": lambda r: r.tbt_s and 1e3 * r.tbt_s.p99,
+    panels: dict[str, Callable[[Report], float | None]] = {
+        "TTFT p50, s": lambda r: r.ttft_s.p50 if r.ttft_s else None,
+        "TTFT p99, s": lambda r: r.ttft_s.p99 if r.ttft_s else None,
+        "TBT p99, ms": lambda r: 1e3 * r.tbt_s.p99 if r.tbt_s else None,
         "output tokens/s": lambda r: r.output_tokens_per_s,
     }
     for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):

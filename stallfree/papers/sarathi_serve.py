@@ -202,7 +202,7 @@ def ablation(engine: str = ENGINE) -> list[Row]:
 def chunking(engine: str = ENGINE) -> list[Row]:
     """The price of prefilling a prompt of Yi-34B in chunks, over that of doing it in one piece."""
     cost = Simulator(replace(deployment("yi-34b", "arxiv", "orca"), engine=engine)).instance.cost
-    rows = []
+    rows: list[Row] = []
     for tokens, published in CHUNKING.items():
         whole = cost.seconds([(0, tokens)])
         for chunk, expected in zip(CHUNKS, published, strict=True):

@@ -14,11 +14,13 @@ def test_every_deployment_of_the_paper_fits_its_devices():
     assert 1536 == capacities.simulators["llama2-70b openchat relaxed sarathi"].deployment.token_budget
 
 
-def test_chunks_cost_more_than_the_whole_and_less_the_larger_they_are():
+def test_chunks_cost_less_the_larger_they_are():
+    """And less than the whole, where that is long: attention of the time computed the masked half, of which chunks skip most."""
     rows = {(row["prompt tokens"], row["chunk"]): row["in chunks / whole"] for row in paper.chunking()}
     for tokens in paper.CHUNKING:
         small, middle, large = (rows[tokens, chunk] for chunk in paper.CHUNKS)
-        assert small > middle > large > 0.95
+        assert small > middle > large
+    assert rows[2047, 512] > 1 > rows[16383, 2048]
     assert rows[8191, 512] == pytest.approx(1.117, rel=0.25)
 
 

@@ -66,7 +66,7 @@ def test_the_header_of_its_records_tells_the_policy_again():
         ({"model": "lama3-8b"}, "did you mean 'llama3-8b'"),
         ({"model": "llama2-70b"}, "TP 2 or PP 2 or fp8 weights would do"),
         ({"tp": 3}, "TP 3 does not divide"),
-        ({"hardware": "a100"}, "did you mean 'a100-"),
+        ({"hardware": "a100-80"}, "did you mean 'a100-80g'"),
         ({"policy": "sarati"}, "did you mean 'sarathi'"),
         ({"policy": "slo"}, "takes no token_budget: it finds its own"),
         ({"policy": "orca"}, "takes no token_budget"),
