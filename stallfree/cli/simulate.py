@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 REQUESTS = 2048
 """Requests in a trial, as in the paper (Sarathi-Serve, OSDI'24, section 5)."""
 
+WIDTH = 120
+"""Characters that a table takes, also where no terminal says how many there are."""
+
 Several = Annotated[
     list[str] | None,
     typer.Argument(
@@ -165,10 +168,13 @@ def capacity(
         }
         typer.echo(json.dumps({"workload": traffic.facts(traffic.requests or 0), "configurations": answers}))
         return
-    rows = [["", "capacity, requests/s", "missed at", "because", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "$/million"]]
+    rows = [["", "capacity, requests/s", "missed at", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "$ per million"]]
     rows += [[name, *_at_capacity(most, made[name])] for name, most in found.items()]
-    Console().print(measuring.grid(rows))
+    Console(width=max(WIDTH, Console().width)).print(measuring.grid(rows))
     for name, most in found.items():
+        failed = [trial["why"] for trial in made[name] if trial["rate"] == most.above and not trial["passed"]]
+        if failed:
+            typer.echo(f"{name} at {most.above:.4g} requests/s: {'; '.join(failed[0])}")
         for decision in most.decisions:
             if trials > 1 and not decision.sure:
                 counts = f"{decision.passed} trials passed and {decision.failed} failed"
@@ -220,7 +226,7 @@ def compare(
         html.write_text(loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", said, rows, reports))
         typer.echo(f"table and plots are in {html}", err=True)
     if not as_json:
-        Console().print(measuring.grid(rows))
+        Console(width=max(WIDTH, Console().width)).print(measuring.grid(rows))
 
 
 def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
@@ -307,17 +313,16 @@ def _figures(report: Report) -> list[str]:
 
 
 def _at_capacity(found: Capacity, made: list[dict[str, Any]]) -> list[str]:
-    """The capacity, the rate above it and why that is too much, and the figures of the first trial at the capacity."""
-    failed = [trial for trial in made if trial["rate"] == found.above and not trial["passed"]]
-    above = ["-", ""] if found.above is None else [f"{found.above:.4g}", "; ".join(failed[0]["why"]) if failed else ""]
+    """The capacity, the rate above it, and the figures of the first trial at the capacity."""
+    above = "-" if found.above is None else f"{found.above:.4g}"
     at = [trial for trial in made if trial["rate"] == found.rate and trial["passed"]]
     if not at:
-        return ["none", *above, "-", "-", "-", "-"]
+        return ["none", above, "-", "-", "-", "-"]
     first = at[0]
     cost = first["dollars_per_million_tokens"]
     return [
         f"{found.rate:.4g}",
-        *above,
+        above,
         f"{first['ttft_s']['p50']:.3g}",
         f"{1e3 * first['tbt_s']['p99']:.3g}" if first["tbt_s"] else "-",
         f"{first['output_tokens_per_s']:,.0f}",

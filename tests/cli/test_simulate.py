@@ -84,7 +84,7 @@ def test_capacity_is_found_for_each_configuration(stallfree, tmp_path):
         assert {"rate", "seed", "passed", "why", "ttft_s", "slo_attainment"} <= set(one["trials"][0])
         assert max(trial["rate"] for trial in one["trials"] if trial["passed"]) == one["capacity"]
     table = stallfree("capacity", "sarathi:256", *LLAMA, *search)[1]
-    assert all(name in table for name in ("sarathi:256", "two-devices", "missed at", "$/million"))
+    assert all(name in table for name in ("sarathi:256", "two-devices", "missed at", "$ per million"))
 
 
 def test_compare_puts_configurations_at_several_loads_side_by_side(stallfree, tmp_path):
