@@ -39,7 +39,7 @@ def sarathi(
         list[Part] | None, typer.Option(help="This part alone; may be given several times.", show_default="all of them")
     ] = None,
     requests: Annotated[int, typer.Option(help="Requests in a trial of capacity; the paper's had 2,048.", min=1)] = 2048,
-    engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "eager-2024",
+    engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
     plots: Annotated[
         Path | None, typer.Option(help="Draw the results into this folder; needs matplotlib.", show_default=False)
     ] = None,
