@@ -21,8 +21,9 @@ from stallfree.workload.traffic import Traffic
 Row = dict[str, Any]
 
 ENGINE = "graph"
-"""The paper's strict SLOs are five times a decode iteration of 32 requests with 4,096 tokens, 20 ms for Mistral-7B and 40 for Yi-34B:
-this engine takes 25 and 42. The one that its artifact's figure 2 describes, `eager-2024`, takes twice as long (docs/fidelity.md)."""
+"""The paper's strict SLOs are five times a decode iteration of 32 requests with 4,096 tokens, 20 ms for Mistral-7B and 40 for
+Yi-34B: this engine takes 25 and 42. The one that its artifact's figure 2 describes, `eager-2024`, takes twice as long
+(docs/fidelity.md)."""
 LIMITS = {"openchat": 8192, "arxiv": 16384}
 """Most tokens of a request, prompt and output, by dataset."""
 REQUESTS = 2048
