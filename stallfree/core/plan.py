@@ -11,6 +11,19 @@ Shape = Sequence[tuple[int, int]]
 """An iteration as a cost model sees it: (start, count) of each piece of work, in tokens."""
 
 
+def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
+    """How many decodes (pieces of one token), their context in all, and the chunks."""
+    decodes = context = 0
+    chunks = []
+    for start, count in shape:
+        if count == 1:
+            decodes += 1
+            context += start
+        else:
+            chunks.append((start, count))
+    return decodes, context, chunks
+
+
 class Work(NamedTuple):
     """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one.
 

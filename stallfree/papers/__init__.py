@@ -1,1 +1,1 @@
-"""Published evaluations, set up for the simulator: what was deployed, what arrived, what was found. It measures nothing itself."""
+"""Published evaluations: what was deployed, what arrived, what was found; and the same in the simulator, beside it."""

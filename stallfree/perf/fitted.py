@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any, Self
 
-from stallfree.core.plan import Shape
+from stallfree.core.plan import Shape, parts
 
 FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
 """1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks;
@@ -99,7 +99,7 @@ class Fitted:
         return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor}
 
     def seconds(self, shape: Shape) -> float:
-        return self.batch(*_parts(shape))
+        return self.batch(*parts(shape))
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
         _, tokens, decoding, prefilling, pairs, rows = _row(decodes, context, chunks)
@@ -153,20 +153,7 @@ class Fitted:
 
 def features(shape: Shape) -> Row:
     """The `FEATURES` of an iteration, counted in `SCALE`."""
-    return list(_row(*_parts(shape)))
-
-
-def _parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
-    """How many decodes, their context in all, and the chunks."""
-    decodes = context = 0
-    chunks = []
-    for start, count in shape:
-        if count == 1:
-            decodes += 1
-            context += start
-        else:
-            chunks.append((start, count))
-    return decodes, context, chunks
+    return list(_row(*parts(shape)))
 
 
 def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stallfree.core.plan import Shape
+from stallfree.core.plan import Shape, parts
 from stallfree.perf import kernels
 from stallfree.perf.hardware import Hardware, nearest
 from stallfree.perf.kernels import Attention, Cost
@@ -181,16 +181,8 @@ class Roofline:
         return found
 
     def _sums(self, shape: Shape) -> Sums:
-        """All that the price of an iteration depends on. One pass, for a simulation does this for every iteration."""
-        decodes = context = 0
-        chunks = []
-        for start, count in shape:
-            if count == 1:
-                decodes += 1
-                context += start
-            else:
-                chunks.append((start, count))
-        return self._summed(decodes, context, chunks)
+        """All that the price of an iteration depends on."""
+        return self._summed(*parts(shape))
 
     def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
         chunked = cached = 0

@@ -12,8 +12,7 @@ from typing import Self
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
-from stallfree.sim.deployment import Deployment
-from stallfree.sim.simulator import Instance, Simulator
+from stallfree.sim.simulator import Simulator
 from stallfree.workload.traffic import Traffic
 
 Trial = tuple[float, int, Report, list[str]]
@@ -27,9 +26,8 @@ class Trials:
     """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each."""
 
     def __init__(self, simulators: Mapping[str, Simulator], done: Callable[[], None] = lambda: None):
-        several = {name: (simulator.deployment, simulator.instance) for name, simulator in simulators.items()}
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (several,))
+        self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (simulators,))
         self._done = done
 
     def __enter__(self) -> Self:
@@ -73,8 +71,8 @@ class Trials:
             return dict(zip(cases, threads.map(find, cases), strict=True))
 
 
-def _begin(several: Mapping[str, tuple[Deployment, Instance]]) -> None:
-    _simulators.update({name: Simulator(*one) for name, one in several.items()})
+def _begin(simulators: Mapping[str, Simulator]) -> None:
+    _simulators.update(simulators)
 
 
 def _trial(name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:

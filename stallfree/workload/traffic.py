@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ class Traffic:
     @property
     def workload(self) -> Workload:
         """Raises ValueError for words that are not understood."""
-        from stallfree.workload.workload import Workload  # not before it is wanted: a command line needs the words alone
-
-        return Workload.parse(self.arrivals, self.lengths, self.max_total)
+        return _parsed(self.arrivals, self.lengths, self.max_total)
 
     def ending(self, requests: int) -> Self:
         """This; or, of arrivals that are drawn and have no end of their own, so many `requests`."""
@@ -67,3 +66,11 @@ class Traffic:
             raise ValueError(
                 "how many requests a second? --rate 2 makes it two, on average; --arrivals trace takes a trace's times"
             )
+
+
+@lru_cache(16)
+def _parsed(arrivals: str, lengths: str, max_total: int | None) -> Workload:
+    """Once for all trials: a trace is a file to be read."""
+    from stallfree.workload.workload import Workload  # not before it is wanted: a command line needs the words alone
+
+    return Workload.parse(arrivals, lengths, max_total)
