@@ -36,7 +36,7 @@ from stallfree.core.slo import Target
 from stallfree.engine.text import Text
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
-LEAST_RATE = 0.2
+LEAST_RATE = 0.4
 """Requests per second below which nobody's capacity is looked for."""
 START_S = 300.0
 """Seconds that a peer gets to load its model."""
@@ -146,7 +146,7 @@ def main() -> None:
             command = [python, *(str(port) if a == "PORT" else a for a in arguments)]
             try:
                 with peer(command, port, folder / "log") as url:
-                    rows += measured(url, side, TARGETS, seconds, 0.2 if side == "llama.cpp" else 0.5)
+                    rows += measured(url, side, TARGETS, seconds, 0.5)
             except RuntimeError as error:
                 print(f"{side} is left out: {error}", file=sys.stderr)
     show("Capacity at a P99 TBT target", rows, facts, args.json)
