@@ -146,9 +146,11 @@ def live(tokens: int, folder: Path) -> tuple[float, float]:
     async def load(url: str) -> None:
         await asyncio.gather(*(listen(url, prompt, tokens) for prompt in prompts()))
 
-    with server(["--record", str(file)]) as url:
+    with server(["--slo", "tbt=1s", "--record", str(file)]) as url:  # a target that keeps none of the streams waiting
         asyncio.run(load(url))
     records = decodes(read(file.read_text().splitlines())[1])
+    if len(records) < tokens // 2:
+        raise RuntimeError(f"{len(records)} iterations held all {STREAMS} streams and nothing else: too few to tell")
     pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]
     return statistics.median(b.t_end - a.t_end for a, b in pairs), statistics.median(b.t_start - a.t_end for a, b in pairs)
 

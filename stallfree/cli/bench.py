@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stallfree.cli import options, words
-from stallfree.workload.traffic import Traffic
+from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 if TYPE_CHECKING:
     from stallfree.bench.dialect import Dialect
@@ -125,6 +125,7 @@ def capacity(
     start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
     trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
+    shortest: Annotated[float, typer.Option(help="Seconds of arrivals in a trial, at least, by more requests.")] = SHORTEST_S,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -143,7 +144,8 @@ def capacity(
     from stallfree.metrics.report import report
 
     requests = REQUESTS if traffic.requests is None else traffic.requests
-    targets, workload = Slo.parse(slo), traffic.workload
+    traffic, targets = replace(traffic, requests=requests), Slo.parse(slo)
+    workload = traffic.lasting(shortest, 1.0).workload  # a mistake is to be told before the first trial
     client = measuring.Access(model, api_key, timeout).client(url)
     made: list[dict[str, Any]] = []
     behind: dict[float, str] = {}
@@ -153,7 +155,7 @@ def capacity(
         return measuring.probe(client, model)
 
     def trial(rate: float, seed: int) -> bool:
-        coming = workload.draw(rate, seed, requests=requests)
+        coming = workload.draw(rate, seed, requests=traffic.lasting(shortest, rate).requests)
         run = measuring.follow(client, dialect(), coming, f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt

@@ -15,7 +15,7 @@ import typer
 
 from stallfree.cli import options, words
 from stallfree.sim.deployment import Deployment
-from stallfree.workload.traffic import Traffic
+from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
@@ -123,6 +123,7 @@ def capacity(
     start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
     trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
+    shortest: Annotated[float, typer.Option(help="Seconds of arrivals in a trial, at least, by more requests.")] = SHORTEST_S,
     as_json: options.Json = False,
 ) -> None:
     """Find the highest request rate at which each configuration meets the SLO, by bisection over repeated trials.
@@ -153,7 +154,7 @@ def capacity(
             made[name].append(row | asdict(report))
 
         cases = {name: (traffic, Slo.parse(one.slo or ""), start) for name, one in several.items()}
-        found = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
+        found = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, seed=traffic.seed, shortest_s=shortest)
     if as_json:
         answers = {
             name: {

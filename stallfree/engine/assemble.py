@@ -80,10 +80,9 @@ def assemble(
     known = policies.takes(options.policy)
     targets = None if options.slo is None else Slo.parse(options.slo)
     chosen: dict[str, object] = {"token_budget": options.token_budget}
+    policies.check(options.policy, **chosen)
     if "cost" not in known:
         policies.load(options.policy, **chosen)
-    elif options.token_budget is not None:
-        raise ValueError(f"policy {options.policy!r} takes no token_budget: it finds its own; use --policy sarathi for a fixed one")
     limits = Limits(options.max_seqs, options.max_tokens)
     if options.executor not in EXECUTORS:
         near = policies.nearest(options.executor, EXECUTORS)

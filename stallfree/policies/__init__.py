@@ -28,13 +28,17 @@ def load(name: str, **options: object) -> Policy:
 
     Raises ValueError naming the nearest policy if there is none of that name, or the options that it does take.
     """
-    cls = _find(name)
-    given = {key: value for key, value in options.items() if value is not None}
+    check(name, **options)
+    return _find(name)(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
+
+
+def check(name: str, **options: object) -> None:
+    """Raises ValueError as `load` does, but for values, which only the policy itself can judge."""
     known = takes(name)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
-    return cls(**given)  # type: ignore[no-any-return]
+    for key in (key for key, value in options.items() if value is not None and key not in known):
+        if key == "token_budget" and "cost" in known:
+            raise ValueError(f"policy {name!r} takes no token_budget: it finds its own; take policy sarathi for a fixed one")
+        raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -50,13 +50,8 @@ class Simulator:
         if self.targets is not None:
             possible(self.targets, self.instance.cost)
         known = policies.takes(deployment.policy)
-        self._told: dict[str, object] = {}
-        if deployment.token_budget is not None:
-            if "cost" in known:
-                raise ValueError(
-                    f"policy {deployment.policy!r} takes no token_budget: it finds its own; take sarathi for a fixed one"
-                )
-            self._told["token_budget"] = deployment.token_budget
+        self._told: dict[str, object] = {"token_budget": deployment.token_budget}
+        policies.check(deployment.policy, **self._told)
         if "slo" in known:
             self._told["slo"] = self.targets or ""
         self._prices = calibrated(self.instance).state() if "cost" in known else None

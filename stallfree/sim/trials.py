@@ -13,7 +13,7 @@ from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
 from stallfree.sim.simulator import Simulator
-from stallfree.workload.traffic import Traffic
+from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
 """The rate, the seed, what came of it, and why that is not enough, if it is not."""
@@ -51,16 +51,18 @@ class Trials:
         tolerance: float = 0.05,
         most_trials: int = 1,
         seed: int = 0,
+        shortest_s: float = SHORTEST_S,
     ) -> dict[str, Capacity]:
         """For each case, a simulator's name with its traffic, targets and the rate to try first, the capacity; all are searched
-        side by side. `tell` hears of each trial. For the rest, and the errors, see `metrics.capacity.search`.
+        side by side. Drawn arrivals last `shortest_s` at least, however few were asked for. `tell` hears of each trial. For the
+        rest, and the errors, see `metrics.capacity.search`.
         """
 
         def find(name: str) -> Capacity:
             traffic, slo, start = cases[name]
 
             def passes(rate: float, seed: int) -> bool:
-                report = self.submit(name, traffic, rate, seed, slo).result()
+                report = self.submit(name, traffic.lasting(shortest_s, rate), rate, seed, slo).result()
                 why = shortfalls(report, slo)
                 tell(name, (rate, seed, report, why))
                 return not why

@@ -4,6 +4,7 @@ What the words mean is said in `arrivals` and `lengths`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,6 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from stallfree.workload.workload import Arrival, Workload
+
+
+SHORTEST_S = 60.0
+"""Seconds that the arrivals of a trial of capacity last at least, on average, however few requests were asked for: in less time,
+requests that queue without bound have not waited for long enough to be told from those that do not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,16 @@ class Traffic:
         if self.arrivals == "trace" or self.requests is not None or self.duration is not None:
             return self
         return replace(self, requests=requests)
+
+    def lasting(self, seconds: float, rate: float) -> Self:
+        """This; or, of drawn arrivals that `requests` end, as many as come in `seconds` at `rate`, if those are more. Raises
+        ValueError for seconds that cannot be.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"a trial of at least {seconds:g} s cannot be; give seconds, 0 or more")
+        if self.arrivals == "trace" or self.requests is None or self.requests < 1:
+            return self
+        return replace(self, requests=max(self.requests, math.ceil(seconds * rate)))
 
     def draw(self) -> list[Arrival]:
         """All that arrives. Raises ValueError as `Workload.draw` does, and for a rate that is missing."""

@@ -103,7 +103,7 @@ def test_compare_prints_a_column_for_each(stallfree, url):
 
 def test_capacity_tells_every_trial(stallfree, url, monkeypatch):
     monkeypatch.setattr(bench, "LONGEST_S", 0.1)  # 3 requests, so no rate below 30 is tried
-    options = ("--url", url, "--requests", "3", "--lengths", "20/2", "--start", "50", "--trials", "1")
+    options = ("--url", url, "--requests", "3", "--lengths", "20/2", "--start", "50", "--trials", "1", "--shortest", "0")
     code, out, err = stallfree("bench", "capacity", "--slo", "ttft=1us@p50", *options, "--json")
     told = json.loads(out)
     assert (0, "ttft=0.001ms@p50", 0, 50) == (code, told["slo"], told["capacity"], told["above"])
@@ -112,7 +112,7 @@ def test_capacity_tells_every_trial(stallfree, url, monkeypatch):
 
 
 def test_capacity_prints_its_trials_and_the_rate(stallfree, url):
-    options = ("--url", url, "--requests", "1", "--lengths", "20/2", "--start", "1e6", "--trials", "1")
+    options = ("--url", url, "--requests", "1", "--lengths", "20/2", "--start", "1e6", "--trials", "1", "--shortest", "0")
     code, out, _ = stallfree("bench", "capacity", "--slo", "ttft=20s", *options)
     assert 0 == code
     assert "capacity 1.049e+12 requests/s for ttft=20s@p90 (no rate missed it)" in out
@@ -188,6 +188,7 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
         (["capacity", "--slo", "tbt"], "'tbt' is not a latency target"),
         (["capacity", "--slo", "tbt=1s", "--start", "0", "--url", NOBODY], "start at 0"),
         (["capacity", "--slo", "tbt=1s", "--requests", "-5", "--url", NOBODY], "-5 requests"),
+        (["capacity", "--slo", "tbt=1s", "--shortest", "nan", "--url", NOBODY], "at least nan s"),
         (["capacity", "--slo", "tbt=1s", "--tolerance", "0", "--url", NOBODY], "tolerance of 0"),
         (["capacity", "--slo", "tbt=1s", "--trials", "2", "--url", NOBODY], "odd number"),
     ],

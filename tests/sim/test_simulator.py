@@ -37,6 +37,13 @@ def test_a_trial_is_the_same_here_and_in_another_process():
     assert 60 == here.completed
 
 
+def test_a_few_short_requests_do_not_make_a_capacity_without_end():
+    simulator = Simulator(LLAMA)
+    with Trials({"it": simulator}) as trials:
+        found = trials.capacities({"it": (replace(SOME, lengths="64/4", requests=8), Slo.parse("tbt=100ms"), 64.0)}, tolerance=0.5)
+    assert found["it"].above * 64 < 1.6 * 512 / instance(LLAMA).cost.seconds([(0, 64)] * 8)
+
+
 def test_the_slo_policy_knows_what_a_calibration_finds_and_keeps_its_target():
     simulator = Simulator(replace(LLAMA, policy="slo", token_budget=None, slo="tbt=60ms"))
     model, truth = calibrated(simulator.instance), simulator.instance.cost
