@@ -33,7 +33,8 @@ def write_folder(folder: Path, family: str, **config: object) -> object:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        settings = AutoConfig.for_model(family, **{**TINY, **config})
+        tiny = {key: value for key, value in TINY.items() if family != "falcon" or key != "head_dim"}
+        settings = AutoConfig.for_model(family, **{**tiny, **config})
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

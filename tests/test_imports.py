@@ -15,7 +15,7 @@ ALLOWED = {
     "policies": ({"core", "perf", "policies"}, set()),
     "perf": ({"core", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
-    "executors": ({"core", "checkpoint", "executors"}, {"numpy", "openvino"}),
+    "executors": ({"core", "checkpoint", "executors"}, {"msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
@@ -24,7 +24,7 @@ ALLOWED = {
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "server": (
         {"core", "engine", "executors", "metrics", "server"},
-        {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+        {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import CheckpointError, ModelConfig, check, positive, rotary_frequencies, size
+from stallfree.checkpoint.config import CheckpointError, ModelConfig, check, check_tensors, positive, rotary_frequencies, size
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """`general.architecture`; Mistral's files say llama."""
@@ -125,11 +125,7 @@ def read_gguf(path: Path) -> Checkpoint:
         metadata[key] = header.value(header.number("<I"))
     stored = _tensors(header, num_tensors, size(metadata, "general.alignment", str(path), 32))
     config, tensors = _config(metadata, stored, path)
-    if missing := [name for name in config.tensors() if name not in tensors]:
-        raise CheckpointError(f"{path}: tensors are missing: {_some(missing)}; the file is incomplete")
-    for name, shape in config.tensors().items():
-        if tensors[name].shape != shape:
-            raise CheckpointError(f"{path}: {name!r} has shape {tensors[name].shape}, its metadata says {shape}")
+    check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
     return Checkpoint(path, config, partial(_read, config, tensors), metadata)
 
 
@@ -220,7 +216,3 @@ def _read(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> np.ndar
     if config.family == "llama" and heads:
         values = values.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
     return np.ascontiguousarray(values)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(repr(n) for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

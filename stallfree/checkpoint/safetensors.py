@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import FAMILIES, CheckpointError, ModelConfig, check, positive, rotary_frequencies, size
+from stallfree.checkpoint.config import (
+    FAMILIES,
+    CheckpointError,
+    ModelConfig,
+    check,
+    check_tensors,
+    positive,
+    rotary_frequencies,
+    size,
+)
 
 HEADER_LIMIT = 100 * 2**20
 """The longest header that the safetensors format allows, in bytes."""
@@ -24,12 +33,7 @@ def read_folder(path: Path) -> Checkpoint:
     tensors = _index(path)
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
-    if missing := [name for name in config.tensors() if name not in tensors]:
-        some = ", ".join(repr(n) for n in missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise CheckpointError(f"{path}: tensors are missing: {some}; the folder is incomplete, fetch it again")
-    for name, shape in config.tensors().items():
-        if tensors[name][2] != shape:
-            raise CheckpointError(f"{path}: {name!r} has shape {tensors[name][2]}, config.json says {shape}")
+    check_tensors(config, {name: shape for name, (_, _, shape, _) in tensors.items()}, str(path))
     return Checkpoint(path, config, partial(_read, tensors), None)
 
 
@@ -51,6 +55,8 @@ def _config(path: Path) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if family == "falcon":
+        return _falcon(path, values, source)
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
     if values.get("quantization_config"):
@@ -83,6 +89,46 @@ def _config(path: Path) -> ModelConfig:
         output_bias=bias,
         mlp_bias=bool(values.get("mlp_bias", False)) if family == "llama" else False,
         qk_norm=family == "qwen3",
+        experts=size(values, "num_local_experts", source) if family == "mixtral" else 1,
+        active_experts=size(values, "num_experts_per_tok", source) if family == "mixtral" else 1,
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_eos(path, values),
+    )
+    return check(config, source)
+
+
+def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
+    """Falcon's own words for the same numbers. Raises CheckpointError for its variants that are not supported."""
+    new = bool(values.get("new_decoder_architecture", False))
+    if values.get("alibi", False):
+        raise CheckpointError(f"{source}: alibi positions are not supported; rotary ones are")
+    if not new and not values.get("parallel_attn", True):
+        raise CheckpointError(f"{source}: parallel_attn false is not supported; Falcon's released models have it true")
+    if (activation := values.get("activation", "gelu")) != "gelu":
+        raise CheckpointError(f"{source}: activation {activation!r} is not supported; gelu is")
+    hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads = size(values, "num_kv_heads", source, num_heads) if new else 1 if values.get("multi_query", True) else num_heads
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
+    theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
+    bos = values.get("bos_token_id")
+    config = ModelConfig(
+        family="falcon",
+        vocab_size=size(values, "vocab_size", source),
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // num_heads,
+        ffn_size=size(values, "ffn_hidden_size", source, 4 * hidden),
+        norm_eps=positive(values, "layer_norm_epsilon", source, 1e-5),
+        inv_freq=rotary_frequencies(hidden // num_heads, theta, scaling, source),
+        max_model_len=size(values, "max_position_embeddings", source, 2048),
+        windows=(0,) * num_layers,
+        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
+        mlp_bias=bool(values.get("bias", False)),
+        own_norm=new and values.get("num_ln_in_parallel_attn") != 1,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_eos(path, values),
     )
@@ -93,10 +139,14 @@ def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[i
     """Per layer, the sliding window in tokens, or 0. Mistral has one for all layers; Qwen only with `use_sliding_window`, and then
     in the layers that `layer_types` names, or else from `max_window_layers` on."""
     family, window = values["model_type"], values.get("sliding_window")
-    if family == "llama" or window is None or (family != "mistral" and not values.get("use_sliding_window", False)):
+    if (
+        family == "llama"
+        or window is None
+        or (family not in ("mistral", "mixtral") and not values.get("use_sliding_window", False))
+    ):
         return (0,) * num_layers
     window = size(values, "sliding_window", source)
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         return (window,) * num_layers
     types = values.get("layer_types")
     if isinstance(types, list) and len(types) == num_layers:

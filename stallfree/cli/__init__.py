@@ -7,7 +7,22 @@ import sys
 
 import typer
 
-from stallfree.cli import bench, calibrate, chat, demo, explain, generate, listing, models, perf, replay, reproduce, serve, simulate
+from stallfree.cli import (
+    bench,
+    calibrate,
+    chat,
+    demo,
+    deploy,
+    explain,
+    generate,
+    listing,
+    models,
+    perf,
+    replay,
+    reproduce,
+    serve,
+    simulate,
+)
 
 app = typer.Typer(
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
@@ -28,6 +43,7 @@ app.command("simulate")(simulate.simulate)
 app.command("capacity")(simulate.capacity)
 app.command("compare")(simulate.compare)
 app.add_typer(reproduce.app, name="reproduce")
+app.command("deploy")(deploy.deploy)
 app.command("demo")(demo.demo)
 app.command("list")(listing.listing)
 

@@ -9,18 +9,35 @@ from stallfree.cli import options
 
 def calibrate(
     model: options.Model = None,
-    weights: options.Weights = "int8",
-    kv: options.Kv = "u8",
+    weights: options.Weights = None,
+    kv: options.Kv = None,
     kv_memory: options.KvMemory = None,
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
+    executor: options.Executor = "openvino",
+    device: options.Device = None,
+    tp: options.Tp = 1,
+    pp: options.Pp = 1,
+    gpu_memory_utilization: options.GpuMemory = 0.9,
     as_json: options.Json = False,
 ) -> None:
     """Time iterations of a model on this machine, and remember what they cost for `serve`."""
     from stallfree.engine.assemble import Options, recalibrate
     from stallfree.perf.fitted import FEATURES, SCALE
 
-    chosen = Options(model, weights=weights, kv=kv, kv_memory=kv_memory, max_model_len=max_model_len, threads=threads)
+    chosen = Options(
+        model,
+        executor,
+        weights=weights,
+        kv=kv,
+        kv_memory=kv_memory,
+        max_model_len=max_model_len,
+        threads=threads,
+        device=device,
+        tp=tp,
+        pp=pp,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     fitted, errors, file = recalibrate(chosen, lambda line: typer.echo(line, err=True), options.progress("calibrating"))
     if as_json:
         found = {"file": str(file), "prices_s": fitted.prices, "scale": SCALE, "quantum": fitted.quantum}

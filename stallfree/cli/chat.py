@@ -11,9 +11,11 @@ def chat(
     model: options.Model = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    weights: options.Weights = "int8",
-    kv: options.Kv = "u8",
+    weights: options.Weights = None,
+    kv: options.Kv = None,
     threads: options.Threads = None,
+    executor: options.Executor = "openvino",
+    device: options.Device = None,
 ) -> None:
     """Talk to a model. /new begins again; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
     from rich.console import Console
@@ -22,7 +24,7 @@ def chat(
     from stallfree.engine.llm import LLM
 
     console = Console()
-    with LLM(model, weights=weights, kv=kv, threads=threads) as llm:
+    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
         beginning = [{"role": "system", "content": system}] if system else []
         messages = list(beginning)
         while True:

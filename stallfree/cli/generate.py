@@ -17,9 +17,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="For the same tokens again.", show_default="random")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")] = None,
-    weights: options.Weights = "int8",
-    kv: options.Kv = "u8",
+    weights: options.Weights = None,
+    kv: options.Kv = None,
     threads: options.Threads = None,
+    executor: options.Executor = "openvino",
+    device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Complete PROMPT and print the text as it comes, or with --json the whole result at the end."""
@@ -27,7 +29,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or ()} | ({} if seed is None else {"seed": seed})
-    with LLM(model, weights=weights, kv=kv, threads=threads) as llm:
+    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
         if not as_json:
             for piece in llm.stream(text, **sampling):
                 typer.echo(piece, nl=False)

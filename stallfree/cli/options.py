@@ -32,7 +32,7 @@ Model = Annotated[
     typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
-Executor = Annotated[str, typer.Option(help="What runs the model: openvino, simulated.")]
+Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated.")]
 Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or package.module:Class.")]
 Slo = Annotated[
     str | None,
@@ -41,8 +41,26 @@ Slo = Annotated[
 TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
-Weights = Annotated[Literal["int8", "bf16", "f32"], typer.Option(help="Precision of the weights.")]
-Kv = Annotated[Literal["u8", "bf16", "f32"], typer.Option(help="Precision of the KV cache.")]
+Weights = Annotated[
+    Literal["int4", "int8", "bf16", "f16", "f32"] | None,
+    typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
+]
+Kv = Annotated[
+    Literal["u8", "fp8", "bf16", "f16", "f32"] | None,
+    typer.Option(help="Precision of the KV cache.", show_default="u8; executor torch: bf16"),
+]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="Where executor torch runs.", show_default="cuda where there is a GPU")
+]
+Tp = Annotated[int, typer.Option(help="Tensor parallelism: ranks that share each layer (executor torch).", min=1)]
+Pp = Annotated[int, typer.Option(help="Pipeline parallelism: stages that share the layers (executor torch).", min=1)]
+Workers = Annotated[Literal["local", "ray"], typer.Option(help="Who places ranks: this machine, or a Ray cluster.")]
+GpuMemory = Annotated[
+    float, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory for weights, KV and iterations.")
+]
+OnWorkerLoss = Annotated[
+    Literal["fail", "restart"], typer.Option(help="What becomes of running requests if a rank is lost: an error, or once more.")
+]
 KvMemory = Annotated[
     int | None,
     typer.Option(

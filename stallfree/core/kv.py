@@ -103,6 +103,13 @@ class BlockPool:
             request.prefix = found[1]
             request.num_shared += 1
 
+    def forget(self) -> None:
+        """No block's content is there any more: nothing is indexed. For when nobody holds a block."""
+        self._free += self._idle
+        self._idle.clear()
+        self._keys.clear()
+        self._index.clear()
+
     def check(self, requests: Iterable[Request]) -> None:
         """Raise RuntimeError unless every block is free, idle or held by exactly the given requests."""
         held = [0] * self.num_blocks

@@ -216,6 +216,22 @@ class Scheduler:
             self._run_on()
         return done
 
+    def lost(self, *, restart: bool) -> list[Request]:
+        """All KV is gone, and what is in flight will not come back. Running requests return to the queue, to be computed anew; or,
+        without `restart`, end with an error: these are returned.
+        """
+        self._in_flight.clear()
+        ended = []
+        for request in list(self.running):
+            request.in_flight = 0
+            if restart:
+                self.preempted(request)
+            else:
+                ended.append(self._end(request, "error"))
+        self._run_on()
+        self.pool.forget()
+        return ended
+
     def stretch(self, now: float, most: int) -> Stretch:
         """The next iteration, and how many after it would be planned alike, all together at the most `most`; for `leap` to
         complete, before which nothing else may be asked. Raises ValueError unless the policy is steady and nothing is in flight.

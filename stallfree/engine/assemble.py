@@ -4,13 +4,14 @@ that knows them all; what each of them does is theirs.
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stallfree import __version__, policies
-from stallfree.checkpoint.fetch import cache_folder
+from stallfree.checkpoint import Checkpoint, open_checkpoint
+from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, StepRecord
 from stallfree.core.scheduler import Limits
@@ -27,14 +28,25 @@ MOST_KV = 4 << 30
 SIMULATED = (0.008, 0.04, 0.005, 0.005, 0.0, 0.0)
 """What the simulated executor's iterations cost, as prices of the cost model."""
 
-EXECUTORS = {"openvino": "runs a model on this machine's processor", "simulated": "sleeps as a cost model says; no model"}
+EXECUTORS = {
+    "openvino": "runs a model on this machine's processor",
+    "torch": "runs any supported model on a processor or on GPUs, in one process or several; needs the extra torch",
+    "simulated": "sleeps as a cost model says; no model",
+}
+
+LOSSES = ("fail", "restart")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an engine is made of. `kv_memory` in bytes (None: a quarter of what is free, at most 4 GiB); `token_budget` and
+    """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own); `kv_memory` in bytes (None: a quarter
+    of what is free, at most 4 GiB; on GPUs what `gpu_memory_utilization`, a share of their memory, leaves); `token_budget` and
     `max_model_len` in tokens (None: the policy's and the model's own); `threads` None: all cores; `slo`: latency targets in
     words, for policies that take them and to count late tokens with.
+
+    For the torch executor: `device` (None: cuda where there is a GPU, else cpu); `tp` ranks share each layer, `pp` stages share the
+    layers; `workers` says who places the ranks, and `on_worker_loss` what becomes of running requests when one is lost: fail, or
+    restart.
     """
 
     model: str | None = None
@@ -42,14 +54,20 @@ class Options:
     policy: str = "sarathi"
     slo: str | None = None
     token_budget: int | None = None
-    weights: str = "int8"
-    kv: str = "u8"
+    weights: str | None = None
+    kv: str | None = None
     kv_memory: int | None = None
     max_model_len: int | None = None
     max_seqs: int = 256
     max_tokens: int = 8192
     prefix_cache: bool = True
     threads: int | None = None
+    device: str | None = None
+    tp: int = 1
+    pp: int = 1
+    workers: str = "local"
+    gpu_memory_utilization: float = 0.9
+    on_worker_loss: str = "fail"
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,9 @@ def assemble(
     if options.executor not in EXECUTORS:
         near = policies.nearest(options.executor, EXECUTORS)
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
-    executor, text, name, weights, key = (_simulated if options.executor == "simulated" else _openvino)(options, say)
+    if options.on_worker_loss not in LOSSES:
+        raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
+    executor, text, name, weights, key = _made(options, say)
     cost = None
     if "cost" in known:
         cost = _cost(executor, key, say, progress)
@@ -97,7 +117,8 @@ def assemble(
     policy = policies.load(options.policy, **chosen)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
-    engine = Engine(executor, text, policy, limits, reuse=options.prefix_cache, record=record, prints=prints)
+    restart = options.on_worker_loss == "restart"
+    engine = Engine(executor, text, policy, limits, reuse=options.prefix_cache, record=record, prints=prints, restart=restart)
     slo = getattr(policy, "slo", targets)
     run = Run(
         options.policy,
@@ -113,13 +134,15 @@ def assemble(
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
     """Calibrate the model of `options` on this machine again; the cost model, how well it fits, and where it is remembered."""
-    executor, _, _, _, key = _openvino(options, say)
+    executor, _, _, _, key = _made(options, say)
     try:
+        if key is None:
+            raise ValueError(f"executor {options.executor!r} takes what its cost model says: there is nothing to time")
         model, errors = calibrate.calibrate(executor, progress)
     finally:
         executor.close()
     folder = cache_folder() / "calibration"
-    return model, errors, calibrate.remember(model, errors, key or {}, folder, executor.capacity)
+    return model, errors, calibrate.remember(model, errors, key, folder, executor.capacity)
 
 
 def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[str], None], progress: calibrate.Progress) -> Fitted:
@@ -140,38 +163,77 @@ Made = tuple[Executor, Text, str, str, dict[str, object] | None]
 """An executor, its text, the model's name, its weights in words, and what its speed depends on (None: nothing to measure)."""
 
 
-def _openvino(options: Options, say: Callable[[str], None]) -> Made:
-    from stallfree.checkpoint import open_checkpoint
-    from stallfree.checkpoint.fetch import EMBEDDED, locate
-    from stallfree.executors.openvino import OpenVINOExecutor, available_bytes
-
+def _made(options: Options, say: Callable[[str], None]) -> Made:
+    if options.executor == "simulated":
+        return _simulated(options)
     path = locate(options.model, say)
     checkpoint = open_checkpoint(path)
     text = Text.from_folder(path) if checkpoint.metadata is None else Text.from_gguf(checkpoint.metadata)
-    say(f"loading {path.name}")
-    executor = OpenVINOExecutor(
-        checkpoint,
-        weights=options.weights,
-        kv=options.kv,
-        kv_bytes=options.kv_memory or min((available_bytes() or MOST_KV) // 4, MOST_KV),
-        max_model_len=options.max_model_len,
-        threads=options.threads,
-    )
+    make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")
+    options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
+    executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
     name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else path.stem
     stat = path.stat()
     key = calibrate.machine() | {
-        "executor": "openvino",
+        "executor": options.executor,
         "model": [path.name, stat.st_size, stat.st_mtime_ns],
         "weights": options.weights,
         "kv": options.kv,
-        "threads": options.threads,
         "max_model_len": executor.capacity.max_model_len,
         "release": __version__,
     }
-    return executor, text, name, f"{options.weights} weights, {options.kv} KV", key
+    return executor, text, name, f"{options.weights} weights, {options.kv} KV", key | depends
 
 
-def _simulated(options: Options, say: Callable[[str], None]) -> Made:
+def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
+    from stallfree.executors.openvino import OpenVINOExecutor
+
+    if (options.tp, options.pp, options.workers) != (1, 1, "local") or options.device not in (None, "cpu"):
+        raise ValueError("executor openvino is one process on this machine's processor; --executor torch takes device, tp and pp")
+    loading()
+    executor = OpenVINOExecutor(
+        checkpoint,
+        weights=options.weights or "",
+        kv=options.kv or "",
+        kv_bytes=options.kv_memory or _kv_bytes(),
+        max_model_len=options.max_model_len,
+        threads=options.threads,
+    )
+    return executor, {"threads": options.threads}
+
+
+def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
+    try:
+        from stallfree.executors import torch as executors
+    except ImportError as error:
+        raise ValueError(f"executor torch needs {error.name}, which is not installed: pip install 'stallfree[torch]'") from None
+    told = executors.Options(
+        options.weights or "",
+        options.kv or "",
+        options.max_model_len,
+        options.device or executors.usual_device(),
+        options.threads,
+        options.gpu_memory_utilization,
+        options.max_tokens,
+    )
+    kv_bytes = options.kv_memory or (_kv_bytes() // (options.tp * options.pp) if told.device == "cpu" else None)
+    loading()
+    depends: dict[str, object] = {"device": executors.device_name(told.device), "threads": options.threads}
+    if (options.tp, options.pp, options.workers) == (1, 1, "local"):
+        return executors.TorchExecutor(checkpoint, told, kv_bytes), depends
+    workers = executors.workers(options.workers)
+    executor = executors.ParallelExecutor(checkpoint, told, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
+    return executor, depends | {"tp": options.tp, "pp": options.pp, "workers": options.workers}
+
+
+def _kv_bytes() -> int:
+    """Memory for KV on a processor, where nobody says how much."""
+    from stallfree.executors.memory import available_bytes
+
+    return min((available_bytes() or MOST_KV) // 4, MOST_KV)
+
+
+def _simulated(options: Options) -> Made:
     from stallfree.executors.simulated import SimulatedExecutor
 
     length = options.max_model_len or 8192

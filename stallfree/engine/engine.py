@@ -16,7 +16,7 @@ from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.text import Detokenizer, StopStrings, Text
-from stallfree.executors.base import Executor
+from stallfree.executors.base import Executor, Lost
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Engine:
         reuse: bool = True,
         record: Callable[[StepRecord], None] | None = None,
         prints: Fingerprints | None = None,
+        restart: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.executor = executor
@@ -70,6 +71,7 @@ class Engine:
         self.clock = clock
         self._record = record
         self._prints = prints
+        self._restart = restart
         self._streams: dict[str, _Stream] = {}
         self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
         self._arrived: list[Request] = []
@@ -93,8 +95,28 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one iteration; what it brought to each request: nothing, if all of it was prefill or there is nothing to do.
 
+        If the executor loses all KV, running requests end with an error, or, with `restart`, are computed anew.
+
         Raises RuntimeError if the policy plans nothing though requests wait: they would wait for ever.
         """
+        try:
+            return self._step()
+        except Lost as lost:
+            return self._after(lost)
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _after(self, lost: Lost) -> list[Output]:
+        """What a loss of all KV brings to the requests."""
+        log.error("%s; %d requests were running", lost, len(self.scheduler.running))
+        self._outstanding.clear()
+        ended = self.scheduler.lost(restart=self._restart)
+        self._ended += ended
+        gone = [request.id for request in ended if self._streams.pop(request.id, None) is not None]
+        return [Output(id, "", (), finish_reason="error", error=str(lost)) for id in gone]
+
+    def _step(self) -> list[Output]:
         while len(self._outstanding) < self.executor.capacity.depth:
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
@@ -116,9 +138,6 @@ class Engine:
         self._arrived, self._ended = [], []
         return outputs
 
-    def close(self) -> None:
-        self.executor.close()
-
     def _collect(self, plan: Plan, error: str | None) -> StepResult:
         results: list[StepResult] = []
         if error is None:
@@ -129,6 +148,8 @@ class Engine:
         """The error of an executor's call in words, if it raises: it fails one iteration, not the engine."""
         try:
             call()
+        except Lost:
+            raise
         except Exception as error:
             log.exception("the executor failed")
             return f"{type(error).__name__}: {error}"

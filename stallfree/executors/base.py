@@ -20,3 +20,7 @@ class Executor(Protocol):
     def collect(self) -> StepResult: ...
 
     def close(self) -> None: ...
+
+
+class Lost(RuntimeError):
+    """What ran the model is gone, and all KV with it; it was started anew."""

@@ -88,12 +88,17 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
         if finite[row]:
             token = int(best[row]) if how.plain and how.temperature == 0 else _choose(logits[row], work, how)
         if token is None:
-            failed[work.id] = f"no token can be sampled at position {work.start + work.count}: the logits are not finite"
+            failed[work.id] = not_finite(work)
             continue
         tokens[work.id] = (token,)
         if how.logprobs is not None:
             details[work.id] = _logprob(logits[row], token, how.logprobs)
     return tokens, details, failed
+
+
+def not_finite(work: Work) -> str:
+    """Why a row has no token, in words."""
+    return f"no token can be sampled at position {work.start + work.count}: the logits are not finite"
 
 
 def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:

@@ -98,6 +98,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert done or sum(stretch.grown) == free - self.scheduler.pool.num_free
         assert {r.finish_reason for r in done} <= {"stop", "length"}
 
+    @rule(restart=st.booleans())
+    def lose(self, restart):
+        running = list(self.scheduler.running)
+        self.out.clear()
+        ended = self.scheduler.lost(restart=restart)
+        self.scheduler.check()
+        assert ([], running)[not restart] == ended
+        assert all(r.status is Status.WAITING if restart else r.finish_reason == "error" for r in running)
+        assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
+
     @precondition(lambda self: self.everybody)
     @rule(data=st.data())
     def abort(self, data):

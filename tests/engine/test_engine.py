@@ -7,6 +7,7 @@ from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
+from stallfree.executors.base import Lost
 from stallfree.policies.sarathi import Sarathi
 
 TEXT = bytes_as_text()
@@ -14,13 +15,16 @@ ANSWER = TEXT.encode("Hello, world! Grüße. ")
 
 
 class Parrot:
-    """Says ANSWER over and over, each request from its beginning; fails at the steps in `fails`."""
+    """Says ANSWER over and over, each request from its beginning; fails at the steps in `fails`, loses all at those in `losses`."""
 
-    def __init__(self, fails=(), depth=1, fail_in="collect"):
+    def __init__(self, fails=(), depth=1, fail_in="collect", losses=()):
         self.capacity = Capacity(16, 64, 512, depth)
-        self.plans, self.fails, self.fail_in = [], fails, fail_in
+        self.plans, self.fails, self.fail_in, self.losses = [], fails, fail_in, losses
 
     def submit(self, plan):
+        if plan.step in self.losses:
+            self.plans.clear()
+            raise Lost("rank 1 is gone")
         if self.fail_in == "submit" and plan.step in self.fails:
             raise MemoryError("no room")
         self.plans.append(plan)
@@ -47,8 +51,8 @@ def serve(engine: Engine) -> dict[str, tuple[str, str | None, object]]:
     return {id: (texts[id], *ends[id]) for id in texts}
 
 
-def engine(**options) -> Engine:
-    return Engine(Parrot(**options), TEXT, Sarathi(32))
+def engine(restart=False, **options) -> Engine:
+    return Engine(Parrot(**options), TEXT, Sarathi(32), restart=restart)
 
 
 def test_the_text_is_that_of_the_tokens_up_to_max_tokens():
@@ -93,6 +97,27 @@ def test_an_executor_that_fails_once_fails_only_the_requests_of_that_iteration(f
     e.submit(Request("spared", range(5), 5))
     assert {"spared": ("Hello", "length", None)} == serve(e)
     assert "the executor failed" in caplog.text
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_running_requests_fail_with_an_executor_that_is_lost_and_the_next_are_served(depth, caplog):
+    e = engine(losses={3}, depth=depth)
+    e.submit(Request("hit", range(20), 50))
+    outputs = []
+    while e.busy:
+        outputs += e.step()
+    assert ("hit", "error", "rank 1 is gone") == (outputs[-1].id, outputs[-1].finish_reason, outputs[-1].error)
+    assert "rank 1 is gone; 1 requests were running" in caplog.text
+    e.submit(Request("spared", range(5), 5))
+    assert {"spared": ("Hello", "length", None)} == serve(e)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_running_requests_are_computed_anew_if_that_is_wanted(depth):
+    e = engine(restart=True, losses={3, 9}, depth=depth)
+    e.submit(Request("a", range(70), 12))
+    e.submit(Request("b", range(10), 5))
+    assert {"a": ("Hello, world", "length", None), "b": ("Hello", "length", None)} == serve(e)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

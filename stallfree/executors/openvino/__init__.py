@@ -1,5 +1,5 @@
 """The default executor: OpenVINO on the CPU, one call for a hybrid batch."""
 
-from stallfree.executors.openvino.executor import OpenVINOExecutor, available_bytes
+from stallfree.executors.openvino.executor import OpenVINOExecutor
 
-__all__ = ["OpenVINOExecutor", "available_bytes"]
+__all__ = ["OpenVINOExecutor"]

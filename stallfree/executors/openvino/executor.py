@@ -7,17 +7,18 @@ import mmap
 import time
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.executors.memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
 from stallfree.executors.sampling import sample
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 
 
@@ -41,6 +42,10 @@ class OpenVINOExecutor:
         max_model_len: int | None = None,
         threads: int | None = None,
     ) -> None:
+        if checkpoint.config.family not in FAMILIES:
+            raise ValueError(
+                f"executor openvino knows {', '.join(FAMILIES)}, and not {checkpoint.config.family!r}; take --executor torch"
+            )
         if weights not in FORMATS:
             raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")
         if kv not in KV_FORMATS:
@@ -64,7 +69,10 @@ class OpenVINOExecutor:
         block_bytes = sum(int(np.prod(tail)) * i.get_element_type().size for tail, i in zip(tails, cache, strict=True))
         num_blocks = kv_bytes // block_bytes
         self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
-        _check_memory(num_blocks, block_bytes, self.capacity.block_size, kv_bytes)
+        if num_blocks < 1:
+            size = self.capacity.block_size
+            raise ValueError(f"kv_bytes {kv_bytes} is less than one block of {size} tokens, which takes {block_bytes} bytes")
+        check_memory(num_blocks * block_bytes)
         # The runtime does not keep the memory behind a tensor alive; this list does.
         self._cache: list[np.ndarray] = []
         for tail, i in zip(tails, cache, strict=True):
@@ -197,25 +205,3 @@ def _huge_pages(num_bytes: int) -> np.ndarray:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-
-def _check_memory(num_blocks: int, block_bytes: int, block_size: int, kv_bytes: int) -> None:
-    if num_blocks < 1:
-        raise ValueError(f"kv_bytes {kv_bytes} is less than one block of {block_size} tokens, which takes {block_bytes} bytes")
-    needed, available = num_blocks * block_bytes, available_bytes()
-    if available is not None and needed > available:
-        raise MemoryError(
-            f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
-            f"give it less (kv_bytes; --kv-memory on the command line), or store it as u8"
-        )
-
-
-def available_bytes() -> int | None:
-    """Memory that can be allocated without swapping, where the system says so (Linux)."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

@@ -1,0 +1,75 @@
+"""Attention over a paged KV cache for a hybrid batch: chunks of prompts with cached context, and decodes, in one call.
+
+One function, with what computes it chosen by the device: on CUDA the kernel in `kernels`, elsewhere torch's own attention, which
+is also the reference that the kernel is held against. Each token attends to itself and what is before it, with a window to the last
+so many of these.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from stallfree.executors.torch.batch import Batch
+
+
+def write(cache: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
+    """Put the keys or values [tokens, KV heads, head size] of a batch where they belong in `cache` [blocks, block size, ...]."""
+    _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, batch.slots, _raw(values.to(cache.dtype)))
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
+    """[tokens, heads, head size], of `query` of that shape over the caches [blocks, block size, KV heads, head size], in which the
+    batch's own keys and values are already. `window` 0: no limit.
+    """
+    if query.is_cuda:
+        from stallfree.executors.torch.kernels import paged_attention
+
+        return paged_attention(query, keys, values, batch, window)
+    return reference(query, keys, values, batch, window)
+
+
+def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
+    """All decodes in one padded call, each chunk in one of its own."""
+    out = torch.empty_like(query)
+    ones = [i for i, count in enumerate(batch.counts) if count == 1]
+    if ones:
+        which = torch.tensor(ones, device=query.device)
+        rows = batch.begins[which]
+        longest = max(batch.ends[i] for i in ones)
+        tables = batch.tables[which, : -(-longest // keys.shape[1])]
+        lengths = batch.lengths[which]
+        at = torch.arange(tables.shape[1] * keys.shape[1], device=query.device)
+        seen = at < lengths[:, None]
+        if window:
+            seen &= at >= lengths[:, None] - window
+        found = _attention(query[rows][:, None], _gather(keys, tables), _gather(values, tables), seen[:, None, None])
+        out[rows] = found[:, 0]
+    begin = 0
+    for i, (count, end) in enumerate(zip(batch.counts, batch.ends, strict=True)):
+        if count > 1:
+            tables = batch.tables[i : i + 1, : -(-end // keys.shape[1])]
+            key, value = _gather(keys, tables)[:, :end], _gather(values, tables)[:, :end]
+            position = torch.arange(end - count, end, device=query.device)[:, None]
+            at = torch.arange(end, device=query.device)
+            seen = at <= position
+            if window:
+                seen &= at > position - window
+            out[begin : begin + count] = _attention(query[None, begin : begin + count], key, value, seen[None, None])[0]
+        begin += count
+    return out
+
+
+def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """[pieces, tokens of the longest, KV heads, head size] of the blocks in `tables`."""
+    found = _raw(cache)[tables].view(cache.dtype)
+    return found.view(found.shape[0], -1, *found.shape[3:])
+
+
+def _raw(values: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes: torch moves those on every device."""
+    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Of tensors [pieces, tokens, heads, head size]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key.to(query.dtype), value.to(query.dtype)))
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

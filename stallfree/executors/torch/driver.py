@@ -1,0 +1,231 @@
+"""Runs plans on several ranks: processes of this machine, or Ray's actors. Each gets every plan as a short message; the last stage
+answers. With P pipeline stages P plans are out at once, so the stages overlap.
+
+A rank that dies, or does not answer in time, loses its KV, and with it the whole model's: all ranks are started anew, and the
+caller is told by `Lost`. It does not know what becomes of the requests.
+"""
+
+import os
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn, Protocol
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, and not in the list of exports
+
+from stallfree.checkpoint import Checkpoint
+from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.executors.base import Lost
+from stallfree.executors.torch import wire, worker
+from stallfree.executors.torch.batch import check
+from stallfree.executors.torch.runner import BLOCK, Options, check_split, stages, supported
+
+START_S = 600.0
+"""Seconds in which all ranks must have loaded the model."""
+ANSWER_S = 120.0
+"""Seconds in which an iteration must have ended."""
+
+
+class Workers(Protocol):
+    """Processes that run `worker.work`, wherever they are."""
+
+    host: str
+    """The address at which they find the driver."""
+
+    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
+        """Start `tp` x `pp` of them, the `tp` of a stage near each other, each with a `device`, which connect to `port`. Raises
+        RuntimeError if there is no room for them.
+        """
+
+    def alive(self) -> bool:
+        """Whether none has ended."""
+
+    def stop(self) -> None:
+        """End all of them, now."""
+
+
+class Local:
+    """Processes of this machine."""
+
+    host = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
+        command = [sys.executable, "-m", "stallfree.executors.torch", self.host, str(port)]
+        environment = os.environ | {worker.TOKEN: token}
+        self._processes = [
+            # In process groups of their own: Ctrl-C is for the server, which ends them.
+            subprocess.Popen([*command, str(rank), str(rank)], env=environment, stdin=subprocess.DEVNULL, process_group=0)
+            for rank in range(tp * pp)
+        ]
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self._processes)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._processes = []
+
+
+class ParallelExecutor:
+    """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank; None, on GPUs: what is
+    left there. An iteration that takes longer than `answer_s` is lost.
+
+    Raises ValueError for what does not divide or is not there, MemoryError for what does not fit, RuntimeError for ranks that do
+    not come up, each with what the rank said.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: Options,
+        kv_bytes: int | None,
+        *,
+        tp: int,
+        pp: int,
+        workers: Workers,
+        answer_s: float = ANSWER_S,
+    ):
+        supported(checkpoint)
+        check_split(checkpoint.config, tp, options.weights)
+        stages(checkpoint.config.num_layers, pp)
+        length = options.length(checkpoint.config, tp * pp if isinstance(workers, Local) else 1)
+        self._setup: dict[str, Any] = {
+            "model": str(checkpoint.path.resolve()),
+            "options": asdict(options),
+            "tp": tp,
+            "pp": pp,
+            "kv_bytes": kv_bytes,
+            "timeout_s": START_S,
+        }
+        self._tp, self._pp, self._answer_s = tp, pp, answer_s
+        self._vocab_size = checkpoint.config.vocab_size
+        self._workers = workers
+        self._socks: list[socket.socket] = []
+        self._store: TCPStore | None = None
+        self.capacity = Capacity(BLOCK, self._start(), length, depth=pp)
+
+    def submit(self, plan: Plan) -> None:
+        """Raises ValueError, with no harm done, if the plan cannot be run."""
+        check(plan.work, self.capacity, self._vocab_size)
+        message = wire.of_plan(plan)
+        try:
+            for sock in self._socks:
+                wire.send(sock, message)
+        except OSError as error:
+            self._lost(f"a rank is gone ({error})")
+
+    def collect(self) -> StepResult:
+        try:
+            return wire.to_result(self._next())
+        except OSError as error:
+            self._lost(str(error))
+
+    def close(self) -> None:
+        for sock in self._socks:
+            sock.close()
+        self._socks, self._store = [], None
+        self._workers.stop()
+
+    def _start(self) -> int:
+        """Start all ranks; the blocks of KV that each has."""
+        token, host = secrets.token_hex(16), self._workers.host
+        # Where the ranks find each other. It listens here from now on, so that nobody else can take the port.
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._setup |= {"host": host, "port": self._store.port}
+        with socket.create_server((host, 0)) as server:
+            try:
+                self._workers.start(self._tp, self._pp, self._setup["options"]["device"], server.getsockname()[1], token)
+                self._socks = self._accept(server, token)
+                return self._set_up()
+            except ConnectionError as error:
+                self.close()
+                raise RuntimeError(f"the ranks did not come up: {error}") from None
+            except BaseException:
+                self.close()
+                raise
+
+    def _accept(self, server: socket.socket, token: str) -> list[socket.socket]:
+        end, found, number = time.monotonic() + START_S, dict[int, socket.socket](), self._tp * self._pp
+        host, port = server.getsockname()[:2]
+        server.settimeout(1)
+        while len(found) < number:
+            try:
+                sock, _ = server.accept()
+            except TimeoutError:
+                if time.monotonic() < end and self._workers.alive():
+                    continue
+                missing = ", ".join(str(rank) for rank in range(number) if rank not in found)
+                raise RuntimeError(f"rank {missing} did not connect to {host}:{port}, or ended before it did") from None
+            sock.settimeout(10)
+            try:
+                hello = wire.receive(sock)
+            except OSError:
+                hello = {}
+            if not secrets.compare_digest(str(hello.get("token")).encode(), token.encode()):
+                sock.close()
+                continue
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            found[int(hello["rank"])] = sock
+        return [found[rank] for rank in range(number)]
+
+    def _set_up(self) -> int:
+        for rank, sock in enumerate(self._socks):
+            wire.send(sock, self._setup | {"rank": rank})
+        num_blocks = min(answer["num_blocks"] for answer in self._answers())
+        for sock in self._socks:
+            wire.send(sock, {"num_blocks": num_blocks})
+        self._answers()
+        return int(num_blocks)
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """What each rank says next. Raises what a rank says is wrong; a rank with nothing to say waits for one that failed."""
+        end, found = time.monotonic() + START_S, dict[int, dict[str, Any]]()
+        while len(found) < len(self._socks):
+            waiting = [sock for rank, sock in enumerate(self._socks) if rank not in found]
+            ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise ConnectionError(f"rank {self._socks.index(waiting[0])} did not answer within {START_S:g} s")
+            for sock in ready:
+                rank = self._socks.index(sock)
+                try:
+                    answer = found[rank] = wire.receive(sock)
+                except ConnectionError:
+                    raise ConnectionError(f"rank {rank} ended; what it printed says why") from None
+                if "error" in answer:
+                    kinds: dict[str, Callable[[str], Exception]] = {"ValueError": ValueError, "MemoryError": MemoryError}
+                    raise kinds.get(answer["kind"], RuntimeError)(f"rank {rank}: {answer['error']}")
+        return [found[rank] for rank in range(len(found))]
+
+    def _next(self) -> dict[str, Any]:
+        """The next result. Raises ConnectionError if a rank is gone, says what is wrong, or if nothing comes in time."""
+        ready, _, _ = select.select(self._socks, [], [], self._answer_s)
+        if not ready:
+            raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
+        sampler = self._socks[(self._pp - 1) * self._tp]
+        sock = sampler if sampler in ready else ready[0]
+        rank = self._socks.index(sock)
+        try:
+            message = wire.receive(sock)
+        except ConnectionError as error:
+            raise ConnectionError(f"rank {rank} is gone: {error}") from None
+        if "error" in message and "step" not in message:
+            raise ConnectionError(f"rank {rank}: {message['error']}")
+        return message
+
+    def _lost(self, why: str) -> NoReturn:
+        """Start anew, and say so."""
+        self.close()
+        self._start()
+        raise Lost(f"{why}; all ranks were started again, and the KV that they held is lost")

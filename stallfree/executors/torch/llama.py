@@ -1,0 +1,72 @@
+"""The Llama family (Llama 2 and 3, Mistral, Yi, Qwen2, Qwen3): RMSNorm, attention, SwiGLU, one after the other. It knows the
+mathematics of a layer, and nothing of ranks or KV.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import rms_norm
+
+from stallfree.executors.torch.batch import Batch
+from stallfree.executors.torch.fused import Turns, add_norm, swiglu
+from stallfree.executors.torch.model import Cache, Model
+from stallfree.executors.torch.weights import Matrix, Weights
+
+
+@dataclass(slots=True)
+class Layer:
+    """`norms`: before attention, before the FFN; `heads`: of queries and keys, where they are normalised; `ffn` in whatever form
+    the family has it."""
+
+    norms: tuple[torch.Tensor, torch.Tensor]
+    heads: tuple[torch.Tensor, torch.Tensor] | None
+    qkv: Matrix
+    output: Matrix
+    ffn: object
+    window: int
+
+
+class Llama(Model):
+    def layer(self, weights: Weights, number: int) -> Layer:
+        config, at = self.config, f"model.layers.{number}."
+        heads = (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads), ("v_proj", config.num_kv_heads))
+        norms = [weights.vector(f"{at}{name}_layernorm.weight") for name in ("input", "post_attention")]
+        of_heads = [weights.vector(f"{at}self_attn.{name}_norm.weight") for name in "qk"] if config.qk_norm else None
+        return Layer(
+            (norms[0], norms[1]),
+            (of_heads[0], of_heads[1]) if of_heads else None,
+            weights.outputs(*((f"{at}self_attn.{name}", parts) for name, parts in heads), bias=config.qkv_bias),
+            weights.inputs(f"{at}self_attn.o_proj", bias=config.output_bias),
+            self.feed_forward(weights, at),
+            config.windows[number],
+        )
+
+    def block(
+        self, layer: Layer, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch, turns: Turns, cache: Cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if delta is None:
+            x = self.normed(hidden, layer.norms[0])
+        else:
+            hidden, x = add_norm(hidden, delta, layer.norms[0], self.config.norm_eps)
+        found = self.attention(layer.qkv(x), batch, turns, cache, layer.window, layer.heads)
+        hidden, x = add_norm(hidden, self.add(layer.output(found)), layer.norms[1], self.config.norm_eps)
+        return hidden, self.add(self.fed_forward(x, layer.ffn))
+
+    def norm(self, weights: Weights) -> torch.Tensor:
+        return weights.vector("model.norm.weight")
+
+    def normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, norm.shape, norm, self.config.norm_eps)
+
+    def feed_forward(self, weights: Weights, at: str) -> object:
+        """What `fed_forward` needs of the layer whose tensors' names begin with `at`."""
+        whole, bias = weights.tp, self.config.mlp_bias
+        up = weights.outputs((f"{at}mlp.gate_proj", whole), (f"{at}mlp.up_proj", whole), bias=bias)
+        return up, weights.inputs(f"{at}mlp.down_proj", bias=bias)
+
+    def fed_forward(self, x: torch.Tensor, ffn: Any) -> torch.Tensor:
+        """This rank's part of the FFN of [tokens, hidden]."""
+        up, down = ffn
+        result: torch.Tensor = down(swiglu(up(x)))
+        return result

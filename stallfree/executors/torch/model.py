@@ -1,0 +1,106 @@
+"""What the model families have in common: embedding, rotary positions, layers over a paged KV cache, head; for one rank's part of
+some of the layers. What a layer is, is the family's file's business; who adds up the parts is `parallel`'s.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from stallfree.checkpoint import ModelConfig
+from stallfree.executors.torch.attention import attend, write
+from stallfree.executors.torch.batch import Batch
+from stallfree.executors.torch.fused import Turns, rotate
+from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.weights import Matrix, Weights
+
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a layer, [blocks, block size, KV heads, head size]."""
+
+
+class Model(ABC):
+    """`layers` of a model of `config`, with the embedding if the first is among them, and the head if the last is."""
+
+    embedding = "model.embed_tokens.weight"
+    """The tensor's name in the checkpoint."""
+    recordable = True
+    """Whether an iteration launches the same kernels whatever is in the tensors."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ranks: Ranks, layers: range, max_model_len: int):
+        self.config, self.layers = config, layers
+        self._ranks, self._dtype = ranks, weights.dtype
+        self._first, self._last = layers.start == 0, layers.stop == config.num_layers
+        self.num_heads = config.num_heads // ranks.size
+        self.num_kv_heads = max(1, config.num_kv_heads // ranks.size)
+        self._embedding = weights.vocabulary(self.embedding) if self._first else None
+        self._head: Matrix | None = None
+        if self._last:
+            tied = config.tie_embeddings
+            self._head = (
+                self._embedding if tied and self._first else weights.vocabulary(self.embedding if tied else "lm_head.weight")
+            )
+            self._norm = self.norm(weights)
+        self._layers = [self.layer(weights, number) for number in layers]
+        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), torch.tensor(config.inv_freq, dtype=torch.float64))
+        self._cos, self._sin = (table.to(weights.device, torch.float32) for table in (angles.cos(), angles.sin()))
+
+    @abstractmethod
+    def layer(self, weights: Weights, number: int) -> Any:
+        """What `block` needs of layer `number`."""
+
+    @abstractmethod
+    def block(
+        self, layer: Any, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch, turns: Turns, cache: Cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` and `delta` after a layer, [tokens, hidden], whose sum is what goes on: the next norm adds them up."""
+
+    @abstractmethod
+    def norm(self, weights: Weights) -> Any:
+        """What `normed` needs of the norm before the head."""
+
+    @abstractmethod
+    def normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        """`x` normalised in its last dimension."""
+
+    def __call__(self, batch: Batch, hidden: torch.Tensor | None, caches: list[Cache]) -> torch.Tensor:
+        """From tokens, or what the stage before made of them [tokens, hidden], to the logits [rows, vocabulary] float32 of the rows
+        that are asked for, or to what the next stage begins with.
+        """
+        if hidden is None:
+            hidden = self._embed(batch.tokens)
+        turns = self._cos[batch.positions], self._sin[batch.positions]
+        delta = None
+        for layer, cache in zip(self._layers, caches, strict=True):
+            hidden, delta = self.block(layer, hidden, delta, batch, turns, cache)
+        hidden = hidden if delta is None else hidden + delta
+        if self._head is None:
+            return hidden
+        return self._ranks.join(self._head(self.normed(hidden[batch.rows], self._norm)).float(), self.config.vocab_size)
+
+    def attention(
+        self, qkv: torch.Tensor, batch: Batch, turns: Turns, cache: Cache, window: int = 0, norms: Any = None
+    ) -> torch.Tensor:
+        """[tokens, heads x head size], of queries, keys and values side by side; queries and keys are normalised by `norms`, if
+        there are any.
+        """
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        q, k, v = qkv.view(len(qkv), -1, self.config.head_dim).split([heads, kv_heads, kv_heads], 1)
+        if norms is not None:
+            q, k = self.normed(q, norms[0]), self.normed(k, norms[1])
+        write(cache[0], rotate(k, turns), batch)
+        write(cache[1], v, batch)
+        return attend(rotate(q, turns), *cache, batch, window).reshape(len(qkv), -1)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' parts."""
+        return self._ranks.add(values)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self._embedding is None:
+            raise ValueError("the stage that has no embedding begins with what the one before it made")
+        if self._ranks.size == 1:
+            return self._embedding.rows(tokens, self._dtype)
+        height = -(-self.config.vocab_size // self._ranks.size)
+        local = tokens - self._ranks.rank * height
+        mine = (local >= 0) & (local < height)
+        return self.add(self._embedding.rows(local.where(mine, 0), self._dtype) * mine[:, None])

@@ -1,0 +1,61 @@
+"""Ranks placed by Ray: one bundle of a placement group for each pipeline stage, so that the ranks of a stage lie within one node
+and the stages where there is room. Plans do not pass through Ray: an actor runs the same loop as a local process.
+"""
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+PLACED_S = 60.0
+"""Seconds in which Ray must have found room."""
+
+
+class RayWorkers:
+    """Actors of the cluster at `RAY_ADDRESS`, or of one on this machine alone, which is started if there is none."""
+
+    def __init__(self) -> None:
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=True)
+        self.host = ray.util.get_node_ip_address()
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+
+    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
+        each = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+        bundle = {name: tp * number for name, number in each.items()}
+        self._group = placement_group([bundle] * pp, strategy="PACK")
+        if not self._group.wait(PLACED_S):
+            there = {name: int(ray.cluster_resources().get(name, 0)) for name in each}
+            wanted = " and ".join(f"{int(number)} {name}" for name, number in bundle.items())
+            self.stop()
+            raise RuntimeError(
+                f"Ray found no room within {PLACED_S:g} s for {pp} stages of {wanted}, each on one node; "
+                f"the cluster has {there} in all"
+            )
+        actor = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_restarts=0)(_Worker)
+        for rank in range(tp * pp):
+            where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // tp)
+            self._actors.append(actor.options(scheduling_strategy=where).remote())
+            self._runs.append(self._actors[-1].work.remote(self.host, port, token, rank))
+
+    def alive(self) -> bool:
+        return not ray.wait(self._runs, timeout=0)[0]
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._group, self._actors, self._runs = None, [], []
+
+
+class _Worker:
+    """An actor: the process of one rank."""
+
+    def work(self, host: str, port: int, token: str, rank: int) -> None:
+        from stallfree.executors.torch.worker import work
+
+        work(host, port, token, rank, 0)  # Ray shows it only the GPU that is its own

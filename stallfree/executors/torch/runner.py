@@ -1,0 +1,194 @@
+"""One rank: its part of the model and of the KV cache on one device, and iterations run on them. It knows neither the other ranks'
+processes nor who sends the plans.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from stallfree.checkpoint import Checkpoint, CheckpointError, ModelConfig
+from stallfree.core.plan import Capacity, Work
+from stallfree.executors.memory import check_memory
+from stallfree.executors.torch.batch import Batch, check, pack
+from stallfree.executors.torch.falcon import Falcon
+from stallfree.executors.torch.graphs import Graphs
+from stallfree.executors.torch.llama import Llama
+from stallfree.executors.torch.mixtral import Mixtral
+from stallfree.executors.torch.model import Cache
+from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.weights import FORMATS, GROUP, Weights
+
+BLOCK = 16
+"""Tokens of a KV block."""
+
+FAMILIES = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama, "mixtral": Mixtral, "falcon": Falcon}
+"""By the family of a checkpoint."""
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.float8_e4m3fn}
+"""Number formats of keys and values; of weights too, but fp8."""
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`weights`: how matrices are stored, one of `FORMATS`; with int8 and int4 the rest is bf16 on a GPU, f32 elsewhere. `kv`: how
+    keys and values are, one of `TYPES`. `max_model_len`: at most the model's own, which None is. `threads` of a processor, all
+    ranks together; None: all cores. On a GPU weights, KV and an iteration of `max_tokens` take the share `memory` of it.
+    """
+
+    weights: str = "bf16"
+    kv: str = "bf16"
+    max_model_len: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    memory: float = 0.9
+    max_tokens: int = 8192
+
+    def length(self, config: ModelConfig, ranks: int = 1) -> int:
+        """Tokens of the longest request. Raises ValueError for options that cannot be, or not with so many `ranks` here."""
+        for what, value, known in (("weights", self.weights, FORMATS), ("kv", self.kv, TYPES), ("device", self.device, DEVICES)):
+            if value not in known:
+                raise ValueError(f"{what} {value!r} is unknown; known are {', '.join(known)}")
+        longest = config.max_model_len
+        if self.max_model_len is not None and not 0 < self.max_model_len <= longest:
+            raise ValueError(f"max_model_len {self.max_model_len} is not between 1 and the model's {longest} tokens")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, expected at least 1")
+        if not 0 < self.memory <= 1:
+            raise ValueError(f"a share of {self.memory:g} of the GPU's memory cannot be; give one above 0 and at most 1")
+        if self.device == "cuda":
+            self._check_gpus(ranks)
+        return self.max_model_len or longest
+
+    def _check_gpus(self, ranks: int) -> None:
+        there = torch.cuda.device_count()
+        if not there:
+            raise ValueError("device 'cuda' is not there: torch finds no GPU; take --device cpu")
+        if there < ranks:
+            raise ValueError(f"{ranks} ranks need {ranks} GPUs, and torch finds {there}; take a smaller TP and PP, or --device cpu")
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < (8, 0) and "bf16" in (self.weights, self.kv):
+            raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights f16 --kv f16")
+        if (major, minor) < (8, 9) and self.kv == "fp8":
+            raise ValueError(f"{torch.cuda.get_device_name()} has no fp8; take --kv bf16")
+
+
+class Runner:
+    """The `layers` of `checkpoint` that this of `ranks` holds a part of, on `device`. Raises ValueError for what does not divide,
+    MemoryError for weights that do not fit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: Options, ranks: Ranks, layers: range, device: torch.device):
+        config = checkpoint.config
+        check_split(config, ranks.size, options.weights)
+        self._length = options.max_model_len or config.max_model_len
+        self._options, self._device = options, device
+        self._kv, self._vocab_size = TYPES[options.kv], config.vocab_size
+        usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+        parts = Weights(checkpoint, options.weights, TYPES.get(options.weights, usual), device, ranks.rank, ranks.size)
+        try:
+            self._model = FAMILIES[config.family](config, parts, ranks, layers, self._length)
+        except torch.OutOfMemoryError:
+            raise MemoryError("the weights do not fit the GPU's memory; take fewer bits (--weights), or more GPUs (--tp)") from None
+        self._first = layers.start == 0
+        self.hidden_size, self.dtype = config.hidden_size, parts.dtype
+        self._shape = (BLOCK, self._model.num_kv_heads, config.head_dim)
+        self.block_bytes = 2 * len(layers) * BLOCK * self._model.num_kv_heads * config.head_dim * self._kv.itemsize
+        self._cache: list[Cache] = []
+        self._graphs: Graphs | None = None
+        self.capacity = Capacity(BLOCK, 0, self._length)
+
+    def room(self) -> int:
+        """Bytes of the GPU's memory that are left for KV, by a trial: what the largest iteration needs beside the weights."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        tokens = min(self._options.max_tokens, self._length)
+        blocks = -(-tokens // BLOCK)
+        self.allocate(blocks)
+        work = Work("trial", 0, tokens, True, False, (0,) * tokens, tuple(range(blocks)), None, "", (), ())
+        before = None if self._first else torch.zeros(tokens, self.hidden_size, dtype=self.dtype, device=self._device)
+        try:
+            self.run([work], [tokens - 1], before)
+        except torch.OutOfMemoryError:
+            raise MemoryError(f"an iteration of {tokens:,} tokens does not fit beside the weights; lower --max-tokens") from None
+        needed = torch.cuda.max_memory_allocated(self._device) - blocks * self.block_bytes
+        self.close()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        others = total - free - torch.cuda.memory_reserved(self._device)
+        return int(total * self._options.memory) - others - needed
+
+    def allocate(self, num_blocks: int, depth: int = 1) -> None:
+        """Take the memory of so many blocks of KV. Raises MemoryError if there is not as much."""
+        size = num_blocks * self.block_bytes
+        if self._device.type == "cpu":
+            check_memory(size)
+        try:
+            self._cache = [(self._blocks(num_blocks), self._blocks(num_blocks)) for _ in self._model.layers]
+        except torch.OutOfMemoryError:
+            raise MemoryError(f"{size:,} bytes of KV do not fit beside the model; lower --kv-memory") from None
+        self.capacity = Capacity(BLOCK, num_blocks, self._length, depth)
+
+    def record(self) -> None:
+        """Record decode iterations as CUDA graphs, on a GPU and for models that can be."""
+        if self._device.type == "cuda" and self._model.recordable:
+            before = None if self._first else torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self._device)
+            with torch.inference_mode():
+                self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
+
+    def run(self, work: Sequence[Work], rows: Sequence[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]. Raises ValueError for
+        work that cannot be run, with no harm done.
+        """
+        check(work, self.capacity, self._vocab_size)
+        with torch.inference_mode():
+            batch = pack(work, rows, self.capacity, self._device)
+            call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
+            return call(batch, hidden)
+
+    def close(self) -> None:
+        self._graphs, self._cache = None, []
+
+    def _call(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        return self._model(batch, hidden, self._cache)
+
+    def _blocks(self, number: int) -> torch.Tensor:
+        """Memory for so many blocks, and one that nobody is given: what pads recorded iterations is written there."""
+        return torch.zeros(number + 1, *self._shape, dtype=self._kv, device=self._device)
+
+
+def use_threads(options: Options, ranks: int = 1) -> None:
+    """This process is one of `ranks` that share the processor."""
+    if options.device == "cpu":
+        torch.set_num_threads(max(1, (options.threads or os.cpu_count() or 1) // ranks))
+
+
+def check_split(config: ModelConfig, tp: int, weights: str) -> None:
+    """Raises ValueError if `tp` ranks cannot share each layer."""
+    heads, kv_heads, ffn = config.num_heads, config.num_kv_heads, config.ffn_size
+    fits = [n for n in range(1, heads + 1) if not (heads % n or ffn % n or (kv_heads % n and n % kv_heads))]
+    if tp not in fits:
+        raise ValueError(
+            f"TP {tp} does not divide {heads} heads, {kv_heads} KV heads and {ffn} FFN channels; "
+            f"it could be {', '.join(map(str, fits))}"
+        )
+    if weights == "int4" and (config.hidden_size % GROUP or ffn // tp % GROUP or heads * config.head_dim // tp % GROUP):
+        raise ValueError(f"int4 needs widths that {GROUP} divides, which are not the case for this model at TP {tp}; take int8")
+
+
+def stages(layers: int, pp: int) -> list[range]:
+    """The layers of each pipeline stage, the first stages one more if they do not come out even. Raises ValueError for too many."""
+    if not 1 <= pp <= layers:
+        raise ValueError(f"PP {pp} does not give each stage a layer of the {layers} there are; take 1 to {layers}")
+    each, more = divmod(layers, pp)
+    begins = [stage * each + min(stage, more) for stage in range(pp + 1)]
+    return [range(a, b) for a, b in pairwise(begins)]
+
+
+def supported(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a family that is not."""
+    if checkpoint.config.family not in FAMILIES:
+        raise CheckpointError(f"the family {checkpoint.config.family!r} is not supported; supported are {', '.join(FAMILIES)}")

@@ -1,0 +1,137 @@
+"""What the driver and its workers say to each other: msgpack over a socket, each message behind its length.
+
+A plan goes as numbers, without prompts; whoever samples with a look at what came before gets that too. No pickle. It knows nothing
+of who sends and why.
+"""
+
+import socket
+import struct
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from stallfree.core.plan import Plan, StepResult, Work
+from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob
+
+MOST = 256 << 20
+"""Bytes of the longest message."""
+
+
+def send(sock: socket.socket, message: dict[str, Any]) -> None:
+    body = msgpack.packb(message)
+    sock.sendall(struct.pack("<I", len(body)) + body)
+
+
+def receive(sock: socket.socket) -> dict[str, Any]:
+    """The next message. Raises ConnectionError if the other side is gone, or says what is none."""
+    (length,) = struct.unpack("<I", _read(sock, 4))
+    if length > MOST:
+        raise ConnectionError(f"a message of {length:,} bytes is longer than the {MOST:,} that can be")
+    try:
+        found = msgpack.unpackb(_read(sock, length))
+    except ValueError as error:
+        raise ConnectionError(f"a message could not be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ConnectionError(f"a message is {type(found).__name__}, expected a table")
+    return found
+
+
+def _read(sock: socket.socket, length: int) -> bytes:
+    parts = []
+    while length:
+        part = sock.recv(min(length, 1 << 20))
+        if not part:
+            raise ConnectionError("the other side closed the connection")
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def of_plan(plan: Plan) -> dict[str, Any]:
+    """A plan as a message."""
+    return {
+        "step": plan.step,
+        "ids": [w.id for w in plan.work],
+        "starts": [w.start for w in plan.work],
+        "counts": [w.count for w in plan.work],
+        "samples": [w.samples for w in plan.work],
+        "tokens": _packed([token for w in plan.work for token in w.tokens]),
+        "tables": [_packed(w.blocks) for w in plan.work],
+        "sampling": [_of_sampling(w) if w.samples else None for w in plan.work],
+    }
+
+
+def to_plan(message: dict[str, Any]) -> Plan:
+    tokens, at, work = _unpacked(message["tokens"]), 0, []
+    rows = zip(
+        *(message[key] for key in ("ids", "starts", "counts", "samples", "tables", "sampling")), strict=True
+    )  # fmt: skip
+    for id, start, count, samples, table, sampling in rows:
+        how, prompt, output = _to_sampling(sampling)
+        own = tuple(tokens[at : at + count])
+        at += count
+        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), how, "", prompt, output))
+    return Plan(message["step"], 0.0, tuple(work))
+
+
+def of_result(result: StepResult) -> dict[str, Any]:
+    details = {id: [found.logprob, found.top] for id, found in result.details.items() if isinstance(found, TokenLogprob)}
+    return {
+        "step": result.step,
+        "tokens": {id: list(tokens) for id, tokens in result.tokens.items()},
+        "seconds": result.seconds,
+        "error": result.error,
+        "details": details,
+        "failed": dict(result.failed),
+    }
+
+
+def to_result(message: dict[str, Any]) -> StepResult:
+    details = {
+        id: TokenLogprob(logprob, tuple((token, value) for token, value in top))
+        for id, (logprob, top) in message["details"].items()
+    }
+    tokens = {id: tuple(found) for id, found in message["tokens"].items()}
+    return StepResult(message["step"], tokens, message["seconds"], message["error"], details=details, failed=message["failed"])
+
+
+def _of_sampling(work: Work) -> list[Any]:
+    how = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
+    number = work.start + work.count - len(work.prompt)
+    seen = not how.plain
+    return [
+        {
+            "temperature": how.temperature,
+            "top_k": how.top_k,
+            "top_p": how.top_p,
+            "min_p": how.min_p,
+            "repetition_penalty": how.repetition_penalty,
+            "presence_penalty": how.presence_penalty,
+            "frequency_penalty": how.frequency_penalty,
+            "logit_bias": list(how.logit_bias.items()),
+            "seed": how.seed & (2**64 - 1),
+            "logprobs": how.logprobs,
+            "min_tokens": how.min_tokens,
+            "stop_ids": list(how.stop_ids),
+        },
+        _packed(work.prompt) if seen else b"",
+        _packed(work.output[: max(0, number)]) if seen else b"",
+    ]
+
+
+def _to_sampling(message: list[Any] | None) -> tuple[Sampling, tuple[int, ...], tuple[int, ...]]:
+    if message is None:
+        return GREEDY, (), ()
+    values, prompt, output = message
+    values = values | {"logit_bias": dict(values["logit_bias"]), "stop_ids": frozenset(values["stop_ids"])}
+    return Sampling(**values), tuple(_unpacked(prompt)), tuple(_unpacked(output))
+
+
+def _packed(numbers: Any) -> bytes:
+    return np.asarray(numbers, dtype="<i4").tobytes()
+
+
+def _unpacked(numbers: bytes) -> list[int]:
+    found: list[int] = np.frombuffer(numbers, dtype="<i4").tolist()
+    return found

@@ -1,0 +1,120 @@
+"""A worker process: one rank of the model, told by the driver over a socket what to run. The last stage's first rank samples, and
+answers; the others answer only to say that they are ready, or what is wrong.
+"""
+
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stallfree.checkpoint import open_checkpoint
+from stallfree.core.plan import Plan, StepResult
+from stallfree.executors.torch import wire
+from stallfree.executors.torch.executor import OUT_OF_MEMORY, blocks, last_rows
+from stallfree.executors.torch.parallel import Alone, Group, Ranks
+from stallfree.executors.torch.runner import Options, Runner, stages, use_threads
+from stallfree.executors.torch.sampler import sample
+
+TOKEN = "STALLFREE_WORKER_TOKEN"
+"""The environment variable with which the driver tells a process that it is to be let in."""
+
+
+class Rank:
+    """The part of `setup`'s model that rank `setup["rank"]` holds, joined with the others; `local`: its GPU's number here."""
+
+    def __init__(self, setup: dict[str, Any], local: int):
+        rank, tp, pp = setup["rank"], setup["tp"], setup["pp"]
+        options = Options(**setup["options"])
+        self._stage, self._tp, self._pp = rank // tp, tp, pp
+        self._rank = rank
+        device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        use_threads(options, tp * pp)
+        ranks: Ranks = Alone()
+        if tp * pp > 1:
+            join(setup, "nccl" if device.type == "cuda" else "gloo")
+            groups = [dist.new_group(range(stage * tp, stage * tp + tp)) for stage in range(pp)]
+            if tp > 1:
+                ranks = Group(groups[self._stage])
+        checkpoint = open_checkpoint(Path(setup["model"]))
+        self._device = device
+        self._runner = Runner(checkpoint, options, ranks, stages(checkpoint.config.num_layers, pp)[self._stage], device)
+        self._kv_bytes: int | None = setup["kv_bytes"]
+
+    def room(self) -> int:
+        """How many blocks of KV there is room for."""
+        return blocks(self._runner.room() if self._kv_bytes is None else self._kv_bytes, self._runner.block_bytes)
+
+    def allocate(self, num_blocks: int) -> None:
+        self._runner.allocate(num_blocks, self._pp)
+        self._runner.record()
+
+    def run(self, plan: Plan) -> StepResult | None:
+        """Its stage of the plan's iteration; the result, from the rank that samples."""
+        started = time.perf_counter()
+        hidden = None
+        if self._stage:
+            shape = sum(w.count for w in plan.work), self._runner.hidden_size
+            hidden = torch.empty(shape, dtype=self._runner.dtype, device=self._device)
+            dist.recv(hidden, self._rank - self._tp)
+        found = self._runner.run(plan.work, last_rows(plan.work), hidden)
+        if self._stage < self._pp - 1:
+            dist.send(found.contiguous(), self._rank + self._tp)
+            return None
+        if self._rank % self._tp:
+            return None
+        tokens, details, failed = sample(found, [w for w in plan.work if w.samples])
+        return StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed)
+
+
+def join(setup: dict[str, Any], backend: str) -> None:
+    """Meet the other ranks at the driver's store. Raises RuntimeError naming its address if that cannot be reached in time."""
+    host, port, seconds = setup["host"], setup["port"], timedelta(seconds=setup["timeout_s"])
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=seconds)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=setup["rank"], world_size=setup["tp"] * setup["pp"], timeout=seconds)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise RuntimeError(f"rank {setup['rank']} could not meet the others at {host}:{port} within {seconds}: {said}") from None
+
+
+def work(host: str, port: int, token: str, rank: int, local: int) -> None:
+    """Serve the driver that listens at `host`:`port` and knows `token`, until it is gone. `local`: see `Rank`."""
+    with socket.create_connection((host, port), timeout=60) as sock:
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire.send(sock, {"token": token, "rank": rank})
+        try:
+            own = Rank(wire.receive(sock), local)
+            wire.send(sock, {"num_blocks": own.room()})
+            own.allocate(wire.receive(sock)["num_blocks"])
+            wire.send(sock, {"ready": True})
+        except ConnectionError:
+            return
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:
+            wire.send(sock, {"error": str(error), "kind": type(error).__name__})
+            return
+        try:
+            _serve(sock, own)
+        except ConnectionError:
+            return
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _serve(sock: socket.socket, own: Rank) -> None:
+    while "step" in (message := wire.receive(sock)):
+        try:
+            result = own.run(wire.to_plan(message))
+        except Exception as error:  # whatever it was, the other ranks wait for this one's part: the driver starts them all anew
+            said = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+            wire.send(sock, {"error": said})
+            return
+        if result is not None:
+            wire.send(sock, wire.of_result(result))

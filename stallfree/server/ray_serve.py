@@ -1,0 +1,105 @@
+"""Replicas of the server behind Ray Serve's HTTP proxy: each is an engine with the same app as `stallfree serve`, and there are as
+many as their slack asks for. It knows Ray Serve; what a replica does is the server's.
+
+Utilisation is what is left of slack: the time that a replica spends in iterations, each weighted by the share of its limit that it
+used, over all time; and where requests wait, how long the first of them has waited over what a first token may take, if that is
+more. Of `n` replicas that are used `u` on average, n x u / `TARGET` would be used as wanted.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+from stallfree.core.record import StepRecord
+from stallfree.engine.assemble import Options, assemble
+from stallfree.engine.thread import EngineThread
+from stallfree.metrics.capacity import MEDIAN_TTFT_S
+from stallfree.server.app import create_app
+from stallfree.server.live import Live
+from stallfree.server.metrics import Metrics
+
+TARGET = 0.7
+"""Utilisation that is aimed at."""
+WINDOW_S = 10.0
+"""Seconds over which a replica's utilisation is taken."""
+
+
+class Utilisation:
+    """How much a replica is used, from its iterations. `record` is for the engine's thread."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._since, self._used = clock(), 0.0
+
+    def record(self, step: StepRecord) -> None:
+        seconds = step.t_end - step.t_start
+        self._used += seconds * (min(1.0, seconds / step.limit_s) if step.limit_s else 1.0)
+
+    def read(self, oldest_s: float, ttft_s: float) -> float:
+        """The share since it was last read; `oldest_s`: how long the first of those that wait has waited."""
+        now = self._clock()
+        share = self._used / max(now - self._since, 1e-9)
+        self._since, self._used = now, 0.0
+        return max(share, oldest_s / ttft_s)
+
+
+def wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """How many replicas there should be: for Ray Serve's controller."""
+    told = (context.aggregated_metrics or {}).get("utilisation") or {}
+    now = context.current_num_replicas
+    mean = sum(told.values()) / len(told) if told else TARGET
+    return max(1, math.ceil(now * mean / TARGET - 0.05)), {}
+
+
+def application(
+    options: Options, name: str | None, least: int, most: int, max_queue: int, api_key: str | None
+) -> serve.Application:
+    """What `serve.run` takes: from `least` to `most` replicas of an engine made of `options`."""
+    held: dict[str, Any] = {}
+
+    def app() -> FastAPI:
+        """Made where a replica runs, once."""
+        assembled = assemble(options, record=lambda step: each_step(step), say=print)
+        served = name or assembled.name
+        thread = EngineThread(assembled.engine, max_queue)
+        live, metrics = Live(options.policy, assembled.slo), Metrics(served, assembled.slo)
+        utilisation = Utilisation(assembled.engine.clock)
+
+        def each_step(step: StepRecord) -> None:
+            live.record(step, metrics.record(step))
+            utilisation.record(step)
+
+        held.update(thread=thread, utilisation=utilisation, slo=assembled.slo)
+        return create_app(thread, model=served, metrics=metrics, live=live, api_key=api_key)
+
+    class Replica:
+        def record_autoscaling_stats(self) -> dict[str, float]:
+            engine, slo = held["thread"].engine, held["slo"]
+            head = engine.scheduler.queue.head()
+            oldest = 0.0 if head is None else engine.clock() - head[2].arrival
+            ttft = slo.ttft.seconds if slo is not None and slo.ttft is not None else MEDIAN_TTFT_S
+            return {"utilisation": held["utilisation"].read(oldest, ttft)}
+
+        def check_health(self) -> None:
+            if held["thread"].failure is not None:
+                raise RuntimeError(held["thread"].failure)
+
+    scaling = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        policy=AutoscalingPolicy(policy_function=wanted),
+        metrics_interval_s=WINDOW_S,
+        look_back_period_s=3 * WINDOW_S,
+    )
+    gpus = options.tp * options.pp if options.executor == "torch" and options.device == "cuda" and options.workers == "local" else 0
+    deployment = serve.deployment(
+        name="stallfree",
+        autoscaling_config=scaling,
+        max_ongoing_requests=max_queue + options.max_seqs,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+    )(serve.ingress(app)(Replica))
+    return deployment.bind()
