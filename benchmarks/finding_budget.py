@@ -65,7 +65,8 @@ def main() -> None:
             for row in rows
             if row["mix"] == "openchat" and row["weights"] in ("fp16", "fp8")
         }
-        plot.lines(sides, "token budget", "capacity, requests per second", "Llama-3-8B, openchat, P99 TBT within 50 ms", args.plot)
+        title = "Llama-3-8B, openchat, P99 TBT within 50 ms"
+        plot.lines(sides, "token budget", "capacity, requests per second", title, args.plot, log="x")
     show("Capacity by token budget, requests/s", rows, machine(), args.json)
 
 

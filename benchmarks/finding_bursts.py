@@ -55,11 +55,8 @@ def main() -> None:
     ]
     if args.plot:
         kinds = list(product(ARRIVALS, LENGTHS))
-        sides = {
-            name: [(float(number), reports[*kind, name].ttft_s.p99) for number, kind in enumerate(kinds)] for name in simulators
-        }
-        title = "; ".join(f"{number} {', '.join(kind)}" for number, kind in enumerate(kinds))
-        plot.lines(sides, title, "TTFT P99, s", f"Llama-3-8B on an A100, {rate:.2f} requests per second", args.plot)
+        sides = {name: [(", ".join(kind), reports[*kind, name].ttft_s.p99) for kind in kinds] for name in simulators}
+        plot.lines(sides, "", "TTFT P99, s", f"Llama-3-8B on an A100, {rate:.2f} requests per second", args.plot, log="y")
     show(f"{rate:.2f} requests/s", rows, machine(), args.json)
 
 

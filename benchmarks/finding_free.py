@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from finding_budget import MIXES
 from harness import machine, parser, show
 
 from stallfree.core.slo import Slo, Target
@@ -21,11 +22,6 @@ from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 
 DEVICES = ("a100-80g", "h100")
-MIXES = {
-    "chat": "median=250,p90=800/median=200,p90=500",
-    "openchat": "openchat",
-    "long prompts": "median=4000,p90=6500/median=150,p90=300",
-}
 TIMES = (1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 DECODES = [(512, 1)] * 8
 

@@ -148,14 +148,22 @@ def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) 
     figure.savefig(file, dpi=150)
 
 
-def lines(sides: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, title: str, file: Path) -> None:
-    """A line for each side, through its points."""
+def lines(
+    sides: Mapping[str, Sequence[tuple[float | str, float]]], across: str, up: str, title: str, file: Path, log: str = ""
+) -> None:
+    """A line for each side, through its points: over numbers, or over names. `log`: which axes are logarithmic, as "xy"."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for name, points in sides.items():
         axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+    if any(isinstance(x, str) for points in sides.values() for x, _ in points):
+        axis.tick_params(axis="x", labelrotation=35, labelsize=8)
+    if "x" in log:
+        axis.set_xscale("log", base=2)
+    if "y" in log:
+        axis.set_yscale("log")
     axis.set(xlabel=across, ylabel=up)
     axis.set_title(title, loc="left", fontsize=10)
     axis.legend(fontsize=8)
