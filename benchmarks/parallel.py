@@ -1,20 +1,25 @@
 """What it costs that ranks are processes: the torch executor in one process, with two ranks a layer, and with two stages.
 
-The embedded model in bfloat16 on this machine's processor, 16 decodes an iteration, sides in turn. `schedule`: the scheduler's part
+A small llama with random weights in bfloat16 (the embedded model's 9 heads are not for two ranks) on this machine's processor, 16
+decodes an iteration, sides in turn. `schedule`: the scheduler's part
 of an iteration. `messages`: from the plan's submission to its result, less what the rank that samples says it took from the
 plan's arrival to its result; with two stages that rank waits for the other, and says so. Both together are to be at most 1 ms.
 
     python benchmarks/parallel.py
 """
 
+import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import machine, parser, show
+from safetensors.numpy import save_file
 
 from stallfree.checkpoint import Checkpoint, open_checkpoint
-from stallfree.checkpoint.fetch import locate
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.executors.base import Executor
@@ -25,6 +30,27 @@ from stallfree.policies import load
 LIMIT_MS = 1.0
 DECODES, CONTEXT = 16, 64
 SIDES = {"one process": (1, 1), "TP 2": (2, 1), "PP 2": (1, 2)}
+
+
+def random_model(folder: Path) -> Checkpoint:
+    """A llama of 12 layers, 512 wide, with 8 heads."""
+    hidden, ffn, layers, vocabulary = 512, 1536, 12, 8192
+    config = {
+        "model_type": "llama", "vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": ffn, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        shapes |= {at + f"self_attn.{name}_proj.weight": (out, hidden) for name, out in (("q", 512), ("k", 256), ("v", 256))}
+        shapes |= {at + "self_attn.o_proj.weight": (hidden, hidden), at + "mlp.down_proj.weight": (hidden, ffn)}
+        shapes |= {at + f"mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        shapes |= {at + f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    rng = np.random.default_rng(0)
+    save_file({name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return open_checkpoint(folder)
 
 
 def executor(checkpoint: Checkpoint, tp: int, pp: int) -> Executor:
@@ -60,15 +86,16 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     facts = machine()
     rounds, number = (1, 20) if args.quick else (3, 60)
-    checkpoint = open_checkpoint(locate())
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
-    for _ in range(rounds):
-        for name, (tp, pp) in SIDES.items():
-            made = executor(checkpoint, tp, pp)
-            try:
-                found[name].append(iterations(made, number))
-            finally:
-                made.close()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = random_model(Path(folder))
+        for _ in range(rounds):
+            for name, (tp, pp) in SIDES.items():
+                made = executor(checkpoint, tp, pp)
+                try:
+                    found[name].append(iterations(made, number))
+                finally:
+                    made.close()
     rows: list[dict[str, Any]] = []
     for name, several in found.items():
         middle = {f"{key}, ms": statistics.median(one[key] for one in several) for key in several[0]}
