@@ -36,10 +36,17 @@ def random_model(folder: Path) -> Checkpoint:
     """A llama of 12 layers, 512 wide, with 8 heads."""
     hidden, ffn, layers, vocabulary = 512, 1536, 12, 8192
     config = {
-        "model_type": "llama", "vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": ffn, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
