@@ -55,20 +55,14 @@ def _config(path: Path) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if values.get("quantization_config"):
+        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
     if family == "falcon":
         return _falcon(path, values, source)
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
-    if values.get("quantization_config"):
-        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
     hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = size(values, "head_dim", source, hidden // num_heads)
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
-    if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
-    theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
     bias = bool(values.get("attention_bias", False)) if family in ("llama", "qwen3") else False
     bos = values.get("bos_token_id")
     config = ModelConfig(
@@ -81,7 +75,7 @@ def _config(path: Path) -> ModelConfig:
         head_dim=head_dim,
         ffn_size=size(values, "intermediate_size", source),
         norm_eps=positive(values, "rms_norm_eps", source),
-        inv_freq=rotary_frequencies(head_dim, theta, scaling, source),
+        inv_freq=_rotary(values, head_dim, source),
         max_model_len=size(values, "max_position_embeddings", source),
         windows=_windows(values, num_layers, source),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -108,10 +102,6 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         raise CheckpointError(f"{source}: activation {activation!r} is not supported; gelu is")
     hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = size(values, "num_kv_heads", source, num_heads) if new else 1 if values.get("multi_query", True) else num_heads
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
-    theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
     bos = values.get("bos_token_id")
     config = ModelConfig(
         family="falcon",
@@ -123,7 +113,7 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         head_dim=hidden // num_heads,
         ffn_size=size(values, "ffn_hidden_size", source, 4 * hidden),
         norm_eps=positive(values, "layer_norm_epsilon", source, 1e-5),
-        inv_freq=rotary_frequencies(hidden // num_heads, theta, scaling, source),
+        inv_freq=_rotary(values, hidden // num_heads, source),
         max_model_len=size(values, "max_position_embeddings", source, 2048),
         windows=(0,) * num_layers,
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
@@ -133,6 +123,17 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         eos_token_ids=_eos(path, values),
     )
     return check(config, source)
+
+
+def _rotary(values: dict[str, object], head_dim: int, source: str) -> tuple[float, ...]:
+    """Radians per position of each rotary pair. Raises CheckpointError for positions that are not supported."""
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
+    if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
+    theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
+    return rotary_frequencies(head_dim, theta, scaling, source)
 
 
 def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[int, ...]:

@@ -152,6 +152,33 @@ def test_a_config_that_cannot_be_used_is_refused(folder: Path, changes: dict[str
     assert message in refused(folder, **changes)
 
 
+def test_tensors_that_nobody_would_read_are_named(folder: Path) -> None:
+    shapes = open_checkpoint(folder).config.tensors()
+    harmless = {"model.layers.0.self_attn.rotary_emb.inv_freq": (16,), "lm_head.weight": (160, 96)}
+    write(folder / "model.safetensors", shapes | harmless)
+    assert shapes == open_checkpoint(folder).config.tensors()
+    write(folder / "model.safetensors", shapes | {"model.layers.1.self_attn.q_proj.bias": (128,)})
+    assert "a llama model does not have: 'model.layers.1.self_attn.q_proj.bias'" in refused(folder)
+
+
+FALCON = {"model_type": "falcon", "bos_token_id": 1, "eos_token_id": 2, "new_decoder_architecture": True, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alibi": True}, "alibi positions"),
+        ({"new_decoder_architecture": False, "parallel_attn": False}, "parallel_attn false"),
+        ({"activation": "relu"}, "activation 'relu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by another tool"),
+        ({"rope_scaling": 3}, "rope scaling is 3"),
+        ({}, "tensors are missing: 'transformer.word_embeddings.weight'"),
+    ],
+)
+def test_a_falcon_that_cannot_be_used_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    assert message in refused(folder, **{**FALCON, **changes})
+
+
 def test_pickled_weights_are_never_loaded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "only pytorch_model.bin, and pickled weights are never loaded" in refused(folder)

@@ -1,6 +1,7 @@
 """The graph computes what `transformers` computes, however the tokens are cut and batched; plans that cannot run are refused."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,12 @@ def test_a_refused_plan_disturbs_nothing(exact: OpenVINOExecutor) -> None:
 def test_a_bad_option_is_refused_with_the_way_out(llama: Checkpoint, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OpenVINOExecutor(llama, **{"kv_bytes": KV, **options})
+
+
+def test_a_family_that_it_does_not_know_is_refused(llama: Checkpoint) -> None:
+    other = replace(llama, config=replace(llama.config, family="mixtral"))
+    with pytest.raises(ValueError, match="not 'mixtral'; take --executor torch"):
+        OpenVINOExecutor(other, kv_bytes=KV)
 
 
 def test_a_kv_cache_beyond_memory_is_refused_before_it_is_allocated(llama: Checkpoint) -> None:

@@ -13,6 +13,7 @@ import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.executors.checks import needed_blocks
 from stallfree.executors.memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
@@ -123,17 +124,7 @@ class OpenVINOExecutor:
         """The graph's inputs. Everything is checked here: the runtime would follow a wrong block number out of its memory."""
         if not work:
             raise ValueError("a plan without work cannot be run")
-        size, longest = self.capacity.block_size, self.capacity.max_model_len
-        tables = []
-        for w in work:
-            end, needed = w.start + w.count, -(-(w.start + w.count) // size)
-            if w.start < 0 or w.count < 1 or end > longest:
-                raise ValueError(f"request {w.id}: tokens {w.start} to {end} are not within 0 to {longest} (max_model_len)")
-            if len(w.tokens) != w.count:
-                raise ValueError(f"request {w.id}: {len(w.tokens)} token ids for {w.count} tokens")
-            if len(w.blocks) < needed:
-                raise ValueError(f"request {w.id}: {len(w.blocks)} KV blocks cannot hold {end} tokens, {needed} are needed")
-            tables.append(w.blocks[:needed])
+        tables = [w.blocks[: needed_blocks(w, self.capacity)] for w in work]
         tokens, blocks = _flat(w.tokens for w in work), _flat(tables)
         starts, counts = _i32(w.start for w in work), _i32(w.count for w in work)
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 
 from stallfree.core.plan import Capacity, Work
+from stallfree.executors.checks import needed_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +66,8 @@ def check(work: Sequence[Work], capacity: Capacity, vocab_size: int) -> None:
     """Raises ValueError for work that would read or write outside of the model's tensors."""
     if not work:
         raise ValueError("a plan without work cannot be run")
-    size, longest = capacity.block_size, capacity.max_model_len
     for w in work:
-        end, needed = w.start + w.count, -(-(w.start + w.count) // size)
-        if w.start < 0 or w.count < 1 or end > longest:
-            raise ValueError(f"request {w.id}: tokens {w.start} to {end} are not within 0 to {longest} (max_model_len)")
-        if len(w.tokens) != w.count:
-            raise ValueError(f"request {w.id}: {len(w.tokens)} token ids for {w.count} tokens")
-        if len(w.blocks) < needed:
-            raise ValueError(f"request {w.id}: {len(w.blocks)} KV blocks cannot hold {end} tokens, {needed} are needed")
+        needed_blocks(w, capacity)
         if min(w.tokens) < 0 or max(w.tokens) >= vocab_size:
             raise ValueError(f"request {w.id}: a token id is outside the vocabulary of {vocab_size}")
         if min(w.blocks) < 0 or max(w.blocks) >= capacity.num_blocks:

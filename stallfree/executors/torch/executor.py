@@ -12,6 +12,7 @@ import torch
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Plan, StepResult, Work
+from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, supported, use_threads
 from stallfree.executors.torch.sampler import sample
@@ -32,12 +33,13 @@ class TorchExecutor:
         self._runner = Runner(checkpoint, options, Alone(), range(checkpoint.config.num_layers), torch.device(options.device))
         self._runner.allocate(blocks(self._runner.room() if kv_bytes is None else kv_bytes, self._runner.block_bytes))
         self._runner.record()
-        self.capacity = self._runner.capacity
+        self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
         self._results: list[StepResult] = []
 
     def submit(self, plan: Plan) -> None:
         """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run; MemoryError if the GPU's does not do."""
         started = time.perf_counter()
+        check(plan.work, self.capacity, self._vocab_size)
         try:
             logits = self._runner.run(plan.work, last_rows(plan.work))
             tokens, details, failed = sample(logits, [w for w in plan.work if w.samples])
@@ -50,6 +52,7 @@ class TorchExecutor:
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
+        check(work, self.capacity, self._vocab_size)
         found: np.ndarray = self._runner.run(work, range(sum(w.count for w in work))).cpu().numpy()
         return found
 

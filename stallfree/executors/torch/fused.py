@@ -1,4 +1,4 @@
-"""What lies between a layer's matrix products: norms, rotary positions on the way into the KV cache, activations.
+"""What lies between a layer's matrix products: norms, rotary positions, activations.
 
 On a GPU each is one Triton kernel, as every tensor that goes to memory and back costs as much as a small product; elsewhere it is
 the torch that the kernel is held against.

@@ -12,7 +12,7 @@ import torch
 from stallfree.checkpoint import Checkpoint, CheckpointError, ModelConfig
 from stallfree.core.plan import Capacity, Work
 from stallfree.executors.memory import check_memory
-from stallfree.executors.torch.batch import Batch, check, pack
+from stallfree.executors.torch.batch import Batch, pack
 from stallfree.executors.torch.falcon import Falcon
 from stallfree.executors.torch.graphs import Graphs
 from stallfree.executors.torch.llama import Llama
@@ -87,7 +87,7 @@ class Runner:
         check_split(config, ranks.size, options.weights)
         self._length = options.max_model_len or config.max_model_len
         self._options, self._device = options, device
-        self._kv, self._vocab_size = TYPES[options.kv], config.vocab_size
+        self._kv = TYPES[options.kv]
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32
         parts = Weights(checkpoint, options.weights, TYPES.get(options.weights, usual), device, ranks.rank, ranks.size)
         try:
@@ -140,10 +140,9 @@ class Runner:
                 self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
 
     def run(self, work: Sequence[Work], rows: Sequence[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]. Raises ValueError for
-        work that cannot be run, with no harm done.
+        """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]; of `work` that whoever
+        took the plan in has checked (`batch.check`).
         """
-        check(work, self.capacity, self._vocab_size)
         with torch.inference_mode():
             batch = pack(work, rows, self.capacity, self._device)
             call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
