@@ -146,6 +146,8 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
     )
     url, _, takes = process.stderr.readline().partition(": ")
     assert "model simulated" in takes
+    while "stallfree_running_requests 0.0" in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.01)  # Python has no way to tell of an interruption just while an event loop is made
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode
