@@ -94,8 +94,8 @@ def between(records: list[StepRecord]) -> float:
 def calibrated(between_s: float = 0.0) -> Simulator:
     """This machine as it is now."""
     recalibrate(Options(policy="slo", slo=SLO), lambda line: None, lambda done, of: None)
-    cost, name, held = latest(cache_folder() / "calibration")
-    return Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), Instance(cost, held, None, name, between_s))
+    cost, name, held, scatter = latest(cache_folder() / "calibration")
+    return Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), Instance(cost, held, None, name, between_s, scatter))
 
 
 def simulated(simulator: Simulator, rate: float, seconds: float) -> Report:

@@ -252,8 +252,9 @@ def _placed(deployment: Deployment) -> Instance | None:
         return None
     if (deployment.tp, deployment.pp, deployment.weights, deployment.kv) != (1, 1, "fp16", "fp16"):
         raise ValueError(f"{THIS_CPU} is simulated as it was calibrated; tp, pp, weights and kv are for other hardware")
-    cost, name, capacity = latest(cache_folder() / "calibration", deployment.model)
-    return Instance(cost, capacity, None, f"{name} on this machine, as calibrated")
+    found = latest(cache_folder() / "calibration", deployment.model)
+    about = f"{found.name} on this machine, as calibrated"
+    return Instance(found.cost, found.capacity, None, about, scatter=found.scatter)
 
 
 @contextmanager

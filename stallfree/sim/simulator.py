@@ -26,7 +26,8 @@ from stallfree.workload.workload import Arrival
 
 class Instance(NamedTuple):
     """What one replica runs on: what an iteration costs there, the KV that it holds, and the price of an hour in US dollars, if it
-    has one. `about` it in words. `between_s`: what passes between two iterations beside that.
+    has one. `about` it in words. `between_s`: what passes between two iterations beside that. `scatter`: factors of which each
+    iteration's time gets one at random, as a real machine's do (none: each takes just what it costs).
     """
 
     cost: CostModel
@@ -34,6 +35,7 @@ class Instance(NamedTuple):
     dollars: float | None
     about: str
     between_s: float = 0.0
+    scatter: tuple[float, ...] = ()
 
 
 class Simulator:
@@ -95,6 +97,7 @@ class Simulator:
             records=records,
             spans=spans,
             between_s=self.instance.between_s,
+            scatter=self.instance.scatter,
         )
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
