@@ -90,7 +90,8 @@ class Queue:
 
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
-    of priority, then arrival; `queue` those waiting. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes.
+    of priority, then arrival; `queue` those waiting; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the
+    KV of equal prefixes.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -103,6 +104,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
         self.queue = Queue()
+        self.num_held = 0
         self.step = 0
         self._arrivals = 0
         self._preempted: list[str] = []
@@ -136,23 +138,44 @@ class Scheduler:
         self._enter(request)
         self.queue.push(request)
 
-    def adopt(self, request: Request) -> bool:
+    def adopt(self, request: Request, *, held: bool = False) -> bool:
         """Take in a request with output, released elsewhere, whose KV for all but its last token is about to be copied into
-        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there.
+        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there; or, `held`,
+        after `resume`.
 
         False, and nothing changed, if there is no room now.
         """
         if request.blocks or not request.output:
             raise ValueError(f"adopt takes a request that has output and holds no blocks, not {request!r}")
-        if len(self.running) >= self.limits.max_seqs:
+        if self.full:
             return False
         self._enter(request)
-        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running else 0):
+        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running or self.num_held else 0):
             del self.requests[request.id]
             return False
         request.num_computed = request.num_planned = request.num_tokens - 1
         self.admitted(request)
+        if held:
+            self.hold(request.id)
         return True
+
+    def hold(self, id: str) -> None:
+        """A running request gets no more work, and keeps its KV: until `resume`, or until it is released or aborted. KeyError if
+        unknown."""
+        request = self.requests[id]
+        if request.status is not Status.RUNNING or request.in_flight:
+            raise ValueError(f"only a running request that is not in flight can be held, not {request!r}")
+        self.running.remove(request)
+        request.status = Status.HELD
+        self.num_held += 1
+
+    def resume(self, id: str) -> None:
+        """A held request runs on. KeyError if unknown."""
+        request = self.requests[id]
+        if request.status is not Status.HELD:
+            raise ValueError(f"only a held request can be resumed, not {request!r}")
+        self.num_held -= 1
+        self.admitted(request)
 
     def release(self, id: str) -> Request:
         """Let a request go that is to be continued elsewhere: it keeps its tokens and leaves its KV. KeyError if unknown."""
@@ -217,10 +240,12 @@ class Scheduler:
         return done
 
     def lost(self, *, restart: bool) -> list[Request]:
-        """All KV is gone, and what is in flight will not come back. Running requests return to the queue, to be computed anew; or,
-        without `restart`, end with an error: these are returned.
+        """All KV is gone, and what is in flight will not come back. Requests that had any return to the queue, to be computed anew;
+        or, without `restart`, end with an error: these are returned.
         """
         self._in_flight.clear()
+        for request in [r for r in self.requests.values() if r.status is Status.HELD]:
+            self.resume(request.id)
         ended = []
         for request in list(self.running):
             request.in_flight = 0
@@ -272,17 +297,22 @@ class Scheduler:
             self._run_on()
         return done
 
+    @property
+    def full(self) -> bool:
+        """Whether as many requests have KV as may run."""
+        return len(self.running) + self.num_held >= self.limits.max_seqs
+
     def check(self) -> None:
         """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
         self.pool.check(self.requests.values())
         running = [r for r in self.requests.values() if r.status is Status.RUNNING]
-        if sorted(r.id for r in running) != sorted(r.id for r in self.running) or len(running) + len(self.queue) != len(
-            self.requests
-        ):
-            raise RuntimeError(f"{len(self.requests)} requests, but {len(self.running)} running and {len(self.queue)} waiting")
+        held = [r for r in self.requests.values() if r.status is Status.HELD]
+        counts = len(self.running), len(self.queue), self.num_held
+        if set(running) != set(self.running) or sum(counts) != len(self.requests) or len(held) != self.num_held:
+            raise RuntimeError(f"{len(self.requests)} requests, but {counts} running, waiting and held")
         if any(a.key >= b.key for a, b in zip(self.running, self.running[1:], strict=False)):
             raise RuntimeError("the running requests are out of order")
-        for r in running:
+        for r in (*running, *held):
             if not r.num_computed <= r.num_planned <= r.num_tokens or (r.num_computed < r.num_planned) != (r.in_flight > 0):
                 raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")
 
@@ -336,6 +366,8 @@ class Scheduler:
         del self.requests[request.id]
         if request.status is Status.RUNNING:
             self.running.remove(request)
+        elif request.status is Status.HELD:
+            self.num_held -= 1
         else:
             self.queue.discard(request)
 

@@ -41,3 +41,19 @@ class Deployment:
     replicas: int = 1
     router: str = "round-robin"
     prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Two pools: `prefill` replicas compute prompts, `decode` replicas go on with them. `pairing`: who hands over to whom, and when
+    (`sim.pairings`). They are on `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`); `near`: KV stays in its
+    node where a decode replica is there too, which goes over the devices' own links.
+    """
+
+    prefill: Deployment
+    decode: Deployment
+    pairing: str = "distserve"
+    link: str = "ib-200g"
+    nodes: int = 1
+    per_node: int = 8
+    near: bool = False

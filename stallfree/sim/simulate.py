@@ -96,8 +96,8 @@ def simulate(
         )
         for number in range(replicas)
     ]
-    with _uncollected():
-        serve(_requests(arrivals, several[0].scheduler, max_tokens), several, choose)
+    with uncollected():
+        serve(scripted(arrivals, several[0].scheduler, max_tokens), several, choose)
     return Simulation(several, lines, made.records, made.spans)
 
 
@@ -113,7 +113,7 @@ def scattering(scatter: Sequence[float]) -> Callable[[float], float]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Without looking for cycles of garbage: a simulation makes none, and with hundreds of replicas every look walks through
     millions of blocks and times again.
     """
@@ -126,7 +126,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _requests(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
+def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
     own = STOP
     for number, arrival in enumerate(arrivals):
         own -= 1
