@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
     from stallfree.sim.simulator import Instance, Simulator
-    from stallfree.sim.trials import Trial, Trials
+    from stallfree.sim.trials import Trial, Trials, Tried
     from stallfree.workload.workload import Arrival
 
 REQUESTS = 2048
@@ -145,7 +145,7 @@ def capacity(
         if one.slo is None:
             raise ValueError(f"which targets make the capacity of {name}? --slo tbt=100ms, for one")
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in simulators}
-    with running(simulators, None) as pool:
+    with running(simulators) as pool:
 
         def tell(name: str, trial: Trial) -> None:
             rate, seed, report, why = trial
@@ -258,7 +258,7 @@ def _placed(deployment: Deployment) -> Instance | None:
 
 
 @contextmanager
-def running(simulators: Mapping[str, Simulator], number: int | None) -> Iterator[Trials]:
+def running(simulators: Mapping[str, Tried], number: int | None = None) -> Iterator[Trials]:
     """Processes for trials, `number` of them if that is known, and a bar on a terminal that counts them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

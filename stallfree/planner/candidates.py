@@ -5,11 +5,11 @@ loads; how good a candidate is, is for the search to find.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
+from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Instance, instance
 
@@ -21,58 +21,36 @@ MOST_UNITS = 4
 """Most replicas of one pool in a unit: ratios between pools are made of 1 to this."""
 
 
-@dataclass(frozen=True)
-class Site:
-    """What there is: `gpus` devices of `hardware`, evenly on `nodes` nodes that `link` joins; and what is to be served there, as in
-    `Deployment`. Raises ValueError for what cannot be.
+class Candidates:
+    """What can be deployed on `site`. `shapes`: (TP, PP) that the model fits, each within the devices, and what one replica of it
+    is. Raises ValueError for what cannot be, and if nothing fits, with what the largest lacks.
     """
 
-    model: str
-    hardware: str
-    gpus: int
-    nodes: int
-    link: str
-    weights: str = "fp16"
-    kv: str = "fp16"
-    engine: str = "graph"
-    max_model_len: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
-            raise ValueError(f"{self.gpus} GPUs are not evenly on {self.nodes} nodes; give a number that {self.nodes} divides")
-        most = devices.load(self.hardware).node
-        if self.per_node > most:
-            raise ValueError(f"{self.per_node} GPUs in a node are more than the {most} that {self.hardware} has; give more nodes")
-        links.load(self.link)
-
-    @property
-    def per_node(self) -> int:
-        return self.gpus // self.nodes
-
-    @cached_property
-    def shapes(self) -> dict[tuple[int, int], Instance]:
-        """(TP, PP) that the model fits, each within the devices, and what one replica of it is. Raises ValueError if there is none,
-        with what the largest lacks.
-        """
-        found: dict[tuple[int, int], Instance] = {}
+    def __init__(self, site: Site):
+        if site.gpus < 1 or site.nodes < 1 or site.gpus % site.nodes:
+            raise ValueError(f"{site.gpus} GPUs are not evenly on {site.nodes} nodes; give a number of nodes that divides them")
+        most = devices.load(site.hardware).node
+        if site.per_node > most:
+            raise ValueError(f"{site.per_node} GPUs in a node are more than the {most} that {site.hardware} has; give more nodes")
+        links.load(site.link)
+        self.site = site
+        self.shapes: dict[tuple[int, int], Instance] = {}
         why = ""
-        for tp, pp in ((tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) if tp <= self.per_node and tp * pp <= self.gpus):
+        for pp, tp in ((pp, tp) for pp in (1, 2, 4, 8) for tp in (1, 2, 4, 8) if tp <= site.per_node and tp * pp <= site.gpus):
             # Stages are for models that do not fit a node: within one, TP does the same with less waiting.
-            if pp > 1 and tp < self.per_node:
+            if pp > 1 and (self.shapes or tp < site.per_node):
                 continue
             try:
-                found[tp, pp] = instance(self.replica(tp, pp))
+                self.shapes[tp, pp] = instance(self.replica(tp, pp))
             except ValueError as error:
                 why = str(error)
-        if not found:
-            raise ValueError(f"no split of {self.gpus} GPUs holds the model: {why}")
-        return found
+        if not self.shapes:
+            raise ValueError(f"no split of {site.gpus} GPUs holds the model: {why}")
 
     def replica(self, tp: int, pp: int, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
-        told = Deployment(
-            self.model, self.hardware, tp, pp, self.weights, self.kv, self.engine, node=self.per_node, policy=policy,
-            token_budget=budget, max_model_len=self.max_model_len,
-        )  # fmt: skip
+        there = self.site
+        told = Deployment(there.model, there.hardware, tp, pp, there.weights, there.kv, there.engine, node=there.per_node)
+        told = replace(told, policy=policy, token_budget=budget, max_model_len=there.max_model_len)
         return replace(told, **more)  # type: ignore[arg-type]
 
     def saturation(self, tp: int, pp: int) -> int:
@@ -102,14 +80,14 @@ class Site:
         `whole`: on all nodes, KV going anywhere.
         """
         size = sum(number * tp * pp for number, (tp, pp) in zip(numbers, (prefill, decode), strict=True))
-        nodes = self.nodes if whole else min(self.nodes, -(-size // self.per_node))
+        nodes = self.site.nodes if whole else min(self.site.nodes, -(-size // self.site.per_node))
         return Split(
             replace(self.prefill(prefill, way), replicas=numbers[0]),
             replace(self.decode(decode, way), replicas=numbers[1]),
             way,
-            self.link,
+            self.site.link,
             nodes,
-            self.per_node,
+            self.site.per_node,
             near=not whole,
         )
 
@@ -119,7 +97,7 @@ class Site:
         for a in range(1, MOST_UNITS + 1):
             for b in range(1, MOST_UNITS + 1):
                 common = any(a % k == 0 == b % k for k in range(2, MOST_UNITS + 1))
-                if not common and a * each[0] + b * each[1] <= self.gpus:
+                if not common and a * each[0] + b * each[1] <= self.site.gpus:
                     yield a, b
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity
 from stallfree.metrics.report import Report, Tally
-from stallfree.planner.candidates import WAYS, Site, name, size
+from stallfree.planner.candidates import WAYS, Candidates, name, size
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
 from stallfree.sim.split import SplitSimulator, unlimited
@@ -85,13 +85,13 @@ class Answer:
         return max(self.whole, key=lambda one: one.total)
 
 
-def search(site: Site, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda line: None) -> Answer:
-    """The candidates of `site` for `traffic`, whose rate is not looked at, and `slo`. Raises ValueError if none of them meets it,
+def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda line: None) -> Answer:
+    """Those `there` for `traffic`, whose rate is not looked at, and `slo`. Raises ValueError if none of them meets it,
     saying what comes nearest.
     """
     coming = list(replace(traffic, requests=300, duration=None, arrivals="poisson").stream(1.0, 0))
     prompt, output = (fmean(getattr(a, what) for a in coming) for what in ("prompt_tokens", "output_tokens"))
-    guess = {shape: _most(site, shape, prompt, output, slo) for shape in site.shapes}
+    guess = {shape: _most(there, shape, prompt, output, slo) for shape in there.shapes}
     shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
     first_token = Slo(ttft=slo.ttft)
     others = replace(slo, ttft=None)
@@ -99,46 +99,49 @@ def search(site: Site, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[st
     cases: dict[str, tuple[Tried, Slo, float]] = {}
     for shape in shapes:
         if shape in shapes[:SHAPES]:
-            cases[f"slo {shape}"] = Simulator(site.replica(*shape, "slo", slo=str(slo))), slo, guess[shape]
-        cases[f"prompts {shape}"] = Prompts(site.prefill(shape, "distserve")), first_token, 2 * guess[shape]
-        alone = site.split("distserve", shape, shape, (1, 1))
-        cases[f"decodes {shape}"] = SplitSimulator(alone, prefill=unlimited(site.shapes[shape])), others, 2 * guess[shape]
+            cases[f"slo {shape}"] = Simulator(there.replica(*shape, "slo", slo=str(slo))), slo, guess[shape]
+        if 2 * shape[0] * shape[1] > there.site.gpus:
+            continue
+        cases[f"prompts {shape}"] = Prompts(there.prefill(shape, "distserve")), first_token, 2 * guess[shape]
+        alone = there.split("distserve", shape, shape, (1, 1))
+        cases[f"decodes {shape}"] = SplitSimulator(alone, prefill=unlimited(there.shapes[shape])), others, 2 * guess[shape]
     parts = {what: rate for what, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
     best = max(shapes[:SHAPES], key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
     units: dict[str, Deployed] = {}
     starts: dict[str, float] = {}
     for shape in shapes[:SHAPES]:
-        one = site.replica(*shape, "slo", slo=str(slo))
+        one = there.replica(*shape, "slo", slo=str(slo))
         units[name(one)], starts[name(one)] = one, parts[f"slo {shape}"]
     for budget in BUDGETS:
-        one = site.replica(*best, "sarathi", budget)
+        one = there.replica(*best, "sarathi", budget)
         units[name(one)], starts[name(one)] = one, parts[f"slo {best}"]
     found: list[tuple[float, float, tuple[int, int], tuple[int, int], tuple[int, int]]] = []
-    for p in shapes:
-        for d in shapes:
-            for numbers in site.ratios(p, d):
+    pools = [shape for shape in shapes if f"prompts {shape}" in parts]
+    for p in pools:
+        for d in pools:
+            for numbers in there.ratios(p, d):
                 rate = min(numbers[0] * parts[f"prompts {p}"], numbers[1] * parts[f"decodes {d}"])
                 used = numbers[0] * p[0] * p[1] + numbers[1] * d[0] * d[1]
-                found.append((rate * (site.gpus // used), rate, p, d, numbers))
+                found.append((rate * (there.site.gpus // used), rate, p, d, numbers))
     found.sort(key=lambda one: -one[0])
     for way in WAYS:
         for _, rate, p, d, numbers in [one for one in found if one[0] > 0][:FINALISTS]:
-            pair = site.split(way, p, d, numbers)
+            pair = there.split(way, p, d, numbers)
             units[name(pair)], starts[name(pair)] = pair, rate
     tell(f"{len(units)} candidates, each a unit of few devices")
-    ranked = _ranked(site, units, starts, traffic, slo, run, ROUGH)
+    ranked = _ranked(there, units, starts, traffic, slo, run, ROUGH)
     if not any(one.rate for one in ranked):
         raise ValueError(_nearest(ranked, slo))
     co_located = [one for one in ranked if isinstance(one.deployed, Deployment)][:1]
     split = [one for one in ranked if isinstance(one.deployed, Split)][:1]
     tell("the best of both kinds on all devices together")
-    all_of_it = {one.name: _repeated(site, one) for one in co_located + split}
-    whole = _ranked(site, all_of_it, {one.name: one.total for one in co_located + split}, traffic, slo, run, FINE)
+    all_of_it = {one.name: _repeated(there, one) for one in co_located + split}
+    whole = _ranked(there, all_of_it, {one.name: one.total for one in co_located + split}, traffic, slo, run, FINE)
     return Answer(ranked, whole)
 
 
 def attainments(
-    site: Site, whole: Iterable[Ranked], rates: Iterable[float], traffic: Traffic, slo: Slo, run: Open
+    whole: Iterable[Ranked], rates: Iterable[float], traffic: Traffic, slo: Slo, run: Open
 ) -> dict[str, list[tuple[float, Report]]]:
     """For each of `whole`, reports at `rates`."""
     simulators = {one.name: _simulator(one.deployed) for one in whole}
@@ -152,12 +155,18 @@ def attainments(
 
 
 def _ranked(
-    site: Site, units: Mapping[str, Deployed], starts: Mapping[str, float], traffic: Traffic, slo: Slo, run: Open, tolerance: float
+    there: Candidates,
+    units: Mapping[str, Deployed],
+    starts: Mapping[str, float],
+    traffic: Traffic,
+    slo: Slo,
+    run: Open,
+    tolerance: float,
 ) -> list[Ranked]:
     cases = {what: (_simulator(one), slo, max(starts[what], 1e-3)) for what, one in units.items()}
     found = []
     for what, (rate, at, above, why) in _capacities(cases, traffic, run, tolerance).items():
-        found.append(Ranked(units[what], site.gpus // size(units[what]), rate, at, above, why))
+        found.append(Ranked(units[what], there.site.gpus // size(units[what]), rate, at, above, why))
     return sorted(found, key=lambda one: -one.total)
 
 
@@ -183,9 +192,9 @@ def _capacities(
     return found
 
 
-def _most(site: Site, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
+def _most(there: Candidates, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
     """Requests per second of a replica that is always busy with as many decodes as KV and the target for tokens allow."""
-    cost, capacity = site.shapes[shape].cost, site.shapes[shape].capacity
+    cost, capacity = there.shapes[shape].cost, there.shapes[shape].capacity
     middle = int(prompt + output / 2)
     most = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
     pace = slo.tbt or slo.tpot
@@ -198,13 +207,13 @@ def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:
     return Simulator(deployed) if isinstance(deployed, Deployment) else SplitSimulator(deployed)
 
 
-def _repeated(site: Site, one: Ranked) -> Deployed:
+def _repeated(there: Candidates, one: Ranked) -> Deployed:
     """All units as one cluster."""
     if isinstance(one.deployed, Deployment):
         return replace(one.deployed, replicas=one.units, router="shortest-queue")
     pair = one.deployed
     prefill, decode = (replace(pool, replicas=pool.replicas * one.units) for pool in (pair.prefill, pair.decode))
-    return replace(pair, prefill=prefill, decode=decode, nodes=site.nodes)
+    return replace(pair, prefill=prefill, decode=decode, nodes=there.site.nodes)
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """`model`: a built-in name or a config.json; `hardware`: a device's name or its TOML; `tp`, `pp`: devices that share each
-    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`); `node`:
-    devices used of each node (None: all), `network` between nodes (None: the device's first).
+    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a
+    file with an engine's fitted times (`perf.profiled`); `node`: devices used of each node (None: all), `network` between nodes
+    (None: the device's first).
 
     `policy` by name, with its `token_budget` or, for a policy that takes one, the `slo` in words. Limits: `max_seqs` running
     requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's context); KV in blocks of

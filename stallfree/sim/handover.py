@@ -97,10 +97,6 @@ class Pools:
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
         self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
 
-    def waiting(self, number: int) -> int:
-        """Requests whose prompt is computed and for which decode replica `number` has no room yet."""
-        return len(self._queues[number])
-
     def load(self, number: int) -> int:
         """Requests that decode replica `number` has, or is to have."""
         return self.decode[number].num_requests + len(self._queues[number])

@@ -37,7 +37,7 @@ class DistServe:
 class Splitwise:
     """Splitwise (ISCA'24): prompt and token machine are chosen together at the arrival, each with the fewest pending tokens, and KV
     leaves layer by layer. If every prompt machine has more than `spill` tokens pending, the token machine with the fewest takes the
-    whole request, as one of the mixed pool; and a prompt machine does if no token machine has room.
+    whole request, as one of the mixed pool.
     """
 
     spill: ClassVar[int] = 8192
@@ -48,16 +48,13 @@ class Splitwise:
 
     def prefill(self, request: Request, pools: Pools) -> int | None:
         source = _shortest(pools.prefill, request.arrival)
-        if pools.prefill[source].pending(request.arrival) > self.spill or all(pools.waiting(to) for to in self.near[source]):
-            return None
-        return source
+        return None if pools.prefill[source].pending(request.arrival) > self.spill else source
 
     def decode(self, source: int, pools: Pools) -> int:
         return min(self.near[source], key=pools.load)
 
     def local(self, request: Request, pools: Pools) -> Replica:
-        prompts, tokens = (pool[_shortest(pool, request.arrival)] for pool in (pools.prefill, pools.decode))
-        return tokens if tokens.pending(request.arrival) < prompts.pending(request.arrival) else prompts
+        return pools.decode[_shortest(pools.decode, request.arrival)]
 
 
 class Hybrid(Splitwise):
