@@ -110,8 +110,9 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
     units: dict[str, Deployed] = {}
     starts: dict[str, float] = {}
     for shape in shapes[:SHAPES]:
-        one = there.replica(*shape, "slo", slo=str(slo))
-        units[name(one)], starts[name(one)] = one, parts[f"slo {shape}"]
+        # Whole prompts first are better where the first token is urgent and those after it are not.
+        for one in (there.replica(*shape, "slo", slo=str(slo)), there.replica(*shape, "prefill-first")):
+            units[name(one)], starts[name(one)] = one, parts[f"slo {shape}"]
     for budget in BUDGETS:
         one = there.replica(*best, "sarathi", budget)
         units[name(one)], starts[name(one)] = one, parts[f"slo {best}"]

@@ -26,7 +26,7 @@ def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(told
     rates = [unit["requests_per_s"] for unit in answer["units"]]
     assert rates == sorted(rates, reverse=True)
     kinds = {unit["name"].split()[0] for unit in answer["units"]}
-    assert {"slo", "sarathi:512", "sarathi:2048", "distserve", "splitwise", "hybrid"} == kinds
+    assert {"slo", "sarathi:512", "sarathi:2048", "prefill-first", "distserve", "splitwise", "hybrid"} == kinds
     assert 2 == len(answer["all_gpus"])
     best, other = (one["capacity"] for one in answer["all_gpus"])
     assert best >= other > 0
