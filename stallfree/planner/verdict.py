@@ -15,6 +15,9 @@ CLOSE = 0.12
 BUSY = 0.1
 """A pool that idles less than this is what the others wait for."""
 
+DELAY = 0.3
+"""Hand-overs that take more than this share of the target for first tokens are what binds."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -78,14 +81,13 @@ def _binds(best: Ranked, traffic: Traffic, slo: Slo) -> str:
     idle = f"{made.prefill_idle:.0%} of the time, the decode pool {made.decode_idle:.0%}"
     pools = f"at capacity the prefill pool idles {idle}"
     share = moved.exposed_s / max(moved.decode_s, 1e-9)
-    kv = f"a hand-over takes {1000 * wait:.0f} ms after the first token, {share:.1%} of decode time"
-    pace = slo.tbt or slo.tpot
-    if _ttft(best):
-        words = "the prefill pool is full" if made.prefill_idle < BUSY else "prompts queue behind each other in bursts"
-    elif pace is not None and wait > pace.seconds:
+    kv = f"a hand-over delays the first token by {1000 * wait:.0f} ms, {share:.1%} of decode time"
+    if not _ttft(best):
+        words = "the decode pool is full" if made.decode_idle < BUSY else "decode iterations are too long"
+    elif slo.ttft is not None and wait > DELAY * slo.ttft.seconds:
         words = "KV waits for the link, or for room in the decode pool"
     else:
-        words = "the decode pool is full" if made.decode_idle < BUSY else "decode iterations are too long"
+        words = "the prefill pool is full" if made.prefill_idle < BUSY else "prompts queue behind each other in bursts"
     return f"Beyond that it misses: {missed}: {words}; {pools}; {kv}."
 
 

@@ -1,7 +1,8 @@
 """Prefill here and decode there: replicas of two pools, the same scheduler in each, and the KV that goes from one to the other.
 
 A request is computed in a replica of the prefill pool up to its first token, held there until room for it is reserved in one of the
-decode pool, and goes on when its KV has arrived. A decode pool without room thus holds prefills back, and in the end their
+decode pool, and goes on when its KV has arrived: then its first token is shown, as the engine's own hand-over does, since a token
+that nothing follows for seconds would meet any target. A decode pool without room thus holds prefills back, and in the end their
 admission. Who goes where is a `Pairing`'s choice; what moves how fast, the fabric's.
 """
 
@@ -23,8 +24,8 @@ MakeReplica = Callable[..., Replica]
 @dataclass(eq=False, slots=True)
 class Passage:
     """A request that is to change places: from `source` to `target` (None: not chosen yet), by number. `twin` is what goes on
-    there, once there is room. Tokens of KV: `computed`, and `sent`, some of them in `flows` that are under way. `since`: when it
-    had its first token.
+    there, once there is room. Tokens of KV: `computed`, and `sent`, some of them in `flows` that are under way. `since`: when its
+    first token was sampled.
     """
 
     request: Request
@@ -59,8 +60,8 @@ class Pairing(Protocol):
 
 @dataclass(slots=True)
 class Moved:
-    """What hand-overs came to: how many, `bytes` moved, and seconds that requests waited between their first token and their KV's
-    arrival (`exposed_s`), of the seconds from first to last token (`decode_s`). `local`: requests that stayed where they were.
+    """What hand-overs came to: how many, `bytes` moved, and seconds between the sampling of first tokens and their KV's arrival
+    (`exposed_s`), beside the seconds from first to last token (`decode_s`). `local`: requests that stayed where they were.
     """
 
     handed: int = 0
@@ -166,7 +167,6 @@ class Pools:
             passage.since = end
             self.prefill[passage.source].scheduler.hold(request.id)
             if passage.twin is not None:
-                passage.twin.first_token = passage.twin.last_token = end
                 self._rest(passage, end)
                 continue
             if passage.target is None:
@@ -195,7 +195,6 @@ class Pools:
         )
         twin.output.append(told.answer[0])
         twin.num_tokens += 1
-        twin.first_token = twin.last_token = passage.since
         if self.decode[passage.target].reserve(twin):
             passage.twin = twin
         return passage.twin is not None
@@ -223,6 +222,9 @@ class Pools:
         del self._passages[id]
         self.moved.handed += 1
         self.moved.exposed_s += now - passage.since
+        assert passage.twin is not None
+        passage.twin.first_token = passage.twin.last_token = now
+        passage.twin.sampling.line.tokens[0] = now  # type: ignore[attr-defined]
         self.prefill[passage.source].let_go(id, now)
         self.decode[passage.target].resume(id, now)
 

@@ -59,13 +59,14 @@ def test_the_page_has_table_and_plot(told):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--slo", "tbt=1ms"], "cannot be met: with nobody else there"),
+        (["--slo", "tbt=50ms"], "add one, as ttft=2s@p90,tbt=50ms"),
+        (["--slo", "ttft=1s,tbt=1ms"], "cannot be met: with nobody else there"),
         (["--slo", "ttft=40ms,tbt=50ms"], "nothing here meets"),
-        (["--slo", "tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),
-        (["--slo", "tbt=50ms", "--link", "eth-24g"], "did you mean 'eth-25g'"),
-        (["--slo", "tbt=50ms", "--model", "falcon-180b"], "no split of 2 GPUs holds the model"),
-        (["--slo", "tbt=50ms", "--trace", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
-        (["--slo", "tbt=50ms", "--lengths", "5000/30"], "do not fit a limit of 4096"),
+        (["--slo", "ttft=1s,tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),
+        (["--slo", "ttft=1s,tbt=50ms", "--link", "eth-24g"], "did you mean 'eth-25g'"),
+        (["--slo", "ttft=1s,tbt=50ms", "--model", "falcon-180b"], "no split of 2 GPUs holds the model"),
+        (["--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
+        (["--slo", "ttft=1s,tbt=50ms", "--lengths", "5000/30"], "do not fit a limit of 4096"),
     ],
 )
 def test_mistakes_end_with_code_2_and_say_what_to_do(stallfree, arguments, says):

@@ -45,29 +45,30 @@ def test_what_moves_is_the_kv_of_the_prompts():
 
 
 def lone(pairing, **more):
-    (line,) = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)]).lines
-    return line
+    """A request of 2,000 + 3 tokens by itself: how long it waits for its KV, and when its tokens come."""
+    made = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)])
+    return made.moved.exposed_s, made.lines[0].tokens
 
 
-def test_kv_that_leaves_after_the_prompt_delays_the_second_token_by_its_transfer():
-    line = lone("distserve", link="eth-25g")
+KV = 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
+
+
+def test_kv_that_leaves_after_the_prompt_delays_the_first_token_by_its_transfer():
     network = links.load("eth-25g")
-    transfer = network.latency_s + 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token / network.bandwidth
-    decode = line.tokens[2] - line.tokens[1]
-    assert transfer + decode == pytest.approx(line.tokens[1] - line.tokens[0], rel=1e-3)
+    waited, tokens = lone("distserve", link="eth-25g")
+    assert network.latency_s + KV / network.bandwidth == pytest.approx(waited)
+    prompt = Simulator(PREFILL).instance.cost.seconds([(0, 2000)])
+    assert prompt + waited == pytest.approx(tokens[0])
 
 
 def test_kv_that_leaves_layer_by_layer_delays_it_by_the_last_layer_where_the_link_keeps_up():
-    line = lone("splitwise", link="ib-400g")
-    layers = shape.load("llama2-7b").layers
     network = links.load("ib-400g")
-    last = network.latency_s + 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token / layers / network.bandwidth
-    decode = line.tokens[2] - line.tokens[1]
-    assert last + decode == pytest.approx(line.tokens[1] - line.tokens[0], rel=0.05)
+    waited, _ = lone("splitwise", link="ib-400g")
+    assert network.latency_s + KV / shape.load("llama2-7b").layers / network.bandwidth == pytest.approx(waited)
 
 
 def test_in_one_node_kv_goes_over_the_devices_own_links():
-    assert lone("distserve", nodes=1, per_node=2, link="eth-10g").tokens[1] < lone("distserve", link="eth-10g").tokens[1] - 0.3
+    assert lone("distserve", nodes=1, per_node=2, link="eth-10g")[0] < lone("distserve", link="eth-10g")[0] / 10
 
 
 def test_a_decode_pool_without_room_holds_prefills_back():
@@ -77,10 +78,10 @@ def test_a_decode_pool_without_room_holds_prefills_back():
     simulator = SplitSimulator(split(), decode=small)
     made = simulator.run(coming)
     alone = (SplitSimulator(split()).run(coming[:1])).lines[0]
-    waited = sorted(line.tokens[1] - line.tokens[0] for line in made.lines)
+    first = sorted(line.tokens[0] for line in made.lines)
     # Two fit at a time, and those behind wait until these have ended.
     whole = alone.tokens[-1] - alone.tokens[0]
-    assert waited[1] < 0.2 * whole < waited[2]
+    assert first[1] - first[0] < 0.2 * whole < first[2] - first[1]
     assert 6 == made.moved.handed
 
 
