@@ -135,7 +135,7 @@ class StepRecord:
         prints: Fingerprints | None = None,
     ) -> Self:
         """The record of a completed plan; `times` are (t_plan, t_start, t_end); `prints` takes fingerprints of KV blocks."""
-        lost = result.failed if result.error is None else {w.id: result.error for w in plan.work}
+        lost = {*scheduler.dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
             plan.step,
             *times,

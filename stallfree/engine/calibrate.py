@@ -79,7 +79,8 @@ def latest(folder: Path, model: str | None = None) -> tuple[Fitted, str, Capacit
     for file in folder.glob("*.json"):
         try:
             saved = json.loads(file.read_text())
-            key, capacity = saved["of"], Capacity(*map(int, saved["capacity"]))
+            block_size, num_blocks, longest = map(int, saved["capacity"])
+            key, capacity = saved["of"], Capacity(block_size, num_blocks, longest)
             name = str(key["model"][0])
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue

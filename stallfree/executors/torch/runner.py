@@ -139,12 +139,18 @@ class Runner:
             with torch.inference_mode():
                 self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
 
-    def run(self, work: Sequence[Work], rows: Sequence[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self,
+        work: Sequence[Work],
+        rows: Sequence[int],
+        hidden: torch.Tensor | None = None,
+        ahead: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]; of `work` that whoever
-        took the plan in has checked (`batch.check`).
+        took the plan in has checked (`batch.check`), with `ahead` for the tokens that it does not know.
         """
         with torch.inference_mode():
-            batch = pack(work, rows, self.capacity, self._device)
+            batch = pack(work, rows, self.capacity, self._device, ahead)
             call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
             return call(batch, hidden)
 
