@@ -85,7 +85,8 @@ class StepResult:
     """What an executor made of the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
 
     `details` holds what the engine passes through to the user, by request id (log-probabilities). With `error` set no token
-    counts, and every request of the plan fails with that message; `failed` does the same to single requests.
+    counts, and every request of the plan fails with that message; `failed` does the same to single requests. `bubble_s`: what the
+    stages of a pipeline waited before they took this plan up, all together, while there was work in the pipeline.
     """
 
     step: int
@@ -94,6 +95,7 @@ class StepResult:
     error: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    bubble_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
             return
         plan = outstanding.popleft()
         failed = {f.id: "as recorded" for f in r.finished if f.reason == "error"} if r.error is None else {}
-        result = StepResult(plan.step, _sampled(plan, served), r.t_end - r.t_start, error=r.error, failed=failed)
+        tokens, seconds = _sampled(plan, served), r.t_end - r.t_start
+        result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s)
         ended += scheduler.complete(plan, result, r.t_end)
         ended += [scheduler.abort(f.id, f.reason) for f in r.finished if f.id in late]
         done = [request for request in ended if request is not None]
