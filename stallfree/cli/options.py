@@ -42,7 +42,7 @@ TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
 Weights = Annotated[
-    Literal["int4", "int8", "bf16", "f16", "f32"] | None,
+    Literal["int4", "int8", "fp8", "bf16", "f16", "f32"] | None,
     typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
 ]
 Kv = Annotated[

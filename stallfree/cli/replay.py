@@ -42,7 +42,7 @@ def replay(
         if found is not None:
             raise ValueError(f"{found}; the policy, or the scheduler, is not the one that was recorded")
         return
-    machine = Machine(records)
+    machine = Machine(records, overlap=run.capacity.overlap)
     targets = Slo.parse(slo) if slo is not None else run.targets
     own = {} if policy is not None else dict(run.options or {})
     given = own if token_budget is None else own | {"token_budget": token_budget}

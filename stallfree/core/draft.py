@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stallfree.core.plan import Plan, Work
+from stallfree.core.plan import UNKNOWN, Plan, Work
 from stallfree.core.request import Request, Status
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ ENGINE_LIMIT = "the engine's limit"
 class Draft:
     """One iteration, from an empty page to a sealed plan.
 
-    Reads: `now` (s); `left`, tokens that still fit; `running`, `decoding` (one token short: ready decodes) and `prefilling` (more
-    to catch up on), each in order of priority, then arrival, as they stood when the page was empty; `waiting`, the same order;
-    `shape`, what is written so far. Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. Notes that go into the record unread:
-    `limit_s` and `margin` (see `Plan`).
+    Reads: `now` (s); `left`, tokens that still fit; `running`, `decoding` (one token short: ready decodes; where iterations
+    overlap, also those that will be once the one that runs has ended) and `prefilling` (more to catch up on), each in order of
+    priority, then arrival, as they stood when the page was empty; `waiting`, the same order; `shape`, what is written so far.
+    Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. Notes that go into the record unread: `limit_s`, `margin` (see `Plan`).
 
     For the scheduler: `work`, how many tokens of each request are written, in their order, and which of these are `chunks`, not
     decodes; who was `admitted`; whether the prefix cache was `searched` in vain, for a request that then found no room.
@@ -53,12 +53,15 @@ class Draft:
         self.margin: float | None = None
         self.decoding: list[Request] = []
         self.prefilling: list[Request] = []
+        overlap = scheduler.capacity.overlap
         for r in scheduler.running:
             remaining = r.num_tokens - r.num_planned
             if remaining == 1 and r.output:
                 self.decoding.append(r)
             elif remaining > 0:
                 self.prefilling.append(r)
+            elif overlap and r.goes_on:
+                self.decoding.append(r)
 
     @property
     def running(self) -> list[Request]:
@@ -156,10 +159,11 @@ class Draft:
             self._chunk(r, chunks[r])
             if r in chunks
             else Work(
-                r.id, r.num_planned - 1, 1, True, True, (r.output[-1],), tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output
+                r.id, r.num_planned - 1, 1, True, True, (r.output[-1] if r.num_planned <= r.num_tokens else UNKNOWN,),
+                tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output,
             )
             for r in self.work
-        ]
+        ]  # fmt: skip
         plan = Plan(
             step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin
         )

@@ -24,13 +24,18 @@ def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
     return decodes, context, chunks
 
 
+UNKNOWN = -1
+"""The token of a decode that is planned while the iteration that samples it runs: what the plan before brings its request."""
+
+
 class Work(NamedTuple):
     """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one.
 
-    `tokens` are the `count` token ids; `blocks` the request's KV block numbers, enough for `start + count` tokens;
-    `samples` says that the last position's logits yield a token; `decode` that the request was a ready decode.
+    `tokens` are the `count` token ids, or `UNKNOWN` alone; `blocks` the request's KV block numbers, enough for `start + count`
+    tokens; `samples` says that the last position's logits yield a token; `decode` that the request was a ready decode.
     `sampling` is the request's, unread by the scheduler. `prompt` and `output` are the request's own sequences, to be read only
-    (penalties need the history); `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed.
+    (penalties need the history); `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed; the
+    last of them is there, where it is `UNKNOWN`, once the plan before is complete.
     """
 
     id: str
@@ -80,7 +85,8 @@ class StepResult:
     """What an executor made of the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
 
     `details` holds what the engine passes through to the user, by request id (log-probabilities). With `error` set no token
-    counts, and every request of the plan fails with that message; `failed` does the same to single requests.
+    counts, and every request of the plan fails with that message; `failed` does the same to single requests. `bubble_s`: what the
+    stages of a pipeline waited before they took this plan up, all together, while there was work in the pipeline.
     """
 
     step: int
@@ -89,16 +95,23 @@ class StepResult:
     error: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    bubble_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What an executor can hold: KV blocks of `block_size` tokens, sequences of `max_model_len` tokens, `depth` plans at once.
 
-    `depth` 1 is synchronous; a pipeline of P stages has P plans in flight.
+    `depth` 1 is synchronous; a pipeline of P stages has P plans in flight. With `overlap` the second of two plans is made, and
+    waits at the executor, while the first one runs: it may hold decodes whose token is `UNKNOWN`.
     """
 
     block_size: int
     num_blocks: int
     max_model_len: int
     depth: int = 1
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlap and self.depth != 2:
+            raise ValueError(f"an executor that overlaps has a plan that runs and one that waits: depth 2, not {self.depth}")

@@ -100,7 +100,7 @@ class StepRecord:
     `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
     the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready
     decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its
-    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed.
+    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`.
     """
 
     step: int
@@ -122,6 +122,7 @@ class StepRecord:
     limit_s: float | None = None
     margin: float | None = None
     error: str | None = None
+    bubble_s: float = 0.0
 
     @classmethod
     def of(
@@ -135,7 +136,7 @@ class StepRecord:
         prints: Fingerprints | None = None,
     ) -> Self:
         """The record of a completed plan; `times` are (t_plan, t_start, t_end); `prints` takes fingerprints of KV blocks."""
-        lost = result.failed if result.error is None else {w.id: result.error for w in plan.work}
+        lost = {*scheduler.dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
             plan.step,
             *times,
@@ -165,6 +166,7 @@ class StepRecord:
             limit_s=plan.limit_s,
             margin=plan.margin,
             error=result.error,
+            bubble_s=result.bubble_s,
         )
 
     def to_json(self) -> str:
@@ -173,8 +175,8 @@ class StepRecord:
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Raises ValueError for a line that is not a whole record of this version."""
-        values = _values(line)
+        """Raises ValueError for a line that is not a whole record of this version. Those of before there were bubbles have none."""
+        values = {"bubble_s": 0.0} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
         for name in ("work", "cached"):

@@ -99,8 +99,13 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens still to be planned. 1 with an output is a ready decode."""
+        """Tokens still to be planned. 1 with an output is a ready decode; -1 one that is planned ahead of its token."""
         return self.num_tokens - self.num_planned
+
+    @property
+    def goes_on(self) -> bool:
+        """Of a request whose next token is in flight: whether it wants another one, as far as can be known before that token is."""
+        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions start..stop-1 of prompt and output together."""

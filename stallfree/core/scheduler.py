@@ -12,7 +12,8 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from stallfree.core.draft import Draft
 from stallfree.core.kv import BlockPool
@@ -91,7 +92,8 @@ class Queue:
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
     of priority, then arrival; `queue` those waiting; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the
-    KV of equal prefixes.
+    KV of equal prefixes. `dropped`: ids whose part of the plan completed last was for nothing, since they had ended while it was in
+    flight.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -106,7 +108,9 @@ class Scheduler:
         self.queue = Queue()
         self.num_held = 0
         self.step = 0
+        self.dropped: list[str] = []
         self._arrivals = 0
+        self._completed = -inf
         self._preempted: list[str] = []
         self.steady: bool = getattr(policy, "steady", False)
         self._stretch: Stretch | None = None
@@ -199,7 +203,11 @@ class Scheduler:
         return request
 
     def schedule(self, now: float) -> Plan:
-        """The next iteration. A plan without work is not to be run or completed: there is nothing to do at `now`."""
+        """The next iteration. A plan without work is not to be run or completed: there is nothing to do at `now`, or nothing that
+        can be planned before the iteration in flight has ended.
+        """
+        if self._in_flight and self.capacity.overlap and not self._foreseeable():
+            return Plan(self.step, now, ())
         plan, requests = self._draft(now).seal(self.step, tuple(self._preempted))
         if plan.work:
             for request in requests:
@@ -215,14 +223,19 @@ class Scheduler:
             raise ValueError(f"step {plan.step} with the result of step {result.step} is not the oldest plan in flight")
         _, requests = self._in_flight.popleft()
         if self._learn is not None and result.error is None:
-            self._learn(plan, requests, now)
+            # One that was made ahead began when the one before it ended.
+            ahead = self.capacity.overlap and plan.now < self._completed
+            self._learn(replace(plan, now=self._completed) if ahead else plan, requests, now)
+        self._completed = now
         done: list[Request] = []
+        self.dropped = []
         block_size = self.pool.block_size
         tokens, failed = result.tokens, result.error is not None or result.failed
         running = Status.RUNNING
         for work, request in zip(plan.work, requests, strict=True):
             request.in_flight -= 1
             if request.status is not running:
+                self.dropped.append(work.id)
                 continue
             reason: str | None = None
             if failed and (result.error is not None or work.id in result.failed):
@@ -313,7 +326,8 @@ class Scheduler:
         if any(a.key >= b.key for a, b in zip(self.running, self.running[1:], strict=False)):
             raise RuntimeError("the running requests are out of order")
         for r in (*running, *held):
-            if not r.num_computed <= r.num_planned <= r.num_tokens or (r.num_computed < r.num_planned) != (r.in_flight > 0):
+            most = r.num_tokens + (self.capacity.overlap and r.in_flight > 1)
+            if not r.num_computed <= r.num_planned <= most or (r.num_computed < r.num_planned) != (r.in_flight > 0):
                 raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")
 
     def admitted(self, request: Request) -> None:
@@ -331,6 +345,17 @@ class Scheduler:
         request.num_preemptions += 1
         self._preempted.append(request.id)
         self.queue.push(request)
+
+    def _foreseeable(self) -> bool:
+        """Whether the next iteration can be planned while one is in flight: somebody goes on, and there is KV for all who do. Else
+        a decode would be left out that finds room, or somebody to preempt, a moment later.
+        """
+        size, some, wanted = self.pool.block_size, False, 0
+        for r in self.running:
+            if r.num_planned < r.num_tokens or r.goes_on:
+                some = True
+                wanted += r.num_planned >= len(r.blocks) * size
+        return some and wanted <= self.pool.num_free
 
     def _draft(self, now: float) -> Draft:
         if self._stretch is not None:

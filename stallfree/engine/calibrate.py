@@ -90,7 +90,8 @@ def latest(folder: Path, model: str | None = None) -> Calibrated:
     for file in folder.glob("*.json"):
         try:
             saved = json.loads(file.read_text())
-            key, capacity = saved["of"], Capacity(*map(int, saved["capacity"]))
+            block_size, num_blocks, longest = map(int, saved["capacity"])
+            key, capacity = saved["of"], Capacity(block_size, num_blocks, longest)
             name, scatter = str(key["model"][0]), tuple(map(float, saved["errors"]["scatter"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue

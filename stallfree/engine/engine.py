@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 from stallfree.core.plan import Plan, StepResult
 from stallfree.core.policy import Policy
@@ -76,6 +77,7 @@ class Engine:
         self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
         self._arrived: list[Request] = []
         self._ended: list[Request] = []
+        self._last_end = -inf
 
     @property
     def busy(self) -> bool:
@@ -117,19 +119,24 @@ class Engine:
         return [Output(id, "", (), finish_reason="error", error=str(lost)) for id in gone]
 
     def _step(self) -> list[Output]:
-        while len(self._outstanding) < self.executor.capacity.depth:
+        capacity, outstanding = self.executor.capacity, self._outstanding
+        # Nothing is planned behind an iteration that failed before those whom it fails are known.
+        while len(outstanding) < capacity.depth and not (outstanding and outstanding[-1][2]):
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
                 break
             started = self.clock()
-            self._outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
-        if not self._outstanding:
+            outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
+        if not outstanding:
             if self.scheduler.requests:
                 raise RuntimeError(f"{len(self.scheduler.requests)} requests are there, but the policy plans no work for them")
             return []
-        plan, started, error = self._outstanding.popleft()
+        plan, started, error = outstanding.popleft()
         result = self._collect(plan, error)
         ended = self.clock()
+        if capacity.overlap:  # it waited for the one before it
+            started = max(started, self._last_end)
+        self._last_end = ended
         self._ended += self.scheduler.complete(plan, result, ended)
         outputs = self._outputs(plan, result)
         if self._record is not None:
@@ -159,7 +166,7 @@ class Engine:
         outputs: list[Output] = []
         for work in plan.work:
             stream = self._streams.get(work.id)
-            if stream is None:
+            if stream is None or stream.request.output is not work.output:  # it has ended; the id may be another's by now
                 continue
             error = result.error or result.failed.get(work.id)
             if error is not None:

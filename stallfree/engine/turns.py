@@ -19,11 +19,12 @@ from stallfree.executors.base import Executor
 
 
 class Share:
-    """The share `number`, from 0, of an executor's KV blocks, of which there are `of`. Closing it leaves the executor open."""
+    """The share `number`, from 0, of an executor's KV blocks, of which there are `of`, one plan at a time. Closing it leaves the
+    executor open."""
 
     def __init__(self, executor: Executor, number: int, of: int):
         self._executor = executor
-        self.capacity = replace(executor.capacity, num_blocks=executor.capacity.num_blocks // of)
+        self.capacity = replace(executor.capacity, num_blocks=executor.capacity.num_blocks // of, depth=1, overlap=False)
         self._first = number * self.capacity.num_blocks
 
     def submit(self, plan: Plan) -> None:

@@ -73,7 +73,10 @@ class Explained:
         r = self.records[index]
         prefills = self.prefills[index]
         decoded = [id for id, _, _ in r.work if id not in prefills]
-        took = r.t_end - r.t_plan
+        began = r.t_plan
+        if self.run.capacity.overlap and index:  # planned ahead, it waited for the one before
+            began = max(began, self.records[index - 1].t_end)
+        took = r.t_end - began
         yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(took)} with its planning."
         if r.error is not None:
             yield f"It failed: {r.error}. All its requests ended with that error."

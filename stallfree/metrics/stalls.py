@@ -211,11 +211,12 @@ class StallAccount:
             self._streams[request.id] = _Stream(request, slo)
 
     def _iteration(self, step: StepRecord) -> Iteration:
-        """A decode is one token behind the prompt; all else is prefill, what is computed again after a preemption included."""
+        """A decode is one token behind the prompt, or of one that had ended meanwhile; all else is prefill, what is computed again
+        after a preemption included."""
         prefills: list[tuple[str, int]] = []
         streams = self._streams
         for id, start, count in step.work:
-            if count > 1 or (stream := streams.get(id)) is None or start < stream.prompt_tokens:
+            if count > 1 or ((stream := streams.get(id)) is not None and start < stream.prompt_tokens):
                 prefills.append((id, count))
         prefills.sort(key=lambda prefill: -prefill[1])
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))

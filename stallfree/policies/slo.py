@@ -95,12 +95,18 @@ class Slo:
         least, first = inf, ""
         for r in draft.decoding:
             if r.status is RUNNING:
-                slack = self._due(r) - draft.now
+                slack = self._left(r, draft.now)
                 if slack < alone and r.slo is not None:
-                    slack = self._due(r, self.slo) - draft.now
+                    slack = self._left(r, draft.now, self.slo)
                 if slack < least:
                     least, first = slack, r.id
         return least, first
+
+    def _left(self, r: Request, now: float, slo: Targets | None = None) -> float:
+        """Seconds until the next token of a decode is due; where its first one is still in flight, from when that comes."""
+        if r.output:
+            return self._due(r, slo) - now
+        return self._gap(slo or (self.slo if r.slo is None else self._merged(r.slo)))
 
     def _due(self, r: Request, slo: Targets | None = None) -> float:
         """When the next token of a request that has one is due."""

@@ -58,7 +58,7 @@ class Metrics(Collector):
         self._late = dict.fromkeys(CAUSES, 0)
         self._judged = dict.fromkeys(TARGETS, 0)
         self._in_time = dict.fromkeys(TARGETS, 0)
-        self._first_late_s = 0.0
+        self._first_late_s = self._bubble_s = 0.0
         self._errors = self._preemptions = self._left_out = self._prompt = self._looked_up = self._found = self._generated = 0
         self._judged_requests = self._requests_in_time = 0
         self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
@@ -84,6 +84,7 @@ class Metrics(Collector):
             self._step_s.observe(account.iteration.seconds)
             self._reasons[_reason(step)] += 1
             self._errors += step.error is not None
+            self._bubble_s += step.bubble_s
             self._preemptions += len(step.preempted)
             self._left_out += len(step.stalled)
             self._looked_up += account.looked_up
@@ -148,6 +149,7 @@ class Metrics(Collector):
         yield self._step_tokens.family("tokens_per_step", "Tokens of an iteration, prefill and decode.")
         yield self._step_s.family("step_seconds", "Time of an iteration on the executor.")
         yield _counter("step_errors", "Iterations that failed.", self._errors)
+        yield _counter("pipeline_bubble_seconds", "What pipeline stages waited while there was work.", self._bubble_s)
         yield _counter("steps", "Iterations, by what set their token budget.", self._reasons, "reason")
         yield _gauge("budget_tokens", "Token budget of the last iteration.", None if step is None else step.budget)
         yield _gauge("limit_seconds", "Time that the policy allowed the last iteration.", None if step is None else step.limit_s)

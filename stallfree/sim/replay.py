@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -48,8 +49,8 @@ def policy_of(run: Run) -> Policy:
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
     """The records that the scheduler writes now, given the same arrivals, ends and times; it stops where there is no work to do.
 
-    With several plans in flight it is exact only without a prefix cache: of an attempt to plan that found no KV there is no record,
-    but it has made the prefix that it looked up a recently used one.
+    In a pipeline it is exact only without a prefix cache: of an attempt to plan that found no KV there is no record, but it has
+    made the prefix that it looked up a recently used one. Where iterations overlap there are no such attempts.
     """
     scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse)
     late = {id for r in records for id in _ended_by_text(r)}
@@ -71,7 +72,8 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
             return
         plan = outstanding.popleft()
         failed = {f.id: "as recorded" for f in r.finished if f.reason == "error"} if r.error is None else {}
-        result = StepResult(plan.step, _sampled(plan, served), r.t_end - r.t_start, error=r.error, failed=failed)
+        tokens, seconds = _sampled(plan, served), r.t_end - r.t_start
+        result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s)
         ended += scheduler.complete(plan, result, r.t_end)
         ended += [scheduler.abort(f.id, f.reason) for f in r.finished if f.id in late]
         done = [request for request in ended if request is not None]
@@ -99,17 +101,19 @@ def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:
 class Machine:
     """How long iterations take: a model fitted to the record, times what the record's iteration at that moment took of its own
     prediction. So a disturbance hits whatever runs then. `errors`: of the model alone; `between_s`: from an iteration's end to
-    the next one's planning, of which the record has the median.
+    the next one's planning, of which the record has the median. With `overlap` an iteration takes the time since the one before.
     """
 
-    def __init__(self, records: Sequence[StepRecord]):
-        samples = [(_shape(r), r.t_end - r.t_plan) for r in records if r.error is None and r.t_end > r.t_plan]
+    def __init__(self, records: Sequence[StepRecord], *, overlap: bool = False):
+        ends = [-inf, *(r.t_end for r in records)]
+        times = [r.t_end - (max(r.t_plan, end) if overlap else r.t_plan) for r, end in zip(records, ends, strict=False)]
+        samples = [(_shape(r), time) for r, time in zip(records, times, strict=True) if r.error is None and time > 0]
         if not samples:
             raise ValueError("no recorded iteration took time, so there is nothing to tell how long others would take")
         self.model = Fitted.fit(samples)
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
-        self._slowness = [_ratio(self.model, r) for r in records]
+        self._slowness = [time / self.model.seconds(_shape(r)) for r, time in zip(records, times, strict=True)]
         busy = [b.t_plan - a.t_end for a, b in pairwise(records) if a.num_running + a.num_waiting]
         self.between_s = max(0.0, median(busy)) if busy else 0.0
 
@@ -128,7 +132,9 @@ def what_if(
     """
     state = run.cost if run.cost is not None else machine.model.state()
     # One plan at a time: stages of a pipeline have no times of their own in a record.
-    scheduler = Scheduler(_policy(policy, slo, options, state), replace(run.capacity, depth=1), run.limits, reuse=run.reuse)
+    scheduler = Scheduler(
+        _policy(policy, slo, options, state), replace(run.capacity, depth=1, overlap=False), run.limits, reuse=run.reuse
+    )
     lost = {f.id: r.t_plan for r in records for f in r.finished if f.reason in ("abort", "error")}
     served = _served(run, records, {a.id for r in records for a in r.arrived} - lost.keys())
     made: list[StepRecord] = []
@@ -215,7 +221,3 @@ def _ended_by_text(r: StepRecord) -> list[str]:
 
 def _shape(r: StepRecord) -> list[tuple[int, int]]:
     return [(start, count) for _, start, count in r.work]
-
-
-def _ratio(model: Fitted, r: StepRecord) -> float:
-    return (r.t_end - r.t_plan) / model.seconds(_shape(r))

@@ -103,8 +103,8 @@ class Replica:
         self._arrived: list[Request] = []
         self._gone: list[Request] = []
         self._ready = begin
-        # Step by step: plans in flight, with the start and the end of each, and when each stage is free.
-        self._out: deque[tuple[Plan, float, float]] = deque()
+        # Step by step: plans in flight, with start, end and bubbles of each, and when each stage is free.
+        self._out: deque[tuple[Plan, float, float, float]] = deque()
         self._free = [0.0] * scheduler.capacity.depth
         # In leaps: the stretch that is under way, its iterations' planning and end; one moment more is the next planning.
         self._stretch: Stretch | None = None
@@ -214,8 +214,11 @@ class Replica:
             seconds *= self._slowness(plan.now)
         share = seconds / len(self._free)
         start = end = max(plan.now, self._free[0])
+        idle = 0.0 if self._out else max(0.0, plan.now - self._free[-1])  # in which nobody wanted anything
+        waited = -len(self._free) * idle
         for stage, free in enumerate(self._free):
             begin = max(end, free)
+            waited += begin - free
             end = begin + share
             self._free[stage] = end
             self.busy_s[stage] += end - begin
@@ -223,11 +226,11 @@ class Replica:
                 decodes = sum(w.decode for w in plan.work)
                 self._span(Span(plan.step, stage, begin, end, decodes, plan.num_tokens - decodes))
         self.active_s += end - max(start, self._out[-1][2] if self._out else start)
-        self._out.append((plan, start, end))
+        self._out.append((plan, start, end, max(0.0, waited)))
         self._launched(plan, start, end)
 
     def _complete(self) -> None:
-        plan, start, end = self._out.popleft()
+        plan, start, end, bubble_s = self._out.popleft()
         scheduler, requests = self.scheduler, self.scheduler.requests
         for id in plan.stalled:
             if id in requests:
@@ -244,7 +247,7 @@ class Replica:
                     had = len(request.output)
                     tokens[w.id] = answer[had : had + 1]
                     line.tokens.append(end)
-        result = StepResult(plan.step, tokens, end - start)
+        result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done = scheduler.complete(plan, result, end)
         self.iterations += 1
         self._ready = end + self._between_s

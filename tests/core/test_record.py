@@ -29,5 +29,11 @@ def test_a_record_with_a_field_missing_is_refused(line):
         StepRecord.from_json(line.replace('"budget"', '"bucket"'))
 
 
+def test_a_record_of_before_there_were_bubbles_has_none(line):
+    old = line.replace(',"bubble_s":0.0', "")
+    assert old != line
+    assert StepRecord.from_json(line) == StepRecord.from_json(old)
+
+
 def test_a_record_says_who_arrived_and_what_they_asked_for(line):
     assert [("a", 0.0, 5, 2, 0, "", ())] == StepRecord.from_json(line).arrived

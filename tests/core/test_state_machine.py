@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.request import Refused, Request, Status
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.policies import load, names
@@ -16,7 +16,7 @@ from tests.virtual import answer
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         policy=st.sampled_from(names()),
-        depth=st.integers(1, 3),
+        depth=st.sampled_from([1, 2, 3, "overlap"]),
         num_blocks=st.integers(6, 60),
         block_size=st.sampled_from([1, 4, 16]),
         max_seqs=st.integers(1, 8),
@@ -24,9 +24,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0, 0.01, 0.2]),
     )
     def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark):
-        self.scheduler = Scheduler(
-            load(policy), Capacity(block_size, num_blocks, 200, depth), Limits(max_seqs, max_tokens, watermark)
-        )
+        stages, overlap = (2, True) if depth == "overlap" else (depth, False)
+        capacity = Capacity(block_size, num_blocks, 200, stages, overlap)
+        self.scheduler = Scheduler(load(policy), capacity, Limits(max_seqs, max_tokens, watermark))
         self.out = deque()
         self.everybody: list[Request] = []
         self.gone: list[Request] = []
@@ -57,13 +57,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self):
         if len(self.out) == self.scheduler.capacity.depth:
             return
-        ready = [r for r in self.scheduler.running if r.output and r.remaining == 1]
+        overlap = self.scheduler.capacity.overlap
+        ready = [r for r in self.scheduler.running if (r.output and r.remaining == 1) or (overlap and r.goes_on)]
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
+        ahead = overlap and bool(self.out)
+        if ahead and not plan.work:
+            return
+        for work in plan.work:
+            request = self.scheduler.requests[work.id]
+            assert work.start + work.count < len(request.prompt) + request.max_tokens, "planned beyond its known end"
+            assert (work.tokens == (UNKNOWN,)) == (work.start == request.num_tokens)
         planned = {w.id for w in plan.work}
         preempted = {r.id for r in ready if r.status is Status.WAITING}
         assert set(plan.stalled) == {r.id for r in ready} - planned
         if self.scheduler.policy.stall_free and plan.stalled:
+            assert not ahead, "a decode was left out that could have waited for the iteration that runs"
             short = self.scheduler.pool.num_free == 0
             assert preempted or short, "a ready decode was left out while there was KV for it"
         assert len(plan.work) <= self.scheduler.limits.max_seqs
@@ -76,9 +85,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def complete(self, fails):
         plan = self.out.popleft()
         result = StepResult(plan.step, {}, 0, error="boom") if fails == 0 else answer(plan)
+        had = {work.id: len(work.output) for work in plan.work}
         for request in self.scheduler.complete(plan, result, self.now):
             assert request.finish_reason in ("stop", "length", "error")
             assert not request.blocks
+        assert all((len(w.output) == had[w.id]) for w in plan.work if w.id in self.scheduler.dropped)
         self.scheduler.check()
 
     @precondition(lambda self: self.scheduler.steady and not self.out)

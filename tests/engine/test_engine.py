@@ -1,5 +1,7 @@
 """The loop: outputs, ends, faults and records, on an executor that only counts."""
 
+from itertools import pairwise
+
 import pytest
 
 from stallfree.core.plan import Capacity, StepResult
@@ -17,8 +19,8 @@ ANSWER = TEXT.encode("Hello, world! Grüße. ")
 class Parrot:
     """Says ANSWER over and over, each request from its beginning; fails at the steps in `fails`, loses all at those in `losses`."""
 
-    def __init__(self, fails=(), depth=1, fail_in="collect", losses=()):
-        self.capacity = Capacity(16, 64, 512, depth)
+    def __init__(self, fails=(), depth=1, fail_in="collect", losses=(), overlap=False):
+        self.capacity = Capacity(16, 64, 512, depth, overlap)
         self.plans, self.fails, self.fail_in, self.losses = [], fails, fail_in, losses
 
     def submit(self, plan):
@@ -126,6 +128,51 @@ def test_a_pipeline_gives_the_same_texts(depth):
     for i in range(5):
         e.submit(Request(str(i), range(100 * i, 100 * i + 70), 5 + i))
     assert {str(i): ("Hello, world! "[: 5 + i], "length", None) for i in range(5)} == serve(e)
+
+
+def overlapping(**options) -> Engine:
+    return engine(depth=2, overlap=True, **options)
+
+
+def test_overlapping_iterations_give_the_same_texts():
+    e = overlapping()
+    e.submit(Request("length", range(70), 9))
+    e.submit(Request("id", range(100, 130), 99, stop_ids=frozenset({ANSWER[5]})))
+    e.submit(Request("string", range(200, 205), 99), ["wor"])
+    expected = {"length": ("Hello, wo", "length", None), "id": ("Hello", "stop", ANSWER[5]), "string": ("Hello, ", "stop", "wor")}
+    assert expected == serve(e)
+    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+
+
+def test_an_id_that_is_used_again_gets_no_token_of_the_one_before():
+    e = overlapping()
+    e.submit(Request("a", range(5), 99))
+    e.step()
+    e.abort("a")
+    e.submit(Request("a", range(50), 5))
+    assert {"a": ("Hello", "length", None)} == serve(e)
+
+
+@pytest.mark.parametrize("fail_in", ["submit", "collect"])
+def test_an_overlapping_iteration_that_fails_fails_only_its_requests(fail_in, caplog):
+    e = overlapping(fails={2}, fail_in=fail_in)
+    e.submit(Request("hit", range(20), 50))
+    outputs = []
+    while e.busy:
+        outputs += e.step()
+    assert [("hit", "error")] == [(o.id, o.finish_reason) for o in outputs if o.finish_reason]
+    e.submit(Request("spared", range(5), 5))
+    assert {"spared": ("Hello", "length", None)} == serve(e)
+    assert "the executor failed" in caplog.text
+
+
+def test_an_overlapping_iteration_is_recorded_from_the_end_of_the_one_before():
+    records: list[StepRecord] = []
+    e = Engine(Parrot(depth=2, overlap=True), TEXT, Sarathi(32), record=records.append)
+    e.submit(Request("a", range(10), 5))
+    serve(e)
+    assert all(a.t_end <= b.t_start for a, b in pairwise(records))
+    assert any(b.t_plan < a.t_end for a, b in pairwise(records))
 
 
 def test_an_aborted_request_gives_no_more_output():

@@ -105,9 +105,9 @@ def test_padding_changes_no_decode():
     assert (first(whole, number).tables[:, : of.tables.shape[1]] == of.tables).all()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_products_of_integers_are_those_of_the_numbers_that_they_stand_for(form, rows):
+def test_products_of_quantised_weights_are_those_of_the_numbers_that_they_stand_for(form, rows):
     made = torch.Generator().manual_seed(5)
     weight, x = torch.randn(72, 128, generator=made), torch.randn(rows, 128, generator=made)
     matrix = Matrix(weight, form, None)

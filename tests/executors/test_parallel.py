@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from stallfree.executors.torch import Options, ParallelExecutor, TorchExecutor
-from stallfree.executors.torch.driver import Local
+from stallfree.executors.torch.driver import Bubbles, Local
 from stallfree.executors.torch.runner import stages
 from stallfree.executors.torch.worker import join
 
@@ -94,6 +94,39 @@ def test_stages_give_the_same_tokens_with_as_many_plans_out(llama, tp, pp):
         assert expected == served(executor)
     finally:
         executor.close()
+
+
+def test_stages_say_what_they_waited(llama):
+    executor = parallel(llama, 1, 2)
+    try:
+        found = []
+        for step in range(3):
+            executor.submit(Plan(step, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),)))
+            found.append(executor.collect().bubble_s)
+        assert 0 < sum(found)  # the second one for the first one, in each iteration
+        assert all(bubble_s >= 0 for bubble_s in found)
+    finally:
+        executor.close()
+
+
+def test_bubbles_are_what_stages_wait_while_there_is_work():
+    bubbles = Bubbles(2)
+    bubbles.submitted(0.0)
+    assert 0.0 == bubbles.collected(0.0, 2.0)
+    bubbles.submitted(5.0)  # both waited 3 s for nothing, the first one 1 s more for the second
+    bubbles.submitted(5.5)
+    assert pytest.approx(1.0) == bubbles.collected(7.0, 7.0)
+    assert pytest.approx(0.25) == bubbles.collected(0.25, 8.0)
+
+
+def test_what_one_iteration_waits_too_little_is_the_next_one_s():
+    bubbles = Bubbles(2)
+    bubbles.submitted(0.0)
+    bubbles.collected(0.0, 1.0)
+    bubbles.submitted(2.0)
+    assert 0.0 == bubbles.collected(1.5, 3.0)
+    bubbles.submitted(3.0)
+    assert pytest.approx(0.5) == bubbles.collected(1.0, 4.0)
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])

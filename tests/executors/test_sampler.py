@@ -59,5 +59,13 @@ def test_logits_that_are_not_finite_fail_their_own_request():
     assert "not finite" in failed["2"]
 
 
+def test_a_token_does_not_depend_on_how_neighbours_are_sampled():
+    logits = torch.from_numpy(rows(60))
+    hows = [{}, {"top_k": 9}, {"min_p": 0.01}, {"temperature": 0}, {"top_p": 0.9}, {"logprobs": 1}]
+    works = [work(i, Sampling(**{"seed": i} | hows[i % len(hows)])) for i in range(60)]
+    alone = {w.id: sample(logits[i : i + 1], [w])[0][w.id] for i, w in enumerate(works)}
+    assert alone == sample(logits, works)[0]
+
+
 def test_nobody_may_sample():
     assert ({}, {}, {}) == sample(torch.empty(0, 50), [])

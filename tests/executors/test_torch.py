@@ -86,7 +86,8 @@ def test_a_gguf_file_is_the_same_model_as_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "kv", "within"), [("int8", "f32", 0.15), ("bf16", "bf16", 0.15), ("f32", "fp8", 0.3), ("int4", "f32", 1.0)]
+    ("weights", "kv", "within"),
+    [("int8", "f32", 0.15), ("fp8", "f32", 0.3), ("bf16", "bf16", 0.15), ("f32", "fp8", 0.3), ("int4", "f32", 1.0)],
 )
 def test_every_format_is_close_to_exact(exact: TorchExecutor, tmp_path: Path, weights: str, kv: str, within: float) -> None:
     write_folder(tmp_path, "llama", hidden_size=128, intermediate_size=192)
@@ -136,3 +137,20 @@ def test_a_bad_option_is_named(tmp_path: Path, options: dict, message: str) -> N
         TorchExecutor(open_checkpoint(tmp_path), Options(**options), KV)
     with pytest.raises(MemoryError, match="hold no block of KV"):
         TorchExecutor(open_checkpoint(tmp_path), EXACT, 10)
+
+
+@pytest.mark.parametrize(
+    ("capability", "formats", "message"),
+    [
+        ((8, 0), ("fp8", "bf16"), r"Old has no fp8 .*8.0, and 8.9 is needed.; take --weights int8"),
+        ((8, 6), ("int8", "fp8"), "Old has no fp8 .* --kv bf16"),
+        ((7, 5), ("bf16", "f16"), "Old has no bfloat16; take --weights f16"),
+    ],
+)
+def test_a_format_that_the_gpu_lacks_is_named(monkeypatch, tmp_path: Path, capability, formats, message) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Old")
+    write_folder(tmp_path, "llama")
+    with pytest.raises(ValueError, match=message):
+        TorchExecutor(open_checkpoint(tmp_path), Options(*formats, device="cuda"), KV)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def served(*records: StepRecord, slo: Slo | None = TARGET) -> dict[tuple[str, ..
 @pytest.fixture(scope="module")
 def samples() -> dict[tuple[str, ...], float]:
     return served(FIRST, HYBRID, END)
+
+
+def test_bubbles_of_a_pipeline_add_up():
+    made = served(*(replace(record, bubble_s=0.25) for record in (FIRST, HYBRID, END)))
+    assert 0.75 == made["pipeline_bubble_seconds_total",]
 
 
 def test_tokens_are_counted_by_phase(samples):

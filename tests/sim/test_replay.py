@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -53,10 +54,10 @@ class Machinery:
         self._plans.clear()
 
 
-def record(policy: str, seed: int, depth: int = 1, reuse: bool = True) -> tuple[Run, list[StepRecord]]:
+def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False) -> tuple[Run, list[StepRecord]]:
     """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as its file would say it."""
     draw = random.Random(seed)
-    capacity = Capacity(8, 60, 320, depth)
+    capacity = Capacity(8, 60, 320, depth, overlap)
     machine = Machinery(capacity, seed)
     options = {"token_budget": 24} if policy == "sarathi" else {}
     cost = Fitted(COST) if policy == "slo" else None
@@ -115,6 +116,23 @@ def test_the_unchanged_policy_decides_the_same(policy, seed):
 def test_with_several_plans_in_flight_too(policy):
     run, records = record(policy, 5, depth=3, reuse=False)
     assert difference(run, records) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("policy", policies.names())
+def test_with_iterations_that_overlap_too(policy, seed):
+    run, records = record(policy, seed, depth=2, overlap=True)
+    assert any(b.t_plan < a.t_end for a, b in pairwise(records))
+    assert {"stop", "length", "abort"} <= {f.reason for r in records for f in r.finished}
+    assert difference(run, records) is None
+
+
+def test_what_if_of_overlapping_iterations_takes_them_one_after_the_other():
+    run, records = record("sarathi", 4, depth=2, overlap=True)
+    made = what_if(run, records, Machine(records, overlap=True), "sarathi", None, run.options)
+    was, now = records[-1].t_end - records[0].t_plan, made[-1].t_end - made[0].t_plan
+    assert was == pytest.approx(now, rel=0.1)
 
 
 def test_without_a_prefix_cache_too():

@@ -191,8 +191,18 @@ def test_a_pipeline_has_as_many_plans_in_flight_as_stages_and_no_more():
     assert 3 == most
 
 
+@pytest.mark.parametrize("name", ["calm", "bursty"])
+def test_the_records_bubbles_are_all_but_those_at_the_very_end(name):
+    made = run(load(name), capacity=replace(ROOMY, depth=3), spans=True, records=True)
+    replica, end = made.replicas[0], made.records[0][-1].t_end
+    ends = {span.stage: span.end for span in made.spans[0]}
+    whole = 3 * replica.active_s - sum(replica.busy_s)
+    assert pytest.approx(whole) == sum(r.bubble_s for r in made.records[0]) + sum(end - ends[stage] for stage in range(3))
+
+
 def test_a_single_stage_has_no_bubbles():
-    made = run(load("calm"))
+    made = run(load("calm"), records=True)
+    assert {0.0} == {r.bubble_s for r in made.records[0]}
     assert 0 == made.bubbles
     assert made.replicas[0].active_s < made.lines[-1].finished
 

@@ -5,10 +5,11 @@ knows plans, and nothing of models.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 
-from stallfree.core.plan import Capacity, Work
+from stallfree.core.plan import UNKNOWN, Capacity, Work
 from stallfree.executors.checks import needed_blocks
 
 
@@ -38,8 +39,18 @@ class Batch:
         return len(self.counts) == self.tokens.shape[0]
 
 
-def pack(work: Sequence[Work], rows: Sequence[int], capacity: Capacity, device: torch.device) -> Batch:
-    """The tensors of `work`, which was checked. One transfer carries them all."""
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Numbers on `device`, behind what it has to do already; nobody waits for that."""
+    found = torch.tensor(values, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
+def pack(
+    work: Sequence[Work], rows: Sequence[int], capacity: Capacity, device: torch.device, ahead: torch.Tensor | None = None
+) -> Batch:
+    """The tensors of `work`, which was checked. One transfer carries them all, but for the tokens that are `UNKNOWN`: these are
+    `ahead`, in their order.
+    """
     size = capacity.block_size
     counts, ends = tuple(w.count for w in work), tuple(w.start + w.count for w in work)
     width = max(-(-end // size) for end in ends)
@@ -54,21 +65,25 @@ def pack(work: Sequence[Work], rows: Sequence[int], capacity: Capacity, device: 
     for count in counts:
         begins.append(begins[-1] + count)
     padded = [number for table in tables for number in (*table, *[0] * (width - len(table)))]
-    parts = (list(chain.from_iterable(w.tokens for w in work)), positions, slots, begins, list(ends), padded, list(rows))
-    whole = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
-    if device.type == "cuda":
-        whole = whole.pin_memory()
-    tokens, at, into, first, last, table, sampled = whole.to(device, non_blocking=True).split([len(part) for part in parts])
+    known = list(chain.from_iterable(w.tokens for w in work))
+    unknown = [] if ahead is None else [row for row, token in enumerate(known) if token == UNKNOWN]
+    parts = (known, positions, slots, begins, list(ends), padded, list(rows), unknown)
+    whole = upload(list(chain.from_iterable(parts)), device)
+    tokens, at, into, first, last, table, sampled, open = whole.split([len(part) for part in parts])
+    if ahead is not None:
+        tokens.index_copy_(0, open, ahead)
     return Batch(tokens, at, into, first, last, table.view(len(work), width), sampled, counts, ends)
 
 
 def check(work: Sequence[Work], capacity: Capacity, vocab_size: int) -> None:
-    """Raises ValueError for work that would read or write outside of the model's tensors."""
+    """Raises ValueError for work that would read or write outside of the model's tensors. A token may be `UNKNOWN` where iterations
+    overlap.
+    """
     if not work:
         raise ValueError("a plan without work cannot be run")
     for w in work:
         needed_blocks(w, capacity)
-        if min(w.tokens) < 0 or max(w.tokens) >= vocab_size:
+        if (min(w.tokens) < 0 or max(w.tokens) >= vocab_size) and not (capacity.overlap and w.tokens == (UNKNOWN,)):
             raise ValueError(f"request {w.id}: a token id is outside the vocabulary of {vocab_size}")
         if min(w.blocks) < 0 or max(w.blocks) >= capacity.num_blocks:
             raise ValueError(f"request {w.id}: a KV block number is outside the {capacity.num_blocks} blocks")

@@ -1,5 +1,5 @@
 """Runs plans on several ranks: processes of this machine, or Ray's actors. Each gets every plan as a short message; the last stage
-answers. With P pipeline stages P plans are out at once, so the stages overlap.
+answers, the others say how long they waited. With P pipeline stages P plans are out at once, so the stages overlap.
 
 A rank that dies, or does not answer in time, loses its KV, and with it the whole model's: all ranks are started anew, and the
 caller is told by `Lost`. It does not know what becomes of the requests.
@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
+from math import inf
 from typing import Any, NoReturn, Protocol
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, and not in the list of exports
@@ -77,6 +79,32 @@ class Local:
         self._processes = []
 
 
+class Bubbles:
+    """What `stages` of a pipeline wait while there is work in it: what they say they waited, less what they waited while there was
+    none. Each measures with its own clock, and messages take their time, so what one iteration has too little is the next one's.
+    """
+
+    def __init__(self, stages: int):
+        self._stages = stages
+        self._out = 0
+        self._empty_since = inf
+        self._balance = 0.0
+
+    def submitted(self, now: float) -> None:
+        if self._out == 0:
+            self._balance -= self._stages * max(0.0, now - self._empty_since)
+        self._out += 1
+
+    def collected(self, waited_s: float, now: float) -> float:
+        """The bubbles of the oldest iteration, before which all stages together waited so long, in seconds."""
+        self._out -= 1
+        self._empty_since = now
+        self._balance += waited_s
+        found = max(0.0, self._balance) if self._stages > 1 else 0.0
+        self._balance = min(0.0, self._balance)
+        return found
+
+
 class ParallelExecutor:
     """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank; None, on GPUs: what is
     left there. An iteration that takes longer than `answer_s` is lost.
@@ -112,6 +140,8 @@ class ParallelExecutor:
         self._vocab_size = checkpoint.config.vocab_size
         self._workers = workers
         self._socks: list[socket.socket] = []
+        self._said: list[deque[dict[str, Any]]] = []
+        self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
         self.capacity = Capacity(BLOCK, self._start(), length, depth=pp)
 
@@ -119,6 +149,7 @@ class ParallelExecutor:
         """Raises ValueError, with no harm done, if the plan cannot be run."""
         check(plan.work, self.capacity, self._vocab_size)
         message = wire.of_plan(plan)
+        self._bubbles.submitted(time.perf_counter())
         try:
             for sock in self._socks:
                 wire.send(sock, message)
@@ -127,9 +158,11 @@ class ParallelExecutor:
 
     def collect(self) -> StepResult:
         try:
-            return wire.to_result(self._next())
+            answers = self._next()
         except OSError as error:
             self._lost(str(error))
+        bubble_s = self._bubbles.collected(sum(answer["waited_s"] for answer in answers), time.perf_counter())
+        return wire.to_result(answers[-1], bubble_s)
 
     def close(self) -> None:
         for sock in self._socks:
@@ -140,6 +173,8 @@ class ParallelExecutor:
     def _start(self) -> int:
         """Start all ranks; the blocks of KV that each has."""
         token, host = secrets.token_hex(16), self._workers.host
+        self._said = [deque() for _ in range(self._pp)]
+        self._bubbles = Bubbles(self._pp)
         # Where the ranks find each other. It listens here from now on, so that nobody else can take the port.
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._setup |= {"host": host, "port": self._store.port}
@@ -208,21 +243,24 @@ class ParallelExecutor:
                     raise kinds.get(answer["kind"], RuntimeError)(f"rank {rank}: {answer['error']}")
         return [found[rank] for rank in range(len(found))]
 
-    def _next(self) -> dict[str, Any]:
-        """The next result. Raises ConnectionError if a rank is gone, says what is wrong, or if nothing comes in time."""
-        ready, _, _ = select.select(self._socks, [], [], self._answer_s)
-        if not ready:
-            raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
-        sampler = self._socks[(self._pp - 1) * self._tp]
-        sock = sampler if sampler in ready else ready[0]
-        rank = self._socks.index(sock)
-        try:
-            message = wire.receive(sock)
-        except ConnectionError as error:
-            raise ConnectionError(f"rank {rank} is gone: {error}") from None
-        if "error" in message and "step" not in message:
-            raise ConnectionError(f"rank {rank}: {message['error']}")
-        return message
+    def _next(self) -> list[dict[str, Any]]:
+        """What each stage says of the oldest plan; the last one, its result. Raises ConnectionError if a rank is gone, says what is
+        wrong, or if nothing comes in time.
+        """
+        while not all(self._said):
+            ready, _, _ = select.select(self._socks, [], [], self._answer_s)
+            if not ready:
+                raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
+            for sock in ready:
+                rank = self._socks.index(sock)
+                try:
+                    message = wire.receive(sock)
+                except ConnectionError as error:
+                    raise ConnectionError(f"rank {rank} is gone: {error}") from None
+                if "step" not in message:
+                    raise ConnectionError(f"rank {rank}: {message['error']}")
+                self._said[rank // self._tp].append(message)
+        return [messages.popleft() for messages in self._said]
 
     def _lost(self, why: str) -> NoReturn:
         """Start anew, and say so."""

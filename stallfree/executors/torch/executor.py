@@ -1,32 +1,36 @@
-"""Runs plans with torch in this process, on the processor or one GPU: one model, one iteration at a time.
+"""Runs plans with torch in this process, on the processor or one GPU: one model, one iteration at a time. A GPU is given the next
+one while it runs one, with decodes whose tokens nobody knows but itself.
 
-It keeps KV tensors and nothing about requests.
+It keeps KV tensors, and of requests only the tokens that were sampled last.
 """
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.core.plan import Plan, StepResult, Work
+from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, supported, use_threads
-from stallfree.executors.torch.sampler import sample
+from stallfree.executors.torch.sampler import Draw
 
 OUT_OF_MEMORY = "out of GPU memory in an iteration; lower --max-tokens or --gpu-memory-utilization"
 
 
 class TorchExecutor:
-    """The model of `checkpoint`. `kv_bytes` of memory for keys and values; None, on a GPU: what is left.
+    """The model of `checkpoint`. `kv_bytes` of memory for keys and values; None, on a GPU: what is left. `overlap`: see `Capacity`;
+    None: on a GPU.
 
     Raises ValueError for a bad option, and MemoryError where the weights or not one block of KV fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None, *, overlap: bool | None = None) -> None:
         supported(checkpoint)
         options.length(checkpoint.config)
         use_threads(options)
@@ -34,25 +38,39 @@ class TorchExecutor:
         self._runner.allocate(blocks(self._runner.room() if kv_bytes is None else kv_bytes, self._runner.block_bytes))
         self._runner.record()
         self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
-        self._results: list[StepResult] = []
+        if options.device == "cuda" if overlap is None else overlap:
+            self.capacity = replace(self.capacity, depth=2, overlap=True)
+        self._out: deque[tuple[int, float, Draw]] = deque()
+        self._last: Draw | None = None
+        self._ended = 0.0
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run; MemoryError if the GPU's does not do."""
+        """Runs the plan; a GPU goes on doing so afterwards. Raises ValueError, with no harm done, if the plan cannot be run;
+        MemoryError if the GPU's does not do.
+        """
         started = time.perf_counter()
         check(plan.work, self.capacity, self._vocab_size)
+        unknown = [w.id for w in plan.work if w.tokens == (UNKNOWN,)]
+        if unknown and self._last is None:
+            raise ValueError(f"request {unknown[0]}: its token is to be that of the plan before, and there is none")
         try:
-            logits = self._runner.run(plan.work, last_rows(plan.work))
-            tokens, details, failed = sample(logits, [w for w in plan.work if w.samples])
+            ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
+            logits = self._runner.run(plan.work, last_rows(plan.work), ahead=ahead)
+            self._last = Draw(logits, [w for w in plan.work if w.samples])
         except torch.OutOfMemoryError:
             raise MemoryError(OUT_OF_MEMORY) from None
-        self._results.append(StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed))
+        self._out.append((plan.step, started, self._last))
 
     def collect(self) -> StepResult:
-        return self._results.pop(0)
+        step, started, draw = self._out.popleft()
+        tokens, details, failed = draw.result
+        # It began when it was there, or when the one before it had ended.
+        began, self._ended = max(started, self._ended), time.perf_counter()
+        return StepResult(step, tokens, self._ended - began, details=details, failed=failed)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
-        check(work, self.capacity, self._vocab_size)
+        check(work, self._runner.capacity, self._vocab_size)
         found: np.ndarray = self._runner.run(work, range(sum(w.count for w in work))).cpu().numpy()
         return found
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stallfree.executors.torch.batch import Batch
+from stallfree.executors.torch.batch import Batch, upload
 
 ROWS = 16
 """The fewest rows of a tile that tensor cores take."""
@@ -109,7 +109,7 @@ def paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         pieces, firsts = torch.arange(tokens, device=query.device), torch.zeros(tokens, dtype=torch.int64, device=query.device)
     else:
         blocks = [(piece, first) for piece, length in enumerate(batch.counts) for first in range(0, length, count)]
-        pieces, firsts = torch.tensor(blocks, dtype=torch.int64).T.contiguous().to(query.device, non_blocking=True)
+        pieces, firsts = upload([list(column) for column in zip(*blocks, strict=True)], query.device)
     splits = _splits(len(pieces) * kv_heads, max(batch.ends), query.device)
     width = triton.next_power_of_2(size)
     out = torch.empty_like(query)

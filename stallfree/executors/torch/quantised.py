@@ -1,4 +1,5 @@
-"""Products with weights of int8 or int4 in Triton: what is read from memory is the integers, which become numbers in the tile.
+"""Products with weights of int8, fp8 or int4 in Triton: what is read from memory is a byte or half of one, which becomes a number
+of the activations' type in the tile.
 
 Decodes are bound by reading weights, so half or a quarter of the bytes is half or a quarter of the time; prompts are bound by the
 product, which is in the activations' type either way.
@@ -14,8 +15,9 @@ def _product(
     x, weight, scale, low, out, rows, outs, ins,
     INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `out` [rows, outs]: x [rows, ins] times weight, int8 [outs, ins], or int4 [outs, ins / 2] with two neighbours in a
-    byte, the first in the lower bits. int8 has a scale for each output; int4 a scale and an offset for each `GROUP` inputs of it.
+    """A tile of `out` [rows, outs]: x [rows, ins] times weight, int8 or fp8 [outs, ins], or int4 [outs, ins / 2] with two
+    neighbours in a byte, the first in the lower bits. The former have a scale for each output; int4 a scale and an offset for each
+    `GROUP` inputs of it.
     """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     real, wanted = row < rows, column < outs
@@ -36,7 +38,7 @@ def _product(
         else:
             at = group * GROUP + tl.arange(0, GROUP)
             there = at < ins
-            values = tl.load(w_at + at[:, None], mask=there[:, None] & wanted[None, :], other=0)
+            values = tl.load(w_at + at[:, None], mask=there[:, None] & wanted[None, :], other=0.0)
             given = tl.load(x_at + at[None, :], mask=real[:, None] & there[None, :], other=0.0)
             sums += tl.dot(given, values.to(given.dtype), input_precision="ieee")
     if not INT4:
@@ -46,7 +48,7 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, group: int) -> torch.Tensor:
-    """[rows, outs] of x [rows, ins] and a weight as `weights.Matrix` stores it; `low` is int4's offset, None with int8."""
+    """[rows, outs] of x [rows, ins] and a weight as `weights.Matrix` stores it; `low` is int4's offset, else None."""
     x = x.contiguous()
     rows, ins = x.shape
     outs = len(weight)

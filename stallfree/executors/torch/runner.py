@@ -19,7 +19,7 @@ from stallfree.executors.torch.llama import Llama
 from stallfree.executors.torch.mixtral import Mixtral
 from stallfree.executors.torch.model import Cache
 from stallfree.executors.torch.parallel import Ranks
-from stallfree.executors.torch.weights import FORMATS, GROUP, Weights
+from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
 
 BLOCK = 16
 """Tokens of a KV block."""
@@ -28,16 +28,17 @@ FAMILIES = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama, "m
 """By the family of a checkpoint."""
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.float8_e4m3fn}
-"""Number formats of keys and values; of weights too, but fp8."""
+"""Number formats of keys and values; and of weights, where these are not quantised."""
 
 DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`weights`: how matrices are stored, one of `FORMATS`; with int8 and int4 the rest is bf16 on a GPU, f32 elsewhere. `kv`: how
-    keys and values are, one of `TYPES`. `max_model_len`: at most the model's own, which None is. `threads` of a processor, all
-    ranks together; None: all cores. On a GPU weights, KV and an iteration of `max_tokens` take the share `memory` of it.
+    """`weights`: how matrices are stored, one of `FORMATS`; where they are quantised the rest is bf16 on a GPU, f32 elsewhere.
+    `kv`: how keys and values are, one of `TYPES`. `max_model_len`: at most the model's own, which None is. `threads` of a
+    processor, all ranks together; None: all cores. On a GPU weights, KV and an iteration of `max_tokens` take the share `memory`
+    of it.
     """
 
     weights: str = "bf16"
@@ -73,6 +74,11 @@ class Options:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < (8, 0) and "bf16" in (self.weights, self.kv):
             raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights f16 --kv f16")
+        if (major, minor) < (8, 9) and "fp8" in (self.weights, self.kv):
+            raise ValueError(
+                f"{torch.cuda.get_device_name()} has no fp8 (its compute capability is {major}.{minor}, and 8.9 is needed); "
+                "take --weights int8 and --kv bf16"
+            )
         if (major, minor) < (8, 9) and self.kv == "fp8":
             raise ValueError(f"{torch.cuda.get_device_name()} has no fp8; take --kv bf16")
 
@@ -89,7 +95,8 @@ class Runner:
         self._options, self._device = options, device
         self._kv = TYPES[options.kv]
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-        parts = Weights(checkpoint, options.weights, TYPES.get(options.weights, usual), device, ranks.rank, ranks.size)
+        dtype = usual if options.weights in QUANTISED else TYPES[options.weights]
+        parts = Weights(checkpoint, options.weights, dtype, device, ranks.rank, ranks.size)
         try:
             self._model = FAMILIES[config.family](config, parts, ranks, layers, self._length)
         except torch.OutOfMemoryError:
@@ -139,12 +146,18 @@ class Runner:
             with torch.inference_mode():
                 self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
 
-    def run(self, work: Sequence[Work], rows: Sequence[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self,
+        work: Sequence[Work],
+        rows: Sequence[int],
+        hidden: torch.Tensor | None = None,
+        ahead: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]; of `work` that whoever
-        took the plan in has checked (`batch.check`).
+        took the plan in has checked (`batch.check`), with `ahead` for the tokens that it does not know.
         """
         with torch.inference_mode():
-            batch = pack(work, rows, self.capacity, self._device)
+            batch = pack(work, rows, self.capacity, self._device, ahead)
             call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
             return call(batch, hidden)
 

@@ -1,57 +1,101 @@
-"""Sampling where the logits are, so that a token a row comes to the host and not a vocabulary. Same promise as on the host: a token
-depends on the request's seed and its position alone.
+"""Sampling where the logits are, so that a token a row comes to the host and not a vocabulary; and without waiting for it, so that
+the next iteration can be prepared meanwhile. Same promise as on the host: a token depends on the request's seed and its position
+alone.
 
 Requests with penalties, biases or log-probabilities are sampled on the host, from their rows alone.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from stallfree.core.plan import Work
 from stallfree.executors import sampling
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, uniform
+from stallfree.executors.torch.batch import upload
 
 Sampled = tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]
 
 
 def sample(logits: torch.Tensor, works: Sequence[Work]) -> Sampled:
     """As `executors.sampling.sample`, of logits [rows, vocabulary] float32 on any device."""
-    hows = [w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works]
-    here = [row for row, how in enumerate(hows) if how.plain and how.logprobs is None]
-    others = [row for row in range(len(works)) if row not in set(here)]
-    result: Sampled = {}, {}, {}
-    if others:
-        result = sampling.sample(logits[others].cpu().numpy(), [works[row] for row in others])
-    if here:
-        tokens, finite = _sampled(
-            logits if len(here) == len(works) else logits[here], [works[i] for i in here], [hows[i] for i in here]
-        )
-        for row, token, fine in zip(here, tokens, finite, strict=True):
-            if fine:
-                result[0][works[row].id] = (token,)
-            else:
-                result[2][works[row].id] = sampling.not_finite(works[row])
-    return result
+    return Draw(logits, works).result
 
 
-def _sampled(logits: torch.Tensor, works: Sequence[Work], hows: Sequence[Sampling]) -> tuple[list[int], list[bool]]:
-    """The tokens, and whether the logits that they are from are finite at their largest."""
+class Draw:
+    """The tokens of an iteration, from when its logits are asked for: row i of `logits` [rows, vocabulary] float32, on any device,
+    belongs to `works[i]`. `logits` may be written over by what the device does later.
+    """
+
+    def __init__(self, logits: torch.Tensor, works: Sequence[Work]):
+        hows = [w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works]
+        here = [row for row, how in enumerate(hows) if how.plain and how.logprobs is None]
+        others = [row for row in range(len(works)) if row not in set(here)]
+        self._here, self._others = [works[row] for row in here], [works[row] for row in others]
+        self._device = logits.device
+        self._rows = logits[upload(others, self._device)] if others else None
+        self._tokens = self._found = self._came = None
+        if here:
+            rows = logits[upload(here, self._device)] if others else logits
+            self._tokens, peaks = _sampled(rows, self._here, [hows[row] for row in here])
+            # NaN is the largest of any row that it is in.
+            both = torch.stack((self._tokens, torch.isfinite(peaks).to(self._tokens.dtype)))
+            self._found = both.to("cpu", non_blocking=True)
+            if logits.is_cuda:
+                self._came = torch.cuda.Event()
+                self._came.record()
+
+    @cached_property
+    def result(self) -> Sampled:
+        """Waits for them. The outputs of its requests have to be there up to the tokens that are sampled."""
+        found: Sampled = {}, {}, {}
+        if self._rows is not None:
+            found = sampling.sample(self._rows.cpu().numpy(), self._others)
+            self._rows = None
+        if self._found is not None:
+            if self._came is not None:
+                self._came.synchronize()
+            for work, token, fine in zip(self._here, *self._found.tolist(), strict=True):
+                if fine:
+                    found[0][work.id] = (token,)
+                else:
+                    found[2][work.id] = sampling.not_finite(work)
+        return found
+
+    def tokens(self, ids: Sequence[str]) -> torch.Tensor:
+        """The tokens of these requests [ids], on the device; waits only for what is sampled on the host. A request that has none,
+        for its logits are not finite, gets any. Raises ValueError for one that has no row.
+        """
+        here = {work.id: place for place, work in enumerate(self._here)}
+        others = {work.id for work in self._others}
+        for id in ids:
+            if id not in here and id not in others:
+                raise ValueError(f"request {id}: its token is to be the one that the plan before samples, which samples none")
+        if self._tokens is not None and others.isdisjoint(ids):
+            return self._tokens[upload([here[id] for id in ids], self._device)]
+        return upload([self.result[0].get(id, (0,))[0] for id in ids], self._device)
+
+
+def _sampled(logits: torch.Tensor, works: Sequence[Work], hows: Sequence[Sampling]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens, and the largest logit of each row."""
     peaks, tokens = logits.max(-1)
     drawn = [row for row, how in enumerate(hows) if how.temperature > 0]
-    if drawn:
-        rows = logits if len(drawn) == len(hows) else logits[drawn]
-        tokens[drawn] = _drawn(rows, [works[row] for row in drawn], [hows[row] for row in drawn])
-    # NaN is the largest of any row that it is in.
-    both = torch.stack((tokens, torch.isfinite(peaks).to(tokens.dtype))).tolist()
-    return both[0], [bool(fine) for fine in both[1]]
+    cut = [row for row in drawn if hows[row].top_k or hows[row].top_p < 1]
+    # Those that are sorted go by themselves: which token a number means depends on the order, and is not to depend on neighbours.
+    for rows in (cut, [row for row in drawn if row not in set(cut)]):
+        if rows:
+            at = upload(rows, logits.device)
+            own = logits[at] if len(rows) < len(hows) else logits
+            tokens = tokens.index_copy(0, at, _drawn(own, [works[row] for row in rows], [hows[row] for row in rows]))
+    return tokens, peaks
 
 
 def _drawn(logits: torch.Tensor, works: Sequence[Work], hows: Sequence[Sampling]) -> torch.Tensor:
     """Tokens at the places where the cumulative share passes each request's number."""
 
     def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(logits.device)[:, None]
+        return upload(values, logits.device, torch.float64)[:, None]
 
     temperature = column([max(how.temperature, 1e-6) for how in hows]).float()
     weights = torch.exp((logits - logits.amax(-1, keepdim=True)) / temperature)

@@ -8,7 +8,9 @@ from torch.nn.functional import linear
 
 from stallfree.checkpoint import Checkpoint
 
-FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+FORMATS = ("f32", "bf16", "f16", "fp8", "int8", "int4")
+QUANTISED = {"fp8", "int8", "int4"}
+"""Formats in which nobody computes: the product is in the activations' type."""
 GROUP = 64
 """Weights of a row that share a scale, and an offset, in int4."""
 
@@ -21,9 +23,12 @@ class Matrix:
         self._form = form
         self._shape = values.shape
         self._low: torch.Tensor | None = None
-        if form == "int8":
-            self._scale = (values.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
-            self._values = torch.round(values.float() / self._scale).to(torch.int8)
+        if form in ("int8", "fp8"):
+            kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
+            most = 127 if form == "int8" else torch.finfo(kind).max
+            self._scale = (values.float().abs().amax(1, keepdim=True) / most).clamp_min(1e-12)
+            scaled = values.float() / self._scale
+            self._values = (torch.round(scaled) if form == "int8" else scaled).to(kind)
         elif form == "int4":
             grouped = values.float().view(len(values), -1, GROUP)
             low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
@@ -35,7 +40,7 @@ class Matrix:
             self._values = values
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda and self._form in ("int8", "int4"):
+        if x.is_cuda and self._form in QUANTISED:
             from stallfree.executors.torch.quantised import product
 
             found = product(x, self._values, self._scale, self._low, GROUP)
@@ -44,13 +49,13 @@ class Matrix:
 
     def rows(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of these numbers: a matrix of embeddings is looked up by them."""
-        if self._form in ("int8", "int4"):
-            raise ValueError("embeddings are not stored as integers")
+        if self._form in QUANTISED:
+            raise ValueError("embeddings are not quantised")
         return self._values[tokens].to(dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that it stands for."""
-        if self._form == "int8":
+        if self._form in ("int8", "fp8"):
             return self._values.to(dtype) * self._scale.to(dtype)
         if self._form == "int4":
             steps = torch.stack((self._values & 15, self._values >> 4), 2).view(*self._scale.shape[:2], GROUP)
@@ -120,6 +125,6 @@ class Weights:
         return whole[place * height : (place + 1) * height]
 
     def _stored(self, values: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
-        kind = torch.float32 if self._form in ("int8", "int4") else self.dtype
+        kind = torch.float32 if self._form in QUANTISED else self.dtype
         added = None if bias is None else bias.to(self.device, self.dtype)
         return Matrix(values.to(self.device, kind), self._form, added)

@@ -87,13 +87,14 @@ def of_result(result: StepResult) -> dict[str, Any]:
     }
 
 
-def to_result(message: dict[str, Any]) -> StepResult:
+def to_result(message: dict[str, Any], bubble_s: float) -> StepResult:
     details = {
         id: TokenLogprob(logprob, tuple((token, value) for token, value in top))
         for id, (logprob, top) in message["details"].items()
     }
     tokens = {id: tuple(found) for id, found in message["tokens"].items()}
-    return StepResult(message["step"], tokens, message["seconds"], message["error"], details=details, failed=message["failed"])
+    step, seconds, error, failed = (message[key] for key in ("step", "seconds", "error", "failed"))
+    return StepResult(step, tokens, seconds, error, details=details, failed=failed, bubble_s=bubble_s)
 
 
 def _of_sampling(work: Work) -> list[Any]:

@@ -1,5 +1,5 @@
-"""A worker process: one rank of the model, told by the driver over a socket what to run. The last stage's first rank samples, and
-answers; the others answer only to say that they are ready, or what is wrong.
+"""A worker process: one rank of the model, told by the driver over a socket what to run. The first rank of each stage answers: how
+long the stage had waited, and, in the last stage, what was sampled; the others only say that they are ready, or what is wrong.
 """
 
 import socket
@@ -23,6 +23,37 @@ TOKEN = "STALLFREE_WORKER_TOKEN"
 """The environment variable with which the driver tells a process that it is to be let in."""
 
 
+class Waits:
+    """What a stage waits from one iteration's end to the next one's begin."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._began: Any = None
+        self._ended: Any = None
+
+    def begin(self) -> None:
+        """What the iteration begins with is there."""
+        self._began = self._now()
+
+    def end(self) -> float:
+        """The stage's part of it is done, or queued on the GPU; the seconds that were waited before it, once it has begun there."""
+        before, self._ended = self._ended, self._now()
+        if before is None:
+            return 0.0
+        if self._device.type != "cuda":
+            return float(self._began - before)
+        self._began.synchronize()
+        return float(before.elapsed_time(self._began)) / 1000
+
+    def _now(self) -> Any:
+        """This moment, or where in its queue the GPU is told to note it."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 class Rank:
     """The part of `setup`'s model that rank `setup["rank"]` holds, joined with the others; `local`: its GPU's number here."""
 
@@ -42,7 +73,7 @@ class Rank:
             if tp > 1:
                 ranks = Group(groups[self._stage])
         checkpoint = open_checkpoint(Path(setup["model"]))
-        self._device = device
+        self._device, self._waits = device, Waits(device)
         self._runner = Runner(checkpoint, options, ranks, stages(checkpoint.config.num_layers, pp)[self._stage], device)
         self._kv_bytes: int | None = setup["kv_bytes"]
 
@@ -54,22 +85,26 @@ class Rank:
         self._runner.allocate(num_blocks, self._pp)
         self._runner.record()
 
-    def run(self, plan: Plan) -> StepResult | None:
-        """Its stage of the plan's iteration; the result, from the rank that samples."""
+    def run(self, plan: Plan) -> dict[str, Any] | None:
+        """Its stage of the plan's iteration; what it has to say of it."""
         started = time.perf_counter()
         hidden = None
         if self._stage:
             shape = sum(w.count for w in plan.work), self._runner.hidden_size
             hidden = torch.empty(shape, dtype=self._runner.dtype, device=self._device)
             dist.recv(hidden, self._rank - self._tp)
+        self._waits.begin()
         found = self._runner.run(plan.work, last_rows(plan.work), hidden)
+        message: dict[str, Any] = {"step": plan.step}
         if self._stage < self._pp - 1:
+            message["waited_s"] = self._waits.end()
             dist.send(found.contiguous(), self._rank + self._tp)
-            return None
-        if self._rank % self._tp:
-            return None
-        tokens, details, failed = sample(found, [w for w in plan.work if w.samples])
-        return StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed)
+        elif self._rank % self._tp == 0:
+            tokens, details, failed = sample(found, [w for w in plan.work if w.samples])
+            seconds = time.perf_counter() - started
+            message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed))
+            message["waited_s"] = self._waits.end()
+        return message if self._rank % self._tp == 0 else None
 
 
 def join(setup: dict[str, Any], backend: str) -> None:
@@ -111,10 +146,10 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
 def _serve(sock: socket.socket, own: Rank) -> None:
     while "step" in (message := wire.receive(sock)):
         try:
-            result = own.run(wire.to_plan(message))
+            answer = own.run(wire.to_plan(message))
         except Exception as error:  # whatever it was, the other ranks wait for this one's part: the driver starts them all anew
             said = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             wire.send(sock, {"error": said})
             return
-        if result is not None:
-            wire.send(sock, wire.of_result(result))
+        if answer is not None:
+            wire.send(sock, answer)
