@@ -158,7 +158,7 @@ def create_app(
             "num_blocks": capacity.num_blocks,
             "now": now,
             "running": len(scheduler.running),
-            "waiting": len(scheduler.queue),
+            "waiting": scheduler.num_waiting,
             "free_blocks": scheduler.pool.num_free,
         }
         return JSONResponse(about | live.look(now, since), headers={"Cache-Control": "no-store"})

@@ -34,6 +34,8 @@ class TorchExecutor:
         self._runner.allocate(blocks(self._runner.room() if kv_bytes is None else kv_bytes, self._runner.block_bytes))
         self._runner.record()
         self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
+        self.layout, self.block_bytes = self._runner.layout, self._runner.block_bytes
+        self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
         self._results: list[StepResult] = []
 
     def submit(self, plan: Plan) -> None:
