@@ -20,6 +20,7 @@ from stallfree.cli import (
     perf,
     replay,
     reproduce,
+    route,
     serve,
     simulate,
 )
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("route")(route.route)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(models.app, name="models")

@@ -75,7 +75,7 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
                 raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
         return Sampling(**numbers, logit_bias=bias, stop_ids=frozenset(int(token) for token in values["stop_ids"]))
-    except (TypeError, LookupError) as error:
+    except (AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"this is no sampling: {error}") from None
 
 

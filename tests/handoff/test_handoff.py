@@ -128,12 +128,15 @@ def test_a_peer_that_goes_is_replaced(others, hurried, caplog):
     first, second = engine(Remembering(iteration_s=0.05)), engine()
 
     async def run():
-        async with prefilling(second) as spare, prefilling(first) as address:
-            async with decoding(here, address, *[spare] * others) as (thread, asks):
-                task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
-                await until(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
-                asks.peers[0].link.close()
-                return await task
+        async with (
+            prefilling(second) as spare,
+            prefilling(first) as address,
+            decoding(here, address, *[spare] * others) as (thread, asks),
+        ):
+            task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
+            await until(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
+            asks.peers[0].link.close()
+            return await task
 
     assert [EXPECTED[-1]] == asyncio.run(run())
     assert (others, 1 - others) == (sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records))
