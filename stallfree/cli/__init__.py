@@ -21,6 +21,7 @@ from stallfree.cli import (
     plan,
     replay,
     reproduce,
+    route,
     serve,
     simulate,
 )
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("route")(route.route)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(models.app, name="models")

@@ -129,8 +129,7 @@ class Draft:
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         upto = {"chunk": cached + size, "prompt": request.num_tokens, "max": len(request.prompt) + request.max_tokens}
-        spare = scheduler.watermark if scheduler.running or scheduler.num_held else 0
-        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], spare):
+        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], scheduler.spare):
             pool.release(request)
             self.searched = self.searched or pool.reuse
             return 0

@@ -13,6 +13,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 from stallfree.core.draft import Draft
@@ -91,9 +92,9 @@ class Queue:
 
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
-    of priority, then arrival; `queue` those waiting; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the
-    KV of equal prefixes. `dropped`: ids whose part of the plan completed last was for nothing, since they had ended while it was in
-    flight.
+    of priority, then arrival; `queue` those waiting; `expected` those waiting whose prompt is computed elsewhere, in the order of
+    `running`; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes. `dropped`: ids
+    whose part of the plan completed last was for nothing, since they had ended while it was in flight.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -107,6 +108,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.queue = Queue()
         self.num_held = 0
+        self.expected: list[Request] = []
         self.step = 0
         self.dropped: list[str] = []
         self._arrivals = 0
@@ -116,6 +118,10 @@ class Scheduler:
         self._stretch: Stretch | None = None
         self._learn: Callable[[Plan, Sequence[Request], float], None] | None = getattr(policy, "learn", None)
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self.expected)
 
     def validate(self, request: Request) -> None:
         """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may ask."""
@@ -142,10 +148,9 @@ class Scheduler:
         self._enter(request)
         self.queue.push(request)
 
-    def adopt(self, request: Request, *, held: bool = False) -> bool:
+    def adopt(self, request: Request) -> bool:
         """Take in a request with output, released elsewhere, whose KV for all but its last token is about to be copied into
-        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there; or, `held`,
-        after `resume`.
+        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there.
 
         False, and nothing changed, if there is no room now.
         """
@@ -154,18 +159,15 @@ class Scheduler:
         if self.full:
             return False
         self._enter(request)
-        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running or self.num_held else 0):
+        if not self.pool.grow(request, request.num_tokens, self.spare):
             del self.requests[request.id]
             return False
         request.num_computed = request.num_planned = request.num_tokens - 1
         self.admitted(request)
-        if held:
-            self.hold(request.id)
         return True
 
     def hold(self, id: str) -> None:
-        """A running request gets no more work, and keeps its KV: until `resume`, or until it is released or aborted. KeyError if
-        unknown."""
+        """A running request gets no more work, and keeps its KV, until it is released or aborted. KeyError if unknown."""
         request = self.requests[id]
         if request.status is not Status.RUNNING or request.in_flight:
             raise ValueError(f"only a running request that is not in flight can be held, not {request!r}")
@@ -173,13 +175,51 @@ class Scheduler:
         request.status = Status.HELD
         self.num_held += 1
 
-    def resume(self, id: str) -> None:
-        """A held request runs on. KeyError if unknown."""
-        request = self.requests[id]
-        if request.status is not Status.HELD:
-            raise ValueError(f"only a held request can be resumed, not {request!r}")
-        self.num_held -= 1
+    def expect(self, request: Request) -> None:
+        """Queue a new request whose prompt is computed elsewhere, once `reserve` has given it room. Raises `Refused`."""
+        self._enter(request)
+        insort(self.expected, request, key=lambda r: r.key)
+
+    def reserve(self) -> Request | None:
+        """Admit the first of the expected: its blocks are to be filled with the KV of its prompt, but for the `num_cached` tokens
+        found here. To policies this looks like a prompt that is all in flight, until `deliver` or `recall`.
+
+        None, and nothing changed, if nobody is expected, if there is no room now, or if somebody before it waits in the queue.
+        """
+        if not self.expected or self.full:
+            return None
+        request, head = self.expected[0], self.queue.head()
+        if head is not None and head[0] < request.key:
+            return None
+        cached = self.pool.match(request)
+        upto = request.num_tokens + (request.max_tokens if self.policy.reserve == "max" else 0)
+        if not self.pool.grow(request, upto, self.spare):
+            self.pool.release(request)
+            return None
+        del self.expected[0]
+        request.num_cached = request.num_computed = cached
+        request.num_planned = request.num_tokens
+        request.in_flight, request.reserved = 1, True
         self.admitted(request)
+        return request
+
+    def deliver(self, request: Request, token: int, now: float) -> Request | None:
+        """The KV of a reserved request is there, and the first token: it is a ready decode from now on, or has ended by this token
+        and is returned."""
+        request.in_flight, request.reserved = 0, False
+        request.num_computed = request.num_planned
+        self.pool.commit(request)
+        reason = self._append(request, (token,), now)
+        if reason is None:
+            return None
+        self._end(request, reason)
+        self._run_on()
+        return request
+
+    def recall(self, request: Request) -> None:
+        """Nobody elsewhere computes the prompt of a reserved request: it is computed here, from its old place in the queue on."""
+        request.in_flight = 0
+        self._requeue(request)
 
     def release(self, id: str) -> Request:
         """Let a request go that is to be continued elsewhere: it keeps its tokens and leaves its KV. KeyError if unknown."""
@@ -258,7 +298,8 @@ class Scheduler:
         """
         self._in_flight.clear()
         for request in [r for r in self.requests.values() if r.status is Status.HELD]:
-            self.resume(request.id)
+            self.num_held -= 1
+            self.admitted(request)
         ended = []
         for request in list(self.running):
             request.in_flight = 0
@@ -311,6 +352,11 @@ class Scheduler:
         return done
 
     @property
+    def spare(self) -> int:
+        """KV blocks that an admission leaves free."""
+        return self.watermark if self.running or self.num_held else 0
+
+    @property
     def full(self) -> bool:
         """Whether as many requests have KV as may run."""
         return len(self.running) + self.num_held >= self.limits.max_seqs
@@ -320,11 +366,11 @@ class Scheduler:
         self.pool.check(self.requests.values())
         running = [r for r in self.requests.values() if r.status is Status.RUNNING]
         held = [r for r in self.requests.values() if r.status is Status.HELD]
-        counts = len(self.running), len(self.queue), self.num_held
+        counts = len(self.running), self.num_waiting, self.num_held
         if set(running) != set(self.running) or sum(counts) != len(self.requests) or len(held) != self.num_held:
             raise RuntimeError(f"{len(self.requests)} requests, but {counts} running, waiting and held")
-        if any(a.key >= b.key for a, b in zip(self.running, self.running[1:], strict=False)):
-            raise RuntimeError("the running requests are out of order")
+        if any(a.key >= b.key for line in (self.running, self.expected) for a, b in pairwise(line)):
+            raise RuntimeError("the running or the expected requests are out of order")
         for r in (*running, *held):
             most = r.num_tokens + (self.capacity.overlap and r.in_flight > 1)
             if not r.num_computed <= r.num_planned <= most or (r.num_computed < r.num_planned) != (r.in_flight > 0):
@@ -339,12 +385,9 @@ class Scheduler:
 
     def preempted(self, request: Request) -> None:
         """From running back to waiting, at its old place, without KV. For `Draft.preempt`."""
-        self.running.remove(request)
-        self._drop_kv(request)
-        request.status = Status.WAITING
         request.num_preemptions += 1
         self._preempted.append(request.id)
-        self.queue.push(request)
+        self._requeue(request)
 
     def _foreseeable(self) -> bool:
         """Whether the next iteration can be planned while one is in flight: somebody goes on, and there is KV for all who do. Else
@@ -393,8 +436,10 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is Status.HELD:
             self.num_held -= 1
-        else:
+        elif request.ticket:
             self.queue.discard(request)
+        else:
+            self.expected.remove(request)
 
     def _end(self, request: Request, reason: str) -> Request:
         """A running request is over; `_run_on` takes those out of the list."""
@@ -409,6 +454,13 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
         self.pool.release(request)
+
+    def _requeue(self, request: Request) -> None:
+        request.reserved = False
+        self.running.remove(request)
+        self._drop_kv(request)
+        request.status = Status.WAITING
+        self.queue.push(request)
 
     def _drop_kv(self, request: Request) -> None:
         self.pool.release(request)

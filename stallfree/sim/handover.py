@@ -6,7 +6,6 @@ that nothing follows for seconds would meet any target. A decode pool without ro
 admission. Who goes where is a `Pairing`'s choice; what moves how fast, the fabric's.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, nextafter
@@ -24,14 +23,15 @@ MakeReplica = Callable[..., Replica]
 @dataclass(eq=False, slots=True)
 class Passage:
     """A request that is to change places: from `source` to `target` (None: not chosen yet), by number. `twin` is what goes on
-    there, once there is room. Tokens of KV: `computed`, and `sent`, some of them in `flows` that are under way. `since`: when its
-    first token was sampled.
+    there, once it is expected, and `room`: whether blocks are reserved. Tokens of KV: `computed`, and `sent`, some of them in
+    `flows` that are under way. `since`: when its first token was sampled.
     """
 
     request: Request
     source: int
     target: int | None
     twin: Request | None = None
+    room: bool = False
     computed: int = 0
     sent: int = 0
     flows: int = 0
@@ -93,14 +93,13 @@ class Pools:
         self._pairing, self._path = pairing, path
         self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
         self._passages: dict[str, Passage] = {}
-        self._queues: list[deque[Passage]] = [deque() for _ in decode]
         self._told = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
         self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
 
     def load(self, number: int) -> int:
         """Requests that decode replica `number` has, or is to have."""
-        return self.decode[number].num_requests + len(self._queues[number])
+        return self.decode[number].num_requests
 
     def serve(self, requests: Iterable[Request]) -> None:
         """Serve `requests`, which have a `Script` and come in the order of their arrivals, to their ends. Raises ValueError if any
@@ -146,13 +145,15 @@ class Pools:
             return
         for work in plan.work:
             passage = self._passages.get(work.id)
-            if passage is None or passage.target is None or self._queues[passage.target] or not self._reserved(passage):
+            if passage is None:
                 continue
-            tokens = work.start + work.count - passage.sent
-            passage.sent += tokens
-            share = 1 / self._layers
-            self._send(passage, tokens * (1 - share), begin + (end - begin) * share)
-            self._send(passage, tokens * share, end)
+            self._expect(passage, begin)
+            if passage.room:
+                tokens = work.start + work.count - passage.sent
+                passage.sent += tokens
+                share = 1 / self._layers
+                self._send(passage, tokens * (1 - share), begin + (end - begin) * share)
+                self._send(passage, tokens * share, end)
 
     def _computed(self, plan: Plan, end: float) -> None:
         """An iteration of a prefill replica is over: those that have their first token wait for their KV to be fetched."""
@@ -161,43 +162,36 @@ class Pools:
             if passage is None:
                 continue
             passage.computed = work.start + work.count
-            if not work.samples:
-                continue
-            request = passage.request
-            passage.since = end
-            self.prefill[passage.source].scheduler.hold(request.id)
-            if passage.twin is not None:
-                self._rest(passage, end)
-                continue
-            if passage.target is None:
-                passage.target = self._pairing.decode(passage.source, self)
-            self._queues[passage.target].append(passage)
-            self._fetch(passage.target, end)
+            if work.samples:
+                self.prefill[passage.source].scheduler.hold(work.id)
+                if passage.room:
+                    self._rest(passage, end)
+                passage.since = end
+                self._expect(passage, end)
+
+    def _expect(self, passage: Passage, now: float) -> None:
+        """The passage is to go where it goes, once there is room."""
+        if passage.twin is not None:
+            return
+        if passage.target is None:
+            passage.target = self._pairing.decode(passage.source, self)
+        one = passage.request
+        passage.twin = Request(
+            one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
+        )
+        self.decode[passage.target].scheduler.expect(passage.twin)
+        self._fetch(passage.target, now)
 
     def _fetching(self, number: int) -> Callable[[Plan, float], None]:
         return lambda plan, end: self._fetch(number, end)
 
     def _fetch(self, number: int, now: float) -> None:
-        """Room in a decode replica is given to those that wait for it, in their order."""
-        queue = self._queues[number]
-        while queue and self._reserved(queue[0]):
-            self._rest(queue.popleft(), now)
-
-    def _reserved(self, passage: Passage) -> bool:
-        """Whether there is room for the passage where it goes, now or already."""
-        if passage.twin is not None:
-            return True
-        request, told = passage.request, passage.request.sampling
-        assert isinstance(told, Script)
-        assert passage.target is not None
-        twin = Request(
-            request.id, request.prompt, request.max_tokens, stop_ids=request.stop_ids, arrival=request.arrival, sampling=told
-        )
-        twin.output.append(told.answer[0])
-        twin.num_tokens += 1
-        if self.decode[passage.target].reserve(twin):
-            passage.twin = twin
-        return passage.twin is not None
+        """Room in a decode replica is given to those that it expects, in their order."""
+        while (twin := self.decode[number].scheduler.reserve()) is not None:
+            passage = self._passages[twin.id]
+            passage.room = True
+            if passage.since < inf:
+                self._rest(passage, now)
 
     def _rest(self, passage: Passage, now: float) -> None:
         """The prompt is computed, and there is room: what has not been sent is."""
@@ -218,15 +212,15 @@ class Pools:
         if passage.flows or passage.since == inf or passage.sent < passage.computed:
             return
         assert passage.target is not None
-        id = passage.request.id
+        assert passage.twin is not None
+        id, told = passage.request.id, passage.twin.sampling
+        assert isinstance(told, Script)
         del self._passages[id]
         self.moved.handed += 1
         self.moved.exposed_s += now - passage.since
-        assert passage.twin is not None
-        passage.twin.first_token = passage.twin.last_token = now
-        passage.twin.sampling.line.tokens[0] = now  # type: ignore[attr-defined]
+        told.line.tokens[0] = now
         self.prefill[passage.source].let_go(id, now)
-        self.decode[passage.target].resume(id, now)
+        self.decode[passage.target].deliver(passage.twin, told.answer[0], now)
 
     def _ended(self, request: Request) -> None:
         self._passages.pop(request.id, None)

@@ -141,16 +141,11 @@ class Replica:
         self._leaving.append(id)
         self._look(now)
 
-    def reserve(self, request: Request) -> bool:
-        """Room for a request that comes with output and with KV, which is on its way; False if there is none now."""
+    def deliver(self, request: Request, token: int, now: float) -> None:
+        """The KV of a request for which room was reserved is here, and its first token."""
         self._pending = None
-        return self.scheduler.adopt(request, held=True)
-
-    def resume(self, id: str, now: float) -> None:
-        """The KV for which there was room reserved is here."""
-        self._pending = None
-        self._arrived.append(self.scheduler.requests[id])
-        self.scheduler.resume(id)
+        self._arrived.append(request)
+        self.scheduler.deliver(request, token, now)
         self._look(now)
 
     def let_go(self, id: str, now: float) -> None:
