@@ -91,6 +91,11 @@ class Candidates:
             near=not whole,
         )
 
+    def like(self, pair: Split, way: str) -> Split:
+        """The same pools working in another `way`."""
+        (a, b), numbers = ((p.tp, p.pp) for p in (pair.prefill, pair.decode)), (pair.prefill.replicas, pair.decode.replicas)
+        return self.split(way, a, b, numbers)
+
     def ratios(self, prefill: tuple[int, int], decode: tuple[int, int]) -> Iterator[tuple[int, int]]:
         """Numbers of replicas of a unit, small ones without a common divisor."""
         each = [tp * pp for tp, pp in (prefill, decode)]

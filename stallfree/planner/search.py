@@ -1,13 +1,14 @@
 """From candidates to a ranking: the capacity of each by simulation, the likely ones first found from what their parts can do.
 
 Each part is searched by itself: a co-located replica; prompts alone; decodes alone. From these follows how many prefill and decode
-replicas go together, and only the best of each way are simulated whole. Then the best co-located and the best split one are
+replicas go together, and only the best of each way are simulated whole. Then the best co-located and the best split ones are
 simulated on all devices. It runs what it is given in the processes it is given, and prints nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from stallfree.core.slo import Slo
@@ -16,7 +17,7 @@ from stallfree.metrics.report import Report, Tally
 from stallfree.planner.candidates import WAYS, Candidates, name, size
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
-from stallfree.sim.split import SplitSimulator, unlimited
+from stallfree.sim.split import SplitSimulator, place, unlimited
 from stallfree.sim.trials import Trial, Trials, Tried
 from stallfree.workload.traffic import Traffic
 
@@ -33,7 +34,8 @@ SECONDS = 30.0
 SHAPES = 3
 """Splits of a model that are tried co-located, the best by what they could do at most."""
 FINALISTS = 2
-"""Units of each way of disaggregating that are simulated whole."""
+"""Units of each way of disaggregating that are simulated whole, and so many more that lie within a node; and of the best of all
+those, how many are run on all devices."""
 
 
 class Prompts:
@@ -73,8 +75,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Answer:
-    """`ranked`, the best first; `whole`: the best co-located and the best split one, each on all devices together, its units one
-    cluster.
+    """`ranked`, the best first; `whole`: the best co-located one and the best split ones, each on all devices together, its units
+    one cluster; the best first too.
     """
 
     ranked: list[Ranked]
@@ -116,28 +118,30 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
     for budget in BUDGETS:
         one = there.replica(*best, "sarathi", budget)
         units[name(one)], starts[name(one)] = one, parts[f"slo {best}"]
-    found: list[tuple[float, float, tuple[int, int], tuple[int, int], tuple[int, int]]] = []
     pools = [shape for shape in shapes if f"prompts {shape}" in parts]
-    for p in pools:
-        for d in pools:
-            for numbers in there.ratios(p, d):
-                rate = min(numbers[0] * parts[f"prompts {p}"], numbers[1] * parts[f"decodes {d}"])
-                used = numbers[0] * p[0] * p[1] + numbers[1] * d[0] * d[1]
-                found.append((rate * (there.site.gpus // used), rate, p, d, numbers))
-    found.sort(key=lambda one: -one[0])
+    pairs: list[tuple[float, float, bool, Split]] = []
+    for p, d in product(pools, pools):
+        for numbers in there.ratios(p, d):
+            rate = min(numbers[0] * parts[f"prompts {p}"], numbers[1] * parts[f"decodes {d}"])
+            pair = there.split(WAYS[0], p, d, numbers)
+            number, inside = there.site.gpus // size(pair), there.site.per_node % size(pair) == 0
+            if rate and _fits(_repeated(there, pair, number)):
+                pairs.append((rate * number, rate, inside, pair))
+    pairs.sort(key=lambda one: -one[0])
     for way in WAYS:
-        for _, rate, p, d, numbers in [one for one in found if one[0] > 0][:FINALISTS]:
-            pair = there.split(way, p, d, numbers)
+        for _, rate, _, pair in [*pairs[:FINALISTS], *[one for one in pairs if one[2]][:FINALISTS]]:
+            pair = there.like(pair, way)
             units[name(pair)], starts[name(pair)] = pair, rate
     tell(f"{len(units)} candidates, each a unit of few devices")
     ranked = _ranked(there, units, starts, traffic, slo, run, ROUGH)
     if not any(one.rate for one in ranked):
         raise ValueError(_nearest(ranked, slo))
     co_located = [one for one in ranked if isinstance(one.deployed, Deployment)][:1]
-    split = [one for one in ranked if isinstance(one.deployed, Split)][:1]
+    split = [one for one in ranked if isinstance(one.deployed, Split)][:FINALISTS]
     tell("the best of both kinds on all devices together")
-    all_of_it = {one.name: _repeated(there, one) for one in co_located + split}
-    whole = _ranked(there, all_of_it, {one.name: one.total for one in co_located + split}, traffic, slo, run, FINE)
+    finalists = [one for one in co_located + split if one.rate]
+    all_of_it = {one.name: _repeated(there, one.deployed, one.units) for one in finalists}
+    whole = _ranked(there, all_of_it, {one.name: one.total for one in finalists}, traffic, slo, run, FINE)
     return Answer(ranked, whole)
 
 
@@ -208,13 +212,20 @@ def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:
     return Simulator(deployed) if isinstance(deployed, Deployment) else SplitSimulator(deployed)
 
 
-def _repeated(there: Candidates, one: Ranked) -> Deployed:
-    """All units as one cluster."""
-    if isinstance(one.deployed, Deployment):
-        return replace(one.deployed, replicas=one.units, router="shortest-queue")
-    pair = one.deployed
-    prefill, decode = (replace(pool, replicas=pool.replicas * one.units) for pool in (pair.prefill, pair.decode))
-    return replace(pair, prefill=prefill, decode=decode, nodes=there.site.nodes)
+def _repeated(there: Candidates, unit: Deployed, number: int) -> Deployed:
+    """So many units as one cluster."""
+    if isinstance(unit, Deployment):
+        return replace(unit, replicas=number, router="shortest-queue")
+    prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
+    return replace(unit, prefill=prefill, decode=decode, nodes=there.site.nodes)
+
+
+def _fits(deployed: Deployed) -> bool:
+    """Whether its replicas can be placed on the nodes, none in pieces."""
+    try:
+        return isinstance(deployed, Deployment) or bool(place(deployed))
+    except ValueError:
+        return False
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:
