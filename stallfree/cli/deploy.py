@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from stallfree.cli import options
+from stallfree.cli import options, words
 
 
+@words.spread()
 def deploy(
-    model: options.Model = None,
+    served: options.Served,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of a node.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: Annotated[
@@ -18,23 +19,7 @@ def deploy(
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
     replicas: Annotated[str, typer.Option(help="How many, or from how many to how many, as 1-4.")] = "1",
-    slo: options.Slo = None,
-    policy: options.Policy = "slo",
-    token_budget: options.TokenBudget = None,
-    executor: options.Executor = "openvino",
-    weights: options.Weights = None,
-    kv: options.Kv = None,
-    kv_memory: options.KvMemory = None,
-    max_model_len: options.MaxModelLen = None,
-    max_seqs: options.MaxSeqs = 256,
-    max_tokens: options.MaxTokens = 8192,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting at a replica; one more gets 429.", min=1)] = 1024,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    tp: options.Tp = 1,
-    pp: options.Pp = 1,
-    workers: options.Workers = "local",
-    on_worker_loss: options.OnWorkerLoss = "fail",
 ) -> None:
     """Serve a model by replicas on a Ray cluster (RAY_ADDRESS, or this machine), behind one address, until Ctrl-C.
 
@@ -51,31 +36,12 @@ def deploy(
     from stallfree.engine.assemble import Options
 
     least, most = bounds(replicas)
-    policies.check(policy, token_budget=token_budget)
-    if slo is not None:
-        Targets.parse(slo)
-    told = Options(
-        model,
-        executor,
-        policy,
-        slo,
-        token_budget,
-        weights,
-        kv,
-        kv_memory,
-        max_model_len,
-        max_seqs,
-        max_tokens,
-        threads=threads,
-        device=device,
-        tp=tp,
-        pp=pp,
-        workers=workers,
-        on_worker_loss=on_worker_loss,
-    )
+    policies.check(served.policy, token_budget=served.token_budget)
+    if served.slo is not None:
+        Targets.parse(served.slo)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
-    serve.run(application(told, served_name, least, most, max_queue, api_key), blocking=True)
+    serve.run(application(Options(**vars(served)), served_name, least, most, max_queue, api_key), blocking=True)
 
 
 def bounds(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,3 +91,28 @@ Recorded = Annotated[
     Path, typer.Argument(metavar="RUN.jsonl", help="What `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the commands that serve make an engine of: the fields of `engine.assemble.Options`, with a server's defaults."""
+
+    model: Model = None
+    slo: Slo = None
+    policy: Policy = "slo"
+    token_budget: TokenBudget = None
+    executor: Executor = "openvino"
+    weights: Weights = None
+    kv: Kv = None
+    kv_memory: KvMemory = None
+    max_model_len: MaxModelLen = None
+    max_seqs: MaxSeqs = 256
+    max_tokens: MaxTokens = 8192
+    prefix_cache: PrefixCache = True
+    threads: Threads = None
+    device: Device = None
+    tp: Tp = 1
+    pp: Pp = 1
+    workers: Workers = "local"
+    gpu_memory_utilization: GpuMemory = 0.9
+    on_worker_loss: OnWorkerLoss = "fail"

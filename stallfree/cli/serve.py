@@ -6,40 +6,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from stallfree.cli import options
+from stallfree.cli import options, words
 
 Role = Literal["both", "prefill", "decode"]
 ROLES = {"prefill": "asked at", "decode": "asks"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+@words.spread()
 def serve(
-    model: options.Model = None,
+    served: options.Served,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
-    slo: options.Slo = None,
-    policy: options.Policy = "slo",
-    token_budget: options.TokenBudget = None,
-    executor: options.Executor = "openvino",
-    weights: options.Weights = None,
-    kv: options.Kv = None,
-    kv_memory: options.KvMemory = None,
-    max_model_len: options.MaxModelLen = None,
-    max_seqs: options.MaxSeqs = 256,
-    max_tokens: options.MaxTokens = 8192,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024,
-    prefix_cache: options.PrefixCache = True,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    tp: options.Tp = 1,
-    pp: options.Pp = 1,
-    workers: options.Workers = "local",
-    gpu_memory_utilization: options.GpuMemory = 0.9,
-    on_worker_loss: options.OnWorkerLoss = "fail",
     role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both",
     prefill: Annotated[
         str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turns.")
@@ -88,34 +71,14 @@ def serve(
             file.write(step)
 
     assembled = assemble(
-        Options(
-            model=model,
-            executor=executor,
-            policy=policy,
-            slo=slo,
-            token_budget=token_budget,
-            weights=weights,
-            kv=kv,
-            kv_memory=kv_memory,
-            max_model_len=max_model_len,
-            max_seqs=max_seqs,
-            max_tokens=max_tokens,
-            prefix_cache=prefix_cache,
-            threads=threads,
-            device=device,
-            tp=tp,
-            pp=pp,
-            workers=workers,
-            gpu_memory_utilization=gpu_memory_utilization,
-            on_worker_loss=on_worker_loss,
-        ),
+        Options(**vars(served)),
         record=each_step,
         fingerprints=file is not None,
         say=lambda line: typer.echo(line, err=True),
         progress=options.progress("calibrating"),
     )
     name = served_name or assembled.name
-    live, metrics = Live(policy, assembled.slo), Metrics(name, assembled.slo)
+    live, metrics = Live(served.policy, assembled.slo), Metrics(name, assembled.slo)
     traces = None if exporter is None else Traces(name, assembled.engine.clock, exporter)
     if file is not None:
         file.begin(assembled.run)
@@ -136,7 +99,7 @@ def serve(
         "kv_blocks": capacity.num_blocks,
         "block_size": capacity.block_size,
         "max_model_len": assembled.engine.scheduler.max_len,
-        "policy": policy,
+        "policy": served.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
         "token_budget": budget,
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",

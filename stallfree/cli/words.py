@@ -1,5 +1,5 @@
-"""A dataclass of words as the options of a command: its fields, their types and defaults, with help from here; and the same from a
-TOML file. It knows how options come in, not what they mean.
+"""A dataclass of words as the options of a command: its fields, their types and defaults, with their own help or that from here;
+and the same from a TOML file. It knows how options come in, not what they mean.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -93,14 +93,15 @@ def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]
             if not hasattr(hint, "__dataclass_fields__"):
                 parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
                 continue
-            types = get_type_hints(hint)
+            types = get_type_hints(hint, include_extras=True)
             told = [field for field in fields(hint) if field.name not in without]
             made[parameter.name] = hint, [field.name for field in told]
             for field in told:
-                help, shown = HELP[field.name]
-                kind: Any = types[field.name]
-                _kinds[field.name] = next(one for one in (*get_args(kind), kind) if one in _IN_TOML)
-                annotation: Any = Annotated[kind, typer.Option(help=help, show_default=shown or True)]
+                annotation: Any = types[field.name]
+                if get_origin(annotation) is not Annotated:
+                    help, shown = HELP[field.name]
+                    _kinds[field.name] = next(one for one in (*get_args(annotation), annotation) if one in _IN_TOML)
+                    annotation = Annotated[annotation, typer.Option(help=help, show_default=shown or True)]
                 parameters.append(
                     inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
                 )

@@ -1,14 +1,19 @@
 """The command line: what it prints, and what it says to mistakes."""
 
+import inspect
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import typer
 
 from stallfree import policies
-from stallfree.cli.options import memory
+from stallfree.cli.deploy import deploy
+from stallfree.cli.options import Served, memory
+from stallfree.cli.serve import serve
+from stallfree.engine.assemble import Options
 
 
 @pytest.fixture
@@ -29,6 +34,13 @@ def test_every_policy_is_listed_with_what_it_does(stallfree):
     rows = json.loads(stallfree("list", "policies", "--json").stdout)
     assert policies.names() == [row["name"] for row in rows]
     assert all(len(row["what"]) > 20 for row in rows)
+
+
+@pytest.mark.parametrize("command", [serve, deploy])
+def test_servers_take_all_that_an_engine_is_made_of(command):
+    made_of = {field.name for field in fields(Options)}
+    assert made_of == {field.name for field in fields(Served)}
+    assert made_of <= inspect.signature(command).parameters.keys()
 
 
 def test_no_model_is_cached_at_first(stallfree):

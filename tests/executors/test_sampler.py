@@ -11,7 +11,7 @@ from stallfree.executors.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 
-from stallfree.executors.torch.sampler import sample  # noqa: E402
+from stallfree.executors.torch.sampler import Draw, sample  # noqa: E402
 
 
 def work(row, how, position=0):
@@ -57,6 +57,7 @@ def test_logits_that_are_not_finite_fail_their_own_request():
     tokens, _, failed = sample(torch.from_numpy(logits), works)
     assert (["0"], ["1", "2"]) == (list(tokens), list(failed))
     assert "not finite" in failed["2"]
+    assert [0, int(tokens["0"][0]), 0] == Draw(torch.from_numpy(logits), works).tokens(["1", "0", "2"]).tolist()
 
 
 def test_a_token_does_not_depend_on_how_neighbours_are_sampled():

@@ -69,9 +69,9 @@ def pack(
     unknown = [] if ahead is None else [row for row, token in enumerate(known) if token == UNKNOWN]
     parts = (known, positions, slots, begins, list(ends), padded, list(rows), unknown)
     whole = upload(list(chain.from_iterable(parts)), device)
-    tokens, at, into, first, last, table, sampled, open = whole.split([len(part) for part in parts])
+    tokens, at, into, first, last, table, sampled, gaps = whole.split([len(part) for part in parts])
     if ahead is not None:
-        tokens.index_copy_(0, open, ahead)
+        tokens.index_copy_(0, gaps, ahead)
     return Batch(tokens, at, into, first, last, table.view(len(work), width), sampled, counts, ends)
 
 

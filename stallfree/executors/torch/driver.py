@@ -127,7 +127,7 @@ class ParallelExecutor:
         supported(checkpoint)
         check_split(checkpoint.config, tp, options.weights)
         stages(checkpoint.config.num_layers, pp)
-        length = options.length(checkpoint.config, tp * pp if isinstance(workers, Local) else 1)
+        options.check(checkpoint.config, tp * pp if isinstance(workers, Local) else 1)
         self._setup: dict[str, Any] = {
             "model": str(checkpoint.path.resolve()),
             "options": asdict(options),
@@ -143,7 +143,7 @@ class ParallelExecutor:
         self._said: list[deque[dict[str, Any]]] = []
         self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
-        self.capacity = Capacity(BLOCK, self._start(), length, depth=pp)
+        self.capacity = Capacity(BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
 
     def submit(self, plan: Plan) -> None:
         """Raises ValueError, with no harm done, if the plan cannot be run."""

@@ -32,7 +32,7 @@ class TorchExecutor:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None, *, overlap: bool | None = None) -> None:
         supported(checkpoint)
-        options.length(checkpoint.config)
+        options.check(checkpoint.config)
         use_threads(options)
         self._runner = Runner(checkpoint, options, Alone(), range(checkpoint.config.num_layers), torch.device(options.device))
         self._runner.allocate(blocks(self._runner.room() if kv_bytes is None else kv_bytes, self._runner.block_bytes))

@@ -49,8 +49,12 @@ class Options:
     memory: float = 0.9
     max_tokens: int = 8192
 
-    def length(self, config: ModelConfig, ranks: int = 1) -> int:
-        """Tokens of the longest request. Raises ValueError for options that cannot be, or not with so many `ranks` here."""
+    def length(self, config: ModelConfig) -> int:
+        """Tokens of the longest request."""
+        return self.max_model_len or config.max_model_len
+
+    def check(self, config: ModelConfig, ranks: int = 1) -> None:
+        """Raises ValueError for options that cannot be, or not with so many `ranks` here."""
         for what, value, known in (("weights", self.weights, FORMATS), ("kv", self.kv, TYPES), ("device", self.device, DEVICES)):
             if value not in known:
                 raise ValueError(f"{what} {value!r} is unknown; known are {', '.join(known)}")
@@ -63,7 +67,6 @@ class Options:
             raise ValueError(f"a share of {self.memory:g} of the GPU's memory cannot be; give one above 0 and at most 1")
         if self.device == "cuda":
             self._check_gpus(ranks)
-        return self.max_model_len or longest
 
     def _check_gpus(self, ranks: int) -> None:
         there = torch.cuda.device_count()
@@ -91,7 +94,7 @@ class Runner:
     def __init__(self, checkpoint: Checkpoint, options: Options, ranks: Ranks, layers: range, device: torch.device):
         config = checkpoint.config
         check_split(config, ranks.size, options.weights)
-        self._length = options.max_model_len or config.max_model_len
+        self._length = options.length(config)
         self._options, self._device = options, device
         self._kv = TYPES[options.kv]
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -30,18 +30,18 @@ class Draw:
 
     def __init__(self, logits: torch.Tensor, works: Sequence[Work]):
         hows = [w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works]
-        here = [row for row, how in enumerate(hows) if how.plain and how.logprobs is None]
-        others = [row for row in range(len(works)) if row not in set(here)]
+        own = [how.plain and how.logprobs is None for how in hows]
+        here, others = ([row for row, is_own in enumerate(own) if is_own == wanted] for wanted in (True, False))
         self._here, self._others = [works[row] for row in here], [works[row] for row in others]
         self._device = logits.device
         self._rows = logits[upload(others, self._device)] if others else None
         self._tokens = self._found = self._came = None
         if here:
             rows = logits[upload(here, self._device)] if others else logits
-            self._tokens, peaks = _sampled(rows, self._here, [hows[row] for row in here])
-            # NaN is the largest of any row that it is in.
-            both = torch.stack((self._tokens, torch.isfinite(peaks).to(self._tokens.dtype)))
-            self._found = both.to("cpu", non_blocking=True)
+            tokens, peaks = _sampled(rows, self._here, [hows[row] for row in here])
+            fine = torch.isfinite(peaks)  # NaN is the largest of any row that it is in
+            self._tokens = tokens.where(fine, 0)
+            self._found = torch.stack((self._tokens, fine.to(tokens.dtype))).to("cpu", non_blocking=True)
             if logits.is_cuda:
                 self._came = torch.cuda.Event()
                 self._came.record()
@@ -64,8 +64,8 @@ class Draw:
         return found
 
     def tokens(self, ids: Sequence[str]) -> torch.Tensor:
-        """The tokens of these requests [ids], on the device; waits only for what is sampled on the host. A request that has none,
-        for its logits are not finite, gets any. Raises ValueError for one that has no row.
+        """The tokens of these requests [ids], on the device; waits only for what is sampled on the host. 0 for a request that has
+        none, since its logits are not finite. Raises ValueError for one that has no row.
         """
         here = {work.id: place for place, work in enumerate(self._here)}
         others = {work.id for work in self._others}
@@ -80,10 +80,9 @@ class Draw:
 def _sampled(logits: torch.Tensor, works: Sequence[Work], hows: Sequence[Sampling]) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens, and the largest logit of each row."""
     peaks, tokens = logits.max(-1)
-    drawn = [row for row, how in enumerate(hows) if how.temperature > 0]
-    cut = [row for row in drawn if hows[row].top_k or hows[row].top_p < 1]
     # Those that are sorted go by themselves: which token a number means depends on the order, and is not to depend on neighbours.
-    for rows in (cut, [row for row in drawn if row not in set(cut)]):
+    for is_sorted in (True, False):
+        rows = [row for row, how in enumerate(hows) if how.temperature > 0 and (how.top_k > 0 or how.top_p < 1) == is_sorted]
         if rows:
             at = upload(rows, logits.device)
             own = logits[at] if len(rows) < len(hows) else logits
