@@ -53,12 +53,16 @@ def serve(
     from stallfree.server.app import create_app
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
-    from stallfree.server.run import bind, run
+    from stallfree.server.run import PortError, bind, run
     from stallfree.server.traces import Traces, exporter_to
 
     peers = check_role(role, prefill, peer_port, peer_host, peer_key)
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
-    peer_sock = None if peer_port is None else bind(peer_host, peer_port, "peer-")
+    try:
+        peer_sock = None if peer_port is None else bind(peer_host, peer_port, "peer-")
+    except PortError:
+        sock.close()
+        raise
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     file = None if record is None else RecordFile(record)
 
