@@ -23,6 +23,7 @@ ALLOWED = {
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
     "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
+    "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "server": (
         {"core", "engine", "executors", "handoff", "metrics", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},

@@ -18,6 +18,7 @@ from stallfree.cli import (
     listing,
     models,
     perf,
+    plan,
     replay,
     reproduce,
     route,
@@ -44,6 +45,7 @@ app.add_typer(perf.app, name="perf")
 app.command("simulate")(simulate.simulate)
 app.command("capacity")(simulate.capacity)
 app.command("compare")(simulate.compare)
+app.command("plan")(plan.plan)
 app.add_typer(reproduce.app, name="reproduce")
 app.command("deploy")(deploy.deploy)
 app.command("demo")(demo.demo)

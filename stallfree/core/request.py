@@ -21,10 +21,13 @@ class Refused(ValueError):
 
 
 class Status(Enum):
-    """Where a request is: `WAITING` -> `RUNNING` -> `FINISHED`; preemption leads from `RUNNING` back to `WAITING`."""
+    """Where a request is: `WAITING` -> `RUNNING` -> `FINISHED`; preemption leads from `RUNNING` back to `WAITING`. `HELD`: it has
+    KV and gets no work, while that KV is on its way from here, or to here.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    HELD = "held"
     FINISHED = "finished"
 
 

@@ -92,7 +92,7 @@ class Queue:
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
     of priority, then arrival; `queue` those waiting; `expected` those waiting whose prompt is computed elsewhere, in the order of
-    `running`. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes.
+    `running`; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -106,6 +106,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.queue = Queue()
         self.expected: list[Request] = []
+        self.num_held = 0
         self.step = 0
         self._arrivals = 0
         self._preempted: list[str] = []
@@ -143,23 +144,44 @@ class Scheduler:
         self._enter(request)
         self.queue.push(request)
 
-    def adopt(self, request: Request) -> bool:
+    def adopt(self, request: Request, *, held: bool = False) -> bool:
         """Take in a request with output, released elsewhere, whose KV for all but its last token is about to be copied into
-        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there.
+        `request.blocks`: it is a ready decode at the next `schedule`, by which the copy has to be there; or, `held`,
+        after `resume`.
 
         False, and nothing changed, if there is no room now.
         """
         if request.blocks or not request.output:
             raise ValueError(f"adopt takes a request that has output and holds no blocks, not {request!r}")
-        if len(self.running) >= self.limits.max_seqs:
+        if self.full:
             return False
         self._enter(request)
-        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running else 0):
+        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running or self.num_held else 0):
             del self.requests[request.id]
             return False
         request.num_computed = request.num_planned = request.num_tokens - 1
         self.admitted(request)
+        if held:
+            self.hold(request.id)
         return True
+
+    def hold(self, id: str) -> None:
+        """A running request gets no more work, and keeps its KV: until `resume`, or until it is released or aborted. KeyError if
+        unknown."""
+        request = self.requests[id]
+        if request.status is not Status.RUNNING or request.in_flight:
+            raise ValueError(f"only a running request that is not in flight can be held, not {request!r}")
+        self.running.remove(request)
+        request.status = Status.HELD
+        self.num_held += 1
+
+    def resume(self, id: str) -> None:
+        """A held request runs on. KeyError if unknown."""
+        request = self.requests[id]
+        if request.status is not Status.HELD:
+            raise ValueError(f"only a held request can be resumed, not {request!r}")
+        self.num_held -= 1
+        self.admitted(request)
 
     def expect(self, request: Request) -> None:
         """Queue a new request whose prompt is computed elsewhere, once `reserve` has given it room. Raises `Refused`."""
@@ -172,14 +194,14 @@ class Scheduler:
 
         None, and nothing changed, if nobody is expected, if there is no room now, or if somebody before it waits in the queue.
         """
-        if not self.expected or len(self.running) >= self.limits.max_seqs:
+        if not self.expected or self.full:
             return None
         request, head = self.expected[0], self.queue.head()
         if head is not None and head[0] < request.key:
             return None
         cached = self.pool.match(request)
         upto = request.num_tokens + (request.max_tokens if self.policy.reserve == "max" else 0)
-        if not self.pool.grow(request, upto, self.watermark if self.running else 0):
+        if not self.pool.grow(request, upto, self.watermark if self.running or self.num_held else 0):
             self.pool.release(request)
             return None
         del self.expected[0]
@@ -270,10 +292,12 @@ class Scheduler:
         return done
 
     def lost(self, *, restart: bool) -> list[Request]:
-        """All KV is gone, and what is in flight will not come back. Running requests return to the queue, to be computed anew; or,
-        without `restart`, end with an error: these are returned.
+        """All KV is gone, and what is in flight will not come back. Requests that had any return to the queue, to be computed anew;
+        or, without `restart`, end with an error: these are returned.
         """
         self._in_flight.clear()
+        for request in [r for r in self.requests.values() if r.status is Status.HELD]:
+            self.resume(request.id)
         ended = []
         for request in list(self.running):
             request.in_flight = 0
@@ -325,17 +349,22 @@ class Scheduler:
             self._run_on()
         return done
 
+    @property
+    def full(self) -> bool:
+        """Whether as many requests have KV as may run."""
+        return len(self.running) + self.num_held >= self.limits.max_seqs
+
     def check(self) -> None:
         """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
         self.pool.check(self.requests.values())
         running = [r for r in self.requests.values() if r.status is Status.RUNNING]
-        if sorted(r.id for r in running) != sorted(r.id for r in self.running) or len(running) + self.num_waiting != len(
-            self.requests
-        ):
-            raise RuntimeError(f"{len(self.requests)} requests, but {len(self.running)} running and {self.num_waiting} waiting")
+        held = [r for r in self.requests.values() if r.status is Status.HELD]
+        counts = len(self.running), self.num_waiting, self.num_held
+        if set(running) != set(self.running) or sum(counts) != len(self.requests) or len(held) != self.num_held:
+            raise RuntimeError(f"{len(self.requests)} requests, but {counts} running, waiting and held")
         if any(a.key >= b.key for line in (self.running, self.expected) for a, b in pairwise(line)):
             raise RuntimeError("the running or the expected requests are out of order")
-        for r in running:
+        for r in (*running, *held):
             if not r.num_computed <= r.num_planned <= r.num_tokens or (r.num_computed < r.num_planned) != (r.in_flight > 0):
                 raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")
 
@@ -386,6 +415,8 @@ class Scheduler:
         del self.requests[request.id]
         if request.status is Status.RUNNING:
             self.running.remove(request)
+        elif request.status is Status.HELD:
+            self.num_held -= 1
         elif request.ticket:
             self.queue.discard(request)
         else:

@@ -128,12 +128,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(restart=st.booleans())
     def lose(self, restart):
-        running = list(self.scheduler.running)
+        running = [r for r in self.scheduler.requests.values() if r.status is not Status.WAITING]
         self.out.clear()
         self.reserved.clear()
         ended = self.scheduler.lost(restart=restart)
         self.scheduler.check()
-        assert ([], running)[not restart] == ended
+        assert set([] if restart else running) == set(ended)
         assert all(r.status is Status.WAITING if restart else r.finish_reason == "error" for r in running)
         assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
 
@@ -157,14 +157,31 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def adopt(self, data):
         request = data.draw(st.sampled_from([r for r in self.gone if r.output]))
-        if self.scheduler.adopt(request):
+        held = data.draw(st.booleans())
+        if self.scheduler.adopt(request, held=held):
             self.gone.remove(request)
-            assert request in self.scheduler.running
+            assert (request in self.scheduler.running) is not held
+        self.scheduler.check()
+
+    @precondition(lambda self: any(not r.in_flight for r in self.scheduler.running))
+    @rule(data=st.data())
+    def hold(self, data):
+        self.scheduler.hold(data.draw(st.sampled_from([r for r in self.scheduler.running if not r.in_flight])).id)
+        self.scheduler.check()
+
+    @precondition(lambda self: self.scheduler.num_held)
+    @rule(data=st.data())
+    def resume(self, data):
+        held = [r for r in self.scheduler.requests.values() if r.status is Status.HELD]
+        self.scheduler.resume(data.draw(st.sampled_from(held)).id)
         self.scheduler.check()
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
+        for request in list(self.scheduler.requests.values()):
+            if request.status is Status.HELD:
+                self.scheduler.resume(request.id)
         for number in range(20_000):
             if (request := self.scheduler.reserve()) is not None:
                 self.reserved.append(request)
