@@ -96,7 +96,6 @@ class _Peer:
     def run(self) -> None:
         """Stay connected, until `close`."""
         said = ""
-        do = self._asking.thread.call
         while not self._closed.is_set():
             try:
                 sock, ring = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
@@ -109,8 +108,8 @@ class _Peer:
             log.info("prefill engine %s is connected, %s", self.name, "by TCP" if ring is None else "by shared memory")
             said, link = "", Link(sock)
             self._over.clear()
-            do(partial(self._begin, link, ring))
-            link.start(lambda *frame, link=link: do(partial(self._received, link, *frame)), partial(self._ended, link))
+            self._asking.thread.call(partial(self._begin, link, ring))
+            link.start(partial(self._came, link), partial(self._ended, link))
             while not self._over.wait(RETRY_S):
                 if self._closed.is_set():
                     link.close()
@@ -118,6 +117,9 @@ class _Peer:
 
     def close(self) -> None:
         self._closed.set()
+
+    def _came(self, link: Link, header: Header, body: bytearray, seconds: float) -> None:
+        self._asking.thread.call(partial(self._received, link, header, body, seconds))
 
     def _ended(self, link: Link, why: str) -> None:
         self._asking.thread.call(partial(self._end, link, why))
@@ -152,9 +154,8 @@ class _Peer:
         match kind:
             case "blocks":
                 memory = memoryview(body)
-                size = (
-                    whole(header, "count", self._asking.thread.engine.executor.capacity.num_blocks) * self._asking.terms.block_bytes
-                )
+                most = self._asking.thread.engine.executor.capacity.num_blocks
+                size = whole(header, "count", most) * self._asking.terms.block_bytes
                 if "at" in header:
                     at = whole(header, "at", len(self.ring or b""))
                     memory = memoryview(b"" if self.ring is None else self.ring)[at : at + size]
@@ -183,8 +184,8 @@ class _Peer:
 class _Transfer:
     """One request's prompt on its way, a `Fetch`: whom it was asked of, and which blocks have come. In the engine's thread."""
 
-    def __init__(self, asking: Asking, first: _Peer | None):
-        self._asking, self._first = asking, first
+    def __init__(self, asking: Asking, wanted: _Peer | None):
+        self._asking, self._wanted = asking, wanted
         self._engine = asking.thread.engine
         self._executor = cast(MovesKV, self._engine.executor)
         self._peer: _Peer | None = None
@@ -195,8 +196,8 @@ class _Transfer:
     def start(self, request: Request) -> None:
         size = self._asking.terms.block_size
         self._request = request
-        self._begin, self._blocks = request.num_cached // size, -(-len(request.prompt) // size)
-        self._left = self._asking.order(self._first)
+        self._first, self._blocks = request.num_cached // size, -(-len(request.prompt) // size)
+        self._left = self._asking.order(self._wanted)
         self._ask()
 
     def cancel(self) -> None:
@@ -251,7 +252,7 @@ class _Transfer:
         while self._left:
             peer = self._left.pop(0)
             if peer.link is not None:
-                self._peer, self._number, self._next = peer, next(self._asking.numbers), self._begin
+                self._peer, self._number, self._next = peer, next(self._asking.numbers), self._first
                 self.heard = time.monotonic()
                 peer.transfers[self._number] = self
                 peer.link.send(self._header(), _packed(self._request.prompt))
@@ -264,7 +265,7 @@ class _Transfer:
         return {
             "type": "prefill",
             "number": self._number,
-            "first": self._begin,
+            "first": self._first,
             "sampling": to_values(how),
             "priority": request.priority,
             "slo": "" if request.slo is None else str(request.slo),

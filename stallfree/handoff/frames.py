@@ -126,6 +126,9 @@ class Link:
                 received(*receive(self._sock))
         except Broken as error:
             ended(str(error))
+        except Exception as error:  # a bug here must not leave the other side waiting
+            log.exception("a frame could not be taken")
+            ended(f"{type(error).__name__}: {error}")
         finally:
             self.close()
             self._outgoing.put(None)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FRAME = 8 << 20
 """Bytes of KV that go in one frame, if a block is not larger."""
 CALLERS = 64
-"""Decode engines that may be connected at once."""
+"""Decode engines that may be connected at once, and that may be about to."""
 MOST_NUMBER = 2**63
 
 
@@ -45,6 +45,7 @@ class Serving:
     def __init__(self, thread: EngineThread, terms: Terms, sock: socket.socket, key: str):
         self._thread, self._terms, self._sock, self._key = thread, terms, sock, key
         self._callers: set[_Caller] = set()
+        self._meetings = threading.BoundedSemaphore(CALLERS)
 
     def start(self) -> None:
         """Call it in the event loop in which the engine's thread was started."""
@@ -68,6 +69,9 @@ class Serving:
                     time.sleep(1)
                     continue
                 return
+            if not self._meetings.acquire(blocking=False):
+                sock.close()
+                continue
             threading.Thread(target=self._meet, args=(sock, f"{address[0]}:{address[1]}"), daemon=True).start()
 
     def _meet(self, sock: socket.socket, name: str) -> None:
@@ -79,6 +83,8 @@ class Serving:
             log.warning("%s was not let in to fetch prompts: %s", name, error)
             sock.close()
             return
+        finally:
+            self._meetings.release()
         caller = _Caller(self._thread, self._loop, Link(sock), ring)
         self._callers.add(caller)
         caller.link.start(caller.received, lambda why: self._gone(caller, name, why))

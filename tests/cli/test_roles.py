@@ -1,7 +1,13 @@
-"""What `serve --role` and `route` say to mistakes, before anything is loaded."""
+"""`serve --role` and `route`: what they say to mistakes, before anything is loaded, and three of them together."""
 
+import contextlib
+import json
 import socket
+import subprocess
+import sys
+import time
 
+import httpx
 import pytest
 
 
@@ -25,11 +31,18 @@ def test_roles_and_addresses_that_cannot_be(stallfree, arguments, says):
     assert says in error
 
 
-def test_a_peer_port_in_use_is_named_with_its_option(stallfree):
+def failing(*arguments: str) -> str:
+    """What a command says that fails once it holds ports, which end with its process."""
+    done = subprocess.run([sys.executable, "-m", "stallfree", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert 1 == done.returncode
+    return done.stderr
+
+
+def test_a_peer_port_in_use_is_named_with_its_option():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, _, error = stallfree("serve", "--executor", "simulated", "--port", "0", "--role", "prefill", "--peer-port", port)
-    assert (1, True) == (code, f"port {port} on 127.0.0.1 is in use; stop what uses it, or give another with --peer-port" in error)
+        said = failing("serve", "--executor", "simulated", "--port", "0", "--role", "prefill", "--peer-port", port)
+    assert f"port {port} on 127.0.0.1 is in use; stop what uses it, or give another with --peer-port" in said
 
 
 @pytest.mark.parametrize(
@@ -43,3 +56,39 @@ def test_a_route_to_nowhere(stallfree, arguments, says):
     code, _, error = stallfree("route", "--port", "0", *arguments)
     assert 1 == code
     assert says in error
+
+
+@contextlib.contextmanager
+def running(*arguments: str):
+    """A command as a process, with the first line that it prints; it ends by itself when asked to."""
+    command = [sys.executable, "-m", "stallfree", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        try:
+            yield process.stdout.readline()
+        finally:
+            process.terminate()
+            assert 0 == process.wait(20)
+
+
+def test_three_commands_make_a_server_that_hands_over():
+    plain = ("--executor", "simulated", "--policy", "sarathi", "--port", "0", "--json")
+    with contextlib.ExitStack() as stack:
+        prefill = json.loads(stack.enter_context(running("serve", *plain, "--role", "prefill", "--peer-port", "0")))
+        decode = json.loads(stack.enter_context(running("serve", *plain, "--role", "decode", "--prefill", prefill["peers"])))
+        said = stack.enter_context(running("route", "--port", "0", "--decode", decode["url"], "--prefill", prefill["peers"]))
+        assert ("prefill", "decode", prefill["peers"]) == (prefill["role"], decode["role"], decode["peers"])
+        url = said.split()[0]
+        answers = [httpx.post(f"{at}/completions", json={"prompt": "x" * 90}).json() for at in (url, f"{prefill['url']}/v1")]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        until = time.monotonic() + 10
+        while 'handoffs_total{outcome="delivered"} 0.0' in (told := httpx.get(f"{decode['url']}/metrics").text):
+            assert time.monotonic() < until, told
+            httpx.post(f"{url}/completions", json={"prompt": "y" * 90})
+
+
+def test_an_engine_of_another_kind_is_refused_at_the_start():
+    plain = ("--executor", "simulated", "--policy", "sarathi", "--port", "0", "--json")
+    with running("serve", *plain, "--role", "prefill", "--peer-port", "0", "--peer-key", "a") as card:
+        peer = json.loads(card)["peers"]
+        said = failing("serve", *plain, "--role", "decode", "--prefill", peer, "--peer-key", "b")
+    assert f"prefill engine {peer}: the peer key is wrong or missing" in said
