@@ -27,7 +27,8 @@ class Executor(Protocol):
 
 @runtime_checkable
 class MovesKV(Protocol):
-    """What an executor can do beside: hand KV blocks out and take them in, as bytes, between a `collect` and the next `submit`.
+    """What an executor can do beside: hand KV blocks out and take them in, as bytes, behind all plans that were submitted before:
+    one of them may still write for whoever had the blocks.
 
     `layout` says how those bytes are to be read: blocks may move between executors of one model with the same layout and block
     size. `block_bytes` are those of one block, all layers together. The bytes of several blocks are in the order of the layers

@@ -49,7 +49,7 @@ def test_what_if_shows_the_record_its_simulation_and_the_answer(stallfree, file)
     [
         (lambda lines: [*lines[:10], lines[10][:50]], "run.jsonl: line 11: not a record, or one cut short"),
         (lambda lines: [*lines[:10], lines[10][:50]], "`head -n 10` keeps them"),
-        (lambda lines: [lines[0], lines[1].replace('"version":2', '"version":1')], "not a record of version 2 but of 1"),
+        (lambda lines: [lines[0], lines[1].replace('"version":3', '"version":1')], "not a record of version 3 but of 1"),
         (lambda lines: lines[1:], "a record file begins with a line that describes the run"),
         (lambda lines: lines[:1], "holds no iterations"),
         (lambda lines: [], "the file is empty"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stallfree import policies
-from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.request import Request
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
@@ -24,32 +24,37 @@ GREEDY = Sampling(temperature=0)
 
 
 class Remembering:
-    """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks."""
+    """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks.
 
-    def __init__(self, blocks: int = 64, block_size: int = 4, iteration_s: float = 0.0):
-        self.capacity = Capacity(block_size, blocks, 512)
+    With `overlap` a plan is computed when it is submitted, and told when it is collected, as on a GPU.
+    """
+
+    def __init__(self, blocks: int = 64, block_size: int = 4, iteration_s: float = 0.0, overlap: bool = False):
+        self.capacity = Capacity(block_size, blocks, 512, 1 + overlap, overlap)
         self.layout, self.block_bytes = "remembering", block_size * 16
         self.kv = np.zeros((blocks, block_size, 2), np.int64)
         self.iteration_s = iteration_s
-        self.plans = []
+        self.results = []
+        self.last = {}
 
     def submit(self, plan):
-        self.plans.append(plan)
-
-    def collect(self):
-        plan = self.plans.pop(0)
-        time.sleep(self.iteration_s)
         found = {}
         size = self.capacity.block_size
         for w in plan.work:
-            for position, token in enumerate(w.tokens, w.start):
+            tokens = (self.last[w.id],) if w.tokens == (UNKNOWN,) else w.tokens
+            for position, token in enumerate(tokens, w.start):
                 self.kv[w.blocks[position // size], position % size] = token, position
             if w.samples:
                 end = w.start + w.count
                 seen = self.kv[list(w.blocks[: -(-end // size)])].reshape(-1, 2)[:end]
                 assert list(range(end)) == seen[:, 1].tolist()
-                found[w.id] = (int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251,)
-        return StepResult(plan.step, found, 0.001)
+                found[w.id] = int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251
+        self.last = found
+        self.results.append(StepResult(plan.step, {id: (token,) for id, token in found.items()}, 0.001))
+
+    def collect(self):
+        time.sleep(self.iteration_s)
+        return self.results.pop(0)
 
     def read_blocks(self, blocks, memory):
         memory[:] = self.kv[list(blocks)].tobytes()
@@ -58,7 +63,7 @@ class Remembering:
         self.kv[list(blocks)] = np.frombuffer(memory, np.int64).reshape(len(blocks), -1, 2)
 
     def close(self):
-        self.plans.clear()
+        self.results.clear()
 
 
 def expected(prompt, max_tokens: int) -> list[int]:

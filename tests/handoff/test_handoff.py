@@ -172,7 +172,7 @@ def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
             await until(lambda: any(r.output for r in here.scheduler.running) and here._asked)
             collect, here.executor.collect = here.executor.collect, lambda: (_ for _ in ()).throw(Lost("gone"))
             await until(lambda: not here._asked)
-            here.executor.plans.clear()
+            here.executor.results.clear()
             here.executor.collect = collect
             return await task
 
@@ -180,10 +180,12 @@ def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
     free(here)
 
 
-def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hurried, way):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hurried, way, overlap):
     """Few blocks, so that they are given to others all the time."""
     rng = random.Random(0)
-    here, there, other = engine(Remembering(blocks=80)), engine(Remembering(blocks=60)), engine(Remembering(iteration_s=0.001))
+    here, there = (engine(Remembering(blocks, overlap=overlap)) for blocks in (80, 60))
+    other = engine(Remembering(iteration_s=0.001, overlap=overlap))
     prompts = [[rng.randrange(251) for _ in range(rng.randrange(1, 120))] for _ in range(120)]
     got: dict[int, list[int]] = {}
 
