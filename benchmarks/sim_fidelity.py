@@ -7,10 +7,8 @@ calibration before, and from the warm-up's record how long passes between two it
 it is held against. Both sides are read from records of the same kind.
 
 `again`: the second live run over the first, the machine's own repeatability. `simulated`: over the mean of both; within 10 % is
-wanted. `from the run before`: the second run, simulated with prices fitted to the record of the first, which contain what a
-calibration on an idle machine cannot know: the client and the event loop beside it. `at its speed`: the first run simulated on a
-machine as fast as it was then, from moment to moment (`sim/replay.py`); what that is off by is the simulator's, and the rest the
-machine's, which was not what it had been calibrated to be.
+wanted. `at its speed`: the first run simulated on a machine as fast as it was then, from moment to moment (`sim/replay.py`); what
+that is off by is the simulator's, and the rest the machine's, which was not what it had been calibrated to be.
 
     python benchmarks/sim_fidelity.py
 """
@@ -56,12 +54,6 @@ class Live(NamedTuple):
     def report(self) -> Report:
         return report(load_of(self.records, self.number), TARGETS)
 
-    def again(self, rate: float, seconds: float) -> Report:
-        """The same load on a machine that is always as fast as it was in this run on average."""
-        machine = Machine(self.records)
-        placed = Instance(machine.model, self.run.capacity, None, "this machine as it ran", machine.between_s)
-        return simulated(Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), placed), rate, seconds)
-
     @property
     def at_its_speed(self) -> Report:
         made = what_if(self.run, self.records, Machine(self.records), self.run.policy, TARGETS, {})
@@ -94,21 +86,21 @@ def between(records: list[StepRecord]) -> float:
 def calibrated(between_s: float = 0.0) -> Simulator:
     """This machine as it is now."""
     recalibrate(Options(policy="slo", slo=SLO), lambda line: None, lambda done, of: None)
-    cost, name, held = latest(cache_folder() / "calibration")
-    return Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), Instance(cost, held, None, name, between_s))
+    cost, name, held, scatter = latest(cache_folder() / "calibration")
+    return Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), Instance(cost, held, None, name, between_s, scatter))
 
 
 def simulated(simulator: Simulator, rate: float, seconds: float) -> Report:
     return report(simulator.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, TARGETS, rate)
 
 
-def rows(rate: float, seconds: float, share: float, runs: list[Live], made: Report) -> list[dict[str, Any]]:
+def rows(rate: float, share: float, runs: list[Live], made: Report) -> list[dict[str, Any]]:
     found = []
-    replayed, repeated = runs[0].at_its_speed, runs[0].again(rate, seconds)
+    replayed = runs[0].at_its_speed
     for what in ("ttft_s", "tbt_s"):
         for quantile in ("p50", "p99"):
-            reports = (runs[0].report, runs[1].report, made, replayed, repeated)
-            first, second, ours, then, before = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
+            reports = (runs[0].report, runs[1].report, made, replayed)
+            first, second, ours, then = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
             found.append(
                 {
                     "of capacity": share,
@@ -118,7 +110,6 @@ def rows(rate: float, seconds: float, share: float, runs: list[Live], made: Repo
                     "again": second / first,
                     "simulated, ms": ours,
                     "simulated / live": ours / ((first + second) / 2),
-                    "from the run before / live": before / second,
                     "at its speed / live": then / first,
                 }
             )
@@ -138,9 +129,9 @@ def main() -> None:
         drift = calibrated().instance.cost.seconds(REFERENCE) / before.instance.cost.seconds(REFERENCE)
         print(f"{share:.0%} of {found.rate:.2f}/s: an iteration costs {drift:.2f} times as much after as before", flush=True)
         placed = before.instance._replace(between_s=runs[0].between_s)
-        table += rows(rate, seconds, share, runs, simulated(Simulator(before.deployment, placed), rate, seconds))
+        table += rows(rate, share, runs, simulated(Simulator(before.deployment, placed), rate, seconds))
     show("Live and simulated", table, facts, args.json)
-    for column in ("simulated / live", "from the run before / live", "at its speed / live"):
+    for column in ("again", "simulated / live", "at its speed / live"):
         errors = sorted(abs(row[column] - 1) for row in table)
         print(f"{column}: median error {errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}; 10 % wanted")
 

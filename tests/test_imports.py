@@ -17,14 +17,16 @@ ALLOWED = {
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "executors": ({"core", "checkpoint", "executors"}, {"msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
+    "handoff": ({"core", "engine", "executors", "handoff"}, set()),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
     "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
+    "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "server": (
-        {"core", "engine", "executors", "metrics", "server"},
-        {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},
+        {"core", "engine", "executors", "handoff", "metrics", "server"},
+        {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip
 

@@ -18,8 +18,10 @@ from stallfree.cli import (
     listing,
     models,
     perf,
+    plan,
     replay,
     reproduce,
+    route,
     serve,
     simulate,
 )
@@ -31,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("route")(route.route)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(models.app, name="models")
@@ -42,6 +45,7 @@ app.add_typer(perf.app, name="perf")
 app.command("simulate")(simulate.simulate)
 app.command("capacity")(simulate.capacity)
 app.command("compare")(simulate.compare)
+app.command("plan")(plan.plan)
 app.add_typer(reproduce.app, name="reproduce")
 app.command("deploy")(deploy.deploy)
 app.command("demo")(demo.demo)

@@ -28,6 +28,17 @@ def progress(what: str) -> Callable[[int, int], None]:
     return show
 
 
+def addresses(text: str, option: str) -> list[tuple[str, int]]:
+    """(host, port) of each in "host:port,host:port", which was given as `option`. Raises ValueError for what is none."""
+    found = []
+    for one in text.split(","):
+        match = re.fullmatch(r"\s*(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]]+)):(\d{1,5})\s*", one)
+        if match is None or not 0 < int(match[3]) < 65536:
+            raise ValueError(f"{option} {one!r} is no address; write 127.0.0.1:9000, several with commas between")
+        found.append((match[1] or match[2], int(match[3])))
+    return found
+
+
 Model = Annotated[
     str | None,
     typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),

@@ -162,7 +162,7 @@ def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> 
     from stallfree.engine.calibrate import latest
     from stallfree.perf.fitted import FEATURES, features
 
-    fitted, name, _ = latest(cache_folder() / "calibration", model)
+    fitted, name, _, _ = latest(cache_folder() / "calibration", model)
     rows = {what: price * amount for what, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
     seconds = fitted.seconds(work)
     if as_json:

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from stallfree.cli import options, words
+
+Role = Literal["both", "prefill", "decode"]
+ROLES = {"prefill": "asked at", "decode": "asks"}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @words.spread()
@@ -19,6 +23,18 @@ def serve(
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024,
+    role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both",
+    prefill: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turns.")
+    ] = None,
+    peer_port: Annotated[
+        int | None,
+        typer.Option(help="Port at which decode engines ask one of role prefill; 0 is any.", min=0, max=65535),
+    ] = None,
+    peer_host: Annotated[str, typer.Option(help="Address of that port; any but 127.0.0.1 needs a --peer-key.")] = "127.0.0.1",
+    peer_key: Annotated[
+        str, typer.Option(envvar="STALLFREE_PEER_KEY", help="Secret that engines prove to each other.", show_envvar=True)
+    ] = "",
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
@@ -31,13 +47,18 @@ def serve(
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
     from stallfree.engine.thread import EngineThread
+    from stallfree.handoff.asking import Asking
+    from stallfree.handoff.serving import Serving
+    from stallfree.handoff.terms import Terms
     from stallfree.server.app import create_app
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
     from stallfree.server.traces import Traces, exporter_to
 
+    peers = check_role(role, prefill, peer_port, peer_host, peer_key)
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
+    peer_sock = None if peer_port is None else bind(peer_host, peer_port, "peer-")
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     file = None if record is None else RecordFile(record)
 
@@ -62,6 +83,13 @@ def serve(
     if file is not None:
         file.begin(assembled.run)
     engine_thread = EngineThread(assembled.engine, max_queue)
+    asking = serving = None
+    if role != "both":
+        terms = Terms.of(assembled.engine.executor, assembled.identity)
+        asking = Asking(engine_thread, terms, peers, peer_key) if peers else None
+        serving = None if peer_sock is None else Serving(engine_thread, terms, peer_sock, peer_key)
+    if asking is not None:
+        asking.check()
     capacity = assembled.engine.executor.capacity
     budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
     address, at = sock.getsockname()[:2]
@@ -75,14 +103,33 @@ def serve(
         "slo": None if assembled.slo is None else str(assembled.slo),
         "token_budget": budget,
         "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
+        "role": role,
+        "peers": prefill if peer_sock is None else "{}:{}".format(*peer_sock.getsockname()[:2]),
     }
     _print_card(card, as_json)
-    app = create_app(engine_thread, model=name, metrics=metrics, live=live, traces=traces, api_key=api_key)
+    app = create_app(
+        engine_thread, model=name, metrics=metrics, live=live, traces=traces, asking=asking, serving=serving, api_key=api_key
+    )
     run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     if traces is not None:
         traces.close()
     if file is not None:
         file.close()
+
+
+def check_role(role: Role, prefill: str | None, port: int | None, host: str, key: str) -> list[tuple[str, int]]:
+    """The addresses in `prefill`, if what is given of other engines makes sense. Raises ValueError."""
+    if role == "decode" and prefill is None:
+        raise ValueError("--role decode needs the prefill engines that it asks; give --prefill HOST:PORT")
+    if role == "prefill" and port is None:
+        raise ValueError("--role prefill needs a port at which decode engines ask it; give --peer-port 9000")
+    if role != "decode" and prefill is not None:
+        raise ValueError(f"--prefill is for --role decode, not {role}")
+    if role != "prefill" and port is not None:
+        raise ValueError(f"--peer-port is for --role prefill, not {role}")
+    if host not in LOOPBACK and not key:
+        raise ValueError(f"--peer-host {host} lets others than this machine's engines in; set STALLFREE_PEER_KEY (or --peer-key)")
+    return [] if prefill is None else options.addresses(prefill, "--prefill")
 
 
 def _print_card(card: dict[str, object], as_json: bool) -> None:
@@ -99,6 +146,7 @@ def _print_card(card: dict[str, object], as_json: bool) -> None:
         "model": f"{card['model']} ({card['weights']})",
         "KV cache": kv,
         "policy": f"{card['policy']}{budget}{slo}",
+        **({} if card["role"] == "both" else {"role": f"{card['role']}, {ROLES[str(card['role'])]} {card['peers']}"}),
         "URL": f"{card['url']}/v1",
         "live page": f"{card['url']}/",
     }

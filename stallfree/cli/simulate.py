@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
     from stallfree.sim.simulator import Instance, Simulator
-    from stallfree.sim.trials import Trial, Trials
+    from stallfree.sim.trials import Trial, Trials, Tried
     from stallfree.workload.workload import Arrival
 
 REQUESTS = 2048
@@ -145,7 +145,7 @@ def capacity(
         if one.slo is None:
             raise ValueError(f"which targets make the capacity of {name}? --slo tbt=100ms, for one")
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in simulators}
-    with running(simulators, None) as pool:
+    with running(simulators) as pool:
 
         def tell(name: str, trial: Trial) -> None:
             rate, seed, report, why = trial
@@ -252,12 +252,13 @@ def _placed(deployment: Deployment) -> Instance | None:
         return None
     if (deployment.tp, deployment.pp, deployment.weights, deployment.kv) != (1, 1, "fp16", "fp16"):
         raise ValueError(f"{THIS_CPU} is simulated as it was calibrated; tp, pp, weights and kv are for other hardware")
-    cost, name, capacity = latest(cache_folder() / "calibration", deployment.model)
-    return Instance(cost, capacity, None, f"{name} on this machine, as calibrated")
+    found = latest(cache_folder() / "calibration", deployment.model)
+    about = f"{found.name} on this machine, as calibrated"
+    return Instance(found.cost, found.capacity, None, about, scatter=found.scatter)
 
 
 @contextmanager
-def running(simulators: Mapping[str, Simulator], number: int | None) -> Iterator[Trials]:
+def running(simulators: Mapping[str, Tried], number: int | None = None) -> Iterator[Trials]:
     """Processes for trials, `number` of them if that is known, and a bar on a terminal that counts them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

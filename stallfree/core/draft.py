@@ -120,8 +120,8 @@ class Draft:
         iteration: a long one would starve for ever.
         """
         scheduler = self._scheduler
-        pool, limits = scheduler.pool, scheduler.limits
-        if request.status is not Status.WAITING or self.left <= 0 or len(scheduler.running) >= limits.max_seqs:
+        pool = scheduler.pool
+        if request.status is not Status.WAITING or self.left <= 0 or scheduler.full:
             return 0
         cached = pool.match(request)
         remaining = request.num_tokens - cached
@@ -129,8 +129,7 @@ class Draft:
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         upto = {"chunk": cached + size, "prompt": request.num_tokens, "max": len(request.prompt) + request.max_tokens}
-        spare = scheduler.watermark if scheduler.running else 0
-        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], spare):
+        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], scheduler.spare):
             pool.release(request)
             self.searched = self.searched or pool.reuse
             return 0

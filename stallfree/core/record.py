@@ -4,8 +4,8 @@ read records and nothing else. Token values and text are not in them.
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +14,7 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.core.slo import Slo
 
-VERSION = 2
+VERSION = 3
 
 
 class Arrived(NamedTuple):
@@ -36,6 +36,19 @@ class Finished(NamedTuple):
     id: str
     reason: str
     blocks: tuple[int, ...] = ()
+
+
+class Delivered(NamedTuple):
+    """A request whose prompt was computed elsewhere: it was `asked` for, its KV reserved, and at `t` (seconds) KV and first token
+    were there. `cached` tokens had been here already; `num_bytes` of KV came, which took `seconds` of copying, sending and
+    receiving, waits not included."""
+
+    id: str
+    asked: float
+    t: float
+    cached: int
+    num_bytes: int
+    seconds: float
 
 
 class Fingerprints:
@@ -100,7 +113,9 @@ class StepRecord:
     `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
     the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready
     decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its
-    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`.
+    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`:
+    requests that came with their first token since the last record; `recalled`: ids of those that were to come, and are computed
+    here after all.
     """
 
     step: int
@@ -123,6 +138,8 @@ class StepRecord:
     margin: float | None = None
     error: str | None = None
     bubble_s: float = 0.0
+    delivered: list[Delivered] = field(default_factory=list)
+    recalled: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -134,6 +151,9 @@ class StepRecord:
         arrived: Iterable[Request],
         finished: Iterable[Request],
         prints: Fingerprints | None = None,
+        *,
+        delivered: Sequence[Delivered] = (),
+        recalled: Sequence[str] = (),
     ) -> Self:
         """The record of a completed plan; `times` are (t_plan, t_start, t_end); `prints` takes fingerprints of KV blocks."""
         lost = {*scheduler.dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
@@ -159,7 +179,7 @@ class StepRecord:
             preempted=list(plan.preempted),
             stalled=list(plan.stalled),
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.queue),
+            num_waiting=scheduler.num_waiting,
             free_blocks=scheduler.pool.num_free,
             budget=plan.budget,
             reason=plan.reason,
@@ -167,6 +187,8 @@ class StepRecord:
             margin=plan.margin,
             error=result.error,
             bubble_s=result.bubble_s,
+            delivered=list(delivered),
+            recalled=list(recalled),
         )
 
     def to_json(self) -> str:
@@ -182,6 +204,7 @@ class StepRecord:
         for name in ("work", "cached"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
+        values["delivered"] = [Delivered(*row) for row in values["delivered"]]
         values["finished"] = [Finished(*row)._replace(blocks=tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
 

@@ -21,10 +21,13 @@ class Refused(ValueError):
 
 
 class Status(Enum):
-    """Where a request is: `WAITING` -> `RUNNING` -> `FINISHED`; preemption leads from `RUNNING` back to `WAITING`."""
+    """Where a request is: `WAITING` -> `RUNNING` -> `FINISHED`; preemption leads from `RUNNING` back to `WAITING`. `HELD`: it has
+    KV and gets no work, while that KV is on its way from here, or to here.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    HELD = "held"
     FINISHED = "finished"
 
 
@@ -38,16 +41,16 @@ class Request:
 
     Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
     output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
-    `num_cached` (prompt tokens found in the prefix cache at the last admission), `status`, `finish_reason` ("stop", "length",
-    "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they came; inf before), and the place in the
-    queue, `key`, with `ticket`, the live queue entry.
+    `reserved` (its prompt is computed elsewhere, its KV is on the way here), `num_cached` (prompt tokens found in the prefix cache
+    at the last admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and
+    `last_token` (when they came; inf before), and the place in the queue, `key`, with `ticket`, the live queue entry.
     `num_shared` and `prefix` belong to the block pool: the leading blocks that it has indexed, and the last one's node.
     """
 
     __slots__ = (
         "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "max_tokens",
         "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output",
-        "prefix", "priority", "prompt", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
+        "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +86,7 @@ class Request:
         self.num_computed = 0
         self.num_planned = 0
         self.in_flight = 0
+        self.reserved = False
         self.num_cached = 0
         self.num_shared = 0
         self.prefix: object = adapter
@@ -102,7 +106,7 @@ class Request:
     @property
     def goes_on(self) -> bool:
         """Of a request whose next token is in flight: whether it wants another one, as far as can be known before that token is."""
-        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens
+        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens and not self.reserved
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions start..stop-1 of prompt and output together."""

@@ -13,6 +13,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 from stallfree.core.draft import Draft
@@ -91,8 +92,9 @@ class Queue:
 
 class Scheduler:
     """`policy` chooses, `capacity` and `limits` bound. `requests` are all that are not finished; `running` those admitted, in order
-    of priority, then arrival; `queue` those waiting. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes. `dropped`:
-    ids whose part of the plan completed last was for nothing, since they had ended while it was in flight.
+    of priority, then arrival; `queue` those waiting; `expected` those waiting whose prompt is computed elsewhere, in the order of
+    `running`; `num_held` have KV and get no work. `steady`: see `Policy`. `reuse` shares the KV of equal prefixes. `dropped`: ids
+    whose part of the plan completed last was for nothing, since they had ended while it was in flight.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -105,6 +107,8 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
         self.queue = Queue()
+        self.num_held = 0
+        self.expected: list[Request] = []
         self.step = 0
         self.dropped: list[str] = []
         self._arrivals = 0
@@ -114,6 +118,10 @@ class Scheduler:
         self._stretch: Stretch | None = None
         self._learn: Callable[[Plan, Sequence[Request], float], None] | None = getattr(policy, "learn", None)
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self.expected)
 
     def validate(self, request: Request) -> None:
         """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may ask."""
@@ -148,15 +156,70 @@ class Scheduler:
         """
         if request.blocks or not request.output:
             raise ValueError(f"adopt takes a request that has output and holds no blocks, not {request!r}")
-        if len(self.running) >= self.limits.max_seqs:
+        if self.full:
             return False
         self._enter(request)
-        if not self.pool.grow(request, request.num_tokens, self.watermark if self.running else 0):
+        if not self.pool.grow(request, request.num_tokens, self.spare):
             del self.requests[request.id]
             return False
         request.num_computed = request.num_planned = request.num_tokens - 1
         self.admitted(request)
         return True
+
+    def hold(self, id: str) -> None:
+        """A running request gets no more work, and keeps its KV, until it is released or aborted. KeyError if unknown."""
+        request = self.requests[id]
+        if request.status is not Status.RUNNING or request.in_flight:
+            raise ValueError(f"only a running request that is not in flight can be held, not {request!r}")
+        self.running.remove(request)
+        request.status = Status.HELD
+        self.num_held += 1
+
+    def expect(self, request: Request) -> None:
+        """Queue a new request whose prompt is computed elsewhere, once `reserve` has given it room. Raises `Refused`."""
+        self._enter(request)
+        insort(self.expected, request, key=lambda r: r.key)
+
+    def reserve(self) -> Request | None:
+        """Admit the first of the expected: its blocks are to be filled with the KV of its prompt, but for the `num_cached` tokens
+        found here. To policies this looks like a prompt that is all in flight, until `deliver` or `recall`.
+
+        None, and nothing changed, if nobody is expected, if there is no room now, or if somebody before it waits in the queue.
+        """
+        if not self.expected or self.full:
+            return None
+        request, head = self.expected[0], self.queue.head()
+        if head is not None and head[0] < request.key:
+            return None
+        cached = self.pool.match(request)
+        upto = request.num_tokens + (request.max_tokens if self.policy.reserve == "max" else 0)
+        if not self.pool.grow(request, upto, self.spare):
+            self.pool.release(request)
+            return None
+        del self.expected[0]
+        request.num_cached = request.num_computed = cached
+        request.num_planned = request.num_tokens
+        request.in_flight, request.reserved = 1, True
+        self.admitted(request)
+        return request
+
+    def deliver(self, request: Request, token: int, now: float) -> Request | None:
+        """The KV of a reserved request is there, and the first token: it is a ready decode from now on, or has ended by this token
+        and is returned."""
+        request.in_flight, request.reserved = 0, False
+        request.num_computed = request.num_planned
+        self.pool.commit(request)
+        reason = self._append(request, (token,), now)
+        if reason is None:
+            return None
+        self._end(request, reason)
+        self._run_on()
+        return request
+
+    def recall(self, request: Request) -> None:
+        """Nobody elsewhere computes the prompt of a reserved request: it is computed here, from its old place in the queue on."""
+        request.in_flight = 0
+        self._requeue(request)
 
     def release(self, id: str) -> Request:
         """Let a request go that is to be continued elsewhere: it keeps its tokens and leaves its KV. KeyError if unknown."""
@@ -230,10 +293,13 @@ class Scheduler:
         return done
 
     def lost(self, *, restart: bool) -> list[Request]:
-        """All KV is gone, and what is in flight will not come back. Running requests return to the queue, to be computed anew; or,
-        without `restart`, end with an error: these are returned.
+        """All KV is gone, and what is in flight will not come back. Requests that had any return to the queue, to be computed anew;
+        or, without `restart`, end with an error: these are returned.
         """
         self._in_flight.clear()
+        for request in [r for r in self.requests.values() if r.status is Status.HELD]:
+            self.num_held -= 1
+            self.admitted(request)
         ended = []
         for request in list(self.running):
             request.in_flight = 0
@@ -285,17 +351,27 @@ class Scheduler:
             self._run_on()
         return done
 
+    @property
+    def spare(self) -> int:
+        """KV blocks that an admission leaves free."""
+        return self.watermark if self.running or self.num_held else 0
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests have KV as may run."""
+        return len(self.running) + self.num_held >= self.limits.max_seqs
+
     def check(self) -> None:
         """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
         self.pool.check(self.requests.values())
         running = [r for r in self.requests.values() if r.status is Status.RUNNING]
-        if sorted(r.id for r in running) != sorted(r.id for r in self.running) or len(running) + len(self.queue) != len(
-            self.requests
-        ):
-            raise RuntimeError(f"{len(self.requests)} requests, but {len(self.running)} running and {len(self.queue)} waiting")
-        if any(a.key >= b.key for a, b in zip(self.running, self.running[1:], strict=False)):
-            raise RuntimeError("the running requests are out of order")
-        for r in running:
+        held = [r for r in self.requests.values() if r.status is Status.HELD]
+        counts = len(self.running), self.num_waiting, self.num_held
+        if set(running) != set(self.running) or sum(counts) != len(self.requests) or len(held) != self.num_held:
+            raise RuntimeError(f"{len(self.requests)} requests, but {counts} running, waiting and held")
+        if any(a.key >= b.key for line in (self.running, self.expected) for a, b in pairwise(line)):
+            raise RuntimeError("the running or the expected requests are out of order")
+        for r in (*running, *held):
             most = r.num_tokens + (self.capacity.overlap and r.in_flight > 1)
             if not r.num_computed <= r.num_planned <= most or (r.num_computed < r.num_planned) != (r.in_flight > 0):
                 raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")
@@ -309,12 +385,9 @@ class Scheduler:
 
     def preempted(self, request: Request) -> None:
         """From running back to waiting, at its old place, without KV. For `Draft.preempt`."""
-        self.running.remove(request)
-        self._drop_kv(request)
-        request.status = Status.WAITING
         request.num_preemptions += 1
         self._preempted.append(request.id)
-        self.queue.push(request)
+        self._requeue(request)
 
     def _foreseeable(self) -> bool:
         """Whether the next iteration can be planned while one is in flight: somebody goes on, and there is KV for all who do. Else
@@ -361,8 +434,12 @@ class Scheduler:
         del self.requests[request.id]
         if request.status is Status.RUNNING:
             self.running.remove(request)
-        else:
+        elif request.status is Status.HELD:
+            self.num_held -= 1
+        elif request.ticket:
             self.queue.discard(request)
+        else:
+            self.expected.remove(request)
 
     def _end(self, request: Request, reason: str) -> Request:
         """A running request is over; `_run_on` takes those out of the list."""
@@ -377,6 +454,13 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
         self.pool.release(request)
+
+    def _requeue(self, request: Request) -> None:
+        request.reserved = False
+        self.running.remove(request)
+        self._drop_kv(request)
+        request.status = Status.WAITING
+        self.queue.push(request)
 
     def _drop_kv(self, request: Request) -> None:
         self.pool.release(request)

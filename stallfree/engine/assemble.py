@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from stallfree import __version__, policies
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate
+from stallfree.checkpoint.identity import identity
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, StepRecord
 from stallfree.core.scheduler import Limits
@@ -73,7 +74,7 @@ class Options:
 @dataclass(frozen=True)
 class Assembled:
     """An engine, the `name` under which its model is served, what the model's weights are, in words, the latency targets that it
-    is held to, if any, and the run that it begins.
+    is held to, if any, the run that it begins, and the `identity` of the model: the same for all that may exchange its KV.
     """
 
     engine: Engine
@@ -81,6 +82,7 @@ class Assembled:
     weights: str
     slo: Slo | None
     run: Run
+    identity: str
 
 
 def assemble(
@@ -107,7 +109,7 @@ def assemble(
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
-    executor, text, name, weights, key = _made(options, say)
+    executor, text, name, weights, key, model_identity = _made(options, say)
     cost = None
     if "cost" in known:
         cost = _cost(executor, key, say, progress)
@@ -129,12 +131,12 @@ def assemble(
         {"token_budget": options.token_budget} if options.token_budget is not None else {},
         None if cost is None else cost.state(),
     )
-    return Assembled(engine, name, weights, slo, run)
+    return Assembled(engine, name, weights, slo, run, model_identity)
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
     """Calibrate the model of `options` on this machine again; the cost model, how well it fits, and where it is remembered."""
-    executor, _, _, _, key = _made(options, say)
+    executor, _, _, _, key, _ = _made(options, say)
     try:
         if key is None:
             raise ValueError(f"executor {options.executor!r} takes what its cost model says: there is nothing to time")
@@ -159,8 +161,9 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
     return model
 
 
-Made = tuple[Executor, Text, str, str, dict[str, object] | None]
-"""An executor, its text, the model's name, its weights in words, and what its speed depends on (None: nothing to measure)."""
+Made = tuple[Executor, Text, str, str, dict[str, object] | None, str]
+"""An executor, its text, the model's name, its weights in words, what its speed depends on (None: nothing to measure), and the
+model's identity."""
 
 
 def _made(options: Options, say: Callable[[str], None]) -> Made:
@@ -182,7 +185,8 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
         "max_model_len": executor.capacity.max_model_len,
         "release": __version__,
     }
-    return executor, text, name, f"{options.weights} weights, {options.kv} KV", key | depends
+    words = f"{options.weights} weights, {options.kv} KV"
+    return executor, text, name, words, key | depends, f"{identity(checkpoint)} with {options.weights} weights"
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
@@ -239,7 +243,7 @@ def _simulated(options: Options) -> Made:
     length = options.max_model_len or 8192
     capacity = Capacity(block_size=32, num_blocks=(options.kv_memory or 1 << 30) // (32 * 13_000), max_model_len=length)
     text = bytes_as_text()
-    return SimulatedExecutor(capacity, text.encode("abcdefghijklmnopqrstuvwxyz ")), text, "simulated", "none", None
+    return SimulatedExecutor(capacity, text.encode("abcdefghijklmnopqrstuvwxyz ")), text, "simulated", "none", None, "simulated"
 
 
 def bytes_as_text() -> Text:

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stallfree.core.plan import Capacity, Plan, Shape, Work
 from stallfree.executors.base import Executor
@@ -18,7 +18,7 @@ from stallfree.perf.fitted import Errors, Fitted, Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 PATIENCE_S = 8.0
 """Seconds after which a calibration makes do with what it has."""
 
@@ -71,28 +71,38 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
         return None
 
 
-def latest(folder: Path, model: str | None = None) -> tuple[Fitted, str, Capacity]:
-    """The calibration that was remembered last on this machine, the name of its model's file, and what the executor held; of those
-    whose name `model` is in, if it is given. Raises ValueError if there is none.
+class Calibrated(NamedTuple):
+    """A calibration of this machine: the cost model, the `name` of the served model's file, what the executor held, and how the
+    timed iterations scattered about what the cost model says (`perf.fitted.Errors`).
     """
-    found: list[tuple[float, Fitted, str, Capacity]] = []
+
+    cost: Fitted
+    name: str
+    capacity: Capacity
+    scatter: tuple[float, ...]
+
+
+def latest(folder: Path, model: str | None = None) -> Calibrated:
+    """The calibration that was remembered last on this machine; of those in whose name `model` is, if it is given. Raises
+    ValueError if there is none.
+    """
+    found: list[tuple[float, Calibrated]] = []
     for file in folder.glob("*.json"):
         try:
             saved = json.loads(file.read_text())
             block_size, num_blocks, longest = map(int, saved["capacity"])
             key, capacity = saved["of"], Capacity(block_size, num_blocks, longest)
-            name = str(key["model"][0])
+            name, scatter = str(key["model"][0]), tuple(map(float, saved["errors"]["scatter"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue
         if machine().items() <= key.items() and (model is None or model.lower() in name.lower()):
             fitted = remembered(key, folder)
             if fitted is not None:
-                found.append((file.stat().st_mtime, fitted, name, capacity))
+                found.append((file.stat().st_mtime, Calibrated(fitted, name, capacity, scatter)))
     if not found:
         of = "" if model is None else f" of a model named {model!r}"
         raise ValueError(f"this machine has no calibration{of}; `stallfree calibrate` makes one")
-    _, fitted, name, capacity = max(found, key=lambda one: one[0])
-    return fitted, name, capacity
+    return max(found, key=lambda one: one[0])[1]
 
 
 def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path, capacity: Capacity) -> Path:
@@ -100,6 +110,7 @@ def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: P
     seconds, and a line here."""
     file = _file(key, folder)
     errors_too = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
+    errors_too["scatter"] = list(errors.scatter)
     held = [capacity.block_size, capacity.num_blocks, capacity.max_model_len]
     saved = {"version": VERSION, "of": dict(key), "capacity": held, "model": model.state(), "errors": errors_too}
     try:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from typing import Protocol
 
-from stallfree.core.plan import Plan, StepResult
+from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import Policy
-from stallfree.core.record import Fingerprints, StepRecord
+from stallfree.core.record import Delivered, Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.text import Detokenizer, StopStrings, Text
@@ -35,6 +36,20 @@ class Output:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+
+
+class Fetch(Protocol):
+    """A prompt that another engine computes. Both are called in the engine's thread."""
+
+    def start(self, request: Request) -> None:
+        """Its blocks are reserved: have them filled. It ends in `Engine.deliver` or in `Engine.recall`."""
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: what still comes must not be written, for the blocks are others'."""
+
+
+Watch = Callable[[Work], None]
+"""Told of each piece of a request's work once it is computed, in the engine's thread, while its blocks still hold it."""
 
 
 class _Stream:
@@ -78,20 +93,64 @@ class Engine:
         self._arrived: list[Request] = []
         self._ended: list[Request] = []
         self._last_end = -inf
+        self._fetches: dict[str, Fetch] = {}
+        self._asked: dict[str, float] = {}
+        self._watches: dict[str, Watch] = {}
+        self._came: list[Output] = []
+        self._delivered: list[Delivered] = []
+        self._recalled: list[str] = []
+        self.waits = False
+        """Whether the last step found nothing to run, for all that is there waits for prompts computed elsewhere."""
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.requests or self._outstanding)
+        return bool(self.scheduler.requests or self._outstanding or self._came)
 
-    def submit(self, request: Request, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
-        """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served."""
-        self.scheduler.submit(request)
+    def submit(
+        self,
+        request: Request,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        fetch: Fetch | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served.
+
+        With `fetch` its prompt comes from elsewhere; `watch` sees it computed here, for somebody elsewhere.
+        """
+        if fetch is None:
+            self.scheduler.submit(request)
+        else:
+            self.scheduler.expect(request)
+            self._fetches[request.id] = fetch
+        if watch is not None:
+            self._watches[request.id] = watch
         self._arrived.append(request)
         self._streams[request.id] = _Stream(request, self.text, stop, include_stop)
 
+    def deliver(self, request: Request, token: int, details: object, num_bytes: int, seconds: float) -> None:
+        """The blocks of a fetched request are filled, and its first token is `token`: it decodes from now on."""
+        now = self.clock()
+        del self._fetches[request.id]
+        ended = self.scheduler.deliver(request, token, now)
+        if ended is not None:
+            self._ended.append(ended)
+        asked = self._asked.pop(request.id)
+        self._delivered.append(Delivered(request.id, asked, now, request.num_cached, num_bytes, seconds))
+        self._came.append(self._output(self._streams[request.id], (token,), details))
+
+    def recall(self, request: Request) -> None:
+        """Nobody elsewhere computes the prompt of a fetched request: it is computed here."""
+        del self._fetches[request.id], self._asked[request.id]
+        self.scheduler.recall(request)
+        self._recalled.append(request.id)
+
     def abort(self, id: str) -> None:
         """End a request now, silently; one that has ended already is none of our business. Its KV is free at once."""
-        if self._streams.pop(id, None) is not None:
+        if id in self._streams:
+            self._forget(id)
+            self._drop(id)
             self._end(id, "abort")
 
     def step(self) -> list[Output]:
@@ -101,10 +160,11 @@ class Engine:
 
         Raises RuntimeError if the policy plans nothing though requests wait: they would wait for ever.
         """
+        came, self._came = self._came, []
         try:
-            return self._step()
+            return came + self._step()
         except Lost as lost:
-            return self._after(lost)
+            return came + self._after(lost)
 
     def close(self) -> None:
         self.executor.close()
@@ -113,12 +173,19 @@ class Engine:
         """What a loss of all KV brings to the requests."""
         log.error("%s; %d requests were running", lost, len(self.scheduler.running))
         self._outstanding.clear()
+        for id in list(self._asked):
+            self._drop(id)
         ended = self.scheduler.lost(restart=self._restart)
         self._ended += ended
-        gone = [request.id for request in ended if self._streams.pop(request.id, None) is not None]
+        gone = [request.id for request in ended if request.id in self._streams]
+        for id in gone:
+            self._forget(id)
         return [Output(id, "", (), finish_reason="error", error=str(lost)) for id in gone]
 
     def _step(self) -> list[Output]:
+        while (request := self.scheduler.reserve()) is not None:
+            self._asked[request.id] = self.clock()
+            self._fetches[request.id].start(request)
         capacity, outstanding = self.executor.capacity, self._outstanding
         # Nothing is planned behind an iteration that failed before those whom it fails are known.
         while len(outstanding) < capacity.depth and not (outstanding and outstanding[-1][2]):
@@ -127,8 +194,9 @@ class Engine:
                 break
             started = self.clock()
             outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
+        self.waits = not outstanding and bool(self._asked)
         if not outstanding:
-            if self.scheduler.requests:
+            if self.scheduler.requests and not self.waits:
                 raise RuntimeError(f"{len(self.scheduler.requests)} requests are there, but the policy plans no work for them")
             return []
         plan, started, error = outstanding.popleft()
@@ -138,12 +206,32 @@ class Engine:
             started = max(started, self._last_end)
         self._last_end = ended
         self._ended += self.scheduler.complete(plan, result, ended)
+        if self._watches:
+            self._show(plan, result)
         outputs = self._outputs(plan, result)
         if self._record is not None:
-            times = (plan.now, started, ended)
-            self._record(StepRecord.of(plan, result, self.scheduler, times, self._arrived, self._ended, self._prints))
-        self._arrived, self._ended = [], []
+            self._record(
+                StepRecord.of(
+                    plan,
+                    result,
+                    self.scheduler,
+                    (plan.now, started, ended),
+                    self._arrived,
+                    self._ended,
+                    self._prints,
+                    delivered=self._delivered,
+                    recalled=self._recalled,
+                )
+            )
+        self._arrived, self._ended, self._delivered, self._recalled = [], [], [], []
         return outputs
+
+    def _show(self, plan: Plan, result: StepResult) -> None:
+        """Tell the watchers what was computed. A request that has ended just now has not been written over yet."""
+        for work in plan.work:
+            watch = self._watches.get(work.id)
+            if watch is not None and result.error is None and work.id not in result.failed:
+                watch(work)
 
     def _collect(self, plan: Plan, error: str | None) -> StepResult:
         results: list[StepResult] = []
@@ -170,7 +258,7 @@ class Engine:
                 continue
             error = result.error or result.failed.get(work.id)
             if error is not None:
-                del self._streams[work.id]
+                self._forget(work.id)
                 outputs.append(Output(work.id, "", (), finish_reason="error", error=error))
             elif work.samples:
                 outputs.append(self._output(stream, tuple(result.tokens[work.id]), result.details.get(work.id)))
@@ -197,10 +285,21 @@ class Engine:
         elif reason is not None:
             text += stream.stops.flush()
         if reason is not None:
-            del self._streams[request.id]
+            self._forget(request.id)
         return Output(request.id, text, tokens, details, reason, stop)
 
     def _end(self, id: str, reason: str) -> None:
         request = self.scheduler.abort(id, reason)
         if request is not None:
             self._ended.append(request)
+
+    def _forget(self, id: str) -> None:
+        del self._streams[id]
+        self._watches.pop(id, None)
+
+    def _drop(self, id: str) -> None:
+        """What is fetched for a request is not wanted any more."""
+        fetch = self._fetches.pop(id, None)
+        self._asked.pop(id, None)
+        if fetch is not None:
+            fetch.cancel()

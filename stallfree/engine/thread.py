@@ -12,7 +12,7 @@ from functools import partial
 from typing import Self
 
 from stallfree.core.request import Refused, Request
-from stallfree.engine.engine import Engine, Output
+from stallfree.engine.engine import Engine, Fetch, Output, Watch
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,17 @@ class EngineThread:
     def draining(self) -> bool:
         return self._draining
 
-    def submit(self, requests: Sequence[Request], stop: Sequence[str] = (), *, include_stop: bool = False) -> Outputs:
-        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served.
+    def submit(
+        self,
+        requests: Sequence[Request],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        fetch: Callable[[], Fetch | None] = lambda: None,
+        watch: Watch | None = None,
+    ) -> Outputs:
+        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served. `fetch` makes each
+        request's `Fetch`, if its prompt is computed elsewhere; `watch` sees them computed here.
 
         Whether there is room is decided, and the room taken, without waiting in between: the queue's limit holds.
         """
@@ -123,12 +132,16 @@ class EngineThread:
         self._idle.clear()
         for request in requests:
             self._streams[request.id] = outputs
-            self._mailbox.put(partial(self.engine.submit, request, stop, include_stop=include_stop))
+            self.call(partial(self.engine.submit, request, stop, include_stop=include_stop, fetch=fetch(), watch=watch))
         return outputs
+
+    def call(self, what: Callable[[], object]) -> None:
+        """Have `what` done in the engine's thread, between two iterations. From any thread; what it raises fails the engine."""
+        self._mailbox.put(what)
 
     def _abort(self, id: str) -> None:
         self._forget(id)
-        self._mailbox.put(partial(self.engine.abort, id))
+        self.call(partial(self.engine.abort, id))
 
     def _forget(self, id: str) -> None:
         self._streams.pop(id, None)
@@ -163,7 +176,7 @@ class EngineThread:
 
     def _read_mailbox(self) -> bool:
         """Do what is asked for, waiting for it if there is nothing else to do; False once asked to stop."""
-        block = not self.engine.busy
+        block = not self.engine.busy or self.engine.waits
         while True:
             try:
                 call = self._mailbox.get(block=block)

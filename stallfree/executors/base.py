@@ -1,6 +1,7 @@
 """What the engine asks of whatever runs the model. It says nothing of devices, files or tensors."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from stallfree.core.plan import Capacity, Plan, StepResult
 
@@ -22,6 +23,23 @@ class Executor(Protocol):
     def collect(self) -> StepResult: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class MovesKV(Protocol):
+    """What an executor can do beside: hand KV blocks out and take them in, as bytes, between a `collect` and the next `submit`.
+
+    `layout` says how those bytes are to be read: blocks may move between executors of one model with the same layout and block
+    size. `block_bytes` are those of one block, all layers together. The bytes of several blocks are in the order of the layers
+    first: they are one piece, not to be taken apart. `memory` is writable and holds `len(blocks) * block_bytes`.
+    """
+
+    layout: str
+    block_bytes: int
+
+    def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
+
+    def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
 
 
 class Lost(RuntimeError):

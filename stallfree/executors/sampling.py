@@ -4,9 +4,10 @@ Sampling is stateless: the random number of a token depends on the request's see
 samples the same tokens alone or batched, chunked or whole, preempted or not. It knows nothing of models or devices.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,29 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+
+
+def to_values(how: Sampling) -> dict[str, Any]:
+    """A sampling in plain numbers and lists, for another process."""
+    values = {f.name: getattr(how, f.name) for f in fields(how)}
+    return values | {
+        "logit_bias": [list(pair) for pair in how.logit_bias.items()],
+        "seed": how.seed & (2**64 - 1),
+        "stop_ids": list(how.stop_ids),
+    }
+
+
+def of_values(values: Mapping[str, Any]) -> Sampling:
+    """The sampling that `to_values` put so. Raises ValueError for what is none."""
+    try:
+        numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids")}
+        for name, value in numbers.items():
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) and not (name == "logprobs" and value is None):
+                raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
+        bias = {int(token): float(by) for token, by in values["logit_bias"]}
+        return Sampling(**numbers, logit_bias=bias, stop_ids=frozenset(int(token) for token in values["stop_ids"]))
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ValueError(f"this is no sampling: {error}") from None
 
 
 class TokenLogprob(NamedTuple):

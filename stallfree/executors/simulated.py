@@ -22,10 +22,16 @@ class Linear:
         return self.iteration_s + sum(self.token_s * count + self.context_s * start for start, count in shape)
 
 
+BLOCK_BYTES = 4096
+"""Of a KV block that is handed to another engine: nothing is in them, but they take the time of as many that hold something."""
+
+
 class SimulatedExecutor:
     """Takes `cost.seconds(plan.shape)` seconds an iteration. `letters` are the token ids that it answers with, in turn. `sleep` may
     be replaced, by what lets another time than the wall's pass.
     """
+
+    layout, block_bytes = "simulated", BLOCK_BYTES
 
     def __init__(self, capacity: Capacity, letters: Sequence[int], cost: CostModel | None = None):
         self.capacity = capacity
@@ -43,6 +49,12 @@ class SimulatedExecutor:
         self.sleep(seconds)
         tokens = {w.id: (self._letters[(w.start + w.count) % len(self._letters)],) for w in plan.work if w.samples}
         return StepResult(plan.step, tokens, seconds)
+
+    def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        memory[:] = bytes(len(memory))
+
+    def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        pass
 
     def close(self) -> None:
         self._plans.clear()

@@ -38,7 +38,7 @@ class Explained:
         """The run: what was served, how well, what was late, why, and because of whom."""
         records, stalls = self.records, [s for some in self.stalls for s in some]
         seconds = records[-1].t_end - self.origin
-        emitted = sum(len(r.emitted) for r in records)
+        emitted = sum(len(r.emitted) + len(r.delivered) for r in records)
         reasons = Counter(f.reason for r in records for f in r.finished)
         ends = ", ".join(f"{count} by {reason}" for reason, count in reasons.most_common()) or "none"
         yield f"{len(records)} iterations in {seconds:.1f} s under policy {self.run.policy}, {self.run.slo or 'with no SLO'}."
@@ -97,6 +97,10 @@ class Explained:
             yield f"Left out though ready{_list(r.stalled)}."
         for s in self.stalls[index]:
             yield f"{s.id} {'waited' if s.kind == 'left out' else 'was late'}: {_ms(s.gap_s)} since its token before; {s.words()}."
+        if r.delivered:
+            yield f"Since the step before prompts came computed{_list([d.id for d in r.delivered])}."
+        if r.recalled:
+            yield f"Since the step before hand-offs failed, to be computed here{_list(r.recalled)}."
         for f in r.finished:
             yield f"{f.id} ended: {f.reason}."
         yield f"After it {r.num_running} requests were running, {r.num_waiting} waiting, {r.free_blocks} KV blocks free."
@@ -107,10 +111,15 @@ class Explained:
         """
         a = self._find(id)
         scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
-        tokens = [r.t_end for r in self.records if a.id in r.emitted]
+        delivered = [d for r in self.records for d in r.delivered if d.id == a.id]
+        tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
         wanted = f", own targets {a.slo}" if a.slo else ""
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
-        if not scheduled:
+        if delivered:
+            came = delivered[0]
+            moved = f"{came.num_bytes:,} bytes of KV, {_ms(came.seconds)} of copying and sending"
+            yield f"Its prompt was computed by another engine, asked {self._at(came.asked)}; {moved}."
+        elif not scheduled:
             yield "It was never scheduled."
         else:
             yield from self._beginning(a, scheduled)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from stallfree.core.slo import Slo
-from stallfree.metrics.plot import latencies, loads
+from stallfree.metrics.plot import attainment, latencies, loads
 from stallfree.metrics.report import Report, table
 from stallfree.metrics.timeline import Timeline
 
@@ -29,6 +29,17 @@ def loads_page(title: str, facts: Sequence[str], rows: Sequence[Sequence[str]], 
     the `reports`, by configuration and requests per second.
     """
     return _page(title, facts, [], rows, loads(reports))
+
+
+def plan_page(
+    title: str,
+    facts: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    points: Mapping[str, Sequence[tuple[float, Report]]],
+    pace: str,
+) -> str:
+    """The text of a file on deployments that were searched: `rows` as in `loads_page`, and their attainments at several rates."""
+    return _page(title, facts, [], rows, attainment(points, pace))
 
 
 def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequence[Sequence[str]], plots: str) -> str:

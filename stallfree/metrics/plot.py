@@ -131,6 +131,25 @@ def loads(reports: Mapping[tuple[str, float], Report]) -> str:
     return _svg(figure)
 
 
+def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], pace: str) -> str:
+    """As an SVG element: for each deployment, the share of first tokens in time against that of the tokens after them (`pace`: tbt
+    or tpot), a dot for each of the request rates, which are written beside it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.subplots()
+    for name, told in points.items():
+        shares = [(100 * _in_time(report, "ttft"), 100 * _in_time(report, pace)) for _, report in told]
+        (line,) = axis.plot(*zip(*shares, strict=True), "o-", label=name, markersize=4)
+        for (rate, _), at in zip(told, shares, strict=True):
+            axis.annotate(f"{rate:.3g}/s", at, fontsize=7, color=line.get_color(), xytext=(4, 4), textcoords="offset points")
+    axis.set(xlabel="first tokens in time, %", ylabel=f"tokens within {pace}, %")
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
 def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) -> None:
     """Bars in pairs: what was published and what was simulated, by name."""
     from matplotlib.figure import Figure
@@ -169,6 +188,11 @@ def lines(
     axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
+
+
+def _in_time(report: Report, target: str) -> float:
+    """The share within a target; all of them, if there is no such target."""
+    return report.slo_attainment[target].in_time or 0.0 if target in report.slo_attainment else 1.0
 
 
 def _svg(figure: Any) -> str:

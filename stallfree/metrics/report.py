@@ -4,6 +4,7 @@ It needs each request's arrival and the times of its tokens, and knows nothing o
 by the engine's records, or by a simulator. Times in seconds.
 """
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,13 +61,23 @@ class Attainment:
 
 
 @dataclass(frozen=True, slots=True)
+class Goodput:
+    """Requests that meet every target by themselves: the `share` of all that ended, and how many `requests_per_s`, from the first
+    arrival to the last token. Of a request's own tokens as many may be late as the target's percentile leaves, rounded up.
+    """
+
+    share: float
+    requests_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A run in numbers. `completed`: requests that got all they asked for; `errors`: how many ended otherwise, by kind;
     `unfinished`: how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` over these.
 
     Over the requests: `ttft_s` (with a first token), `tpot_s` (mean gap, of those with two), `e2e_s` (arrival to last token, of the
     completed), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s` over the gaps of all requests,
-    pooled. `slo_attainment` by the target's name. None: there was no case.
+    pooled. `slo_attainment` by the target's name, and all targets together in `goodput`. None: there was no case, or no target.
     """
 
     completed: int
@@ -84,6 +95,7 @@ class Report:
     scheduling_s: Quantiles | None
     stalls: Stalls | None
     slo_attainment: dict[str, Attainment]
+    goodput: Goodput | None
 
 
 class Tally:
@@ -97,7 +109,7 @@ class Tally:
         self._reasons: Counter[str] = Counter()
         self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
         self._last = 0.0
-        self._due = self._late = 0
+        self._due = self._late = self._good = 0
 
     def add(self, line: Timeline) -> None:
         tokens, slo = np.array(line.tokens), self._slo
@@ -110,7 +122,9 @@ class Tally:
         if line.reason is not None:
             self._reasons[line.reason] += 1
             self._lost += not len(tokens)
+        good = len(tokens) > 0 and line.reason in COMPLETED
         if len(tokens):
+            good = good and (slo.ttft is None or line.tokens[0] - line.arrival <= slo.ttft.seconds)
             self._last = max(self._last, line.tokens[-1])
             self._firsts.append(line.tokens[0] - line.arrival)
             if line.reason in COMPLETED:
@@ -122,14 +136,20 @@ class Tally:
             if slo.tpot:
                 due = line.arrival + slo.ttft.seconds if slo.ttft else line.tokens[0]
                 behind = tokens[1:] - due - slo.tpot.seconds * np.arange(1, len(tokens))
+                late = int((behind + slo.tpot.seconds > slo.tpot.seconds).sum())
                 self._due += len(gaps)
-                self._late += int((behind + slo.tpot.seconds > slo.tpot.seconds).sum())
+                self._late += late
+                good = good and late <= _may_be_late(slo.tpot, len(gaps))
+            if slo.tbt:
+                good = good and int((gaps > slo.tbt.seconds).sum()) <= _may_be_late(slo.tbt, len(gaps))
+        self._good += good
 
     def report(self, nominal_rate: float | None = None) -> Report:
         """What they amount to."""
         slo, gaps, firsts = self._slo, self._gaps, np.array(self._firsts)
         arrivals = np.sort(self._arrivals)
         seconds = self._last - float(arrivals[0]) if self._output_tokens else 0.0
+        ended = self._reasons.total()
         attainment = {}
         if slo.ttft:
             late = self._lost + int((firsts > slo.ttft.seconds).sum())
@@ -141,7 +161,7 @@ class Tally:
         return Report(
             completed=sum(self._reasons[reason] for reason in COMPLETED),
             errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},
-            unfinished=self._lines - self._reasons.total(),
+            unfinished=self._lines - ended,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             seconds=seconds,
@@ -154,6 +174,7 @@ class Tally:
             scheduling_s=_quantiles(np.array(self._delays)),
             stalls=_stalls(gaps, slo.tbt),
             slo_attainment=attainment,
+            goodput=Goodput(self._good / ended, self._good / seconds) if attainment and ended and seconds else None,
         )
 
 
@@ -187,6 +208,9 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
     rows.append(["stalls", *("-" if r.stalls is None else f"{r.stalls.count} (> {r.stalls.after_s * 1e3:.4g} ms)" for r in each)])
     for name, target in dict.fromkeys((name, attained.target) for r in each for name, attained in r.slo_attainment.items()):
         rows.append([f"within {name}={target}", *(_in_time(r.slo_attainment.get(name)) for r in each)])
+    if any(r.goodput for r in each):
+        rows.append(["requests within all targets", *("-" if r.goodput is None else f"{r.goodput.share:.2%}" for r in each)])
+        rows.append(["goodput, requests/s", *(_number(None if r.goodput is None else r.goodput.requests_per_s) for r in each)])
     return rows
 
 
@@ -216,6 +240,11 @@ def _stalls(gaps: "_Pool", target: Target | None) -> Stalls | None:
     after = target.seconds if target else STALL * gaps.percentiles([50], apart)[0] if apart else 0.0
     count = gaps.above(after)
     return Stalls(after, count, count / gaps.size)
+
+
+def _may_be_late(target: Target, tokens: int) -> int:
+    """Of so many tokens of one request."""
+    return math.ceil(target.late_share * tokens - 1e-9)
 
 
 def _attainment(target: Target, late: int, cases: int) -> Attainment:

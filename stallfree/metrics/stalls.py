@@ -6,7 +6,7 @@ It is fed records one by one, so it serves a file and a live server alike. It kn
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, get_args
 
-from stallfree.core.record import Arrived, StepRecord
+from stallfree.core.record import Arrived, Delivered, StepRecord
 from stallfree.core.slo import Slo, Target
 
 Kind = Literal["left out", "late"]
@@ -166,6 +166,9 @@ class StallAccount:
         earliest = NEVER
         reached: dict[str, int] = {}
         self.looked_up = 0
+        for came in step.delivered:
+            if came.id in streams:
+                self._deliver(came, streams[came.id])
         for id, found in step.cached:
             if id in streams:
                 admitted = streams[id]
@@ -235,8 +238,16 @@ class StallAccount:
                     self.first_late_s += ttft - stream.ttft.seconds
         stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
 
+    def _deliver(self, came: Delivered, stream: _Stream) -> None:
+        stream.scheduled, stream.cached, stream.tokens = came.asked, came.cached, 1
+        self.looked_up += stream.prompt_tokens
+        self._begin(stream, came.t, stream.prompt_tokens)
+        stream.last = came.t
+
     def _end(self, id: str, reason: str, t: float) -> Ended:
         stream = self._streams.pop(id)
+        if reason not in ("abort", "error") and stream.last is not None:
+            t = stream.last  # an earlier one than the iteration's, if a token that was delivered was the last
         in_time = None
         if stream.ttft is not None or stream.pace < NEVER:
             in_time = not stream.late_first and stream.late <= stream.late_share * max(0, stream.tokens - 1)

@@ -42,6 +42,9 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
     for r in records:
         for request in r.arrived:
             found[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
+        for d in r.delivered:
+            found[d.id].scheduled = d.asked
+            found[d.id].tokens.append(d.t)
         for id, _, _ in r.work:
             if found[id].scheduled is None:
                 found[id].scheduled = r.t_start
@@ -50,5 +53,7 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
         for id in r.stalled:
             found[id].stalls += 1
         for id, reason, _ in r.finished:
-            found[id].finished, found[id].reason = r.t_end, reason
+            came = found[id].tokens
+            found[id].finished = r.t_end if reason in ("abort", "error") or not came else came[-1]
+            found[id].reason = reason
     return found

@@ -35,13 +35,16 @@ Sample = tuple[Shape, float]
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How well a model describes iterations: relative errors |predicted / measured - 1|, and the shape with the largest."""
+    """How well a model describes iterations: relative errors |predicted / measured - 1|, and the shape with the largest. `scatter`:
+    measured over predicted, of each iteration.
+    """
 
     iterations: int
     median: float
     p90: float
     largest: float
     worst: Shape
+    scatter: tuple[float, ...]
 
 
 class Fitted:
@@ -139,9 +142,10 @@ class Fitted:
         """How well `samples` are described. Raises ValueError without any."""
         if not samples:
             raise ValueError("errors are of iterations; there are none")
-        found = sorted(((abs(self.seconds(shape) / seconds - 1), tuple(shape)) for shape, seconds in samples), key=lambda e: e[0])
+        scatter = tuple(seconds / self.seconds(shape) for shape, seconds in samples)
+        found = sorted(((abs(1 / s - 1), tuple(shape)) for s, (shape, _) in zip(scatter, samples, strict=True)), key=lambda e: e[0])
         size = len(found)
-        return Errors(size, found[size // 2][0], found[min(size - 1, size * 9 // 10)][0], *found[-1])
+        return Errors(size, found[size // 2][0], found[min(size - 1, size * 9 // 10)][0], *found[-1], scatter)
 
     def _anchor_to(self, anchor: list[Row]) -> None:
         self._start = list(self.prices)

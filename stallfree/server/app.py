@@ -1,7 +1,7 @@
 """The routes. Each says what it takes and gives; checking, translating, answering and failing are done elsewhere."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +12,10 @@ from starlette.responses import JSONResponse
 
 import stallfree
 from stallfree.core.request import Refused
+from stallfree.engine.engine import Fetch
 from stallfree.engine.thread import EngineThread
+from stallfree.handoff.asking import Asking
+from stallfree.handoff.serving import Serving
 from stallfree.server import errors, intake, schema
 from stallfree.server.answers import Call, Chat, Choice, Completions
 from stallfree.server.door import Door
@@ -24,6 +27,8 @@ from stallfree.server.sse import EventStream, watching
 from stallfree.server.traces import Traces
 
 MAX_BODY_BYTES = 4 << 20
+PREFILL = "x-stallfree-prefill"
+"""The header with which a router says which prefill engine, as host:port, is to compute a request's prompt."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
@@ -35,13 +40,16 @@ def create_app(
     metrics: Metrics,
     live: Live,
     traces: Traces | None = None,
+    asking: Asking | None = None,
+    serving: Serving | None = None,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
-    `metrics`, `live` and `traces` are those whose `record` is called after each iteration. With an `api_key`, every route wants
-    it but /health and the page's own files, which say nothing of this server.
+    `metrics`, `live` and `traces` are those whose `record` is called after each iteration. `asking` has prompts computed by other
+    engines, `serving` computes them for others; both are owned too. With an `api_key`, every route wants it but /health and the
+    page's own files, which say nothing of this server.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
@@ -50,7 +58,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine_thread.start()
+        sides = [side for side in (asking, serving) if side is not None]
+        for side in sides:
+            side.start()
         yield
+        for side in sides:
+            side.close()
         await engine_thread.close(0)
 
     app = FastAPI(
@@ -70,6 +83,17 @@ def create_app(
         if name is not None and name != model:
             raise ApiError(404, f"the model {shown(name)} is not served here; {model!r} is", param="model", code="model_not_found")
 
+    def fetches(name: str | None) -> Callable[[], Fetch | None]:
+        """What makes each request's fetch; `name`: the prefill engine that the router chose."""
+        if asking is None and name is not None:
+            raise ApiError(
+                400, f"{PREFILL}: this server asks no other engine for prompts; it is not of --role decode", param=PREFILL
+            )
+        try:
+            return (lambda: None) if asking is None else asking.fetches(name)
+        except ValueError as error:
+            raise ApiError(400, f"{PREFILL}: {error}", param=PREFILL) from None
+
     async def answer(kind: type[Call], body: schema.Generation, prompts: list[tuple[list[int], str]], request: Request) -> Response:
         ids = [ids for ids, _ in prompts]
         requests = intake.requests(engine, body, ids, intake.targets(body, request.headers, live.slo))
@@ -77,7 +101,12 @@ def create_app(
         if traces is not None:
             traces.told([r.id for r in requests], kind.operation, request.headers)
         try:
-            outputs = engine_thread.submit(requests, intake.stops(body), include_stop=bool(body.include_stop_str_in_output))
+            outputs = engine_thread.submit(
+                requests,
+                intake.stops(body),
+                include_stop=bool(body.include_stop_str_in_output),
+                fetch=fetches(request.headers.get(PREFILL)),
+            )
         except Refused as refusal:
             raise intake.refused(refusal, body, ids) from None
         choices = [Choice(i, r, prompts[i // n][1]) for i, r in enumerate(requests)]
@@ -158,7 +187,7 @@ def create_app(
             "num_blocks": capacity.num_blocks,
             "now": now,
             "running": len(scheduler.running),
-            "waiting": len(scheduler.queue),
+            "waiting": scheduler.num_waiting,
             "free_blocks": scheduler.pool.num_free,
         }
         return JSONResponse(about | live.look(now, since), headers={"Cache-Control": "no-store"})

@@ -27,6 +27,7 @@ REASONS = ("policy", "deadline", "engine")
 """What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record has it in
 words, but words with times and ids in them would make a series each."""
 FINISHED = ("stop", "length", "abort", "error")
+HANDOFFS = ("delivered", "recomputed")
 
 # vLLM's bounds, so that its dashboards find the `le` that they ask for, and finer ones below, for iterations of a few ms.
 GAPS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -61,6 +62,8 @@ class Metrics(Collector):
         self._first_late_s = self._bubble_s = 0.0
         self._errors = self._preemptions = self._left_out = self._prompt = self._looked_up = self._found = self._generated = 0
         self._judged_requests = self._requests_in_time = 0
+        self._handoffs = dict.fromkeys(HANDOFFS, 0)
+        self._transfer_bytes, self._transfer_s, self._decode_s = 0, 0.0, 0.0
         self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
         self._ttft, self._tbt, self._tpot = _Histogram(TTFT_S), _Histogram(GAPS_S), _Histogram(GAPS_S)
         self._e2e, self._queue, self._prefill, self._decode, self._service = (_Histogram(REQUEST_S) for _ in range(5))
@@ -88,8 +91,12 @@ class Metrics(Collector):
             self._preemptions += len(step.preempted)
             self._left_out += len(step.stalled)
             self._looked_up += account.looked_up
-            self._found += sum(found for _, found in step.cached)
-            self._generated += len(step.emitted)
+            self._found += sum(found for _, found in step.cached) + sum(came.cached for came in step.delivered)
+            self._generated += len(step.emitted) + len(step.delivered)
+            self._handoffs["delivered"] += len(step.delivered)
+            self._handoffs["recomputed"] += len(step.recalled)
+            self._transfer_bytes += sum(came.num_bytes for came in step.delivered)
+            self._transfer_s += sum(came.seconds for came in step.delivered)
             self._tbt.observe_all(account.gaps)
             self._ttft.observe_all(account.ttfts)
             for target in TARGETS:
@@ -108,7 +115,7 @@ class Metrics(Collector):
         blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
         self._gauges = {
             "running_requests": len(scheduler.running),
-            "waiting_requests": len(scheduler.queue),
+            "waiting_requests": scheduler.num_waiting,
             "kv_blocks": blocks,
             "free_kv_blocks": free,
             "kv_usage_ratio": 1 - free / blocks,
@@ -140,6 +147,7 @@ class Metrics(Collector):
                 self._queue.observe(ended.scheduled - ended.arrival)
                 self._prefill.observe(ended.first - ended.scheduled)
                 self._decode.observe(ended.t - ended.first)
+                self._decode_s += ended.t - ended.first
                 self._service.observe(ended.t - ended.scheduled)
 
     def _families(self) -> Iterator[Metric]:
@@ -184,6 +192,11 @@ class Metrics(Collector):
         yield _counter("generation_tokens", "Tokens sampled.", self._generated)
         yield _counter("prefix_lookup_tokens", "Tokens that were looked for in the prefix cache.", self._looked_up)
         yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._found)
+        yield _counter("handoffs", "Prompts asked of prefill engines, by what became of them.", self._handoffs, "outcome")
+        yield _counter("kv_transfer_bytes", "Bytes of KV that came from prefill engines.", self._transfer_bytes)
+        yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving these.", self._transfer_s)
+        share = self._transfer_s / self._decode_s if self._decode_s else None
+        yield _gauge("kv_transfer_ratio", "That time over the time from first tokens to the ends of all requests.", share)
         for name, text in GAUGES.items():
             yield _gauge(name, text, self._gauges.get(name))
 

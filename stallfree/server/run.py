@@ -8,12 +8,11 @@ import errno
 import os
 import socket
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from stallfree.engine.thread import EngineThread
 
 WRITE_TIMEOUT_S = 60.0
 """Seconds in which a client that has fallen behind must read something."""
@@ -25,20 +24,28 @@ FLUSH_S = 5
 """Seconds for the last bytes of answers to leave after the engine has stopped."""
 
 
+class Drains(Protocol):
+    """What is behind an app: an engine, or a router."""
+
+    async def close(self, drain_timeout_s: float) -> None:
+        """Take no more requests, let those there are finish for a while, then stop."""
+
+
 class PortError(OSError):
     """The address cannot be listened on; the message names it and the way out."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on `host`:`port` (0: any free port), before anything costly is loaded. Raises PortError.
+def bind(host: str, port: int, kind: str = "") -> socket.socket:
+    """A socket that listens on `host`:`port` (0: any free port), before anything costly is loaded. Raises PortError, in which the
+    options are --host and --port, or, with the `kind` "peer-", --peer-host and --peer-port.
 
     Nobody is answered before `run` has it.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind, protocol)
+        family, type_, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, type_, protocol)
     except OSError as error:
-        raise PortError(f"cannot listen on host {host!r}: {error.strerror or error}; give another --host") from None
+        raise PortError(f"cannot listen on host {host!r}: {error.strerror or error}; give another --{kind}host") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -46,19 +53,21 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise PortError(f"port {port} on {host} is in use; stop what uses it, or give another with --port") from None
+            raise PortError(f"port {port} on {host} is in use; stop what uses it, or give another with --{kind}port") from None
         if error.errno == errno.EACCES:
-            raise PortError(f"port {port} is reserved for the system; give one from 1024 on with --port") from None
-        raise PortError(f"cannot listen on {host} port {port}: {error.strerror}; give another --host or --port") from None
+            raise PortError(f"port {port} is reserved for the system; give one from 1024 on with --{kind}port") from None
+        raise PortError(
+            f"cannot listen on {host} port {port}: {error.strerror}; give another --{kind}host or --{kind}port"
+        ) from None
     return sock
 
 
-def run(app: FastAPI, engine_thread: EngineThread, sock: socket.socket, *, drain_timeout_s: float) -> None:
+def run(app: FastAPI, behind: Drains, sock: socket.socket, *, drain_timeout_s: float) -> None:
     """Serve until SIGTERM or SIGINT; then take no new requests, let those there are finish, and return.
 
     Streams that are unfinished after `drain_timeout_s` end in an error. A second signal exits the process at once.
     """
-    _Server(configure(app), engine_thread, drain_timeout_s).run(sockets=[sock])
+    _Server(configure(app), behind, drain_timeout_s).run(sockets=[sock])
 
 
 def configure(app: FastAPI) -> uvicorn.Config:
@@ -77,11 +86,11 @@ def configure(app: FastAPI) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that drains the engine before it closes its port, and whose process then exits with 0."""
+    """A uvicorn server that drains what is behind it before it closes its port, and whose process then exits with 0."""
 
-    def __init__(self, config: uvicorn.Config, engine_thread: EngineThread, drain_timeout_s: float):
+    def __init__(self, config: uvicorn.Config, behind: Drains, drain_timeout_s: float):
         super().__init__(config)
-        self._engine_thread = engine_thread
+        self._behind = behind
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -102,7 +111,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         try:
-            await self._engine_thread.close(self._drain_timeout_s)
+            await self._behind.close(self._drain_timeout_s)
         finally:
             self.should_exit = True
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """`model`: a built-in name or a config.json; `hardware`: a device's name or its TOML; `tp`, `pp`: devices that share each
-    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`); `node`:
-    devices used of each node (None: all), `network` between nodes (None: the device's first).
+    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a
+    file with an engine's fitted times (`perf.profiled`); `node`: devices used of each node (None: all), `network` between nodes
+    (None: the device's first).
 
     `policy` by name, with its `token_budget` or, for a policy that takes one, the `slo` in words. Limits: `max_seqs` running
     requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's context); KV in blocks of
@@ -41,3 +42,19 @@ class Deployment:
     replicas: int = 1
     router: str = "round-robin"
     prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Two pools: `prefill` replicas compute prompts, `decode` replicas go on with them. `pairing`: who hands over to whom, and when
+    (`sim.pairings`). They are on `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`); `near`: KV stays in its
+    node where a decode replica is there too, which goes over the devices' own links.
+    """
+
+    prefill: Deployment
+    decode: Deployment
+    pairing: str = "distserve"
+    link: str = "ib-200g"
+    nodes: int = 1
+    per_node: int = 8
+    near: bool = False

@@ -48,6 +48,7 @@ def policy_of(run: Run) -> Policy:
 
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
     """The records that the scheduler writes now, given the same arrivals, ends and times; it stops where there is no work to do.
+    Raises ValueError for a run with requests whose prompts other engines computed.
 
     In a pipeline it is exact only without a prefix cache: of an attempt to plan that found no KV there is no record, but it has
     made the prefix that it looked up a recently used one. Where iterations overlap there are no such attempts.
@@ -183,6 +184,12 @@ class _Served:
 
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
     """Every request that arrived, new, by id; those `stopped` end after as many tokens as they got, or before by `max_tokens`."""
+    for r in records:
+        if r.delivered or r.recalled:
+            raise ValueError(
+                f"step {r.step} has requests that were handed over by another engine, and when they came does not follow from this "
+                "record; replay the run of an engine with --role both"
+            )
     size = run.capacity.block_size
     lengths = Counter(id for r in records for id in r.emitted)
     behind = {f.id: f.blocks for r in records for f in r.finished}

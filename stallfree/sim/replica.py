@@ -62,7 +62,8 @@ class Replica:
     Nothing is planned before `begin`; `between_s` pass from an iteration's end to the next one's planning; `slowness`: what to
     multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended,
     `record` with each record, `span` with each iteration in each stage; without `record` none are made. `leap`: the most
-    iterations at once; 1 is step by step.
+    iterations at once; 1 is step by step. Step by step, `launched` is called with each plan, its begin and its end before it runs,
+    and `completed` after it has run.
 
     `due`: when it goes on, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
     long each stage was; what they lack to `active_s` are bubbles. `iterations`: how many have ended.
@@ -76,6 +77,8 @@ class Replica:
         ended: Callable[[Request], None] = lambda request: None,
         record: Callable[[StepRecord], None] | None = None,
         span: Callable[[Span], None] | None = None,
+        launched: Callable[[Plan, float, float], None] = lambda plan, begin, end: None,
+        completed: Callable[[Plan, float], None] = lambda plan, end: None,
         begin: float = 0.0,
         between_s: float = 0.0,
         slowness: Callable[[float], float] | None = None,
@@ -89,6 +92,7 @@ class Replica:
         self._cost = cost
         self._batch: Callable[[int, int, Sequence[tuple[int, int]]], float] | None = getattr(cost, "batch", None)
         self._ended, self._record, self._span = ended, record, span
+        self._launched, self._completed = launched, completed
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
         self._steady = leap > 1 and scheduler.steady and scheduler.capacity.depth == 1
@@ -135,6 +139,19 @@ class Replica:
     def drop(self, id: str, now: float) -> None:
         """A request's client leaves; nothing happens if it has ended, or was never here."""
         self._leaving.append(id)
+        self._look(now)
+
+    def deliver(self, request: Request, token: int, now: float) -> None:
+        """The KV of a request for which room was reserved is here, and its first token."""
+        self._pending = None
+        self._arrived.append(request)
+        self.scheduler.deliver(request, token, now)
+        self._look(now)
+
+    def let_go(self, id: str, now: float) -> None:
+        """A request that was held here goes on elsewhere, and leaves its KV."""
+        self._pending = None
+        self.scheduler.release(id)
         self._look(now)
 
     def run(self, until: float) -> None:
@@ -205,6 +222,7 @@ class Replica:
                 self._span(Span(plan.step, stage, begin, end, decodes, plan.num_tokens - decodes))
         self.active_s += end - max(start, self._out[-1][2] if self._out else start)
         self._out.append((plan, start, end, max(0.0, waited)))
+        self._launched(plan, start, end)
 
     def _complete(self) -> None:
         plan, start, end, bubble_s = self._out.popleft()
@@ -230,6 +248,7 @@ class Replica:
         self._ready = end + self._between_s
         for request in done:
             self._end(request, end)
+        self._completed(plan, end)
         if self._record is not None:
             times = (plan.now, start, end)
             self._record(StepRecord.of(plan, result, scheduler, times, self._arrived, [*self._gone, *done]))

@@ -7,6 +7,8 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from struct import pack
+from zlib import crc32
 
 from stallfree.core.plan import Capacity
 from stallfree.core.policy import CostModel, Policy
@@ -62,6 +64,7 @@ def simulate(
     spans: bool = False,
     leap: int = LEAP,
     between_s: float = 0.0,
+    scatter: Sequence[float] = (),
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (of which `depth` is the number of
     pipeline stages) and `limits`, each with a policy of its own; `cost` says what a whole iteration takes.
@@ -69,7 +72,8 @@ def simulate(
     `reuse` shares the KV of equal beginnings of prompts. Each request gets as many tokens as its arrival says; it asks for these,
     or for `max_tokens` if that is more and fits, which matters to a policy that reserves KV for them. `ended`: called with the
     timeline of each request that ended, which then is not kept. `leap` 1 takes every iteration by itself, to the same end.
-    `between_s` pass from each iteration's end to the next one's planning.
+    `between_s` pass from each iteration's end to the next one's planning. `scatter`: factors of which each iteration's time gets
+    one, at random by the moment of its planning.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -88,16 +92,28 @@ def simulate(
             span=made.spans[number].append if spans else None,
             leap=leap,
             between_s=between_s,
+            slowness=scattering(scatter) if scatter else None,
         )
         for number in range(replicas)
     ]
-    with _uncollected():
-        serve(_requests(arrivals, several[0].scheduler, max_tokens), several, choose)
+    with uncollected():
+        serve(scripted(arrivals, several[0].scheduler, max_tokens), several, choose)
     return Simulation(several, lines, made.records, made.spans)
 
 
+def scattering(scatter: Sequence[float]) -> Callable[[float], float]:
+    """One of `scatter` for a moment, as if at random. By the moment and not in turn: an iteration gets the same in a leap, also in
+    one that is cut short, as by itself.
+    """
+
+    def slowness(moment: float) -> float:
+        return scatter[crc32(pack("d", moment)) % len(scatter)]
+
+    return slowness
+
+
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Without looking for cycles of garbage: a simulation makes none, and with hundreds of replicas every look walks through
     millions of blocks and times again.
     """
@@ -110,7 +126,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _requests(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
+def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
     own = STOP
     for number, arrival in enumerate(arrivals):
         own -= 1

@@ -3,6 +3,7 @@ together what `perf`, `policies`, `core` and `workload` know, and knows nothing 
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from stallfree import policies
@@ -16,6 +17,7 @@ from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
 from stallfree.perf.fitted import Fitted
+from stallfree.perf.profiled import Profiled
 from stallfree.perf.roofline import QUANTUM, Roofline
 from stallfree.policies.slo import possible
 from stallfree.sim.deployment import Deployment
@@ -26,7 +28,8 @@ from stallfree.workload.workload import Arrival
 
 class Instance(NamedTuple):
     """What one replica runs on: what an iteration costs there, the KV that it holds, and the price of an hour in US dollars, if it
-    has one. `about` it in words. `between_s`: what passes between two iterations beside that.
+    has one. `about` it in words. `between_s`: what passes between two iterations beside that. `scatter`: factors of which each
+    iteration's time gets one at random, as a real machine's do (none: each takes just what it costs).
     """
 
     cost: CostModel
@@ -34,6 +37,7 @@ class Instance(NamedTuple):
     dollars: float | None
     about: str
     between_s: float = 0.0
+    scatter: tuple[float, ...] = ()
 
 
 class Simulator:
@@ -95,6 +99,7 @@ class Simulator:
             records=records,
             spans=spans,
             between_s=self.instance.between_s,
+            scatter=self.instance.scatter,
         )
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
@@ -125,7 +130,11 @@ def instance(told: Deployment) -> Instance:
             f"a request of {length:,} tokens cannot be: {tokens:,} tokens of KV fit beside the weights; "
             "give a max_model_len between, or devices with more memory"
         )
-    cost = Roofline(device, sharded, told.engine, node=told.node, network=told.network)
+    cost: CostModel
+    if told.engine.endswith(".json"):
+        cost = Profiled(Path(told.engine), model.name, told.tp)  # type: ignore[assignment]  # prices, and neither room nor learning
+    else:
+        cost = Roofline(device, sharded, told.engine, node=told.node, network=told.network)
     number = told.tp * told.pp
     return Instance(
         cost,

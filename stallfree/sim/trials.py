@@ -7,25 +7,32 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
-from stallfree.sim.simulator import Simulator
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
 """The rate, the seed, what came of it, and why that is not enough, if it is not."""
 
-_simulators: dict[str, Simulator] = {}
+
+class Tried(Protocol):
+    """What trials can be made of; it travels to other processes."""
+
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+        """What becomes of `traffic` at `rate`, drawn with `seed`, and how it stands to `slo`."""
+
+
+_simulators: dict[str, Tried] = {}
 """Those of a process that runs trials."""
 
 
 class Trials:
     """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each."""
 
-    def __init__(self, simulators: Mapping[str, Simulator], done: Callable[[], None] = lambda: None):
+    def __init__(self, simulators: Mapping[str, Tried], done: Callable[[], None] = lambda: None):
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (simulators,))
         self._done = done
@@ -37,7 +44,7 @@ class Trials:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
-        """See `Simulator.trial`."""
+        """See `Tried.trial`."""
         future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
         future.add_done_callback(lambda _: self._done())
         return future
@@ -73,7 +80,7 @@ class Trials:
             return dict(zip(cases, threads.map(find, cases), strict=True))
 
 
-def _begin(simulators: Mapping[str, Simulator]) -> None:
+def _begin(simulators: Mapping[str, Tried]) -> None:
     _simulators.update(simulators)
 
 

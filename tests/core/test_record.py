@@ -20,8 +20,8 @@ def test_a_record_cut_short_is_refused(line):
 
 
 def test_a_record_of_another_version_is_refused(line):
-    with pytest.raises(ValueError, match="of version 2 but of 99"):
-        StepRecord.from_json(line.replace('"version":2', '"version":99'))
+    with pytest.raises(ValueError, match="of version 3 but of 99"):
+        StepRecord.from_json(line.replace('"version":3', '"version":99'))
 
 
 def test_a_record_with_a_field_missing_is_refused(line):

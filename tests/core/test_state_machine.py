@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.out = deque()
         self.everybody: list[Request] = []
         self.gone: list[Request] = []
+        self.reserved: list[Request] = []
         self.now = 0.0
 
     @rule(
@@ -38,20 +39,47 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         family=st.integers(0, 2),
         stop=st.booleans(),
+        elsewhere=st.booleans(),
     )
-    def submit(self, length, max_tokens, priority, family, stop):
+    def submit(self, length, max_tokens, priority, family, stop, elsewhere):
         # Prompts of one family begin alike, so that prefixes are shared.
         self.now += 1
         prompt = [1000 * family + i for i in range(length // 2)] + [len(self.everybody)] * (length - length // 2)
         stop_ids = frozenset({length + 3}) if stop else frozenset()
         request = Request(str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now)
         try:
-            self.scheduler.submit(request)
+            (self.scheduler.expect if elsewhere else self.scheduler.submit)(request)
         except Refused:
             assert request.id not in self.scheduler.requests
         else:
             self.everybody.append(request)
         self.scheduler.check()
+
+    @rule()
+    def reserve(self):
+        request = self.scheduler.reserve()
+        if request is not None:
+            assert len(request.blocks) * self.scheduler.capacity.block_size >= len(request.prompt)
+            self.reserved.append(request)
+        self.scheduler.check()
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data(), fails=st.booleans())
+    def arrive(self, data, fails):
+        request = data.draw(st.sampled_from(self.reserved))
+        self.reserved.remove(request)
+        self.come(request, fails)
+        self.scheduler.check()
+
+    def come(self, request, fails):
+        """What was asked for elsewhere comes, or does not."""
+        if fails:
+            self.scheduler.recall(request)
+            assert request.status is Status.WAITING
+        elif self.scheduler.deliver(request, len(request.prompt), self.now) is not None:
+            assert request.finish_reason in ("stop", "length")
+        else:
+            assert request.remaining == 1
 
     @rule()
     def schedule(self):
@@ -111,11 +139,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(restart=st.booleans())
     def lose(self, restart):
-        running = list(self.scheduler.running)
+        running = [r for r in self.scheduler.requests.values() if r.status is not Status.WAITING]
         self.out.clear()
+        self.reserved.clear()
         ended = self.scheduler.lost(restart=restart)
         self.scheduler.check()
-        assert ([], running)[not restart] == ended
+        assert set([] if restart else running) == set(ended)
         assert all(r.status is Status.WAITING if restart else r.finish_reason == "error" for r in running)
         assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
 
@@ -124,6 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data):
         request = data.draw(st.sampled_from(self.everybody))
         self.scheduler.abort(request.id)
+        self.reserved = [r for r in self.reserved if r is not request]
         assert request.id not in self.scheduler.requests
         self.scheduler.check()
 
@@ -143,10 +173,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request in self.scheduler.running
         self.scheduler.check()
 
+    @precondition(lambda self: any(not r.in_flight for r in self.scheduler.running))
+    @rule(data=st.data())
+    def hold(self, data):
+        self.scheduler.hold(data.draw(st.sampled_from([r for r in self.scheduler.running if not r.in_flight])).id)
+        self.scheduler.check()
+
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(20_000):
+        for request in list(self.scheduler.requests.values()):
+            if request.status is Status.HELD:
+                self.scheduler.abort(request.id)
+        for number in range(20_000):
+            if (request := self.scheduler.reserve()) is not None:
+                self.reserved.append(request)
+            if self.reserved:
+                self.come(self.reserved.pop(0), fails=number % 3 == 0)
             plan = self.scheduler.schedule(self.now)
             if plan.work:
                 self.out.append(plan)

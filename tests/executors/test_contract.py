@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from stallfree.checkpoint import open_checkpoint
-from stallfree.core.plan import Capacity, Plan
+from stallfree.core.plan import Capacity, Plan, Work
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.assemble import EXECUTORS
@@ -89,6 +89,30 @@ def test_the_tokens_are_the_same_under_every_policy(executor):
 
 def test_the_tokens_are_the_same_when_the_limit_is_small(executor):
     assert serve(executor, "sarathi") == serve(executor, "sarathi", Limits(max_seqs=2, max_tokens=7))
+
+
+def test_blocks_that_are_handed_out_can_be_taken_in_elsewhere(executor):
+    """Into other blocks of the same executor, behind which a decode gives the tokens that it gives behind the first ones."""
+    size = executor.capacity.block_size
+    prompt = np.random.default_rng(2).integers(0, 256, 2 * size + 5).tolist()
+    moved = bytearray(3 * executor.block_bytes)
+    ran = [run(executor, prompt, 0, (0, 1, 2)), run(executor, [7], len(prompt), (0, 1, 2))]
+    executor.read_blocks((0, 1, 2), memoryview(moved))
+    run(executor, prompt[::-1], 0, (0, 1, 2))
+    executor.write_blocks((9, 3, 5), memoryview(moved))
+    assert ran[1] == run(executor, [7], len(prompt), (9, 3, 5))
+    again = bytearray(len(moved))
+    executor.read_blocks((9, 3, 5), memoryview(again))
+    assert moved == again
+    assert executor.layout
+
+
+def run(executor, tokens, start, blocks):
+    """What is sampled behind `tokens` at `start`."""
+    work = Work("a", start, len(tokens), True, False, tuple(tokens), blocks, Sampling(temperature=0, logprobs=3), "", tokens, [])
+    executor.submit(Plan(0, 0.0, (work,)))
+    result = executor.collect()
+    return result.tokens["a"], result.details.get("a")
 
 
 def test_results_come_in_the_order_of_the_plans(executor):

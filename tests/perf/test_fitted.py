@@ -41,6 +41,7 @@ def test_errors_are_those_of_the_worst_too():
     assert 0 == pytest.approx(errors.median)
     assert 0.5 == pytest.approx(errors.largest)
     assert tuple(data[7][0]) == errors.worst
+    assert [1, 2, 1] == pytest.approx(errors.scatter[6:9])
 
 
 def test_no_price_is_negative_even_where_noise_would_have_it():

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
@@ -21,6 +21,9 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
+from stallfree.handoff.asking import Asking
+from stallfree.handoff.serving import Serving
+from stallfree.handoff.terms import Terms
 from stallfree.server.app import create_app
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
@@ -53,7 +56,7 @@ class Executor(SimulatedExecutor):
 
 
 class Server:
-    """A running server: `url`, and what is behind it."""
+    """A running server: `url`, and what is behind it. It `asks` the prefill engines at these addresses, or is `asked` itself."""
 
     def __init__(
         self,
@@ -64,6 +67,8 @@ class Server:
         max_queue: int = 256,
         slo: Slo | None = None,
         exporter=None,
+        asks: Sequence[tuple[str, int]] = (),
+        asked: bool = False,
         **options,
     ):
         text = bytes_as_text()
@@ -72,8 +77,18 @@ class Server:
         self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
         self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)
         self.engine_thread = EngineThread(self.engine, max_queue)
+        terms = Terms.of(self.executor, "toy")
+        self.asking = Asking(self.engine_thread, terms, asks, "") if asks else None
+        self.peer_socket = bind("127.0.0.1", 0) if asked else None
         self.app: FastAPI = create_app(
-            self.engine_thread, model="toy", metrics=self.metrics, live=self.live, traces=self.traces, **options
+            self.engine_thread,
+            model="toy",
+            metrics=self.metrics,
+            live=self.live,
+            traces=self.traces,
+            asking=self.asking,
+            serving=None if self.peer_socket is None else Serving(self.engine_thread, terms, self.peer_socket, ""),
+            **options,
         )
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
@@ -90,7 +105,7 @@ class Server:
     def __enter__(self):
         self._thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=20)
-        while not self._uvicorn.started:
+        while not self._uvicorn.started or (self.asking is not None and any(peer.link is None for peer in self.asking.peers)):
             time.sleep(0.01)
         return self
 

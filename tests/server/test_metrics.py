@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stallfree.core.draft import ENGINE_LIMIT
 from stallfree.core.plan import Capacity
-from stallfree.core.record import Arrived, Finished, StepRecord
+from stallfree.core.record import Arrived, Delivered, Finished, StepRecord
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
 from stallfree.policies import load
@@ -119,6 +119,21 @@ def test_an_aborted_request_is_counted_and_not_timed():
     found = served(FIRST, step(1, 0.1, 0.2, [], finished=[Finished("a", "abort")]))
     assert (1, 0) == (found["requests_total", "abort"], found["request_seconds_count",])
     assert 0 == found["slo_requests_total",]
+
+
+def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
+    came = Delivered("a", 0.02, 0.1, 4, 6000, 0.05)
+    found = served(
+        step(0, 0.1, 0.2, [("a", 10, 1)], arrived=[arrival("a")], delivered=[came], recalled=["b"]),
+        step(1, 0.2, 0.6, [("a", 11, 1)], finished=[Finished("a", "length")]),
+    )
+    assert (1, 1) == (found["handoffs_total", "delivered"], found["handoffs_total", "recomputed"])
+    assert (6000, 0.05) == (found["kv_transfer_bytes_total",], found["kv_transfer_seconds_total",])
+    assert pytest.approx(0.1) == found["kv_transfer_ratio",]
+    assert (3, 4) == (found["generation_tokens_total",], found["cached_tokens_total",])
+    assert pytest.approx(0.1) == found["time_to_first_token_seconds_sum",]
+    assert pytest.approx([0.02, 0.08, 0.5]) == [found[f"request_{phase}_seconds_sum",] for phase in ("queue", "prefill", "decode")]
+    assert pytest.approx(0.5) == found["inter_token_seconds_sum",]
 
 
 def test_buckets_are_cumulative_and_end_with_all(samples):

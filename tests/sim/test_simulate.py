@@ -1,7 +1,9 @@
 """A simulation is the same in leaps as step by step, keeps its accounts, and says what the records say."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -73,6 +75,27 @@ def test_leaps_end_where_steps_do_with_a_prefix_cache_too(name, num_blocks):
 def test_leaps_end_where_steps_do_with_a_cost_model_that_only_knows_shapes():
     leaps, steps = (run(load("calm"), cost=Linear(), records=True, leap=leap) for leap in (64, 1))
     assert steps.records == leaps.records
+
+
+@pytest.mark.parametrize("name", ["sarathi", "slo"])
+def test_iterations_scatter_as_they_did_when_calibrated_and_leaps_end_where_steps_do(name):
+    scatter = (0.9, 1.0, 1.1, 1.4)
+    leaps, steps = (run(load("calm"), name, scatter=scatter, records=True, leap=leap) for leap in (64, 1))
+    assert steps.records == leaps.records
+    records = steps.records[0]
+    took = [(r.t_end - r.t_start) / COST.seconds([(start, count) for _, start, count in r.work]) for r in records]
+    counts = Counter(round(ratio, 9) for ratio in took)
+    assert set(scatter) == set(counts)
+    assert min(counts.values()) > 0.2 * len(records)
+
+
+def test_the_margin_of_slo_follows_the_scatter():
+    def margin(scatter):
+        calibrated = partial(policies.load, "slo", cost=Fitted(COST.prices))
+        return simulate(load("bursty"), calibrated, COST, ROOMY, records=True, scatter=scatter).records[0][-1].margin
+
+    assert margin(()) < 1.1
+    assert 1.3 < margin((1.0,) * 9 + (1.5,))
 
 
 def test_leaps_end_where_steps_do_when_outputs_end_before_max_tokens():

@@ -5,7 +5,8 @@ It keeps KV tensors and nothing about requests.
 
 import mmap
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -67,7 +68,11 @@ class OpenVINOExecutor:
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised ones have their
         # scales in further columns.
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
-        block_bytes = sum(int(np.prod(tail)) * i.get_element_type().size for tail, i in zip(tails, cache, strict=True))
+        types = [i.get_element_type() for i in cache]
+        self.block_bytes = block_bytes = sum(int(np.prod(tail)) * type.size for tail, type in zip(tails, types, strict=True))
+        self.layout = f"openvino {ov.get_version()}, {kv}: " + ", ".join(
+            f"{number} x {kind}" for kind, number in Counter(map(str, zip(types, tails, strict=True))).items()
+        )
         num_blocks = kv_bytes // block_bytes
         self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
         if num_blocks < 1:
@@ -98,8 +103,24 @@ class OpenVINOExecutor:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
         return self._forward(work, np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
+    def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        for cache, piece in self._pieces(blocks, memory):
+            np.take(cache, blocks, axis=0, out=piece, mode="clip")  # the default mode would go by a copy
+
+    def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        for cache, piece in self._pieces(blocks, memory):
+            cache[list(blocks)] = piece
+
     def close(self) -> None:
         del self._request, self._cache
+
+    def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each tensor of the cache, [blocks, bytes], beside its part of `memory`."""
+        given, at = np.frombuffer(memory, np.uint8), 0
+        for cache in self._cache:
+            each = len(cache) // self.capacity.num_blocks
+            yield cache.reshape(-1, each), given[at : at + len(blocks) * each].reshape(-1, each)
+            at += len(blocks) * each
 
     def _warm_up(self) -> None:
         """The first runs compile kernels, for half a second: nobody's first token should wait for that. What they write into the

@@ -43,6 +43,8 @@ class TorchExecutor:
         self._out: deque[tuple[int, float, Draw]] = deque()
         self._last: Draw | None = None
         self._ended = 0.0
+        self.layout, self.block_bytes = self._runner.layout, self._runner.block_bytes
+        self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
     def submit(self, plan: Plan) -> None:
         """Runs the plan; a GPU goes on doing so afterwards. Raises ValueError, with no harm done, if the plan cannot be run;

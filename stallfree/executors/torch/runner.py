@@ -3,7 +3,7 @@ processes nor who sends the plans.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -164,8 +164,30 @@ class Runner:
             call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
             return call(batch, hidden)
 
+    @property
+    def layout(self) -> str:
+        """How the bytes of a block are to be read; it is the same on every device."""
+        return f"torch {self._options.kv}: {2 * len(self._model.layers)} x {self._shape}"
+
+    def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        for cache, piece in self._pieces(blocks, memory):
+            piece.copy_(cache[list(blocks)])
+
+    def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        for cache, piece in self._pieces(blocks, memory):
+            cache[list(blocks)] = piece.to(self._device)
+
     def close(self) -> None:
         self._graphs, self._cache = None, []
+
+    def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each tensor of the cache, [blocks, bytes], beside its part of `memory`."""
+        given, at = torch.frombuffer(memory, dtype=torch.uint8), 0
+        for tensor in (one for layer in self._cache for one in layer):
+            cache = tensor.view(torch.uint8).flatten(1)
+            size = len(blocks) * cache.shape[1]
+            yield cache, given[at : at + size].view(len(blocks), -1)
+            at += size
 
     def _call(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         return self._model(batch, hidden, self._cache)

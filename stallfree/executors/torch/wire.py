@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob
+from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, of_values, to_values
 
 MOST = 256 << 20
 """Bytes of the longest message."""
@@ -102,20 +102,7 @@ def _of_sampling(work: Work) -> list[Any]:
     number = work.start + work.count - len(work.prompt)
     seen = not how.plain
     return [
-        {
-            "temperature": how.temperature,
-            "top_k": how.top_k,
-            "top_p": how.top_p,
-            "min_p": how.min_p,
-            "repetition_penalty": how.repetition_penalty,
-            "presence_penalty": how.presence_penalty,
-            "frequency_penalty": how.frequency_penalty,
-            "logit_bias": list(how.logit_bias.items()),
-            "seed": how.seed & (2**64 - 1),
-            "logprobs": how.logprobs,
-            "min_tokens": how.min_tokens,
-            "stop_ids": list(how.stop_ids),
-        },
+        to_values(how),
         _packed(work.prompt) if seen else b"",
         _packed(work.output[: max(0, number)]) if seen else b"",
     ]
@@ -125,8 +112,7 @@ def _to_sampling(message: list[Any] | None) -> tuple[Sampling, tuple[int, ...], 
     if message is None:
         return GREEDY, (), ()
     values, prompt, output = message
-    values = values | {"logit_bias": dict(values["logit_bias"]), "stop_ids": frozenset(values["stop_ids"])}
-    return Sampling(**values), tuple(_unpacked(prompt)), tuple(_unpacked(output))
+    return of_values(values), tuple(_unpacked(prompt)), tuple(_unpacked(output))
 
 
 def _packed(numbers: Any) -> bytes:

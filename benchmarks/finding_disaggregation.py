@@ -1,0 +1,257 @@
+"""Who wins, chunked co-location or two pools, at equal GPUs, and what the answer depends on. Simulated, A100 80 GB.
+
+    lengths   Llama-2-13B on 8 GPUs: prompt x output length x targets
+    links     what joins the nodes, with every hand-over crossing it: two pools on nodes of their own
+    bursts    Llama-2-13B on 8 GPUs: how arrivals come
+    models    Llama-3-8B to Llama-2-70B on 16 GPUs
+    outputs   from which output length on a hand-over no longer matters
+    rule      a closed form beside the simulation, on the cells of `lengths`
+
+A capacity is the highest rate at which every target is met; co-located is the best of `slo` and `sarathi` over all splits of the
+model, two pools the best of DistServe's way, Splitwise's and the hybrid over all splits and ratios (`stallfree plan`).
+
+    python benchmarks/finding_disaggregation.py lengths --plots docs/images
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from harness import machine, parser, show
+
+from stallfree.core.slo import Slo
+from stallfree.metrics import plot
+from stallfree.perf import links, shape
+from stallfree.planner.candidates import Candidates
+from stallfree.planner.search import Answer, search
+from stallfree.planner.site import Site
+from stallfree.sim.simulator import Instance, Simulator
+from stallfree.sim.split import SplitSimulator
+from stallfree.sim.trials import Trials
+from stallfree.workload.traffic import Traffic
+from stallfree.workload.workload import Arrival
+
+PROMPTS, OUTPUTS = (256, 1024, 3072), (32, 128, 512)
+TARGETS = {"tight": "ttft=500ms@p90,tbt=40ms@p99", "middle": "ttft=1s@p90,tbt=75ms@p99", "loose": "ttft=4s@p90,tbt=200ms@p99"}
+LINKS = ("ib-400g", "ib-200g", "ib-100g", "eth-25g", "eth-10g")
+ARRIVALS = ("poisson", "gamma:cv=2", "gamma:cv=4", "bursts:on=10s,off=50s")
+MODELS = ("llama3-8b", "llama2-13b", "yi-34b", "llama2-70b")
+THIRTEEN = Site("llama2-13b", gpus=8, nodes=2)
+
+
+def lengths_of(prompt: int, output: int) -> str:
+    """Log-normal, P90 twice the median."""
+    return f"median={prompt},p90={2 * prompt}/median={output},p90={2 * output}"
+
+
+def best(answer: Answer) -> dict[str, Any]:
+    """Both kinds in a row of a table: requests per second of all GPUs."""
+    split, alone = (next((one for one in answer.whole if (" -> " in one.name) is kind), None) for kind in (True, False))
+    row: dict[str, Any] = {
+        "co-located": f"{alone.deployed.replicas} x {alone.name}" if alone is not None else "none",
+        "requests/s": alone.rate if alone is not None else 0.0,
+        "two pools": split.name if split is not None else "none",
+        "requests/s ": split.rate if split is not None else 0.0,
+    }
+    return row | {"pools / co-located": row["requests/s "] / row["requests/s"] if row["requests/s"] else inf}
+
+
+def searched(site: Site, traffic: Traffic, slo: str) -> Answer | None:
+    try:
+        return search(Candidates(site), traffic, Slo.parse(slo), Trials, print)
+    except ValueError as error:
+        print(f"{site.model}, {traffic.lengths}, {slo}: {error}")
+        return None
+
+
+def lengths(quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    cells = list(product(TARGETS.items(), PROMPTS, OUTPUTS))
+    for (name, slo), prompt, output in cells[:1] if quick else cells:
+        answer = searched(THIRTEEN, Traffic(lengths=lengths_of(prompt, output), max_total=4096, requests=128), slo)
+        if answer is not None:
+            rows.append({"targets": name, "prompt": prompt, "output": output} | best(answer))
+    return rows
+
+
+def bursts(quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for arrivals in ARRIVALS[:1] if quick else ARRIVALS:
+        traffic = Traffic(arrivals, lengths_of(1024, 128), 4096, requests=128)
+        answer = searched(THIRTEEN, traffic, TARGETS["loose"])
+        if answer is not None:
+            rows.append({"arrivals": arrivals} | best(answer))
+    return rows
+
+
+def models(quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for model in MODELS[:1] if quick else MODELS:
+        site = Site(model, gpus=16, nodes=4, max_model_len=4096)
+        answer = searched(site, Traffic(lengths=lengths_of(1024, 128), max_total=4096, requests=128), TARGETS["middle"])
+        if answer is not None:
+            rows.append({"model": model} | best(answer))
+    return rows
+
+
+def across(quick: bool) -> list[dict[str, Any]]:
+    """Pools on nodes of their own: one prefill replica takes a node of four, and so does a decode replica."""
+    traffic, slo = Traffic(lengths=lengths_of(1024, 128), max_total=4096, requests=128), Slo.parse(TARGETS["middle"])
+    simulators: dict[str, Any] = {}
+    for model in MODELS[1:2] if quick else MODELS:
+        site = Site(model, gpus=8, nodes=2, max_model_len=4096)
+        there = Candidates(site)
+        simulators[f"{model} co-located"] = Simulator(there.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue"))
+        for way, link in product(("distserve", "splitwise"), LINKS):
+            pair = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
+            simulators[f"{model} {way} {link}"] = SplitSimulator(replace(pair, link=link))
+    with Trials(simulators) as trials:
+        found = trials.capacities(dict.fromkeys(simulators, (traffic, slo, 4.0)), lowest=0.01, shortest_s=30.0)
+    rows = []
+    for model in dict.fromkeys(name.split()[0] for name in simulators):
+        alone = found[f"{model} co-located"].rate
+        kv = shape.Sharded(shape.load(model), 1, 1).kv_bytes_per_token
+        for way in ("distserve", "splitwise"):
+            rows.append(
+                {"model": model, "KV, MB a token": kv / 1e6, "way": way, "co-located, requests/s": alone}
+                | {link: found[f"{model} {way} {link}"].rate / alone for link in LINKS}
+            )
+    return rows
+
+
+def outputs(quick: bool) -> list[dict[str, Any]]:
+    """One request by itself, prompt and decode on nodes of their own: n output tokens after which what the hand-over delays is 1 %
+    of the time since the first token. `closed form`: the KV that remains to be sent, over the link, over 1 % of a decode iteration.
+    """
+    rows = []
+    for model, prompt, link, way in product(
+        ("llama3-8b", "llama2-13b", "llama2-70b"), (1024, 3072), ("ib-200g", "eth-25g"), ("distserve", "splitwise")
+    ):
+        there = Candidates(Site(model, gpus=8, nodes=2, max_model_len=4096))
+        pair = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
+        made = SplitSimulator(replace(pair, link=link)).run([Arrival(0.0, prompt, 3)])
+        (line,) = made.lines
+        decode = line.tokens[2] - line.tokens[1]
+        sharded, network = shape.Sharded(shape.load(model), 1, 1), links.load(link)
+        whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
+        prefill = line.tokens[0]
+        layers = sharded.model.layers
+        # Layer by layer: the last layer's KV, or what the link could not take while the others were computed.
+        left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
+        rows.append(
+            {
+                "model": model, "prompt": prompt, "link": link, "way": way, "delay, ms": 1e3 * made.moved.exposed_s,
+                "decode iteration, ms": 1e3 * decode, "tokens until 1 %": made.moved.exposed_s / decode / 0.01,
+                "closed form": (left + network.latency_s) / decode / 0.01,
+            }
+        )  # fmt: skip
+    return rows[:2] if quick else rows
+
+
+def alone_rate(there: Instance, prompt: float, output: float, target: float) -> float:
+    """Co-located: each iteration takes `target` seconds and as many requests enter as leave, so c prompt tokens go with c x output
+    / prompt decodes; the largest such c, by bisection. Requests per second of a replica.
+    """
+    held = there.capacity.num_blocks * there.capacity.block_size
+    low, high = 0, 16384
+    while high - low > 1:
+        chunk = (low + high) // 2
+        decodes = round(chunk * output / prompt)
+        shape = [(int(prompt + output / 2), 1)] * decodes + [(int(prompt / 2), chunk)]
+        fits = decodes * (prompt + output / 2) < held and decodes <= 256
+        low, high = (chunk, high) if fits and there.cost.seconds(shape) <= target else (low, chunk)
+    return low / prompt / target
+
+
+def pool_rates(there: Instance, prompt: float, output: float, target: float) -> tuple[float, float]:
+    """Two pools: prompts alone, and the most decodes that the target and KV allow. Requests per second of a replica of each."""
+    held = there.capacity.num_blocks * there.capacity.block_size
+    most = max(1, min(256, int(held / (prompt + output))))
+    while most > 1 and there.cost.seconds([(int(prompt + output / 2), 1)] * most) > target:
+        most -= 1
+    decodes = there.cost.seconds([(int(prompt + output / 2), 1)] * most)
+    return 1 / there.cost.seconds([(0, int(prompt))]), (most / output / decodes if decodes <= target else 0.0)
+
+
+def closed_form(site: Site, prompt: float, output: float, target: float) -> float:
+    """Two pools over co-located, each at its best split of the model and its best whole numbers of replicas."""
+    there = Candidates(site)
+    alone, pools = 0.0, 0.0
+    rates = {}
+    for (tp, pp), one in there.shapes.items():
+        alone = max(alone, site.gpus // (tp * pp) * alone_rate(one, prompt, output, target))
+        rates[tp * pp] = pool_rates(one, prompt, output, target)
+    for (a, (prefill, _)), (b, (_, decode)) in product(rates.items(), rates.items()):
+        for number in range(1, site.gpus // a):
+            pools = max(pools, min(number * prefill, (site.gpus - number * a) // b * decode))
+    return pools / alone if alone else inf
+
+
+def rule(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The closed form beside each simulated cell. Means of the log-normals are 1.16 of their medians."""
+    found = []
+    for row in rows:
+        target = Slo.parse(TARGETS[row["targets"]]).tbt
+        assert target is not None
+        told = closed_form(THIRTEEN, 1.16 * row["prompt"], 1.16 * row["output"], target.seconds)
+        simulated = row["pools / co-located"]
+        found.append(
+            {key: row[key] for key in ("targets", "prompt", "output")}
+            | {"closed form": told, "simulated": simulated, "same winner": "yes" if (told > 1) == (simulated > 1) else "no"}
+        )
+    return found
+
+
+PARTS = {"lengths": lengths, "links": across, "bursts": bursts, "models": models, "outputs": outputs}
+
+
+def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
+    up, title, log = "two pools / co-located", "Llama-2-13B, 8 A100", ""
+    ratios = [row.get("pools / co-located") for row in rows]
+    if part == "lengths":
+        across, log = "output tokens", "x"
+        sides: dict[str, list[Any]] = {}
+        for row, ratio in zip(rows, ratios, strict=True):
+            sides.setdefault(f"{row['targets']}, prompt {row['prompt']}", []).append((row["output"], ratio))
+    elif part == "links":
+        across, title = "link between the nodes", "pools on nodes of their own"
+        sides = {f"{row['model']}, {row['way']}": [(link, row[link]) for link in LINKS] for row in rows}
+    elif part == "rule":
+        across = "targets, prompt/output"
+        names = [f"{row['targets']} {row['prompt']}/{row['output']}" for row in rows]
+        sides = {what: list(zip(names, (row[what] for row in rows), strict=True)) for what in ("closed form", "simulated")}
+    elif part == "outputs":
+        across, up, title, log = "prompt tokens", "output tokens until the delay is 1 %", "hand-over between nodes", "y"
+        sides = {}
+        for row in rows:
+            name = f"{row['model']}, {row['link']}, {row['way']}"
+            sides.setdefault(name, []).append((row["prompt"], row["tokens until 1 %"]))
+    else:
+        across = {"bursts": "arrivals", "models": "model"}[part]
+        title = "16 A100" if part == "models" else title
+        sides = {up: list(zip((row[across] for row in rows), ratios, strict=True))}
+    plot.lines(sides, across, up, title, file, log)
+
+
+def main() -> None:
+    told = parser(__doc__)
+    told.add_argument("part", choices=[*PARTS, "rule"], nargs="+", help="what to look at")
+    told.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each part into this folder")
+    args = told.parse_args()
+    facts = machine()
+    cells: list[dict[str, Any]] | None = None
+    for part in args.part:
+        if part == "rule":
+            cells = cells or lengths(args.quick)
+        rows = rule(cells or []) if part == "rule" else PARTS[part](args.quick)
+        cells = rows if part == "lengths" else cells
+        show(f"Co-located or two pools: {part}", rows, facts, args.json)
+        if args.plots:
+            draw(part, rows, args.plots / f"finding_disaggregation_{part}.png")
+
+
+if __name__ == "__main__":
+    main()

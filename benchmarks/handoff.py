@@ -1,0 +1,148 @@
+"""Hand-off between two servers of this machine: are the tokens those of one server, and what does it add to the TTFT?
+
+`equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch, some of them aborted by their
+clients at random moments: first all of them on one server, then by a server that prefills and one that decodes. Every token that
+came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and handed over,
+as a client sees it; the limit for what is added is 5 % of the prefill. All servers run on the same cores; those not asked are idle.
+
+    python benchmarks/handoff.py
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+from harness import machine, parser, show
+
+LENGTH = 1000
+LIMIT = 5.0
+ABORTED = 0.2
+AT_ONCE = 8
+
+
+@contextlib.contextmanager
+def serve(*options: str) -> Iterator[dict[str, Any]]:
+    """A server with these options; its card."""
+    command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", "--policy", "sarathi", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield json.loads(process.stdout.readline() if process.stdout else "")
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def servers(*options: str) -> Iterator[tuple[str, str]]:
+    """URLs of a server alone, and of one that has prompts computed by a third."""
+    with (
+        serve(*options) as alone,
+        serve("--role", "prefill", "--peer-port", "0", *options) as prefill,
+        serve("--role", "decode", "--prefill", prefill["peers"], *options) as decode,
+    ):
+        time.sleep(2)  # until they are connected
+        yield alone["url"], decode["url"]
+
+
+async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, abort_s: float | None) -> Any:
+    """The tokens that came, whether that was all, and the seconds until the first."""
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": True}
+    began, first, came, whole = time.perf_counter(), None, [], False
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(abort_s), session.post(f"{url}/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    if choice["logprobs"] is not None:
+                        first = first or time.perf_counter() - began
+                        came += choice["logprobs"]["tokens"]
+                whole = whole or line.startswith(b"data: [DONE]")
+    return came, whole, first
+
+
+async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    async with session.get(f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+async def equal(alone: str, handed: str, number: int) -> dict[str, Any]:
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1000, 30_000) for _ in range(draw.randrange(1, 300))] for _ in range(number)]
+    aborts = [draw.uniform(0, 2) if draw.random() < ABORTED else None for _ in prompts]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+
+        async def all_of(url: str, aborts: list[float | None]) -> list[Any]:
+            room = asyncio.Semaphore(AT_ONCE)
+
+            async def one(prompt: list[int], abort_s: float | None) -> Any:
+                async with room:
+                    return await ask(session, url, prompt, 16, abort_s)
+
+            return await asyncio.gather(*map(one, prompts, aborts))
+
+        expected = await all_of(alone, [None] * number)
+        got = await all_of(handed, aborts)
+        told = await metrics(session, handed)
+    wrong = sum(tokens != whole[: len(tokens)] for (tokens, _, _), (whole, _, _) in zip(got, expected, strict=True))
+    short = sum(done and len(tokens) < 16 for tokens, done, _ in got)
+    return {
+        "what": "equal",
+        "requests": number,
+        "aborted": sum(not done for _, done, _ in got),
+        "tokens compared": sum(len(tokens) for tokens, _, _ in got),
+        "requests with a wrong token": wrong + short,
+        "handed over": int(told['stallfree_handoffs_total{outcome="delivered"}']),
+        "recomputed": int(told['stallfree_handoffs_total{outcome="recomputed"}']),
+    }
+
+
+async def added(alone: str, handed: str, number: int) -> dict[str, Any]:
+    draw = random.Random(1)
+    seconds: dict[str, list[float]] = {alone: [], handed: []}
+    async with aiohttp.ClientSession() as session:
+        for turn in range(number + 2):  # the first two are not counted
+            for url in (alone, handed) if turn % 2 else (handed, alone):
+                prompt = [draw.randrange(1000, 30_000) for _ in range(LENGTH)]
+                _, _, first = await ask(session, url, prompt, 2, None)
+                seconds[url] += [first] if turn >= 2 else []
+        told = await metrics(session, handed)
+    one, two = (statistics.median(seconds[url]) for url in (alone, handed))
+    delivered = told['stallfree_handoffs_total{outcome="delivered"}']
+    return {
+        "what": f"TTFT, {LENGTH:,} tokens",
+        "requests": number,
+        "alone, ms": one * 1e3,
+        "handed over, ms": two * 1e3,
+        "added, ms": (two - one) * 1e3,
+        "added, %": 100 * (two - one) / one,
+        "limit, %": LIMIT,
+        "KV, MB": told["stallfree_kv_transfer_bytes_total"] / delivered / 1e6,
+        "transfer, ms": told["stallfree_kv_transfer_seconds_total"] / delivered * 1e3,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    facts = machine()
+    room = ["--kv-memory", "512MiB", "--max-model-len", "2048"]
+    with servers(*room, "--weights", "f32", "--kv", "f32") as urls:
+        first = asyncio.run(equal(*urls, 30 if args.quick else 500))
+    with servers(*room) as urls:
+        second = asyncio.run(added(*urls, 4 if args.quick else 30))
+    show("Tokens", [first], facts, None)
+    show("Time", [second], facts, None)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"title": "Hand-off", "machine": facts, "rows": [first, second]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How long does a plan take, and is KV moved as fast as arithmetic says?
+
+`stallfree plan` for 16 A100 on 4 nodes and three models, one after the other: at most 5 minutes on 2 cores are wanted. And 4,096
+tokens of Llama-2-70B (0.328 MB each in fp16) over 200 Gb/s, which take 53.7 ms: 1 % is wanted, alone and four at a time.
+
+    python benchmarks/plan_speed.py
+"""
+
+import json
+import subprocess
+import sys
+import time
+from math import inf
+
+from harness import machine, parser, show
+
+from stallfree.perf import links, shape
+from stallfree.sim.fabric import Fabric, Port
+
+MODELS = ("llama3-8b", "llama2-13b", "llama2-70b")
+ARGUMENTS = ("--gpus", "16", "--nodes", "4", "--link", "ib-200g", "--lengths", "openchat", "--slo", "ttft=2s@p90,tbt=100ms@p99")
+
+
+def transfer(number: int) -> tuple[float, float]:
+    """The moment when the last of `number` prompts of 4,096 tokens, sent at once, is there; and the bytes that passed."""
+    kv = shape.Sharded(shape.load("llama2-70b"), 1, 1).kv_bytes_per_token
+    fabric, port, there = Fabric(), Port(links.load("ib-200g").bandwidth), list[float]()
+    for _ in range(number):
+        fabric.send(4096 * kv, (port,), 0.0, there.append)
+    while fabric.due < inf:
+        fabric.run()
+    return max(there), port.moved
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    facts = machine()
+    rows = []
+    for number in (1, 4):
+        seconds, moved = transfer(number)
+        rows.append(
+            {"transfers at once": number, "ms": 1e3 * seconds, "over arithmetic": seconds / (number * 0.0537), "bytes": moved}
+        )
+    show("KV of 4,096 tokens of Llama-2-70B over 200 Gb/s", rows, facts, None)
+    plans = []
+    for model in MODELS[:1] if args.quick else MODELS:
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "stallfree", "plan", "--model", model, *ARGUMENTS, "--json"]
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        seconds = time.perf_counter() - begin
+        best, *others = answer["all_gpus"]
+        plans.append(
+            {"model": model, "seconds": seconds, "best": best["name"], "requests/s": best["capacity"]}
+            | {"other": others[0]["name"] if others else "-", "requests/s ": others[0]["capacity"] if others else 0.0}
+        )
+        print(answer["verdict"]["headline"], flush=True)
+    show("Plans for 16 A100 on 4 nodes", plans, facts, args.json)
+    print(f"{sum(row['seconds'] for row in plans):.0f} s together; 300 s wanted")
+
+
+if __name__ == "__main__":
+    main()

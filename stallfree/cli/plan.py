@@ -1,0 +1,127 @@
+"""`stallfree plan`: co-locate or disaggregate, with which split of the devices, for this model, load and targets."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stallfree.cli import options, words
+from stallfree.planner.site import Site
+from stallfree.workload.traffic import Traffic
+
+if TYPE_CHECKING:
+    from stallfree.planner.search import Ranked
+
+REQUESTS = 128
+"""In a trial, at least; more if fewer seconds would pass than `planner.search.SECONDS`."""
+OF_TRACE = 512
+"""Requests from the beginning of a trace that are simulated."""
+RATES = (0.6, 0.8, 0.95, 1.1, 1.3)
+"""Of the winner's capacity: where attainments are compared."""
+
+
+@words.spread("rate", "duration", "requests")
+@words.mistakes()
+def plan(
+    site: Site,
+    traffic: Traffic,
+    slo: Annotated[str, typer.Option(help="Latency targets, as ttft=2s@p90,tbt=100ms@p99.")],
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Arrivals and lengths of this trace, its times stretched to each rate.", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write table and plot to this file; needs matplotlib.", show_default=False)
+    ] = None,
+) -> None:
+    """Find the deployment with the highest goodput per GPU for a load, co-located or disaggregated, by simulation.
+
+    stallfree plan --model llama2-13b --gpus 16 --nodes 4 --link ib-200g --lengths openchat --slo ttft=2s@p90,tbt=100ms@p99
+    """
+    from rich.console import Console
+
+    from stallfree.cli import measuring
+    from stallfree.cli.simulate import running
+    from stallfree.core.slo import Slo
+    from stallfree.metrics.page import plan_page
+    from stallfree.planner.candidates import Candidates
+    from stallfree.planner.search import attainments, search
+    from stallfree.planner.verdict import verdict
+
+    measuring.check_page(html)
+    if trace is not None:
+        traffic = replace(traffic, arrivals="trace", lengths=str(trace))
+    traffic = replace(traffic, requests=OF_TRACE if traffic.arrivals == "trace" else REQUESTS)
+    targets = Slo.parse(slo)
+    if targets.ttft is None:
+        raise ValueError(f"a hand-over delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
+    there = Candidates(site)
+    longest = min(one.capacity.max_model_len for one in there.shapes.values())
+    if traffic.max_total is None:
+        traffic = replace(traffic, max_total=longest)
+    traffic.workload.lengths.check(longest)
+    answer = search(there, traffic, targets, running, lambda line: typer.echo(line, err=True))
+    told = verdict(site, answer, traffic, targets)
+    rates = [share * answer.best.rate for share in RATES]
+    points = attainments(answer.whole, rates, traffic, targets, running) if html is not None or as_json else {}
+    rows = [["", "GPUs", "requests/s", "a GPU", "TTFT p90, s", "TBT p99, ms", "goodput share", "missed above that"]]
+    rows += [_row(one, site) for one in answer.ranked]
+    said = [told.headline, told.binds]
+    if told.dollars is not None:
+        said.append(f"${told.dollars:.2f} per million output tokens at capacity.")
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "site": asdict(site),
+                    "workload": traffic.facts(traffic.requests or 0),
+                    "slo": str(targets),
+                    "verdict": asdict(told),
+                    "units": [_facts(one, site) for one in answer.ranked],
+                    "all_gpus": [_facts(one, site) for one in answer.whole],
+                    "attainment": {
+                        name: [{"rate": rate} | asdict(report) for rate, report in several] for name, several in points.items()
+                    },
+                }
+            )
+        )
+    if html is not None:
+        pace = "tpot" if targets.tpot else "tbt"
+        title = f"stallfree plan, {time.strftime('%Y-%m-%d %H:%M')}"
+        html.write_text(plan_page(title, [*said, *told.commands], rows, points, pace))
+        typer.echo(f"table and plot are in {html}", err=True)
+    if not as_json:
+        Console(width=max(140, Console().width)).print(measuring.grid(rows))
+        for line in (*said, *told.commands):
+            typer.echo(line)
+
+
+def _row(one: Ranked, site: Site) -> list[str]:
+    from stallfree.planner.candidates import size
+
+    report = one.at
+    figures = ["-", "-", "-"]
+    if report is not None and report.ttft_s is not None and report.tbt_s is not None and report.goodput is not None:
+        figures = [f"{report.ttft_s.p90:.3g}", f"{1000 * report.tbt_s.p99:.3g}", f"{report.goodput.share:.1%}"]
+    name = f"{one.units} x {one.name}" if one.units > 1 else one.name
+    gpus, each = str(one.units * size(one.deployed)), one.total / site.gpus
+    return [name, gpus, f"{one.total:.3g}", f"{each:.3g}", *figures, "; ".join(one.why)]
+
+
+def _facts(one: Ranked, site: Site) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "units": one.units,
+        "capacity": one.rate,
+        "requests_per_s": one.total,
+        "goodput_per_gpu": one.total / site.gpus,
+        "deployed": asdict(one.deployed),
+        "at_capacity": None if one.at is None else asdict(one.at),
+        "missed_above": list(one.why),
+    }

@@ -1,0 +1,28 @@
+"""`stallfree route`: one address in front of several decode servers, which says for each request who is to prefill it."""
+
+from typing import Annotated
+
+import typer
+
+from stallfree.cli import options
+
+
+def route(
+    decode: Annotated[str, typer.Option(metavar="URL,...", help="Servers that requests go to: of role decode, or any.")],
+    prefill: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines; each decode server must have them as --prefill.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
+) -> None:
+    """Pass requests on to the decode server with the fewest, until SIGTERM or Ctrl-C. An API key is the servers' to check."""
+    from stallfree.server.route import Router, create_router
+    from stallfree.server.run import bind, run
+
+    peers = [] if prefill is None else options.addresses(prefill, "--prefill")
+    router = Router(decode.split(","), [f"{f'[{name}]' if ':' in name else name}:{at}" for name, at in peers])
+    sock = bind(host, port)
+    address, at = sock.getsockname()[:2]
+    typer.echo(f"http://{f'[{address}]' if ':' in address else address}:{at}/v1 -> {decode}; prefill: {prefill or 'theirs'}")
+    run(create_router(router), router, sock, drain_timeout_s=drain_timeout)

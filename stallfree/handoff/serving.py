@@ -1,0 +1,227 @@
+"""The side that prefills: decode engines connect, ask for prompts, and get the blocks of KV as iterations fill them, then the first
+token. To its own engine each is a request of one token.
+
+Blocks are copied in the engine's thread, right behind the iteration that filled them, before anybody can write over them: into the
+memory shared with the decode engine if there is room, else into a frame. What is asked for at once is bounded by the other side,
+which asks only for what it has reserved blocks for.
+"""
+
+import asyncio
+import errno
+import logging
+import secrets
+import socket
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import cast
+
+from stallfree.core.plan import Work
+from stallfree.core.request import Refused, Request
+from stallfree.core.slo import Slo
+from stallfree.engine.engine import Output
+from stallfree.engine.thread import EngineThread, Outputs, Unavailable
+from stallfree.executors.base import MovesKV
+from stallfree.executors.sampling import TokenLogprob, of_values
+from stallfree.handoff.frames import Broken, Header, Link, whole
+from stallfree.handoff.ring import Room
+from stallfree.handoff.terms import Refusal, Terms, welcome
+
+log = logging.getLogger(__name__)
+
+FRAME = 8 << 20
+"""Bytes of KV that go in one frame, if a block is not larger."""
+CALLERS = 64
+"""Decode engines that may be connected at once."""
+MOST_NUMBER = 2**63
+
+
+class Serving:
+    """Serves decode engines that connect to `sock`, agree to `terms` and know `key` ("" if there is none), on `thread`'s engine."""
+
+    def __init__(self, thread: EngineThread, terms: Terms, sock: socket.socket, key: str):
+        self._thread, self._terms, self._sock, self._key = thread, terms, sock, key
+        self._callers: set[_Caller] = set()
+
+    def start(self) -> None:
+        """Call it in the event loop in which the engine's thread was started."""
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._accept, name="handoff-door", daemon=True).start()
+
+    def close(self) -> None:
+        """Let nobody in any more, and everybody go."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        for caller in list(self._callers):
+            caller.link.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, address = self._sock.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(1)
+                    continue
+                return
+            threading.Thread(target=self._meet, args=(sock, f"{address[0]}:{address[1]}"), daemon=True).start()
+
+    def _meet(self, sock: socket.socket, name: str) -> None:
+        try:
+            if len(self._callers) >= CALLERS:
+                raise Refusal(f"{CALLERS} decode engines are connected already")
+            ring = welcome(sock, self._terms, self._key)
+        except (OSError, Refusal) as error:
+            log.warning("%s was not let in to fetch prompts: %s", name, error)
+            sock.close()
+            return
+        caller = _Caller(self._thread, self._loop, Link(sock), ring)
+        self._callers.add(caller)
+        caller.link.start(caller.received, lambda why: self._gone(caller, name, why))
+
+    def _gone(self, caller: "_Caller", name: str, why: str) -> None:
+        log.info("decode engine %s: %s", name, why)
+        self._callers.discard(caller)
+        caller.ended()
+
+
+class _Caller:
+    """A decode engine that is connected by `link`, and the prompts that it has asked for."""
+
+    def __init__(self, thread: EngineThread, loop: asyncio.AbstractEventLoop, link: Link, ring: memoryview | None):
+        self.link = link
+        self._thread, self._loop, self._ring = thread, loop, ring
+        self._room = None if ring is None else Room(len(ring))
+        self._outputs: dict[int, Outputs] = {}
+        self._answers: set[asyncio.Task[None]] = set()
+
+    def received(self, header: Header, body: bytearray, _: float) -> None:
+        """A frame from the decode engine, in the link's thread. Raises Broken for what it must not say."""
+        match header.get("type"):
+            case "prefill":
+                request = self._request(header, body)
+                first = whole(header, "first", len(request.prompt))
+                self._do(self._begin, whole(header, "number", MOST_NUMBER), first, request)
+            case "cancel":
+                self._do(self._cancel, whole(header, "number", MOST_NUMBER))
+            case "taken" if self._room is not None:
+                try:
+                    self._room.free()
+                except IndexError:
+                    raise Broken("a piece of memory was given back that was not taken") from None
+            case "alive":
+                pass
+            case other:
+                raise Broken(f"a frame of type {str(other)[:80]!r}, which there is not")
+
+    def ended(self) -> None:
+        self._do(self._cancel_all)
+
+    def _do(self, call, *args: object) -> None:  # type: ignore[no-untyped-def]  # a method of this class and its arguments
+        with suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _request(self, header: Header, body: bytearray) -> Request:
+        tokens = array("i")
+        try:
+            tokens.frombytes(body)
+            if sys.byteorder == "big":
+                tokens.byteswap()
+            sampling = of_values(header["sampling"])
+            slo = Slo.parse(str(header["slo"])) if header.get("slo") else None
+        except (LookupError, TypeError, ValueError) as error:
+            raise Broken(f"a request that cannot be read: {error}") from None
+        size = self._thread.engine.text.vocab_size
+        if tokens and not (0 <= min(tokens) and max(tokens) < size):
+            raise Broken(f"a token id outside the vocabulary of {size}")
+        priority = header.get("priority")
+        return Request(
+            secrets.token_hex(12),
+            tokens.tolist(),
+            1,
+            arrival=self._thread.engine.clock(),
+            priority=priority if isinstance(priority, int) else 0,
+            slo=slo,
+            sampling=sampling,
+        )
+
+    def _begin(self, number: int, first: int, request: Request) -> None:
+        blocks = _Blocks(self._thread, self.link, self._ring, self._room, number, first)
+        try:
+            self._outputs[number] = outputs = self._thread.submit([request], watch=blocks.watch)
+        except (Refused, Unavailable) as error:
+            self.link.send({"type": "failed", "number": number, "why": str(error)})
+            return
+        task = self._loop.create_task(self._answer(number, outputs, blocks))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, number: int, outputs: Outputs, blocks: "_Blocks") -> None:
+        with outputs:
+            async for came in outputs:
+                for output in came:
+                    self.link.send(_last(number, output, blocks))
+        self._outputs.pop(number, None)
+
+    def _cancel(self, number: int) -> None:
+        outputs = self._outputs.pop(number, None)
+        if outputs is not None:
+            outputs.close()
+
+    def _cancel_all(self) -> None:
+        for number in list(self._outputs):
+            self._cancel(number)
+
+
+class _Blocks:
+    """Copies the blocks of prompt `number` out and sends them, from block `first` on. `seconds`: spent on the copying."""
+
+    def __init__(self, thread: EngineThread, link: Link, ring: memoryview | None, room: Room | None, number: int, first: int):
+        self._executor = cast(MovesKV, thread.engine.executor)
+        self._block_size = thread.engine.executor.capacity.block_size
+        self._at_once = max(1, FRAME // self._executor.block_bytes)
+        self._link, self._ring, self._room, self._number = link, ring, room, number
+        self._next = first
+        self.seconds = 0.0
+        self.error: str | None = None
+
+    def watch(self, work: Work) -> None:
+        """Send what `work` filled; with the first token, the last block as it is. In the engine's thread."""
+        end = work.start + work.count
+        upto = -(-end // self._block_size) if work.samples else end // self._block_size
+        try:
+            while self._next < upto and self.error is None:
+                self._send(work.blocks[self._next : min(upto, self._next + self._at_once)])
+        except Exception as error:  # it must not take the engine along
+            log.exception("KV could not be read")
+            self.error = f"its KV could not be read: {type(error).__name__}"
+
+    def _send(self, blocks: Sequence[int]) -> None:
+        began = time.perf_counter()
+        size = len(blocks) * self._executor.block_bytes
+        header = {"type": "blocks", "number": self._number, "first": self._next, "count": len(blocks)}
+        at = None if self._room is None else self._room.take(size)
+        if at is None or self._ring is None:
+            body = bytearray(size)
+            self._executor.read_blocks(blocks, memoryview(body))
+            self._link.send(header, body)
+        else:
+            self._executor.read_blocks(blocks, self._ring[at : at + size])
+            self._link.send(header | {"at": at})
+        self._next += len(blocks)
+        self.seconds += time.perf_counter() - began
+
+
+def _last(number: int, output: Output, blocks: _Blocks) -> Header:
+    """The frame that ends a prompt: its first token, or why there is none."""
+    why = output.error or blocks.error
+    if why is not None or not output.tokens:
+        return {"type": "failed", "number": number, "why": why or "it was ended"}
+    details = None
+    if isinstance(output.details, TokenLogprob):
+        details = [output.details.logprob, output.details.top]
+    return {"type": "done", "number": number, "token": output.tokens[0], "details": details, "seconds": blocks.seconds}

@@ -1,0 +1,113 @@
+"""How two engines meet: each proves that it knows the key, without saying it, and both hold model, block size and layout of KV
+against each other. What differs is refused with both sides' values. It does not know what is sent afterwards.
+"""
+
+import hmac
+import secrets
+import socket
+from dataclasses import asdict, dataclass, fields
+
+from stallfree.executors.base import Executor, MovesKV
+from stallfree.handoff.frames import MOST_BODY, Header, receive, send
+from stallfree.handoff.ring import Ring, attach
+
+PROTOCOL = 1
+
+
+class Refusal(ValueError):
+    """Two engines that cannot work together, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What both engines must have in common: the `model` and its number formats, `block_size` in tokens, `block_bytes`, and the
+    `layout` of these bytes.
+    """
+
+    model: str
+    block_size: int
+    block_bytes: int
+    layout: str
+
+    @classmethod
+    def of(cls, executor: Executor, model: str) -> "Terms":
+        """Those of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be moved."""
+        if not isinstance(executor, MovesKV):
+            raise ValueError(
+                "KV that is spread over several ranks cannot be handed over; take --tp 1 --pp 1 --workers local, or --role both"
+            )
+        if executor.block_bytes > MOST_BODY:
+            raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large to be handed over; {MOST_BODY:,} can be")
+        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)
+
+    def against(self, theirs: object) -> str:
+        """What of a decode engine's terms differs from these, in words; nothing if all is the same."""
+        given = theirs if isinstance(theirs, dict) else {}
+        names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
+        pairs = [(names[f.name], str(getattr(self, f.name)), str(given.get(f.name))[:400]) for f in fields(self)]
+        return "; ".join(f"{what}: {own} here, {other} at the decode engine" for what, own, other in pairs if own != other)
+
+
+def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
+    """The prefill side of a meeting; the memory that both share, if they are on one machine. Raises OSError, or Refusal after
+    having told it.
+    """
+    own = secrets.token_hex(16)
+    send(sock, {"stallfree": PROTOCOL, "nonce": own})
+    hello = receive(sock, 0)[0]
+    nonces = f"{own} {hello.get('nonce')}"
+    why = ""
+    if not _knows(hello, "decode", nonces, key):
+        why = "the peer key is wrong or missing; give both sides the same --peer-key"
+    elif hello.get("stallfree") != PROTOCOL:
+        why = f"hand-off protocol {PROTOCOL} at the prefill engine, {str(hello.get('stallfree'))[:20]} at the decode engine"
+    else:
+        why = terms.against(hello.get("terms"))
+    if why:
+        send(sock, {"refused": why})
+        raise Refusal(why)
+    memory = attach(hello.get("ring"))
+    send(sock, {"proof": _proof("prefill", nonces, key), "ring": memory is not None})
+    return memory
+
+
+def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
+    """The decode side of a meeting; the memory that both share, if they are on one machine. Raises OSError or Refusal."""
+    hello = receive(sock, 0)[0]
+    if hello.get("stallfree") != PROTOCOL:
+        raise Refusal(f"what listens there is no prefill engine of hand-off protocol {PROTOCOL}")
+    own = secrets.token_hex(16)
+    nonces = f"{hello.get('nonce')} {own}"
+    ring = Ring()
+    try:
+        offer = {"stallfree": PROTOCOL, "nonce": own, "proof": _proof("decode", nonces, key)}
+        send(sock, offer | {"terms": asdict(terms), "ring": ring.offer})
+        answer = receive(sock, 0)[0]
+    finally:
+        ring.unlink()
+    if "refused" in answer:
+        raise Refusal(str(answer["refused"])[:2000])
+    if not _knows(answer, "prefill", nonces, key):
+        raise Refusal("the prefill engine does not know the peer key; give both sides the same --peer-key")
+    return ring.memory if answer.get("ring") is True else None
+
+
+def connect(host: str, port: int, terms: Terms, key: str, timeout_s: float) -> tuple[socket.socket, memoryview | None]:
+    """A connection to the prefill engine at `host`:`port`, introduced, and the memory that both share. Raises OSError if nobody
+    answers there as one should, and Refusal.
+    """
+    sock = socket.create_connection((host, port), timeout_s)
+    try:
+        sock.settimeout(None)
+        return sock, introduce(sock, terms, key)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _proof(side: str, nonces: str, key: str) -> str:
+    return hmac.new(key.encode(), f"{side} {nonces}".encode(), "sha256").hexdigest()
+
+
+def _knows(said: Header, side: str, nonces: str, key: str) -> bool:
+    return hmac.compare_digest(str(said.get("proof")).encode(), _proof(side, nonces, key).encode())

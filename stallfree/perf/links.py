@@ -1,0 +1,35 @@
+"""Links between nodes, for KV that moves from one to another. A node has one port of such a link for all its devices; it does not
+know what shares it.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from stallfree.perf.hardware import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """`bandwidth` in bytes per second, in each direction; `latency_s` of a message."""
+
+    bandwidth: float
+    latency_s: float
+
+
+@cache
+def _known() -> dict[str, Network]:
+    found = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    return {name: Network(told["gbit_s"] * 1e9 / 8, told["latency_us"] * 1e-6) for name, told in found.items()}
+
+
+def names() -> list[str]:
+    return list(_known())
+
+
+def load(name: str) -> Network:
+    """The link `name`. Raises ValueError naming the nearest if there is none."""
+    if name not in _known():
+        raise ValueError(f"unknown link {name!r}{nearest(name, names())}; known: {', '.join(names())}")
+    return _known()[name]

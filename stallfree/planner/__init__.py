@@ -1,0 +1,1 @@
+"""Which deployment serves a load best: searched by simulation, and said in words."""

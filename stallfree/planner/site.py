@@ -1,0 +1,24 @@
+"""What there is to deploy on, in words that fit on a command line. What can be made of it is for `candidates` to know."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """`gpus` devices of `hardware`, evenly on `nodes` nodes that `link` joins (`perf.links`); and what is to be served there, as in
+    `sim.deployment.Deployment`.
+    """
+
+    model: str | None = None
+    hardware: str = "a100-80g"
+    gpus: int = 8
+    nodes: int = 1
+    link: str = "ib-200g"
+    weights: str = "fp16"
+    kv: str = "fp16"
+    engine: str = "graph"
+    max_model_len: int | None = None
+
+    @property
+    def per_node(self) -> int:
+        return self.gpus // self.nodes

@@ -1,0 +1,233 @@
+"""Prefill here and decode there: replicas of two pools, the same scheduler in each, and the KV that goes from one to the other.
+
+A request is computed in a replica of the prefill pool up to its first token, held there until room for it is reserved in one of the
+decode pool, and goes on when its KV has arrived: then its first token is shown, as the engine's own hand-over does, since a token
+that nothing follows for seconds would meet any target. A decode pool without room thus holds prefills back, and in the end their
+admission. Who goes where is a `Pairing`'s choice; what moves how fast, the fabric's.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, nextafter
+from typing import Protocol
+
+from stallfree.core.plan import Plan
+from stallfree.core.request import Request
+from stallfree.sim.fabric import Fabric, Port
+from stallfree.sim.replica import Replica, Script
+
+MakeReplica = Callable[..., Replica]
+"""A replica step by step, given `launched`, `completed` and `ended`."""
+
+
+@dataclass(eq=False, slots=True)
+class Passage:
+    """A request that is to change places: from `source` to `target` (None: not chosen yet), by number. `twin` is what goes on
+    there, once it is expected, and `room`: whether blocks are reserved. Tokens of KV: `computed`, and `sent`, some of them in
+    `flows` that are under way. `since`: when its first token was sampled.
+    """
+
+    request: Request
+    source: int
+    target: int | None
+    twin: Request | None = None
+    room: bool = False
+    computed: int = 0
+    sent: int = 0
+    flows: int = 0
+    since: float = inf
+
+
+class Pairing(Protocol):
+    """Who computes a request's prompt, and who goes on with it. `overlap`: KV leaves while the prompt is still computed, layer by
+    layer; else after it. `early`: who goes on is chosen at the request's arrival; else when it has its first token.
+    """
+
+    overlap: bool
+    early: bool
+
+    def prefill(self, request: Request, pools: "Pools") -> int | None:
+        """The number of the replica that takes the prompt, at the request's arrival; None if it is not to change places: then
+        `local` takes all of it.
+        """
+
+    def decode(self, source: int, pools: "Pools") -> int:
+        """The number of the replica that goes on with what prefill replica `source` computed."""
+
+    def local(self, request: Request, pools: "Pools") -> Replica:
+        """The replica that takes a request which does not change places."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What hand-overs came to: how many, `bytes` moved, and seconds between the sampling of first tokens and their KV's arrival
+    (`exposed_s`), beside the seconds from first to last token (`decode_s`). `local`: requests that stayed where they were.
+    """
+
+    handed: int = 0
+    bytes: float = 0.0
+    exposed_s: float = 0.0
+    decode_s: float = 0.0
+    local: int = 0
+
+
+class Pools:
+    """`prefill` and `decode` replicas, made with hooks that call here. `path` gives the ports between two of them; a token has
+    `kv_bytes` of KV in `layers` layers; each transfer begins after `latency_s`. `ended`: called with each request that ended.
+    """
+
+    def __init__(
+        self,
+        prefill: Sequence[MakeReplica],
+        decode: Sequence[MakeReplica],
+        pairing: Pairing,
+        path: Callable[[int, int], tuple[Port, ...]],
+        *,
+        kv_bytes: float,
+        layers: int,
+        latency_s: float,
+        ended: Callable[[Request], None],
+    ):
+        self.moved = Moved()
+        self.fabric = Fabric()
+        self._pairing, self._path = pairing, path
+        self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
+        self._passages: dict[str, Passage] = {}
+        self._told = ended
+        self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
+        self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
+
+    def load(self, number: int) -> int:
+        """Requests that decode replica `number` has, or is to have."""
+        return self.decode[number].num_requests
+
+    def serve(self, requests: Iterable[Request]) -> None:
+        """Serve `requests`, which have a `Script` and come in the order of their arrivals, to their ends. Raises ValueError if any
+        waits for ever.
+        """
+        for request in requests:
+            self._run(request.arrival)
+            self._place(request)
+        self._run(inf)
+        if left := sum(replica.num_requests for replica in (*self.prefill, *self.decode)):
+            raise ValueError(f"{left} requests wait for ever: no policy plans work for them, or no decode replica has room")
+
+    def _run(self, until: float) -> None:
+        """All that happens before `until`, in its order."""
+        every = (*self.prefill, *self.decode)
+        while True:
+            first = min(every, key=_due)
+            if self.fabric.due <= first.due:
+                if self.fabric.due >= until:
+                    return
+                self.fabric.run()
+            elif first.due >= until:
+                return
+            else:
+                first.run(nextafter(first.due, inf))
+
+    def _place(self, request: Request) -> None:
+        source = self._pairing.prefill(request, self)
+        if source is None:
+            self.moved.local += 1
+            replica = self._pairing.local(request, self)
+        else:
+            replica = self.prefill[source]
+            target = self._pairing.decode(source, self) if self._pairing.early else None
+            if request.max_tokens > 1:
+                self._passages[request.id] = Passage(request, source, target)
+        replica.take(request)
+        replica.run(nextafter(request.arrival, inf))
+
+    def _launched(self, plan: Plan, begin: float, end: float) -> None:
+        """An iteration of a prefill replica begins: what it computes leaves layer by layer, if there is room for it."""
+        if not self._pairing.overlap:
+            return
+        for work in plan.work:
+            passage = self._passages.get(work.id)
+            if passage is None:
+                continue
+            self._expect(passage, begin)
+            if passage.room:
+                tokens = work.start + work.count - passage.sent
+                passage.sent += tokens
+                share = 1 / self._layers
+                self._send(passage, tokens * (1 - share), begin + (end - begin) * share)
+                self._send(passage, tokens * share, end)
+
+    def _computed(self, plan: Plan, end: float) -> None:
+        """An iteration of a prefill replica is over: those that have their first token wait for their KV to be fetched."""
+        for work in plan.work:
+            passage = self._passages.get(work.id)
+            if passage is None:
+                continue
+            passage.computed = work.start + work.count
+            if work.samples:
+                self.prefill[passage.source].scheduler.hold(work.id)
+                if passage.room:
+                    self._rest(passage, end)
+                passage.since = end
+                self._expect(passage, end)
+
+    def _expect(self, passage: Passage, now: float) -> None:
+        """The passage is to go where it goes, once there is room."""
+        if passage.twin is not None:
+            return
+        if passage.target is None:
+            passage.target = self._pairing.decode(passage.source, self)
+        one = passage.request
+        passage.twin = Request(
+            one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
+        )
+        self.decode[passage.target].scheduler.expect(passage.twin)
+        self._fetch(passage.target, now)
+
+    def _fetching(self, number: int) -> Callable[[Plan, float], None]:
+        return lambda plan, end: self._fetch(number, end)
+
+    def _fetch(self, number: int, now: float) -> None:
+        """Room in a decode replica is given to those that it expects, in their order."""
+        while (twin := self.decode[number].scheduler.reserve()) is not None:
+            passage = self._passages[twin.id]
+            passage.room = True
+            if passage.since < inf:
+                self._rest(passage, now)
+
+    def _rest(self, passage: Passage, now: float) -> None:
+        """The prompt is computed, and there is room: what has not been sent is."""
+        tokens = passage.computed - passage.sent
+        passage.sent += tokens
+        self._send(passage, tokens, now)
+
+    def _send(self, passage: Passage, tokens: float, begin: float) -> None:
+        assert passage.target is not None
+        size = tokens * self._kv_bytes
+        passage.flows += 1
+        self.moved.bytes += size
+        path = self._path(passage.source, passage.target)
+        self.fabric.send(size, path, begin + self._latency_s, lambda now: self._arrived(passage, now))
+
+    def _arrived(self, passage: Passage, now: float) -> None:
+        passage.flows -= 1
+        if passage.flows or passage.since == inf or passage.sent < passage.computed:
+            return
+        assert passage.target is not None
+        assert passage.twin is not None
+        id, told = passage.request.id, passage.twin.sampling
+        assert isinstance(told, Script)
+        del self._passages[id]
+        self.moved.handed += 1
+        self.moved.exposed_s += now - passage.since
+        told.line.tokens[0] = now
+        self.prefill[passage.source].let_go(id, now)
+        self.decode[passage.target].deliver(passage.twin, told.answer[0], now)
+
+    def _ended(self, request: Request) -> None:
+        self._passages.pop(request.id, None)
+        tokens = request.sampling.line.tokens  # type: ignore[attr-defined]
+        self.moved.decode_s += tokens[-1] - tokens[0]
+        self._told(request)
+
+
+def _due(replica: Replica) -> float:
+    return replica.due

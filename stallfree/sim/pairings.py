@@ -1,0 +1,81 @@
+"""Who computes a prompt and who goes on with it: the two published ways, and one between them and co-location.
+
+They see the replicas as they are when asked, and nothing of what is to come.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stallfree.core.request import Request
+from stallfree.policies import nearest
+from stallfree.sim.handover import Pools
+from stallfree.sim.replica import Replica
+
+
+@dataclass(frozen=True, slots=True)
+class DistServe:
+    """DistServe (OSDI'24): a prompt goes to the shortest prefill queue; when it is computed, the decode replica with the fewest
+    requests pulls its KV, once it has room. `near`: for each prefill replica, the decode replicas that its KV may go to.
+    """
+
+    near: Sequence[Sequence[int]]
+    overlap = False
+    early = False
+
+    def prefill(self, request: Request, pools: Pools) -> int | None:
+        return _shortest(pools.prefill, request.arrival)
+
+    def decode(self, source: int, pools: Pools) -> int:
+        return min(self.near[source], key=pools.load)
+
+    def local(self, request: Request, pools: Pools) -> Replica:
+        raise ValueError("every request changes places")
+
+
+@dataclass(frozen=True, slots=True)
+class Splitwise:
+    """Splitwise (ISCA'24): prompt and token machine are chosen together at the arrival, each with the fewest pending tokens, and KV
+    leaves layer by layer. If every prompt machine has more than `spill` tokens pending, the token machine with the fewest takes the
+    whole request, as one of the mixed pool.
+    """
+
+    spill: ClassVar[int] = 8192
+
+    near: Sequence[Sequence[int]]
+    overlap = True
+    early = True
+
+    def prefill(self, request: Request, pools: Pools) -> int | None:
+        source = _shortest(pools.prefill, request.arrival)
+        return None if pools.prefill[source].pending(request.arrival) > self.spill else source
+
+    def decode(self, source: int, pools: Pools) -> int:
+        return min(self.near[source], key=pools.load)
+
+    def local(self, request: Request, pools: Pools) -> Replica:
+        return pools.decode[_shortest(pools.decode, request.arrival)]
+
+
+class Hybrid(Splitwise):
+    """Chunked replicas in both pools, with a large budget in one and a small one in the other, which takes a whole request as soon
+    as a few prompts are pending: its decodes do not stall for it.
+    """
+
+    __slots__ = ()
+    spill = 2048
+
+
+def _shortest(replicas: Sequence[Replica], now: float) -> int:
+    pending = [replica.pending(now) for replica in replicas]
+    return pending.index(min(pending))
+
+
+PAIRINGS: dict[str, type[DistServe] | type[Splitwise]] = {"distserve": DistServe, "splitwise": Splitwise, "hybrid": Hybrid}
+
+
+def load(name: str, near: Sequence[Sequence[int]]) -> DistServe | Splitwise:
+    """Raises ValueError that names the nearest if there is none of that name."""
+    if name not in PAIRINGS:
+        raise ValueError(f"unknown way to pair replicas {name!r}{nearest(name, PAIRINGS)}; known: {', '.join(PAIRINGS)}")
+    return PAIRINGS[name](near)

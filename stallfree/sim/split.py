@@ -1,0 +1,179 @@
+"""A disaggregated deployment made ready: its pools priced, placed on nodes and joined; then run, as often as wanted."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+from stallfree.core.plan import Shape
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Scheduler
+from stallfree.core.slo import Slo
+from stallfree.metrics.report import Report, Tally
+from stallfree.metrics.timeline import Timeline
+from stallfree.perf import hardware as devices
+from stallfree.perf import links
+from stallfree.perf import shape as models
+from stallfree.sim import pairings
+from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.fabric import Port
+from stallfree.sim.handover import Moved, Pools
+from stallfree.sim.replica import Replica
+from stallfree.sim.simulate import scripted, uncollected
+from stallfree.sim.simulator import Instance, Simulator
+from stallfree.workload.traffic import Traffic
+from stallfree.workload.workload import Arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A simulation of two pools: `lines` of the requests in the order in which they ended, unless somebody else took them; what
+    `moved`; and the share of time, from the first arrival to the last token, in which each pool's devices had nothing to run.
+    """
+
+    lines: list[Timeline] = field(default_factory=list)
+    moved: Moved = field(default_factory=Moved)
+    prefill_idle: float = 0.0
+    decode_idle: float = 0.0
+
+
+class SplitSimulator:
+    """The deployment `split`, to be run many times; its pools on the instances given, or those of the roofline.
+
+    Raises ValueError for pools that do not fit the nodes, that do not serve the same model with the same KV, and as `Simulator`.
+    """
+
+    def __init__(self, split: Split, prefill: Instance | None = None, decode: Instance | None = None):
+        self.split = split
+        for what in ("model", "hardware", "kv"):
+            ours, theirs = getattr(split.prefill, what), getattr(split.decode, what)
+            if ours != theirs:
+                raise ValueError(f"the pools hand over KV, but prefill has {what} {ours} and decode {theirs}; give both the same")
+        self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)
+        self._where = place(split)
+        self._network = links.load(split.link)
+        told = split.prefill
+        device, model = devices.load(told.hardware), models.load(told.model or "")
+        whole = models.Sharded(model, 1, 1, told.weights, told.kv)
+        self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.layers
+        # Between replicas of one node each device sends its part by itself.
+        self._within = min(_size(split.prefill), _size(split.decode)) * device.link(2, device.node).bandwidth
+        sources, targets = self._where
+        near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
+        self._near = [found or list(range(len(targets))) for found in near]
+        pairings.load(split.pairing, self._near)
+
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+        """What becomes of `traffic` at `rate`, drawn with `seed`, and how it stands to `slo`."""
+        tally = Tally(slo)
+        self.run(traffic.stream(rate, seed), ended=tally.add)
+        return tally.report(rate)
+
+    @property
+    def dollars(self) -> float | None:
+        """The price of an hour of all devices, in US dollars, if they have one."""
+        pools = (self.prefill, self.decode)
+        prices = [(pool.instance.dollars, pool.deployment.replicas) for pool in pools]
+        return None if any(price is None for price, _ in prices) else sum((price or 0.0) * number for price, number in prices)
+
+    def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> Handed:
+        """Serve `arrivals`; `ended` is called with the timeline of each request that ended, which then is not kept."""
+        made = Handed()
+        end = made.lines.append if ended is None else ended
+        begin, last = inf, 0.0
+
+        def told(request: Request) -> None:
+            nonlocal begin, last
+            line: Timeline = request.sampling.line  # type: ignore[attr-defined]
+            begin, last = min(begin, line.arrival), max(last, line.tokens[-1])
+            end(line)
+
+        path, latency_s = self._paths()
+        pools = Pools(
+            self._replicas(self.prefill),
+            self._replicas(self.decode),
+            pairings.load(self.split.pairing, self._near),
+            path,
+            kv_bytes=self.kv_bytes,
+            layers=self._layers,
+            latency_s=latency_s,
+            ended=told,
+        )
+        with uncollected():
+            pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output))
+        idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
+        return Handed(made.lines, pools.moved, *idle)
+
+    def _replicas(self, simulator: Simulator) -> list[Callable[..., Replica]]:
+        told, instance = simulator.deployment, simulator.instance
+
+        def make(**hooks: Any) -> Replica:
+            scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=told.prefix_cache)
+            return Replica(scheduler, instance.cost, leap=1, between_s=instance.between_s, **hooks)
+
+        return [make] * told.replicas
+
+    def _paths(self) -> tuple[Callable[[int, int], tuple[Port, ...]], float]:
+        """New ports, and what lies between two replicas: within a node their own links; between nodes those nodes' ports."""
+        sources, targets = self._where
+        out, into = ({node: Port(self._network.bandwidth) for node in pool} for pool in (sources, targets))
+        leaving, coming = ([Port(self._within) for _ in pool] for pool in (sources, targets))
+
+        def path(source: int, target: int) -> tuple[Port, ...]:
+            a, b = sources[source], targets[target]
+            return (leaving[source], coming[target]) if a == b else (out[a], into[b])
+
+        return path, self._network.latency_s
+
+
+class _Free:
+    """Iterations that take next to nothing."""
+
+    def seconds(self, shape: Shape) -> float:
+        return 1e-9
+
+
+def unlimited(like: Instance) -> Instance:
+    """A machine as `like`, but so fast and with so much KV that it keeps nobody waiting: what the other pool can do shows."""
+    held = like.capacity
+    return like._replace(cost=_Free(), capacity=replace(held, num_blocks=20 * held.num_blocks))  # type: ignore[arg-type]
+
+
+def place(split: Split) -> tuple[Sequence[int], Sequence[int]]:
+    """The node, by number, in which each prefill and each decode replica begins: both kinds in turn, each where the fewest of
+    its kind are and it has room, or in nodes of its own. Raises ValueError if they do not fit.
+    """
+    free = [split.per_node] * split.nodes
+    pools = (split.prefill, split.decode)
+    found: tuple[list[int], list[int]] = ([], [])
+    for _ in range(pools[0].replicas + pools[1].replicas):
+        # The pool that lags behind its share comes next.
+        kind = min((0, 1), key=lambda k: (len(found[k]) + 1) / pools[k].replicas if len(found[k]) < pools[k].replicas else inf)
+        size = _size(pools[kind])
+        whole = [node for node, room in enumerate(free) if room >= size]
+        if whole:
+            node = min(whole, key=found[kind].count)
+            free[node] -= size
+            found[kind].append(node)
+            continue
+        empty = [node for node, room in enumerate(free) if room == split.per_node]
+        nodes = -(-size // split.per_node)
+        if size <= split.per_node or len(empty) < nodes:
+            need = sum(_size(pool) * pool.replicas for pool in pools)
+            raise ValueError(
+                f"{pools[0].replicas} prefill replicas of {_size(pools[0])} devices and {pools[1].replicas} decode replicas of "
+                f"{_size(pools[1])} take {need} devices, which do not fit {split.nodes} nodes of {split.per_node}; take fewer"
+            )
+        for node in empty[:nodes]:
+            free[node] -= min(size, split.per_node)
+            size -= split.per_node
+        found[kind].append(empty[0])
+    return found
+
+
+def _size(told: Deployment) -> int:
+    return told.tp * told.pp
+
+
+def _busy(replica: Replica) -> float:
+    return sum(replica.busy_s) / len(replica.busy_s)

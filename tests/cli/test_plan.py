@@ -1,0 +1,76 @@
+"""`stallfree plan`, as its user meets it."""
+
+import json
+
+import pytest
+
+SMALL = ("plan", "--model", "llama2-7b", "--gpus", "2", "--lengths", "2000/30")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    import contextlib
+    import io
+
+    from stallfree.cli import app
+
+    page = tmp_path_factory.mktemp("plan") / "page.html"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        app([*SMALL, "--slo", "ttft=1s@p90,tbt=50ms@p99", "--json", "--html", str(page)])
+    return json.loads(out.getvalue()), page.read_text()
+
+
+def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(told):
+    answer, _ = told
+    rates = [unit["requests_per_s"] for unit in answer["units"]]
+    assert rates == sorted(rates, reverse=True)
+    kinds = {unit["name"].split()[0] for unit in answer["units"]}
+    assert {"slo", "sarathi:512", "sarathi:2048", "prefill-first", "distserve", "splitwise", "hybrid"} == kinds
+    best, *others = (one["capacity"] for one in answer["all_gpus"])
+    assert {True, False} == {" -> " in one["name"] for one in answer["all_gpus"]}
+    assert best >= max(others)
+    assert min(others) > 0
+    assert best / 2 == answer["all_gpus"][0]["goodput_per_gpu"]
+
+
+def test_the_verdict_says_who_wins_and_by_how_much(told):
+    verdict = told[0]["verdict"]
+    split, co_located = (
+        next(one["capacity"] for one in told[0]["all_gpus"] if (" -> " in one["name"]) is kind) for kind in (True, False)
+    )
+    assert split / co_located - 1 == pytest.approx(verdict["margin"])
+    assert verdict["headline"].startswith("Disaggregate" if verdict["margin"] > 0.12 else "Do not disaggregate")
+    assert "misses" in verdict["binds"]
+    assert 0 < verdict["dollars"] < 100
+    assert verdict["commands"][0].startswith("stallfree ")
+
+
+def test_attainments_fall_as_the_rate_rises(told):
+    for points in told[0]["attainment"].values():
+        shares = [point["goodput"]["share"] for point in points]
+        assert 5 == len(shares)
+        assert shares[0] > shares[-1]
+
+
+def test_the_page_has_table_and_plot(told):
+    assert all(part in told[1] for part in ("<svg", told[0]["units"][0]["name"].replace(">", "&gt;"), "isaggregate"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--slo", "tbt=50ms"], "add one, as ttft=2s@p90,tbt=50ms"),
+        (["--slo", "ttft=1s,tbt=1ms"], "cannot be met: with nobody else there"),
+        (["--slo", "ttft=40ms,tbt=50ms"], "nothing here meets"),
+        (["--slo", "ttft=1s,tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),
+        (["--slo", "ttft=1s,tbt=50ms", "--link", "eth-24g"], "did you mean 'eth-25g'"),
+        (["--slo", "ttft=1s,tbt=50ms", "--model", "falcon-180b"], "no split of 2 GPUs holds the model"),
+        (["--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
+        (["--slo", "ttft=1s,tbt=50ms", "--lengths", "5000/30"], "do not fit a limit of 4096"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_say_what_to_do(stallfree, arguments, says):
+    code, _, err = stallfree(*SMALL, *arguments)
+    assert 2 == code
+    assert says in err

@@ -1,0 +1,49 @@
+"""The embedded model, prefilled in one engine and decoded in another: every greedy token is that of one engine.
+
+Exactness is a promise of f32 weights and KV, as in `test_embedded`.
+"""
+
+import asyncio
+
+import pytest
+
+from stallfree.core.request import Request
+from stallfree.engine.assemble import Options, assemble
+from stallfree.executors.sampling import Sampling
+from stallfree.handoff.terms import Terms
+from tests.end_to_end.test_embedded import PROMPTS
+from tests.handoff.conftest import decoding, prefilling, read
+
+EXACT = Options(weights="f32", kv="f32", kv_memory=128 << 20, max_model_len=512, policy="sarathi", token_budget=32)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return assemble(EXACT), assemble(EXACT)
+
+
+def requests(text):
+    sampling = Sampling(temperature=0, logprobs=2)
+    return [Request(str(i), text.encode(p), 24, arrival=i, sampling=sampling) for i, p in enumerate(PROMPTS)]
+
+
+def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
+    here, there = pair
+    monkeypatch.setattr("tests.handoff.conftest.terms", lambda one: Terms.of(one.executor, here.identity))
+
+    async def run():
+        alone, handed = requests(here.engine.text), requests(here.engine.text)
+        async with prefilling(there.engine) as address, decoding(here.engine, address) as (thread, asks):
+            outputs = await read(thread.submit(handed, fetch=asks.fetches(None)))
+            here.engine.scheduler.pool.forget()
+            await read(thread.submit(alone))
+        return [r.output for r in alone], [r.output for r in handed], outputs
+
+    alone, handed, outputs = asyncio.run(run())
+    assert alone == handed
+    assert all(len(output.details.top) == 2 for output in outputs)
+
+
+def test_copies_of_a_model_are_one_and_other_weights_are_not(pair):
+    assert pair[0].identity == pair[1].identity
+    assert "f32 weights" in pair[0].identity

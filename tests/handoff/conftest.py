@@ -1,0 +1,153 @@
+"""Engines whose tokens depend on every byte of KV, in one process: one prefills, one decodes."""
+
+import asyncio
+import contextlib
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from stallfree import policies
+from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.request import Request
+from stallfree.engine.assemble import bytes_as_text
+from stallfree.engine.engine import Engine
+from stallfree.engine.thread import EngineThread
+from stallfree.executors.sampling import Sampling
+from stallfree.handoff import asking, frames, ring
+from stallfree.handoff.asking import Asking
+from stallfree.handoff.serving import Serving
+from stallfree.handoff.terms import Terms
+
+GREEDY = Sampling(temperature=0)
+
+
+class Remembering:
+    """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks."""
+
+    def __init__(self, blocks: int = 64, block_size: int = 4, iteration_s: float = 0.0):
+        self.capacity = Capacity(block_size, blocks, 512)
+        self.layout, self.block_bytes = "remembering", block_size * 16
+        self.kv = np.zeros((blocks, block_size, 2), np.int64)
+        self.iteration_s = iteration_s
+        self.plans = []
+
+    def submit(self, plan):
+        self.plans.append(plan)
+
+    def collect(self):
+        plan = self.plans.pop(0)
+        time.sleep(self.iteration_s)
+        found = {}
+        size = self.capacity.block_size
+        for w in plan.work:
+            for position, token in enumerate(w.tokens, w.start):
+                self.kv[w.blocks[position // size], position % size] = token, position
+            if w.samples:
+                end = w.start + w.count
+                seen = self.kv[list(w.blocks[: -(-end // size)])].reshape(-1, 2)[:end]
+                assert list(range(end)) == seen[:, 1].tolist()
+                found[w.id] = (int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251,)
+        return StepResult(plan.step, found, 0.001)
+
+    def read_blocks(self, blocks, memory):
+        memory[:] = self.kv[list(blocks)].tobytes()
+
+    def write_blocks(self, blocks, memory):
+        self.kv[list(blocks)] = np.frombuffer(memory, np.int64).reshape(len(blocks), -1, 2)
+
+    def close(self):
+        self.plans.clear()
+
+
+def expected(prompt, max_tokens: int) -> list[int]:
+    """What one engine alone says."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(sum(token * (position + 7) for position, token in enumerate(tokens)) % 251)
+    return tokens[len(prompt) :]
+
+
+def engine(executor=None, budget: int = 16, records=None) -> Engine:
+    return Engine(
+        executor or Remembering(),
+        bytes_as_text(),
+        policies.load("sarathi", token_budget=budget),
+        record=None if records is None else records.append,
+    )
+
+
+def terms(one: Engine, model: str = "m") -> Terms:
+    return Terms.of(one.executor, model)
+
+
+@contextlib.asynccontextmanager
+async def prefilling(one: Engine, key: str = ""):
+    """An engine that prefills, and its address."""
+    thread = EngineThread(one, 100)
+    thread.start()
+    sock = socket.create_server(("127.0.0.1", 0))
+    serving = Serving(thread, terms(one), sock, key)
+    serving.start()
+    try:
+        yield sock.getsockname()[:2]
+    finally:
+        serving.close()
+        await thread.close(0)
+
+
+@contextlib.asynccontextmanager
+async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
+    """An engine that asks those at `addresses`, once it is connected to them."""
+    thread = EngineThread(one, 100)
+    asks = Asking(thread, terms(one), addresses, key)
+    thread.start()
+    asks.start()
+    try:
+        await until(lambda: not wait or all(peer.link for peer in asks.peers))
+        yield thread, asks
+    finally:
+        asks.close()
+        await thread.close(0)
+
+
+async def until(condition, timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def read(outputs) -> list:
+    return [output async for came in outputs for output in came]
+
+
+async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
+    """The tokens of each prompt, all at once."""
+    requests = [Request(f"r{i}", prompt, max_tokens, arrival=i, sampling=GREEDY) for i, prompt in enumerate(prompts)]
+    outputs = await read(thread.submit(requests, fetch=asks.fetches(None)))
+    return [[token for o in outputs if o.id == r.id for token in o.tokens] for r in requests]
+
+
+def free(one: Engine) -> None:
+    """Nothing is left: every block is free."""
+    one.scheduler.check()
+    assert one.executor.capacity.num_blocks == one.scheduler.pool.num_free
+    assert not one._fetches
+    assert not one._asked
+
+
+@pytest.fixture(params=["shared memory", "tcp"])
+def way(request, monkeypatch):
+    """How the blocks go."""
+    if request.param == "tcp":
+        monkeypatch.setattr(ring, "FOLDER", ring.Path("/nonexistent"))
+    return request.param
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """What takes seconds otherwise."""
+    monkeypatch.setattr(frames, "ALIVE_S", 0.05)
+    monkeypatch.setattr(frames, "SILENCE_S", 0.3)
+    monkeypatch.setattr(asking, "RETRY_S", 0.05)

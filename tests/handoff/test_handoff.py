@@ -1,0 +1,236 @@
+"""A prompt is computed in one engine and continued in another: the tokens are those of one engine, whatever breaks in between."""
+
+import asyncio
+import random
+
+import pytest
+
+from stallfree.core.request import Request, Status
+from stallfree.handoff import serving
+from tests.handoff.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve, until
+
+PROMPTS = [[(7 * i + j) % 251 for j in range(length)] for i, length in enumerate((1, 3, 4, 5, 40, 61, 100))]
+EXPECTED = [expected(prompt, 6) for prompt in PROMPTS]
+
+
+def test_tokens_are_those_of_one_engine(way):
+    records = []
+    here, there = engine(records=records), engine()
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            assert (way == "shared memory") == (asks.peers[0].ring is not None)
+            return await serve(thread, asks, PROMPTS)
+
+    assert EXPECTED == asyncio.run(run())
+    assert {f"r{i}" for i in range(len(PROMPTS))} == {d.id for r in records for d in r.delivered}
+    assert not [work for r in records for work in r.work if work[2] > 1], "a prompt was computed in the engine that decodes"
+    free(here)
+    free(there)
+
+
+def test_a_prefix_that_is_here_already_is_not_sent_again():
+    records = []
+    here, there = engine(records=records), engine()
+    first = list(range(40))
+    follow = [*first, *expected(first, 6), 5, 5, 5]
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            return [await serve(thread, asks, [prompt]) for prompt in (first, follow)]
+
+    assert [[expected(first, 6)], [expected(follow, 6)]] == asyncio.run(run())
+    came = [d for r in records for d in r.delivered]
+    assert [0, 44] == [d.cached for d in came]
+    assert [10 * 64, 2 * 64] == [d.num_bytes for d in came]
+
+
+def test_blocks_go_while_the_prompt_is_still_being_computed(way):
+    here, there = engine(), engine(Remembering(iteration_s=0.05))
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
+            await until(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
+            assert not there.scheduler.running[0].output
+            return await task
+
+    assert [EXPECTED[-1]] == asyncio.run(run())
+
+
+def test_what_does_not_fit_the_shared_memory_goes_by_the_connection(monkeypatch):
+    from stallfree.handoff import ring
+
+    monkeypatch.setattr(ring.Ring.__init__, "__defaults__", (500,))
+    monkeypatch.setattr(serving, "FRAME", 128)
+    here, there = engine(), engine(budget=100)
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            return await serve(thread, asks, PROMPTS)
+
+    assert EXPECTED == asyncio.run(run())
+
+
+def test_without_room_nothing_is_asked_and_all_are_served_in_the_end():
+    here, there = engine(Remembering(blocks=20, iteration_s=0.005)), engine()
+    prompts = [list(range(i, i + 50)) for i in range(6)]
+    asked = []
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            task = asyncio.create_task(serve(thread, asks, prompts))
+            while not task.done():
+                asked.append(len(asks.peers[0].transfers))
+                assert here.scheduler.num_waiting >= 0
+                await asyncio.sleep(0.001)
+            return await task
+
+    assert [expected(prompt, 6) for prompt in prompts] == asyncio.run(run())
+    assert max(asked) == 1
+    free(here)
+
+
+def test_a_request_that_is_aborted_is_aborted_there_and_its_late_blocks_go_nowhere(way):
+    here, there = engine(Remembering(blocks=32)), engine(Remembering(iteration_s=0.02))
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            outputs = thread.submit([Request("gone", PROMPTS[-1], 6, sampling=GREEDY)], fetch=asks.fetches(None))
+            await until(lambda: there.scheduler.running)
+            outputs.close()
+            found = await serve(thread, asks, PROMPTS)
+            await until(lambda: not there.busy)
+            return found
+
+    assert EXPECTED == asyncio.run(run())
+    free(here)
+    free(there)
+
+
+def test_without_a_peer_the_prompt_is_computed_here():
+    records = []
+    here = engine(records=records)
+
+    async def run():
+        async with decoding(here, ("127.0.0.1", 1), wait=False) as (thread, asks):
+            return await serve(thread, asks, PROMPTS)
+
+    assert EXPECTED == asyncio.run(run())
+    assert {f"r{i}" for i in range(len(PROMPTS))} == {id for r in records for id in r.recalled}
+    free(here)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_peer_that_goes_is_replaced(others, hurried, caplog):
+    records = []
+    here = engine(records=records)
+    first, second = engine(Remembering(iteration_s=0.05)), engine()
+
+    async def run():
+        async with (
+            prefilling(second) as spare,
+            prefilling(first) as address,
+            decoding(here, address, *[spare] * others) as (thread, asks),
+        ):
+            task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
+            await until(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
+            asks.peers[0].link.close()
+            return await task
+
+    assert [EXPECTED[-1]] == asyncio.run(run())
+    assert (others, 1 - others) == (sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records))
+    assert "its prompt did not come" in caplog.text
+    free(here)
+    free(first)
+
+
+def test_a_peer_that_comes_back_is_asked_again(hurried):
+    records = []
+    here, there = engine(records=records), engine()
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            first = asks.peers[0].link
+            first.close()
+            await until(lambda: asks.peers[0].link not in (None, first))
+            return await serve(thread, asks, PROMPTS)
+
+    assert EXPECTED == asyncio.run(run())
+    assert [] == [id for r in records for id in r.recalled]
+
+
+def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
+    from stallfree.executors.base import Lost
+
+    here, there = engine(Remembering()), engine(Remembering(iteration_s=0.03))
+    here._restart = True
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            task = asyncio.create_task(serve(thread, asks, [PROMPTS[4], PROMPTS[-1]], 30))
+            await until(lambda: any(r.output for r in here.scheduler.running) and here._asked)
+            collect, here.executor.collect = here.executor.collect, lambda: (_ for _ in ()).throw(Lost("gone"))
+            await until(lambda: not here._asked)
+            here.executor.plans.clear()
+            here.executor.collect = collect
+            return await task
+
+    assert [expected(PROMPTS[4], 30), expected(PROMPTS[-1], 30)] == asyncio.run(run())
+    free(here)
+
+
+def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hurried, way):
+    """Few blocks, so that they are given to others all the time."""
+    rng = random.Random(0)
+    here, there, other = engine(Remembering(blocks=80)), engine(Remembering(blocks=60)), engine(Remembering(iteration_s=0.001))
+    prompts = [[rng.randrange(251) for _ in range(rng.randrange(1, 120))] for _ in range(120)]
+    got: dict[int, list[int]] = {}
+
+    async def one(thread, asks, number):
+        await asyncio.sleep(rng.random())
+        aborted = rng.random() < 0.3
+        request = Request(str(number), prompts[number], 12, arrival=number, sampling=GREEDY)
+        with thread.submit([request], fetch=asks.fetches(None)) as outputs:
+            tokens = got.setdefault(number, [])
+            async with asyncio.timeout(rng.random() * 0.3 if aborted else 60):
+                async for came in outputs:
+                    tokens += [token for output in came for token in output.tokens]
+
+    async def breaks(asks):
+        while True:
+            await asyncio.sleep(0.1)
+            link = rng.choice(asks.peers).link
+            if link is not None:
+                link.close()
+
+    async def run():
+        async with prefilling(there) as a, prefilling(other) as b, decoding(here, a, b) as (thread, asks):
+            breaker = asyncio.create_task(breaks(asks))
+            await asyncio.gather(*(one(thread, asks, i) for i in range(len(prompts))), return_exceptions=True)
+            breaker.cancel()
+            await until(lambda: not here.busy and not there.busy and not other.busy)
+
+    asyncio.run(run())
+    for number, tokens in got.items():
+        assert expected(prompts[number], 12)[: len(tokens)] == tokens
+    assert sum(len(tokens) == 12 for tokens in got.values()) > 60
+    for each in (here, there, other):
+        free(each)
+
+
+def test_a_first_token_can_be_the_last(way):
+    here, there = engine(), engine()
+    stop = EXPECTED[4][0]
+
+    async def run():
+        async with prefilling(there) as address, decoding(here, address) as (thread, asks):
+            short = Request("a", PROMPTS[4], 1, sampling=GREEDY)
+            stopped = Request("b", PROMPTS[4], 9, stop_ids=frozenset({stop}), sampling=GREEDY)
+            outputs = await read(thread.submit([short, stopped], fetch=asks.fetches(None)))
+            await until(lambda: not here.busy)
+            assert Status.FINISHED is short.status
+            return {(o.id, o.tokens, o.finish_reason) for o in outputs}
+
+    assert {("a", (stop,), "length"), ("b", (stop,), "stop")} == asyncio.run(run())
+    free(here)

@@ -1,0 +1,296 @@
+"""Who is let in, and what becomes of a request whose peer says what it must not, or nothing."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+import time
+from array import array
+
+import pytest
+
+from stallfree.executors.sampling import Sampling, to_values
+from stallfree.handoff import asking, frames
+from stallfree.handoff.asking import Asking
+from stallfree.handoff.frames import Broken, receive, send
+from stallfree.handoff.terms import Refusal, Terms, connect, welcome
+from tests.handoff.conftest import (
+    Remembering,
+    decoding,
+    engine,
+    expected,
+    free,
+    prefilling,
+    serve,
+    terms,
+    until,
+)
+
+PROMPT = [i % 251 for i in range(50)]
+BLOCK = 64
+
+
+def blocks(sock, header, first=0, count=1, size=None):
+    body = bytes(BLOCK * count if size is None else size)
+    send(sock, {"type": "blocks", "number": header["number"], "first": first, "count": count}, body)
+
+
+def done(sock, header, **fields):
+    send(sock, {"type": "done", "number": header["number"], "token": 1, "details": None, "seconds": 0.0} | fields)
+
+
+def all_blocks(sock, header):
+    blocks(sock, header, 0, 13)
+
+
+def close(sock):
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+MISDEEDS = {
+    "goes at once": lambda sock, header: close(sock),
+    "goes in the middle": lambda sock, header: (blocks(sock, header, 0, 5), close(sock)),
+    "goes in the middle of a frame": lambda sock, header: (sock.sendall(struct.pack("<II", 100, 100) + b"{"), close(sock)),
+    "falls silent": lambda sock, header: blocks(sock, header, 0, 5),
+    "says that it failed": lambda sock, header: send(sock, {"type": "failed", "number": header["number"], "why": "no room"}),
+    "skips blocks": lambda sock, header: blocks(sock, header, 3, 2),
+    "repeats blocks": lambda sock, header: (blocks(sock, header, 0, 2), blocks(sock, header, 0, 2)),
+    "sends too many blocks": lambda sock, header: blocks(sock, header, 0, 14),
+    "sends less than it says": lambda sock, header: blocks(sock, header, 0, 2, BLOCK),
+    "sends no number of blocks": lambda sock, header: blocks(sock, header, 0, 0),
+    "names memory that is not shared": lambda sock, header: send(
+        sock, {"type": "blocks", "number": header["number"], "first": 0, "count": 1, "at": 1 << 40}
+    ),
+    "ends too early": lambda sock, header: (blocks(sock, header, 0, 5), done(sock, header)),
+    "gives a token that there is not": lambda sock, header: (all_blocks(sock, header), done(sock, header, token=256)),
+    "gives no token": lambda sock, header: (all_blocks(sock, header), done(sock, header, token=None)),
+    "gives details that are none": lambda sock, header: (all_blocks(sock, header), done(sock, header, details=[1, [[2]]])),
+    "says what there is not": lambda sock, header: send(sock, {"type": "hello", "number": 0}),
+    "says what is no frame": lambda sock, header: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    "says what is no table": lambda sock, header: sock.sendall(struct.pack("<II", 2, 0) + b"[]"),
+    "says what is no JSON": lambda sock, header: sock.sendall(struct.pack("<II", 2, 0) + b"{]"),
+}
+
+
+class Peer:
+    """A prefill engine that is none: it meets as one does, and then does its misdeed to the first prompt it is asked for."""
+
+    def __init__(self, own: Terms, misdeed):
+        self._own, self._misdeed = own, misdeed
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.address = self._sock.getsockname()[:2]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        sock, _ = self._sock.accept()
+        self._sock.close()
+        with sock:
+            welcome(sock, self._own, "")
+            header = {}
+            while header.get("type") != "prefill":
+                header = receive(sock)[0]
+            self._misdeed(sock, header)
+            self._over.wait(20)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS.values(), ids=MISDEEDS)
+def test_a_prompt_that_does_not_come_as_it_must_is_computed_here(misdeed, hurried):
+    records = []
+    here = engine(records=records)
+
+    async def run(address):
+        async with decoding(here, address) as (thread, asks):
+            return await serve(thread, asks, [PROMPT])
+
+    with Peer(terms(here), misdeed) as peer:
+        assert [expected(PROMPT, 6)] == asyncio.run(run(peer.address))
+    assert ["r0"] == [id for r in records for id in r.recalled]
+    free(here)
+
+
+def test_a_peer_that_lives_and_sends_nothing_is_given_up(hurried, monkeypatch):
+    monkeypatch.setattr(asking, "STALE_S", 0.2)
+    here = engine()
+    said = []
+
+    def dawdle(sock, header):
+        with contextlib.suppress(OSError):
+            for _ in range(6):
+                send(sock, frames.ALIVE)
+                time.sleep(0.05)
+            while True:
+                said.append(receive(sock)[0]["type"])
+
+    async def run(address):
+        async with decoding(here, address) as (thread, asks):
+            return await serve(thread, asks, [PROMPT])
+
+    with Peer(terms(here), dawdle) as peer:
+        assert [expected(PROMPT, 6)] == asyncio.run(run(peer.address))
+    assert "cancel" in said
+    free(here)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (Terms("other", 4, BLOCK, "remembering"), "model: m here, other at the decode engine"),
+        (Terms("m", 8, 2 * BLOCK, "remembering"), "block size: 4 here, 8 at the decode engine; bytes of a block: 64 here, 128"),
+        (Terms("m", 4, BLOCK, "f32"), "KV layout: remembering here, f32 at the decode engine"),
+    ],
+)
+def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, caplog):
+    async def run():
+        async with prefilling(engine()) as (host, port):
+            with pytest.raises(Refusal, match="prefill engine 127.0.0.1:[0-9]+: ") as refusal:
+                await asyncio.to_thread(Asking(None, other, [(host, port)], "").check)
+            await until(lambda: "was not let in" in caplog.text)
+            return str(refusal.value)
+
+    assert says in asyncio.run(run())
+
+
+@pytest.mark.parametrize(("here", "there"), [("", "secret"), ("other", "secret"), ("secret", "")])
+def test_without_the_key_nobody_is_let_in_and_learns_nothing(here, there):
+    async def run():
+        async with prefilling(engine(), key=there) as (host, port):
+            with pytest.raises(Refusal, match="--peer-key") as refusal:
+                await asyncio.to_thread(connect, host, port, terms(engine()), here, 5)
+            return str(refusal.value)
+
+    assert "remembering" not in asyncio.run(run())
+
+
+def test_with_the_key_one_is_let_in():
+    one, other = engine(), engine()
+
+    async def run():
+        async with prefilling(one, key="secret") as address, decoding(other, address, key="secret") as (thread, asks):
+            return await serve(thread, asks, [PROMPT])
+
+    assert [expected(PROMPT, 6)] == asyncio.run(run())
+
+
+def test_a_prefill_engine_that_only_pretends_to_know_the_key_is_not_believed():
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def pretend():
+        with server.accept()[0] as sock:
+            send(sock, {"stallfree": 1, "nonce": "ab"})
+            hello = receive(sock)[0]
+            send(sock, {"proof": hello["proof"], "ring": False})
+
+    thread = threading.Thread(target=pretend)
+    thread.start()
+    with server, pytest.raises(Refusal, match="does not know the peer key"):
+        connect(*server.getsockname(), terms(engine()), "secret", 5)
+    thread.join()
+
+
+def test_what_is_no_prefill_engine_is_said_to_be_none():
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def talk():
+        with server.accept()[0] as sock:
+            send(sock, {"hello": "world"})
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    with server, pytest.raises(Refusal, match="no prefill engine"):
+        connect(*server.getsockname(), terms(engine()), "", 5)
+    thread.join()
+
+
+def test_an_executor_whose_kv_cannot_be_moved_is_named():
+    class Spread:
+        capacity = Remembering().capacity
+
+    with pytest.raises(ValueError, match="--tp 1"):
+        Terms.of(Spread(), "m")
+
+
+def listen(sock):
+    """Hear that the other side is alive, as long as it is."""
+    while True:
+        assert "alive" == receive(sock)[0]["type"]
+
+
+def asked(**fields):
+    tokens = fields.pop("tokens", [1, 2, 3])
+    header = {"type": "prefill", "number": 0, "first": 0, "sampling": to_values(Sampling()), "priority": 0, "slo": ""}
+    return header | fields, array("i", tokens).tobytes()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        asked(tokens=[1, 256]),
+        asked(tokens=[-1]),
+        asked(sampling={}),
+        asked(sampling=to_values(Sampling()) | {"temperature": "hot"}),
+        asked(sampling=to_values(Sampling()) | {"temprature": 1}),
+        asked(sampling=None),
+        asked(slo="soon"),
+        asked(number=-1),
+        asked(number="x"),
+        asked(first=4),
+        (asked()[0], b"123"),
+        ({"type": "taken"}, b""),
+        ({"type": "cancel"}, b""),
+        ({"type": "please"}, b""),
+        ({}, b""),
+    ],
+)
+def test_a_caller_that_says_what_it_must_not_is_cut_off_and_disturbs_nobody(frame):
+    one, other = engine(), engine()
+
+    async def run():
+        async with prefilling(one) as (host, port), decoding(other, (host, port)) as (thread, asks):
+            sock, _ = await asyncio.to_thread(connect, host, port, terms(other), "", 5)
+            send(sock, *frame)
+            with pytest.raises(Broken, match="closed"):
+                await asyncio.to_thread(listen, sock)
+            sock.close()
+            return await serve(thread, asks, [PROMPT])
+
+    assert [expected(PROMPT, 6)] == asyncio.run(run())
+
+
+@pytest.mark.parametrize(("tokens", "says"), [([], "the prompt is empty"), ([1] * 300, "the prompt has 300 tokens")])
+def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, says):
+    async def run():
+        async with prefilling(engine()) as (host, port):
+            sock, _ = await asyncio.to_thread(connect, host, port, terms(engine()), "", 5)
+            send(sock, *asked(tokens=tokens, number=7))
+            with sock:
+                return (await asyncio.to_thread(receive, sock))[0]
+
+    answer = asyncio.run(run())
+    assert ("failed", 7) == (answer["type"], answer["number"])
+    assert says in answer["why"]
+
+
+def test_a_frame_that_is_too_long_is_refused_before_it_is_read():
+    one, other = socket.socketpair()
+    with one, other:
+        one.sendall(struct.pack("<II", 10, (1 << 32) - 1))
+        with pytest.raises(Broken, match="longer than"):
+            receive(other)
+
+
+def test_a_frame_is_read_as_it_was_sent():
+    one, other = socket.socketpair()
+    with one, other:
+        send(one, {"a": [1, "é"]}, b"body")
+        send(one, {})
+        assert [({"a": [1, "é"]}, b"body"), ({}, b"")] == [receive(other)[:2] for _ in range(2)]

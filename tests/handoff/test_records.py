@@ -1,0 +1,55 @@
+"""What records say of a request that came with its prompt computed."""
+
+import asyncio
+
+import pytest
+
+from stallfree.core.plan import Capacity
+from stallfree.core.record import Run, StepRecord
+from stallfree.core.scheduler import Limits
+from stallfree.metrics.explain import Explained
+from stallfree.metrics.timeline import timelines
+from stallfree.sim.replay import difference
+from tests.handoff.conftest import decoding, engine, prefilling, serve
+
+RUN = Run("sarathi", Capacity(4, 64, 512), Limits(), reuse=False)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[StepRecord]:
+    lines: list[StepRecord] = []
+
+    async def run():
+        async with prefilling(engine()) as address, decoding(engine(records=lines), address) as (thread, asks):
+            await serve(thread, asks, [range(40), range(90)])
+
+    asyncio.run(run())
+    return lines
+
+
+def test_a_line_is_read_back(records):
+    assert records == [StepRecord.from_json(r.to_json()) for r in records]
+
+
+def test_the_first_token_came_before_the_iteration_that_decodes(records):
+    lines = timelines(records)
+    assert {"r0": 6, "r1": 6} == {id: len(line.tokens) for id, line in lines.items()}
+    for line in lines.values():
+        assert line.scheduled < line.tokens[0] < line.tokens[1] <= line.finished
+        assert line.tokens == sorted(line.tokens)
+
+
+def test_it_is_explained(records):
+    told = Explained(RUN, records)
+    assert "2 requests arrived and got 12 tokens" in "\n".join(told.on_the_whole())
+    said = "\n".join(told.request("r0"))
+    assert "Its prompt was computed by another engine" in said
+    assert "640 bytes of KV" in said
+    assert "6 tokens in all" in said
+    first = next(r for r in records if r.delivered)
+    assert "prompts came computed: r0" in "\n".join(told.step(first.step)).replace("r1, r0", "r0")
+
+
+def test_a_replay_says_that_it_cannot(records):
+    with pytest.raises(ValueError, match="handed over by another engine"):
+        difference(RUN, records)

@@ -1,0 +1,196 @@
+"""A prefill server, a decode server and a router, over HTTP: the answer is that of one server."""
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+
+from stallfree.server.app import PREFILL
+from stallfree.server.route import Router, create_router
+from stallfree.server.run import bind, configure
+from tests.server.conftest import FAST, SLOW, Server, quiet
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+class Route:
+    """A running router."""
+
+    def __init__(self, *urls: str, prefills=()):
+        self.router = Router(urls, prefills)
+        self.socket = bind("127.0.0.1", 0)
+        self._uvicorn = uvicorn.Server(configure(create_router(self.router)))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
+
+    def __enter__(self):
+        self._thread.start()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.socket.getsockname()[1]}", timeout=20)
+        while not self._uvicorn.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.client.close()
+        self._uvicorn.should_exit = True
+        self._thread.join()
+
+
+def name(server: Server) -> str:
+    return f"127.0.0.1:{server.peer_socket.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A server that decodes, and the one that prefills for it."""
+    with Server(FAST, asked=True) as prefill, Server(FAST, asks=[prefill.peer_socket.getsockname()]) as decode:
+        yield decode, prefill
+        decode.settled()
+        prefill.settled()
+
+
+def events(text: str) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert "[DONE]" == lines[-1]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+BODIES = [
+    (COMPLETIONS, {"prompt": "x" * 300, "max_tokens": 20}),
+    (COMPLETIONS, {"prompt": ["x" * 30, "yyy"], "max_tokens": 9, "n": 2, "logprobs": 2}),
+    (CHAT, {"messages": [{"role": "user", "content": "y" * 500}], "max_tokens": 7, "logprobs": True, "top_logprobs": 1}),
+    (CHAT, {"messages": [{"role": "user", "content": "y"}], "max_tokens": 1}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_the_answer_is_that_of_one_server(server, pair, path, body):
+    decode, prefill = pair
+    with Route(decode.url, prefills=[name(prefill)]) as route:
+        alone, routed = server.post(path, body).json(), route.client.post(path, json=body).json()
+        assert (alone["choices"], alone["usage"]) == (routed["choices"], routed["usage"])
+        streams = [client.post(path, json=body | {"stream": True}).text for client in (server.client, route.client)]
+    alone, routed = ([[c.get("text"), c.get("delta")] for e in events(text) for c in e["choices"]] for text in streams)
+    assert sorted(map(str, alone)) == sorted(map(str, routed))
+    assert {0} == set(route.router.pending.values())
+
+
+def test_prompts_are_computed_by_the_prefill_server(pair):
+    decode, _ = pair
+    decode.post(COMPLETIONS, {"prompt": "z" * 100, "max_tokens": 5})
+    before = decode.client.get("/metrics").text
+    assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in before
+    assert 'stallfree_step_tokens_total{phase="prefill"} 0.0' in before
+    assert "stallfree_kv_transfer_bytes_total 0.0" not in before
+
+
+def test_a_prefill_engine_that_was_not_configured_is_refused(server, pair):
+    for one, says in ((pair[0], f"it has {name(pair[1])}"), (server, "not of --role decode")):
+        answer = one.post(COMPLETIONS, {"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"})
+        assert 400 == answer.status_code
+        assert PREFILL == answer.json()["error"]["param"]
+        assert says in answer.json()["error"]["message"]
+
+
+def test_a_client_cannot_choose_the_prefill_engine_through_a_router(pair):
+    with Route(pair[0].url) as route:
+        assert 200 == route.client.post(COMPLETIONS, json={"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"}).status_code
+
+
+def test_errors_go_through_as_they_are(pair):
+    with Route(pair[0].url) as route:
+        assert 400 == route.client.post(COMPLETIONS, json={"prompt": 5}).status_code
+        assert 400 == route.client.post(COMPLETIONS, content=b"{").status_code
+        assert 404 == route.client.post(COMPLETIONS, json={"prompt": "a", "model": "other"}).status_code
+        assert 404 == route.client.get("/v1/else").status_code
+        assert ["toy"] == [model["id"] for model in route.client.get("/v1/models").json()["data"]]
+
+
+def test_the_api_key_is_the_servers_to_check():
+    with Server(api_key="secret") as server, Route(server.url) as route:
+        answers = [
+            route.client.post(COMPLETIONS, json={"prompt": "a"}, headers={"Authorization": f"Bearer {key}"})
+            for key in ("wrong", "secret")
+        ]
+        assert [401, 200] == [answer.status_code for answer in answers]
+        assert "Bearer" == answers[0].headers["www-authenticate"]
+
+
+def test_requests_go_to_the_server_with_the_fewest_and_never_to_one_that_is_down():
+    with Server(SLOW) as one, Server(SLOW) as two, Route(one.url, two.url, "http://127.0.0.1:1") as route:
+        body = {"prompt": "a", "max_tokens": 30}
+        threads = [threading.Thread(target=route.client.post, args=(COMPLETIONS,), kwargs={"json": body}) for _ in range(4)]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while sum(server.outstanding for server in route.router.servers) < number:
+                time.sleep(0.005)
+        assert [2, 2, 0] == [server.outstanding for server in route.router.servers]
+        for thread in threads:
+            thread.join()
+        assert [True, True, False] == [server.up for server in route.router.servers]
+
+
+def test_the_next_server_answers_for_one_that_went_down():
+    with Server() as stays:
+        with Server() as goes:
+            route = Route(goes.url, stays.url).__enter__()
+        answers = [route.client.post(COMPLETIONS, json={"prompt": "a"}).status_code for _ in range(3)]
+        route.__exit__()
+    assert [200] * 3 == answers
+
+
+def test_with_no_server_up_the_error_names_them():
+    with Route("http://127.0.0.1:1/v1") as route:
+        answer = route.client.post(COMPLETIONS, json={"prompt": "a"})
+        assert (503, "no decode server answers: http://127.0.0.1:1 is down") == (
+            answer.status_code,
+            answer.json()["error"]["message"],
+        )
+        assert 503 == route.client.get("/health").status_code
+
+
+def test_a_client_that_goes_is_aborted_at_the_server():
+    with Server(SLOW) as server, Route(server.url) as route:
+        with route.client.stream("POST", COMPLETIONS, json={"prompt": "a", "max_tokens": 1000, "stream": True}) as answer:
+            next(answer.iter_raw())
+        server.settled(10)
+
+
+def test_a_server_that_breaks_off_ends_the_stream_in_an_error():
+    with Server(SLOW) as server, Route(server.url) as route:
+        body = {"prompt": "a", "max_tokens": 1000, "stream": True}
+        with quiet(), route.client.stream("POST", COMPLETIONS, json=body) as answer:
+            chunks = answer.iter_text()
+            next(chunks)
+            server.executor.fault = RuntimeError("boom")
+            text = "".join(chunks)
+    assert "boom" in text
+    assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ValueError, match="is not a server's URL"):
+        Router([url])
+
+
+def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
+    from stallfree.server.route import _Prompt
+
+    pending = {"a:1": 0, "b:1": 0}
+    long = _Prompt(pending, COMPLETIONS, json.dumps({"prompt": list(range(100))}).encode())
+    short = [_Prompt(pending, CHAT, json.dumps({"messages": [{"content": "x" * 78}], "n": 2}).encode()) for _ in range(2)]
+    assert ["a:1", "b:1", "b:1"] == [one.peer for one in (long, *short)]
+    assert {"a:1": 100, "b:1": 40} == pending
+    for one in (long, *short):
+        one.saw(b"data: {}\n\ndata: {}\n\n")
+    assert {"a:1": 0, "b:1": 40} == pending
+    short[0].saw(b"data: {}\n\n")
+    short[1].computed()
+    short[1].computed()
+    assert {"a:1": 0, "b:1": 0} == pending
+    assert _Prompt(pending, "/tokenize", b"{}").peer is None
+    assert "a:1" == _Prompt(pending, COMPLETIONS, b"{").peer

@@ -1,0 +1,135 @@
+"""Prefill here and decode there: everybody gets their tokens, KV is where it should be, and a full pool holds the other back."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from stallfree.core.slo import Slo
+from stallfree.metrics.report import report
+from stallfree.perf import links, shape
+from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.pairings import PAIRINGS
+from stallfree.sim.simulator import Simulator, instance
+from stallfree.sim.split import SplitSimulator, place
+from stallfree.workload.traffic import Traffic
+from stallfree.workload.workload import Arrival
+
+PREFILL = Deployment("llama2-7b", policy="hybrid-only", max_tokens=2048, max_model_len=4096)
+DECODE = Deployment("llama2-7b", policy="sarathi", token_budget=512, max_model_len=4096)
+CHATS = Traffic(lengths="median=500,p90=2000/median=60,p90=200", max_total=4000, requests=80)
+
+
+def split(pairing="distserve", **more):
+    return Split(PREFILL, DECODE, pairing, **({"nodes": 2, "per_node": 1} | more))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("rate", [2.0, 12.0])
+def test_everybody_gets_all_tokens_in_order(pairing, rate):
+    many = split(pairing, nodes=2, per_node=4)
+    many = replace(many, prefill=replace(PREFILL, replicas=2), decode=replace(DECODE, replicas=3))
+    made = SplitSimulator(many).run(CHATS.stream(rate, 0))
+    wanted = Counter(a.output_tokens for a in CHATS.stream(rate, 0))
+    assert wanted == Counter(len(line.tokens) for line in made.lines)
+    assert all(line.tokens == sorted(line.tokens) for line in made.lines)
+    assert all(line.scheduled >= line.arrival for line in made.lines)
+    assert made.moved.handed + made.moved.local == sum(number for length, number in wanted.items() if length > 1)
+
+
+def test_what_moves_is_the_kv_of_the_prompts():
+    made = SplitSimulator(split()).run(CHATS.stream(2.0, 0))
+    prompts = sum(a.prompt_tokens for a in CHATS.stream(2.0, 0) if a.output_tokens > 1)
+    kv = shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
+    assert prompts * kv == pytest.approx(made.moved.bytes)
+
+
+def lone(pairing, **more):
+    """A request of 2,000 + 3 tokens by itself: how long it waits for its KV, and when its tokens come."""
+    made = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)])
+    return made.moved.exposed_s, made.lines[0].tokens
+
+
+KV = 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
+
+
+def test_kv_that_leaves_after_the_prompt_delays_the_first_token_by_its_transfer():
+    network = links.load("eth-25g")
+    waited, tokens = lone("distserve", link="eth-25g")
+    assert network.latency_s + KV / network.bandwidth == pytest.approx(waited)
+    prompt = Simulator(PREFILL).instance.cost.seconds([(0, 2000)])
+    assert prompt + waited == pytest.approx(tokens[0])
+
+
+def test_kv_that_leaves_layer_by_layer_delays_it_by_the_last_layer_where_the_link_keeps_up():
+    network = links.load("ib-400g")
+    waited, _ = lone("splitwise", link="ib-400g")
+    assert network.latency_s + KV / shape.load("llama2-7b").layers / network.bandwidth == pytest.approx(waited)
+
+
+def test_in_one_node_kv_goes_over_the_devices_own_links():
+    assert lone("distserve", nodes=1, per_node=2, link="eth-10g")[0] < lone("distserve", link="eth-10g")[0] / 10
+
+
+def test_a_decode_pool_without_room_holds_prefills_back():
+    small = instance(DECODE)
+    small = small._replace(capacity=replace(small.capacity, num_blocks=260))
+    coming = [Arrival(0.001 * i, 2000, 200) for i in range(6)]
+    simulator = SplitSimulator(split(), decode=small)
+    made = simulator.run(coming)
+    alone = (SplitSimulator(split()).run(coming[:1])).lines[0]
+    first = sorted(line.tokens[0] for line in made.lines)
+    # Two fit at a time, and those behind wait until these have ended.
+    whole = alone.tokens[-1] - alone.tokens[0]
+    assert first[1] - first[0] < 0.2 * whole < first[2] - first[1]
+    assert 6 == made.moved.handed
+
+
+def test_splitwise_spills_prompts_when_many_are_pending():
+    coming = [Arrival(0.001 * i, 2000, 20) for i in range(30)]
+    made = SplitSimulator(split("splitwise")).run(coming)
+    assert 0 < made.moved.local < 30
+    assert 0 == SplitSimulator(split("distserve")).run(coming).moved.local
+
+
+def test_a_trial_reports_as_a_co_located_one_does():
+    slo = Slo.parse("ttft=1s,tbt=100ms")
+    told = SplitSimulator(split()).trial(CHATS, 2.0, 0, slo)
+    other = Simulator(DECODE).trial(CHATS, 2.0, 0, slo)
+    assert (80, {"ttft", "tbt"}) == (told.completed, set(told.slo_attainment))
+    assert (other.completed, other.output_tokens) == (told.completed, told.output_tokens)
+    assert 0 < told.goodput.share <= 1
+
+
+def test_idle_time_is_a_share_of_each_pool():
+    made = SplitSimulator(split()).run(CHATS.stream(1.0, 0))
+    assert 0 < made.decode_idle < made.prefill_idle < 1
+    assert 0 < made.moved.exposed_s < made.moved.decode_s
+    assert report(made.lines).completed == 80
+
+
+def test_replicas_are_placed_in_turn():
+    two = replace(PREFILL, replicas=2), replace(DECODE, replicas=2, tp=2)
+    assert ([0, 1], [0, 1]) == place(Split(*two, nodes=2, per_node=4))
+    large = replace(PREFILL, replicas=1), replace(DECODE, tp=4)
+    assert ([0], [1]) == place(Split(*large, nodes=3, per_node=2))
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (split(nodes=1), "take 2 devices, which do not fit 1 nodes of 1"),
+        (split(link="eth-200g"), "unknown link 'eth-200g'"),
+        (split(pairing="splitwize"), "did you mean 'splitwise'"),
+        (replace(split(), decode=replace(DECODE, model="llama3-8b")), "prefill has model llama2-7b and decode llama3-8b"),
+        (replace(split(), decode=replace(DECODE, kv="fp8")), "prefill has kv fp16 and decode fp8"),
+    ],
+)
+def test_what_cannot_be_is_refused(told, says):
+    with pytest.raises(ValueError, match=says):
+        SplitSimulator(told)
+
+
+def test_a_request_that_can_never_fit_is_refused():
+    with pytest.raises(ValueError, match="can never be served"):
+        SplitSimulator(split()).run([Arrival(0.0, 5000, 10)])
