@@ -159,6 +159,14 @@ def test_flashinfer_is_passed_over_if_it_raises(made, monkeypatch, caplog, where
     assert ["FlashInfer is installed, and not used: RuntimeError: no nvcc"] == caplog.messages
 
 
+def test_flashinfer_is_passed_over_if_something_that_it_needs_is_not_there(monkeypatch, caplog, tmp_path):
+    (tmp_path / "flashinfer.py").write_text("import something_that_it_needs")
+    monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose(4, torch.bfloat16, KEYS, {0}, 256, times(2.0, 1.0)) is None
+    assert "something_that_it_needs" in caplog.text
+
+
 def test_flashinfer_is_passed_over_if_it_computes_something_else(made, monkeypatch, caplog):
     run = Wrapper.run
     monkeypatch.setattr(Wrapper, "run", lambda self, q, caches: run(self, q, caches) + 1)

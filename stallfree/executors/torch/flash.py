@@ -101,10 +101,6 @@ def choose(
     if dtype != keys.dtype or dtype not in (torch.bfloat16, torch.float16):
         return None
     try:
-        import flashinfer  # noqa: F401
-    except ModuleNotFoundError:
-        return None
-    try:
         flash = Flash(heads, keys, windows)
         ours, blocks = _trial(length, keys.shape[1], keys.device)
         theirs = replace(ours, planned=flash.plan(ours))
@@ -120,7 +116,8 @@ def choose(
             for name, way in zip(taken, ways, strict=True):
                 taken[name] += time(way)
     except Exception as error:  # whatever it was: there is another that does it
-        log.warning("FlashInfer is installed, and not used: %s: %s", type(error).__name__, error)
+        if not isinstance(error, ModuleNotFoundError) or error.name != "flashinfer":
+            log.warning("FlashInfer is installed, and not used: %s: %s", type(error).__name__, error)
         return None
     best = min(taken, key=lambda name: taken[name])
     # As a warning, since less is not shown, and which of the two it was is to be seen.
