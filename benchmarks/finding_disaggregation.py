@@ -34,7 +34,7 @@ from stallfree.sim.trials import Trials
 from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
-PROMPTS, OUTPUTS = (256, 1024, 3072), (32, 128, 512)
+PROMPTS, OUTPUTS = (256, 2048), (32, 128, 512)
 TARGETS = {"tight": "ttft=500ms@p90,tbt=40ms@p99", "middle": "ttft=1s@p90,tbt=75ms@p99", "loose": "ttft=4s@p90,tbt=200ms@p99"}
 GRID = ("tight", "loose")
 LINKS = ("ib-400g", "ib-200g", "ib-100g", "eth-25g", "eth-10g")
@@ -153,18 +153,23 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
 
 
 def alone_rate(there: Instance, prompt: float, output: float, target: float) -> float:
-    """Co-located: each iteration takes `target` seconds and as many requests enter as leave, so c prompt tokens go with c x output
-    / prompt decodes; the largest such c, by bisection. Requests per second of a replica.
+    """Co-located: in each iteration as many requests enter as leave, so c prompt tokens go with c x output / prompt decodes; the
+    largest c, by bisection, for which that takes at most `target` seconds and KV does. Requests per second of a replica.
     """
     held = there.capacity.num_blocks * there.capacity.block_size
+
+    def iteration(chunk: int) -> tuple[int, float]:
+        decodes = round(chunk * output / prompt)
+        work = [(int(prompt + output / 2), 1)] * decodes + [(int(prompt / 2), chunk)]
+        return decodes, there.cost.seconds(work)
+
     low, high = 0, 16384
     while high - low > 1:
         chunk = (low + high) // 2
-        decodes = round(chunk * output / prompt)
-        shape = [(int(prompt + output / 2), 1)] * decodes + [(int(prompt / 2), chunk)]
-        fits = decodes * (prompt + output / 2) < held and decodes <= 256
-        low, high = (chunk, high) if fits and there.cost.seconds(shape) <= target else (low, chunk)
-    return low / prompt / target
+        decodes, seconds = iteration(chunk)
+        fits = seconds <= target and decodes <= 256 and decodes * (prompt + output / 2) < held
+        low, high = (chunk, high) if fits else (low, chunk)
+    return low / prompt / iteration(low)[1] if low else 0.0
 
 
 def pool_rates(there: Instance, prompt: float, output: float, target: float) -> tuple[float, float]:

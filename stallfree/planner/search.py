@@ -96,7 +96,6 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
     guess = {shape: _most(there, shape, prompt, output, slo) for shape in there.shapes}
     shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
     first_token = Slo(ttft=slo.ttft)
-    others = replace(slo, ttft=None)
     tell(f"{len(shapes)} splits of the model over devices; each part by itself")
     cases: dict[str, tuple[Tried, Slo, float]] = {}
     for shape in shapes:
@@ -106,7 +105,7 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
             continue
         cases[f"prompts {shape}"] = Prompts(there.prefill(shape, "distserve")), first_token, 2 * guess[shape]
         alone = there.split("distserve", shape, shape, (1, 1))
-        cases[f"decodes {shape}"] = SplitSimulator(alone, prefill=unlimited(there.shapes[shape])), others, 2 * guess[shape]
+        cases[f"decodes {shape}"] = SplitSimulator(alone, prefill=unlimited(there.shapes[shape])), slo, 2 * guess[shape]
     parts = {what: rate for what, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
     best = max(shapes[:SHAPES], key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
     units: dict[str, Deployed] = {}
