@@ -15,7 +15,7 @@ ALLOWED = {
     "policies": ({"core", "perf", "policies"}, set()),
     "perf": ({"core", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
-    "executors": ({"core", "checkpoint", "executors"}, {"msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
+    "executors": ({"core", "checkpoint", "executors"}, {"flashinfer", "msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "handoff": ({"core", "engine", "executors", "handoff"}, set()),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),

@@ -22,7 +22,7 @@ SHAPES = {
 }
 
 
-def batch(shape):
+def batch(shape, device=DEVICE):
     free = iter(torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist())
     work = [
         Work(
@@ -40,7 +40,7 @@ def batch(shape):
         )
         for i, (start, count) in enumerate(shape)
     ]
-    return pack(work, range(sum(count for _, count in shape)), CAPACITY, DEVICE)
+    return pack(work, range(sum(count for _, count in shape)), CAPACITY, device)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -1,8 +1,8 @@
 """Attention over a paged KV cache for a hybrid batch: chunks of prompts with cached context, and decodes, in one call.
 
-One function, with what computes it chosen by the device: on CUDA the kernel in `kernels`, elsewhere torch's own attention, which
-is also the reference that the kernel is held against. Each token attends to itself and what is before it, with a window to the last
-so many of these.
+One function, with what computes it chosen by the device: on CUDA the kernel in `kernels`, or what the batch was planned for
+(`flash`); elsewhere torch's own attention, which is also the reference that the others are held against. Each token attends to
+itself and what is before it, with a window to the last so many of these.
 """
 
 import torch
@@ -20,6 +20,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
     """[tokens, heads, head size], of `query` of that shape over the caches [blocks, block size, KV heads, head size], in which the
     batch's own keys and values are already. `window` 0: no limit.
     """
+    if batch.planned is not None:
+        return batch.planned(query, keys, values, window)
     if query.is_cuda:
         from stallfree.executors.torch.kernels import paged_attention
 

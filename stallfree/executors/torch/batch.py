@@ -2,7 +2,7 @@
 knows plans, and nothing of models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from stallfree.core.plan import UNKNOWN, Capacity, Work
 from stallfree.executors.checks import needed_blocks
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Attention of queries over keys and values, with a window: see `attention.attend`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -20,7 +23,8 @@ class Batch:
     `tokens`, `positions` [T]; `slots` [T]: where each token's KV goes, block x block size + place in it; `begins` [N + 1]: the
     first row of each piece; `lengths` [N]: tokens of KV that each has once this iteration is done; `tables` [N, blocks of the
     longest]: block numbers, 0 behind a piece's own; `rows`: the rows to compute logits of. `counts` and `ends` are `begins` and
-    `lengths` for the host: tokens of each piece, and its KV.
+    `lengths` for the host: tokens of each piece, and its KV. `planned`: what computes the batch's attention; None:
+    our own.
     """
 
     tokens: torch.Tensor
@@ -32,6 +36,7 @@ class Batch:
     rows: torch.Tensor
     counts: tuple[int, ...]
     ends: tuple[int, ...]
+    planned: Attend | None = None
 
     @property
     def decodes(self) -> bool:
@@ -41,8 +46,13 @@ class Batch:
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Numbers on `device`, behind what it has to do already; nobody waits for that."""
+    return pinned(values, device, dtype).to(device, non_blocking=True)
+
+
+def pinned(values: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers on the host, where `device` can copy them from while the host goes on."""
     found = torch.tensor(values, dtype=dtype)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    return found.pin_memory() if device.type == "cuda" else found
 
 
 def pack(

@@ -4,7 +4,7 @@ processes nor who sends the plans.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ from stallfree.core.plan import Capacity, Work
 from stallfree.executors.memory import check_memory
 from stallfree.executors.torch.batch import Batch, pack
 from stallfree.executors.torch.falcon import Falcon
+from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import Graphs
 from stallfree.executors.torch.llama import Llama
 from stallfree.executors.torch.mixtral import Mixtral
@@ -82,8 +83,6 @@ class Options:
                 f"{torch.cuda.get_device_name()} has no fp8 (its compute capability is {major}.{minor}, and 8.9 is needed); "
                 "take --weights int8 and --kv bf16"
             )
-        if (major, minor) < (8, 9) and self.kv == "fp8":
-            raise ValueError(f"{torch.cuda.get_device_name()} has no fp8; take --kv bf16")
 
 
 class Runner:
@@ -110,6 +109,7 @@ class Runner:
         self.block_bytes = 2 * len(layers) * BLOCK * self._model.num_kv_heads * config.head_dim * self._kv.itemsize
         self._cache: list[Cache] = []
         self._graphs: Graphs | None = None
+        self._flash: Flash | None = None
         self.capacity = Capacity(BLOCK, 0, self._length)
 
     def room(self) -> int:
@@ -143,10 +143,14 @@ class Runner:
         self.capacity = Capacity(BLOCK, num_blocks, self._length, depth)
 
     def record(self) -> None:
-        """Record decode iterations as CUDA graphs, on a GPU and for models that can be."""
-        if self._device.type == "cuda" and self._model.recordable:
-            before = None if self._first else torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self._device)
-            with torch.inference_mode():
+        """On a GPU: choose what computes attention, and record decode iterations as CUDA graphs, for models that can be."""
+        if self._device.type != "cuda":
+            return
+        with torch.inference_mode():
+            windows = {self._model.config.windows[number] for number in self._model.layers}
+            self._flash = choose(self._model.num_heads, self.dtype, self._cache[0][0], windows, self._length)
+            if self._model.recordable:
+                before = None if self._first else torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self._device)
                 self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
 
     def run(
@@ -161,8 +165,11 @@ class Runner:
         """
         with torch.inference_mode():
             batch = pack(work, rows, self.capacity, self._device, ahead)
-            call = self._graphs if self._graphs is not None and self._graphs.takes(batch) else self._call
-            return call(batch, hidden)
+            if self._graphs is not None and self._graphs.takes(batch):
+                return self._graphs(batch, hidden)
+            if self._flash is not None:
+                batch = replace(batch, planned=self._flash.plan(batch))
+            return self._call(batch, hidden)
 
     @property
     def layout(self) -> str:
@@ -178,7 +185,7 @@ class Runner:
             cache[list(blocks)] = piece.to(self._device)
 
     def close(self) -> None:
-        self._graphs, self._cache = None, []
+        self._graphs, self._flash, self._cache = None, None, []
 
     def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each tensor of the cache, [blocks, bytes], beside its part of `memory`."""
