@@ -230,11 +230,11 @@ def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
         names = [f"{row['targets']} {row['prompt']}/{row['output']}" for row in rows]
         sides = {what: list(zip(names, (row[what] for row in rows), strict=True)) for what in ("closed form", "simulated")}
     elif part == "outputs":
-        across, up, title, log = "prompt tokens", "output tokens until the delay is 1 %", "hand-over between nodes", "y"
+        across, up, title, log = "model and link", "output tokens until the delay is 1 %", "hand-over between nodes", "y"
         sides = {}
         for row in rows:
-            name = f"{row['model']}, {row['link']}, {row['way']}"
-            sides.setdefault(name, []).append((row["prompt"], row["tokens until 1 %"]))
+            name = f"{row['way']}, prompt {row['prompt']}"
+            sides.setdefault(name, []).append((f"{row['model']}, {row['link']}", row["tokens until 1 %"]))
     else:
         across = {"bursts": "arrivals", "models": "model"}[part]
         title = "16 A100" if part == "models" else title
