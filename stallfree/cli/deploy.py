@@ -14,10 +14,8 @@ def deploy(
     served: options.Served,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of a node.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
-    ] = None,
-    served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
+    api_key: options.ServersKey = None,
+    served_name: options.ServedName = None,
     replicas: Annotated[str, typer.Option(help="How many, or from how many to how many, as 1-4.")] = "1",
     max_queue: Annotated[int, typer.Option(help="Most requests waiting at a replica; one more gets 429.", min=1)] = 1024,
 ) -> None:

@@ -90,6 +90,10 @@ PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal prompt be
 Recorded = Annotated[
     Path, typer.Argument(metavar="RUN.jsonl", help="What `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
 ]
+ServersKey = Annotated[
+    str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
+]
+ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -18,10 +18,8 @@ def serve(
     served: options.Served,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
-    ] = None,
-    served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")] = None,
+    api_key: options.ServersKey = None,
+    served_name: options.ServedName = None,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024,
     role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both",
     prefill: Annotated[
