@@ -26,11 +26,11 @@ lint: .venv/tested
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 	@echo; echo "lines per file:"; git ls-files 'stallfree/*.py' | xargs wc -l | sort -rn
 
 test-all: lint
-	$(BIN)/pytest -m 'slow or not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'slow or not slow'
 
 clean:
 	rm -rf .venv build dist

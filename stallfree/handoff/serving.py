@@ -1,9 +1,9 @@
 """The side that prefills: decode engines connect, ask for prompts, and get the blocks of KV as iterations fill them, then the first
 token. To its own engine each is a request of one token.
 
-Blocks are copied in the engine's thread, right behind the iteration that filled them, before anybody can write over them: into the
-memory shared with the decode engine if there is room, else into a frame. What is asked for at once is bounded by the other side,
-which asks only for what it has reserved blocks for.
+Blocks are copied in the engine's thread, right behind an iteration, while they are the request's, before anybody can write over
+them: into the memory shared with the decode engine if there is room, else into a frame. What is asked for at once is bounded by the
+other side, which asks only for what it has reserved blocks for.
 """
 
 import asyncio
@@ -32,8 +32,10 @@ from stallfree.handoff.terms import Refusal, Terms, welcome
 
 log = logging.getLogger(__name__)
 
-FRAME = 8 << 20
-"""Bytes of KV that go in one frame, if a block is not larger."""
+FRAME = 4 << 20
+"""Bytes of KV that go in one frame, if a block is not larger. Before a prompt's end only whole ones go: on one machine each wakes
+four threads, in two processes, beside the iteration that computes the next chunk.
+"""
 CALLERS = 64
 """Decode engines that may be connected at once, and that may be about to."""
 MOST_NUMBER = 2**63
@@ -196,12 +198,14 @@ class _Blocks:
         self.error: str | None = None
 
     def watch(self, work: Work) -> None:
-        """Send what `work` filled; with the first token, the last block as it is. In the engine's thread."""
+        """Send what `work` and those before it filled, in whole frames; with the first token, all, the last block as it is. In the
+        engine's thread.
+        """
         end = work.start + work.count
         upto = -(-end // self._block_size) if work.samples else end // self._block_size
         try:
-            while self._next < upto and self.error is None:
-                self._send(work.blocks[self._next : min(upto, self._next + self._at_once)])
+            while (left := upto - self._next) > 0 and (work.samples or left >= self._at_once) and self.error is None:
+                self._send(work.blocks[self._next : self._next + min(left, self._at_once)])
         except Exception as error:  # it must not take the engine along
             log.exception("KV could not be read")
             self.error = f"its KV could not be read: {type(error).__name__}"

@@ -33,9 +33,7 @@ class Terms:
     def of(cls, executor: Executor, model: str) -> "Terms":
         """Those of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be moved."""
         if not isinstance(executor, MovesKV):
-            raise ValueError(
-                "KV that is spread over several ranks cannot be handed over; take --tp 1 --pp 1 --workers local, or --role both"
-            )
+            raise ValueError(f"{type(executor).__name__} has no KV that can be handed over; take another executor, or --role both")
         if executor.block_bytes > MOST_BODY:
             raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large to be handed over; {MOST_BODY:,} can be")
         return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from stallfree.core.slo import Slo
+from stallfree.planner.commands import commands
 from stallfree.planner.search import SECONDS, Answer, Ranked
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
@@ -47,7 +48,7 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
     dollars = None if price is None or take.at is None else price / 3600 / take.at.output_tokens_per_s * 1e6
     pools = None if split is None else _pools(split, traffic)
     binds = _binds(take, pools, slo)
-    return Verdict(_headline(site, co_located, split, margin), margin, binds, dollars, _commands(site, take, slo), pools)
+    return Verdict(_headline(site, co_located, split, margin), margin, binds, dollars, commands(site, take.deployed, slo), pools)
 
 
 def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
@@ -117,23 +118,3 @@ def _dollars(one: Ranked) -> float | None:
         return SplitSimulator(one.deployed).dollars
     each = Simulator(replace(one.deployed, replicas=1)).instance.dollars
     return None if each is None else each * one.deployed.replicas
-
-
-def _commands(site: Site, take: Ranked, slo: Slo) -> list[str]:
-    def engine(told: Deployment) -> str:
-        return f"{site.model} --executor torch --tp {told.tp} --pp {told.pp} --slo {slo}"
-
-    if isinstance(take.deployed, Deployment):
-        told = take.deployed
-        policy = "" if told.policy == "slo" else f" --policy {told.policy}"
-        budget = "" if told.token_budget is None else f" --token-budget {told.token_budget}"
-        return [f"stallfree deploy {engine(told)} --replicas {told.replicas}{policy}{budget}"]
-    prefill, decode = take.deployed.prefill, take.deployed.decode
-    found = [
-        f"stallfree serve {engine(prefill)} --role prefill --peer-port 9001  # {prefill.replicas} times",
-        f"stallfree serve {engine(decode)} --role decode --prefill HOST:9001,...  # {decode.replicas} times",
-        "stallfree route --decode http://HOST:8000,... --prefill HOST:9001,...",
-    ]
-    if max(pool.tp * pool.pp for pool in (prefill, decode)) > 1:
-        found.append("# engines of several ranks do not hand KV over yet (docs/handoff.md): this one is simulated only")
-    return found

@@ -5,6 +5,7 @@ import signal
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from stallfree.checkpoint import open_checkpoint
@@ -65,6 +66,26 @@ def served(executor):
     return [request.output for request in requests]
 
 
+def ran(executor, step, start, tokens, blocks):
+    """The token that follows `tokens`, which begin at `start`."""
+    one = work(tokens)._replace(start=start, blocks=blocks)
+    executor.submit(Plan(step, 0.0, (one,)))
+    return executor.collect().tokens[one.id]
+
+
+def handed_over(a, b):
+    """Tokens of a prompt that `a` computes and `b` goes on with, and those of `a` alone."""
+    assert (a.layout, a.block_bytes) == (b.layout, b.block_bytes)
+    there, here, size = (3, 1, 4), (2, 5, 0), 3 * a.block_bytes
+    first = ran(a, 0, 0, TOKENS[:40], there)
+    moved, again = bytearray(size), bytearray(size)
+    a.read_blocks(there, memoryview(moved))
+    b.write_blocks(here, memoryview(moved))
+    b.read_blocks(here, memoryview(again))
+    assert moved == again
+    return [ran(one, 1, 40, list(first), blocks) for one, blocks in ((b, here), (a, there))]
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
@@ -77,21 +98,29 @@ def test_two_ranks_a_layer_give_the_same_tokens(name, tmp_path):
     family, config = SHAPES[name]
     write_folder(tmp_path, family, **config)
     checkpoint = open_checkpoint(tmp_path)
-    expected = served(TorchExecutor(checkpoint, EXACT, KV))
+    alone = TorchExecutor(checkpoint, EXACT, KV)
+    expected = served(alone)
     executor = parallel(checkpoint, 2, 1)
     try:
         assert expected == served(executor)
+        for a, b in ((alone, executor), (executor, alone)):
+            there, here = handed_over(a, b)
+            assert there == here
     finally:
         executor.close()
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
 def test_stages_give_the_same_tokens_with_as_many_plans_out(llama, tp, pp):
-    expected = served(TorchExecutor(llama, EXACT, KV))
+    alone = TorchExecutor(llama, EXACT, KV)
+    expected = served(alone)
     executor = parallel(llama, tp, pp)
     try:
         assert pp == executor.capacity.depth
         assert expected == served(executor)
+        for a, b in ((alone, executor), (executor, alone)):
+            there, here = handed_over(a, b)
+            assert there == here
     finally:
         executor.close()
 
@@ -142,6 +171,42 @@ def test_a_lost_rank_is_told_and_replaced(llama, signal_):
             executor.collect()
         executor.submit(replace(plan, step=1))
         assert expected == executor.collect().tokens
+    finally:
+        executor.close()
+
+
+@pytest.mark.parametrize("move", ["read_blocks", "write_blocks"])
+def test_a_rank_that_is_lost_while_kv_moves_is_told_by_the_next_plan(llama, move):
+    executor = parallel(llama, 1, 2, answer_s=3.0)
+    try:
+        plan = Plan(0, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),))
+        executor.submit(plan)
+        expected = executor.collect().tokens
+        os.kill(executor._workers._processes[1].pid, signal.SIGKILL)
+        with pytest.raises(ConnectionError, match="KV could not be moved"):  # noqa: PT012  # a socket takes a message after its end
+            while True:
+                getattr(executor, move)([0, 1], memoryview(bytearray(2 * executor.block_bytes)))
+        with pytest.raises(Lost, match="started again"):
+            executor.submit(plan)
+        executor.submit(replace(plan, step=1))
+        assert expected == executor.collect().tokens
+    finally:
+        executor.close()
+
+
+def test_a_plan_that_is_out_is_collected_behind_kv_that_moved(llama):
+    executor = parallel(llama, 1, 2)
+    try:
+        plans = [Plan(step, 0.0, (work(TOKENS[:20])._replace(blocks=(2 * step, 2 * step + 1)),)) for step in range(2)]
+        for plan in plans:
+            executor.submit(plan)
+        memory = memoryview(bytearray(4 * executor.block_bytes))
+        executor.read_blocks([0, 1, 2, 3], memory)
+        results = [executor.collect() for _ in plans]
+        assert [0, 1] == [result.step for result in results]
+        half = np.frombuffer(memory, np.uint8).reshape(8, 2, -1)
+        assert (half[:, 0] == half[:, 1]).all()
+        assert half.any()
     finally:
         executor.close()
 

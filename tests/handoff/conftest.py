@@ -15,7 +15,7 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import Sampling
-from stallfree.handoff import asking, frames, ring
+from stallfree.handoff import asking, frames, ring, serving
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.serving import Serving
 from stallfree.handoff.terms import Terms
@@ -148,6 +148,12 @@ def way(request, monkeypatch):
     if request.param == "tcp":
         monkeypatch.setattr(ring, "FOLDER", ring.Path("/nonexistent"))
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch):
+    """Two blocks fill a frame."""
+    monkeypatch.setattr(serving, "FRAME", 2 * Remembering().block_bytes)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import random
 import pytest
 
 from stallfree.core.request import Request, Status
-from stallfree.handoff import serving
 from tests.handoff.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve, until
 
 PROMPTS = [[(7 * i + j) % 251 for j in range(length)] for i, length in enumerate((1, 3, 4, 5, 40, 61, 100))]
@@ -64,7 +63,6 @@ def test_what_does_not_fit_the_shared_memory_goes_by_the_connection(monkeypatch)
     from stallfree.handoff import ring
 
     monkeypatch.setattr(ring.Ring.__init__, "__defaults__", (500,))
-    monkeypatch.setattr(serving, "FRAME", 128)
     here, there = engine(), engine(budget=100)
 
     async def run():

@@ -215,7 +215,7 @@ def test_an_executor_whose_kv_cannot_be_moved_is_named():
     class Spread:
         capacity = Remembering().capacity
 
-    with pytest.raises(ValueError, match="--tp 1"):
+    with pytest.raises(ValueError, match="Spread has no KV that can be handed over"):
         Terms.of(Spread(), "m")
 
 

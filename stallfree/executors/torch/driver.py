@@ -13,19 +13,21 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from math import inf
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, and not in the list of exports
 
-from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.executors.base import Lost
 from stallfree.executors.torch import wire, worker
 from stallfree.executors.torch.batch import check
-from stallfree.executors.torch.runner import BLOCK, Options, check_split, stages, supported
+from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages, supported
 
 START_S = 600.0
 """Seconds in which all ranks must have loaded the model."""
@@ -105,6 +107,29 @@ class Bubbles:
         return found
 
 
+class Parts:
+    """Which part of the whole model's KV each of `tp` x `pp` ranks has: its stage's layers, its heads; where there are fewer KV
+    heads than ranks, neighbours have the same. `owners`: ranks that have it all together, each of them something of its own.
+    """
+
+    def __init__(self, config: ModelConfig, itemsize: int, tp: int, pp: int):
+        pieces = min(config.num_kv_heads, tp)
+        each = config.num_kv_heads // pieces * config.head_dim * itemsize
+        places = [rank * pieces // tp for rank in range(tp)]
+        self._shape = 2 * config.num_layers, -1, pieces * each
+        self._parts = [
+            (slice(2 * layers.start, 2 * layers.stop), slice(None), slice(place * each, place * each + each))
+            for layers in stages(config.num_layers, pp)
+            for place in places
+        ]
+        self.owners = [rank for rank in range(tp * pp) if rank % tp == 0 or places[rank % tp] != places[rank % tp - 1]]
+        self.block_bytes = 2 * config.num_layers * BLOCK * pieces * each
+
+    def of(self, memory: memoryview, rank: int) -> np.ndarray:
+        """What of blocks in `memory` is this rank's: [keys and values of its layers, tokens, bytes of its heads], a view."""
+        return np.frombuffer(memory, np.uint8).reshape(self._shape)[self._parts[rank]]
+
+
 class ParallelExecutor:
     """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank; None, on GPUs: what is
     left there. An iteration that takes longer than `answer_s` is lost.
@@ -139,8 +164,11 @@ class ParallelExecutor:
         self._tp, self._pp, self._answer_s = tp, pp, answer_s
         self._vocab_size = checkpoint.config.vocab_size
         self._workers = workers
+        self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, pp)
+        self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
         self._socks: list[socket.socket] = []
         self._said: list[deque[dict[str, Any]]] = []
+        self._kv: dict[int, bytes] = {}
         self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
         self.capacity = Capacity(BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
@@ -163,6 +191,24 @@ class ParallelExecutor:
             self._lost(str(error))
         bubble_s = self._bubbles.collected(sum(answer["waited_s"] for answer in answers), time.perf_counter())
         return wire.to_result(answers[-1], bubble_s)
+
+    def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        """Raises ConnectionError if a rank is gone; that all KV is, the next plan tells by `Lost`."""
+        self._kv = {}
+        with self._whole():
+            for rank in self._parts.owners:
+                wire.send(self._socks[rank], {"read": list(blocks)})
+            while len(self._kv) < len(self._parts.owners):
+                self._hear()
+            for rank, kv in self._kv.items():
+                part = self._parts.of(memory, rank)
+                part[:] = np.frombuffer(kv, np.uint8).reshape(part.shape)
+
+    def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
+        """Raises as `read_blocks` does."""
+        with self._whole():
+            for rank, sock in enumerate(self._socks):
+                wire.send(sock, {"write": list(blocks), "kv": self._parts.of(memory, rank).tobytes()})
 
     def close(self) -> None:
         for sock in self._socks:
@@ -248,19 +294,37 @@ class ParallelExecutor:
         wrong, or if nothing comes in time.
         """
         while not all(self._said):
-            ready, _, _ = select.select(self._socks, [], [], self._answer_s)
-            if not ready:
-                raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
-            for sock in ready:
-                rank = self._socks.index(sock)
-                try:
-                    message = wire.receive(sock)
-                except ConnectionError as error:
-                    raise ConnectionError(f"rank {rank} is gone: {error}") from None
-                if "step" not in message:
-                    raise ConnectionError(f"rank {rank}: {message['error']}")
-                self._said[rank // self._tp].append(message)
+            self._hear()
         return [messages.popleft() for messages in self._said]
+
+    def _hear(self) -> None:
+        """Take what ranks say next, of plans or of KV. Raises ConnectionError as `_next` does."""
+        ready, _, _ = select.select(self._socks, [], [], self._answer_s)
+        if not ready:
+            raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
+        for sock in ready:
+            rank = self._socks.index(sock)
+            try:
+                message = wire.receive(sock)
+            except ConnectionError as error:
+                raise ConnectionError(f"rank {rank} is gone: {error}") from None
+            if "kv" in message:
+                self._kv[rank] = message["kv"]
+            elif "step" in message:
+                self._said[rank // self._tp].append(message)
+            else:
+                raise ConnectionError(f"rank {rank}: {message['error']}")
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Ranks that were told in part, or of which one is gone, are told nothing more: the next plan finds them gone."""
+        try:
+            yield
+        except OSError as error:
+            for sock in self._socks:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            raise ConnectionError(f"KV could not be moved: {error}") from None
 
     def _lost(self, why: str) -> NoReturn:
         """Start anew, and say so."""

@@ -17,7 +17,7 @@ from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
-from stallfree.executors.torch.runner import Options, Runner, supported, use_threads
+from stallfree.executors.torch.runner import Options, Runner, layout, supported, use_threads
 from stallfree.executors.torch.sampler import Draw
 
 OUT_OF_MEMORY = "out of GPU memory in an iteration; lower --max-tokens or --gpu-memory-utilization"
@@ -43,7 +43,7 @@ class TorchExecutor:
         self._out: deque[tuple[int, float, Draw]] = deque()
         self._last: Draw | None = None
         self._ended = 0.0
-        self.layout, self.block_bytes = self._runner.layout, self._runner.block_bytes
+        self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
     def submit(self, plan: Plan) -> None:

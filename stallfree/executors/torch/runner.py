@@ -171,11 +171,6 @@ class Runner:
                 batch = replace(batch, planned=self._flash.plan(batch))
             return self._call(batch, hidden)
 
-    @property
-    def layout(self) -> str:
-        """How the bytes of a block are to be read; it is the same on every device."""
-        return f"torch {self._options.kv}: {2 * len(self._model.layers)} x {self._shape}"
-
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
             piece.copy_(cache[list(blocks)])
@@ -202,6 +197,11 @@ class Runner:
     def _blocks(self, number: int) -> torch.Tensor:
         """Memory for so many blocks, and one that nobody is given: what pads recorded iterations is written there."""
         return torch.zeros(number + 1, *self._shape, dtype=self._kv, device=self._device)
+
+
+def layout(config: ModelConfig, kv: str) -> str:
+    """How the bytes of the whole model's blocks are to be read: the same on every device, whatever ranks they are spread over."""
+    return f"torch {kv}: {2 * config.num_layers} x ({BLOCK}, {config.num_kv_heads}, {config.head_dim})"
 
 
 def use_threads(options: Options, ranks: int = 1) -> None:

@@ -106,6 +106,15 @@ class Rank:
             message["waited_s"] = self._waits.end()
         return message if self._rank % self._tp == 0 else None
 
+    def read(self, blocks: list[int]) -> dict[str, Any]:
+        """Its part of what these blocks hold."""
+        kv = bytearray(len(blocks) * self._runner.block_bytes)
+        self._runner.read_blocks(blocks, memoryview(kv))
+        return {"kv": kv}
+
+    def write(self, blocks: list[int], kv: bytes) -> None:
+        self._runner.write_blocks(blocks, memoryview(bytearray(kv)))
+
 
 def join(setup: dict[str, Any], backend: str) -> None:
     """Meet the other ranks at the driver's store. Raises RuntimeError naming its address if that cannot be reached in time."""
@@ -144,9 +153,16 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
 
 
 def _serve(sock: socket.socket, own: Rank) -> None:
-    while "step" in (message := wire.receive(sock)):
+    while True:
+        message = wire.receive(sock)
         try:
-            answer = own.run(wire.to_plan(message))
+            answer = None
+            if "read" in message:
+                answer = own.read(message["read"])
+            elif "write" in message:
+                own.write(message["write"], message["kv"])
+            else:
+                answer = own.run(wire.to_plan(message))
         except Exception as error:  # whatever it was, the other ranks wait for this one's part: the driver starts them all anew
             said = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             wire.send(sock, {"error": said})

@@ -1,0 +1,62 @@
+"""What the planner prints can be typed: every option is there, with the policies and limits that were simulated."""
+
+import shlex
+
+import pytest
+from typer.main import get_command
+
+from stallfree.cli import app
+from stallfree.core.slo import Slo
+from stallfree.planner.candidates import Candidates
+from stallfree.planner.commands import commands
+from stallfree.planner.site import Site
+
+SLO = Slo.parse("ttft=2s@p90,tbt=100ms@p99")
+
+
+def parsed(line: str) -> dict[str, object]:
+    """The options of a command line, as the command would get them."""
+    _, name, *arguments = shlex.split(line, comments=True)
+    command = get_command(app).commands[name]
+    return command.make_context(name, arguments).params
+
+
+def test_co_located_replicas_are_one_command():
+    there = Candidates(Site("llama2-13b", gpus=4, weights="int8", max_model_len=2048))
+    (line,) = commands(there.site, there.replica(2, 1, "sarathi", 512, replicas=2), SLO)
+    assert line.startswith("stallfree deploy llama2-13b --executor torch --tp 2 ")
+    told = parsed(line)
+    assert ("llama2-13b", 2, 1, "sarathi", 512, "int8", 2048, "2") == tuple(
+        told[name] for name in ("model", "tp", "pp", "policy", "token_budget", "weights", "max_model_len", "replicas")
+    )
+
+
+def test_two_pools_run_the_policies_that_were_simulated():
+    there = Candidates(Site("llama2-13b", gpus=4))
+    pair = there.split("splitwise", (1, 1), (2, 1), (2, 1))
+    prefill, decode, route = commands(there.site, pair, SLO)
+    told = [parsed(prefill), parsed(decode)]
+    assert [("prefill", 1, "hybrid-only", 2048), ("decode", 2, "sarathi", 8192)] == [
+        tuple(one[name] for name in ("role", "tp", "policy", "max_tokens")) for one in told
+    ]
+    assert [None, 512] == [one["token_budget"] for one in told]
+    assert str(SLO) == told[0]["slo"]
+    assert "2 times, each with 1 GPU of its own" in prefill
+    assert "1 times, each with 2 GPUs of its own" in decode
+    assert parsed(route)["decode"]
+    assert "0.0.0.0" not in prefill + decode
+
+
+def test_engines_on_several_hosts_listen_for_each_other():
+    there = Candidates(Site("llama2-70b", gpus=16, nodes=16))
+    key, prefill, decode, _ = commands(there.site, there.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
+    assert key.startswith("export STALLFREE_PEER_KEY=")
+    assert "0.0.0.0" == parsed(prefill)["peer_host"] == parsed(decode)["host"]
+    assert "ray" == parsed(prefill)["workers"] == parsed(decode)["workers"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+def test_ranks_within_a_node_are_processes_of_it(shape):
+    there = Candidates(Site("llama2-13b", gpus=4, nodes=2))
+    (line,) = commands(there.site, there.replica(*shape), SLO)
+    assert "--workers" not in line
