@@ -95,11 +95,28 @@ class Pools:
         self._passages: dict[str, Passage] = {}
         self._told = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
+        self._promised = [0] * len(decode)
         self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
+        self._block_size = self.decode[0].scheduler.capacity.block_size
 
     def load(self, number: int) -> int:
-        """Requests that decode replica `number` has, or is to have."""
+        """Requests that decode replica `number` has, or expects."""
         return self.decode[number].num_requests
+
+    def kv(self, number: int) -> int:
+        """Blocks of KV that decode replica `number` has in use, or is to fill for requests that have been promised to it."""
+        scheduler = self.decode[number].scheduler
+        expected = sum(self._blocks(request) for request in scheduler.expected)
+        return scheduler.capacity.num_blocks - scheduler.pool.num_free + expected + self._promised[number]
+
+    def fits(self, number: int, request: Request) -> bool:
+        """Whether decode replica `number` would have room for the prompt of `request`, with all that have been promised to it."""
+        scheduler = self.decode[number].scheduler
+        most = scheduler.capacity.num_blocks - scheduler.watermark
+        return self.load(number) < scheduler.limits.max_seqs and self.kv(number) + self._blocks(request) <= most
+
+    def _blocks(self, request: Request) -> int:
+        return -(-len(request.prompt) // self._block_size)
 
     def serve(self, requests: Iterable[Request]) -> None:
         """Serve `requests`, which have a `Script` and come in the order of their arrivals, to their ends. Raises ValueError if any
@@ -136,6 +153,8 @@ class Pools:
             target = self._pairing.decode(source, self) if self._pairing.early else None
             if request.max_tokens > 1:
                 self._passages[request.id] = Passage(request, source, target)
+                if target is not None:
+                    self._promised[target] += self._blocks(request)
         replica.take(request)
         replica.run(nextafter(request.arrival, inf))
 
@@ -173,9 +192,11 @@ class Pools:
         """The passage is to go where it goes, once there is room."""
         if passage.twin is not None:
             return
+        one = passage.request
         if passage.target is None:
             passage.target = self._pairing.decode(passage.source, self)
-        one = passage.request
+        else:
+            self._promised[passage.target] -= self._blocks(one)
         passage.twin = Request(
             one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
         )

@@ -35,9 +35,10 @@ class DistServe:
 
 @dataclass(frozen=True, slots=True)
 class Splitwise:
-    """Splitwise (ISCA'24): prompt and token machine are chosen together at the arrival, each with the fewest pending tokens, and KV
-    leaves layer by layer. If every prompt machine has more than `spill` tokens pending, the token machine with the fewest takes the
-    whole request, as one of the mixed pool.
+    """Splitwise (ISCA'24): prompt and token machine are chosen together at the arrival: the prompt machine with the fewest pending
+    tokens, the token machine with the fewest tokens of KV; and KV leaves layer by layer. The mixed pool is whoever takes a whole
+    request: a token machine if every prompt machine has more than `spill` tokens pending, the prompt machine if no token machine
+    has room.
     """
 
     spill: ClassVar[int] = 8192
@@ -48,13 +49,21 @@ class Splitwise:
 
     def prefill(self, request: Request, pools: Pools) -> int | None:
         source = _shortest(pools.prefill, request.arrival)
-        return None if pools.prefill[source].pending(request.arrival) > self.spill else source
+        if self._late(source, request, pools):
+            return None
+        return source if any(pools.fits(number, request) for number in self.near[source]) else None
 
     def decode(self, source: int, pools: Pools) -> int:
-        return min(self.near[source], key=pools.load)
+        return min(self.near[source], key=pools.kv)
 
     def local(self, request: Request, pools: Pools) -> Replica:
-        return pools.decode[_shortest(pools.decode, request.arrival)]
+        source = _shortest(pools.prefill, request.arrival)
+        if self._late(source, request, pools):
+            return pools.decode[_shortest(pools.decode, request.arrival)]
+        return pools.prefill[source]
+
+    def _late(self, source: int, request: Request, pools: Pools) -> bool:
+        return pools.prefill[source].pending(request.arrival) > self.spill
 
 
 class Hybrid(Splitwise):

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import report
 from stallfree.perf import links, shape
+from stallfree.sim import pairings
 from stallfree.sim.deployment import Deployment, Split
-from stallfree.sim.pairings import PAIRINGS
 from stallfree.sim.simulator import Simulator, instance
 from stallfree.sim.split import SplitSimulator, place
 from stallfree.workload.traffic import Traffic
@@ -24,7 +25,7 @@ def split(pairing="distserve", **more):
     return Split(PREFILL, DECODE, pairing, **({"nodes": 2, "per_node": 1} | more))
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("pairing", pairings.PAIRINGS)
 @pytest.mark.parametrize("rate", [2.0, 12.0])
 def test_everybody_gets_all_tokens_in_order(pairing, rate):
     many = split(pairing, nodes=2, per_node=4)
@@ -90,6 +91,29 @@ def test_splitwise_spills_prompts_when_many_are_pending():
     made = SplitSimulator(split("splitwise")).run(coming)
     assert 0 < made.moved.local < 30
     assert 0 == SplitSimulator(split("distserve")).run(coming).moved.local
+
+
+def test_splitwise_keeps_requests_where_their_prompts_are_when_no_token_machine_has_room():
+    small = instance(DECODE)
+    small = small._replace(capacity=replace(small.capacity, num_blocks=260))
+    coming = [Arrival(0.001 * i, 2000, 200) for i in range(3)]
+    made = SplitSimulator(split("splitwise"), decode=small).run(coming)
+    assert (2, 1) == (made.moved.handed, made.moved.local)
+    assert [200] * 3 == [len(line.tokens) for line in made.lines]
+
+
+def test_what_is_promised_to_a_token_machine_counts_before_it_comes():
+    small = instance(DECODE)
+    small = small._replace(capacity=replace(small.capacity, num_blocks=140))
+    two = replace(split("splitwise", nodes=1, per_node=3), decode=replace(DECODE, replicas=2))
+    made = SplitSimulator(two, decode=small).run([Arrival(0.001 * i, 2000, 200) for i in range(3)])
+    assert (2, 1) == (made.moved.handed, made.moved.local)
+
+
+def test_splitwise_chooses_the_token_machine_with_the_least_kv_and_distserve_that_with_the_fewest_requests():
+    pools = SimpleNamespace(kv=[50, 20, 10].__getitem__, load=[1, 5, 2].__getitem__)
+    assert 1 == pairings.load("splitwise", [[0, 1]]).decode(0, pools)
+    assert 0 == pairings.load("distserve", [[0, 1]]).decode(0, pools)
 
 
 def test_a_trial_reports_as_a_co_located_one_does():
