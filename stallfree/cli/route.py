@@ -17,12 +17,12 @@ def route(
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
 ) -> None:
     """Pass requests on to the decode server with the fewest, until SIGTERM or Ctrl-C. An API key is the servers' to check."""
+    from stallfree.handoff.terms import address
     from stallfree.server.route import Router, create_router
     from stallfree.server.run import bind, run
 
     peers = [] if prefill is None else options.addresses(prefill, "--prefill")
-    router = Router(decode.split(","), [f"{f'[{name}]' if ':' in name else name}:{at}" for name, at in peers])
+    router = Router(decode.split(","), [address(*peer) for peer in peers])
     sock = bind(host, port)
-    address, at = sock.getsockname()[:2]
-    typer.echo(f"http://{f'[{address}]' if ':' in address else address}:{at}/v1 -> {decode}; prefill: {prefill or 'theirs'}")
+    typer.echo(f"http://{address(*sock.getsockname()[:2])}/v1 -> {decode}; prefill: {prefill or 'theirs'}")
     run(create_router(router), router, sock, drain_timeout_s=drain_timeout)

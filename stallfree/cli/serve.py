@@ -47,7 +47,7 @@ def serve(
     from stallfree.engine.thread import EngineThread
     from stallfree.handoff.asking import Asking
     from stallfree.handoff.serving import Serving
-    from stallfree.handoff.terms import Terms
+    from stallfree.handoff.terms import Terms, address
     from stallfree.server.app import create_app
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
@@ -94,7 +94,6 @@ def serve(
         asking.check()
     capacity = assembled.engine.executor.capacity
     budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
-    address, at = sock.getsockname()[:2]
     card = {
         "model": name,
         "weights": assembled.weights,
@@ -104,9 +103,9 @@ def serve(
         "policy": served.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
         "token_budget": budget,
-        "url": f"http://{f'[{address}]' if ':' in address else address}:{at}",
+        "url": f"http://{address(*sock.getsockname()[:2])}",
         "role": role,
-        "peers": prefill if peer_sock is None else "{}:{}".format(*peer_sock.getsockname()[:2]),
+        "peers": prefill if peer_sock is None else address(*peer_sock.getsockname()[:2]),
     }
     _print_card(card, as_json)
     app = create_app(

@@ -23,7 +23,7 @@ from stallfree.engine.thread import EngineThread
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
 from stallfree.handoff.frames import Broken, Header, Link, whole
-from stallfree.handoff.terms import Refusal, Terms, connect
+from stallfree.handoff.terms import Refusal, Terms, address, connect
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class _Peer:
 
     def __init__(self, asking: Asking, host: str, port: int, key: str):
         self.host, self.port, self.key = host, port, key
-        self.name = f"{f'[{host}]' if ':' in host else host}:{port}"
+        self.name = address(host, port)
         self.link: Link | None = None
         self.ring: memoryview | None = None
         self.transfers: dict[int, _Transfer] = {}

@@ -38,6 +38,8 @@ four threads, in two processes, beside the iteration that computes the next chun
 """
 CALLERS = 64
 """Decode engines that may be connected at once, and that may be about to."""
+MEETING_S = 15.0
+"""Seconds in which a decode engine must have introduced itself."""
 MOST_NUMBER = 2**63
 
 
@@ -56,8 +58,7 @@ class Serving:
 
     def close(self) -> None:
         """Let nobody in any more, and everybody go."""
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        _shut(self._sock)
         self._sock.close()
         for caller in list(self._callers):
             caller.link.close()
@@ -77,6 +78,9 @@ class Serving:
             threading.Thread(target=self._meet, args=(sock, f"{address[0]}:{address[1]}"), daemon=True).start()
 
     def _meet(self, sock: socket.socket, name: str) -> None:
+        limit = threading.Timer(MEETING_S, _shut, [sock])
+        limit.daemon = True
+        limit.start()
         try:
             if len(self._callers) >= CALLERS:
                 raise Refusal(f"{CALLERS} decode engines are connected already")
@@ -86,6 +90,7 @@ class Serving:
             sock.close()
             return
         finally:
+            limit.cancel()
             self._meetings.release()
         caller = _Caller(self._thread, self._loop, Link(sock), ring)
         self._callers.add(caller)
@@ -95,6 +100,11 @@ class Serving:
         log.info("decode engine %s: %s", name, why)
         self._callers.discard(caller)
         caller.ended()
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Caller:

@@ -46,6 +46,11 @@ class Terms:
         return "; ".join(f"{what}: {own} here, {other} at the decode engine" for what, own, other in pairs if own != other)
 
 
+def address(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
     """The prefill side of a meeting; the memory that both share, if they are on one machine. Raises OSError, or Refusal after
     having told it.

@@ -11,10 +11,10 @@ from array import array
 import pytest
 
 from stallfree.executors.sampling import Sampling, to_values
-from stallfree.handoff import asking, frames
+from stallfree.handoff import asking, frames, serving
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.frames import Broken, receive, send
-from stallfree.handoff.terms import Refusal, Terms, connect, welcome
+from stallfree.handoff.terms import Refusal, Terms, address, connect, welcome
 from tests.handoff.conftest import (
     Remembering,
     decoding,
@@ -209,6 +209,30 @@ def test_what_is_no_prefill_engine_is_said_to_be_none():
     with server, pytest.raises(Refusal, match="no prefill engine"):
         connect(*server.getsockname(), terms(engine()), "", 5)
     thread.join()
+
+
+def test_whoever_introduces_himself_byte_by_byte_is_shown_out(monkeypatch):
+    monkeypatch.setattr(serving, "MEETING_S", 0.3)
+
+    async def run():
+        async with prefilling(engine()) as at:
+            await asyncio.to_thread(drip, at)
+
+    def drip(at):
+        with socket.create_connection(at) as sock, pytest.raises(ConnectionError):  # noqa: PT012  # one of the two finds out
+            receive(sock)
+            while True:
+                sock.sendall(b"\0")
+                time.sleep(0.02)
+                with contextlib.suppress(BlockingIOError):
+                    if not sock.recv(1, socket.MSG_DONTWAIT):
+                        raise ConnectionError
+
+    asyncio.run(run())
+
+
+def test_addresses_of_ipv6_have_brackets():
+    assert ["127.0.0.1:80", "[::1]:80"] == [address(host, 80) for host in ("127.0.0.1", "::1")]
 
 
 def test_an_executor_whose_kv_cannot_be_moved_is_named():
