@@ -66,8 +66,21 @@ def locate(model: str | None = None, say: Callable[[str], None] = lambda line: N
     """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
     `owner/name/file.gguf` for one file. What is not there yet is fetched, `say`ing so. Raises FetchError.
     """
-    if model is None or model.lower() == EMBEDDED:
+    found = named(model)
+    if found is None:
         return _embedded(say)
+    if isinstance(found, Path):
+        return found
+    repo, file = found
+    return _from_hub(repo, file, say)
+
+
+def named(model: str | None) -> Path | tuple[str, str | None] | None:
+    """What `model` means, nothing being fetched: None, the embedded one; a path that is there; or a hub's repository, and the file
+    in it if it is one. Raises FetchError if it means nothing.
+    """
+    if model is None or model.lower() == EMBEDDED:
+        return None
     path = Path(model).expanduser()
     if path.exists():
         return path
@@ -80,7 +93,7 @@ def locate(model: str | None = None, say: Callable[[str], None] = lambda line: N
             f"no model at {model!r}{hint}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
             f"or nothing for {EMBEDDED}"
         )
-    return _from_hub(repo, f"{file}.gguf" if file else None, say)
+    return repo, f"{file}.gguf" if file else None
 
 
 def _embedded_file() -> Path:

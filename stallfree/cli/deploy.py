@@ -30,11 +30,14 @@ def deploy(
     except ImportError as error:
         raise ValueError(f"deploy needs {error.name}, which is not installed: pip install 'stallfree[ray]'") from None
     from stallfree import policies
+    from stallfree.checkpoint.fetch import named
     from stallfree.core.slo import Slo as Targets
     from stallfree.engine.assemble import Options
 
     least, most = bounds(replicas)
     policies.check(served.policy, token_budget=served.token_budget)
+    if served.executor != "simulated":
+        named(served.model)
     if served.slo is not None:
         Targets.parse(served.slo)
     serve.start(http_options={"host": host, "port": port})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 REQUESTS = 128
 """In a trial, at least; more if fewer seconds would pass than `planner.search.SECONDS`."""
-OF_TRACE = 512
-"""Requests from the beginning of a trace that are simulated."""
+OF_TRACE, FEWEST = 512, 64
+"""Requests from the beginning of a trace that are simulated, as many as it has; and how many it must have."""
 RATES = (0.6, 0.8, 0.95, 1.1, 1.3)
 """Of the winner's capacity: where attainments are compared."""
 
@@ -56,8 +57,10 @@ def plan(
 
     measuring.check_page(html)
     if trace is not None:
+        usual = Traffic()
+        if (traffic.arrivals, traffic.lengths) != (usual.arrivals, usual.lengths):
+            raise ValueError("--trace has arrivals and lengths of its own; give it alone, or --arrivals and --lengths without it")
         traffic = replace(traffic, arrivals="trace", lengths=str(trace))
-    traffic = replace(traffic, requests=OF_TRACE if traffic.arrivals == "trace" else REQUESTS)
     targets = Slo.parse(slo)
     if targets.ttft is None:
         raise ValueError(f"a hand-over delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
@@ -65,14 +68,19 @@ def plan(
     longest = min(one.capacity.max_model_len for one in there.shapes.values())
     if traffic.max_total is None:
         traffic = replace(traffic, max_total=longest)
+    traffic = replace(traffic, requests=_requests(traffic))
     traffic.workload.lengths.check(longest)
     answer = search(there, traffic, targets, running, lambda line: typer.echo(line, err=True))
     told = verdict(site, answer, traffic, targets)
     rates = [share * answer.best.rate for share in RATES]
     points = attainments(answer.whole, rates, traffic, targets, running) if html is not None or as_json else {}
+    load = f"{traffic.lengths} tokens, {traffic.arrivals} arrivals" if trace is None else f"{traffic.requests} requests of {trace}"
+    planned = f"{site.model} on {site.gpus} x {site.hardware}, {site.nodes} nodes"
+    asked = f"{planned}, {site.link}; {load}; {targets}."
     rows = [["", "GPUs", "requests/s", "a GPU", "TTFT p90, s", "TBT p99, ms", "goodput share", "missed above that"]]
     rows += [_row(one, site) for one in answer.ranked]
-    said = [told.headline, told.binds]
+    said = ["Rows: a unit by itself, times how many there is room for. Below: the best of both kinds, simulated on all GPUs."]
+    said += [told.headline, told.binds]
     if told.dollars is not None:
         said.append(f"${told.dollars:.2f} per million output tokens at capacity.")
     if as_json:
@@ -92,14 +100,25 @@ def plan(
             )
         )
     if html is not None:
-        pace = "tpot" if targets.tpot else "tbt"
-        title = f"stallfree plan, {time.strftime('%Y-%m-%d %H:%M')}"
-        html.write_text(plan_page(title, [*said, *told.commands], rows, points, pace))
+        facts = [time.strftime("%Y-%m-%d %H:%M"), asked, *said, *told.commands]
+        html.write_text(plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
         typer.echo(f"table and plot are in {html}", err=True)
     if not as_json:
-        Console(width=max(140, Console().width)).print(measuring.grid(rows))
+        width = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+        typer.echo(asked)
+        Console(width=max(width, Console().width)).print(measuring.grid(rows))
         for line in (*said, *told.commands):
             typer.echo(line)
+
+
+def _requests(traffic: Traffic) -> int:
+    """How many a trial has. Raises ValueError for a trace with too few that fit."""
+    if traffic.arrivals != "trace":
+        return REQUESTS
+    there = sum(1 for _ in islice(replace(traffic, requests=None).stream(1.0), OF_TRACE))
+    if there < FEWEST:
+        raise ValueError(f"the trace {traffic.lengths} has {there} requests that fit; a plan needs {FEWEST} at least")
+    return there
 
 
 def _row(one: Ranked, site: Site) -> list[str]:

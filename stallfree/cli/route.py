@@ -12,6 +12,15 @@ def route(
     prefill: Annotated[
         str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines; each decode server must have them as --prefill.")
     ] = None,
+    spill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="While every prefill engine has more tokens of prompts waiting, decode servers compute prompts.",
+            min=0,
+            show_default="never",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
@@ -22,7 +31,9 @@ def route(
     from stallfree.server.run import bind, run
 
     peers = [] if prefill is None else options.addresses(prefill, "--prefill")
-    router = Router(decode.split(","), [address(*peer) for peer in peers])
+    if spill is not None and not peers:
+        raise ValueError("--spill is for when prefill engines are busy; give them as --prefill HOST:PORT")
+    router = Router(decode.split(","), [address(*peer) for peer in peers], spill)
     sock = bind(host, port)
     typer.echo(f"http://{address(*sock.getsockname()[:2])}/v1 -> {decode}; prefill: {prefill or 'theirs'}")
     run(create_router(router), router, sock, drain_timeout_s=drain_timeout)

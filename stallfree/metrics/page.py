@@ -36,10 +36,10 @@ def plan_page(
     facts: Sequence[str],
     rows: Sequence[Sequence[str]],
     points: Mapping[str, Sequence[tuple[float, Report]]],
-    pace: str,
+    slo: Slo,
 ) -> str:
     """The text of a file on deployments that were searched: `rows` as in `loads_page`, and their attainments at several rates."""
-    return _page(title, facts, [], rows, attainment(points, pace))
+    return _page(title, facts, [], rows, attainment(points, slo))
 
 
 def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequence[Sequence[str]], plots: str) -> str:

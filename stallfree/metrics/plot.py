@@ -131,21 +131,37 @@ def loads(reports: Mapping[tuple[str, float], Report]) -> str:
     return _svg(figure)
 
 
-def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], pace: str) -> str:
-    """As an SVG element: for each deployment, the share of first tokens in time against that of the tokens after them (`pace`: tbt
-    or tpot), a dot for each of the request rates, which are written beside it.
+def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -> str:
+    """As an SVG element: for each deployment, the share of first tokens in time against that of the tokens after them, a dot for
+    each of the request rates, which are written beside it. Lines show what shares the `slo` wants: both are met in the corner.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    pace = "tpot" if slo.tpot else "tbt"
+    paced = [100 * _in_time(report, pace) for told in points.values() for _, report in told]
+    wanted = slo.tbt or slo.tpot
+    # At least as far below 100 % as the target, and three times that: a hundredth of a percent is not to fill the page.
+    low = min(*paced, 100 - 3 * (100 - wanted.percentile) if wanted else 99.0)
+    high = 100 + (100 - low) / 20
+    written: list[tuple[float, float]] = []
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     for name, told in points.items():
         shares = [(100 * _in_time(report, "ttft"), 100 * _in_time(report, pace)) for _, report in told]
         (line,) = axis.plot(*zip(*shares, strict=True), "o-", label=name, markersize=4)
-        for (rate, _), at in zip(told, shares, strict=True):
-            axis.annotate(f"{rate:.3g}/s", at, fontsize=7, color=line.get_color(), xytext=(4, 4), textcoords="offset points")
-    axis.set(xlabel="first tokens in time, %", ylabel=f"tokens within {pace}, %")
-    axis.legend(fontsize=8)
+        for (rate, _), (x, y) in zip(told, shares, strict=True):
+            # Rates whose dots are in one place are written under each other.
+            over = sum(abs(x - a) < 3 and abs(y - b) < (high - low) / 20 for a, b in written)
+            written.append((x, y))
+            away = (-5, -9 - 9 * over)
+            axis.annotate(
+                f"{rate:.3g}/s", (x, y), ha="right", fontsize=7, color=line.get_color(), xytext=away, textcoords="offset points"
+            )
+    for target, draw in ((slo.ttft, axis.axvline), (slo.tbt or slo.tpot, axis.axhline)):
+        if target is not None:
+            draw(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
+    axis.set(xlabel="first tokens in time, %", ylabel=f"tokens within {pace}, %", ylim=(low, high))
+    axis.legend(fontsize=8, loc="lower left")
     axis.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 

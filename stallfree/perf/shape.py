@@ -224,6 +224,11 @@ def names() -> list[str]:
     return list(_built_in())
 
 
+def repository(name: str) -> str:
+    """Where the built-in model `name` is on the hub; another name as it is."""
+    return str(_built_in()[name]["source"]) if name in _built_in() else name
+
+
 def load(name: str) -> Model:
     """The built-in model `name`, which its repository's name means too, or the one of a config.json: that file, or the folder
     with it. Raises ValueError naming the nearest built-in, or what is wrong in the file.

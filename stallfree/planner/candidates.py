@@ -27,7 +27,10 @@ class Candidates:
     """
 
     def __init__(self, site: Site):
-        if site.gpus < 1 or site.nodes < 1 or site.gpus % site.nodes:
+        for what, number in (("GPUs", site.gpus), ("nodes", site.nodes)):
+            if number < 1:
+                raise ValueError(f"{number} {what} cannot be; give at least 1")
+        if site.gpus % site.nodes:
             raise ValueError(f"{site.gpus} GPUs are not evenly on {site.nodes} nodes; give a number of nodes that divides them")
         most = devices.load(site.hardware).node
         if site.per_node > most:
@@ -35,7 +38,7 @@ class Candidates:
         links.load(site.link)
         self.site = site
         self.shapes: dict[tuple[int, int], Instance] = {}
-        why = ""
+        why: list[str] = []
         for pp, tp in ((pp, tp) for pp in (1, 2, 4, 8) for tp in (1, 2, 4, 8) if tp <= site.per_node and tp * pp <= site.gpus):
             # Stages are for models that do not fit a node: within one, TP does the same with less waiting.
             if pp > 1 and (self.shapes or tp < site.per_node):
@@ -43,9 +46,11 @@ class Candidates:
             try:
                 self.shapes[tp, pp] = instance(self.replica(tp, pp))
             except ValueError as error:
-                why = str(error)
+                why.append(str(error))
+        if not self.shapes and len(set(why)) == 1:  # it is not for the split
+            raise ValueError(why[0])
         if not self.shapes:
-            raise ValueError(f"no split of {site.gpus} GPUs holds the model: {why}")
+            raise ValueError(f"no split of {site.gpus} GPUs holds the model: {why[-1]}")
 
     def replica(self, tp: int, pp: int, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
         there = self.site

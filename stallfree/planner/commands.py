@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from stallfree.core.slo import Slo
+from stallfree.perf.shape import repository
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.pairings import PAIRINGS
 
 ANYWHERE = "0.0.0.0"
 """What a server listens on that other hosts are to reach."""
@@ -18,16 +20,21 @@ def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
     far = site.nodes > 1
     host, peer_host = (f" --host {ANYWHERE}", f" --peer-host {ANYWHERE}") if far else ("", "")
     lines = ["export STALLFREE_PEER_KEY=...  # one secret, on all hosts"] if far else []
-    return [
-        *lines,
-        f"stallfree serve {_engine(site, prefill, slo)} --role prefill{peer_host} --peer-port 9001  # {_times(prefill)}",
-        f"stallfree serve {_engine(site, decode, slo)} --role decode{host} --prefill HOST:9001,...  # {_times(decode)}",
-        "stallfree route --decode http://HOST:8000,... --prefill HOST:9001,...",
+    spill = getattr(PAIRINGS[deployed.pairing], "spill", None)
+    more = "" if spill is None else f" --spill {spill}"
+    prefills, decodes = (f"stallfree serve {_engine(site, pool, slo)}" for pool in (prefill, decode))
+    lines += [
+        f"{prefills} --port 8001 --role prefill{peer_host} --peer-port 9001  # {_times(prefill)}",
+        f"{decodes} --port 8002 --role decode{host} --prefill HOST:9001,...  # {_times(decode)}",
+        f"stallfree route --decode http://HOST:8002,... --prefill HOST:9001,...{more}",
     ]
+    if spill is not None:
+        lines.append("# simulated too, and not done by these servers: a prefill engine keeps what no decode engine has room for")
+    return lines
 
 
 def _engine(site: Site, told: Deployment, slo: Slo) -> str:
-    return " ".join((site.model or "MODEL", "--executor torch", *_options(site, told), f"--slo {slo}"))
+    return " ".join((repository(site.model or "MODEL"), "--executor torch", *_options(site, told), f"--slo {slo}"))
 
 
 def _options(site: Site, told: Deployment) -> Iterator[str]:
@@ -43,4 +50,5 @@ def _options(site: Site, told: Deployment) -> Iterator[str]:
 
 def _times(pool: Deployment) -> str:
     gpus = pool.tp * pool.pp
-    return f"{pool.replicas} times, each with {gpus} GPU{'s' if gpus > 1 else ''} of its own (CUDA_VISIBLE_DEVICES) and ports"
+    often = "once, with" if pool.replicas == 1 else f"{pool.replicas} times, each with ports of its own, and"
+    return f"{often} {gpus} GPU{'s' if gpus > 1 else ''} of its own (CUDA_VISIBLE_DEVICES)"

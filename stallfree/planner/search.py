@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil, inf
 from statistics import fmean
 
 from stallfree.core.slo import Slo
@@ -31,6 +32,8 @@ ROUGH, FINE = 0.08, 0.04
 """Share of a capacity to which that of a unit, and of all devices, is found."""
 SECONDS = 30.0
 """Of arrivals in a trial, at least."""
+ROOM = 1.05
+"""Above what was seen almost without load is a target that can be met."""
 SHAPES = 3
 """Splits of a model that are tried co-located, the best by what they could do at most."""
 FINALISTS = 2
@@ -95,22 +98,23 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
     prompt, output = (fmean(getattr(a, what) for a in coming) for what in ("prompt_tokens", "output_tokens"))
     guess = {shape: _most(there, shape, prompt, output, slo) for shape in there.shapes}
     shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
+    alone = _possible(there, shapes, slo)[:SHAPES]
     first_token = Slo(ttft=slo.ttft)
     tell(f"{len(shapes)} splits of the model over devices; each part by itself")
     cases: dict[str, tuple[Tried, Slo, float]] = {}
     for shape in shapes:
-        if shape in shapes[:SHAPES]:
+        if shape in alone:
             cases[f"slo {shape}"] = Simulator(there.replica(*shape, "slo", slo=str(slo))), slo, guess[shape]
         if 2 * shape[0] * shape[1] > there.site.gpus:
             continue
         cases[f"prompts {shape}"] = Prompts(there.prefill(shape, "distserve")), first_token, 2 * guess[shape]
-        alone = there.split("distserve", shape, shape, (1, 1))
-        cases[f"decodes {shape}"] = SplitSimulator(alone, prefill=unlimited(there.shapes[shape])), slo, 2 * guess[shape]
+        pair = there.split("distserve", shape, shape, (1, 1))
+        cases[f"decodes {shape}"] = SplitSimulator(pair, prefill=unlimited(there.shapes[shape])), slo, 2 * guess[shape]
     parts = {what: rate for what, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
-    best = max(shapes[:SHAPES], key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
+    best = max(alone, key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
     units: dict[str, Deployed] = {}
     starts: dict[str, float] = {}
-    for shape in shapes[:SHAPES]:
+    for shape in alone:
         # Whole prompts first are better where the first token is urgent and those after it are not.
         for one in (there.replica(*shape, "slo", slo=str(slo)), there.replica(*shape, "prefill-first")):
             units[name(one)], starts[name(one)] = one, parts[f"slo {shape}"]
@@ -196,6 +200,21 @@ def _capacities(
     return found
 
 
+def _possible(there: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> list[tuple[int, int]]:
+    """The `shapes` with which a request by itself meets `slo`. Raises ValueError if there are none, with what the fastest takes."""
+    found, why = [], {}
+    for shape in shapes:
+        try:
+            Simulator(there.replica(*shape, "slo", slo=str(slo)))
+            found.append(shape)
+        except ValueError as error:
+            why[shape] = str(error)
+    if not found:
+        fastest = min(why, key=lambda shape: there.shapes[shape].cost.seconds([(1, 1)]))
+        raise ValueError(f"nothing here meets {slo}: with {name(there.replica(*fastest, 'slo'))}, the fastest, {why[fastest]}")
+    return found
+
+
 def _most(there: Candidates, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
     """Requests per second of a replica that is always busy with as many decodes as KV and the target for tokens allow."""
     cost, capacity = there.shapes[shape].cost, there.shapes[shape].capacity
@@ -228,13 +247,17 @@ def _fits(deployed: Deployed) -> bool:
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:
-    """What comes nearest to an SLO that nobody meets."""
-    lowest = [one.above for one in ranked if one.above is not None]
-    words = []
-    for what in ("ttft", "tbt", "tpot"):
-        target = getattr(slo, what)
-        found = [getattr(report, f"{what}_s") for report in lowest]
-        if target is not None and any(found):
+    """What comes nearest to an SLO that nobody meets: of the candidate that exceeds its targets by the least."""
+    nearest: tuple[float, list[str]] = inf, []
+    for report in (one.above for one in ranked if one.above is not None):
+        worst, words = 0.0, []
+        for what in ("ttft", "tbt", "tpot"):
+            target, found = getattr(slo, what), getattr(report, f"{what}_s")
+            if target is None or found is None:
+                continue
             label = "p90" if target.percentile <= 90 else "p99"
-            words.append(f"{what}={1000 * min(getattr(q, label) for q in found if q is not None):.0f}ms@{label}")
-    return f"nothing here meets {slo}, not even almost without load; the nearest that can be met is about {', '.join(words)}"
+            seconds = max(target.seconds, ROOM * getattr(found, label))
+            worst = max(worst, seconds / target.seconds)
+            words.append(f"{what}={ceil(1000 * seconds)}ms@{label}")
+        nearest = min(nearest, (worst, words))
+    return f"nothing here meets {slo}, not even almost without load; the nearest that can be met is about {','.join(nearest[1])}"

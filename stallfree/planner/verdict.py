@@ -75,6 +75,8 @@ def _headline(site: Site, co_located: Ranked | None, split: Ranked | None, margi
         only = co_located or split
         if only is None:
             return "Nothing meets the targets."
+        if site.gpus == 1:
+            return f"One GPU cannot be two pools: {told(only)}."
         return f"{'Do not disaggregate' if only is co_located else 'Disaggregate'}: only {told(only)} meets the targets."
     if margin > CLOSE:
         return f"Disaggregate: {told(split)} serves {margin:.0%} more than the best co-located, {told(co_located)}."

@@ -207,8 +207,8 @@ def possible(slo: Targets, cost: CostModel) -> None:
     for name, target, least in (("tbt", slo.tbt, token), ("tpot", slo.tpot, token), ("ttft", slo.ttft, prompt)):
         if target is not None and target.seconds < least:
             raise ValueError(
-                f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms on "
-                f"this machine; the least that can be asked for is about {name}={ceil(1200 * least)}ms"
+                f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms; "
+                f"the least that can be asked for is about {name}={ceil(1200 * least)}ms"
             )
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,8 @@ HEALTH_S = 2.0
 """Seconds between two looks at a server's health, and for its answer."""
 CHARACTERS = 4
 """Of a text make a token, about; both candidates are guessed alike."""
+NOBODY = "none"
+"""In the place of a prefill engine: the decode server is to compute the prompt."""
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 ASKING = (*GENERATING, "/tokenize", "/detokenize")
 READING = ("/v1/models", "/v1/models/{name:path}", "/version")
@@ -52,11 +55,14 @@ class _Server:
 
 
 class Router:
-    """Passes on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any."""
+    """Passes on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any; or nobody, while each of these has
+    more than `spill` tokens of prompts to compute: the decode server computes the prompt then.
+    """
 
-    def __init__(self, decodes: Sequence[str], prefills: Sequence[str] = ()):
+    def __init__(self, decodes: Sequence[str], prefills: Sequence[str] = (), spill: int | None = None):
         self.servers = [_Server(url) for url in decodes]
         self.pending = dict.fromkeys(prefills, 0)
+        self.spill = inf if spill is None else spill
         self.draining = False
         self._session: aiohttp.ClientSession | None = None
 
@@ -92,7 +98,7 @@ class Router:
         failures = []
         for server in sorted((one for one in self.servers if one.up), key=lambda one: one.outstanding):
             server.outstanding += 1
-            prompt = _Prompt(self.pending, request.url.path, body)
+            prompt = _Prompt(self.pending, self.spill, request.url.path, body)
             try:
                 await self._through(server, prompt, request, body, scope, receive, send)
                 return
@@ -110,8 +116,8 @@ class Router:
         self, server: _Server, prompt: "_Prompt", request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
         headers = {name: value for name, value in request.headers.items() if name not in KEPT_BACK}
-        if prompt.peer is not None:
-            headers[PREFILL] = prompt.peer
+        if prompt.named is not None:
+            headers[PREFILL] = prompt.named
         url = server.url + request.url.path
         async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
             if answer.status == 503:
@@ -150,15 +156,18 @@ class Router:
 
 
 class _Prompt:
-    """A request's prompt, pending at the prefill engine `peer` until its first token is seen, or it ends."""
+    """A request's prompt, pending at the prefill engine `named` until its first token is seen, or it ends."""
 
-    def __init__(self, pending: dict[str, int], path: str, body: bytes):
+    def __init__(self, pending: dict[str, int], spill: float, path: str, body: bytes):
         self._pending = pending
         self._tokens, self._openings = _size(path, body) if path in GENERATING else (0, 0)
-        self.peer = min(pending, key=lambda name: pending[name]) if pending and path in GENERATING else None
-        self._is_pending = self.peer is not None
-        if self.peer is not None:
-            pending[self.peer] += self._tokens
+        self.named = min(pending, key=lambda name: pending[name]) if pending and path in GENERATING else None
+        self._is_pending = False
+        if self.named is not None and pending[self.named] > spill:
+            self.named = NOBODY
+        elif self.named is not None:
+            self._is_pending = True
+            pending[self.named] += self._tokens
 
     def saw(self, events: bytes) -> None:
         """Some of the answer's stream. Its first events may be openings, without a token."""
@@ -168,8 +177,8 @@ class _Prompt:
                 self.computed()
 
     def computed(self) -> None:
-        if self._is_pending and self.peer is not None:
-            self._pending[self.peer] -= self._tokens
+        if self._is_pending and self.named is not None:
+            self._pending[self.named] -= self._tokens
             self._is_pending = False
 
 

@@ -54,19 +54,49 @@ def test_attainments_fall_as_the_rate_rises(told):
 
 
 def test_the_page_has_table_and_plot(told):
-    assert all(part in told[1] for part in ("<svg", told[0]["units"][0]["name"].replace(">", "&gt;"), "isaggregate"))
+    names = told[0]["units"][0]["name"].replace(">", "&gt;")
+    asked = "llama2-7b on 2 x a100-80g, 1 nodes, ib-200g; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
+    assert all(part in told[1] for part in ("<svg", names, "isaggregate", asked))
+
+
+def test_a_split_that_misses_the_target_by_itself_leaves_the_others(stallfree):
+    """A request by itself takes 11.8 ms a token at TP 1, and 8.6 ms at TP 2."""
+    code, out, err = stallfree(*SMALL, "--slo", "ttft=1s@p90,tbt=11ms@p99")
+    assert 0 == code, err
+    assert "1 x slo TP2" in out
+    assert "slo TP1" not in out
+
+
+def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
+    def trace(number):
+        rows = "".join(f"{0.5 * i},500,20\n" for i in range(number))
+        file = tmp_path / f"{number}.csv"
+        file.write_text("arrived_at,prompt_tokens,output_tokens\n" + rows)
+        return "plan", "--model", "llama2-7b", "--gpus", "1", "--slo", "ttft=1s,tbt=50ms", "--trace", str(file)
+
+    code, _, err = stallfree(*trace(20))
+    assert 2 == code
+    assert "has 20 requests that fit; a plan needs 64 at least" in err
+    code, out, err = stallfree(*trace(80))
+    assert 0 == code, err
+    assert f"80 requests of {tmp_path / '80.csv'}" in out
+    assert "One GPU cannot be two pools" in out
+    code, _, err = stallfree("plan", "--model", "llama2-7b", "--gpus", "1", "--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv")
+    assert (2, True) == (code, "the trace nowhere.csv cannot be read" in err)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--slo", "tbt=50ms"], "add one, as ttft=2s@p90,tbt=50ms"),
-        (["--slo", "ttft=1s,tbt=1ms"], "cannot be met: with nobody else there"),
+        (["--slo", "ttft=1s,tbt=1ms"], "with slo TP2, the fastest, tbt=1ms cannot be met: with nobody else there"),
         (["--slo", "ttft=40ms,tbt=50ms"], "nothing here meets"),
+        (["--slo", "ttft=1s,tbt=50ms", "--gpus", "0"], "0 GPUs cannot be; give at least 1"),
+        (["--slo", "ttft=1s,tbt=50ms", "--model", "llama9"], "error: unknown model 'llama9'"),
+        (["--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv"], "--trace has arrivals and lengths of its own"),
         (["--slo", "ttft=1s,tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),
         (["--slo", "ttft=1s,tbt=50ms", "--link", "eth-24g"], "did you mean 'eth-25g'"),
         (["--slo", "ttft=1s,tbt=50ms", "--model", "falcon-180b"], "no split of 2 GPUs holds the model"),
-        (["--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
         (["--slo", "ttft=1s,tbt=50ms", "--lengths", "5000/30"], "do not fit a limit of 4096"),
     ],
 )

@@ -24,9 +24,9 @@ def parsed(line: str) -> dict[str, object]:
 def test_co_located_replicas_are_one_command():
     there = Candidates(Site("llama2-13b", gpus=4, weights="int8", max_model_len=2048))
     (line,) = commands(there.site, there.replica(2, 1, "sarathi", 512, replicas=2), SLO)
-    assert line.startswith("stallfree deploy llama2-13b --executor torch --tp 2 ")
+    assert line.startswith("stallfree deploy meta-llama/Llama-2-13b-hf --executor torch --tp 2 ")
     told = parsed(line)
-    assert ("llama2-13b", 2, 1, "sarathi", 512, "int8", 2048, "2") == tuple(
+    assert ("meta-llama/Llama-2-13b-hf", 2, 1, "sarathi", 512, "int8", 2048, "2") == tuple(
         told[name] for name in ("model", "tp", "pp", "policy", "token_budget", "weights", "max_model_len", "replicas")
     )
 
@@ -34,24 +34,27 @@ def test_co_located_replicas_are_one_command():
 def test_two_pools_run_the_policies_that_were_simulated():
     there = Candidates(Site("llama2-13b", gpus=4))
     pair = there.split("splitwise", (1, 1), (2, 1), (2, 1))
-    prefill, decode, route = commands(there.site, pair, SLO)
+    prefill, decode, route, lacks = commands(there.site, pair, SLO)
     told = [parsed(prefill), parsed(decode)]
     assert [("prefill", 1, "hybrid-only", 2048), ("decode", 2, "sarathi", 8192)] == [
         tuple(one[name] for name in ("role", "tp", "policy", "max_tokens")) for one in told
     ]
     assert [None, 512] == [one["token_budget"] for one in told]
     assert str(SLO) == told[0]["slo"]
-    assert "2 times, each with 1 GPU of its own" in prefill
-    assert "1 times, each with 2 GPUs of its own" in decode
-    assert parsed(route)["decode"]
+    assert "2 times, each with ports of its own, and 1 GPU of its own" in prefill
+    assert "once, with 2 GPUs of its own" in decode
+    assert 3 == len({8000, parsed(prefill)["port"], parsed(decode)["port"]})
+    assert 8192 == parsed(route)["spill"]
+    assert "not done by these servers" in lacks
     assert "0.0.0.0" not in prefill + decode
 
 
 def test_engines_on_several_hosts_listen_for_each_other():
     there = Candidates(Site("llama2-70b", gpus=16, nodes=16))
-    key, prefill, decode, _ = commands(there.site, there.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
+    key, prefill, decode, route = commands(there.site, there.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
     assert key.startswith("export STALLFREE_PEER_KEY=")
     assert "0.0.0.0" == parsed(prefill)["peer_host"] == parsed(decode)["host"]
+    assert parsed(route)["spill"] is None
     assert "ray" == parsed(prefill)["workers"] == parsed(decode)["workers"]
 
 

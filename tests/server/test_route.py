@@ -4,13 +4,14 @@ import asyncio
 import json
 import threading
 import time
+from math import inf
 
 import httpx
 import pytest
 import uvicorn
 
 from stallfree.server.app import PREFILL
-from stallfree.server.route import Router, create_router
+from stallfree.server.route import Router, _Prompt, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet
 
@@ -178,12 +179,10 @@ def test_what_is_no_url_is_refused(url):
 
 
 def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
-    from stallfree.server.route import _Prompt
-
     pending = {"a:1": 0, "b:1": 0}
-    long = _Prompt(pending, COMPLETIONS, json.dumps({"prompt": list(range(100))}).encode())
-    short = [_Prompt(pending, CHAT, json.dumps({"messages": [{"content": "x" * 78}], "n": 2}).encode()) for _ in range(2)]
-    assert ["a:1", "b:1", "b:1"] == [one.peer for one in (long, *short)]
+    long = _Prompt(pending, inf, COMPLETIONS, json.dumps({"prompt": list(range(100))}).encode())
+    short = [_Prompt(pending, inf, CHAT, json.dumps({"messages": [{"content": "x" * 78}], "n": 2}).encode()) for _ in range(2)]
+    assert ["a:1", "b:1", "b:1"] == [one.named for one in (long, *short)]
     assert {"a:1": 100, "b:1": 40} == pending
     for one in (long, *short):
         one.saw(b"data: {}\n\ndata: {}\n\n")
@@ -192,5 +191,15 @@ def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
     short[1].computed()
     short[1].computed()
     assert {"a:1": 0, "b:1": 0} == pending
-    assert _Prompt(pending, "/tokenize", b"{}").peer is None
-    assert "a:1" == _Prompt(pending, COMPLETIONS, b"{").peer
+    assert _Prompt(pending, inf, "/tokenize", b"{}").named is None
+    assert "a:1" == _Prompt(pending, inf, COMPLETIONS, b"{").named
+
+
+def test_while_every_prefill_engine_is_busy_nobody_is_named():
+    pending = {"a:1": 0, "b:2": 0}
+    body = json.dumps({"prompt": list(range(100))}).encode()
+    found = [_Prompt(pending, 50, COMPLETIONS, body) for _ in range(3)]
+    assert ["a:1", "b:2", "none"] == [prompt.named for prompt in found]
+    for prompt in found:
+        prompt.computed()
+    assert {"a:1": 0, "b:2": 0} == pending
