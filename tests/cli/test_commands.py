@@ -95,3 +95,9 @@ def test_amounts_of_memory(text, bytes):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(typer.BadParameter, match="not an amount"):
         memory(text)
+
+
+def test_a_model_that_there_is_not_is_named_before_anything_is_deployed(stallfree):
+    done = stallfree("deploy", "llama2-13b", "--executor", "torch")
+    assert 1 == done.returncode
+    assert done.stderr.startswith("error: no model at 'llama2-13b'")
