@@ -32,6 +32,8 @@ RETRY_S = 1.0
 CONNECT_S = 5.0
 STALE_S = 60.0
 """Seconds without a block after which a prompt is asked of somebody else."""
+MOST_UNKNOWN = 64
+"""Names of prefill engines that this one does not have, of which the log says so; a caller can make up any number."""
 
 
 class Asking:
@@ -42,6 +44,7 @@ class Asking:
         self.peers = [_Peer(self, host, port, key) for host, port in addresses]
         self.numbers = count()
         self._turn = 0
+        self._unknown: set[str] = set()
 
     def check(self) -> None:
         """Raise Refusal for a peer that is there and cannot work with this engine. One that is not there may come yet."""
@@ -62,20 +65,26 @@ class Asking:
             peer.close()
 
     def fetches(self, name: str | None) -> Callable[[], Fetch]:
-        """What makes the `Fetch` of a request; `name`: the peer, as host:port, that is to be asked first. ValueError for one that
-        was not configured.
+        """What makes the `Fetch` of a request; `name`: the peer, as host:port, that is to be asked first. It is a hint: for one
+        that was not configured they are asked in turns, and the log says so once.
         """
-        found = [peer for peer in self.peers if peer.name == name]
-        if name is not None and not found:
-            known = ", ".join(peer.name for peer in self.peers)
-            raise ValueError(f"{name[:80]!r} is no prefill engine of this server; it has {known}")
-        return lambda: _Transfer(self, found[0] if found else None)
+        found = next((peer for peer in self.peers if peer.name == name), None)
+        if name is not None and found is None:
+            self._warn_of(name[:80])
+        return lambda: _Transfer(self, found)
 
     def order(self, first: "_Peer | None") -> "list[_Peer]":
         """All peers, `first` first, else whoever's turn it is."""
         begin = self._turn % len(self.peers) if first is None else self.peers.index(first)
         self._turn += 1
         return self.peers[begin:] + self.peers[:begin]
+
+    def _warn_of(self, name: str) -> None:
+        if name in self._unknown or len(self._unknown) >= MOST_UNKNOWN:
+            return
+        self._unknown.add(name)
+        known = ", ".join(peer.name for peer in self.peers)
+        log.warning("%r, named by a router, is no prefill engine of this server; it asks in turns: %s", name, known)
 
 
 class _Peer:

@@ -231,6 +231,16 @@ def test_whoever_introduces_himself_byte_by_byte_is_shown_out(monkeypatch):
     asyncio.run(run())
 
 
+def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
+    asks = Asking(None, terms(engine()), [("127.0.0.1", 1)], "")
+    for name in ["x" * 1000, "x" * 1000, *(f"host:{number}" for number in range(1000))]:
+        asks.fetches(name)
+    said = [record.getMessage() for record in caplog.records]
+    assert asking.MOST_UNKNOWN == len(said)
+    assert f"'{'x' * 80}', named by a router" in said[0]
+    assert said[0].endswith(": 127.0.0.1:1")
+
+
 def test_addresses_of_ipv6_have_brackets():
     assert ["127.0.0.1:80", "[::1]:80"] == [address(host, 80) for host in ("127.0.0.1", "::1")]
 
