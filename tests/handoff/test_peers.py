@@ -144,9 +144,9 @@ def test_a_peer_that_lives_and_sends_nothing_is_given_up(hurried, monkeypatch):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (Terms("other", 4, BLOCK, "remembering"), "model: m here, other at the decode engine"),
-        (Terms("m", 8, 2 * BLOCK, "remembering"), "block size: 4 here, 8 at the decode engine; bytes of a block: 64 here, 128"),
-        (Terms("m", 4, BLOCK, "f32"), "KV layout: remembering here, f32 at the decode engine"),
+        (Terms("other", 4, BLOCK, "remembering"), "model: m at the prefill engine, other at the decode engine; give both"),
+        (Terms("m", 8, 2 * BLOCK, "remembering"), "block size: 4 at the prefill engine, 8 at the decode engine; bytes of a block"),
+        (Terms("m", 4, BLOCK, "f32"), "KV layout: remembering at the prefill engine, f32 at the decode engine"),
     ],
 )
 def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, caplog):
