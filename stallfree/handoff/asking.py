@@ -54,6 +54,7 @@ class Asking:
             except Refusal as refusal:
                 raise Refusal(f"prefill engine {peer.name}: {refusal}") from None
             except OSError as error:
+                peer.said = str(error)
                 log.warning("prefill engine %s: %s; until it is there, prompts are computed here", peer.name, error)
 
     def start(self) -> None:
@@ -73,6 +74,10 @@ class Asking:
             self._warn_of(name[:80])
         return lambda: _Transfer(self, found)
 
+    @property
+    def num_connected(self) -> int:
+        return sum(peer.link is not None for peer in self.peers)
+
     def order(self, first: "_Peer | None") -> "list[_Peer]":
         """All peers, `first` first, else whoever's turn it is."""
         begin = self._turn % len(self.peers) if first is None else self.peers.index(first)
@@ -89,7 +94,7 @@ class Asking:
 
 class _Peer:
     """A prefill engine: the connection to it, made again and again, and what was asked of it. `link`, `ring` and `transfers` are
-    the engine's thread's.
+    the engine's thread's; `said` is the trouble with it that the log told of last.
     """
 
     def __init__(self, asking: Asking, host: str, port: int, key: str):
@@ -98,24 +103,27 @@ class _Peer:
         self.link: Link | None = None
         self.ring: memoryview | None = None
         self.transfers: dict[int, _Transfer] = {}
+        self.said = ""
         self._asking = asking
         self._over = threading.Event()
         self._closed = threading.Event()
 
     def run(self) -> None:
         """Stay connected, until `close`."""
-        said = ""
+        again = ""
         while not self._closed.is_set():
             try:
                 sock, ring = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
             except (OSError, Refusal) as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.warning("prefill engine %s: %s; trying again", self.name, said)
+                if str(error) != self.said:
+                    self.said = str(error)
+                    log.warning("prefill engine %s: %s; trying again", self.name, self.said)
                 self._closed.wait(RETRY_S)
                 continue
-            log.info("prefill engine %s is connected, %s", self.name, "by TCP" if ring is None else "by shared memory")
-            said, link = "", Link(sock)
+            way = "by TCP" if ring is None else "by shared memory"
+            level = logging.WARNING if self.said or again else logging.INFO  # as loud as what it takes back
+            log.log(level, "prefill engine %s is connected%s, %s", self.name, again, way)
+            self.said, again, link = "", " again", Link(sock)
             self._over.clear()
             self._asking.thread.call(partial(self._begin, link, ring))
             link.start(partial(self._came, link), partial(self._ended, link))

@@ -208,6 +208,7 @@ def create_app(
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.expose(engine.scheduler), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
+        return Response(metrics.expose(engine.scheduler, prefill_engines), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return app

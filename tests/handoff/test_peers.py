@@ -231,6 +231,22 @@ def test_whoever_introduces_himself_byte_by_byte_is_shown_out(monkeypatch):
     asyncio.run(run())
 
 
+def test_a_peer_that_was_said_to_be_missing_is_said_to_be_there(hurried, caplog):
+    one, other = engine(), engine()
+    with socket.create_server(("127.0.0.1", 0)) as free_port:
+        host, port = free_port.getsockname()
+
+    async def run():
+        async with decoding(other, (host, port), wait=False) as (_, asks):
+            await until(lambda: "trying again" in caplog.text)
+            assert 0 == asks.num_connected
+            async with prefilling(one, port=port):
+                await until(lambda: asks.num_connected == 1)
+                assert f"prefill engine {host}:{port} is connected, by" in caplog.text
+
+    asyncio.run(run())
+
+
 def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
     asks = Asking(None, terms(engine()), [("127.0.0.1", 1)], "")
     for name in ["x" * 1000, "x" * 1000, *(f"host:{number}" for number in range(1000))]:

@@ -85,6 +85,7 @@ def test_prompts_are_computed_by_the_prefill_server(pair):
     assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in before
     assert 'stallfree_step_tokens_total{phase="prefill"} 0.0' in before
     assert "stallfree_kv_transfer_bytes_total 0.0" not in before
+    assert "stallfree_prefill_engines 1.0" in before
 
 
 def delivered(server: Server) -> float:
