@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from stallfree.executors.sampling import Sampling, to_values
 from stallfree.handoff import asking, frames, serving
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.frames import Broken, receive, send
-from stallfree.handoff.terms import Refusal, Terms, address, connect, welcome
+from stallfree.handoff.terms import Refusal, Terms, address, connect, introduce, welcome
 from tests.handoff.conftest import (
     Remembering,
     decoding,
@@ -245,6 +246,31 @@ def test_a_peer_that_was_said_to_be_missing_is_said_to_be_there(hurried, caplog)
                 assert f"prefill engine {host}:{port} is connected, by" in caplog.text
 
     asyncio.run(run())
+
+
+def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let_in(caplog, monkeypatch):
+    own = terms(engine())
+
+    async def run():
+        async with prefilling(engine()) as at:
+            for model in ("a", "a", "b", "b", "m", "b"):
+                await asyncio.to_thread(knock, at, replace(own, model=model))
+
+    def knock(at, own):
+        """Until the other side has closed, for which it is told to when it lets one in."""
+        with socket.create_connection(at) as sock:
+            with contextlib.suppress(Refusal):
+                introduce(sock, own, "")
+                send(sock, {})
+            with pytest.raises(Broken, match="closed"):
+                listen(sock)
+
+    asyncio.run(run())
+    assert ["a", "b", "b"] == [text.split(", ")[1][0] for text in caplog.messages if "was not let in" in text]
+    monkeypatch.setattr(serving, "CALLERS", 2)
+    side = serving.Serving(None, own, None, "")
+    assert [True] * 4 == [side._is_news(host, "why") for host in ("a", "b", "c", "a")]
+    assert [False, True] == [side._is_news(host, "why") for host in ("a", "b")]
 
 
 def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
