@@ -32,6 +32,8 @@ RETRY_S = 1.0
 CONNECT_S = 5.0
 STALE_S = 60.0
 """Seconds without a block after which a prompt is asked of somebody else."""
+MOST_UNKNOWN = 64
+"""Names of prefill engines that this one does not have, of which the log says so; a caller can make up any number."""
 
 
 class Asking:
@@ -42,6 +44,7 @@ class Asking:
         self.peers = [_Peer(self, host, port, key) for host, port in addresses]
         self.numbers = count()
         self._turn = 0
+        self._unknown: set[str] = set()
 
     def check(self) -> None:
         """Raise Refusal for a peer that is there and cannot work with this engine. One that is not there may come yet."""
@@ -51,6 +54,7 @@ class Asking:
             except Refusal as refusal:
                 raise Refusal(f"prefill engine {peer.name}: {refusal}") from None
             except OSError as error:
+                peer.said = str(error)
                 log.warning("prefill engine %s: %s; until it is there, prompts are computed here", peer.name, error)
 
     def start(self) -> None:
@@ -62,14 +66,17 @@ class Asking:
             peer.close()
 
     def fetches(self, name: str | None) -> Callable[[], Fetch]:
-        """What makes the `Fetch` of a request; `name`: the peer, as host:port, that is to be asked first. ValueError for one that
-        was not configured.
+        """What makes the `Fetch` of a request; `name`: the peer, as host:port, that is to be asked first. It is a hint: for one
+        that was not configured they are asked in turns, and the log says so once.
         """
-        found = [peer for peer in self.peers if peer.name == name]
-        if name is not None and not found:
-            known = ", ".join(peer.name for peer in self.peers)
-            raise ValueError(f"{name[:80]!r} is no prefill engine of this server; it has {known}")
-        return lambda: _Transfer(self, found[0] if found else None)
+        found = next((peer for peer in self.peers if peer.name == name), None)
+        if name is not None and found is None:
+            self._warn_of(name[:80])
+        return lambda: _Transfer(self, found)
+
+    @property
+    def num_connected(self) -> int:
+        return sum(peer.link is not None for peer in self.peers)
 
     def order(self, first: "_Peer | None") -> "list[_Peer]":
         """All peers, `first` first, else whoever's turn it is."""
@@ -77,10 +84,17 @@ class Asking:
         self._turn += 1
         return self.peers[begin:] + self.peers[:begin]
 
+    def _warn_of(self, name: str) -> None:
+        if name in self._unknown or len(self._unknown) >= MOST_UNKNOWN:
+            return
+        self._unknown.add(name)
+        known = ", ".join(peer.name for peer in self.peers)
+        log.warning("%r, named by a router, is no prefill engine of this server; it asks in turns: %s", name, known)
+
 
 class _Peer:
     """A prefill engine: the connection to it, made again and again, and what was asked of it. `link`, `ring` and `transfers` are
-    the engine's thread's.
+    the engine's thread's; `said` is the trouble with it that the log told of last.
     """
 
     def __init__(self, asking: Asking, host: str, port: int, key: str):
@@ -89,24 +103,27 @@ class _Peer:
         self.link: Link | None = None
         self.ring: memoryview | None = None
         self.transfers: dict[int, _Transfer] = {}
+        self.said = ""
         self._asking = asking
         self._over = threading.Event()
         self._closed = threading.Event()
 
     def run(self) -> None:
         """Stay connected, until `close`."""
-        said = ""
+        again = ""
         while not self._closed.is_set():
             try:
                 sock, ring = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
             except (OSError, Refusal) as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.warning("prefill engine %s: %s; trying again", self.name, said)
+                if str(error) != self.said:
+                    self.said = str(error)
+                    log.warning("prefill engine %s: %s; trying again", self.name, self.said)
                 self._closed.wait(RETRY_S)
                 continue
-            log.info("prefill engine %s is connected, %s", self.name, "by TCP" if ring is None else "by shared memory")
-            said, link = "", Link(sock)
+            way = "by TCP" if ring is None else "by shared memory"
+            level = logging.WARNING if self.said or again else logging.INFO  # as loud as what it takes back
+            log.log(level, "prefill engine %s is connected%s, %s", self.name, again, way)
+            self.said, again, link = "", " again", Link(sock)
             self._over.clear()
             self._asking.thread.call(partial(self._begin, link, ring))
             link.start(partial(self._came, link), partial(self._ended, link))

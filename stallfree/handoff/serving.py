@@ -28,7 +28,7 @@ from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import TokenLogprob, of_values
 from stallfree.handoff.frames import Broken, Header, Link, whole
 from stallfree.handoff.ring import Room
-from stallfree.handoff.terms import Refusal, Terms, welcome
+from stallfree.handoff.terms import Refusal, Terms, address, welcome
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ class Serving:
         self._thread, self._terms, self._sock, self._key = thread, terms, sock, key
         self._callers: set[_Caller] = set()
         self._meetings = threading.BoundedSemaphore(CALLERS)
+        self._refused: dict[str, str] = {}
+        """Why each host was not let in last, at most CALLERS of them: they try every second, and the log tells it once."""
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Call it in the event loop in which the engine's thread was started."""
@@ -66,7 +69,7 @@ class Serving:
     def _accept(self) -> None:
         while True:
             try:
-                sock, address = self._sock.accept()
+                sock, (host, port, *_) = self._sock.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(1)
@@ -75,9 +78,9 @@ class Serving:
             if not self._meetings.acquire(blocking=False):
                 sock.close()
                 continue
-            threading.Thread(target=self._meet, args=(sock, f"{address[0]}:{address[1]}"), daemon=True).start()
+            threading.Thread(target=self._meet, args=(sock, host, port), daemon=True).start()
 
-    def _meet(self, sock: socket.socket, name: str) -> None:
+    def _meet(self, sock: socket.socket, host: str, port: int) -> None:
         limit = threading.Timer(MEETING_S, _shut, [sock])
         limit.daemon = True
         limit.start()
@@ -86,15 +89,27 @@ class Serving:
                 raise Refusal(f"{CALLERS} decode engines are connected already")
             ring = welcome(sock, self._terms, self._key)
         except (OSError, Refusal) as error:
-            log.warning("%s was not let in to fetch prompts: %s", name, error)
+            if self._is_news(host, str(error)):
+                log.warning("%s was not let in to fetch prompts: %s", address(host, port), error)
             sock.close()
             return
         finally:
             limit.cancel()
             self._meetings.release()
+        with self._lock:
+            self._refused.pop(host, None)
         caller = _Caller(self._thread, self._loop, Link(sock), ring)
         self._callers.add(caller)
-        caller.link.start(caller.received, lambda why: self._gone(caller, name, why))
+        caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
+
+    def _is_news(self, host: str, why: str) -> bool:
+        """Whether `host` was refused for another reason before, or let in, or not there."""
+        with self._lock:
+            last = self._refused.pop(host, None)
+            self._refused[host] = why
+            if len(self._refused) > CALLERS:
+                del self._refused[next(iter(self._refused))]
+            return why != last
 
     def _gone(self, caller: "_Caller", name: str, why: str) -> None:
         log.info("decode engine %s: %s", name, why)

@@ -12,6 +12,7 @@ from stallfree.handoff.frames import MOST_BODY, Header, receive, send
 from stallfree.handoff.ring import Ring, attach
 
 PROTOCOL = 1
+WAY_OUT = "give both the same model, --executor, --weights and --kv, and the same release of openvino, if that runs it"
 
 
 class Refusal(ValueError):
@@ -39,11 +40,15 @@ class Terms:
         return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)
 
     def against(self, theirs: object) -> str:
-        """What of a decode engine's terms differs from these, in words; nothing if all is the same."""
+        """What of a decode engine's terms differs from these, a prefill engine's, in words that are read at either, and the way
+        out; nothing if all is the same.
+        """
         given = theirs if isinstance(theirs, dict) else {}
         names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
         pairs = [(names[f.name], str(getattr(self, f.name)), str(given.get(f.name))[:400]) for f in fields(self)]
-        return "; ".join(f"{what}: {own} here, {other} at the decode engine" for what, own, other in pairs if own != other)
+        differ = [(what, own, other) for what, own, other in pairs if own != other]
+        said = [f"{what}: {own} at the prefill engine, {other} at the decode engine" for what, own, other in differ]
+        return "; ".join([*said, WAY_OUT]) if said else ""
 
 
 def address(host: str, port: int) -> str:

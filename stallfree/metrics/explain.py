@@ -44,6 +44,9 @@ class Explained:
         yield f"{len(records)} iterations in {seconds:.1f} s under policy {self.run.policy}, {self.run.slo or 'with no SLO'}."
         yield f"{len(self.arrived)} requests arrived and got {emitted} tokens; ended: {ends}."
         yield f"{_of_all(records, 'budget')} tokens of budget an iteration; {_of_all(records, 'num_waiting')} requests waited."
+        came, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
+        if came or recalled:
+            yield f"{_number(came, 'prompt')} computed by other engines, {recalled} that did not come from there computed here."
         margins = [r.margin for r in records if r.margin is not None]
         if margins:
             spread = f"{min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median"
@@ -115,6 +118,8 @@ class Explained:
         tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
         wanted = f", own targets {a.slo}" if a.slo else ""
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
+        if any(a.id in r.recalled for r in self.records):
+            yield "Its prompt was to come from another engine and did not, so that it was left to this one."
         if delivered:
             came = delivered[0]
             moved = f"{came.num_bytes:,} bytes of KV, {_ms(came.seconds)} of copying and sending"

@@ -28,7 +28,9 @@ from stallfree.server.traces import Traces
 
 MAX_BODY_BYTES = 4 << 20
 PREFILL = "x-stallfree-prefill"
-"""The header with which a router says which prefill engine, as host:port, is to compute a request's prompt."""
+"""The header with which a router says which prefill engine, as host:port, is to compute a request's prompt, or `HERE`."""
+HERE = "none"
+"""In that header: no other engine, the server itself."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
@@ -85,14 +87,13 @@ def create_app(
 
     def fetches(name: str | None) -> Callable[[], Fetch | None]:
         """What makes each request's fetch; `name`: the prefill engine that the router chose."""
-        if asking is None and name is not None:
+        if asking is not None and name != HERE:
+            return asking.fetches(name)
+        if name not in (None, HERE):
             raise ApiError(
                 400, f"{PREFILL}: this server asks no other engine for prompts; it is not of --role decode", param=PREFILL
             )
-        try:
-            return (lambda: None) if asking is None else asking.fetches(name)
-        except ValueError as error:
-            raise ApiError(400, f"{PREFILL}: {error}", param=PREFILL) from None
+        return lambda: None
 
     async def answer(kind: type[Call], body: schema.Generation, prompts: list[tuple[list[int], str]], request: Request) -> Response:
         ids = [ids for ids, _ in prompts]
@@ -207,6 +208,7 @@ def create_app(
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.expose(engine.scheduler), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
+        return Response(metrics.expose(engine.scheduler, prefill_engines), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return app

@@ -110,8 +110,10 @@ class Metrics(Collector):
             self._end()
             return account
 
-    def expose(self, scheduler: Scheduler) -> bytes:
-        """The text format, with the gauges as they are now: the last record may be old, for an idle engine writes none."""
+    def expose(self, scheduler: Scheduler, prefill_engines: tuple[int, int] | None = None) -> bytes:
+        """The text format, with the gauges as they are now: the last record may be old, for an idle engine writes none.
+        `prefill_engines`: of an engine that asks others, how many are connected, and how many there should be.
+        """
         blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
         self._gauges = {
             "running_requests": len(scheduler.running),
@@ -120,6 +122,8 @@ class Metrics(Collector):
             "free_kv_blocks": free,
             "kv_usage_ratio": 1 - free / blocks,
         }
+        if prefill_engines is not None:
+            self._gauges["prefill_engines"], self._gauges["prefill_engines_configured"] = prefill_engines
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -207,6 +211,8 @@ GAUGES = {
     "kv_blocks": "KV blocks there are.",
     "free_kv_blocks": "KV blocks that are free, or hold only what the prefix cache can drop.",
     "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
+    "prefill_engines": "Prefill engines that are connected.",
+    "prefill_engines_configured": "Prefill engines that were configured.",
 }
 
 

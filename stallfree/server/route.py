@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 import stallfree
 from stallfree.server import errors
-from stallfree.server.app import MAX_BODY_BYTES, PREFILL
+from stallfree.server.app import HERE, MAX_BODY_BYTES, PREFILL
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError
 from stallfree.server.schema import Health
@@ -31,8 +31,6 @@ HEALTH_S = 2.0
 """Seconds between two looks at a server's health, and for its answer."""
 CHARACTERS = 4
 """Of a text make a token, about; both candidates are guessed alike."""
-NOBODY = "none"
-"""In the place of a prefill engine: the decode server is to compute the prompt."""
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 ASKING = (*GENERATING, "/tokenize", "/detokenize")
 READING = ("/v1/models", "/v1/models/{name:path}", "/version")
@@ -164,7 +162,7 @@ class _Prompt:
         self.named = min(pending, key=lambda name: pending[name]) if pending and path in GENERATING else None
         self._is_pending = False
         if self.named is not None and pending[self.named] > spill:
-            self.named = NOBODY
+            self.named = HERE
         elif self.named is not None:
             self._is_pending = True
             pending[self.named] += self._tokens

@@ -88,11 +88,11 @@ def terms(one: Engine, model: str = "m") -> Terms:
 
 
 @contextlib.asynccontextmanager
-async def prefilling(one: Engine, key: str = ""):
+async def prefilling(one: Engine, key: str = "", port: int = 0):
     """An engine that prefills, and its address."""
     thread = EngineThread(one, 100)
     thread.start()
-    sock = socket.create_server(("127.0.0.1", 0))
+    sock = socket.create_server(("127.0.0.1", port))
     serving = Serving(thread, terms(one), sock, key)
     serving.start()
     try:

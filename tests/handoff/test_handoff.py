@@ -145,15 +145,17 @@ def test_a_peer_that_goes_is_replaced(others, hurried, caplog):
     free(first)
 
 
-def test_a_peer_that_comes_back_is_asked_again(hurried):
+def test_a_peer_that_comes_back_is_asked_again(hurried, caplog):
     records = []
     here, there = engine(records=records), engine()
 
     async def run():
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
             first = asks.peers[0].link
+            assert "connected" not in caplog.text
             first.close()
             await until(lambda: asks.peers[0].link not in (None, first))
+            assert 1 == caplog.text.count("is connected again")
             return await serve(thread, asks, PROMPTS)
 
     assert EXPECTED == asyncio.run(run())

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from stallfree.executors.sampling import Sampling, to_values
 from stallfree.handoff import asking, frames, serving
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.frames import Broken, receive, send
-from stallfree.handoff.terms import Refusal, Terms, address, connect, welcome
+from stallfree.handoff.terms import Refusal, Terms, address, connect, introduce, welcome
 from tests.handoff.conftest import (
     Remembering,
     decoding,
@@ -144,9 +145,9 @@ def test_a_peer_that_lives_and_sends_nothing_is_given_up(hurried, monkeypatch):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (Terms("other", 4, BLOCK, "remembering"), "model: m here, other at the decode engine"),
-        (Terms("m", 8, 2 * BLOCK, "remembering"), "block size: 4 here, 8 at the decode engine; bytes of a block: 64 here, 128"),
-        (Terms("m", 4, BLOCK, "f32"), "KV layout: remembering here, f32 at the decode engine"),
+        (Terms("other", 4, BLOCK, "remembering"), "model: m at the prefill engine, other at the decode engine; give both"),
+        (Terms("m", 8, 2 * BLOCK, "remembering"), "block size: 4 at the prefill engine, 8 at the decode engine; bytes of a block"),
+        (Terms("m", 4, BLOCK, "f32"), "KV layout: remembering at the prefill engine, f32 at the decode engine"),
     ],
 )
 def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, caplog):
@@ -229,6 +230,57 @@ def test_whoever_introduces_himself_byte_by_byte_is_shown_out(monkeypatch):
                         raise ConnectionError
 
     asyncio.run(run())
+
+
+def test_a_peer_that_was_said_to_be_missing_is_said_to_be_there(hurried, caplog):
+    one, other = engine(), engine()
+    with socket.create_server(("127.0.0.1", 0)) as free_port:
+        host, port = free_port.getsockname()
+
+    async def run():
+        async with decoding(other, (host, port), wait=False) as (_, asks):
+            await until(lambda: "trying again" in caplog.text)
+            assert 0 == asks.num_connected
+            async with prefilling(one, port=port):
+                await until(lambda: asks.num_connected == 1)
+                assert f"prefill engine {host}:{port} is connected, by" in caplog.text
+
+    asyncio.run(run())
+
+
+def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let_in(caplog, monkeypatch):
+    own = terms(engine())
+
+    async def run():
+        async with prefilling(engine()) as at:
+            for model in ("a", "a", "b", "b", "m", "b"):
+                await asyncio.to_thread(knock, at, replace(own, model=model))
+
+    def knock(at, own):
+        """Until the other side has closed, for which it is told to when it lets one in."""
+        with socket.create_connection(at) as sock:
+            with contextlib.suppress(Refusal):
+                introduce(sock, own, "")
+                send(sock, {})
+            with pytest.raises(Broken, match="closed"):
+                listen(sock)
+
+    asyncio.run(run())
+    assert ["a", "b", "b"] == [text.split(", ")[1][0] for text in caplog.messages if "was not let in" in text]
+    monkeypatch.setattr(serving, "CALLERS", 2)
+    side = serving.Serving(None, own, None, "")
+    assert [True] * 4 == [side._is_news(host, "why") for host in ("a", "b", "c", "a")]
+    assert [False, True] == [side._is_news(host, "why") for host in ("a", "b")]
+
+
+def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
+    asks = Asking(None, terms(engine()), [("127.0.0.1", 1)], "")
+    for name in ["x" * 1000, "x" * 1000, *(f"host:{number}" for number in range(1000))]:
+        asks.fetches(name)
+    said = [record.getMessage() for record in caplog.records]
+    assert asking.MOST_UNKNOWN == len(said)
+    assert f"'{'x' * 80}', named by a router" in said[0]
+    assert said[0].endswith(": 127.0.0.1:1")
 
 
 def test_addresses_of_ipv6_have_brackets():

@@ -41,13 +41,30 @@ def test_the_first_token_came_before_the_iteration_that_decodes(records):
 
 def test_it_is_explained(records):
     told = Explained(RUN, records)
-    assert "2 requests arrived and got 12 tokens" in "\n".join(told.on_the_whole())
+    whole = "\n".join(told.on_the_whole())
+    assert "2 requests arrived and got 12 tokens" in whole
+    assert "2 prompts computed by other engines, 0 that did not come from there computed here." in whole
     said = "\n".join(told.request("r0"))
     assert "Its prompt was computed by another engine" in said
     assert "640 bytes of KV" in said
     assert "6 tokens in all" in said
     first = next(r for r in records if r.delivered)
     assert "prompts came computed: r0" in "\n".join(told.step(first.step)).replace("r1, r0", "r0")
+
+
+def test_a_prompt_that_did_not_come_is_explained():
+    lines: list[StepRecord] = []
+
+    async def run():
+        async with decoding(engine(records=lines), ("127.0.0.1", 1), wait=False) as (thread, asks):
+            await serve(thread, asks, [range(40)])
+
+    asyncio.run(run())
+    told = Explained(RUN, lines)
+    assert "0 prompts computed by other engines, 1 that did not come from there computed here." in list(told.on_the_whole())
+    said = list(told.request("r0"))
+    at = said.index("Its prompt was to come from another engine and did not, so that it was left to this one.")
+    assert said[at + 1].startswith("It waited")
 
 
 def test_a_replay_says_that_it_cannot(records):

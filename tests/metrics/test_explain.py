@@ -31,6 +31,7 @@ def test_the_whole_names_the_policy_the_late_tokens_and_the_culprit(stopped):
     assert "4 requests arrived and got 125 tokens; ended: 4 by length." in said
     assert "6 ready decodes left out of iterations, 3 tokens late." in said
     assert "the prompt of long (1000 tokens) delayed 6 tokens" in said
+    assert "other engine" not in said
 
 
 def test_a_step_says_what_it_computed_and_whom_it_left_out(stopped):

@@ -136,6 +136,14 @@ def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
     assert pytest.approx(0.5) == found["inter_token_seconds_sum",]
 
 
+def test_prefill_engines_are_counted_where_they_are_asked():
+    scheduler = Scheduler(load("sarathi"), Capacity(16, 10, 128))
+    said = Metrics("toy").expose(scheduler, (1, 2)).decode()
+    assert "stallfree_prefill_engines 1.0" in said
+    assert "stallfree_prefill_engines_configured 2.0" in said
+    assert "\nstallfree_prefill_engines" not in Metrics("toy").expose(scheduler).decode()
+
+
 def test_buckets_are_cumulative_and_end_with_all(samples):
     assert [0, 2, 3, 3] == [samples["inter_token_seconds_bucket", le] for le in ("0.025", "0.075", "0.3", "+Inf")]
     assert (3, pytest.approx(0.3)) == (samples["inter_token_seconds_count",], samples["inter_token_seconds_sum",])

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
-from stallfree.server.app import PREFILL
+from stallfree.server.app import HERE, PREFILL
 from stallfree.server.route import Router, _Prompt, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet
@@ -86,14 +86,36 @@ def test_prompts_are_computed_by_the_prefill_server(pair):
     assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in before
     assert 'stallfree_step_tokens_total{phase="prefill"} 0.0' in before
     assert "stallfree_kv_transfer_bytes_total 0.0" not in before
+    assert "stallfree_prefill_engines 1.0" in before
 
 
-def test_a_prefill_engine_that_was_not_configured_is_refused(server, pair):
-    for one, says in ((pair[0], f"it has {name(pair[1])}"), (server, "not of --role decode")):
-        answer = one.post(COMPLETIONS, {"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"})
-        assert 400 == answer.status_code
-        assert PREFILL == answer.json()["error"]["param"]
-        assert says in answer.json()["error"]["message"]
+def delivered(server: Server) -> float:
+    (line,) = (line for line in server.client.get("/metrics").text.splitlines() if 'handoffs_total{outcome="delivered"}' in line)
+    return float(line.split()[1])
+
+
+def test_a_router_that_names_a_prefill_engine_that_is_not_there_fails_no_request(pair, caplog):
+    decode, prefill = pair
+    before = delivered(decode)
+    for _ in range(2):
+        assert 200 == decode.post(COMPLETIONS, {"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"}).status_code
+    assert before + 2 == delivered(decode)
+    (said,) = (record.getMessage() for record in caplog.records if "10.0.0.1:22" in record.getMessage())
+    assert name(prefill) in said
+
+
+def test_a_router_can_have_the_prompt_computed_where_it_is_decoded(server, pair):
+    before = delivered(pair[0])
+    for one in (server, pair[0]):
+        assert 200 == one.post(COMPLETIONS, {"prompt": "a" * 50}, headers={PREFILL: HERE}).status_code
+    assert before == delivered(pair[0])
+    assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in pair[0].client.get("/metrics").text
+
+
+def test_a_server_that_asks_nobody_refuses_to_be_told_whom_to_ask(server):
+    answer = server.post(COMPLETIONS, {"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"})
+    assert (400, PREFILL) == (answer.status_code, answer.json()["error"]["param"])
+    assert "not of --role decode" in answer.json()["error"]["message"]
 
 
 def test_a_client_cannot_choose_the_prefill_engine_through_a_router(pair):
@@ -199,7 +221,7 @@ def test_while_every_prefill_engine_is_busy_nobody_is_named():
     pending = {"a:1": 0, "b:2": 0}
     body = json.dumps({"prompt": list(range(100))}).encode()
     found = [_Prompt(pending, 50, COMPLETIONS, body) for _ in range(3)]
-    assert ["a:1", "b:2", "none"] == [prompt.named for prompt in found]
+    assert ["a:1", "b:2", HERE] == [prompt.named for prompt in found]
     for prompt in found:
         prompt.computed()
     assert {"a:1": 0, "b:2": 0} == pending
