@@ -79,9 +79,7 @@ def plan(
     asked = f"{planned}, {site.link}; {load}; {targets}."
     rows = [["", "GPUs", "requests/s", "a GPU", "TTFT p90, s", "TBT p99, ms", "goodput share", "missed above that"]]
     rows += [_row(one, site) for one in answer.ranked]
-    said = [
-        "In the table: a unit by itself, times how many there is room for. The answer: the best of both kinds, simulated on all GPUs."
-    ]
+    said = ["In the table: units, times how many there is room for. The answer: the best of both kinds, simulated on all GPUs."]
     said += [told.headline, told.binds]
     if told.dollars is not None:
         said.append(f"${told.dollars:.2f} per million output tokens at capacity.")
