@@ -1,7 +1,7 @@
 """Who wins, chunked co-location or two pools, at equal GPUs, and what the answer depends on. Simulated, A100 80 GB.
 
     lengths   Llama-2-13B on 8 GPUs: prompt x output length x targets
-    links     what joins the nodes, with every hand-over crossing it: two pools on nodes of their own
+    links     what joins the pools, with every hand-over crossing it
     bursts    Llama-2-13B on 8 GPUs: how arrivals come
     models    Llama-3-8B to Llama-2-70B on 16 GPUs
     outputs   from which output length on a hand-over no longer matters
@@ -37,7 +37,8 @@ from stallfree.workload.workload import Arrival
 PROMPTS, OUTPUTS = (256, 2048), (32, 128, 512)
 TARGETS = {"tight": "ttft=500ms@p90,tbt=40ms@p99", "middle": "ttft=1s@p90,tbt=75ms@p99", "loose": "ttft=4s@p90,tbt=200ms@p99"}
 GRID = ("tight", "loose")
-LINKS = ("ib-400g", "ib-200g", "ib-100g", "eth-25g", "eth-10g")
+LINKS = ("nvlink", "ib-400g", "ib-200g", "eth-100g", "eth-25g", "eth-10g")
+"""Between the pools: first that of one node's devices, of which both are part then."""
 ARRIVALS = ("poisson", "gamma:cv=2", "gamma:cv=4", "bursts:on=10s,off=50s")
 MODELS = ("llama3-8b", "llama2-13b", "yi-34b", "llama2-70b")
 THIRTEEN = Site("llama2-13b", gpus=8, nodes=2)
@@ -99,16 +100,17 @@ def models(quick: bool) -> list[dict[str, Any]]:
 
 
 def across(quick: bool) -> list[dict[str, Any]]:
-    """Pools on nodes of their own: one prefill replica takes a node of four, and so does a decode replica."""
+    """Pools on nodes of their own, one prefill replica a node of four, and one decode replica too; or both in a node of eight."""
     traffic, slo = Traffic(lengths=lengths_of(1024, 128), max_total=4096, requests=128), Slo.parse(TARGETS["middle"])
     simulators: dict[str, Any] = {}
     for model in MODELS[1:2] if quick else MODELS:
         site = Site(model, gpus=8, nodes=2, max_model_len=4096)
         there = Candidates(site)
         simulators[f"{model} co-located"] = Simulator(there.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue"))
+        together = Candidates(replace(site, nodes=1))
         for way, link in product(("distserve", "splitwise"), LINKS):
-            pair = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
-            simulators[f"{model} {way} {link}"] = SplitSimulator(replace(pair, link=link))
+            pair = (together if link == "nvlink" else there).split(way, (4, 1), (4, 1), (1, 1), whole=link != "nvlink")
+            simulators[f"{model} {way} {link}"] = SplitSimulator(pair if link == "nvlink" else replace(pair, link=link))
     with Trials(simulators) as trials:
         found = trials.capacities(dict.fromkeys(simulators, (traffic, slo, 4.0)), lowest=0.01, shortest_s=30.0)
     rows = []
@@ -223,7 +225,7 @@ def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
         for row, ratio in zip(rows, ratios, strict=True):
             sides.setdefault(f"{row['targets']}, prompt {row['prompt']}", []).append((row["output"], ratio))
     elif part == "links":
-        across, title = "link between the nodes", "pools on nodes of their own"
+        across, title = "link between the pools", "TP4 to TP4"
         sides = {f"{row['model']}, {row['way']}": [(link, row[link]) for link in LINKS] for row in rows}
     elif part == "rule":
         across = "targets, prompt/output"
