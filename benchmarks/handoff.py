@@ -5,8 +5,7 @@ clients at random moments: first all of them on one server, then by a server tha
 came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and handed over,
 as a client sees it; what is added is the median over pairs, for this machine changes its speed from minute to minute. The limit is
 5 % of the prefill. All servers run on the same cores; those not asked are idle. Their KV is small, and has been used once before
-anything is counted: memory that is touched for the first time costs about a millisecond per MB on this machine, in any server, and
-three times as much where three touch it.
+anything is counted: memory that is touched for the first time costs more than the hand-over.
 
     python benchmarks/handoff.py
 """
