@@ -136,7 +136,6 @@ def capacity(
     A trial passes if every target is met, the median TTFT is at most 2 s (unless the SLO has a target for it) and at most 1 % of
     the requests fail. Exit code 1 if it was interrupted, or if the client was too slow to tell.
     """
-    from rich.console import Console
 
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
@@ -182,7 +181,7 @@ def capacity(
         answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in found.decisions]}
         typer.echo(json.dumps(answer | {"trials": made}))
     else:
-        Console().print(measuring.grid(_trials(made)))
+        measuring.print_grid(_trials(made))
         if found.rate:
             above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
             typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")

@@ -112,7 +112,7 @@ def follow(client: Client, dialect: Dialect, coming: Sequence[Arrival], name: st
 
 def show(results: Results) -> None:
     """The table of the runs, for people."""
-    Console().print(grid(table({name: report for name, (_, report) in results.items()})))
+    print_grid(table({name: report for name, (_, report) in results.items()}))
 
 
 def end(results: Results, error: ValueError | None) -> None:
@@ -150,11 +150,14 @@ def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo)
     typer.echo(f"table and plots are in {file}", err=True)
 
 
-def grid(rows: Sequence[Sequence[str]]) -> Table:
-    """Rows, the first of which are names, as a table with its numbers to the right."""
+def print_grid(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, the first of which are names, as a table with its numbers to the right; nothing of it is cut, however narrow the
+    terminal, or what is written to instead of one.
+    """
     made = Table(box=None)
     for number, name in enumerate(rows[0]):
         made.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows[1:]:
         made.add_row(*row)
-    return made
+    needed = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+    Console(width=max(needed, Console().width)).print(made)

@@ -90,16 +90,15 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
         found |= {"weight_bytes": sharded.weight_bytes, "kv_bytes_per_token": sharded.kv_bytes_per_token, "kv_tokens": room}
         typer.echo(json.dumps(found | {"operators": rows}))
         return
-    from rich.console import Console
 
-    from stallfree.cli.measuring import grid
+    from stallfree.cli.measuring import print_grid
 
     lines = [("operator", "times", "ms", "share", "limit", "ms at the limit", "reached")]
     for op in operators:
         took, (limit, least) = op.count * op.cost.seconds, op.cost.limit
         at_limit = (limit, f"{1000 * op.count * least:.3f}", f"{least / op.cost.seconds:.0%}") if least else ("", "", "")
         lines.append((op.name, str(op.count), f"{1000 * took:.3f}", f"{took / seconds:.1%}", *at_limit))
-    Console().print(grid(lines))
+    print_grid(lines)
     devices = f"{sharded.tp * sharded.pp} x {device.name}" if sharded.tp * sharded.pp > 1 else device.name
     typer.echo(f"{sharded.model.name} on {devices}: {1000 * seconds:.2f} ms, {tokens:,} tokens, ${dollars:.3f} per million of them")
     if sharded.pp > 1:
@@ -125,9 +124,8 @@ def check(
         rows = [dict(zip(("file", "operator"), key.split("\t"), strict=True)) | asdict(error) for key, error in files.items()]
         typer.echo(json.dumps({"operators": rows, "kinds": {kind: asdict(error) for kind, error in kinds.items()}}))
         return
-    from rich.console import Console
 
-    from stallfree.cli.measuring import grid
+    from stallfree.cli.measuring import print_grid
 
     def cells(error: Error) -> tuple[str, ...]:
         return str(error.points), f"{error.median:.1%}", f"{error.p90:.1%}", f"{error.bias:+.1%}"
@@ -135,7 +133,7 @@ def check(
     lines: list[tuple[str, ...]] = [("file", "operator", "points", "median", "P90", "signed median")]
     lines += [(*key.split("\t"), *cells(error)) for key, error in files.items()]
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
-    Console().print(grid(lines))
+    print_grid(lines)
     for file in others:
         typer.echo(f"not looked at, since its columns are of no profile: {file}", err=True)
 

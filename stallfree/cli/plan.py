@@ -45,7 +45,6 @@ def plan(
 
     stallfree plan --model llama2-13b --gpus 16 --nodes 4 --link ib-200g --lengths openchat --slo ttft=2s@p90,tbt=100ms@p99
     """
-    from rich.console import Console
 
     from stallfree.cli import measuring
     from stallfree.cli.simulate import running
@@ -104,9 +103,8 @@ def plan(
         html.write_text(plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
         typer.echo(f"table and plot are in {html}", err=True)
     if not as_json:
-        width = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
         typer.echo(asked)
-        Console(width=max(width, Console().width)).print(measuring.grid(rows))
+        measuring.print_grid(rows)
         for line in (*said, *told.commands):
             typer.echo(line)
 

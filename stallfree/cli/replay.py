@@ -21,9 +21,8 @@ def replay(
     With options: what would have become of the same requests, in virtual time, with iterations that take what a model fitted to
     the record says. Beside it stand the recorded run itself and, to see how far the model can be believed, its simulation.
     """
-    from rich.console import Console
 
-    from stallfree.cli.measuring import grid
+    from stallfree.cli.measuring import print_grid
     from stallfree.core.slo import Slo
     from stallfree.engine.recording import load
     from stallfree.metrics.report import report, table
@@ -57,5 +56,5 @@ def replay(
         typer.echo(json.dumps({"model_error": {"median": median, "p90": p90}, "runs": {n: asdict(r) for n, r in reports.items()}}))
         return
     typer.echo(f"what if: policy {policy or run.policy}, {targets or 'no SLO'}{f', {token_budget} tokens' if token_budget else ''}")
-    Console().print(grid(table(reports)))
+    print_grid(table(reports))
     typer.echo(f"iteration times: a model fitted to the record, error {median:.1%} at the median, {p90:.1%} at p90")

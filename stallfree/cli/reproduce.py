@@ -49,9 +49,8 @@ def sarathi(
 
     Takes about a quarter of an hour on two cores; `--requests 256` is a quick look.
     """
-    from rich.console import Console
 
-    from stallfree.cli.measuring import grid
+    from stallfree.cli.measuring import print_grid
     from stallfree.cli.simulate import running
     from stallfree.metrics import plot
     from stallfree.papers import sarathi_serve as paper
@@ -88,10 +87,9 @@ def sarathi(
     if as_json:
         typer.echo(json.dumps({"engine": engine, "requests": requests, "seconds": seconds, "tables": tables}))
         return
-    console = Console(width=max(170, Console().width))
     for title, rows in tables.items():
-        console.print(f"\n{title}", highlight=False)
-        console.print(grid([list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]))
+        typer.echo(f"\n{title}")
+        print_grid([list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)])
         errors = [abs(value) for row in rows for key, value in row.items() if "error" in key and value is not None]
         if errors:
             middle = sorted(errors)[len(errors) // 2]

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 REQUESTS = 2048
 """Requests in a trial, as in the paper (Sarathi-Serve, OSDI'24, section 5)."""
 
-WIDTH = 120
-"""Characters that a table takes, also where no terminal says how many there are."""
 
 Several = Annotated[
     list[str] | None,
@@ -61,7 +59,6 @@ def simulate(
 
     stallfree simulate --model yi-34b --tp 2 --rate 1 --lengths openchat --slo tbt=200ms
     """
-    from rich.console import Console
 
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
@@ -103,7 +100,7 @@ def simulate(
         more = {"iterations": made.iterations, "bubbles": made.bubbles, "dollars_per_million_tokens": dollars}
         typer.echo(json.dumps({"deployment": _told(deployment), "workload": traffic.facts(requests)} | more | asdict(report)))
         return
-    Console().print(measuring.grid(table({name: report})))
+    measuring.print_grid(table({name: report}))
     held = simulator.instance.capacity
     typer.echo(
         f"{simulator.instance.about}, room for {held.num_blocks * held.block_size:,} tokens of KV: {made.iterations:,} iterations"
@@ -133,7 +130,6 @@ def capacity(
     A trial passes if every target is met, half of the requests are scheduled within 2 s (unless the SLO has a target for TTFT) and
     at most 1 % of them fail. Configurations are searched in parallel processes.
     """
-    from rich.console import Console
 
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
@@ -171,7 +167,7 @@ def capacity(
         return
     rows = [["", "capacity, requests/s", "missed at", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "$ per million"]]
     rows += [[name, *_at_capacity(most, made[name])] for name, most in found.items()]
-    Console(width=max(WIDTH, Console().width)).print(measuring.grid(rows))
+    measuring.print_grid(rows)
     for name, most in found.items():
         failed = [trial["why"] for trial in made[name] if trial["rate"] == most.above and not trial["passed"]]
         if failed:
@@ -198,7 +194,6 @@ def compare(
 
     stallfree compare sarathi:256 sarathi:2048 slo --model llama3-8b --rates 1,2,4 --slo tbt=100ms --html out.html
     """
-    from rich.console import Console
 
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
@@ -227,7 +222,7 @@ def compare(
         html.write_text(loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", said, rows, reports))
         typer.echo(f"table and plots are in {html}", err=True)
     if not as_json:
-        Console(width=max(WIDTH, Console().width)).print(measuring.grid(rows))
+        measuring.print_grid(rows)
 
 
 def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
