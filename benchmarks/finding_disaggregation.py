@@ -108,9 +108,11 @@ def across(quick: bool) -> list[dict[str, Any]]:
         there = Candidates(site)
         simulators[f"{model} co-located"] = Simulator(there.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue"))
         together = Candidates(replace(site, nodes=1))
-        for way, link in product(("distserve", "splitwise"), LINKS):
-            pair = (together if link == "nvlink" else there).split(way, (4, 1), (4, 1), (1, 1), whole=link != "nvlink")
-            simulators[f"{model} {way} {link}"] = SplitSimulator(pair if link == "nvlink" else replace(pair, link=link))
+        for way in ("distserve", "splitwise"):
+            apart = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
+            near = {"nvlink": together.split(way, (4, 1), (4, 1), (1, 1))}
+            for link, pair in (near | {link: replace(apart, link=link) for link in LINKS[1:]}).items():
+                simulators[f"{model} {way} {link}"] = SplitSimulator(pair)
     with Trials(simulators) as trials:
         found = trials.capacities(dict.fromkeys(simulators, (traffic, slo, 4.0)), lowest=0.01, shortest_s=30.0)
     rows = []

@@ -82,6 +82,12 @@ def _read(sock: socket.socket, length: int) -> bytearray:
     return found
 
 
+def shut(sock: socket.socket) -> None:
+    """Wake whoever waits for `sock`, in any thread: nothing more comes or goes."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 class Link:
     """An open connection. From `start` to its end `received(header, body, seconds)` is called for each frame, and then `ended(why)`
     once, both in a thread of the link. A Broken that `received` raises ends it.
@@ -103,8 +109,7 @@ class Link:
 
     def close(self) -> None:
         """End it; `ended` is called. From any thread, as often as you like."""
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        shut(self._sock)
 
     def _send(self) -> None:
         while True:

@@ -26,7 +26,7 @@ from stallfree.engine.engine import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import TokenLogprob, of_values
-from stallfree.handoff.frames import Broken, Header, Link, whole
+from stallfree.handoff.frames import Broken, Header, Link, shut, whole
 from stallfree.handoff.ring import Room
 from stallfree.handoff.terms import Refusal, Terms, address, welcome
 
@@ -61,7 +61,7 @@ class Serving:
 
     def close(self) -> None:
         """Let nobody in any more, and everybody go."""
-        _shut(self._sock)
+        shut(self._sock)
         self._sock.close()
         for caller in list(self._callers):
             caller.link.close()
@@ -81,7 +81,7 @@ class Serving:
             threading.Thread(target=self._meet, args=(sock, host, port), daemon=True).start()
 
     def _meet(self, sock: socket.socket, host: str, port: int) -> None:
-        limit = threading.Timer(MEETING_S, _shut, [sock])
+        limit = threading.Timer(MEETING_S, shut, [sock])
         limit.daemon = True
         limit.start()
         try:
@@ -115,11 +115,6 @@ class Serving:
         log.info("decode engine %s: %s", name, why)
         self._callers.discard(caller)
         caller.ended()
-
-
-def _shut(sock: socket.socket) -> None:
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Caller:

@@ -137,9 +137,8 @@ def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -
     """
     from matplotlib.figure import Figure
 
-    pace = "tpot" if slo.tpot else "tbt"
+    pace, wanted = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
     paced = [100 * _in_time(report, pace) for told in points.values() for _, report in told]
-    wanted = slo.tbt or slo.tpot
     # At least as far below 100 % as the target, and three times that: a hundredth of a percent is not to fill the page.
     low = min(*paced, 100 - 3 * (100 - wanted.percentile) if wanted else 99.0)
     high = 100 + (100 - low) / 20
@@ -157,7 +156,7 @@ def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -
             axis.annotate(
                 f"{rate:.3g}/s", (x, y), ha="right", fontsize=7, color=line.get_color(), xytext=away, textcoords="offset points"
             )
-    for target, draw in ((slo.ttft, axis.axvline), (slo.tbt or slo.tpot, axis.axhline)):
+    for target, draw in ((slo.ttft, axis.axvline), (wanted, axis.axhline)):
         if target is not None:
             draw(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
     axis.set(xlabel="first tokens in time, %", ylabel=f"tokens within {pace}, %", ylim=(low, high))

@@ -8,7 +8,7 @@ simulated on all devices. It runs what it is given in the processes it is given,
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from math import ceil, inf
 from statistics import fmean
 
@@ -98,13 +98,13 @@ def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Calla
     prompt, output = (fmean(getattr(a, what) for a in coming) for what in ("prompt_tokens", "output_tokens"))
     guess = {shape: _most(there, shape, prompt, output, slo) for shape in there.shapes}
     shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
-    alone = _possible(there, shapes, slo)[:SHAPES]
+    alone = dict(islice(_possible(there, shapes, slo).items(), SHAPES))
     first_token = Slo(ttft=slo.ttft)
     tell(f"{len(shapes)} splits of the model over devices; each part by itself")
     cases: dict[str, tuple[Tried, Slo, float]] = {}
     for shape in shapes:
         if shape in alone:
-            cases[f"slo {shape}"] = Simulator(there.replica(*shape, "slo", slo=str(slo))), slo, guess[shape]
+            cases[f"slo {shape}"] = alone[shape], slo, guess[shape]
         if 2 * shape[0] * shape[1] > there.site.gpus:
             continue
         cases[f"prompts {shape}"] = Prompts(there.prefill(shape, "distserve")), first_token, 2 * guess[shape]
@@ -200,13 +200,14 @@ def _capacities(
     return found
 
 
-def _possible(there: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> list[tuple[int, int]]:
-    """The `shapes` with which a request by itself meets `slo`. Raises ValueError if there are none, with what the fastest takes."""
-    found, why = [], {}
+def _possible(there: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> dict[tuple[int, int], Simulator]:
+    """Those of `shapes` with which a request by itself meets `slo`, co-located. Raises ValueError if there are none, with what the
+    fastest takes.
+    """
+    found, why = {}, {}
     for shape in shapes:
         try:
-            Simulator(there.replica(*shape, "slo", slo=str(slo)))
-            found.append(shape)
+            found[shape] = Simulator(there.replica(*shape, "slo", slo=str(slo)))
         except ValueError as error:
             why[shape] = str(error)
     if not found:

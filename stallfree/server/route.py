@@ -1,5 +1,5 @@
 """A router: passes each request on to the server with the fewest of them, and names the prefill engine with the fewest prompt
-tokens still to compute, as far as the router knows.
+tokens still to compute, as far as the router knows, or none while all have too many.
 
 It reads of a body only how long its prompt is, and of a stream only whether its first token has come; all else goes through as it
 is, the API key too. A server that is down is left out until its /health says otherwise.

@@ -46,16 +46,13 @@ class Pairing(Protocol):
     overlap: bool
     early: bool
 
-    def prefill(self, request: Request, pools: "Pools") -> int | None:
-        """The number of the replica that takes the prompt, at the request's arrival; None if it is not to change places: then
-        `local` takes all of it.
+    def prefill(self, request: Request, pools: "Pools") -> int | Replica:
+        """The number of the replica that takes the prompt, at the request's arrival; or, if it is not to change places, the replica
+        that takes all of it.
         """
 
     def decode(self, source: int, pools: "Pools") -> int:
         """The number of the replica that goes on with what prefill replica `source` computed."""
-
-    def local(self, request: Request, pools: "Pools") -> Replica:
-        """The replica that takes a request which does not change places."""
 
 
 @dataclass(slots=True)
@@ -145,9 +142,9 @@ class Pools:
 
     def _place(self, request: Request) -> None:
         source = self._pairing.prefill(request, self)
-        if source is None:
+        if isinstance(source, Replica):
+            replica = source
             self.moved.local += 1
-            replica = self._pairing.local(request, self)
         else:
             replica = self.prefill[source]
             target = self._pairing.decode(source, self) if self._pairing.early else None

@@ -23,14 +23,11 @@ class DistServe:
     overlap = False
     early = False
 
-    def prefill(self, request: Request, pools: Pools) -> int | None:
+    def prefill(self, request: Request, pools: Pools) -> int | Replica:
         return _shortest(pools.prefill, request.arrival)
 
     def decode(self, source: int, pools: Pools) -> int:
         return min(self.near[source], key=pools.load)
-
-    def local(self, request: Request, pools: Pools) -> Replica:
-        raise ValueError("every request changes places")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +44,14 @@ class Splitwise:
     overlap = True
     early = True
 
-    def prefill(self, request: Request, pools: Pools) -> int | None:
+    def prefill(self, request: Request, pools: Pools) -> int | Replica:
         source = _shortest(pools.prefill, request.arrival)
-        if self._late(source, request, pools):
-            return None
-        return source if any(pools.fits(number, request) for number in self.near[source]) else None
+        if pools.prefill[source].pending(request.arrival) > self.spill:
+            return pools.decode[_shortest(pools.decode, request.arrival)]
+        return source if any(pools.fits(number, request) for number in self.near[source]) else pools.prefill[source]
 
     def decode(self, source: int, pools: Pools) -> int:
         return min(self.near[source], key=pools.kv)
-
-    def local(self, request: Request, pools: Pools) -> Replica:
-        source = _shortest(pools.prefill, request.arrival)
-        if self._late(source, request, pools):
-            return pools.decode[_shortest(pools.decode, request.arrival)]
-        return pools.prefill[source]
-
-    def _late(self, source: int, request: Request, pools: Pools) -> bool:
-        return pools.prefill[source].pending(request.arrival) > self.spill
 
 
 class Hybrid(Splitwise):

@@ -44,3 +44,10 @@ def test_without_matplotlib_it_is_said_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"stallfree\[plot\]"):
         plot.require()
+
+
+def test_the_target_drawn_is_that_of_the_tokens_shown():
+    slo = Slo.parse("ttft=2s@p90,tpot=50ms@p95")
+    lines = [Timeline("a", 0, 10, tokens=[0.5, 0.6, 0.9], finished=1, reason="length")]
+    text = plot.attainment({"ours": [(2.0, report(lines, slo))]}, slo)
+    assert all(part in text for part in ("tokens within tpot, %", str(slo.tpot), str(slo.ttft)))

@@ -1,5 +1,6 @@
 """Runs plans on several ranks: processes of this machine, or Ray's actors. Each gets every plan as a short message; the last stage
 answers, the others say how long they waited. With P pipeline stages P plans are out at once, so the stages overlap.
+Blocks of KV are gathered from the ranks' parts, and handed out to them.
 
 A rank that dies, or does not answer in time, loses its KV, and with it the whole model's: all ranks are started anew, and the
 caller is told by `Lost`. It does not know what becomes of the requests.

@@ -1,5 +1,6 @@
-"""A worker process: one rank of the model, told by the driver over a socket what to run. The first rank of each stage answers: how
-long the stage had waited, and, in the last stage, what was sampled; the others only say that they are ready, or what is wrong.
+"""A worker process: one rank of the model, told by the driver over a socket what to run, and which KV to give or take. The first
+rank of each stage answers for an iteration: how long the stage had waited, and, in the last stage, what was sampled; the others
+only say that they are ready, or what is wrong.
 """
 
 import socket
