@@ -34,7 +34,7 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin", "now",
+        "_block_size", "_overlap", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin", "now",
         "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
@@ -53,15 +53,12 @@ class Draft:
         self.margin: float | None = None
         self.decoding: list[Request] = []
         self.prefilling: list[Request] = []
-        overlap = scheduler.capacity.overlap
+        self._overlap = scheduler.capacity.overlap
         for r in scheduler.running:
-            remaining = r.num_tokens - r.num_planned
-            if remaining == 1 and r.output:
+            if self._ready(r):
                 self.decoding.append(r)
-            elif remaining > 0:
+            elif r.num_tokens > r.num_planned:
                 self.prefilling.append(r)
-            elif overlap and r.goes_on:
-                self.decoding.append(r)
 
     @property
     def running(self) -> list[Request]:
@@ -84,17 +81,24 @@ class Draft:
             if queue.live(entry):
                 self._passed.append(queue.pop())
 
+    def start(self, request: Request) -> int:
+        """The position at which a request's next chunk begins: for a waiting one, the tokens that the prefix cache has of it now."""
+        return self._scheduler.pool.look(request) if request.status is Status.WAITING else request.num_planned
+
     def cap(self, tokens: int, reason: str) -> None:
         """Lower this iteration's token limit to `tokens`, those already written included, because of `reason`."""
+        tokens = max(0, tokens)
         if tokens < self.budget:
             self.left -= self.budget - tokens
             self.budget = tokens
             self.reason = reason
 
     def decode(self, request: Request) -> bool:
-        """Give a ready decode its token. If KV is short, requests behind it in order are preempted; False if that is not enough."""
+        """Give a ready decode its token. If KV is short, requests after it in order are preempted; False if that is not enough, if
+        no token is left, or for a request that is not a ready decode or has its token already.
+        """
         start = request.num_planned
-        if request.status is not RUNNING:
+        if request.status is not RUNNING or self.left <= 0 or request in self.work or not self._ready(request):
             return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False
@@ -121,7 +125,7 @@ class Draft:
         """
         scheduler = self._scheduler
         pool = scheduler.pool
-        if request.status is not Status.WAITING or self.left <= 0 or scheduler.full:
+        if not request.ticket or self.left <= 0 or scheduler.full:  # a ticket says that it waits in this scheduler's queue
             return 0
         cached = pool.match(request)
         remaining = request.num_tokens - cached
@@ -193,6 +197,11 @@ class Draft:
             r.id, start, count, stop == r.num_tokens, False, r.tokens(start, stop), tuple(r.blocks), r.sampling, r.adapter,
             r.prompt, r.output,
         )  # fmt: skip
+
+    def _ready(self, request: Request) -> bool:
+        """Whether a running request is a ready decode."""
+        remaining = request.num_tokens - request.num_planned
+        return bool(request.output) if remaining == 1 else self._overlap and remaining == 0 and request.goes_on
 
     def _write(self, request: Request, count: int) -> None:
         self.work[request] = count

@@ -29,6 +29,7 @@ class BlockPool:
         self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}
         self._index: dict[tuple[object, tuple[int, ...]], tuple[int, int]] = {}
         self._nodes = 0
+        self._evictions = 0
 
     @property
     def num_free(self) -> int:
@@ -86,6 +87,21 @@ class BlockPool:
         request.num_shared = len(request.blocks)
         return request.num_shared * size
 
+    def look(self, request: Request) -> int:
+        """How many tokens `match` would find for a request without blocks. Takes nothing. What the last look found is kept on the
+        request and holds until a block is evicted, so that asking again in every iteration is cheap.
+        """
+        if not self.reuse:
+            return 0
+        evictions, prefix, start = request.looked
+        if evictions != self._evictions:
+            prefix, start = request.adapter, 0
+        size, last = self.block_size, request.num_tokens - self.block_size
+        while start < last and (found := self._index.get((prefix, request.tokens(start, start + size)))) is not None:
+            prefix, start = found[1], start + size
+        request.looked = (self._evictions, prefix, start)
+        return start
+
     def commit(self, request: Request) -> None:
         """Index the blocks of `request` that its computed tokens have filled since the last call."""
         if not self.reuse:
@@ -109,6 +125,7 @@ class BlockPool:
         self._idle.clear()
         self._keys.clear()
         self._index.clear()
+        self._evictions += 1
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise RuntimeError unless every block is free, idle or held by exactly the given requests."""
@@ -133,6 +150,7 @@ class BlockPool:
 
     def _evict(self) -> int:
         block = next(iter(self._idle))
+        self._evictions += 1
         del self._idle[block]
         del self._index[self._keys.pop(block)]
         return block

@@ -44,12 +44,13 @@ class Request:
     `reserved` (its prompt is computed elsewhere, its KV is on the way here), `num_cached` (prompt tokens found in the prefix cache
     at the last admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and
     `last_token` (when they came; inf before), and the place in the queue, `key`, with `ticket`, the live queue entry.
-    `num_shared` and `prefix` belong to the block pool: the leading blocks that it has indexed, and the last one's node.
+    `num_shared`, `prefix` and `looked` belong to the block pool: the leading blocks that it has indexed, the last one's node, and
+    what its last look at the index found.
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "max_tokens",
-        "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output",
+        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "looked",
+        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output",
         "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
     )  # fmt: skip
 
@@ -90,6 +91,7 @@ class Request:
         self.num_cached = 0
         self.num_shared = 0
         self.prefix: object = adapter
+        self.looked: tuple[int, object, int] = (-1, adapter, 0)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_preemptions = 0

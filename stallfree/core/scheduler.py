@@ -413,6 +413,7 @@ class Scheduler:
             raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
         self._arrivals += 1
         request.key = (request.priority, request.arrival, self._arrivals)
+        request.looked = (-1, request.adapter, 0)  # whatever another pool had of it
         self.requests[request.id] = request
 
     def _append(self, request: Request, tokens: Sequence[int], now: float) -> str | None:

@@ -4,8 +4,6 @@ first of them is due is filled with prefill.
 It takes time from a cost model and from `now`, and learns from its own lateness; it does not know what runs the plans.
 """
 
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
@@ -18,14 +16,19 @@ from stallfree.core.request import Request, Status
 from stallfree.core.slo import Slo as Targets
 from stallfree.core.slo import Target
 from stallfree.perf.fitted import Fitted
+from stallfree.perf.margin import Margin
 
 STRICT = 5
 """Without a target, TBT at P99 is to be within this many times a decode iteration: the paper's strict SLO (section 5)."""
 SMALL_BATCH = [(512, 1)] * 8
 """The decode iteration that this is counted in: what a few streams take that disturb each other little."""
 
-AIM = 0.75
-"""Share of the late tokens allowed that the margin aims at: an aim at all of them would miss it half of the time."""
+FLOOR = 0.25
+"""Prefill time that those who wait for prefill are owed, as a share of the time that decodes take by themselves, whatever the margin
+says: a stream is at most a quarter slower for it, and a lone prompt is computed within five times its prefill time."""
+
+LEAST = 16
+"""Tokens of the smallest chunk that is worth its fixed costs."""
 
 LOOKAHEAD = 16
 """Waiting requests that compete for the next prefill, the oldest: ordering all would cost more than it gains."""
@@ -50,7 +53,10 @@ class Slo:
         self.slo = given.within(Targets(tbt=default))
         possible(self.slo, self.cost)
         pace = self.slo.tbt or self.slo.tpot or default
-        self.margin = Margin(AIM * pace.late_share)
+        self.margin = Margin(pace.late_share)
+        self._patience = ceil(1 / pace.late_share)
+        self._owed = 0.0
+        self._passed = self._kept_out = 0
         self._merged = lru_cache(1024)(self._merge)
 
     def plan(self, draft: Draft) -> None:
@@ -60,13 +66,14 @@ class Slo:
         alone = self.cost.seconds(shape)
         if shape:
             until, first = self._slack(draft, alone)
-            limit = until / self.margin.value
+            limit, least, why = self._limit(until, alone)
             draft.limit_s, draft.margin = until, self.margin.value
-            why = f"{1000 * until:.0f} ms until {first} is due, margin {self.margin.value:.2f}"
+            why = f"{1000 * until:.0f} ms until {first} is due, {why}"
         else:
-            limit, why = inf, "nobody decodes: as many tokens as use the machine well"
+            limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
-        full, crowd = self._fill(draft, shape, limit, alone)
+        full, crowd = self._fill(draft, shape, limit, least, alone)
+        self._account(draft, shape, alone, full=full, crowded=crowd > 0)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
@@ -78,9 +85,46 @@ class Slo:
             return
         score = self.cost.learn(shape, seconds)
         due = [self._due(r) for work, r in zip(plan.work, requests, strict=True) if work.decode]
-        if due:
-            late = sum([at < now for at in due])
-            self.margin.learn(score if len(due) < len(shape) else None, late, len(due))
+        if not due or plan.limit_s is None:
+            return
+        late = sum([at < now for at in due])
+        if late and self.margin.stood_still(score):
+            alone = self.cost.seconds([(work.start, 1) for work in plan.work if work.decode])
+            if score * alone > plan.limit_s:  # decodes by themselves would have been late: no budget prevents that
+                return
+        self.margin.learn(now, score, late, len(due), filled=len(due) < len(shape))
+
+    def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
+        """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Its decodes
+        take `alone`; the first of them is due in `until`.
+
+        That is `until` over the margin, so that as few tokens are late as promised. But nobody starves. While the target leaves
+        credit, those who wait get what they are owed, as long as decodes by themselves are in time; and also where they are not,
+        for then it makes nobody late who is not. After as many iterations without prefill as the target lets pass between two late
+        ones, a chunk of one target's length is due.
+        """
+        margin = self.margin.value
+        limit = until / margin
+        if self._passed >= self._patience:
+            return max(limit, alone + self._gap(self.slo)), 1, f"but nobody got prefill in {self._passed} iterations"
+        late_anyway = alone > until or self.margin.broken
+        if self._owed and (late_anyway or self.margin.credit > 0):
+            most = inf if late_anyway else until
+            owed = min(alone + self._owed, most)
+            if owed > limit:
+                least = LEAST if owed < most and self._owed < self._gap(self.slo) else 1
+                return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
+        return limit, 1, f"margin {margin:.2f}"
+
+    def _account(self, draft: Draft, shape: list[tuple[int, int]], alone: float, *, full: bool, crowded: bool) -> None:
+        """What is owed to those for whom there was no time in this iteration, and how long requests are kept out."""
+        given = self.cost.seconds(shape) - alone if len(shape) > len(draft.decoding) else 0.0
+        self._passed = 0 if given or not full else self._passed + 1
+        self._owed = max(0.0, min(self._owed + FLOOR * alone - given, self._gap(self.slo))) if full else 0.0
+        if draft.admitted or not (full or crowded):
+            self._kept_out = 0
+        else:
+            self._kept_out += crowded
 
     def _merge(self, own: Targets) -> Targets:
         return own.within(self.slo)
@@ -118,9 +162,10 @@ class Slo:
         if slo.tpot is None:
             return inf
         start = r.first_token if slo.ttft is None else max(r.first_token, r.arrival + slo.ttft.seconds)
-        return start + len(r.output) * slo.tpot.seconds
+        # Whoever is late already, after a standstill, keeps its pace from there: to catch up, nobody else has to stand still.
+        return max(start + len(r.output) * slo.tpot.seconds, r.last_token + slo.tpot.seconds)
 
-    def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float, alone: float) -> tuple[bool, float]:
+    def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float, least: int, alone: float) -> tuple[bool, float]:
         """Add prefill to the draft and to `shape`, the most urgent first.
 
         No new request comes in where decodes by themselves, which take `alone` seconds now, would then be too slow for the targets:
@@ -139,12 +184,15 @@ class Slo:
                 alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
                 joined = alone + self._stream(r)
-                if self._too_slow(joined * self.margin.value, [*streams, r]):
+                if self._too_slow(joined * self.margin.value, [*streams, r]) and self._kept_out < len(streams) * self._patience:
                     admitting, crowd = False, joined
                     continue
-            wanted = min(r.remaining, draft.left)
-            count = self.cost.room(shape, r.num_planned, wanted, limit)
-            if not count:
+            start = draft.start(r)
+            wanted = min(r.num_tokens - start, draft.left)
+            count = self.cost.room(shape, start, wanted, limit)
+            if not count and self._passed >= self._patience and len(shape) == len(draft.decoding):
+                count = min(wanted, LEAST)
+            if count < min(wanted, least):
                 return True, crowd
             taken = draft.admit(r, count) if waiting else draft.prefill(r, count)
             if not taken:  # for want of KV
@@ -186,7 +234,8 @@ class Slo:
             return several
 
         def urgency(r: Request) -> tuple[int, float]:
-            seconds = self.cost.seconds([(r.num_planned, r.remaining)])
+            start = draft.start(r)
+            seconds = self.cost.seconds([(start, r.num_tokens - start)])
             slo = self.slo if r.slo is None else self._merged(r.slo)
             due = self._due(r) if r.output else r.arrival + (0.0 if slo.ttft is None else slo.ttft.seconds)
             return r.priority, (due - draft.now - seconds) / seconds
@@ -211,39 +260,3 @@ def possible(slo: Targets, cost: CostModel) -> None:
                 f"the least that can be asked for is about {name}={ceil(1200 * least)}ms"
             )
 
-
-class Margin:
-    """What to multiply an expected time with so that it is exceeded as often as allowed, and no more: adaptive conformal inference
-    (Gibbs and Candes, NeurIPS 2021), whatever the cost model's error.
-
-    `value` is the quantile of the recent scores (measured over expected time) at 1 - `_miss`. A late token lowers `_miss`, one on
-    time raises it a little, so that in the long run `late_share` of all are late. `_miss` is kept near `late_share`: what was
-    saved up in quiet hours is not to be spent at once.
-    """
-
-    SCORES, FEW, FIRST, STEP, MOST = 256, 20, 1.25, 0.5, 3.0
-
-    def __init__(self, late_share: float):
-        self.late_share = late_share
-        self.value = self.FIRST
-        self._miss = late_share
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-        self._usual = 1.0
-
-    def learn(self, score: float | None, late: int, tokens: int) -> None:
-        """Of an iteration's `tokens` decodes, `late` were; `score` if the margin had a say in it."""
-        self._usual += 0.05 * (tokens - self._usual)
-        share = self.late_share
-        # One late iteration of the usual size moves _miss by half of late_share.
-        self._miss += self.STEP * share * (share * tokens - late) / self._usual
-        self._miss = min(max(self._miss, -share), self.MOST * share)
-        if score is not None:
-            insort(self._sorted, score)
-            self._recent.append(score)
-            if len(self._recent) > self.SCORES:
-                del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        size = len(self._sorted)
-        if size >= self.FEW:
-            quantile = self._sorted[min(size - 1, max(0, ceil((1 - self._miss) * (size + 1)) - 1))]
-            self.value = quantile * (1 + max(0.0, -self._miss) / share)
