@@ -34,8 +34,8 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_overlap", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin", "now",
-        "prefilling", "reason", "searched", "work",
+        "_block_size", "_overlap", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
+        "now", "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
     def __init__(self, scheduler: Scheduler, now: float):
@@ -82,7 +82,7 @@ class Draft:
                 self._passed.append(queue.pop())
 
     def start(self, request: Request) -> int:
-        """The position at which a request's next chunk begins: for a waiting one, the tokens that the prefix cache has of it now."""
+        """The position at which a request's next chunk begins. For a waiting request: the tokens found in the prefix cache now."""
         return self._scheduler.pool.look(request) if request.status is Status.WAITING else request.num_planned
 
     def cap(self, tokens: int, reason: str) -> None:

@@ -50,8 +50,8 @@ class Request:
 
     __slots__ = (
         "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "looked",
-        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens", "output",
-        "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
+        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens",
+        "output", "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
     )  # fmt: skip
 
     def __init__(

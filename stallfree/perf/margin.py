@@ -47,7 +47,7 @@ class Margin:
         self.late_share = late_share
         self.credit = MOST_CREDIT
         self._tracked = 1.25
-        self._usual = 1.0
+        self._usual = 0.0
         self._filled = 1.0
         self._lone_late = 0.0
         self._recent: deque[tuple[float, int, float]] = deque()
@@ -73,7 +73,7 @@ class Margin:
         over = score > self.value
         self._remember(now, score)
         aim = AIM * self.late_share
-        self._usual += HABIT * (tokens - self._usual)
+        self._usual += (HABIT if self._usual else 1.0) * (tokens - self._usual)
         size = tokens / self._usual
         late_size = late / self._usual
         self.credit = min(MOST_CREDIT, max(LEAST_CREDIT, self.credit + aim * size - late_size))

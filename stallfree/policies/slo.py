@@ -24,8 +24,8 @@ SMALL_BATCH = [(512, 1)] * 8
 """The decode iteration that this is counted in: what a few streams take that disturb each other little."""
 
 FLOOR = 0.25
-"""Prefill time that those who wait for prefill are owed, as a share of the time that decodes take by themselves, whatever the margin
-says: a stream is at most a quarter slower for it, and a lone prompt is computed within five times its prefill time."""
+"""The floor rate of prefill, as a share of the time that decodes take by themselves. It holds whatever the margin says. A stream is
+at most a quarter slower for it, and a lone prompt is computed within five times its own prefill time."""
 
 LEAST = 16
 """Tokens of the smallest chunk that is worth its fixed costs."""
@@ -95,8 +95,8 @@ class Slo:
         self.margin.learn(now, score, late, len(due), filled=len(due) < len(shape))
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
-        """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Its decodes
-        take `alone`; the first of them is due in `until`.
+        """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Decodes by
+        themselves take `alone` seconds; the first of them is due in `until` seconds.
 
         That is `until` over the margin, so that as few tokens are late as promised. But nobody starves. While the target leaves
         credit, those who wait get what they are owed, as long as decodes by themselves are in time; and also where they are not,
@@ -184,7 +184,8 @@ class Slo:
                 alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
                 joined = alone + self._stream(r)
-                if self._too_slow(joined * self.margin.value, [*streams, r]) and self._kept_out < len(streams) * self._patience:
+                patience = self._patience * (1 if self.margin.credit > 0 and joined <= self._gap(self.slo) else len(streams))
+                if self._kept_out < patience and self._too_slow(joined * self.margin.value, [*streams, r]):
                     admitting, crowd = False, joined
                     continue
             start = draft.start(r)
@@ -259,4 +260,3 @@ def possible(slo: Targets, cost: CostModel) -> None:
                 f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms; "
                 f"the least that can be asked for is about {name}={ceil(1200 * least)}ms"
             )
-

@@ -1,5 +1,6 @@
 """Whatever is called in whatever order, the accounts agree, the promise holds, and everybody gets their own tokens."""
 
+import random
 from collections import deque
 
 import hypothesis.strategies as st
@@ -13,9 +14,44 @@ from stallfree.policies import load, names
 from tests.virtual import answer
 
 
+class Reckless:
+    """A policy that says any verb of anybody, waiting, running, planned already or ended, with any number of tokens."""
+
+    reserve = "prompt"
+    stall_free = False
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.seen = []
+
+    def plan(self, draft):
+        rng = self.rng
+        self.seen = [*self.seen[-20:], *draft.running, *draft.waiting]
+        for _ in range(rng.randrange(2 * len(self.seen) + 2)):
+            r = rng.choice(self.seen) if self.seen else None
+            match rng.randrange(6) if r is not None else 5:
+                case 0 | 1:
+                    draft.decode(r)
+                case 2:
+                    draft.prefill(r, rng.choice([None, -1, 0, 1, 5, 1000]))
+                case 3:
+                    draft.admit(r, rng.choice([None, -1, 0, 1, 5, 1000]), whole=rng.random() < 0.3)
+                case 4 if rng.random() < 0.2 and r.status is Status.RUNNING and not r.in_flight:
+                    draft.preempt(r)
+                case 5 if rng.random() < 0.2:
+                    draft.cap(rng.randrange(-3, 60), "a whim")
+        if draft.empty:  # so that somebody is served in the end
+            for r in draft.decoding:
+                draft.decode(r)
+            for r in draft.prefilling:
+                draft.prefill(r)
+            for r in draft.waiting:
+                draft.admit(r, whole=True)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        policy=st.sampled_from(names()),
+        policy=st.one_of(st.sampled_from(names()), st.integers(0, 1000)),
         depth=st.sampled_from([1, 2, 3, "overlap"]),
         num_blocks=st.integers(6, 60),
         block_size=st.sampled_from([1, 4, 16]),
@@ -26,7 +62,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark):
         stages, overlap = (2, True) if depth == "overlap" else (depth, False)
         capacity = Capacity(block_size, num_blocks, 200, stages, overlap)
-        self.scheduler = Scheduler(load(policy), capacity, Limits(max_seqs, max_tokens, watermark))
+        self.scheduler = Scheduler(
+            load(policy) if isinstance(policy, str) else Reckless(policy), capacity, Limits(max_seqs, max_tokens, watermark)
+        )
         self.out = deque()
         self.everybody: list[Request] = []
         self.gone: list[Request] = []

@@ -1,15 +1,17 @@
 """The slo policy keeps its target whatever the load, uses its slack, and bears one client's impatience. In virtual time."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.core.plan import Capacity, Plan, Shape, StepResult
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo as Targets
+from stallfree.perf.fitted import Fitted
 from stallfree.policies import load
-from stallfree.policies.slo import Margin, Slo
+from stallfree.policies.slo import Slo
 
 TARGET_S = 0.1
 
@@ -135,14 +137,38 @@ def test_a_target_that_no_machine_like_this_meets_is_refused_with_what_could_be_
         load("slo", slo="tbt=2ms")
 
 
-def test_a_late_token_widens_the_margin_and_many_in_time_narrow_it():
-    margin = Margin(0.01)
-    for i in range(100):
-        margin.learn(1 + i % 10 / 100, 0, 8)
-    before = margin.value
-    margin.learn(1.5, 8, 8)
-    wide = margin.value
-    for i in range(1000):
-        margin.learn(1 + i % 10 / 100, 0, 8)
-    assert before < wide
-    assert margin.value < wide
+def cached_beside_a_stream(cached: int, *more: Request) -> tuple[Plan, Callable[[Shape], float]]:
+    """A stream decodes; a prompt waits, `cached` tokens of it in the prefix cache and 3,000 not, and `more` wait too. The next plan,
+    and the policy's prices."""
+    policy = Slo(Targets.parse("tbt=100ms"))
+    scheduler, cost, now = Scheduler(policy, Capacity(32, 4000, 8192)), Fitted(), 0.0
+
+    def step() -> Plan:
+        nonlocal now
+        plan = scheduler.schedule(now)
+        now += cost.seconds(plan.shape)
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+        return plan
+
+    scheduler.submit(Request("before", range(10_000, 14_000), 1))
+    while scheduler.requests:
+        step()
+    scheduler.submit(Request("stream", range(10), 100))
+    step()
+    for request in (*more, Request("cached", [*range(10_000, 10_000 + cached), *range(50_000, 53_000)], 10, arrival=now)):
+        scheduler.submit(request)
+    return step(), policy.cost.seconds
+
+
+@pytest.mark.parametrize("cached", [0, 1000, 1900, 3000, 3999])
+def test_a_chunk_of_a_cached_prompt_is_priced_from_where_it_begins(cached):
+    plan, seconds = cached_beside_a_stream(cached)
+    assert [("stream", 10), ("cached", cached // 32 * 32)] == [(w.id, w.start) for w in plan.work]
+    assert 0.05 <= seconds(plan.shape) <= 0.1
+
+
+def test_of_two_waiting_prompts_the_one_that_is_mostly_cached_is_the_short_one():
+    """4,000 tokens of which 3,968 are cached are served before 500 of which none is: both have waited equally long."""
+    rest = [*range(10_000, 14_000)]
+    plan, _ = cached_beside_a_stream(0, Request("new", range(70_000, 70_500), 10), Request("again", rest, 10))
+    assert ["stream", "again", "new"] == [w.id for w in plan.work][:3]
