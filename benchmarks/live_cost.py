@@ -100,7 +100,7 @@ def counted(slo: Slo, steps: list[StepRecord]) -> tuple[float, float]:
     metrics = Metrics("none", slo)
     scheduler = assemble(Options(executor="simulated")).engine.scheduler
     recording = [seconds(lambda step=step: metrics.record(step)) for step in steps]
-    scraping = [seconds(lambda: metrics.expose(scheduler)) for _ in range(20)]
+    scraping = [seconds(lambda: metrics.expose(scheduler, 0.0)) for _ in range(20)]
     return statistics.median(recording), statistics.median(scraping)
 
 

@@ -4,16 +4,20 @@ It says what the records and the account of stalls say, and adds no judgement of
 first arrival.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
 from stallfree.core.record import Arrived, Run, StepRecord
-from stallfree.metrics.stalls import Stall, StallAccount
+from stallfree.metrics.stalls import Stall, StallAccount, Wait
 
 WORST = 5
 """Of a long list, how many are shown."""
+
+VARYING = re.compile(r"until \S+ is due|[0-9]+(\.[0-9]+)?")
+"""What differs in reasons of one kind: numbers, and who is due."""
 
 
 class Explained:
@@ -27,10 +31,13 @@ class Explained:
         account = StallAccount(run.targets)
         self.stalls: list[list[Stall]] = []
         """Those of each record, in the same order."""
+        self.waits: list[Wait] = []
+        """First tokens that were waited for long."""
         self.prefills: list[dict[str, int]] = []
         """Tokens by request, of each record in the same order; all else in its work are decodes."""
         for r in records:
             self.stalls.append(account.record(r))
+            self.waits += account.waits
             self.prefills.append(dict(account.iteration.prefills))
         self.origin = min([records[0].t_plan, *(a.arrival for a in self.arrived.values())])
 
@@ -64,6 +71,10 @@ class Explained:
             yield "The longest waits for a token:"
         for s in worst:
             yield f"  {self._at(s.t)}, step {s.step}: {s.id} waited {_ms(s.gap_s)}; {s.words()}"
+        if self.waits:
+            yield f"{_number(len(self.waits), 'first token')} waited for long, the longest:"
+        for w in sorted(self.waits, key=lambda w: -w.seconds)[:WORST]:
+            yield f"  {self._at(w.t)}, step {w.step}: {w.id} waited {_ms(w.seconds)}; {w.words()}"
 
     def step(self, number: int) -> Iterator[str]:
         """One iteration: what it computed and for whom, how long it took, what limited it, and who was late. Raises ValueError for
@@ -156,14 +167,30 @@ class Explained:
             else ""
         )
         yield f"It waited {_ms(first.t_plan - a.arrival)}, {_number(len(waited), 'iteration')}, until step {first.step}{ahead}."
+        yield from self._withheld(waited)
         cached = [count for r in self.records for id, count in r.cached if id == a.id]
         found = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
-        chunks = [self.records[index] for index in scheduled if a.id in self.prefills[index]]
-        seconds = chunks[-1].t_end - first.t_start if chunks else 0.0
-        yield f"Its prompt was computed in {_number(len(chunks), 'chunk')} over {_ms(seconds)}{found}."
+        mine = [index for index in scheduled if a.id in self.prefills[index]]
+        seconds = self.records[mine[-1]].t_end - first.t_start if mine else 0.0
+        yield f"Its prompt was computed in {_number(len(mine), 'chunk')} over {_ms(seconds)}{found}."
+        between = sorted({*range(mine[0], mine[-1])} - {*mine}) if mine else []
+        if between:
+            yield f"Between its chunks {_number(len(between), 'iteration')} computed nothing of it."
+            yield from self._withheld(between)
         preempted = [r.step for r in self.records if a.id in r.preempted]
         if preempted:
             yield f"It was preempted for want of KV blocks before step{_list(map(str, preempted))}, and its KV computed again."
+
+    def _withheld(self, indices: Iterable[int]) -> Iterator[str]:
+        """Of these records, those in which nobody got prefill: how many, for each kind of reason that the policy gave."""
+        kinds: dict[str, list[StepRecord]] = {}
+        for index in indices:
+            if not self.prefills[index]:
+                r = self.records[index]
+                kinds.setdefault(VARYING.sub("", r.reason), []).append(r)
+        for alike in sorted(kinds.values(), key=len, reverse=True)[:WORST]:
+            last = alike[-1]
+            yield f"  {_number(len(alike), 'iteration')} held no prefill of anybody, the last one step {last.step}: {last.reason}."
 
     def _find(self, id: str) -> Arrived:
         found = [a for a in self.arrived if a.startswith(id)]

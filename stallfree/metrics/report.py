@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.stalls import LONG_WAIT_S
 from stallfree.metrics.timeline import Timeline
 
 COMPLETED = ("stop", "length")
@@ -41,6 +42,15 @@ class Stalls:
     after_s: float
     count: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class LongWaits:
+    """Requests that waited more than `after_s` seconds for their first token, whether it came or not: how many, and the longest."""
+
+    after_s: float
+    count: int
+    longest_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,8 @@ class Report:
 
     Over the requests: `ttft_s` (with a first token), `tpot_s` (mean gap, of those with two), `e2e_s` (arrival to last token, of the
     completed), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s` over the gaps of all requests,
-    pooled. `slo_attainment` by the target's name, and all targets together in `goodput`. None: there was no case, or no target.
+    pooled. `long_waits` by the target for TTFT, or `LONG_WAIT_S` without one. `slo_attainment` by the target's name, and all of the
+    targets together in `goodput`. None: there was no case, or no target.
     """
 
     completed: int
@@ -94,6 +105,7 @@ class Report:
     e2e_s: Quantiles | None
     scheduling_s: Quantiles | None
     stalls: Stalls | None
+    long_waits: LongWaits
     slo_attainment: dict[str, Attainment]
     goodput: Goodput | None
 
@@ -104,7 +116,7 @@ class Tally:
     def __init__(self, slo: Slo | None = None):
         self._slo = slo or Slo()
         self._arrivals, self._firsts, self._paces, self._whole = array("d"), array("d"), array("d"), array("d")
-        self._delays = array("d")
+        self._delays, self._in_vain = array("d"), array("d")
         self._gaps = _Pool()
         self._reasons: Counter[str] = Counter()
         self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
@@ -122,6 +134,8 @@ class Tally:
         if line.reason is not None:
             self._reasons[line.reason] += 1
             self._lost += not len(tokens)
+            if not len(tokens) and line.finished is not None:
+                self._in_vain.append(line.finished - line.arrival)
         good = len(tokens) > 0 and line.reason in COMPLETED
         if len(tokens):
             good = good and (slo.ttft is None or line.tokens[0] - line.arrival <= slo.ttft.seconds)
@@ -173,6 +187,7 @@ class Tally:
             e2e_s=_quantiles(np.array(self._whole)),
             scheduling_s=_quantiles(np.array(self._delays)),
             stalls=_stalls(gaps, slo.tbt),
+            long_waits=_long_waits(np.concatenate([firsts, self._in_vain]), slo.ttft),
             slo_attainment=attainment,
             goodput=Goodput(self._good / ended, self._good / seconds) if attainment and ended and seconds else None,
         )
@@ -206,6 +221,8 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
             values = (None if q is None else getattr(q, f.name) * 1e3 for q in found)
             rows.append([f"{name.upper()} {f.name}, ms", *map(_number, values)])
     rows.append(["stalls", *("-" if r.stalls is None else f"{r.stalls.count} (> {r.stalls.after_s * 1e3:.4g} ms)" for r in each)])
+    waits = (r.long_waits for r in each)
+    rows.append(["waits for a first token", *(f"{w.count} (> {w.after_s:.4g} s), longest {w.longest_s:.3g} s" for w in waits)])
     for name, target in dict.fromkeys((name, attained.target) for r in each for name, attained in r.slo_attainment.items()):
         rows.append([f"within {name}={target}", *(_in_time(r.slo_attainment.get(name)) for r in each)])
     if any(r.goodput for r in each):
@@ -240,6 +257,11 @@ def _stalls(gaps: "_Pool", target: Target | None) -> Stalls | None:
     after = target.seconds if target else STALL * gaps.percentiles([50], apart)[0] if apart else 0.0
     count = gaps.above(after)
     return Stalls(after, count, count / gaps.size)
+
+
+def _long_waits(waits: Floats, target: Target | None) -> LongWaits:
+    after = LONG_WAIT_S if target is None else target.seconds
+    return LongWaits(after, int((waits > after).sum()), float(waits.max(initial=0.0)))
 
 
 def _may_be_late(target: Target, tokens: int) -> int:

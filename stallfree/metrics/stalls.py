@@ -15,6 +15,9 @@ Cause = Literal["prefill", "decodes", "left out", "preempted", "unexpected"]
 NEVER = float("inf")
 TARGETS = ("ttft", "tbt", "tpot")
 CAUSES: tuple[str, ...] = get_args(Cause)
+LONG_WAIT_S = 10.0
+"""Without a target for TTFT a first token is waited for long from so many seconds on: as long as a person's attention stays with a
+dialogue (Nielsen, Usability Engineering, 1993, section 5.5)."""
 FAIR_SHARE = 0.9
 """Of the time between two tokens, what an iteration may take whose policy set it no limit; the rest is for all else."""
 
@@ -73,6 +76,27 @@ class Stall(NamedTuple):
                 return f"left out of step {step}, which took {took}"
 
 
+class Wait(NamedTuple):
+    """A first token that was waited for longer than the target for TTFT, or than `LONG_WAIT_S` without one. It came in iteration
+    `step`, at `t` (s, the run's), `seconds` after the request `id` had arrived. Of the `iterations` in between, `unserved` held no
+    prefill of anybody; `reason`: what the policy said of the last one of these.
+    """
+
+    step: int
+    t: float
+    id: str
+    seconds: float
+    iterations: int
+    unserved: int
+    reason: str
+
+    def words(self) -> str:
+        """What kept it waiting."""
+        if not self.unserved:
+            return f"in all of the {self.iterations} iterations until then, others or a part of it got prefill"
+        return f"{self.unserved} of the {self.iterations} iterations until then held no prefill at all; the last: {self.reason}"
+
+
 class Ended(NamedTuple):
     """A request that ended at `t`, in the run's seconds: its `arrival`, when it was first `scheduled`, when its `first` and its
     `last` token came (None for what never did). `in_time`: whether it met its targets: the first token came in time, and of the
@@ -102,15 +126,17 @@ class Ended(NamedTuple):
 
 
 class _Stream:
-    """A request that decodes: the `pace` (s) it was promised, when its `last` token came, and when its next one is `due`."""
+    """A request: the `pace` (s) it was promised, when its `last` token came, and when its next one is `due`. `met`: how many
+    iterations there had been when it arrived, and how many of these without prefill."""
 
     __slots__ = (
-        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "pace", "preemptions",
-        "prompt_tokens", "scheduled", "tokens", "ttft", "ttft_s", "waited",
+        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met", "pace",
+        "preemptions", "prompt_tokens", "scheduled", "tokens", "ttft", "ttft_s", "waited",
     )  # fmt: skip
 
-    def __init__(self, request: Arrived, slo: Slo):
+    def __init__(self, request: Arrived, slo: Slo, met: tuple[int, int]):
         pace = slo.tbt or slo.tpot
+        self.met = met
         self.arrival = request.arrival
         self.prompt_tokens = request.prompt_tokens
         self.ttft = slo.ttft
@@ -137,7 +163,9 @@ class StallAccount:
     Of the latest record: `stalls`; `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in
     seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness
     of the first tokens among those, all together; `slack`, seconds from planning until the first of its decodes was due (None if
-    none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended.
+    none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended;
+    `waits`, the first tokens in it that were waited for long; `waiting`, the arrivals of requests without a first token, in the
+    order in which they came.
     """
 
     def __init__(self, slo: Slo | None = None):
@@ -150,14 +178,25 @@ class StallAccount:
         self.stalls: list[Stall] = []
         self.ended: list[Ended] = []
         self.looked_up = 0
+        self.waits: list[Wait] = []
+        self.waiting: dict[str, float] = {}
+        self._counts = 0, 0
+        self._unserved = ""
         self._slo = slo or Slo()
         self._streams: dict[str, _Stream] = {}
+
+    @property
+    def oldest(self) -> tuple[str, float] | None:
+        """The id and the arrival of the first request in `waiting`."""
+        return next(iter(self.waiting.items()), None)
 
     def record(self, step: StepRecord) -> list[Stall]:
         """The stalls of one iteration."""
         stalls = self.stalls = []
+        self.waits = []
         self._meet(step.arrived)
         self.iteration = self._iteration(step)
+        self._count(step)
         gaps = self.gaps = []
         self.ttfts = []
         self.first_late_s = 0.0
@@ -190,7 +229,7 @@ class StallAccount:
             stream.tokens += 1
             if stream.last is None:
                 reached = reached or {id: start + count for id, start, count in step.work}
-                self._begin(stream, t, reached.get(id))
+                self._begin(id, stream, t, reached.get(id))
             else:
                 gaps.append(t - stream.last)
                 due = stream.due
@@ -211,7 +250,14 @@ class StallAccount:
     def _meet(self, requests: Iterable[Arrived]) -> None:
         for request in requests:
             slo = Slo.parse(request.slo).within(self._slo) if request.slo else self._slo
-            self._streams[request.id] = _Stream(request, slo)
+            self._streams[request.id] = _Stream(request, slo, self._counts)
+            self.waiting[request.id] = request.arrival
+
+    def _count(self, step: StepRecord) -> None:
+        iterations, unserved = self._counts
+        if not self.iteration.prefills:
+            self._unserved = step.reason
+        self._counts = iterations + 1, unserved + (not self.iteration.prefills)
 
     def _iteration(self, step: StepRecord) -> Iteration:
         """A decode is one token behind the prompt, or of one that had ended meanwhile; all else is prefill, what is computed again
@@ -224,12 +270,16 @@ class StallAccount:
         prefills.sort(key=lambda prefill: -prefill[1])
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))
 
-    def _begin(self, stream: _Stream, t: float, reached: int | None) -> None:
+    def _begin(self, id: str, stream: _Stream, t: float, reached: int | None) -> None:
         """The first token seen, sampled behind the token `reached`; the request's first if that was the prompt's last."""
         stream.first = t
+        self.waiting.pop(id, None)
         if reached == stream.prompt_tokens:
             ttft = t - stream.arrival
             self.ttfts.append(ttft)
+            if ttft > (LONG_WAIT_S if stream.ttft is None else stream.ttft.seconds):
+                iterations, unserved = (now - then for now, then in zip(self._counts, stream.met, strict=True))
+                self.waits.append(Wait(self.iteration.step, t, id, ttft, iterations, unserved, self._unserved))
             if stream.ttft is not None:
                 self.due["ttft"] += 1
                 if ttft > stream.ttft.seconds:
@@ -241,11 +291,12 @@ class StallAccount:
     def _deliver(self, came: Delivered, stream: _Stream) -> None:
         stream.scheduled, stream.cached, stream.tokens = came.asked, came.cached, 1
         self.looked_up += stream.prompt_tokens
-        self._begin(stream, came.t, stream.prompt_tokens)
+        self._begin(came.id, stream, came.t, stream.prompt_tokens)
         stream.last = came.t
 
     def _end(self, id: str, reason: str, t: float) -> Ended:
         stream = self._streams.pop(id)
+        self.waiting.pop(id, None)
         if reason not in ("abort", "error") and stream.last is not None:
             t = stream.last  # an earlier one than the iteration's, if a token that was delivered was the last
         in_time = None

@@ -209,6 +209,8 @@ def create_app(
     async def prometheus() -> Response:
         """Prometheus' text format."""
         prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
-        return Response(metrics.expose(engine.scheduler, prefill_engines), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(
+            metrics.expose(engine.scheduler, engine.clock(), prefill_engines), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
 
     return app

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import Iteration, Stall, StallAccount
+from stallfree.metrics.stalls import LONG_WAIT_S, Iteration, Stall, StallAccount, Wait
 
 KEPT = 512
 """Records that are kept for a look to come; whoever opens the page sees that many iterations back."""
@@ -40,6 +40,7 @@ class Judged(NamedTuple):
     gaps: list[float]
     ttfts: list[float]
     stalls: list[Stall]
+    waits: list[Wait]
 
 
 class Live:
@@ -53,10 +54,13 @@ class Live:
         self._rows: deque[tuple[Any, ...]] = deque(maxlen=ROWS)
         self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
         self._stalls: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._waits: deque[Wait] = deque(maxlen=STALLS)
+        self._oldest: tuple[str, float] | None = None
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
         """Keep one iteration, which `account` has just judged. Called in the engine's thread, after each."""
-        self._unseen.append(Judged(step, account.iteration, account.gaps, account.ttfts, account.stalls))
+        self._unseen.append(Judged(step, account.iteration, account.gaps, account.ttfts, account.stalls, account.waits))
+        self._oldest = account.oldest
 
     def look(self, now: float, since: int = -1) -> dict[str, Any]:
         """What is new behind step `since` at `now` (s, the run's), as JSON values, times in seconds:
@@ -64,14 +68,17 @@ class Live:
         `run`, another for each server; `rows`, oldest first: (step, t_start, t_end, decodes, prefill tokens, limit_s, budget,
         margin, running, waiting, free KV blocks); `more`, whether to ask again at once; `ttft` and `tbt` of the last minute:
         null, or count, p50, p90, p99 and the share that was late; `stalls`, the last ones, newest first: what one iteration is to
-        blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest.
+        blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest; `waits`, the last first
+        tokens that were waited for long, newest first, with what kept them in `words`; `longest_wait`, of those who still wait for a
+        first token the one that has waited longest, as `id` and `seconds`, or null; `long_wait_s`: how many seconds are long.
         """
         pieces = 0
         while self._unseen and pieces < PIECES:
             judged = self._unseen.popleft()
-            pieces += 1 + len(judged.gaps) + len(judged.stalls)
+            pieces += 1 + len(judged.gaps) + len(judged.stalls) + len(judged.waits)
             self._reduce(judged)
         rows = [row for row in self._rows if row[0] > since]
+        oldest = self._oldest
         seconds = [second for second in self._seconds if now - WINDOW_S <= second.at]
         return {
             "run": self._run,
@@ -80,10 +87,13 @@ class Live:
             "ttft": _summary([second.ttft for second in seconds]),
             "tbt": _summary([second.tbt for second in seconds]),
             "stalls": list(self._stalls.values())[::-1],
+            "waits": [wait._asdict() | {"words": wait.words()} for wait in reversed(self._waits)],
+            "longest_wait": oldest and {"id": oldest[0][:ID_CHARS], "seconds": now - oldest[1]},
+            "long_wait_s": LONG_WAIT_S if self.slo.ttft is None else self.slo.ttft.seconds,
         }
 
     def _reduce(self, judged: Judged) -> None:
-        step, iteration, gaps, ttfts, stalls = judged
+        step, iteration, gaps, ttfts, stalls, waits = judged
         self._rows.append(
             (
                 step.step,
@@ -109,6 +119,7 @@ class Live:
         second.tbt.add(gaps, sum(len(same) for (kind, _, _), same in alike.items() if kind == "late"))
         for key, same in alike.items():
             self._note(key, same)
+        self._waits += [wait._replace(id=wait.id[:ID_CHARS]) for wait in waits]
 
     def _note(self, key: tuple[str, str, int], same: list[Stall]) -> None:
         """One line for all that one iteration is to blame for in the same way: a long one makes everybody late."""

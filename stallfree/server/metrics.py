@@ -60,7 +60,9 @@ class Metrics(Collector):
         self._judged = dict.fromkeys(TARGETS, 0)
         self._in_time = dict.fromkeys(TARGETS, 0)
         self._first_late_s = self._bubble_s = 0.0
-        self._errors = self._preemptions = self._left_out = self._prompt = self._looked_up = self._found = self._generated = 0
+        self._errors = self._preemptions = self._left_out = self._prompt = self._long_waits = self._looked_up = self._found = (
+            self._generated
+        ) = 0
         self._judged_requests = self._requests_in_time = 0
         self._handoffs = dict.fromkeys(HANDOFFS, 0)
         self._transfer_bytes, self._transfer_s, self._decode_s = 0, 0.0, 0.0
@@ -103,6 +105,7 @@ class Metrics(Collector):
                 self._judged[target] += account.due[target]
                 self._in_time[target] += account.due[target] - account.late[target]
             self._first_late_s += account.first_late_s
+            self._long_waits += len(account.waits)
             for stall in account.stalls:
                 if stall.kind == "late":
                     self._late[stall.cause] += 1
@@ -110,10 +113,12 @@ class Metrics(Collector):
             self._end()
             return account
 
-    def expose(self, scheduler: Scheduler, prefill_engines: tuple[int, int] | None = None) -> bytes:
-        """The text format, with the gauges as they are now: the last record may be old, for an idle engine writes none.
-        `prefill_engines`: of an engine that asks others, how many are connected, and how many there should be.
+    def expose(self, scheduler: Scheduler, now: float, prefill_engines: tuple[int, int] | None = None) -> bytes:
+        """The text format, with the gauges as they are at `now` (s, the run's): the last record may be old, since an idle engine
+        writes none. `prefill_engines`: of an engine that asks others, how many are connected, and how many there should be.
         """
+        with self._lock:
+            oldest = self._account.oldest
         blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
         self._gauges = {
             "running_requests": len(scheduler.running),
@@ -121,6 +126,7 @@ class Metrics(Collector):
             "kv_blocks": blocks,
             "free_kv_blocks": free,
             "kv_usage_ratio": 1 - free / blocks,
+            "longest_wait_seconds": 0.0 if oldest is None else now - oldest[1],
         }
         if prefill_engines is not None:
             self._gauges["prefill_engines"], self._gauges["prefill_engines_configured"] = prefill_engines
@@ -171,6 +177,7 @@ class Metrics(Collector):
         yield _counter("decode_stall_seconds", "Lateness of the tokens that came after they were due.", self._late_s, "cause")
         yield _counter("late_tokens", "Tokens that came after they were due, but for first ones.", self._late, "cause")
         yield _counter("first_token_late_seconds", "Lateness of first tokens.", self._first_late_s)
+        yield _counter("long_waits", "First tokens that came after their target, or after 10 s without one.", self._long_waits)
         yield _counter("stalled_decodes", "Ready decodes that got no token in an iteration.", self._left_out)
         yield _counter("slo_tokens", "Tokens that a target said when were due.", self._judged, "target")
         yield _counter("slo_tokens_in_time", "Of those, the ones that came in time.", self._in_time, "target")
@@ -211,6 +218,7 @@ GAUGES = {
     "kv_blocks": "KV blocks there are.",
     "free_kv_blocks": "KV blocks that are free, or hold only what the prefix cache can drop.",
     "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
+    "longest_wait_seconds": "How long the oldest request without a first token has waited for it.",
     "prefill_engines": "Prefill engines that are connected.",
     "prefill_engines_configured": "Prefill engines that were configured.",
 }

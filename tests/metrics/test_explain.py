@@ -7,6 +7,7 @@ from stallfree.core.record import Run
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits
 from stallfree.metrics.explain import Explained
+from stallfree.perf.fitted import Fitted
 from stallfree.policies.prefill_first import PrefillFirst
 from stallfree.policies.slo import Slo
 from tests.virtual import run
@@ -73,3 +74,27 @@ def test_what_is_not_there_is_named(stopped):
         list(stopped.request("short"))
     with pytest.raises(ValueError, match="holds no iterations"):
         Explained(stopped.run, [])
+
+
+@pytest.fixture(scope="module")
+def kept_waiting() -> Explained:
+    """Two streams that fill the target by themselves, and a prompt that waits."""
+    streams = [Request(f"stream-{i}", range(100 * i, 100 * i + 20), 1200) for i in range(2)]
+    requests = [*streams, Request("patient", range(5000, 5400), 5, arrival=1.0)]
+    slo = "tbt=14ms@p99,ttft=500ms"
+    return Explained(
+        Run("slo", CAPACITY, Limits(), slo=slo), run(Slo(slo, Fitted((0.010, 0.04, 0.02, 0.02, 0, 0))), requests, CAPACITY)
+    )
+
+
+def test_a_request_says_what_kept_its_prompt_waiting(kept_waiting):
+    said = "\n".join(kept_waiting.request("patient"))
+    assert "iterations held no prefill of anybody, the last one step" in said
+    assert "until stream-" in said
+
+
+def test_the_whole_names_the_longest_waits_for_a_first_token(kept_waiting):
+    said = "\n".join(kept_waiting.on_the_whole())
+    assert "waited for long, the longest:" in said
+    assert "patient waited" in said
+    assert "iterations until then held no prefill at all; the last:" in said

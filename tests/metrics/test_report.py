@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stallfree.core.slo import Slo
-from stallfree.metrics.report import Attainment, Quantiles, Tally, report, table
+from stallfree.metrics.report import Attainment, LongWaits, Quantiles, Tally, report, table
 from stallfree.metrics.timeline import Timeline
 
 
@@ -120,3 +120,14 @@ def test_a_tally_and_a_list_amount_to_the_same():
     for line in reversed(lines):
         tally.add(line)
     assert report(lines, Slo.parse("tbt=100ms,ttft=1s"), 10.0) == tally.report(10.0)
+
+
+def test_a_long_wait_for_a_first_token_is_counted_whether_it_came_or_not():
+    gave_up = Timeline("x", 0, 10, finished=40.0, reason="abort")
+    result = report([*TWO, line(0, [287, 288]), gave_up])
+    assert LongWaits(10.0, 2, 287.0) == result.long_waits
+    assert ["waits for a first token", "2 (> 10 s), longest 287 s"] in table({"run": result})
+
+
+def test_a_target_for_ttft_says_what_a_long_wait_is():
+    assert LongWaits(0.5, 2, 1.0) == report(TWO, Slo.parse("ttft=500ms")).long_waits

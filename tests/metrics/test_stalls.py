@@ -158,3 +158,20 @@ def test_whole_runs_have_as_many_stalls_and_late_tokens_as_their_timelines_say(p
     stalls = judge(records)
     assert expected == tuple(sum(s.kind == kind for s in stalls) for kind in ("left out", "late"))
     assert {"long"} >= {stall.culprits[0][0] for stall in stalls}
+
+
+def test_a_long_wait_says_how_many_iterations_held_no_prefill_and_why():
+    lone = [("a", 10, 1)]
+    steps = [
+        FIRST,
+        step(1, 0.02, 0.06, lone, arrived=[arrived("b", arrival=0.02)], reason="99 ms until a is due"),
+        step(2, 0.06, 0.10, [*lone, ("b", 0, 5)]),
+        step(3, 0.10, 12.0, lone, reason="one more stream would be too many"),
+        step(4, 12.0, 12.1, [*lone, ("b", 5, 5)], emitted=["a", "b"]),
+    ]
+    account = StallAccount(TBT)
+    for record in steps:
+        account.record(record)
+    (wait,) = account.waits
+    assert ("b", 4, 12.08, 4, 2) == (wait.id, wait.step, pytest.approx(wait.seconds), wait.iterations, wait.unserved)
+    assert "2 of the 4 iterations until then held no prefill at all; the last: one more stream" in wait.words()

@@ -138,8 +138,10 @@ def test_a_target_that_no_machine_like_this_meets_is_refused_with_what_could_be_
 
 
 def cached_beside_a_stream(cached: int, *more: Request) -> tuple[Plan, Callable[[Shape], float]]:
-    """A stream decodes; a prompt waits, `cached` tokens of it in the prefix cache and 3,000 not, and `more` wait too. The next plan,
-    and the policy's prices."""
+    """A stream decodes; a prompt waits, `cached` tokens of it in the prefix cache and 3,000 not, and `more` wait too.
+
+    The next plan, and the policy's prices.
+    """
     policy = Slo(Targets.parse("tbt=100ms"))
     scheduler, cost, now = Scheduler(policy, Capacity(32, 4000, 8192)), Fitted(), 0.0
 

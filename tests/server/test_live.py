@@ -127,3 +127,22 @@ def test_a_server_without_a_target_reports_only_who_was_left_out():
     live = Recorded("prefill-first")
     live.keep(FIRST, step(1, 0.1, 9.0, [("b", 0, 30)], arrived=[arrival("b", 30)], stalled=["a"]))
     assert ["left out"] == [stall["kind"] for stall in live.look(10.0)["stalls"]]
+
+
+def test_a_first_token_that_was_waited_for_long_is_shown_with_what_kept_it(live):
+    (wait,) = live.look(1.0)["waits"]
+    assert ("b", 1, 0.3) == (wait["id"], wait["step"], wait["seconds"])
+    assert "others or a part of it got prefill" in wait["words"]
+
+
+def test_who_still_waits_for_a_first_token_is_shown_while_it_waits():
+    live = Recorded("slo", TBT)
+    live.keep(FIRST)
+    assert None is live.look(1.0)["longest_wait"]
+    live.keep(step(1, 0.1, 0.2, [("a", 10, 1)], arrived=[arrival("patient-request"), arrival("later")]))
+    assert {"id": "patient-", "seconds": 287.0} == live.look(287.0)["longest_wait"]
+    assert 0.15 == live.look(287.0)["long_wait_s"]
+    live.keep(step(2, 287.0, 287.1, [("patient-request", 0, 10)]))
+    assert "later" == live.look(288.0)["longest_wait"]["id"]
+    live.keep(step(3, 288.0, 288.1, [], finished=[Finished("later", "abort")]))
+    assert None is live.look(289.0)["longest_wait"]

@@ -95,6 +95,9 @@ function latency(about) {
   line($("tbt"), about.tbt, tbt ?? tpot);
   const counted = [about.ttft, about.tbt].map((times) => (times?.count ?? 0).toLocaleString("en"));
   $("latency-note").textContent = `of ${counted[0]} first tokens and ${counted[1]} others`;
+  const wait = about.longest_wait;
+  $("wait-note").textContent = wait ? `${wait.id} has waited ${duration(wait.seconds)} for its first token` : "";
+  $("wait-note").dataset.state = wait && wait.seconds > about.long_wait_s ? "trouble" : "";
 }
 
 function line(row, times, target) {
@@ -109,13 +112,15 @@ let listed = "";
 
 function stalls(about) {
   const paced = about.targets.tbt ?? about.targets.tpot;
-  $("stalls-note").textContent = about.stalls.length
+  $("stalls-note").textContent = about.stalls.length || about.waits.length
     ? ""
     : `No decode was left out${paced ? ", and no token was late" : ""}.${paced ? "" : " Tokens are late only where there is a target: --slo tbt=100ms."}`;
-  const now = JSON.stringify(about.stalls);
+  const waits = about.waits.map((wait) => ({ ...wait, kind: "waited", gap_s: wait.seconds, count: 1 }));
+  const all = [...about.stalls, ...waits].sort((a, b) => b.t - a.t);
+  const now = JSON.stringify(all);
   if (now === listed) return; // so that text that is being selected stays
   listed = now;
-  $("stalls").replaceChildren(...about.stalls.map((stall) => item(stall, about.now)));
+  $("stalls").replaceChildren(...all.map((stall) => item(stall, about.now)));
 }
 
 function item(stall, now) {
@@ -125,7 +130,7 @@ function item(stall, now) {
   const who = stall.count > 1 ? `${stall.id} +${(stall.count - 1).toLocaleString("en")}` : stall.id;
   const time = element("time", at.toLocaleTimeString("en", { hour12: false }));
   time.dateTime = at.toISOString();
-  head.append(element("b", stall.kind), element("span", `${duration(stall.gap_s)} gap`), element("span", who), time);
+  head.append(element("b", stall.kind), element("span", `${duration(stall.gap_s)} ${stall.kind === "waited" ? "to its first token" : "gap"}`), element("span", who), time);
   li.append(head, stall.words);
   return li;
 }
