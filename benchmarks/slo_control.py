@@ -10,7 +10,8 @@ arrivals.
 minute before: less no policy can reach. Capacity is interpolated between the last rate that passes and the next (see
 `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one core for 30
 s; counted are iterations from its beginning, and from its end, until the share of late tokens over the next 200 is back within
-the percentile.
+the percentile. And a server that is stopped four times for half a second while a stream runs and short prompts come: how long a
+prompt of 200 tokens waits for its first token after that, under the default target and under a fixed budget.
 
     python benchmarks/slo_control.py --plot docs/images/slo_control.png
     python benchmarks/slo_control.py --disturb
@@ -18,6 +19,7 @@ the percentile.
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -34,7 +36,7 @@ from stallfree.core.record import StepRecord, read
 from stallfree.core.slo import Slo, Target
 from stallfree.metrics import plot
 from stallfree.metrics.stalls import StallAccount
-from stallfree.workload.workload import Workload
+from stallfree.workload.workload import Arrival, Workload
 
 TIMES = (1.5, 3.0, 10.0)
 BUDGETS = (16, 32, 64, 96, 128, 512, 2048)
@@ -43,6 +45,9 @@ ALONE = 40
 """Requests that are sent one after another."""
 LOOK_BACK = 200
 CORE_TAKEN_S = 30.0
+STOPS, STOPPED_S = 4, 0.5
+PROMPT_AFTER_S = 5.0
+"""Seconds within which a prompt of 200 tokens has its first token after the stops."""
 DISTURBED_RATES = (0.5, 1.5)
 """Requests per second for the second and the third target: a third of what was found to be their capacity."""
 
@@ -167,6 +172,35 @@ def disturb(target: Target, rate: float) -> list[dict[str, Any]]:
     return [recovery(records, target, *phase) for phase in zip(("one core taken", "and given back"), moments, strict=True)]
 
 
+def stops(name: str, options: list[str]) -> dict[str, Any]:
+    """A stream of 400 tokens runs and a prompt of 100 comes every 0.4 s while the server is stopped; then one of 200 comes."""
+    gap = 2 * STOPPED_S
+    first = 2.0
+    last = first + STOPS * gap
+    stream = Arrival(0.0, 100, 1200)
+    short = [Arrival(0.4 * i, 100, 5) for i in range(1, int(last / 0.4))]
+    prompt = Arrival(last, 200, 5)
+
+    def pause(process: int) -> None:
+        time.sleep(first)
+        for _ in range(STOPS):
+            os.kill(process, signal.SIGSTOP)
+            time.sleep(STOPPED_S)
+            os.kill(process, signal.SIGCONT)
+            time.sleep(gap - STOPPED_S)
+
+    with server(options) as url:
+        side = Server(url)
+        side.warm_up()
+        (process,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        thread = threading.Thread(target=pause, args=[int(process)])
+        thread.start()
+        lines = side.run([stream, *short, prompt]).lines
+        thread.join()
+    ttft = max(lines, key=lambda line: line.arrival).ttft
+    return {"policy": name, "stops of 0.5 s": STOPS, "TTFT of 200 tokens after them, s": ttft, "limit, s": PROMPT_AFTER_S}
+
+
 def recovery(records: list[StepRecord], target: Target, phase: str, moment: float) -> dict[str, Any]:
     account = StallAccount(Slo(tbt=target))
     late, tokens, first = [], [], None
@@ -206,8 +240,11 @@ def main() -> None:
     print(f"lone decode iteration: {lone * 1e3:.1f} ms")
     targets = [Target(round(times * lone, 4), 99.0) for times in TIMES]
     if args.disturb:
-        rows = [row for target, rate in zip(targets[1:], DISTURBED_RATES, strict=True) for row in disturb(target, rate)]
-        show("One core taken for 30 s", rows, facts, args.json)
+        sides = {"slo, the default target": [], "sarathi 64": ["--policy", "sarathi", "--token-budget", "64"]}
+        show("A server stopped", [stops(name, options) for name, options in sides.items()], facts, None)
+        if not args.quick:
+            rows = [row for target, rate in zip(targets[1:], DISTURBED_RATES, strict=True) for row in disturb(target, rate)]
+            show("One core taken for 30 s", rows, facts, args.json)
         return
     seconds, budgets = (8.0, (128,)) if args.quick else (30.0, BUDGETS)
     loads, found = sweep(targets, seconds, budgets, args.plot)

@@ -69,8 +69,8 @@ class Live:
         margin, running, waiting, free KV blocks); `more`, whether to ask again at once; `ttft` and `tbt` of the last minute:
         null, or count, p50, p90, p99 and the share that was late; `stalls`, the last ones, newest first: what one iteration is to
         blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest; `waits`, the last first
-        tokens that were waited for long, newest first, with what kept them in `words`; `longest_wait`, of those who still wait for a
-        first token the one that has waited longest, as `id` and `seconds`, or null; `long_wait_s`: how many seconds are long.
+        tokens that were waited for long, newest first, with what kept them in `words`; `longest_wait`, of those that still wait for
+        a first token the longest, as `id` and `seconds`, or null; `long_wait_s`: how many seconds are long.
         """
         pieces = 0
         while self._unseen and pieces < PIECES:
