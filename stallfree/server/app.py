@@ -106,6 +106,7 @@ def create_app(
                 requests,
                 intake.stops(body),
                 include_stop=bool(body.include_stop_str_in_output),
+                continues=kind is Completions,
                 fetch=fetches(request.headers.get(PREFILL)),
             )
         except Refused as refusal:
