@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Self
 
-from stallfree.core.request import Request
+from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import Options, assemble
 from stallfree.engine.engine import Output
 
@@ -117,6 +117,10 @@ class LLM:
             raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
         ids = self._engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stop_ids = given.pop("stop_ids", frozenset()) | (frozenset() if ignore_eos else self._engine.text.eos_ids)
+        for field, asked in (("prompt", ids), ("stop_ids", list(stop_ids)), ("logit_bias", list(given.get("logit_bias", ())))):
+            if (wrong := self._engine.text.lacks(asked)) is not None:
+                size = self._engine.text.vocab_size
+                raise Refused(f"{field}: token id {wrong} is outside the vocabulary (0 to {size - 1})", field)
         given.setdefault("seed", secrets.randbits(32))
         room = self._engine.scheduler.max_len - len(ids)
         request = Request(

@@ -161,7 +161,7 @@ def create_app(
     async def detokenize(body: schema.DetokenizeRequest) -> schema.Prompt:
         """The text of token ids, special tokens included."""
         check_model(body.model)
-        intake.check_ids(body.tokens, text.vocab_size, "tokens")
+        intake.check_ids(body.tokens, text, "tokens")
         return schema.Prompt(prompt=text.decode(body.tokens, skip_special=False))
 
     @app.get("/health")

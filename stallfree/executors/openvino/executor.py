@@ -14,7 +14,7 @@ import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
-from stallfree.executors.checks import needed_blocks
+from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
@@ -88,13 +88,14 @@ class OpenVINOExecutor:
         self._warm_up()
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run."""
+        """Runs the plan, without work that cannot be run. Raises ValueError, with no harm done, if none can."""
         started = time.perf_counter()
-        sampled = [work for work in plan.work if work.samples]
-        ends = np.cumsum([work.count for work in plan.work], dtype=np.int32)
-        logits = self._forward(plan.work, ends[[work.samples for work in plan.work]] - 1)
-        tokens, details, failed = sample(logits, sampled)
-        self._results.append(StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed))
+        work, refused = sift(plan.work, self._packed)
+        ends = np.cumsum([w.count for w in work], dtype=np.int32)
+        logits = self._forward(work, ends[[w.samples for w in work]] - 1)
+        tokens, details, failed = sample(logits, [w for w in work if w.samples])
+        seconds = time.perf_counter() - started
+        self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed))
 
     def collect(self) -> StepResult:
         return self._results.pop(0)
