@@ -122,7 +122,9 @@ class Text:
         text. Raises TextError if there is no template, or if it refuses.
         """
         template = self._template(tools)
-        given = {"messages": messages, "tools": tools, "documents": documents, **extra}
+        # A key without a value is one that is not there: templates ask whether a message has tool calls.
+        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = {"messages": plain, "tools": tools, "documents": documents, **extra}
         if not control:
             given = self._marked(given, self._parted(template))
         text = template.render({**self._specials, "add_generation_prompt": generation_prompt, **given})
