@@ -126,7 +126,7 @@ def read_gguf(path: Path) -> Checkpoint:
     stored = _tensors(header, num_tensors, size(metadata, "general.alignment", str(path), 32))
     config, tensors = _config(metadata, stored, path)
     check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(_read, config, tensors), metadata)
+    return Checkpoint(path, config, partial(_read, config, tensors), metadata, (path,))
 
 
 def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:

@@ -68,8 +68,8 @@ class Text:
 
     @classmethod
     def from_folder(cls, folder: Path, vocab_size: int | None = None) -> "Text":
-        """From a Hugging Face folder: tokenizer.json, tokenizer_config.json, the templates that lie beside them, and the end tokens
-        of (generation_)config.json."""
+        """From a Hugging Face folder: tokenizer.json, what tokenizer_config.json (or special_tokens_map.json) says of it, the chat
+        templates, and the end tokens of (generation_)config.json."""
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise TextError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there (save_pretrained)")
@@ -78,7 +78,8 @@ class Text:
         except Exception as error:  # the library raises bare Exception
             raise TextError(f"{file}: {error}") from error
         own, *configs = [_json(folder / n) for n in ("tokenizer_config.json", "generation_config.json", "config.json")]
-        specials = {name: text for name in SPECIALS if (text := _content(own.get(name)))}
+        named = _json(folder / "special_tokens_map.json") | own
+        specials = {name: text for name in SPECIALS if (text := _content(named.get(name)))}
         eos_ids: set[int] = set()
         for config in configs:
             ids = config.get("eos_token_id")

@@ -8,6 +8,7 @@ import pytest
 
 from stallfree.checkpoint import CheckpointError, open_checkpoint
 from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.checkpoint.identity import identity
 from tests.models import TINY, change_json
 
 CONFIG = {
@@ -213,3 +214,106 @@ def test_a_damaged_header_is_refused(folder: Path, entry: object) -> None:
     text = json.dumps({"model.norm.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
     refused(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def parts(folder: Path, wanted: object = None) -> dict[str, tuple[int, ...]]:
+    """The model's tensors in two numbered files, with an index; gives their shapes."""
+    shapes = open_checkpoint(folder).config.tensors()
+    (folder / "model.safetensors").unlink()
+    names = sorted(shapes)
+    weight_map = {}
+    for number, some in enumerate((names[:7], names[7:]), 1):
+        write(folder / f"model-0000{number}-of-00002.safetensors", {n: shapes[n] for n in some})
+        weight_map |= dict.fromkeys(some, f"model-0000{number}-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map} if wanted is None else wanted))
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "adapter_model.safetensors",
+        "model.safetensors",
+        "model-00001-of-00003.safetensors",
+        "optimizer.safetensors",
+    ],
+)
+def test_the_index_says_which_files_count(folder: Path, name: str) -> None:
+    shapes = parts(folder)
+    (folder / name).write_bytes(b"is not read")
+    checkpoint = open_checkpoint(folder)
+    assert ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] == [f.name for f in checkpoint.files]
+    for tensor, shape in shapes.items():
+        np.testing.assert_array_equal(values(tensor, shape), checkpoint.read(tensor))
+    before = identity(checkpoint)
+    (folder / name).write_bytes(b"something else")
+    assert before == identity(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+def test_without_an_index_the_whole_model_counts(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"is not read")
+    assert ["model.safetensors"] == [file.name for file in open_checkpoint(folder).files]
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_without_an_index_numbered_parts_count(folder: Path, name: str) -> None:
+    parts(folder)
+    (folder / INDEX).unlink()
+    (folder / name).write_bytes(b"is not read")
+    assert 2 == len(open_checkpoint(folder).files)
+
+
+def test_where_two_files_have_a_tensor_the_index_says_whose_it_is(folder: Path) -> None:
+    shapes = parts(folder)
+    name = sorted(shapes)[0]
+    other = {n: shapes[n] for n in [*sorted(shapes)[7:], name]}
+    write(folder / "model-00002-of-00002.safetensors", other)
+    assert {"model-00001-of-00002.safetensors"} == {Path(file).name for file in [open_checkpoint(folder).read.args[0][name][0]]}
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_a_folder_without_a_model_names_what_it_has(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    assert f"only {name}, which holds no whole model" in refused(folder)
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there_is_named(folder: Path) -> None:
+    parts(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "names model-00002-of-00002.safetensors, which is not there" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "'weight_map' is no object"),
+        ('{"weight_map": {}}', "'weight_map' is no object"),
+        ('{"weight_map": ["model.safetensors"]}', "'weight_map' is no object"),
+        ('{"weight_map": {"model.norm.weight": 7}}', "'weight_map' is no object"),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "'../elsewhere.safetensors' is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "'/etc/x.safetensors' is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "x/../../y.safetensors"}}', "is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "'pytorch_model.bin' is no safetensors file"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_named(folder: Path, content: str, message: str) -> None:
+    (folder / INDEX).write_text(content)
+    said = refused(folder)
+    assert INDEX in said
+    assert message in said
+
+
+def test_an_index_may_name_files_in_folders_below(folder: Path) -> None:
+    shapes = open_checkpoint(folder).config.tensors()
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "all.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(shapes, "weights/all.safetensors")}))
+    assert [folder / "weights" / "all.safetensors"] == list(open_checkpoint(folder).files)
