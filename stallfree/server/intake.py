@@ -32,21 +32,25 @@ LONG_TEXT = 10_000
 """Characters from which prompts are tokenised in a thread: it takes milliseconds, in which no stream could move."""
 
 
-async def encode(text: Text, string: str, *, special: bool = True) -> list[int]:
-    return await _run(len(string), partial(text.encode, string, special=special))
+async def encode(text: Text, string: str, *, special: bool = True, control: bool = True) -> list[int]:
+    return await _run(len(string), partial(text.encode, string, special=special, control=control))
 
 
-async def conversation(text: Text, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
-    """Token ids of `messages` through the model's template. TextError if it refuses them, ApiError for content that is no text."""
+async def conversation(
+    text: Text, messages: Sequence[Message], *, generation_prompt: bool = True, control: bool = True
+) -> list[int]:
+    """Token ids of `messages` through the model's template; without `control` only its own control tokens are any. TextError if it
+    refuses them, ApiError for content that is no text, and for tokens that the model does not have.
+    """
     plain = [_plain(i, message) for i, message in enumerate(messages)]
     length = sum(len(message["content"]) for message in plain)
-    ids = await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt))
+    ids = await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt, control=control))
     check_ids(ids, text, "messages")
     return ids
 
 
-async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[list[int], str]]:
-    """The token ids of each prompt, and its text if it is to be echoed.
+async def prompts(text: Text, body: CompletionRequest, most: int, *, control: bool = True) -> list[tuple[list[int], str]]:
+    """The token ids of each prompt, in which control tokens are recognised if `control`, and its text if it is to be echoed.
 
     ApiError for token ids, given or of a text, that the model does not have, and for prompts that make more than `most` choices.
     """
@@ -57,7 +61,7 @@ async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[
         raise ApiError(400, message, param="prompt" if len(several) > most else "n")
 
     def encoded() -> list[tuple[list[int], str]]:
-        return [_prompt(text, one, bool(body.echo)) for one in several]
+        return [_prompt(text, one, bool(body.echo), control) for one in several]
 
     return await _run(sum(map(len, several)), encoded)
 
@@ -66,8 +70,8 @@ async def _run(length: int, work: Callable[[], T]) -> T:
     return work() if length < LONG_TEXT else await asyncio.to_thread(work)
 
 
-def _prompt(text: Text, given: str | list[int], echo: bool) -> tuple[list[int], str]:
-    ids = text.encode(given) if isinstance(given, str) else given
+def _prompt(text: Text, given: str | list[int], echo: bool, control: bool) -> tuple[list[int], str]:
+    ids = text.encode(given, control=control) if isinstance(given, str) else given
     check_ids(ids, text, "prompt")
     return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
 
