@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from stallfree.checkpoint.config import (
     check_tensors,
     positive,
     rotary_frequencies,
+    rotary_limit,
+    rotary_scale,
     size,
 )
 
@@ -84,8 +87,7 @@ def _config(path: Path) -> ModelConfig:
         head_dim=head_dim,
         ffn_size=size(values, "intermediate_size", source),
         norm_eps=positive(values, "rms_norm_eps", source),
-        inv_freq=_rotary(values, head_dim, source),
-        max_model_len=size(values, "max_position_embeddings", source),
+        **_rotary(values, head_dim, size(values, "max_position_embeddings", source), source),
         windows=_windows(values, num_layers, source),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=bias or family == "qwen2",
@@ -122,8 +124,7 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         head_dim=hidden // num_heads,
         ffn_size=size(values, "ffn_hidden_size", source, 4 * hidden),
         norm_eps=positive(values, "layer_norm_epsilon", source, 1e-5),
-        inv_freq=_rotary(values, hidden // num_heads, source),
-        max_model_len=size(values, "max_position_embeddings", source, 2048),
+        **_rotary(values, hidden // num_heads, size(values, "max_position_embeddings", source, 2048), source),
         windows=(0,) * num_layers,
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
         mlp_bias=bool(values.get("bias", False)),
@@ -134,15 +135,21 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
     return check(config, source)
 
 
-def _rotary(values: dict[str, object], head_dim: int, source: str) -> tuple[float, ...]:
-    """Radians per position of each rotary pair. Raises CheckpointError for positions that are not supported."""
+def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str) -> dict[str, Any]:
+    """`inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for what is not supported."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
     if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
     theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
-    return rotary_frequencies(head_dim, theta, scaling, source)
+    if (original := values.get("original_max_position_embeddings")) is not None:
+        scaling = scaling | {"original_max_position_embeddings": original}
+    return {
+        "inv_freq": rotary_frequencies(head_dim, theta, scaling, source, longest),
+        "rope_scale": rotary_scale(scaling, source, longest),
+        "max_model_len": rotary_limit(scaling, source, longest),
+    }
 
 
 def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[int, ...]:
