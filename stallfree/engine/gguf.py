@@ -2,7 +2,7 @@
 (src/llama-vocab.cpp), built for the `tokenizers` library. It knows no model and no chat template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
@@ -74,11 +74,11 @@ class Vocabulary:
 
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         values = self._metadata.get(KEY + name, [])
-        if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise TextError(f"{KEY}{name} is no list of {kind.__name__}; the file is damaged, fetch it again")
         if length is not None and values and len(values) != length:
             raise TextError(f"{KEY}{name} has {len(values)} entries for {length} tokens; the file is damaged, fetch it again")
-        return list(values)
+        return values
 
     def _id(self, name: str, usual: int | None) -> int | None:
         id, size = self._metadata.get(KEY + name), len(self._tokens)
@@ -126,8 +126,10 @@ class Vocabulary:
     def _sentencepiece(self) -> Tokenizer:
         """SentencePiece's BPE keeps scores instead of merges: a merge is any split of a token into two others, best score first."""
         tokens, ids = self._tokens, self._ids
-        scores = self._list("scores", (int, float), len(tokens))  # type: ignore[arg-type]
-        ranked = sorted(range(len(tokens)), key=lambda i: -scores[i] if scores else 0.0)
+        scores = self._list("scores", float, len(tokens))
+        if not scores:
+            raise TextError(f"{KEY}scores is missing, without which no text can be cut into tokens; fetch the file again")
+        ranked = sorted(range(len(tokens)), key=lambda i: -scores[i])
         merges = [
             (token[:cut], token[cut:])
             for i in ranked
