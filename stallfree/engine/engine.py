@@ -60,7 +60,7 @@ class _Stream:
     def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool, continues: bool):
         self.request = request
         self.include_stop = include_stop
-        self.detokenizer = Detokenizer(text.tokenizer, request.prompt if continues else ())
+        self.detokenizer = Detokenizer(text.pieces, request.prompt if continues else ())
         self.stops = StopStrings(stop, include=include_stop)
 
 

@@ -7,7 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,9 @@ __all__ = ["Detokenizer", "Pieces", "StopStrings", "Text", "TextError"]
 
 MARK = "\ufdd0"
 """Parts a control token in a user's text, so that it is none. A noncharacter, which no text holds (Unicode 23.7)."""
+
+KNOWN = 1 << 15
+"""Tokens whose pieces are remembered: all that a text of usual words has."""
 
 LOOK_BACK = 64
 """Tokens of a prompt that are looked through, from its end, for one that is visible."""
@@ -192,31 +195,49 @@ class Pieces:
         decoder: dict[str, Any] = {} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
         steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
         self.byte_level, self._byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
+        self._known = lru_cache(KNOWN)(self._look_up)
+
+    def __reduce__(self) -> tuple[type["Pieces"], tuple[Tokenizer]]:
+        return Pieces, (self._tokenizer,)
 
     def token(self, id: int) -> str:
         """The token as the vocabulary spells it; empty for an id that there is not."""
-        return (self._tokenizer.id_to_token(id) or "") if 0 <= id < 2**32 else ""
+        return self._known(id)[0]
 
     def special(self, id: int) -> bool:
         """Whether the token is left out of texts."""
-        return bool(self.token(id)) and not self._decoded(id, skip=True) and bool(self._decoded(id))
+        return self._known(id)[1]
+
+    def __getitem__(self, id: int) -> bytes:
+        """What `id` adds inside a text."""
+        return self._known(id)[2]
 
     def after(self, before: int | None, id: int) -> bytes:
         """What `id` adds to a text that ends in the token `before`; None: to an empty text."""
-        token = self.token(id)
-        if not token:
-            return b""
-        if self.byte_level:
-            letters = [_BYTE_LEVEL.get(letter) for letter in token]
-            return token.encode() if None in letters else bytes(letter for letter in letters if letter is not None)
-        byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
-        if byte is not None and (before is not None or byte[1] >= "80"):
-            return bytes.fromhex(byte[1])
-        return (self._decoded(id) if before is None else self._decoded(before, id)[len(self._decoded(before)) :]).encode()
+        token, _, inside = self._known(id)
+        if not token or self.byte_level:
+            return inside
+        if before is None:
+            return inside if inside >= b"\x80" and self._byte(token) else self._decoded(id).encode()
+        return inside if self._byte_fallback else self._behind(before, id)
 
-    def __getitem__(self, id: int) -> bytes:
-        """What `id` adds inside a text: behind itself, as good a token as any."""
-        return self.after(id, id)
+    def _look_up(self, id: int) -> tuple[str, bool, bytes]:
+        token: str = (self._tokenizer.id_to_token(id) or "") if 0 <= id < 2**32 else ""
+        if not token:
+            return "", False, b""
+        special = not self._decoded(id, skip=True) and bool(self._decoded(id))
+        if not self.byte_level:  # behind itself, as good a token as any
+            return token, special, self._byte(token) or self._behind(id, id)
+        letters = [_BYTE_LEVEL.get(letter) for letter in token]
+        return token, special, token.encode() if None in letters else bytes(byte for byte in letters if byte is not None)
+
+    def _byte(self, token: str) -> bytes:
+        """The byte that a byte token is."""
+        match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        return b"" if match is None else bytes.fromhex(match[1])
+
+    def _behind(self, before: int, id: int) -> bytes:
+        return self._decoded(before, id)[len(self._decoded(before)) :].encode()
 
     def _decoded(self, *ids: int, skip: bool = False) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip)
@@ -239,8 +260,8 @@ class Detokenizer:
     word out, and this is not the first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        self._pieces = pieces = Pieces(tokenizer)
+    def __init__(self, tokenizer: Tokenizer | Pieces, before: Sequence[int] = ()):
+        self._pieces = pieces = tokenizer if isinstance(tokenizer, Pieces) else Pieces(tokenizer)
         last = (id for id in reversed(before[-LOOK_BACK:]) if pieces.token(id) and not pieces.special(id))
         self._before: int | None = next(last, None)
         self._characters = codecs.getincrementaldecoder("utf-8")("replace" if pieces.byte_level else "stallfree-each-byte")

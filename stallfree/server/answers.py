@@ -35,7 +35,7 @@ class Choice:
     def offset(self, text: Text, token: int) -> int:
         """Characters before `token`, the next one. One that goes on with a character begins where that does."""
         if self._detokenizer is None:
-            self._detokenizer = Detokenizer(text.tokenizer, self.request.prompt)
+            self._detokenizer = Detokenizer(text.pieces, self.request.prompt)
         first = text.pieces[token][:1]
         if first and not (b"\x80" <= first < b"\xc0" or text.pieces.special(token)):
             self._offset += len(self._detokenizer.flush())  # it does not go on with the character before it

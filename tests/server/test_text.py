@@ -74,6 +74,24 @@ def test_a_prompt_that_ends_within_a_character_does_not_leak(llama):
     assert "\ufffd\ufffd world" == choice["text"]
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["<0x0A>", "<0xDD>", "▁world"],
+        ["<0xDD>", "</s>", "<0xE2>", "▁ab"],
+        ["<0xFF>"] * 9,
+        ["<|end|>", "<0xE2>", "<|end|>", "<unk>", "<0x0A>"],
+    ],
+)
+def test_bytes_that_are_no_characters_end_no_request_and_no_engine(llama, tokens):
+    for path, prompt in ((COMPLETIONS, "ab"), (CHAT, USER)):
+        assert (
+            "length"
+            == llama.post(path, prompt, *tokens, ignore_eos=True, logprobs=1 if path == COMPLETIONS else True)["finish_reason"]
+        )
+    assert 200 == llama.server.client.get("/health").status_code
+
+
 def test_a_prompt_of_ids_is_echoed_as_its_text(llama):
     assert "Hello. world" == llama.post(COMPLETIONS, llama.ids("▁Hello", "."), "▁world", echo=True)["text"]
 
