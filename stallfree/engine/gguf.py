@@ -68,7 +68,8 @@ class Vocabulary:
             self.tokenizer.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added])
         ids = {name: self._id(key, usual.get(key)) for name, key in SPECIALS.items()}
         self.specials = {name: self._tokens[id] for name, id in ids.items() if id is not None}
-        self.eos_ids = frozenset(id for id in (ids["eos_token"], self._id("eot_token_id", None)) if id is not None)
+        ends = (ids["eos_token"], self._id("eot_token_id", None), self._id("eom_token_id", None))
+        self.eos_ids = frozenset(id for id in ends if id is not None)
         if metadata.get(f"{KEY}add_bos_token", begins):
             self._prepend(ids["bos_token"])
 

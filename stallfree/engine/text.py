@@ -93,10 +93,10 @@ class Text:
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text (BOS). Control tokens that are written in it are
-        recognised, unless `control` is False: then they are text."""
+        recognised, unless `control` is False: then they are text. Raises TextError for a text that has no tokens."""
         if control:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-        return self._encode_marked(self._marked(text, self._parted()), special)
+            return _encoded(self.tokenizer, text, special)
+        return _encoded(self._unmarking, self._marked(text, self._parted()), special)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
@@ -132,7 +132,7 @@ class Text:
         if not control:
             given = self._marked(given, self._parted(template))
         text = template.render({**self._specials, "add_generation_prompt": generation_prompt, **given})
-        return self.encode(text, special=False) if control else self._encode_marked(text, False)
+        return _encoded(self.tokenizer if control else self._unmarking, text, False)
 
     def _template(self, tools: object) -> Template:
         if not self._templates:
@@ -167,9 +167,6 @@ class Text:
         if isinstance(value, list | tuple):
             return [self._marked(item, control) for item in value]
         return value
-
-    def _encode_marked(self, text: str, special: bool) -> list[int]:
-        return list(self._unmarking.encode(text, add_special_tokens=special).ids)
 
     @cached_property
     def _unmarking(self) -> Tokenizer:
@@ -312,6 +309,13 @@ class StopStrings:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    except Exception as error:  # the library raises bare Exception, for a word that its vocabulary lacks
+        raise TextError(f"the model's tokenizer refuses this text: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:

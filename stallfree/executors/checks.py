@@ -3,17 +3,19 @@ the rest of the plan runs.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stallfree.core.plan import Capacity, Work
 
+T = TypeVar("T")
 
-def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], object]) -> tuple[Sequence[Work], dict[str, str]]:
-    """The pieces of `work` that can run, and by request id why the others cannot. `check` raises ValueError for work of which a
-    piece cannot run. Raises ValueError, too, if none can.
+
+def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], T]) -> tuple[Sequence[Work], dict[str, str], T]:
+    """The pieces of `work` that can run, by request id why the others cannot, and what `check` makes of those that can. `check`
+    raises ValueError for work of which a piece cannot run. Raises ValueError, too, if none can.
     """
     try:
-        check(work)
-        return work, {}
+        return work, {}, check(work)
     except ValueError as error:
         why = str(error)
     failed: dict[str, str] = {}
@@ -25,7 +27,7 @@ def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], object]) -> tup
     rest = [piece for piece in work if piece.id not in failed]
     if not rest or not failed:
         raise ValueError("; ".join(failed.values()) or why)
-    return rest, failed
+    return rest, failed, check(rest)
 
 
 def needed_blocks(work: Work, capacity: Capacity) -> int:

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
-from stallfree.engine.text import Text
+from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Sampling
 from stallfree.server.errors import ApiError, shown
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
@@ -71,7 +71,10 @@ async def _run(length: int, work: Callable[[], T]) -> T:
 
 
 def _prompt(text: Text, given: str | list[int], echo: bool, control: bool) -> tuple[list[int], str]:
-    ids = text.encode(given, control=control) if isinstance(given, str) else given
+    try:
+        ids = text.encode(given, control=control) if isinstance(given, str) else given
+    except TextError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from None
     check_ids(ids, text, "prompt")
     return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
 

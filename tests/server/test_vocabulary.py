@@ -1,10 +1,11 @@
 """Token ids are held against what the model has, which may be less than its tokenizer has, or more."""
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stallfree.engine.text import Text
 from tests.engine.tokenizers import byte_level
-from tests.server.conftest import Server
+from tests.server.conftest import LETTERS, Server
 from tests.server.test_bad_input import CHAT, COMPLETIONS, error_of
 
 SIZE = 260
@@ -55,3 +56,14 @@ def test_ids_that_only_the_model_has_are_served():
     with Server(text=Text(byte_level(), None, (), vocab_size=300)) as server:
         body = {"prompt": [1, 299], "max_tokens": 2, "logit_bias": {"299": 1}, "stop_token_ids": [299], "echo": True}
         assert 200 == server.post(COMPLETIONS, body).status_code
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_text_that_has_no_tokens_is_refused(path):
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(LETTERS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    with Server(text=Text(tokenizer, "{{ messages[0].content }}", ())) as server:
+        body = {"prompt": "é"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "é"}]}
+        error = error_of(server.post(path, body), 400)
+        assert ("prompt" if path == COMPLETIONS else "messages") == error["param"]
+        assert "the model's tokenizer refuses this text: WordLevel error: Missing [UNK] token" in error["message"]

@@ -90,9 +90,9 @@ class OpenVINOExecutor:
     def submit(self, plan: Plan) -> None:
         """Runs the plan, without work that cannot be run. Raises ValueError, with no harm done, if none can."""
         started = time.perf_counter()
-        work, refused = sift(plan.work, self._packed)
+        work, refused, feed = sift(plan.work, self._packed)
         ends = np.cumsum([w.count for w in work], dtype=np.int32)
-        logits = self._forward(work, ends[[w.samples for w in work]] - 1)
+        logits = self._forward(feed, ends[[w.samples for w in work]] - 1)
         tokens, details, failed = sample(logits, [w for w in work if w.samples])
         seconds = time.perf_counter() - started
         self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed))
@@ -102,7 +102,7 @@ class OpenVINOExecutor:
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
-        return self._forward(work, np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
+        return self._forward(self._packed(work), np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
@@ -130,13 +130,11 @@ class OpenVINOExecutor:
         for count in {1, min(64, longest, size * self.capacity.num_blocks)}:
             blocks = tuple(range(-(-count // size)))
             work = Work("warm-up", 0, count, True, False, (0,) * count, blocks, None, "", (), [])
-            self._forward([work], np.array([count - 1], np.int32))
+            self._forward(self._packed([work]), np.array([count - 1], np.int32))
 
-    def _forward(self, work: Sequence[Work], rows: np.ndarray) -> np.ndarray:
-        """Logits of `rows`, valid until the next call."""
-        feed = self._packed(work)
-        feed["sampled_rows"] = rows
-        for name, values in feed.items():
+    def _forward(self, feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        """Logits of `rows` of work that was packed, valid until the next call."""
+        for name, values in (feed | {"sampled_rows": rows}).items():
             self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
         self._request.infer()
         logits: np.ndarray = self._request.get_output_tensor(0).data

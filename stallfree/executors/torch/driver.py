@@ -179,7 +179,7 @@ class ParallelExecutor:
 
     def submit(self, plan: Plan) -> None:
         """Work that cannot be run is left out. Raises ValueError, with no harm done, if none can."""
-        work, refused = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
+        work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
         self._refused.append(refused)
         message = wire.of_plan(replace(plan, work=tuple(work)))
         self._bubbles.submitted(time.perf_counter())

@@ -52,7 +52,7 @@ class TorchExecutor:
         if none can; MemoryError if the GPU's does not do.
         """
         started = time.perf_counter()
-        work, refused = sift(plan.work, self._check)
+        work, refused, _ = sift(plan.work, self._check)
         unknown = [w.id for w in work if w.tokens == (UNKNOWN,)]
         try:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
