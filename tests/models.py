@@ -52,14 +52,15 @@ def reference(model: object, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", **values: object) -> None:
+def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tensors: int = 0, **values: object) -> None:
     """The tensors of `checkpoint` as a GGUF file, with queries and keys in the order that llama.cpp gives them; `values` are
-    further uint32 metadata under the architecture's name, and None leaves one out."""
+    further metadata under the architecture's name, uint32 or what they are, and None leaves one out. With `most_tensors` in each
+    it is several files, named after `path`."""
     import gguf
 
     config = checkpoint.config
     family = "llama" if config.family == "mistral" else config.family
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, split_max_tensors=most_tensors)
     numbers = {
         "block_count": config.num_layers,
         "context_length": config.max_model_len,
@@ -73,8 +74,9 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", **values: 
         **values,
     }
     for key, number in numbers.items():
+        add = {str: writer.add_string, float: writer.add_float32}.get(type(number), writer.add_uint32)
         if number is not None:
-            writer.add_uint32(f"{family}.{key}", number)
+            add(f"{family}.{key}", number)
     writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", config.norm_eps)
     writer.add_float32(f"{family}.rope.freq_base", 10000.0)
     writer.add_bos_token_id(config.bos_token_id)

@@ -19,13 +19,15 @@ class Checkpoint:
     """A model whose tensors have been found, with the right shapes, and not yet read.
 
     `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata` holds a GGUF file's key-value pairs as
-    plain Python values (the tokenizer is among them); it is None for a folder, whose tokenizer files are in `path`.
+    plain Python values (the tokenizer is among them); it is None for a folder, whose tokenizer files are in `path`. `files` are
+    those that hold the tensors.
     """
 
     path: Path
     config: ModelConfig
     read: Callable[[str], np.ndarray]
     metadata: Mapping[str, object] | None
+    files: tuple[Path, ...] = ()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

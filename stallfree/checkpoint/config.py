@@ -19,9 +19,10 @@ class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon: LayerNorm, and an FFN with
     GELU that reads what attention reads.
 
-    `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied. `windows`: per layer, how many
-    tokens a token attends to, itself included; 0 for all. `bos_token_id` may be absent; `eos_token_ids` may be empty. Of `experts`
-    FFNs each token passes `active_experts`. `own_norm`: Falcon's FFN has a norm of its own.
+    `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied; `rope_scale`: what their cosines
+    and sines are multiplied by. `max_model_len`: tokens of the longest sequence whose positions are exact. `windows`: per layer,
+    how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be absent; `eos_token_ids` may be empty. Of
+    `experts` FFNs each token passes `active_experts`. `own_norm`: Falcon's FFN has a norm of its own.
     """
 
     family: str
@@ -44,6 +45,7 @@ class ModelConfig:
     experts: int = 1
     active_experts: int = 1
     own_norm: bool = False
+    rope_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -134,32 +136,104 @@ def _some(names: list[str]) -> str:
     return ", ".join(repr(n) for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, object], source: str) -> tuple[float, ...]:
-    """Radians per position of each rotary pair: theta^(-2i/head_dim), scaled as `scaling` (`rope_type`, `factor`, ...) says.
+ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Kinds of rotary scaling, as `transformers` computes them (modeling_rope_utils.py)."""
 
-    Knows `default`, `linear` (positions divided by the factor) and `llama3` (Llama 3.1: wavelengths beyond the old context divided
-    by the factor, those well within it kept, those between interpolated).
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, object], source: str, longest: int = 0
+) -> tuple[float, ...]:
+    """Radians per position of each rotary pair: theta^(-2i/head_dim), scaled as `scaling` (`rope_type`, `factor`, ...) says.
+    `longest` is the configuration's own context, in tokens, for what depends on it.
+
+    `linear` divides positions by the factor. `llama3` (Llama 3.1) divides wavelengths beyond the old context by the factor, keeps
+    those well within it and interpolates between. `yarn` (Peng et al. 2023, arXiv 2309.00071) does so along the pairs. `longrope`
+    (Ding et al. 2024, arXiv 2402.13753) has a divisor for each pair; it and `dynamic` change them once a sequence is longer than
+    the old context, which keys that are cached cannot follow: up to there, they are the ones given here (`rotary_limit`).
     """
     frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    kind = rotary_kind(scaling, source)
+    if kind == "dynamic":
+        _factor(scaling, source, longest)
+    if kind in ("default", "dynamic"):
         return tuple(frequencies)
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"{source}: rope scaling {kind!r} is not supported; known are default, linear and llama3")
-    factor = positive(scaling, "factor", source)
+    if kind == "longrope":
+        divisors = scaling.get("short_factor")
+        if not isinstance(divisors, list) or len(divisors) != len(frequencies):
+            raise CheckpointError(f"{source}: rope scaling needs 'short_factor', a list of {len(frequencies)} numbers")
+        return tuple(f / positive({"short_factor": d}, "short_factor", source) for f, d in zip(frequencies, divisors, strict=True))
+    factor = _factor(scaling, source, longest)
     if kind == "linear":
         return tuple(f / factor for f in frequencies)
+    original = _original(scaling, source, longest)
+    keep = _yarn(head_dim, theta, scaling, source, original) if kind == "yarn" else _llama3(frequencies, scaling, source, original)
+    return tuple(f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep, strict=True))
+
+
+def rotary_scale(scaling: Mapping[str, object], source: str, longest: int) -> float:
+    """What cosines and sines are multiplied by: `yarn` and `longrope` make attention a little sharper."""
+    kind = rotary_kind(scaling, source)
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return positive(scaling, "attention_factor", source)
+    factor = _factor(scaling, source, longest)
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(_original(scaling, source, longest)))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        over, under = (0.1 * positive(scaling, name, source) * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim"))
+        return over / under
+    return 0.1 * math.log(factor) + 1
+
+
+def rotary_limit(scaling: Mapping[str, object], source: str, longest: int) -> int:
+    """Tokens of the longest sequence whose positions are exact. `yarn` reaches as far as its factor says, also where the
+    configuration's own context, `longest`, was left at the old one; `longrope` as far as the old context."""
+    kind = rotary_kind(scaling, source)
+    if kind == "yarn":
+        return max(longest, int(_factor(scaling, source, longest) * _original(scaling, source, longest)))
+    return min(longest, _original(scaling, source, longest)) if kind == "longrope" else longest
+
+
+def rotary_kind(scaling: Mapping[str, object], source: str) -> str:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE:
+        raise CheckpointError(f"{source}: rope scaling {kind!r} is not supported; known are {', '.join(ROPE)}")
+    return str(kind)
+
+
+def _original(scaling: Mapping[str, object], source: str, longest: int) -> int:
+    """Tokens of the context before it was extended."""
+    return size(scaling, "original_max_position_embeddings", source, longest or None)
+
+
+def _factor(scaling: Mapping[str, object], source: str, longest: int) -> float:
+    if scaling.get("factor") is None and rotary_kind(scaling, source) in ("yarn", "longrope"):
+        return longest / _original(scaling, source, longest)
+    return positive(scaling, "factor", source)
+
+
+def _llama3(frequencies: list[float], scaling: Mapping[str, object], source: str, original: int) -> list[float]:
+    """How much of each frequency is kept."""
     low, high = positive(scaling, "low_freq_factor", source), positive(scaling, "high_freq_factor", source)
-    original = positive(scaling, "original_max_position_embeddings", source)
     if high <= low:
         raise CheckpointError(f"{source}: rope scaling needs low_freq_factor {low} below high_freq_factor {high}")
+    turns = [original * f / (2 * math.pi) for f in frequencies]
+    return [min(1.0, max(0.0, (t - low) / (high - low))) for t in turns]
 
-    def scaled(frequency: float) -> float:
-        turns = original * frequency / (2 * math.pi)
-        keep = min(1.0, max(0.0, (turns - low) / (high - low)))
-        return frequency * (keep + (1 - keep) / factor)
 
-    return tuple(scaled(f) for f in frequencies)
+def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: str, original: int) -> list[float]:
+    """How much of each frequency is kept: all of those that turn `beta_fast` times within the old context, nothing of those that
+    turn `beta_slow` times."""
+    fast, slow = positive(scaling, "beta_fast", source, 32), positive(scaling, "beta_slow", source, 1)
+    first, last = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001
+    return [1 - min(1.0, max(0.0, (i - first) / width)) for i in range(head_dim // 2)]
 
 
 def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:

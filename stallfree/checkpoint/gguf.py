@@ -5,6 +5,7 @@ It knows which architecture stores what under which name, and that llama files h
 rotary pair side by side, where Hugging Face has them half a head apart.
 """
 
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,26 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import CheckpointError, ModelConfig, check, check_tensors, positive, rotary_frequencies, size
+from stallfree.checkpoint.config import (
+    CheckpointError,
+    ModelConfig,
+    check,
+    check_tensors,
+    positive,
+    rotary_frequencies,
+    rotary_limit,
+    rotary_scale,
+    size,
+)
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """`general.architecture`; Mistral's files say llama."""
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+
+PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+"""How llama.cpp names the files of a model in several."""
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -109,7 +123,43 @@ class Header:
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Reads the header of a GGUF file. Raises CheckpointError if it is truncated, damaged, or holds another kind of model."""
+    """Reads the header of a GGUF file; of a model in several files, any of which may be named, those of all. Raises CheckpointError
+    if one is missing, truncated or damaged, or if they hold another kind of model."""
+    metadata, stored = _open(path)
+    files, count = [path], size({"split.count": metadata.get("split.count") or 1}, "split.count", str(path))
+    if count > 1:
+        files, stored = parts(path), {}
+        if len(files) != count:
+            usual = f"-00001-of-{count:05}.gguf and so on"
+            raise CheckpointError(f"{path}: is one of {count} files, whose names end in {usual}; name them so")
+        for number, file in enumerate(files):
+            values, tensors = _open(file)
+            metadata = metadata if number else values
+            told = values.get("split.no"), values.get("split.count")
+            if told != (number, count):
+                raise CheckpointError(
+                    f"{file}: says that it is part {told[0]} (from 0) of {told[1]}; give it the name it came with"
+                )
+            stored |= tensors
+        if len(stored) != (wanted := size(metadata, "split.tensors.count", str(files[0]), len(stored))):
+            raise CheckpointError(f"{files[0]}: its {count} files hold {len(stored)} tensors of {wanted}; fetch them again")
+    config, tensors = _config(metadata, stored, files[0])
+    check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(files[0]))
+    return Checkpoint(files[0], config, partial(_read, config, tensors), metadata, tuple(files))
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a model of which `path` is one, by llama.cpp's names: -00001-of-00003.gguf and so on."""
+    name = PART.fullmatch(path.name)
+    if name is None:
+        return [path]
+    return [path.with_name(f"{name[1]}-{number:05}-of-{name[2]}.gguf") for number in range(1, int(name[2]) + 1)]
+
+
+def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """A file's metadata and tensors, by GGUF's names."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; a model in several files needs all of them beside each other")
     with path.open("rb") as file:
         magic = file.read(24)
     if len(magic) < 24 or magic[:4] != b"GGUF":
@@ -123,10 +173,7 @@ def read_gguf(path: Path) -> Checkpoint:
     for _ in range(num_values):
         key = header.string()
         metadata[key] = header.value(header.number("<I"))
-    stored = _tensors(header, num_tensors, size(metadata, "general.alignment", str(path), 32))
-    config, tensors = _config(metadata, stored, path)
-    check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(_read, config, tensors), metadata)
+    return metadata, _tensors(header, num_tensors, size(metadata, "general.alignment", str(path), 32))
 
 
 def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:
@@ -163,10 +210,10 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
     tensors = {_name(name): tensor for name, tensor in stored.items()}
     if "model.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path}: tensors are missing: 'token_embd.weight'; the file is incomplete")
-    scaling = {"rope_type": metadata.get(f"{family}.rope.scaling.type"), "factor": metadata.get(f"{family}.rope.scaling.factor")}
-    if scaling["rope_type"] in (None, "none"):
-        scaling["rope_type"] = "default"
-    inv_freq = rotary_frequencies(head_dim, positive(metadata, f"{family}.rope.freq_base", source, 10000.0), scaling, source)
+    longest = whole("context_length")
+    scaling = _scaling(metadata, f"{family}.rope.", longest, source)
+    theta = positive(metadata, f"{family}.rope.freq_base", source, 10000.0)
+    inv_freq = rotary_frequencies(head_dim, theta, scaling, source, longest)
     if "rope_freqs.weight" in stored:
         # Llama 3's scaling is stored as one divisor per rotary pair.
         divisors = stored["rope_freqs.weight"].read().ravel()
@@ -174,11 +221,12 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
             raise CheckpointError(f"{path}: 'rope_freqs.weight' does not hold {len(inv_freq)} numbers above 0")
         inv_freq = tuple(f / float(d) for f, d in zip(inv_freq, divisors, strict=True))
     window = metadata.get(f"{family}.attention.sliding_window")
-    bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
+    vocab_size = tensors["model.embed_tokens.weight"].shape[0]
+    bos, eos = (_special(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size, source) for name in ("bos", "eos"))
     first = "model.layers.0."
     config = ModelConfig(
         family=str(family),
-        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+        vocab_size=vocab_size,
         num_layers=num_layers,
         hidden_size=hidden,
         num_heads=num_heads,
@@ -187,17 +235,48 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         ffn_size=whole("feed_forward_length"),
         norm_eps=positive(metadata, f"{family}.attention.layer_norm_rms_epsilon", source),
         inv_freq=inv_freq,
-        max_model_len=whole("context_length"),
+        rope_scale=rotary_scale(scaling, source, longest),
+        max_model_len=min(longest, rotary_limit(scaling, source, longest)),
         windows=(window if isinstance(window, int) and window > 0 else 0,) * num_layers,
         tie_embeddings="lm_head.weight" not in tensors,
         qkv_bias=family == "qwen2" or first + "self_attn.q_proj.bias" in tensors,
         output_bias=first + "self_attn.o_proj.bias" in tensors,
         mlp_bias=first + "mlp.down_proj.bias" in tensors,
         qk_norm=family == "qwen3",
-        bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=(eos,) if isinstance(eos, int) else (),
+        bos_token_id=bos,
+        eos_token_ids=() if eos is None else (eos,),
     )
     return check(config, source), tensors
+
+
+def _special(metadata: dict[str, object], key: str, vocab_size: int, source: str) -> int | None:
+    """The token id under `key`, if there is one. Raises CheckpointError for one that is none, or that the model does not have."""
+    id = metadata.get(key)
+    if id is not None and (not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < vocab_size):
+        what = f"{key!r} is {id!r}, expected a token id from 0 to {vocab_size - 1}"
+        raise CheckpointError(f"{source}: {what}; correct it (gguf-set-metadata FILE KEY ID), or take another file")
+    return id
+
+
+def _scaling(metadata: dict[str, object], prefix: str, longest: int, source: str) -> dict[str, object]:
+    """Rotary scaling in the words of config.json, read as llama.cpp reads it (src/llama-model.cpp): a factor without a type is
+    linear, and `rope.scale_linear` is an older name of it; 0 or none is no scaling."""
+    at = f"{prefix}scaling."
+    kind, factor = metadata.get(f"{at}type", "linear"), metadata.get(f"{at}factor", metadata.get(f"{prefix}scale_linear"))
+    if kind == "none" or (kind in ("linear", "yarn") and not factor):
+        return {}
+    scaling = {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": metadata.get(f"{at}original_context_length"),
+        "beta_fast": metadata.get(f"{at}yarn_beta_fast"),
+        "beta_slow": metadata.get(f"{at}yarn_beta_slow"),
+    }
+    sharper = metadata.get(f"{at}attn_factor", metadata.get(f"{at}yarn_attn_factor"))
+    if kind == "yarn" and sharper is not None:
+        own = rotary_scale(scaling, source, longest)
+        scaling["attention_factor"] = own * positive({"attn_factor": sharper}, "attn_factor", source)
+    return scaling
 
 
 def _name(name: str) -> str:

@@ -12,9 +12,8 @@ PIECES, PIECE = 256, 4096
 
 def identity(checkpoint: Checkpoint) -> str:
     """The same for copies of the same files, wherever they lie; another for other weights, or other numbers in config.json."""
-    path = checkpoint.path
     digest = blake2b(repr(checkpoint.config).encode(), digest_size=12)
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for file in checkpoint.files:
         size = file.stat().st_size
         digest.update(f"{size}".encode())
         with file.open("rb") as opened:

@@ -4,8 +4,11 @@ It never unpickles: a folder with only PyTorch's .bin files is refused. The toke
 """
 
 import json
+import re
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -18,23 +21,32 @@ from stallfree.checkpoint.config import (
     check_tensors,
     positive,
     rotary_frequencies,
+    rotary_limit,
+    rotary_scale,
     size,
 )
 
 HEADER_LIMIT = 100 * 2**20
 """The longest header that the safetensors format allows, in bytes."""
 
+INDEX = "model.safetensors.index.json"
+
+PART = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+OTHERS = ("consolidated", "adapter")
+"""How names of files begin that do not hold a whole model under the names of its tensors."""
+
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def read_folder(path: Path) -> Checkpoint:
     """Reads config.json and the headers of the safetensors files of a folder. Raises CheckpointError if they cannot be used."""
-    config = _config(path)
-    tensors = _index(path)
+    config, files = _config(path), weights(path)
+    tensors = _index(path, files)
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
     check_tensors(config, {name: shape for name, (_, _, shape, _) in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(_read, tensors), None)
+    return Checkpoint(path, config, partial(_read, tensors), None, tuple(files))
 
 
 def _json(path: Path) -> dict[str, object]:
@@ -75,8 +87,7 @@ def _config(path: Path) -> ModelConfig:
         head_dim=head_dim,
         ffn_size=size(values, "intermediate_size", source),
         norm_eps=positive(values, "rms_norm_eps", source),
-        inv_freq=_rotary(values, head_dim, source),
-        max_model_len=size(values, "max_position_embeddings", source),
+        **_rotary(values, head_dim, size(values, "max_position_embeddings", source), source),
         windows=_windows(values, num_layers, source),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=bias or family == "qwen2",
@@ -113,8 +124,7 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         head_dim=hidden // num_heads,
         ffn_size=size(values, "ffn_hidden_size", source, 4 * hidden),
         norm_eps=positive(values, "layer_norm_epsilon", source, 1e-5),
-        inv_freq=_rotary(values, hidden // num_heads, source),
-        max_model_len=size(values, "max_position_embeddings", source, 2048),
+        **_rotary(values, hidden // num_heads, size(values, "max_position_embeddings", source, 2048), source),
         windows=(0,) * num_layers,
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
         mlp_bias=bool(values.get("bias", False)),
@@ -125,15 +135,21 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
     return check(config, source)
 
 
-def _rotary(values: dict[str, object], head_dim: int, source: str) -> tuple[float, ...]:
-    """Radians per position of each rotary pair. Raises CheckpointError for positions that are not supported."""
+def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str) -> dict[str, Any]:
+    """`inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for what is not supported."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
     if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
     theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
-    return rotary_frequencies(head_dim, theta, scaling, source)
+    if (original := values.get("original_max_position_embeddings")) is not None:
+        scaling = scaling | {"original_max_position_embeddings": original}
+    return {
+        "inv_freq": rotary_frequencies(head_dim, theta, scaling, source, longest),
+        "rope_scale": rotary_scale(scaling, source, longest),
+        "max_model_len": rotary_limit(scaling, source, longest),
+    }
 
 
 def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[int, ...]:
@@ -166,16 +182,55 @@ def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:
     return tuple(t for t in tokens if isinstance(t, int))
 
 
-def _index(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
-    """Every tensor of the folder: file, type, shape and the offset of its bytes."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        others = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in path.glob(pattern))
-        found = f"only {others[0]}, and pickled weights are never loaded: they can run code" if others else "no weights"
-        raise CheckpointError(f"{path}: no *.safetensors file, {found}; take a safetensors version of the model")
+def indexed(folder: Path) -> dict[str, str] | None:
+    """The file, relative to the folder, that `model.safetensors.index.json` names for each tensor; None without an index. Raises
+    CheckpointError for one that cannot be used."""
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    names = _json(file).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{file}: 'weight_map' is no object that names a file for each tensor; fetch the file again")
+    for name in names.values():
+        # Lexically: a hub's cache has links that lead out of the folder.
+        if (path := PurePosixPath(name)).is_absolute() or ".." in path.parts or "\\" in name or path.suffix != ".safetensors":
+            raise CheckpointError(f"{file}: {name!r} is no safetensors file of the folder; take the model from somewhere else")
+    return names
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files that hold the model of a folder: those that its index names; or else model.safetensors; or else numbered parts.
+    Others that lie beside them hold something else: the same model in another form (consolidated), or what is to be added to one
+    (adapter_model). Raises CheckpointError if there are none, or if one is missing.
+    """
+    names = indexed(folder)
+    if names is not None:
+        files = [folder / name for name in sorted(set(names.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            what = f"names {missing[0]}, which is not there; the model is incomplete, fetch it again"
+            raise CheckpointError(f"{folder / INDEX}: {what}")
+        return files
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    files = sorted(folder.glob("*.safetensors"))
+    if parts := [file for file in files if PART.fullmatch(file.name)]:
+        return parts
+    if own := [file for file in files if not file.name.startswith(OTHERS)]:
+        return own
+    others = [file.name for file in files] or sorted(f.name for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind))
+    why = "which holds no whole model in this form" if files else "and pickled weights are never loaded: they can run code"
+    found = f"only {others[0]}, {why}" if others else "no weights"
+    raise CheckpointError(f"{folder}: no *.safetensors file of a model, {found}; take a safetensors version of the model")
+
+
+def _index(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """Every tensor of the folder: file, type, shape and the offset of its bytes. The index, if there is one, says which file counts
+    where several have a tensor."""
+    names = indexed(folder) or {}
     tensors: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
     for file in files:
-        tensors.update(_header(file))
+        header = _header(file)
+        tensors |= {name: entry for name, entry in header.items() if folder / names.get(name, file) == file}
     return tensors
 
 

@@ -20,6 +20,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     api_key: options.ServersKey = None,
     served_name: options.ServedName = None,
+    sanitize_control_tokens: Annotated[
+        bool, typer.Option("--sanitize-control-tokens", help="Take control tokens that clients write as text (<|im_start|>).")
+    ] = False,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024,
     role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both",
     prefill: Annotated[
@@ -109,7 +112,15 @@ def serve(
     }
     _print_card(card, as_json)
     app = create_app(
-        engine_thread, model=name, metrics=metrics, live=live, traces=traces, asking=asking, serving=serving, api_key=api_key
+        engine_thread,
+        model=name,
+        metrics=metrics,
+        live=live,
+        traces=traces,
+        asking=asking,
+        serving=serving,
+        api_key=api_key,
+        sanitize_control_tokens=sanitize_control_tokens,
     )
     run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     if traces is not None:

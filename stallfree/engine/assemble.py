@@ -171,7 +171,9 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
         return _simulated(options)
     path = locate(options.model, say)
     checkpoint = open_checkpoint(path)
-    text = Text.from_folder(path) if checkpoint.metadata is None else Text.from_gguf(checkpoint.metadata)
+    path = checkpoint.path
+    size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
+    text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
     make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))

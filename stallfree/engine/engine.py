@@ -55,11 +55,12 @@ Watch = Callable[[Work], None]
 class _Stream:
     """A request's way from tokens to text."""
 
-    __slots__ = ("detokenizer", "request", "stops")
+    __slots__ = ("detokenizer", "include_stop", "request", "stops")
 
-    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool):
+    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool, continues: bool):
         self.request = request
-        self.detokenizer = Detokenizer(text.tokenizer)
+        self.include_stop = include_stop
+        self.detokenizer = Detokenizer(text.pieces, request.prompt if continues else ())
         self.stops = StopStrings(stop, include=include_stop)
 
 
@@ -112,12 +113,14 @@ class Engine:
         stop: Sequence[str] = (),
         *,
         include_stop: bool = False,
+        continues: bool = True,
         fetch: Fetch | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served.
 
-        With `fetch` its prompt comes from elsewhere; `watch` sees it computed here, for somebody elsewhere.
+        Its text `continues` that of the prompt, or is an answer to it, which begins without a space. With `fetch` its prompt comes
+        from elsewhere; `watch` sees it computed here, for somebody elsewhere.
         """
         if fetch is None:
             self.scheduler.submit(request)
@@ -127,7 +130,7 @@ class Engine:
         if watch is not None:
             self._watches[request.id] = watch
         self._arrived.append(request)
-        self._streams[request.id] = _Stream(request, self.text, stop, include_stop)
+        self._streams[request.id] = _Stream(request, self.text, stop, include_stop, continues)
 
     def deliver(self, request: Request, token: int, details: object, num_bytes: int, seconds: float) -> None:
         """The blocks of a fetched request are filled, and its first token is `token`: it decodes from now on."""
@@ -272,11 +275,12 @@ class Engine:
         for token in tokens:
             if reason == "stop" and token in request.stop_ids:
                 stop = token
-            else:
-                text += stream.detokenizer.push(token)
+                if not stream.include_stop or token in self.text.eos_ids:
+                    continue
+            text += stream.detokenizer.push(token, special=stop is not None)
         if reason is not None:
             text += stream.detokenizer.flush()
-        text, found = stream.stops.push(text)
+        text, found = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
         if found is not None:
             stop = found
             if reason is None:

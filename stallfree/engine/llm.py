@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Self
 
-from stallfree.core.request import Request
+from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import Options, assemble
 from stallfree.engine.engine import Output
 
@@ -53,7 +53,10 @@ class LLM:
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
         """The completion's text as it comes. RuntimeError if the executor fails; leaving the iterator early ends the request."""
-        for _, output in self._serve([prompt], sampling):
+        return self._stream(prompt, sampling, continues=True)
+
+    def _stream(self, prompt: Prompt, sampling: Mapping[str, Any], continues: bool) -> Iterator[str]:
+        for _, output in self._serve([prompt], sampling, continues):
             if output.error:
                 raise RuntimeError(output.error)
             if output.text:
@@ -64,7 +67,7 @@ class LLM:
         return "".join(self.stream_chat(messages, **sampling))
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[str]:
-        return self.stream(self._engine.text.chat(messages), **sampling)
+        return self._stream(self._engine.text.chat(messages), sampling, continues=False)
 
     def close(self) -> None:
         self._engine.close()
@@ -75,7 +78,9 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _serve(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> Iterator[tuple[int, Output]]:
+    def _serve(
+        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], continues: bool = True
+    ) -> Iterator[tuple[int, Output]]:
         """The outputs of `prompts`, each with its prompt's index, as they come; those of other calls are kept for them.
 
         All prompts are submitted or none, and whoever leaves early leaves nothing behind.
@@ -83,7 +88,7 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt in prompts:
-                ids.append(self._submit(prompt, sampling).id)
+                ids.append(self._submit(prompt, sampling, continues).id)
                 self._came[ids[-1]] = []
             unfinished = set(ids)
             while unfinished:
@@ -100,7 +105,7 @@ class LLM:
                 self._engine.abort(id)
                 self._came.pop(id, None)
 
-    def _submit(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Request:
+    def _submit(self, prompt: Prompt, sampling: Mapping[str, Any], continues: bool) -> Request:
         from stallfree.executors.sampling import Sampling
 
         given = dict(sampling)
@@ -112,6 +117,10 @@ class LLM:
             raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
         ids = self._engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stop_ids = given.pop("stop_ids", frozenset()) | (frozenset() if ignore_eos else self._engine.text.eos_ids)
+        for field, asked in (("prompt", ids), ("stop_ids", list(stop_ids)), ("logit_bias", list(given.get("logit_bias", ())))):
+            if (wrong := self._engine.text.lacks(asked)) is not None:
+                size = self._engine.text.vocab_size
+                raise Refused(f"{field}: token id {wrong} is outside the vocabulary (0 to {size - 1})", field)
         given.setdefault("seed", secrets.randbits(32))
         room = self._engine.scheduler.max_len - len(ids)
         request = Request(
@@ -123,5 +132,5 @@ class LLM:
             arrival=self._engine.clock(),
             sampling=Sampling(stop_ids=stop_ids, **given),
         )
-        self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop))
+        self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop), continues=continues)
         return request

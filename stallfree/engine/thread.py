@@ -112,6 +112,7 @@ class EngineThread:
         stop: Sequence[str] = (),
         *,
         include_stop: bool = False,
+        continues: bool = True,
         fetch: Callable[[], Fetch | None] = lambda: None,
         watch: Watch | None = None,
     ) -> Outputs:
@@ -132,7 +133,8 @@ class EngineThread:
         self._idle.clear()
         for request in requests:
             self._streams[request.id] = outputs
-            self.call(partial(self.engine.submit, request, stop, include_stop=include_stop, fetch=fetch(), watch=watch))
+            how = {"include_stop": include_stop, "continues": continues}
+            self.call(partial(self.engine.submit, request, stop, **how, fetch=fetch(), watch=watch))
         return outputs
 
     def call(self, what: Callable[[], object]) -> None:

@@ -11,9 +11,10 @@ class Executor(Protocol):
 
     `submit` takes a plan of which every block number is below `capacity.num_blocks`; `collect` returns the oldest outstanding
     result and blocks until it is there. At most `capacity.depth` plans are outstanding. Either may raise: the engine then fails
-    the requests of that plan and goes on. With `capacity.overlap` a plan may be submitted whose decodes' tokens are `UNKNOWN`: the
-    executor puts in what the plan before it samples for the same request. `close` frees what the executor holds; it
-    is called once, with nothing outstanding.
+    the requests of that plan and goes on. What is wrong with one piece of work (a token id that the model does not have) fails
+    its request alone: the piece is left out, and the result's `failed` says why. With `capacity.overlap` a plan may be submitted
+    whose decodes' tokens are `UNKNOWN`: the executor puts in what the plan before it samples for the same request. `close` frees
+    what the executor holds; it is called once, with nothing outstanding.
     """
 
     capacity: Capacity

@@ -1,6 +1,33 @@
-"""Is a piece of work one that an executor can run? A plan that is not is refused before it can read or write outside of memory."""
+"""Is a piece of work one that an executor can run? One that is not fails its request before it can read or write outside of memory;
+the rest of the plan runs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stallfree.core.plan import Capacity, Work
+
+T = TypeVar("T")
+
+
+def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], T]) -> tuple[Sequence[Work], dict[str, str], T]:
+    """The pieces of `work` that can run, by request id why the others cannot, and what `check` makes of those that can. `check`
+    raises ValueError for work of which a piece cannot run. Raises ValueError, too, if none can.
+    """
+    try:
+        return work, {}, check(work)
+    except ValueError as error:
+        why = str(error)
+    failed: dict[str, str] = {}
+    for piece in work:
+        try:
+            check([piece])
+        except ValueError as error:
+            failed[piece.id] = str(error)
+    rest = [piece for piece in work if piece.id not in failed]
+    if not rest or not failed:
+        raise ValueError("; ".join(failed.values()) or why)
+    return rest, failed, check(rest)
 
 
 def needed_blocks(work: Work, capacity: Capacity) -> int:

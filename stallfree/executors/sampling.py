@@ -75,7 +75,7 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
                 raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
         return Sampling(**numbers, logit_bias=bias, stop_ids=frozenset(int(token) for token in values["stop_ids"]))
-    except (AttributeError, TypeError, LookupError) as error:
+    except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise ValueError(f"this is no sampling: {error}") from None
 
 
@@ -93,7 +93,7 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
     """One token for each row of `logits` [rows, vocabulary] float32, which is left as it is. Row i belongs to `works[i]`.
 
     Gives the tokens by request id, the log-probabilities of those that asked, and why rows without a token have none: logits that
-    are not finite fail their own request only. A request without a `Sampling` is greedy.
+    are not finite, and parameters that cannot be applied, fail their own request only. A request without a `Sampling` is greedy.
     """
     if len(logits) != len(works):
         raise ValueError(f"{len(logits)} rows of logits for {len(works)} requests")
@@ -109,14 +109,18 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
     for row, work in enumerate(works):
         how = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
         token: int | None = None
-        if finite[row]:
-            token = int(best[row]) if how.plain and how.temperature == 0 else _choose(logits[row], work, how)
-        if token is None:
-            failed[work.id] = not_finite(work)
+        try:
+            if finite[row]:
+                token = int(best[row]) if how.plain and how.temperature == 0 else _choose(logits[row], work, how)
+            if token is None:
+                failed[work.id] = not_finite(work)
+                continue
+            if how.logprobs is not None:
+                details[work.id] = _logprob(logits[row], token, how.logprobs)
+        except Exception as error:  # whatever this request asks for, the others get their tokens
+            failed[work.id] = f"no token can be sampled: {error or type(error).__name__}"
             continue
         tokens[work.id] = (token,)
-        if how.logprobs is not None:
-            details[work.id] = _logprob(logits[row], token, how.logprobs)
     return tokens, details, failed
 
 
@@ -176,6 +180,10 @@ def _draw(weights: np.ndarray, number: float) -> int:
 
 
 def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:
+    for name, ids in (("logit_bias", how.logit_bias), ("stop_ids", how.stop_ids if how.min_tokens else ())):
+        if ids and (min(ids) < 0 or max(ids) >= len(row)):
+            wrong = next(id for id in ids if not 0 <= id < len(row))
+            raise ValueError(f"{name} has token id {wrong}, which is outside the vocabulary (0 to {len(row) - 1})")
     row = row.copy()
     num_out = work.start + work.count - len(work.prompt)
     for token, bias in how.logit_bias.items():

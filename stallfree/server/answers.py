@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from stallfree.core.request import Request
 from stallfree.engine.engine import Output
-from stallfree.engine.text import Text
+from stallfree.engine.text import Detokenizer, Text
 from stallfree.engine.thread import Outputs
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.server.errors import ApiError
@@ -20,16 +20,27 @@ LEAST = -9999.0
 
 
 class Choice:
-    """One request of a call: how many tokens it has got, and how many characters of log-probability pieces went before."""
+    """One request of a call: how many tokens it has got, and where in its text that of the next one begins."""
 
-    __slots__ = ("echo", "index", "num_tokens", "offset", "request")
+    __slots__ = ("_detokenizer", "_offset", "echo", "index", "num_tokens", "request")
 
     def __init__(self, index: int, request: Request, echo: str = ""):
         self.index = index
         self.request = request
         self.echo = echo
         self.num_tokens = 0
-        self.offset = len(echo)
+        self._offset = len(echo)
+        self._detokenizer: Detokenizer | None = None
+
+    def offset(self, text: Text, token: int) -> int:
+        """Characters before `token`, the next one. One that goes on with a character begins where that does."""
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(text.pieces, self.request.prompt)
+        first = text.pieces[token][:1]
+        if first and not (b"\x80" <= first < b"\xc0" or text.pieces.special(token)):
+            self._offset += len(self._detokenizer.flush())  # it does not go on with the character before it
+        offset, self._offset = self._offset, self._offset + len(self._detokenizer.push(token))
+        return offset
 
 
 class Call:
@@ -154,9 +165,7 @@ class Chat(Call):
         return None if joined is None else joined | {"refusal": None}
 
     def _entry(self, id: int, logprob: float) -> dict[str, Any]:
-        piece = self._text.piece(id)
-        whole = "\ufffd" not in piece  # a part of a character has bytes that its text does not tell
-        return {"token": piece, "logprob": max(logprob, LEAST), "bytes": list(piece.encode()) if whole else None}
+        return {"token": self._text.piece(id), "logprob": max(logprob, LEAST), "bytes": list(self._text.pieces[id])}
 
 
 class Completions(Call):
@@ -177,7 +186,6 @@ class Completions(Call):
     def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
         details = cast(TokenLogprob, output.details)
         piece = self._text.piece(output.tokens[0])
-        offset, choice.offset = choice.offset, choice.offset + len(piece)
         top: dict[str, float] = {}
         for id, logprob in details.top:
             top.setdefault(self._text.piece(id), max(logprob, LEAST))  # of equal pieces, halves of characters, the best stays
@@ -185,5 +193,5 @@ class Completions(Call):
             "tokens": [piece],
             "token_logprobs": [max(details.logprob, LEAST)],
             "top_logprobs": [top],
-            "text_offset": [offset],
+            "text_offset": [choice.offset(self._text, output.tokens[0])],
         }

@@ -45,13 +45,15 @@ def create_app(
     asking: Asking | None = None,
     serving: Serving | None = None,
     api_key: str | None = None,
+    sanitize_control_tokens: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An app that serves `engine_thread` under the name `model`, and owns it: it starts with the app and is closed with it.
 
     `metrics`, `live` and `traces` are those whose `record` is called after each iteration. `asking` has prompts computed by other
     engines, `serving` computes them for others; both are owned too. With an `api_key`, every route wants it but /health and the
-    page's own files, which say nothing of this server.
+    page's own files, which say nothing of this server. `sanitize_control_tokens`: whether control tokens that clients write are
+    text where a request does not say.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
@@ -85,6 +87,10 @@ def create_app(
         if name is not None and name != model:
             raise ApiError(404, f"the model {shown(name)} is not served here; {model!r} is", param="model", code="model_not_found")
 
+    def recognised(sanitized: bool | None) -> bool:
+        """Whether control tokens that the client has written are control tokens."""
+        return not (sanitize_control_tokens if sanitized is None else sanitized)
+
     def fetches(name: str | None) -> Callable[[], Fetch | None]:
         """What makes each request's fetch; `name`: the prefill engine that the router chose."""
         if asking is not None and name != HERE:
@@ -106,6 +112,7 @@ def create_app(
                 requests,
                 intake.stops(body),
                 include_stop=bool(body.include_stop_str_in_output),
+                continues=kind is Completions,
                 fetch=fetches(request.headers.get(PREFILL)),
             )
         except Refused as refusal:
@@ -124,14 +131,15 @@ def create_app(
     async def chat_completions(body: schema.ChatRequest, request: Request) -> Response:
         """The next message of a conversation; with `stream`, as server-sent events that end in `data: [DONE]`."""
         check_model(body.model)
-        ids = await intake.conversation(text, body.messages)
+        ids = await intake.conversation(text, body.messages, control=recognised(body.sanitize_control_tokens))
         return await answer(Chat, body, [(ids, "")], request)
 
     @app.post("/v1/completions", response_model=schema.Completion, responses=STREAMS)
     async def completions(body: schema.CompletionRequest, request: Request) -> Response:
         """The continuation of one or more prompts; with `stream`, as server-sent events that end in `data: [DONE]`."""
         check_model(body.model)
-        return await answer(Completions, body, await intake.prompts(text, body, engine_thread.max_queue), request)
+        control = recognised(body.sanitize_control_tokens)
+        return await answer(Completions, body, await intake.prompts(text, body, engine_thread.max_queue, control=control), request)
 
     @app.get("/v1/models")
     async def models() -> schema.Models:
@@ -150,17 +158,19 @@ def create_app(
         check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
+        control = recognised(body.sanitize_control_tokens)
         if body.messages is not None:
-            ids = await intake.conversation(text, body.messages, generation_prompt=body.add_generation_prompt is not False)
+            prompted = body.add_generation_prompt is not False
+            ids = await intake.conversation(text, body.messages, generation_prompt=prompted, control=control)
         else:
-            ids = await intake.encode(text, body.prompt or "", special=body.add_special_tokens is not False)
+            ids = await intake.encode(text, body.prompt or "", special=body.add_special_tokens is not False, control=control)
         return schema.Tokens(count=len(ids), max_model_len=max_len, tokens=ids)
 
     @app.post("/detokenize")
     async def detokenize(body: schema.DetokenizeRequest) -> schema.Prompt:
         """The text of token ids, special tokens included."""
         check_model(body.model)
-        intake.check_ids(body.tokens, text.vocab_size, "tokens")
+        intake.check_ids(body.tokens, text, "tokens")
         return schema.Prompt(prompt=text.decode(body.tokens, skip_special=False))
 
     @app.get("/health")

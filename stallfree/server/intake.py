@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
-from stallfree.engine.text import Text
+from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Sampling
 from stallfree.server.errors import ApiError, shown
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
@@ -32,21 +32,27 @@ LONG_TEXT = 10_000
 """Characters from which prompts are tokenised in a thread: it takes milliseconds, in which no stream could move."""
 
 
-async def encode(text: Text, string: str, *, special: bool = True) -> list[int]:
-    return await _run(len(string), partial(text.encode, string, special=special))
+async def encode(text: Text, string: str, *, special: bool = True, control: bool = True) -> list[int]:
+    return await _run(len(string), partial(text.encode, string, special=special, control=control))
 
 
-async def conversation(text: Text, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
-    """Token ids of `messages` through the model's template. TextError if it refuses them, ApiError for content that is no text."""
+async def conversation(
+    text: Text, messages: Sequence[Message], *, generation_prompt: bool = True, control: bool = True
+) -> list[int]:
+    """Token ids of `messages` through the model's template; without `control` only its own control tokens are any. TextError if it
+    refuses them, ApiError for content that is no text, and for tokens that the model does not have.
+    """
     plain = [_plain(i, message) for i, message in enumerate(messages)]
     length = sum(len(message["content"]) for message in plain)
-    return await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt))
+    ids = await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt, control=control))
+    check_ids(ids, text, "messages")
+    return ids
 
 
-async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[list[int], str]]:
-    """The token ids of each prompt, and its text if it is to be echoed.
+async def prompts(text: Text, body: CompletionRequest, most: int, *, control: bool = True) -> list[tuple[list[int], str]]:
+    """The token ids of each prompt, in which control tokens are recognised if `control`, and its text if it is to be echoed.
 
-    ApiError for ids that the vocabulary does not have, and for prompts that make more than `most` choices.
+    ApiError for token ids, given or of a text, that the model does not have, and for prompts that make more than `most` choices.
     """
     given: Any = body.prompt
     several: list[Any] = [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
@@ -55,7 +61,7 @@ async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[
         raise ApiError(400, message, param="prompt" if len(several) > most else "n")
 
     def encoded() -> list[tuple[list[int], str]]:
-        return [_prompt(text, one, bool(body.echo)) for one in several]
+        return [_prompt(text, one, bool(body.echo), control) for one in several]
 
     return await _run(sum(map(len, several)), encoded)
 
@@ -64,11 +70,13 @@ async def _run(length: int, work: Callable[[], T]) -> T:
     return work() if length < LONG_TEXT else await asyncio.to_thread(work)
 
 
-def _prompt(text: Text, given: str | list[int], echo: bool) -> tuple[list[int], str]:
-    if isinstance(given, str):
-        return text.encode(given), given if echo else ""
-    check_ids(given, text.vocab_size, "prompt")
-    return given, text.decode(given) if echo else ""
+def _prompt(text: Text, given: str | list[int], echo: bool, control: bool) -> tuple[list[int], str]:
+    try:
+        ids = text.encode(given, control=control) if isinstance(given, str) else given
+    except TextError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from None
+    check_ids(ids, text, "prompt")
+    return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
 
 
 def _plain(index: int, message: Message) -> dict[str, str]:
@@ -89,10 +97,12 @@ def _plain(index: int, message: Message) -> dict[str, str]:
     return plain if message.name is None else plain | {"name": message.name}
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ApiError(400, f"{field}: token id {shown(wrong)} is outside the vocabulary (0 to {vocab_size - 1})", param=field)
+def check_ids(ids: Sequence[int], text: Text, field: str) -> None:
+    """ApiError for an id that the model does not have, though its tokenizer may."""
+    if (wrong := text.lacks(ids)) is not None:
+        name = f" ({shown(token)})" if (token := text.pieces.token(wrong)) else ""
+        message = f"{field}: token id {shown(wrong)}{name} is outside the vocabulary (0 to {text.vocab_size - 1})"
+        raise ApiError(400, message, param=field)
 
 
 def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
@@ -142,15 +152,14 @@ def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]],
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
-    vocab_size = engine.text.vocab_size
-    check_ids(body.stop_token_ids or [], vocab_size, "stop_token_ids")
+    check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
     stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
     given = {
         name: value
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         if (value := getattr(body, name)) is not None
     }
-    given |= {"logit_bias": _logit_bias(body.logit_bias or {}, vocab_size), "logprobs": _logprobs(body)}
+    given |= {"logit_bias": _logit_bias(body.logit_bias or {}, engine.text), "logprobs": _logprobs(body)}
     given |= {"top_k": max(0, body.top_k or 0), "min_tokens": min_tokens, "stop_ids": stop_ids}
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [Sampling(seed=seed + k, **given) for k in range(n)]
@@ -211,10 +220,10 @@ def _logprobs(body: Generation) -> int | None:
     return None
 
 
-def _logit_bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+def _logit_bias(given: Mapping[str, float], text: Text) -> dict[int, float]:
     for key in given:
         if not re.fullmatch(r"[0-9]{1,10}", key):
             raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param="logit_bias")
     bias = {int(key): value for key, value in given.items()}
-    check_ids(list(bias), vocab_size, "logit_bias")
+    check_ids(list(bias), text, "logit_bias")
     return bias

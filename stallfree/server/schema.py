@@ -108,7 +108,7 @@ class LatencyTargets(Body):
 class Generation(Body):
     """What chat and completions have in common. Numbers out of OpenAI's ranges are refused; `top_k`, `min_p`,
     `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output` and `priority` (lower is
-    served first) are vLLM's; `slo` is ours.
+    served first) are vLLM's; `sanitize_control_tokens` is named as in `transformers`; `slo` is ours.
     """
 
     model: str | None = None
@@ -119,6 +119,7 @@ class Generation(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_CHOICES)] | None = None
     ignore_eos: bool | None = None
+    sanitize_control_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -176,6 +177,7 @@ class TokenizeRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    sanitize_control_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):
@@ -197,7 +199,7 @@ class Usage(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):

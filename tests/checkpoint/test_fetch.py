@@ -131,3 +131,90 @@ def test_a_name_that_is_neither_path_nor_hub_id_is_refused(name):
 def test_a_hub_model_without_a_network_is_named():
     with pytest.raises(FetchError, match="could not fetch 'owner/name'"):
         locate("owner/name")
+
+
+class Hub:
+    """Stands in for a hub's repository: copies the files that are asked for into a folder, and remembers which."""
+
+    def __init__(self, folder: Path, files: dict[str, str]):
+        self.folder, self.files = folder, files
+
+    def snapshot_download(self, repo, allow_patterns, ignore_patterns=None):
+        from huggingface_hub.utils import filter_repo_objects
+
+        assert "owner/name" == repo
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            self.hf_hub_download(repo, name)
+        return str(self.folder)
+
+    def hf_hub_download(self, repo, name):
+        if name not in self.files:
+            raise FileNotFoundError(f"404: {repo} has no {name}")
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.files[name])
+        return str(file)
+
+    @property
+    def fetched(self) -> set[str]:
+        return {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
+
+
+SMALL = {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "", "README.md": ""}
+OTHER = {"consolidated.safetensors": "", "adapter_model.safetensors": "", "original/model.safetensors": "", "pytorch_model.bin": ""}
+TWO = {"model-00001-of-00002.safetensors": "", "model-00002-of-00002.safetensors": ""}
+NAMED = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "weights"),
+    [
+        ({"model.safetensors": ""}, {"model.safetensors"}),
+        (TWO, set(TWO)),
+        (TWO | {"model.safetensors": ""}, {"model.safetensors"}),
+        (TWO | {"model.safetensors": "", "model.safetensors.index.json": NAMED}, set(TWO)),
+        ({"weights.safetensors": ""}, {"weights.safetensors"}),
+        ({}, set()),
+    ],
+)
+def test_of_a_hub_s_model_only_what_is_read_is_fetched(tmp_path, monkeypatch, files, weights):
+    hub = Hub(tmp_path / "snapshot", SMALL | OTHER | files)
+    hub.folder.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    assert hub.folder == locate("owner/name")
+    assert weights == {name for name in hub.fetched if not name.endswith(("json", "jinja"))}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= hub.fetched
+
+
+def test_a_hub_s_index_that_leads_out_of_the_folder_is_named(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot", SMALL | {"model.safetensors.index.json": '{"weight_map": {"a": "../x.safetensors"}}'})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    with pytest.raises(FetchError, match=r"model\.safetensors\.index\.json: '\.\./x\.safetensors'"):
+        locate("owner/name")
+
+
+PARTS = {f"{folder}Model-Q8_0-0000{number}-of-00003.gguf": "" for folder in ("", "big/") for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("named", [1, 3])
+@pytest.mark.parametrize("folder", ["", "big/"])
+def test_all_files_of_a_hub_s_model_in_several_are_fetched(tmp_path, monkeypatch, named, folder):
+    hub = Hub(tmp_path / "snapshot", PARTS | {"Model-Q4_0.gguf": ""})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    first = f"{folder}Model-Q8_0-00001-of-00003.gguf"
+    assert hub.folder / first == locate(f"owner/name/{folder}Model-Q8_0-0000{named}-of-00003.gguf")
+    assert {name for name in PARTS if name.startswith(f"{folder}Model")} == hub.fetched
+
+
+def test_a_hub_s_model_in_one_file_is_fetched_alone(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot", PARTS | {"Model-Q4_0.gguf": ""})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    assert hub.folder / "Model-Q4_0.gguf" == locate("owner/name/Model-Q4_0.gguf")
+    assert {"Model-Q4_0.gguf"} == hub.fetched
+
+
+def test_a_part_that_the_hub_lacks_is_named(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot", dict.fromkeys(list(PARTS)[:2], ""))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    with pytest.raises(FetchError, match="no Model-Q8_0-00003-of-00003"):
+        locate("owner/name/Model-Q8_0-00001-of-00003.gguf")

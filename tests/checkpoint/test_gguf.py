@@ -8,6 +8,7 @@ import pytest
 
 from stallfree.checkpoint import CheckpointError, ModelConfig, open_checkpoint
 from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.checkpoint.identity import identity
 from tests.models import write_gguf
 
 CONFIG = ModelConfig(
@@ -170,3 +171,130 @@ def _grow(content: bytearray, marker: bytes, offset: int, form: int = 8) -> byte
 def test_absurd_sizes_are_refused_before_they_are_used(file: Path, damage: Callable[[bytearray], bytearray]) -> None:
     file.write_bytes(damage(bytearray(file.read_bytes())))
     refused(file)
+
+
+def in_files(folder: Path, most: int = 9) -> list[Path]:
+    """The model in several files."""
+    write_gguf(folder / "model.gguf", Random(CONFIG), most_tensors=most)
+    return sorted(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_a_model_in_several_files_is_loaded_whichever_is_named(tmp_path: Path, named: int) -> None:
+    files = in_files(tmp_path)
+    assert 3 == len(files)
+    checkpoint = open_checkpoint(files[named])
+    assert (CONFIG, files[0], tuple(files)) == (checkpoint.config, checkpoint.path, checkpoint.files)
+    assert 160 == len(checkpoint.metadata["tokenizer.ggml.tokens"])
+    for name in CONFIG.tensors():
+        np.testing.assert_array_equal(Random(CONFIG).read(name), checkpoint.read(name))
+
+
+def test_all_files_of_a_model_make_its_identity(tmp_path: Path) -> None:
+    files = in_files(tmp_path)
+    before = identity(open_checkpoint(files[0]))
+    assert before == identity(open_checkpoint(files[2]))
+    content = bytearray(files[2].read_bytes())
+    content[-4:] = b"\x00\x00\x80\x3f"
+    files[2].write_bytes(content)
+    assert before != identity(open_checkpoint(files[0]))
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_file_that_is_missing_is_named(tmp_path: Path, gone: int) -> None:
+    files = in_files(tmp_path)
+    files[gone].unlink()
+    with pytest.raises(CheckpointError, match=f"{files[gone].name}: is missing; a model in several files needs all"):
+        open_checkpoint(files[0])
+    with pytest.raises(CheckpointError, match=f"{files[gone].name}: is missing"):
+        open_checkpoint(files[3 - gone])
+
+
+def test_the_first_file_may_be_missing_too(tmp_path: Path) -> None:
+    files = in_files(tmp_path)
+    files[0].unlink()
+    with pytest.raises(CheckpointError, match=f"{files[0].name}: is missing"):
+        open_checkpoint(files[1])
+
+
+def test_a_file_of_another_name_says_what_names_are_needed(tmp_path: Path) -> None:
+    files = in_files(tmp_path)
+    (other := tmp_path / "renamed.gguf").write_bytes(files[0].read_bytes())
+    assert "is one of 3 files, whose names end in -00001-of-00003.gguf and so on" in refused(other)
+
+
+def test_files_that_were_mixed_up_are_named(tmp_path: Path) -> None:
+    files = in_files(tmp_path)
+    files[1].write_bytes(files[2].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: says that it is part 2 \(from 0\) of 3"):
+        open_checkpoint(files[0])
+
+
+def test_a_truncated_file_among_several_is_named(tmp_path: Path) -> None:
+    files = in_files(tmp_path)
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .*truncated"):
+        open_checkpoint(files[0])
+
+
+LINEAR = rotary_frequencies(32, 1e4, {"rope_type": "linear", "factor": 4.0}, "test")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("values", "frequencies", "scale"),
+    [
+        ({"rope.scaling.factor": 4.0}, LINEAR, 1.0),
+        ({"rope.scale_linear": 4.0}, LINEAR, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 4.0}, LINEAR, 1.0),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 9.0}, LINEAR, 1.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, CONFIG.inv_freq, 1.0),
+        ({"rope.scaling.type": "linear"}, CONFIG.inv_freq, 1.0),
+        ({"rope.scaling.factor": 0.0}, CONFIG.inv_freq, 1.0),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
+            rotary_frequencies(32, 1e4, YARN, "test"),
+            1 + 0.1 * np.log(4),
+        ),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 0.5},
+            rotary_frequencies(32, 1e4, YARN | {"original_max_position_embeddings": 256}, "test"),
+            0.5 * (1 + 0.1 * np.log(4)),
+        ),
+    ],
+)
+def test_scaled_positions_are_read_as_llama_cpp_reads_them(tmp_path: Path, values: dict, frequencies: tuple, scale: float) -> None:
+    write_gguf(tmp_path / "m.gguf", Random(CONFIG), **values)
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    np.testing.assert_allclose(config.inv_freq, frequencies)
+    assert scale == pytest.approx(config.rope_scale)
+    assert 256 == config.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rope.scaling.type": "klingon", "rope.scaling.factor": 2.0}, "rope scaling 'klingon' is not supported"),
+        ({"rope.scaling.factor": -2.0}, "'factor' is -2.0"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "needs 'short_factor'"),
+    ],
+)
+def test_scaling_that_cannot_be_is_named(tmp_path: Path, values: dict, message: str) -> None:
+    write_gguf(tmp_path / "m.gguf", Random(CONFIG), **values)
+    assert message in refused(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("key", ["bos", "eos"])
+@pytest.mark.parametrize("id", [160, 2**32 - 1, -1, "two", True])
+def test_special_tokens_that_the_model_lacks_are_named_by_their_key(tmp_path: Path, key: str, id: object, monkeypatch) -> None:
+    import gguf
+
+    def add(writer: gguf.GGUFWriter, _: int) -> None:
+        kinds = {str: writer.add_string, bool: writer.add_bool}
+        kinds.get(type(id), writer.add_int64)(f"tokenizer.ggml.{key}_token_id", id)
+
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}_token_id", add)
+    write_gguf(tmp_path / "m.gguf", Random(CONFIG))
+    said = refused(tmp_path / "m.gguf")
+    assert f"'tokenizer.ggml.{key}_token_id' is {id!r}, expected a token id from 0 to 159; correct it" in said

@@ -8,6 +8,7 @@ import pytest
 
 from stallfree.checkpoint import CheckpointError, open_checkpoint
 from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.checkpoint.identity import identity
 from tests.models import TINY, change_json
 
 CONFIG = {
@@ -141,7 +142,7 @@ def test_a_missing_key_is_named(folder: Path, key: str) -> None:
         ({"num_key_value_heads": 3}, "cannot share 3 KV heads"),
         ({"eos_token_id": 160}, "special token 160"),
         ({"tie_word_embeddings": False}, "'lm_head.weight' is missing"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, "rope scaling 'mrope'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ({"rope_scaling": 3}, "rope scaling is 3"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -213,3 +214,192 @@ def test_a_damaged_header_is_refused(folder: Path, entry: object) -> None:
     text = json.dumps({"model.norm.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
     refused(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def parts(folder: Path, wanted: object = None) -> dict[str, tuple[int, ...]]:
+    """The model's tensors in two numbered files, with an index; gives their shapes."""
+    shapes = open_checkpoint(folder).config.tensors()
+    (folder / "model.safetensors").unlink()
+    names = sorted(shapes)
+    weight_map = {}
+    for number, some in enumerate((names[:7], names[7:]), 1):
+        write(folder / f"model-0000{number}-of-00002.safetensors", {n: shapes[n] for n in some})
+        weight_map |= dict.fromkeys(some, f"model-0000{number}-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map} if wanted is None else wanted))
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "adapter_model.safetensors",
+        "model.safetensors",
+        "model-00001-of-00003.safetensors",
+        "optimizer.safetensors",
+    ],
+)
+def test_the_index_says_which_files_count(folder: Path, name: str) -> None:
+    shapes = parts(folder)
+    (folder / name).write_bytes(b"is not read")
+    checkpoint = open_checkpoint(folder)
+    assert ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] == [f.name for f in checkpoint.files]
+    for tensor, shape in shapes.items():
+        np.testing.assert_array_equal(values(tensor, shape), checkpoint.read(tensor))
+    before = identity(checkpoint)
+    (folder / name).write_bytes(b"something else")
+    assert before == identity(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+def test_without_an_index_the_whole_model_counts(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"is not read")
+    assert ["model.safetensors"] == [file.name for file in open_checkpoint(folder).files]
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_without_an_index_numbered_parts_count(folder: Path, name: str) -> None:
+    parts(folder)
+    (folder / INDEX).unlink()
+    (folder / name).write_bytes(b"is not read")
+    assert 2 == len(open_checkpoint(folder).files)
+
+
+def test_where_two_files_have_a_tensor_the_index_says_whose_it_is(folder: Path) -> None:
+    shapes = parts(folder)
+    name = sorted(shapes)[0]
+    other = {n: shapes[n] for n in [*sorted(shapes)[7:], name]}
+    write(folder / "model-00002-of-00002.safetensors", other)
+    assert {"model-00001-of-00002.safetensors"} == {Path(file).name for file in [open_checkpoint(folder).read.args[0][name][0]]}
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_a_folder_without_a_model_names_what_it_has(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    assert f"only {name}, which holds no whole model" in refused(folder)
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there_is_named(folder: Path) -> None:
+    parts(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "names model-00002-of-00002.safetensors, which is not there" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "'weight_map' is no object"),
+        ('{"weight_map": {}}', "'weight_map' is no object"),
+        ('{"weight_map": ["model.safetensors"]}', "'weight_map' is no object"),
+        ('{"weight_map": {"model.norm.weight": 7}}', "'weight_map' is no object"),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "'../elsewhere.safetensors' is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "'/etc/x.safetensors' is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "x/../../y.safetensors"}}', "is no safetensors file of the folder"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "'pytorch_model.bin' is no safetensors file"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_named(folder: Path, content: str, message: str) -> None:
+    (folder / INDEX).write_text(content)
+    said = refused(folder)
+    assert INDEX in said
+    assert message in said
+
+
+def test_an_index_may_name_files_in_folders_below(folder: Path) -> None:
+    shapes = open_checkpoint(folder).config.tensors()
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "all.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(shapes, "weights/all.safetensors")}))
+    assert [folder / "weights" / "all.safetensors"] == list(open_checkpoint(folder).files)
+
+
+FACTORS = [1.0 + i / 7 for i in range(16)]
+LONG = [2.0 + i for i in range(16)]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("base", [1e4, 5e5])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"type": "linear", "factor": 2.5},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 128},
+        YARN,
+        {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        YARN | {"beta_fast": 16, "beta_slow": 2},
+        YARN | {"attention_factor": 0.7},
+        YARN | {"mscale": 0.9, "mscale_all_dim": 0.4},
+        YARN | {"mscale": 1.0},
+        YARN | {"truncate": False},
+        YARN | {"factor": 1.0},
+        YARN | {"beta_fast": 1, "beta_slow": 1},
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": LONG, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "longrope", "short_factor": FACTORS, "long_factor": LONG, "factor": 16.0,
+            "original_max_position_embeddings": 128,
+        },
+        {
+            "rope_type": "longrope", "short_factor": FACTORS, "long_factor": LONG, "attention_factor": 1.3,
+            "original_max_position_embeddings": 64,
+        },
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)  # fmt: skip
+def test_scaled_positions_are_those_of_transformers(folder: Path, scaling: dict[str, object], base: float) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they deprecate parts of themselves while they are imported
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    change_json(folder / "config.json", rope_scaling=scaling, rope_theta=base)
+    config = open_checkpoint(folder).config
+    theirs = LlamaConfig(**{**TINY, "rope_parameters": {**scaling, "rope_theta": base}})
+    kind = scaling.get("rope_type", scaling.get("type"))
+    compute = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[kind]
+    frequencies, factor = compute(theirs, seq_len=config.max_model_len)
+    np.testing.assert_allclose(config.inv_freq, frequencies.numpy(), rtol=2e-6)
+    assert factor == pytest.approx(config.rope_scale)
+
+
+def test_how_far_scaled_positions_reach(folder: Path) -> None:
+    def limit(**scaling: object) -> int:
+        change_json(folder / "config.json", rope_scaling=scaling)
+        return open_checkpoint(folder).config.max_model_len
+
+    longrope = {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": LONG}
+    assert 256 == limit(rope_type="dynamic", factor=4.0)
+    assert 64 == limit(**longrope, original_max_position_embeddings=64)
+    assert 256 == limit(**YARN)
+    assert 1024 == limit(rope_type="yarn", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "klingon"}, "rope scaling 'klingon' is not supported; known are default, linear, llama3, yarn"),
+        ({"rope_type": "dynamic", "factor": "two"}, "'factor' is 'two'"),
+        ({"rope_type": "yarn", "factor": -1}, "'factor' is -1"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}, "'beta_fast' is 'x'"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "'original_max_position_embeddings' is 0"),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"}, "'attention_factor' is 'x'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "needs 'short_factor', a list of 16 numbers"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 15}, "needs 'short_factor', a list of 16 numbers"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 15 + [0]}, "'short_factor' is 0"),
+    ],
+)
+def test_scaling_that_cannot_be_computed_is_named(folder: Path, scaling: dict[str, object], message: str) -> None:
+    assert message in refused(folder, rope_scaling=scaling)

@@ -32,3 +32,33 @@ def test_a_refused_prompt_takes_the_others_of_its_call_with_it_and_nothing_else(
         llm.generate(["a", "b" * 70], max_tokens=5)
     assert not llm._engine.busy
     assert ["length"] == [done.finish_reason for done in llm.generate(["a"], max_tokens=5)]
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A model of 160 embeddings, whose tokenizer has more tokens than that."""
+    from tests.engine.tokenizers import byte_level
+    from tests.models import write_folder
+
+    folder = tmp_path_factory.mktemp("padded")
+    write_folder(folder, "llama")
+    byte_level().save(str(folder / "tokenizer.json"))
+    with LLM(str(folder), kv_memory=1 << 22) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "field"),
+    [
+        ("!<think>", {}, "prompt"),
+        ([1, 160], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1], {"logit_bias": {160: 1.0}}, "logit_bias"),
+        ([1], {"stop_ids": frozenset({200}), "min_tokens": 3}, "stop_ids"),
+    ],
+)
+def test_tokens_that_the_model_lacks_are_refused(padded, prompt, sampling, field):
+    with pytest.raises(Refused, match=f"{field}: .* outside the vocabulary") as caught:
+        padded.generate([[1, 2, 3], prompt], max_tokens=2, **sampling)
+    assert field == caught.value.field
+    assert "length" == padded.generate([1, 2, 3], max_tokens=2)[0].finish_reason

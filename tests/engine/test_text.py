@@ -144,3 +144,29 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TextError, match=r"tokenizer\.json"):
         Text.from_folder(tmp_path)
+
+
+LONG = "ab " * 40
+
+
+@pytest.mark.parametrize(
+    "enable",
+    [
+        lambda t: t.enable_truncation(8),
+        lambda t: t.enable_truncation(8, stride=2, strategy="only_first", direction="left"),
+        lambda t: t.enable_padding(length=512, pad_id=1, pad_token="</s>"),
+        lambda t: t.enable_padding(pad_to_multiple_of=64, direction="left"),
+        lambda t: (t.enable_truncation(8), t.enable_padding(length=8)),
+    ],
+)
+def test_a_prompt_is_neither_cut_nor_filled_up_whatever_the_file_says(tmp_path, enable):
+    tokenizer = Text.from_gguf(gguf()).tokenizer
+    expected = tokenizer.encode(LONG).ids
+    enable(tokenizer)
+    assert expected != tokenizer.encode(LONG).ids
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}", "model_max_length": 8}')
+    text = Text.from_folder(tmp_path)
+    assert expected == text.encode(LONG) == text.encode(LONG, control=False)
+    assert expected == text.chat([{"role": "user", "content": LONG}])
+    assert expected == text.chat([{"role": "user", "content": LONG}], control=False)

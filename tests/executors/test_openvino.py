@@ -43,6 +43,23 @@ MODELS = {
             }
         },
     ),
+    "llama yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}},
+    ),
+    "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama longrope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0 + i / 7 for i in range(16)],
+                "long_factor": [4.0 + i for i in range(16)],
+                "original_max_position_embeddings": 128,
+                "rope_theta": 1e4,
+            }
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral window": ("mistral", {"sliding_window": 20}),
     "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": 20}),

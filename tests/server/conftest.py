@@ -18,6 +18,7 @@ from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
+from stallfree.engine.text import Text
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
@@ -66,13 +67,14 @@ class Server:
         max_model_len: int = 2048,
         max_queue: int = 256,
         slo: Slo | None = None,
+        text: Text | None = None,
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
         asked: bool = False,
         **options,
     ):
-        text = bytes_as_text()
-        self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
+        text = text or bytes_as_text()
+        self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
         self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
         self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
         self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)

@@ -14,7 +14,7 @@ import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
-from stallfree.executors.checks import needed_blocks
+from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
@@ -88,20 +88,21 @@ class OpenVINOExecutor:
         self._warm_up()
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan. Raises ValueError, with no harm done, if the plan cannot be run."""
+        """Runs the plan, without work that cannot be run. Raises ValueError, with no harm done, if none can."""
         started = time.perf_counter()
-        sampled = [work for work in plan.work if work.samples]
-        ends = np.cumsum([work.count for work in plan.work], dtype=np.int32)
-        logits = self._forward(plan.work, ends[[work.samples for work in plan.work]] - 1)
-        tokens, details, failed = sample(logits, sampled)
-        self._results.append(StepResult(plan.step, tokens, time.perf_counter() - started, details=details, failed=failed))
+        work, refused, feed = sift(plan.work, self._packed)
+        ends = np.cumsum([w.count for w in work], dtype=np.int32)
+        logits = self._forward(feed, ends[[w.samples for w in work]] - 1)
+        tokens, details, failed = sample(logits, [w for w in work if w.samples])
+        seconds = time.perf_counter() - started
+        self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed))
 
     def collect(self) -> StepResult:
         return self._results.pop(0)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
-        return self._forward(work, np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
+        return self._forward(self._packed(work), np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
@@ -129,13 +130,11 @@ class OpenVINOExecutor:
         for count in {1, min(64, longest, size * self.capacity.num_blocks)}:
             blocks = tuple(range(-(-count // size)))
             work = Work("warm-up", 0, count, True, False, (0,) * count, blocks, None, "", (), [])
-            self._forward([work], np.array([count - 1], np.int32))
+            self._forward(self._packed([work]), np.array([count - 1], np.int32))
 
-    def _forward(self, work: Sequence[Work], rows: np.ndarray) -> np.ndarray:
-        """Logits of `rows`, valid until the next call."""
-        feed = self._packed(work)
-        feed["sampled_rows"] = rows
-        for name, values in feed.items():
+    def _forward(self, feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        """Logits of `rows` of work that was packed, valid until the next call."""
+        for name, values in (feed | {"sampled_rows": rows}).items():
             self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
         self._request.infer()
         logits: np.ndarray = self._request.get_output_tensor(0).data

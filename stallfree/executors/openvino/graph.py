@@ -72,7 +72,8 @@ def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) 
     """cos and sin of every token's rotary angles, [tokens, 1, 1, head_dim], looked up once for all layers."""
     angles = np.outer(np.arange(max_model_len), np.tile(config.inv_freq, 2))
     zero, middle = constant(0, np.int32), constant([1, 2], np.int32)
-    cos, sin = (ops.gather(constant(table.astype(np.float32)), positions, zero) for table in (np.cos(angles), np.sin(angles)))
+    tables = (config.rope_scale * np.cos(angles), config.rope_scale * np.sin(angles))
+    cos, sin = (ops.gather(constant(table.astype(np.float32)), positions, zero) for table in tables)
     return ops.unsqueeze(cos, middle), ops.unsqueeze(sin, middle)
 
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import inf
 from typing import Any, NoReturn, Protocol
 
@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.executors.base import Lost
+from stallfree.executors.checks import sift
 from stallfree.executors.torch import wire, worker
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages, supported
@@ -169,15 +170,18 @@ class ParallelExecutor:
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
         self._socks: list[socket.socket] = []
         self._said: list[deque[dict[str, Any]]] = []
+        self._refused: deque[dict[str, str]] = deque()
+        """For each plan that is out: why requests were left out of it."""
         self._kv: dict[int, bytes] = {}
         self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
         self.capacity = Capacity(BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
 
     def submit(self, plan: Plan) -> None:
-        """Raises ValueError, with no harm done, if the plan cannot be run."""
-        check(plan.work, self.capacity, self._vocab_size)
-        message = wire.of_plan(plan)
+        """Work that cannot be run is left out. Raises ValueError, with no harm done, if none can."""
+        work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
+        self._refused.append(refused)
+        message = wire.of_plan(replace(plan, work=tuple(work)))
         self._bubbles.submitted(time.perf_counter())
         try:
             for sock in self._socks:
@@ -191,7 +195,8 @@ class ParallelExecutor:
         except OSError as error:
             self._lost(str(error))
         bubble_s = self._bubbles.collected(sum(answer["waited_s"] for answer in answers), time.perf_counter())
-        return wire.to_result(answers[-1], bubble_s)
+        result = wire.to_result(answers[-1], bubble_s)
+        return replace(result, failed={**result.failed, **self._refused.popleft()})
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         """Raises ConnectionError if a rank is gone; that all KV is, the next plan tells by `Lost`."""
@@ -221,6 +226,7 @@ class ParallelExecutor:
         """Start all ranks; the blocks of KV that each has."""
         token, host = secrets.token_hex(16), self._workers.host
         self._said = [deque() for _ in range(self._pp)]
+        self._refused.clear()
         self._bubbles = Bubbles(self._pp)
         # Where the ranks find each other. It listens here from now on, so that nobody else can take the port.
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)

@@ -15,6 +15,7 @@ import torch
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
+from stallfree.executors.checks import sift
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, layout, supported, use_threads
@@ -40,35 +41,33 @@ class TorchExecutor:
         self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
         if options.device == "cuda" if overlap is None else overlap:
             self.capacity = replace(self.capacity, depth=2, overlap=True)
-        self._out: deque[tuple[int, float, Draw]] = deque()
+        self._out: deque[tuple[int, float, Draw, dict[str, str]]] = deque()
         self._last: Draw | None = None
         self._ended = 0.0
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan; a GPU goes on doing so afterwards. Raises ValueError, with no harm done, if the plan cannot be run;
-        MemoryError if the GPU's does not do.
+        """Runs the plan, without work that cannot be run; a GPU goes on doing so afterwards. Raises ValueError, with no harm done,
+        if none can; MemoryError if the GPU's does not do.
         """
         started = time.perf_counter()
-        check(plan.work, self.capacity, self._vocab_size)
-        unknown = [w.id for w in plan.work if w.tokens == (UNKNOWN,)]
-        if unknown and self._last is None:
-            raise ValueError(f"request {unknown[0]}: its token is to be that of the plan before, and there is none")
+        work, refused, _ = sift(plan.work, self._check)
+        unknown = [w.id for w in work if w.tokens == (UNKNOWN,)]
         try:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
-            logits = self._runner.run(plan.work, last_rows(plan.work), ahead=ahead)
-            self._last = Draw(logits, [w for w in plan.work if w.samples])
+            logits = self._runner.run(work, last_rows(work), ahead=ahead)
+            self._last = Draw(logits, [w for w in work if w.samples])
         except torch.OutOfMemoryError:
             raise MemoryError(OUT_OF_MEMORY) from None
-        self._out.append((plan.step, started, self._last))
+        self._out.append((plan.step, started, self._last, refused))
 
     def collect(self) -> StepResult:
-        step, started, draw = self._out.popleft()
+        step, started, draw, refused = self._out.popleft()
         tokens, details, failed = draw.result
         # It began when it was there, or when the one before it had ended.
         began, self._ended = max(started, self._ended), time.perf_counter()
-        return StepResult(step, tokens, self._ended - began, details=details, failed=failed)
+        return StepResult(step, tokens, self._ended - began, details=details, failed=refused | failed)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
@@ -78,6 +77,13 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._runner.close()
+
+    def _check(self, work: Sequence[Work]) -> None:
+        check(work, self.capacity, self._vocab_size)
+        for w in work:
+            if w.tokens == (UNKNOWN,) and (self._last is None or w.id not in self._last.ids):
+                found = "there is none" if self._last is None else "it samples none"
+                raise ValueError(f"request {w.id}: its token is to be that of the plan before, and {found}")
 
 
 def blocks(kv_bytes: int, block_bytes: int) -> int:

@@ -42,7 +42,8 @@ class Model(ABC):
             self._norm = self.norm(weights)
         self._layers = [self.layer(weights, number) for number in layers]
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), torch.tensor(config.inv_freq, dtype=torch.float64))
-        self._cos, self._sin = (table.to(weights.device, torch.float32) for table in (angles.cos(), angles.sin()))
+        tables = (config.rope_scale * angles.cos(), config.rope_scale * angles.sin())
+        self._cos, self._sin = (table.to(weights.device, torch.float32) for table in tables)
 
     @abstractmethod
     def layer(self, weights: Weights, number: int) -> Any:

@@ -33,6 +33,8 @@ class Draw:
         own = [how.plain and how.logprobs is None for how in hows]
         here, others = ([row for row, is_own in enumerate(own) if is_own == wanted] for wanted in (True, False))
         self._here, self._others = [works[row] for row in here], [works[row] for row in others]
+        self.ids = frozenset(work.id for work in works)
+        """The requests that have a row."""
         self._device = logits.device
         self._rows = logits[upload(others, self._device)] if others else None
         self._tokens = self._found = self._came = None
@@ -65,14 +67,10 @@ class Draw:
 
     def tokens(self, ids: Sequence[str]) -> torch.Tensor:
         """The tokens of these requests [ids], on the device; waits only for what is sampled on the host. 0 for a request that has
-        none, since its logits are not finite. Raises ValueError for one that has no row.
+        none, since its logits are not finite. All of `ids` are among `self.ids`.
         """
         here = {work.id: place for place, work in enumerate(self._here)}
-        others = {work.id for work in self._others}
-        for id in ids:
-            if id not in here and id not in others:
-                raise ValueError(f"request {id}: its token is to be the one that the plan before samples, which samples none")
-        if self._tokens is not None and others.isdisjoint(ids):
+        if self._tokens is not None and here.keys() >= set(ids):
             return self._tokens[upload([here[id] for id in ids], self._device)]
         return upload([self.result[0].get(id, (0,))[0] for id in ids], self._device)
 
@@ -101,7 +99,7 @@ def _drawn(logits: torch.Tensor, works: Sequence[Work], hows: Sequence[Sampling]
     order = None
     if any(how.top_k or how.top_p < 1 for how in hows):
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        most = column([how.top_k or logits.shape[-1] for how in hows])
+        most = column([min(how.top_k, logits.shape[-1]) or logits.shape[-1] for how in hows])
         weights = weights.where(torch.arange(logits.shape[-1], device=logits.device) < most, 0.0)
         before = weights.double().cumsum(-1) - weights
         top_p = column([how.top_p for how in hows])
