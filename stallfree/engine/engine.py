@@ -122,6 +122,7 @@ class Engine:
         Its text `continues` that of the prompt, or is an answer to it, which begins without a space. With `fetch` its prompt comes
         from elsewhere; `watch` sees it computed here, for somebody elsewhere.
         """
+        stream = _Stream(request, self.text, stop, include_stop, continues)
         if fetch is None:
             self.scheduler.submit(request)
         else:
@@ -130,7 +131,7 @@ class Engine:
         if watch is not None:
             self._watches[request.id] = watch
         self._arrived.append(request)
-        self._streams[request.id] = _Stream(request, self.text, stop, include_stop, continues)
+        self._streams[request.id] = stream
 
     def deliver(self, request: Request, token: int, details: object, num_bytes: int, seconds: float) -> None:
         """The blocks of a fetched request are filled, and its first token is `token`: it decodes from now on."""
@@ -188,7 +189,7 @@ class Engine:
     def _step(self) -> list[Output]:
         while (request := self.scheduler.reserve()) is not None:
             self._asked[request.id] = self.clock()
-            self._fetches[request.id].start(request)
+            self._start(request)
         capacity, outstanding = self.executor.capacity, self._outstanding
         # Nothing is planned behind an iteration that failed before those whom it fails are known.
         while len(outstanding) < capacity.depth and not (outstanding and outstanding[-1][2]):
@@ -209,32 +210,53 @@ class Engine:
             started = max(started, self._last_end)
         self._last_end = ended
         self._ended += self.scheduler.complete(plan, result, ended)
-        if self._watches:
-            self._show(plan, result)
-        outputs = self._outputs(plan, result)
+        outputs = self._show(plan, result) if self._watches else []
+        outputs += self._outputs(plan, result)
         if self._record is not None:
-            self._record(
-                StepRecord.of(
-                    plan,
-                    result,
-                    self.scheduler,
-                    (plan.now, started, ended),
-                    self._arrived,
-                    self._ended,
-                    self._prints,
-                    delivered=self._delivered,
-                    recalled=self._recalled,
-                )
-            )
+            self._note(plan, result, (plan.now, started, ended))
         self._arrived, self._ended, self._delivered, self._recalled = [], [], [], []
         return outputs
 
-    def _show(self, plan: Plan, result: StepResult) -> None:
-        """Tell the watchers what was computed. A request that has ended just now has not been written over yet."""
+    def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float]) -> None:
+        """Hand the iteration's record out. Whoever fails over it must not fail the requests."""
+        try:
+            record = StepRecord.of(
+                plan,
+                result,
+                self.scheduler,
+                times,
+                self._arrived,
+                self._ended,
+                self._prints,
+                delivered=self._delivered,
+                recalled=self._recalled,
+            )
+            if self._record is not None:
+                self._record(record)
+        except Exception:
+            log.exception("the record of step %d is lost", plan.step)
+
+    def _start(self, request: Request) -> None:
+        """Have the prompt of a request that has been given room computed elsewhere; here, if that cannot even be asked for."""
+        try:
+            self._fetches[request.id].start(request)
+        except Exception:
+            log.exception("request %s: its prompt cannot be asked for elsewhere and is computed here", request.id)
+            if request.id in self._fetches:
+                self.recall(request)
+
+    def _show(self, plan: Plan, result: StepResult) -> list[Output]:
+        """Tell the watchers what was computed. A request that has ended just now has not been written over yet. Gives the ends of
+        requests whose watcher raised."""
+        failed = []
         for work in plan.work:
             watch = self._watches.get(work.id)
             if watch is not None and result.error is None and work.id not in result.failed:
-                watch(work)
+                try:
+                    watch(work)
+                except Exception as error:
+                    failed.append(self._fail(work.id, "what was computed could not be passed on", error))
+        return failed
 
     def _collect(self, plan: Plan, error: str | None) -> StepResult:
         results: list[StepResult] = []
@@ -268,6 +290,20 @@ class Engine:
         return outputs
 
     def _output(self, stream: _Stream, tokens: tuple[int, ...], details: object) -> Output:
+        """What new tokens brought to a request. Whatever its text raises ends this request, and no other."""
+        try:
+            return self._text_of(stream, tokens, details)
+        except Exception as error:
+            return self._fail(stream.request.id, "its tokens cannot be made text", error)
+
+    def _fail(self, id: str, what: str, error: Exception) -> Output:
+        """End a request by an error of its own."""
+        log.error("request %s: %s", id, what, exc_info=error)
+        self._forget(id)
+        self._end(id, "error")
+        return Output(id, "", (), finish_reason="error", error=f"{what} ({type(error).__name__}: {error})")
+
+    def _text_of(self, stream: _Stream, tokens: tuple[int, ...], details: object) -> Output:
         request = stream.request
         reason = request.finish_reason
         stop: str | int | None = None
@@ -306,4 +342,7 @@ class Engine:
         fetch = self._fetches.pop(id, None)
         self._asked.pop(id, None)
         if fetch is not None:
-            fetch.cancel()
+            try:
+                fetch.cancel()
+            except Exception:
+                log.exception("request %s: what is computed for it elsewhere cannot be called off", id)

@@ -134,8 +134,17 @@ class EngineThread:
         for request in requests:
             self._streams[request.id] = outputs
             how = {"include_stop": include_stop, "continues": continues}
-            self.call(partial(self.engine.submit, request, stop, **how, fetch=fetch(), watch=watch))
+            submit = partial(self.engine.submit, request, stop, **how, fetch=fetch(), watch=watch)
+            self.call(partial(self._submit, request.id, submit))
         return outputs
+
+    def _submit(self, id: str, submit: Callable[[], None]) -> None:
+        try:
+            submit()
+        except Exception as error:
+            log.exception("request %s cannot be queued", id)
+            what = f"the request cannot be queued ({type(error).__name__}: {error})"
+            self._wake(self._dispatch, [Output(id, "", (), finish_reason="error", error=what)])
 
     def call(self, what: Callable[[], object]) -> None:
         """Have `what` done in the engine's thread, between two iterations. From any thread; what it raises fails the engine."""

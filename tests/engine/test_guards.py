@@ -1,0 +1,137 @@
+"""What one request raises ends that request: in its text, its stops, its watcher, its fetch, or what records it. Its neighbour gets
+every token."""
+
+import asyncio
+
+import pytest
+
+from stallfree.core.request import Request
+from stallfree.engine import engine as module
+from stallfree.engine.engine import Engine
+from stallfree.engine.text import Detokenizer, StopStrings
+from stallfree.policies.sarathi import Sarathi
+from tests.engine.test_engine import ANSWER, TEXT, Parrot
+from tests.engine.test_thread import read, request, started
+
+BAD = 13
+"""The prompt length of the request that makes trouble; the neighbour has another."""
+
+
+class Trouble(Exception):
+    pass
+
+
+def make_trouble(*_, **__):
+    raise Trouble("out of order")
+
+
+def served(*, depth=1, overlap=False, record=None, **bad) -> dict[str, tuple[str, str | None, str | None]]:
+    """Text, finish reason and error of the request that makes trouble and of its neighbour, once both have ended."""
+    engine = Engine(Parrot(depth=depth, overlap=overlap), TEXT, Sarathi(64), record=record)
+    engine.submit(Request("bad", range(BAD), len(ANSWER)), **bad)
+    engine.submit(Request("good", range(100, 107), len(ANSWER)))
+    texts, ends = {}, {}
+    for _ in range(500):
+        for out in engine.step():
+            texts[out.id] = texts.get(out.id, "") + out.text
+            ends[out.id] = (out.finish_reason, out.error)
+        if not engine.busy:
+            break
+    engine.scheduler.check()
+    assert not engine.busy
+    assert engine.scheduler.pool.num_free == engine.executor.capacity.num_blocks
+    return {id: (texts[id], *ends[id]) for id in texts}
+
+
+def assert_only_the_bad_one_failed(ends, *, error: str):
+    assert ("Hello, world! Grüße. ", "length", None) == ends["good"]
+    assert "error" == ends["bad"][1]
+    assert error in ends["bad"][2]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("cls", "method"), [(Detokenizer, "push"), (Detokenizer, "flush"), (StopStrings, "push"), (StopStrings, "flush")]
+)
+def test_a_request_whose_text_raises_ends_alone(monkeypatch, cls, method, depth):
+    made = []
+    init = cls.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(cls, "__init__", remember)
+    own = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is made[0] else own(self, *a, **k))
+    assert_only_the_bad_one_failed(served(depth=depth), error="its tokens cannot be made text (Trouble: out of order)")
+
+
+@pytest.mark.parametrize("late", [0, 1, 5])
+def test_a_request_whose_text_raises_ends_alone_where_iterations_overlap(monkeypatch, late):
+    own, count = Detokenizer.push, {}
+
+    def push(self, id, **more):
+        count[self] = count.get(self, -1) + 1
+        return make_trouble() if self is next(iter(count)) and count[self] >= late else own(self, id, **more)
+
+    monkeypatch.setattr(Detokenizer, "push", push)
+    assert_only_the_bad_one_failed(served(depth=2, overlap=True), error="Trouble: out of order")
+
+
+def test_a_request_whose_watcher_raises_ends_alone():
+    assert_only_the_bad_one_failed(served(watch=make_trouble), error="could not be passed on (Trouble: out of order)")
+
+
+def test_a_prompt_that_cannot_be_asked_for_elsewhere_is_computed_here():
+    class Fetch:
+        start = cancel = make_trouble
+
+    ends = served(fetch=Fetch())
+    assert {"bad": ("Hello, world! Grüße. ", "length", None), "good": ("Hello, world! Grüße. ", "length", None)} == ends
+
+
+def test_an_abort_that_cannot_call_off_what_is_fetched_aborts():
+    class Fetch:
+        start = staticmethod(lambda request: None)
+        cancel = staticmethod(make_trouble)
+
+    engine = Engine(Parrot(), TEXT, Sarathi(64))
+    engine.submit(Request("bad", range(BAD), 9), fetch=Fetch())
+    engine.step()
+    engine.abort("bad")
+    assert not engine.busy
+    engine.scheduler.check()
+
+
+def test_a_record_that_cannot_be_made_or_kept_fails_nobody(monkeypatch):
+    whole = ("Hello, world! Grüße. ", "length", None)
+    assert {"bad": whole, "good": whole} == served(record=make_trouble)
+    monkeypatch.setattr(module.StepRecord, "of", make_trouble)
+    assert {"bad": whole, "good": whole} == served(record=lambda _: None)
+
+
+def test_a_request_that_cannot_be_queued_ends_alone(monkeypatch):
+    own = Engine.submit
+
+    def submit(self, r, *args, **kwargs):
+        return make_trouble() if r.id == "bad" else own(self, r, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "submit", submit)
+
+    async def run():
+        async with started() as thread:
+            outputs = await read(thread.submit([request("bad"), request("good")]))
+            return outputs, thread.failure
+
+    outputs, failure = asyncio.run(run())
+    assert failure is None
+    assert {("bad", "error"), ("good", "length")} == {(o.id, o.finish_reason) for o in outputs if o.finish_reason}
+
+
+def test_a_stream_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(module, "Detokenizer", make_trouble)
+    engine = Engine(Parrot(), TEXT, Sarathi(64))
+    with pytest.raises(Trouble):
+        engine.submit(Request("bad", range(BAD), 9))
+    assert not engine.busy
