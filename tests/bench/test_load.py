@@ -12,6 +12,7 @@ from stallfree.metrics.report import report
 from stallfree.workload.workload import Arrival, Workload
 from tests.bench.conftest import Fake, chunk, running
 from tests.server.conftest import SLOW, Server
+from tests.waiting import PATIENCE_S
 
 FIVE = [Arrival(0.01 * i, 20, 6) for i in range(5)]
 
@@ -59,11 +60,26 @@ def test_a_wrong_key_is_said_before_the_run():
 
 
 def test_requests_are_sent_when_due_though_none_has_ended():
-    most = []
-    loaded(Fake(), tick=lambda run: most.append(len(run.lines) - run.ended))
-    result = failing("mute", timeout_s=0.5, tick=lambda run: most.append(len(run.lines) - run.ended))
+    fake, most = Fake(), []
+    fake.failure = "mute"
+
+    def tick(run: Load) -> None:
+        most.append(len(run.lines) - run.ended)
+        if len(run.lines) == 5:
+            fake.over.set()
+
+    assert 5 == report(loaded(fake, tick=tick).lines).completed
     assert 5 == max(most)
-    assert {"timeout": 5} == report(result.lines).errors
+
+
+def test_requests_that_are_never_answered_time_out():
+    async def run():
+        fake = Fake()
+        fake.failure = "mute"
+        async with running(fake, timeout_s=0.2) as client:
+            return await load(client, Dialect(None, (0, 100), (0, 1), {}), FIVE, lambda run: None)
+
+    assert {"timeout": 5} == report(asyncio.run(run()).lines).errors
 
 
 def test_a_stream_that_dies_is_cut_short_and_keeps_its_tokens():
@@ -125,10 +141,10 @@ def test_an_interrupted_run_gives_what_there_is():
     async def run(url):
         async with Client(url) as client:
             dialect = await Dialect.probe(client)
-            begun = asyncio.Event()
-            task = asyncio.create_task(load(client, dialect, [*FIVE, Arrival(99, 5, 5)], lambda run: begun.set()))
-            await begun.wait()
-            await asyncio.sleep(0.1)
+            sent = asyncio.Event()
+            arrivals = [*FIVE, Arrival(10 * PATIENCE_S, 5, 5)]
+            task = asyncio.create_task(load(client, dialect, arrivals, lambda run: len(run.lines) == 5 and sent.set()))
+            await sent.wait()
             task.cancel()
             return await task
 

@@ -14,6 +14,7 @@ from stallfree.cli.deploy import deploy
 from stallfree.cli.options import Served, memory
 from stallfree.cli.serve import serve
 from stallfree.engine.assemble import Options
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def stallfree(tmp_path, monkeypatch):
 
     def run(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stallfree", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, input=input, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, input=input, timeout=PATIENCE_S, check=False)
 
     return run
 
