@@ -76,11 +76,20 @@ def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
     async def run():
         async with started(iteration_s=0.01) as thread:
             outputs = thread.submit([request(max_tokens=900), request("s", max_tokens=900)])
-            reader = asyncio.create_task(read(outputs))
-            await comes(lambda: thread.num_running == 2)
+            came = []
+
+            async def reads():
+                async for some in outputs:
+                    came.extend(some)
+
+            reader = asyncio.create_task(reads())
+            await comes(lambda: {"r", "s"} == {o.id for o in came})
             outputs.close()
-            assert None in {o.finish_reason for o in await reader} | {None}
+            async with asyncio.timeout(PATIENCE_S):
+                await reader
+            assert {None} == {o.finish_reason for o in came}
             await comes(lambda: not thread.engine.busy)
+            assert {} == thread.engine.scheduler.requests
             thread.engine.scheduler.check()
             return thread.engine.scheduler.pool.num_free
 
