@@ -75,7 +75,8 @@ def test_what_piled_up_comes_at_once():
 def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
     async def run():
         async with started(iteration_s=0.01) as thread:
-            outputs = thread.submit([request(max_tokens=900), request("s", max_tokens=900)])
+            requests = [request(max_tokens=900), request("s", max_tokens=900)]
+            outputs = thread.submit(requests)
             came = []
 
             async def reads():
@@ -89,7 +90,7 @@ def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
                 await reader
             assert {None} == {o.finish_reason for o in came}
             await comes(lambda: not thread.engine.busy)
-            assert {} == thread.engine.scheduler.requests
+            assert ["abort", "abort"] == [request.finish_reason for request in requests]
             thread.engine.scheduler.check()
             return thread.engine.scheduler.pool.num_free
 
