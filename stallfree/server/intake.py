@@ -17,7 +17,7 @@ from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.sampling import Sampling
-from stallfree.server.errors import ApiError, shown
+from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
 
 T = TypeVar("T")
@@ -55,7 +55,8 @@ async def prompts(text: Text, body: CompletionRequest, most: int) -> list[tuple[
         raise ApiError(400, message, param="prompt" if len(several) > most else "n")
 
     def encoded() -> list[tuple[list[int], str]]:
-        return [_prompt(text, one, bool(body.echo)) for one in several]
+        names = ["prompt"] if several is not given else [path("prompt", at) for at in range(len(several))]
+        return [_prompt(text, one, bool(body.echo), name) for name, one in zip(names, several, strict=True)]
 
     return await _run(sum(map(len, several)), encoded)
 
@@ -64,10 +65,10 @@ async def _run(length: int, work: Callable[[], T]) -> T:
     return work() if length < LONG_TEXT else await asyncio.to_thread(work)
 
 
-def _prompt(text: Text, given: str | list[int], echo: bool) -> tuple[list[int], str]:
+def _prompt(text: Text, given: str | list[int], echo: bool, name: str) -> tuple[list[int], str]:
     if isinstance(given, str):
         return text.encode(given), given if echo else ""
-    check_ids(given, text.vocab_size, "prompt")
+    check_ids(given, text.vocab_size, name)
     return given, text.decode(given) if echo else ""
 
 
@@ -75,15 +76,17 @@ def _plain(index: int, message: Message) -> dict[str, str]:
     content = message.content
     if content is None:
         if message.role != "assistant":
-            raise ApiError(400, f"messages[{index}].content is missing; only an assistant's may be null", param="messages")
+            where = path("messages", index, "content")
+            raise ApiError(400, f"{where} is missing; only an assistant's may be null", param=where)
         content = ""
     elif not isinstance(content, str):
         for at, part in enumerate(content):
+            where = path("messages", index, "content", at)
             if part.type != "text":
-                where = f"messages[{index}].content[{at}]"
-                raise ApiError(400, f"{where} is of type {shown(part.type)}; this server takes text only", param="messages")
+                why = f"{where}.type is {shown(part.type)}; this server takes text only"
+                raise ApiError(400, why, param=f"{where}.type")
             if part.text is None:
-                raise ApiError(400, f"messages[{index}].content[{at}].text is missing", param="messages")
+                raise ApiError(400, f"{where}.text is missing", param=f"{where}.text")
         content = "\n".join(str(part.text) for part in content)
     plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
     return plain if message.name is None else plain | {"name": message.name}
@@ -91,8 +94,9 @@ def _plain(index: int, message: Message) -> dict[str, str]:
 
 def check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
     if ids and not (0 <= min(ids) and max(ids) < vocab_size):
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ApiError(400, f"{field}: token id {shown(wrong)} is outside the vocabulary (0 to {vocab_size - 1})", param=field)
+        at, wrong = next((at, i) for at, i in enumerate(ids) if not 0 <= i < vocab_size)
+        where = path(field, str(wrong)) if field == "logit_bias" else f"{field}[{at}]"
+        raise ApiError(400, f"{where}: token id {shown(wrong)} is outside the vocabulary (0 to {vocab_size - 1})", param=where)
 
 
 def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
@@ -102,7 +106,7 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
     given: dict[str, tuple[float, str]] = {}
     for name in ("ttft", "tbt", "tpot"):
         own = None if body.slo is None else getattr(body.slo, f"{name}_ms")
-        found = [] if own is None else [(float(own), "slo")]
+        found = [] if own is None else [(float(own), f"slo.{name}_ms")]
         for header in (f"{prefix}-{name}-ms" for prefix in TARGET_HEADERS):
             found += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
         for value, place in found:
@@ -214,7 +218,7 @@ def _logprobs(body: Generation) -> int | None:
 def _logit_bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
     for key in given:
         if not re.fullmatch(r"[0-9]{1,10}", key):
-            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param="logit_bias")
+            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param=path("logit_bias", key))
     bias = {int(key): value for key, value in given.items()}
     check_ids(list(bias), vocab_size, "logit_bias")
     return bias
