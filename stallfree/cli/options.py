@@ -9,6 +9,16 @@ from typing import Annotated, Literal
 
 import typer
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that only this machine reaches."""
+
+
+def warn_if_open(host: str, api_key: str | None) -> None:
+    """Say so if others than this machine reach `host` and need no key."""
+    if api_key is None and host not in LOOPBACK:
+        way = "set STALLFREE_API_KEY (or --api-key)"
+        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {way}", err=True)
+
 
 def memory(text: str | int) -> int:
     """Bytes of "2GiB", "512 MiB", "1.5g" or a plain number of bytes."""
@@ -45,7 +55,7 @@ Model = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
 Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated.")]
-Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or package.module:Class.")]
+Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or ./file.py:Class.")]
 Slo = Annotated[
     str | None,
     typer.Option(help="Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", show_default="5 small decode iterations"),
@@ -94,6 +104,7 @@ ServersKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
 ]
 ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0, show_default="what the model's makers recommend")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -7,6 +7,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
-from stallfree.executors.sampling import Sampling
 from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
 
@@ -134,8 +134,8 @@ def _milliseconds(text: str, header: str) -> float:
 
 
 def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]], slo: Slo | None) -> list[Request]:
-    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. ApiError for fields at
-    odds.
+    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. What the body leaves
+    open of sampling is the engine's. ApiError for fields at odds.
     """
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
@@ -155,9 +155,9 @@ def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]],
         if (value := getattr(body, name)) is not None
     }
     given |= {"logit_bias": _logit_bias(body.logit_bias or {}, vocab_size), "logprobs": _logprobs(body)}
-    given |= {"top_k": max(0, body.top_k or 0), "min_tokens": min_tokens, "stop_ids": stop_ids}
+    given |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
-    samplings = [Sampling(seed=seed + k, **given) for k in range(n)]
+    samplings = [replace(engine.sampling, seed=seed + k, **given) for k in range(n)]
     arrival = engine.clock()
     made = []
     for prompt in prompts:

@@ -273,6 +273,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "stallfree"
     max_model_len: int
+    default_sampling: dict[str, int | float]
 
 
 class Models(BaseModel):

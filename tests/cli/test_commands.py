@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from stallfree import policies
+from stallfree.cli import app, main
 from stallfree.cli.deploy import deploy
 from stallfree.cli.options import Served, memory
 from stallfree.cli.serve import serve
@@ -42,6 +43,24 @@ def test_servers_take_all_that_an_engine_is_made_of(command):
     made_of = {field.name for field in fields(Options)}
     assert made_of == {field.name for field in fields(Served)}
     assert made_of <= inspect.signature(command).parameters.keys()
+
+
+def commands(group: object, *path: str):
+    """The words of every command and group."""
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize("words", [*commands(typer.main.get_command(app))], ids=" ".join)
+def test_help_is_whole_at_80_columns(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["stallfree", *words, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Usage: ")]
+    assert len(lines) > 5
+    assert [] == [line for line in lines if len(line) > 80 or "…" in line or line.endswith("...")]
 
 
 def test_no_model_is_cached_at_first(stallfree):

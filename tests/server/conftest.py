@@ -19,7 +19,7 @@ from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
-from stallfree.executors.sampling import TokenLogprob
+from stallfree.executors.sampling import Sampling, TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.serving import Serving
@@ -78,12 +78,13 @@ class Server:
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
         asked: bool = False,
+        sampling: Sampling | None = None,
         **options,
     ):
         text = bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS), cost)
         self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
-        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
+        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record, sampling=sampling)
         self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)
         self.engine_thread = EngineThread(self.engine, max_queue)
         terms = Terms.of(self.executor, "toy")

@@ -246,7 +246,8 @@ class Process:
 
     def __init__(self, drain_timeout_s: float, gate: str = "open"):
         command = [sys.executable, "-c", SERVE, str(drain_timeout_s), gate]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self.port = int(self.process.stdout.readline())
         self.url = f"http://127.0.0.1:{self.port}"
         assert 200 == httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code
@@ -258,14 +259,14 @@ class Process:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
-        self.process.stdin.close()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()
 
-    def stream(self, max_tokens: int) -> threading.Thread:
-        """Begin to stream a completion; its thread ends with it."""
+    def stream(self, max_tokens: int, stream: bool = True) -> threading.Thread:
+        """Begin a completion; its thread ends with it."""
 
         def get() -> None:
-            body = {"prompt": "a", "max_tokens": max_tokens, "stream": True}
+            body = {"prompt": "a", "max_tokens": max_tokens, "stream": stream}
             self.response = httpx.post(self.url + COMPLETIONS, json=body, timeout=PATIENCE_S)
 
         thread = threading.Thread(target=get)
@@ -318,14 +319,56 @@ def test_clients_that_stand_still_do_not_keep_the_process():
         assert 0 == server.process.wait(PATIENCE_S)
 
 
-def test_a_second_signal_exits_at_once():
-    with Process(60) as server:
-        sock = socket.create_connection(("127.0.0.1", server.port))
-        data = b'{"prompt": "a", "max_tokens": 2000}'
-        sock.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-        until(lambda: "stallfree_running_requests 1.0" in server.get("/metrics").text)
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_streams_in_an_error_event(sig):
+    with Process(PATIENCE_S) as server:
+        thread = server.stream(2000)
+        os.kill(server.process.pid, sig)
+        server.drains()
+        os.kill(server.process.pid, sig)
+        thread.join()
+        *_, error, done = events(server.response)
+        assert ("[DONE]", "unavailable") == (done, error["error"]["code"])
+        assert "shutting down" in error["error"]["message"]
+        assert 128 + sig == server.process.wait(PATIENCE_S)
+
+
+def test_a_second_signal_ends_what_is_no_stream_with_503():
+    with Process(PATIENCE_S) as server:
+        thread = server.stream(2000, stream=False)
         server.process.terminate()
         server.drains()
         server.process.terminate()
+        thread.join()
+        assert (503, "unavailable") == (server.response.status_code, server.response.json()["error"]["code"])
         assert 128 + signal.SIGTERM == server.process.wait(PATIENCE_S)
-        sock.close()
+
+
+def test_a_third_signal_ends_a_process_whose_engine_stands_still():
+    with Process(PATIENCE_S, "shut") as server:
+        thread = server.stream(20)
+        server.process.terminate()
+        server.drains()
+        server.process.terminate()
+        thread.join()  # its stream has ended, though the iteration has not
+        server.process.terminate()
+        assert 128 + signal.SIGTERM == server.process.wait(PATIENCE_S)
+
+
+def test_a_drain_says_how_many_are_waited_for_how_long_and_the_way_out():
+    with Process(300, "shut") as server:
+        thread = server.stream(20)
+        server.process.send_signal(signal.SIGINT)
+        told = server.process.stderr.readline()
+        assert "1 request has up to 300 s to finish; Ctrl-C again (or a second SIGTERM) ends them at once" in told
+        server.process.send_signal(signal.SIGINT)
+        assert "ending the unfinished requests (1)" in server.process.stderr.readline()
+        thread.join()
+        server.open()
+        server.process.wait(PATIENCE_S)
+
+
+def test_nothing_is_said_where_nobody_is_waited_for():
+    with Process(PATIENCE_S) as server:
+        server.process.terminate()
+        assert (0, "") == (server.process.wait(PATIENCE_S), server.process.stderr.read())

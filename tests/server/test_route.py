@@ -25,7 +25,11 @@ class Route:
         self.router = Router(urls, prefills)
         self.socket = bind("127.0.0.1", 0)
         self._uvicorn = uvicorn.Server(configure(create_router(self.router)))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self):
+        self.loop = asyncio.get_running_loop()
+        await self._uvicorn.serve(sockets=[self.socket])
 
     def __enter__(self):
         self._thread.start()
@@ -195,6 +199,24 @@ def test_a_server_that_breaks_off_ends_the_stream_in_an_error():
             text = "".join(chunks)
     assert "boom" in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_router_does_not_wait_for_ends_in_an_error(stream):
+    with Server() as server, Route(server.url) as route:
+        server.executor.gate.clear()
+        body = {"prompt": "a", "max_tokens": 9, "stream": stream}
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(route.client.post(COMPLETIONS, json=body)))
+        thread.start()
+        until(lambda: server.engine.scheduler.running)
+        asyncio.run_coroutine_threadsafe(route.router.close(0), route.loop).result()
+        thread.join()
+        error = events(answers[0].text)[-1]["error"] if stream else answers[0].json()["error"]
+        assert (200 if stream else 503, "unavailable") == (answers[0].status_code, error["code"])
+        assert "the router is shutting down" == error["message"]
+        server.executor.gate.set()
+        server.settled()
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a"])
