@@ -26,7 +26,7 @@ ALLOWED = {
     "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "server": (
         {"core", "engine", "executors", "handoff", "metrics", "server"},
-        {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},
+        {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip
 

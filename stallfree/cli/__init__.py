@@ -26,6 +26,7 @@ from stallfree.cli import (
     route,
     serve,
     simulate,
+    words,
 )
 
 app = typer.Typer(
@@ -77,9 +78,14 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 
 for name, (what, line) in COMMANDS.items():
     if isinstance(what, typer.Typer):
+        for each in what.registered_commands:
+            each.callback = words.everywhere(each.callback)  # type: ignore[arg-type]  # a command has one
+        alone = what.registered_callback
+        if alone is not None and alone.callback is not None and what.info.invoke_without_command is True:
+            alone.callback = words.everywhere(alone.callback)
         app.add_typer(what, name=name, short_help=line)
     else:
-        app.command(name, short_help=line)(what)
+        app.command(name, short_help=line)(words.everywhere(what))
 
 
 def main() -> None:

@@ -51,9 +51,23 @@ def addresses(text: str, option: str) -> list[tuple[str, int]]:
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),
+    typer.Argument(help="The model, as an argument; the same as --model."),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="GGUF file, folder with safetensors, or hub id.", show_default="the embedded SmolLM2-135M-Instruct"
+    ),
+]
+
+
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The model, which may be named in either way. Raises ValueError if both name different ones."""
+    if None not in (argument, option) and argument != option:
+        raise ValueError(f"{argument} and --model {option} name two models; give one of them")
+    return argument or option
+
+
 Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated.")]
 Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or ./file.py:Class.")]
 Slo = Annotated[
@@ -64,11 +78,11 @@ TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
 Weights = Annotated[
-    Literal["int4", "int8", "fp8", "bf16", "f16", "f32"] | None,
+    Literal["int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
     typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
 ]
 Kv = Annotated[
-    Literal["u8", "fp8", "bf16", "f16", "f32"] | None,
+    Literal["u8", "fp8", "bf16", "fp16", "f32"] | None,
     typer.Option(help="Precision of the KV cache.", show_default="u8; executor torch: bf16"),
 ]
 Device = Annotated[

@@ -14,6 +14,7 @@ from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
 from stallfree.checkpoint.identity import identity
+from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, StepRecord
 from stallfree.core.scheduler import Limits
@@ -110,7 +111,7 @@ def assemble(
         policies.load(options.policy, **chosen)
     limits = Limits(options.max_seqs, options.max_tokens)
     if options.executor not in EXECUTORS:
-        near = policies.nearest(options.executor, EXECUTORS)
+        near = nearest(options.executor, EXECUTORS)
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")

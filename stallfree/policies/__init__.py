@@ -4,17 +4,16 @@ A policy's file holds one class with its name in capitals (`prefill-first` is `P
 elsewhere is named `path/to/file.py:Class`, or `package.module:Class`, also of a module in the current folder.
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+from stallfree.core.nearest import nearest
 from stallfree.core.policy import Policy
 
 
@@ -53,12 +52,6 @@ def check(name: str, **options: object) -> None:
         if key == "token_budget" and "cost" in known:
             raise ValueError(f"policy {name!r} takes no token_budget: it finds its own; take policy sarathi for a fixed one")
         raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown name: the known one that is nearest, if any is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _find(name: str) -> type:

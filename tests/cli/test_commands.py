@@ -63,6 +63,63 @@ def test_help_is_whole_at_80_columns(words, monkeypatch, capsys):
     assert [] == [line for line in lines if len(line) > 80 or "…" in line or line.endswith("...")]
 
 
+@pytest.mark.parametrize("words", [words for words in commands(typer.main.get_command(app)) if words], ids=" ".join)
+def test_every_command_takes_a_file_of_options_and_names_its_model_alike(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stallfree", *words, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert ("--config" in out) == (words not in [("bench",), ("reproduce",)])
+    assert "[model]" not in out or "--model" in out
+
+
+@pytest.mark.parametrize("way", [("llama9",), ("--model", "llama9"), ("-m", "llama9"), ("llama9", "--model", "llama9")])
+def test_a_model_may_be_named_as_argument_or_as_option(stallfree, way):
+    assert "no model at 'llama9'" in stallfree("serve", "--port", "0", *way).stderr
+
+
+def test_two_models_are_refused(stallfree):
+    done = stallfree("serve", "one", "--model", "two", "--port", "0")
+    assert (1, "error: one and --model two name two models; give one of them\n") == (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "says"),
+    [
+        (("serve",), 'model = "llama9"\nport = 0', "no model at 'llama9'"),
+        (("serve",), 'policy = "saraty"\nport = 0', "did you mean 'sarathi'?"),
+        (("serve",), 'kv-memory = "lots"', "'lots' is not an amount of memory"),
+        (("serve",), "prefix-cache = 1", "prefix-cache is 1, expected true or false"),
+        (("serve",), 'weights = "int3"', "'int3' is not one of"),
+        (("serve",), "prot = 1", "unknown option 'prot' (did you mean 'port'?)"),
+        (("serve",), "[configurations.a]\ntp = 2", "this command takes one configuration"),
+        (("generate", "x"), 'model = "llama9"', "no model at 'llama9'"),
+        (("bench", "load"), 'rate = 1\nurl = "localhost"', "'localhost' is not a server's URL"),
+        (("bench", "load"), 'rate = "1"', "rate is '1', expected a number"),
+        (("plan",), 'slo = "tbt"\nmodel = "llama2-7b"', "'tbt' is not a latency target"),
+        (("compare", "slo"), 'model = "llama3-8b"\nrates = "2,x"', "are no different rates above 0"),
+        (("perf",), 'model = "llama9"', "unknown model 'llama9'"),
+        (("route",), 'decode = "nowhere"', "'nowhere' is not a server's URL"),
+        (("reproduce", "sarathi"), "only = 3", "only is 3, expected a list of texts in quotes"),
+        (("reproduce", "sarathi"), 'only = ["chunking"]\nengine = "fast"', "unknown engine 'fast'"),
+    ],
+)
+def test_options_come_from_a_file_for_every_command(stallfree, tmp_path, words, text, says):
+    (tmp_path / "options.toml").write_text(text)
+    done = stallfree(*words, "--config", str(tmp_path / "options.toml"))
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_on_the_command_line_comes_before_the_file(stallfree, tmp_path):
+    (tmp_path / "options.toml").write_text('model = "llama9"')
+    assert (
+        "no model at 'llama8'"
+        in stallfree("serve", "--port", "0", "-m", "llama8", "--config", str(tmp_path / "options.toml")).stderr
+    )
+
+
 def test_no_model_is_cached_at_first(stallfree):
     assert "no model is cached" in stallfree("models").stdout
     assert [] == json.loads(stallfree("models", "--json").stdout)
