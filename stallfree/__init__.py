@@ -10,7 +10,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from stallfree.engine.llm import LLM
 
-__all__ = ["LLM", "__version__"]
+__all__ = ["LLM", "__version__", "extra"]
+
+
+def extra(name: str) -> str:
+    """What installs the optional dependencies `name`, in words. The package is on no index: its checkout is what is installed."""
+    return f"pip install -e '.[{name}]' in the checkout"
 
 
 def __getattr__(name: str) -> object:

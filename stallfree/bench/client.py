@@ -7,7 +7,8 @@ a token costs one `json.loads`.
 import asyncio
 import json
 import os
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -17,7 +18,7 @@ from stallfree.bench.events import Events, said
 
 KEEP_ALIVE_S = 2.0
 """A connection that idles for longer is not used again. Servers close theirs after 5 s or more, and a request sent at that moment
-would be lost."""
+has to be sent once more."""
 
 
 class Failed(Exception):
@@ -29,7 +30,11 @@ class Failed(Exception):
 
 
 class Client:
-    """For use with `async with`. `url` with or without /v1; `timeout_s` for each request, from its sending to its last token."""
+    """For use with `async with`. `url` with or without /v1; `timeout_s` for each request, from its sending to its last token.
+
+    A request whose connection ends before the first byte of an answer is sent once more, on a new connection: some servers close
+    connections that they said they would keep. After that byte it never is, so that no server answers a request twice.
+    """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0):
         if not _is_url(url):
@@ -43,42 +48,61 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            headers=self._headers,
-        )
+        self._kept = self._session(keepalive_timeout=KEEP_ALIVE_S)
+        self._new = self._session(force_close=True)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+    def _session(self, **connections: Any) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=0, **connections)
+        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(), headers=self._headers)
 
-    async def stream(self, body: bytes, times: list[float]) -> Events:
-        """Send a completion that `body` says to stream; append the loop's time at which each token came. Raises Failed."""
-        events, now = Events(), asyncio.get_running_loop().time
+    async def __aexit__(self, *_: object) -> None:
+        await self._kept.close()
+        await self._new.close()
+
+    async def stream(self, body: bytes, most: int, times: list[float]) -> Events:
+        """Send a completion of at most `most` tokens that `body` says to stream; `times` becomes the loop's times at which they
+        came, as far as they came. Raises Failed.
+        """
+        events, now = Events(most), asyncio.get_running_loop().time
         try:
-            async with self._session.post(f"{self.url}/v1/completions", data=body) as response:
-                await _check(response)
+            async with self._answer("POST", "completions", body) as response:
                 while data := await response.content.readany():
-                    if count := events.feed(data):
-                        times += [now()] * count
+                    events.feed(data, now())
+                events.end(now())
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            raise _failed(error, bool(times), self._timeout_s) from error
+            raise _failed(error, bool(events.times()), self._timeout_s) from error
+        finally:
+            times[:] = events.times()
         if events.error is not None:
             raise Failed("server error", events.error)
         if not events.finished:
-            raise Failed("cut short", f"the stream ended after {events.tokens} tokens with neither finish_reason nor [DONE]")
+            raise Failed("cut short", f"the stream ended after {len(times)} tokens with neither finish_reason nor [DONE]")
         return events
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """What is at `path`, or what is answered to `body`. Raises Failed."""
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
         try:
-            async with self._session.request(method, f"{self.url}/v1/{path}", data=data) as response:
-                await _check(response)
+            async with self._answer(method, path, data) as response:
                 return json.loads(await response.read())
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise _failed(error, False, self._timeout_s) from error
+
+    @asynccontextmanager
+    async def _answer(self, method: str, path: str, data: str | bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer that is no refusal, of which the head has come."""
+        request = method, f"{self.url}/v1/{path}"
+        async with asyncio.timeout(self._timeout_s):
+            try:
+                response = await self._kept.request(*request, data=data)
+            except aiohttp.ClientConnectionError as error:
+                if isinstance(error, aiohttp.ClientConnectorError):  # nobody is there
+                    raise
+                response = await self._new.request(*request, data=data)
+            async with response:
+                await _check(response)
+                yield response
 
 
 def _is_url(text: str) -> bool:

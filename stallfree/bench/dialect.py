@@ -11,16 +11,21 @@ from typing import Any, Self
 import numpy as np
 
 from stallfree.bench.client import Client, Failed
+from stallfree.bench.events import Events
 
 REFUSALS = (400, 422, 500, 501)
 """Statuses with which servers answer to what they do not know; 500 is those that do not check what they get."""
 ID_RANGES = ((1000, 30_000), (32, 250))
 """Token ids that are ordinary tokens: in vocabularies of real size, above those for bytes and control; in toy ones."""
-OPTIONS: dict[str, list[Any]] = {
-    "ignore_eos": [True],
-    "stream_options": [{"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True}],
-}
-"""What is asked beyond the plain request, if the server takes it; the best form first."""
+OPTIONS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("ignore_eos", True, ("every", "end", "")),
+    ("stream_options", {"include_usage": True, "continuous_usage_stats": True}, ("every",)),
+    ("stream_options", {"include_usage": True}, ("every", "end")),
+)
+"""What is asked beyond the plain request if the server takes it, the best form first, and `Events.usage` as it must be then: a
+server may accept what it then ignores."""
+PROBE_TOKENS = 32
+"""Tokens of the probes' prompts, enough that ids which are not in the vocabulary are among them."""
 # As long as one another and each, with its space, a single token in most vocabularies.
 WORDS = (
     "time year work life hand part home name book word side kind head room case week city fact idea body face door line game "
@@ -53,18 +58,21 @@ class Dialect:
                 raise ValueError(f"no server answers at {client.url} ({failed}); start one there or give another URL") from failed
         plain = cls(model, None, (0.0, 1.0), {})
         try:
-            await client.stream(plain.body(np.random.default_rng(), 4, 2), [])
+            await client.stream(plain.body(np.random.default_rng(), 4, 2), 2, [])
         except Failed as failed:
             way = {401: "; give its API key", 404: "; give the name of a model that it serves"}.get(failed.status or 0, "")
             raise ValueError(f"{client.url} does not complete a plain prompt ({failed}){way}") from failed
         options: dict[str, Any] = {}
-        for name, values in OPTIONS.items():
-            for value in values:
-                if await _takes(client, cls(model, None, (0.0, 1.0), options | {name: value})):
-                    options[name] = value
-                    break
+        for name, value, usage in OPTIONS:
+            if name in options:
+                continue
+            events = await _taken(client, cls(model, None, (0.0, 1.0), options | {name: value}))
+            if events is not None and events.usage in usage:
+                options[name] = value
         for ids in ID_RANGES:
-            if await _takes(client, found := cls(model, ids, (0.0, 1.0), options)):
+            events = await _taken(client, found := cls(model, ids, (0.0, 1.0), options))
+            # A token for the beginning of the text may come on top.
+            if events is not None and (events.prompt_tokens is None or events.prompt_tokens - PROBE_TOKENS in (0, 1)):
                 return found
         return cls(model, None, await _tokens_of_words(client, plain), options)
 
@@ -90,16 +98,14 @@ class Dialect:
         return f"model {self.model or 'unnamed'}; prompts as {prompts}; {ends}; {counts}"
 
 
-async def _takes(client: Client, dialect: Dialect) -> bool:
-    """Whether a prompt is answered, and told to be as long as it is; a beginning-of-text token may come on top."""
-    length = 32  # enough that ids which are not in the vocabulary are among them
+async def _taken(client: Client, dialect: Dialect) -> Events | None:
+    """The answer to a short request; None if it is refused."""
     try:
-        events = await client.stream(dialect.body(np.random.default_rng(), length, 2), [])
+        return await client.stream(dialect.body(np.random.default_rng(), PROBE_TOKENS, 2), 2, [])
     except Failed as failed:
         if failed.status not in REFUSALS and failed.kind != "malformed":
             raise ValueError(f"{client.url} failed at {dialect}: {failed}") from failed
-        return False
-    return dialect.ids is None or events.prompt_tokens is None or events.prompt_tokens - length in (0, 1)
+        return None
 
 
 async def _tokens_of_words(client: Client, plain: Dialect) -> tuple[float, float]:

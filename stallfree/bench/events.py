@@ -1,37 +1,71 @@
-"""A streamed completion's bytes, as they come, into the number of tokens they bring. It knows neither clock nor connection.
+"""A streamed completion's bytes, as they come, into the times of the tokens they bring. It knows neither clock nor connection.
 
-Servers differ in what an event is. If it tells the usage so far, that is the count; else the length of its `token_ids`, if it has
-them; else it is one token, unless it only closes the stream. A last event that tells the whole usage brings what was not counted.
+Servers differ in what an event is. If it tells the usage so far, it brings what was not told before. Without usage it is as many
+tokens as it has `token_ids`, or else one, unless it only closes the stream. A usage that is told in the end alone is shared by all
+events: those without text are tokens only if it has room for them, and what it has beyond one token an event goes to the longest.
+An event without text before the first text, such as one that only says whose turn it is, is no token unless the usage says so.
 """
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+TEXTS = ("text", "content", "reasoning_content", "reasoning")
+"""What holds text, in a choice or in its delta."""
+
+
+class _Event(NamedTuple):
+    """When it came; its characters or, if these are more, its token ids; the number of its token ids, if it has any."""
+
+    at: float
+    size: int
+    ids: int | None
 
 
 class Events:
-    """One stream. `tokens` so far; `prompt_tokens`, if told; `finished`: it was ended as streams should be; `error`: the server's
-    message, if it sent one instead.
+    """One stream, of a request for `most` tokens. `prompt_tokens`, if told; `finished`: it was ended as streams should be; `error`:
+    the server's message, if it sent one instead.
     """
 
-    __slots__ = ("_rest", "error", "finished", "prompt_tokens", "tokens")
+    __slots__ = ("_bare", "_most", "_rest", "_times", "_told", "_untold", "error", "finished", "prompt_tokens")
 
-    def __init__(self) -> None:
-        self.tokens = 0
+    def __init__(self, most: int) -> None:
         self.prompt_tokens: int | None = None
         self.finished = False
         self.error: str | None = None
+        self._most = most
         self._rest = b""
+        self._times: list[float] = []  # of the tokens that a usage has told
+        self._told = 0  # the last usage
+        self._untold: list[_Event] = []  # since then
+        self._bare = False  # an event had text and no usage
 
-    def feed(self, data: bytes) -> int:
-        """The number of tokens that came with `data`. Raises ValueError for an event that is no completion's."""
-        before = self.tokens
+    @property
+    def usage(self) -> str:
+        """Whether the usage came in "every" event with text, in the "end", or not at all: ""."""
+        return "" if not self._told else "end" if self._bare else "every"
+
+    def times(self) -> list[float]:
+        """When each token came, of those so far."""
+        first = next((i for i, event in enumerate(self._untold) if event.size), len(self._untold))
+        events = self._untold[first:]
+        if self._told + len(events) > self._most:
+            events = [event for event in events if event.size]
+        return self._times + [event.at for event in events for _ in range(1 if event.ids is None else event.ids)]
+
+    def feed(self, data: bytes, now: float) -> None:
+        """Take what came at `now`. Raises ValueError for an event that is no completion's."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                self._event(line[5:].strip())
-        return self.tokens - before
+            if line.startswith(b"data:") and (event := line[5:].strip()):
+                self._event(event, now)
 
-    def _event(self, data: bytes) -> None:
+    def end(self, now: float) -> None:
+        """The connection has ended, perhaps within a line."""
+        self.feed(b"\n", now)
+
+    def _event(self, data: bytes, now: float) -> None:
         if data == b"[DONE]":
             self.finished = True
             return
@@ -41,23 +75,55 @@ class Events:
                 self.error = said(error)
                 return
             usage = event.get("usage")
-            for choice in event["choices"]:
-                self._choice(choice, bool(usage))
+            choices = (event.get("choices") or ()) if usage else event["choices"]
+            self._untold += (found for choice in choices if (found := self._choice(choice, now)) is not None)
             if usage:
                 self.prompt_tokens = usage["prompt_tokens"]
-                self.tokens = max(self.tokens, usage["completion_tokens"])
+                self._tell(usage["completion_tokens"], len(choices), now)
+            else:
+                self._bare |= any(event.size for event in self._untold[-1:])
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"an event is not a completion's: {data[:200].decode(errors='replace')}") from None
 
-    def _choice(self, choice: dict[str, Any], counted: bool) -> None:
+    def _choice(self, choice: dict[str, Any], now: float) -> _Event | None:
         ending = choice.get("finish_reason") is not None
         self.finished |= ending
-        if counted:
-            return
-        if (ids := choice.get("token_ids")) is not None:
-            self.tokens += len(ids)
-        elif choice["text"] or not ending:
-            self.tokens += 1
+        fields = choice if "delta" not in choice else choice["delta"] or {}
+        ids = choice.get("token_ids")
+        size = max(sum(len(fields.get(name) or "") for name in TEXTS), len(ids or ()))
+        if not size and ending:
+            return None
+        if "delta" not in choice and not any(name in choice for name in TEXTS):
+            raise LookupError("text")
+        return _Event(now, size, None if ids is None else len(ids))
+
+    def _tell(self, tokens: int, own: int, now: float) -> None:
+        """A usage of `tokens` so far came at `now`, in an event with `own` choices."""
+        number, events = tokens - self._told, self._untold
+        if number > 0:
+            self._times += [now] * number if len(events) <= own else _shared(events, number)
+        self.finished |= not own and tokens > 0
+        self._told = max(tokens, self._told)
+        # A usage of nothing says nothing of texts; some servers send it first, and the true one last.
+        self._untold = [] if self._told else [event for event in events if event.size]
+
+
+def _shared(events: Sequence[_Event], number: int) -> list[float]:
+    """The times of `number` tokens that came in `events`."""
+    ids = [event.ids for event in events]
+    if number == sum(count or 0 for count in ids):
+        return [event.at for event, count in zip(events, ids, strict=True) for _ in range(count or 0)]
+    sized = [i for i, event in enumerate(events) if event.size]
+    if sized:
+        empty = [i for i, event in enumerate(events) if not event.size and i > sized[0]]
+        chosen = sorted(sized + empty[: max(0, number - len(sized))])
+    else:
+        chosen = list(range(len(events)))[-number:]
+    if number < len(chosen):  # evenly, from the first on
+        return [events[chosen[i * len(chosen) // number]].at for i in range(number)]
+    weights = [events[i].size if sized else 1 for i in chosen]
+    ends = [round((number - len(chosen)) * upto / sum(weights)) for upto in accumulate(weights)]
+    return [events[i].at for i, begin, end in zip(chosen, [0, *ends], ends, strict=False) for _ in range(1 + end - begin)]
 
 
 def said(error: Any) -> str:

@@ -26,8 +26,8 @@ MOST_LATE_S = 0.05
 @dataclass(slots=True)
 class Load:
     """A run as its client saw it, in seconds from its start: `lines` of the requests sent, of which `ended` have. `late_s`: from
-    when each was due until it was sent. `short`: completed ones with fewer tokens than asked. `cpu_share`: what the client took
-    of one core. `messages`: the first of each kind of error.
+    when each was due until it was sent. `short`, `long`: completed ones with fewer tokens than asked for, or more. `cpu_share`:
+    what the client took of one core. `messages`: the first of each kind of error.
     """
 
     server: str
@@ -36,6 +36,7 @@ class Load:
     late_s: list[float] = field(default_factory=list)
     ended: int = 0
     short: int = 0
+    long: int = 0
     cpu_share: float = 0.0
     messages: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
@@ -61,6 +62,11 @@ class Load:
             found.append(self.behind)
         if lost := sum(line.reason == "connection" for line in self.lines):
             found.append(f"{lost} requests found no server: {self.messages['connection']}")
+        if self.long:
+            found.append(
+                f"{self.long} requests got more tokens than they asked for, so this server's events are no tokens, and it tells no "
+                "usage that says how many they are"
+            )
         if not any(line.reason in COMPLETED for line in self.lines):
             found.append(f"no request was completed: {'; '.join(self.messages.values()) or 'none had ended'}")
         return found
@@ -73,7 +79,7 @@ class Load:
             "cpu_share": self.cpu_share,
         }
         valid = {"valid": not self.problems, "problems": self.problems, "server": self.server}
-        return valid | asdict(report) | {"short": self.short, "messages": self.messages, "client": client}
+        return valid | asdict(report) | {"short": self.short, "long": self.long, "messages": self.messages, "client": client}
 
 
 async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], tick: Callable[[Load], None]) -> Load:
@@ -91,7 +97,7 @@ async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], ti
         tick(run)
         times: list[float] = []
         try:
-            events = await client.stream(body, times)
+            events = await client.stream(body, arrival.output_tokens, times)
         except Failed as failed:
             line.reason = failed.kind
             run.messages.setdefault(failed.kind, str(failed))
@@ -99,6 +105,7 @@ async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], ti
             line.reason = "length"
             line.prompt_tokens = events.prompt_tokens or line.prompt_tokens
             run.short += len(times) < arrival.output_tokens
+            run.long += len(times) > arrival.output_tokens
         finally:
             line.tokens = [t - origin for t in times]
         line.finished = loop.time() - origin

@@ -4,9 +4,11 @@ Commands import what they need when they run, so that `--help` is quick.
 """
 
 import sys
+from typing import Annotated, Any
 
 import typer
 
+from stallfree import __version__
 from stallfree.cli import (
     bench,
     calibrate,
@@ -24,6 +26,7 @@ from stallfree.cli import (
     route,
     serve,
     simulate,
+    words,
 )
 
 app = typer.Typer(
@@ -31,25 +34,58 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text wraps at any width; boxes cut names that do not fit
+    context_settings={"max_content_width": 120},
 )
-app.command("serve")(serve.serve)
-app.command("route")(route.route)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.add_typer(models.app, name="models")
-app.command("calibrate")(calibrate.calibrate)
-app.command("explain")(explain.explain)
-app.command("replay")(replay.replay)
-app.add_typer(bench.app, name="bench")
-app.add_typer(perf.app, name="perf")
-app.command("simulate")(simulate.simulate)
-app.command("capacity")(simulate.capacity)
-app.command("compare")(simulate.compare)
-app.command("plan")(plan.plan)
-app.add_typer(reproduce.app, name="reproduce")
-app.command("deploy")(deploy.deploy)
-app.command("demo")(demo.demo)
-app.command("list")(listing.listing)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stallfree {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def stallfree(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.", show_default=False)
+    ] = False,
+) -> None:
+    pass
+
+
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "serve": (serve.serve, "A model behind an OpenAI-compatible HTTP server."),
+    "route": (route.route, "One address in front of several servers."),
+    "chat": (chat.chat, "Talk to a model in the terminal."),
+    "generate": (generate.generate, "Complete one prompt."),
+    "models": (models.app, "The models that are cached, and fetching more."),
+    "calibrate": (calibrate.calibrate, "Time what iterations cost on this machine."),
+    "explain": (explain.explain, "A recorded run in words: what was late, and why."),
+    "replay": (replay.replay, "A recorded run again, or what if."),
+    "bench": (bench.app, "Measure servers under load."),
+    "perf": (perf.app, "What an iteration costs on GPUs."),
+    "simulate": (simulate.simulate, "A load on GPUs that need not be there."),
+    "capacity": (simulate.capacity, "The highest rate of each configuration, simulated."),
+    "compare": (simulate.compare, "Configurations side by side, simulated."),
+    "plan": (plan.plan, "Co-locate or disaggregate, for a load of yours."),
+    "reproduce": (reproduce.app, "A paper's evaluation beside what was published."),
+    "deploy": (deploy.deploy, "Replicas on a Ray cluster."),
+    "demo": (demo.demo, "A burst against a fixed budget and a target, live."),
+    "list": (listing.listing, "Policies, executors, hardware, models."),
+}
+"""Each command, or group of commands, with its line in the list of all."""
+
+for name, (what, line) in COMMANDS.items():
+    if isinstance(what, typer.Typer):
+        for each in what.registered_commands:
+            each.callback = words.everywhere(each.callback)  # type: ignore[arg-type]  # a command has one
+        alone = what.registered_callback
+        if alone is not None and alone.callback is not None and what.info.invoke_without_command is True:
+            alone.callback = words.everywhere(alone.callback)
+        app.add_typer(what, name=name, short_help=line)
+    else:
+        app.command(name, short_help=line)(words.everywhere(what))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stallfree.cli.measuring import Place
     from stallfree.workload.workload import Arrival
 
-app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True)
+app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True, rich_markup_mode=None)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
 Targets = Annotated[str | None, typer.Option("--slo", help="Latency targets: ttft=2s@p90,tbt=100ms@p99.", show_default=False)]
@@ -34,7 +34,7 @@ LONGEST_S = 1800.0
 """Seconds of arrivals in a trial, at the most: rates so low that they take longer are not searched."""
 
 
-@app.command()
+@app.command(short_help="Requests at a rate: latencies, stalls, the SLO.")
 @words.spread()
 def load(
     traffic: Traffic,
@@ -68,7 +68,7 @@ def load(
     measuring.end(results, error)
 
 
-@app.command()
+@app.command(short_help="Policies, or servers, side by side.")
 @words.spread()
 def compare(
     them: Annotated[
@@ -116,7 +116,7 @@ def compare(
     measuring.end(results, error)
 
 
-@app.command()
+@app.command(short_help="The highest rate that meets a latency target.")
 @words.spread("rate", "duration")
 def capacity(
     slo: Annotated[str, typer.Option(help="Latency targets that make the capacity: ttft=2s@p90,tbt=100ms@p99.")],

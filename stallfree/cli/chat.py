@@ -10,7 +10,7 @@ from stallfree.cli import options
 def chat(
     model: options.Model = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    temperature: options.Temperature = None,
     weights: options.Weights = None,
     kv: options.Kv = None,
     threads: options.Threads = None,
@@ -24,6 +24,7 @@ def chat(
     from stallfree.engine.llm import LLM
 
     console = Console()
+    sampling = {} if temperature is None else {"temperature": temperature}
     with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
         beginning = [{"role": "system", "content": system}] if system else []
         messages = list(beginning)
@@ -39,7 +40,7 @@ def chat(
                 continue
             answer = ""
             try:
-                for piece in llm.stream_chat([*messages, {"role": "user", "content": line}], temperature=temperature):
+                for piece in llm.stream_chat([*messages, {"role": "user", "content": line}], **sampling):
                     answer += piece
                     console.print(piece, end="", markup=False, highlight=False)
             except KeyboardInterrupt:

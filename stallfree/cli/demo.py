@@ -43,7 +43,7 @@ Above: longest wait for a token, ms (dashed: SLO). Below: tokens an iteration.""
 def demo(
     model: options.Model = None,
     slo: Annotated[str, typer.Option(help="The latency target of the slo policy.")] = "tbt=100ms",
-    budget: Annotated[int, typer.Option(help="The fixed token budget beside it.")] = 512,
+    token_budget: Annotated[int, typer.Option(help="The fixed token budget beside it.")] = 512,
     executor: options.Executor = "openvino",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -57,14 +57,14 @@ def demo(
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.turns import Player, Share
 
-    fixed = policies.load("sarathi", token_budget=budget)
+    fixed = policies.load("sarathi", token_budget=token_budget)
     assembled = assemble(
         Options(model, executor=executor, policy="slo", slo=slo, threads=threads),
         say=lambda line: typer.echo(line, err=True),
         progress=options.progress("calibrating"),
     )
     engine, targets = assembled.engine, assembled.slo or Slo()
-    chosen = {f"fixed budget, {budget} tokens": fixed, f"slo, {targets}": engine.scheduler.policy}
+    chosen = {f"fixed budget, {token_budget} tokens": fixed, f"slo, {targets}": engine.scheduler.policy}
     clock = _clock(engine.executor)
     players = {
         name: Player(Share(engine.executor, number, len(chosen)), engine.text, policy, burst(engine.text.vocab_size), clock)
@@ -84,7 +84,9 @@ def demo(
     results = {name: _reports(player, targets) for name, player in players.items()}
     if as_json:
         runs = ({"all": asdict(every), "long_prompts": asdict(prompts)} for every, prompts in results.values())
-        typer.echo(json.dumps({"target": str(targets), "budget": budget} | dict(zip(("fixed", "slo"), runs, strict=True))))
+        typer.echo(
+            json.dumps({"target": str(targets), "token_budget": token_budget} | dict(zip(("fixed", "slo"), runs, strict=True)))
+        )
     else:
         console.print(_table(results))
 

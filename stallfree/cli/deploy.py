@@ -23,12 +23,14 @@ def deploy(
 
     Between the bounds of --replicas there are as many as keep each used to 70 % of what its latency targets allow.
     """
+    from stallfree import extra
+
     try:
         from ray import serve
 
         from stallfree.server.ray_serve import application
     except ImportError as error:
-        raise ValueError(f"deploy needs {error.name}, which is not installed: pip install 'stallfree[ray]'") from None
+        raise ValueError(f"deploy needs {error.name}, which is not installed: {extra('ray')}") from None
     from stallfree import policies
     from stallfree.checkpoint.fetch import named
     from stallfree.core.slo import Slo as Targets
@@ -40,6 +42,7 @@ def deploy(
         named(served.model)
     if served.slo is not None:
         Targets.parse(served.slo)
+    options.warn_if_open(host, api_key)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
     serve.run(application(Options(**vars(served)), served_name, least, most, max_queue, api_key), blocking=True)

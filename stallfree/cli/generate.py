@@ -14,7 +14,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     model: options.ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: options.Temperature = None,
     seed: Annotated[int | None, typer.Option(help="For the same tokens again.", show_default="random")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")] = None,
     weights: options.Weights = None,
@@ -28,7 +28,8 @@ def generate(
     from stallfree.engine.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or ()} | ({} if seed is None else {"seed": seed})
+    given = {"temperature": temperature, "seed": seed}
+    sampling = {"max_tokens": max_tokens, "stop": stop or ()} | {key: value for key, value in given.items() if value is not None}
     with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
         if not as_json:
             for piece in llm.stream(text, **sampling):

@@ -42,13 +42,9 @@ def listing(what: What, as_json: options.Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([{"name": name, "what": what} for name, what in rows.items()]))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from stallfree.cli.measuring import print_grid
 
-    table = Table("name", "what", box=None)
-    for row in rows.items():
-        table.add_row(*row)
-    Console().print(table)
+    print_grid([("name", "what"), *rows.items()], numbers=False)
 
 
 def _first_sentence(doc: str | None) -> str:

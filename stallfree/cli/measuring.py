@@ -150,13 +150,13 @@ def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo)
     typer.echo(f"table and plots are in {file}", err=True)
 
 
-def print_grid(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows, the first of which are names, as a table with its numbers to the right; nothing of it is cut, however narrow the
-    terminal, or what is written to instead of one.
+def print_grid(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
+    """Print rows, the first of which are names, as a table with its `numbers` to the right, or its words to the left; nothing of it
+    is cut, however narrow the terminal, or what is written to instead of one.
     """
     made = Table(box=None)
     for number, name in enumerate(rows[0]):
-        made.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="right" if number and numbers else "left", no_wrap=True)
     for row in rows[1:]:
         made.add_row(*row)
     needed = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))

@@ -7,7 +7,7 @@ import typer
 
 from stallfree.cli import options
 
-app = typer.Typer(invoke_without_command=True, help="List the cached models, or pull one.")
+app = typer.Typer(invoke_without_command=True, help="List the cached models, or pull one.", rich_markup_mode=None)
 
 
 @app.callback()
@@ -24,13 +24,9 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
     if not found:
         typer.echo("no model is cached; `stallfree models pull` fetches the embedded one")
         return
-    from rich.console import Console
-    from rich.table import Table
+    from stallfree.cli.measuring import print_grid
 
-    table = Table("model", "size", "path", box=None)
-    for c in found:
-        table.add_row(c.name, f"{c.bytes / 1e6:.0f} MB", str(c.path))
-    Console().print(table)
+    print_grid([("model", "size", "path"), *((c.name, f"{c.bytes / 1e6:.0f} MB", str(c.path)) for c in found)], numbers=False)
 
 
 @app.command()

@@ -9,6 +9,16 @@ from typing import Annotated, Literal
 
 import typer
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that only this machine reaches."""
+
+
+def warn_if_open(host: str, api_key: str | None) -> None:
+    """Say so if others than this machine reach `host` and need no key."""
+    if api_key is None and host not in LOOPBACK:
+        way = "set STALLFREE_API_KEY (or --api-key)"
+        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {way}", err=True)
+
 
 def memory(text: str | int) -> int:
     """Bytes of "2GiB", "512 MiB", "1.5g" or a plain number of bytes."""
@@ -41,11 +51,25 @@ def addresses(text: str, option: str) -> list[tuple[str, int]]:
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="GGUF file, folder with safetensors, or hub id; without one, the embedded SmolLM2-135M-Instruct."),
+    typer.Argument(help="The model, as an argument; the same as --model."),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="GGUF file, folder or hub id; default: the embedded one.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="GGUF file, folder with safetensors, or hub id.", show_default="the embedded SmolLM2-135M-Instruct"
+    ),
+]
+
+
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The model, which may be named in either way. Raises ValueError if both name different ones."""
+    if None not in (argument, option) and argument != option:
+        raise ValueError(f"{argument} and --model {option} name two models; give one of them")
+    return argument or option
+
+
 Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated.")]
-Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or package.module:Class.")]
+Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or ./file.py:Class.")]
 Slo = Annotated[
     str | None,
     typer.Option(help="Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", show_default="5 small decode iterations"),
@@ -54,11 +78,11 @@ TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
 Weights = Annotated[
-    Literal["int4", "int8", "fp8", "bf16", "f16", "f32"] | None,
+    Literal["int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
     typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
 ]
 Kv = Annotated[
-    Literal["u8", "fp8", "bf16", "f16", "f32"] | None,
+    Literal["u8", "fp8", "bf16", "fp16", "f32"] | None,
     typer.Option(help="Precision of the KV cache.", show_default="u8; executor torch: bf16"),
 ]
 Device = Annotated[
@@ -94,6 +118,7 @@ ServersKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
 ]
 ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0, show_default="what the model's makers recommend")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

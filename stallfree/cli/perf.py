@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from stallfree.perf.roofline import Roofline
     from stallfree.perf.shape import Sharded
 
-app = typer.Typer(invoke_without_command=True, help="Price an iteration, or hold the prices against measured kernels.")
+app = typer.Typer(
+    invoke_without_command=True, help="Price an iteration, or hold the prices against measured kernels.", rich_markup_mode=None
+)
 
 THIS_CPU = "this-cpu"
 _PART = re.compile(r"(?:(?P<decodes>\d+)@(?P<context>\d+)|(?:(?P<start>\d+)\+)?(?P<count>\d+))")
@@ -107,7 +109,7 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
     typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and the KV of {room:,} tokens in 90 % of its memory")
 
 
-@app.command()
+@app.command(short_help="The model beside measured kernels.")
 def check(
     folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
     as_json: options.Json = False,

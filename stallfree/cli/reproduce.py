@@ -15,7 +15,9 @@ from stallfree.cli import options, words
 if TYPE_CHECKING:
     from stallfree.papers.sarathi_serve import Row
 
-app = typer.Typer(help="Simulate a paper's evaluation, and put what was published beside it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Simulate a paper's evaluation, and put what was published beside it.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 class Part(StrEnum):
@@ -32,7 +34,7 @@ def reproduce() -> None:
     pass
 
 
-@app.command()
+@app.command(short_help="Sarathi-Serve (OSDI'24).")
 @words.mistakes()
 def sarathi(
     only: Annotated[
@@ -57,8 +59,10 @@ def sarathi(
 
     if plots is not None:
         plot.require()
-        if not plots.is_dir():
-            raise ValueError(f"--plots {plots} is no folder; make it, or name another")
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--plots {plots} cannot be made: {error.strerror}; name another folder") from None
     wanted = only or list(Part)
     began = time.monotonic()
     tables: dict[str, list[Row]] = {}

@@ -33,6 +33,9 @@ def route(
     peers = [] if prefill is None else options.addresses(prefill, "--prefill")
     if spill is not None and not peers:
         raise ValueError("--spill is for when prefill engines are busy; give them as --prefill HOST:PORT")
+    if host not in options.LOOPBACK:
+        warning = f"whoever reaches --host {host} reaches the servers; give them an API key, which is theirs to check"
+        typer.echo(f"warning: {warning}", err=True)
     router = Router(decode.split(","), [address(*peer) for peer in peers], spill)
     sock = bind(host, port)
     typer.echo(f"http://{address(*sock.getsockname()[:2])}/v1 -> {decode}; prefill: {prefill or 'theirs'}")

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,6 @@ from stallfree.cli import options, words
 
 Role = Literal["both", "prefill", "decode"]
 ROLES = {"prefill": "asked at", "decode": "asks"}
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @words.spread()
@@ -51,13 +50,14 @@ def serve(
     from stallfree.handoff.asking import Asking
     from stallfree.handoff.serving import Serving
     from stallfree.handoff.terms import Terms, address
-    from stallfree.server.app import create_app
+    from stallfree.server.app import RECOMMENDED, create_app
     from stallfree.server.live import Live
     from stallfree.server.metrics import Metrics
     from stallfree.server.run import PortError, bind, run
     from stallfree.server.traces import Traces, exporter_to
 
     peers = check_role(role, prefill, peer_port, peer_host, peer_key)
+    options.warn_if_open(host, api_key)
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
     try:
         peer_sock = None if peer_port is None else bind(peer_host, peer_port, "peer-")
@@ -105,6 +105,8 @@ def serve(
         "max_model_len": assembled.engine.scheduler.max_len,
         "policy": served.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
+        "slo_basis": assembled.slo_basis or None,
+        "sampling": {name: getattr(assembled.engine.sampling, name) for name in RECOMMENDED},
         "token_budget": budget,
         "url": f"http://{address(*sock.getsockname()[:2])}",
         "role": role,
@@ -122,11 +124,13 @@ def serve(
         api_key=api_key,
         sanitize_control_tokens=sanitize_control_tokens,
     )
-    run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
-    if traces is not None:
-        traces.close()
-    if file is not None:
-        file.close()
+    try:
+        run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
+    finally:
+        if traces is not None:
+            traces.close()
+        if file is not None:
+            file.close()
 
 
 def check_role(role: Role, prefill: str | None, port: int | None, host: str, key: str) -> list[tuple[str, int]]:
@@ -139,28 +143,36 @@ def check_role(role: Role, prefill: str | None, port: int | None, host: str, key
         raise ValueError(f"--prefill is for --role decode, not {role}")
     if role != "prefill" and port is not None:
         raise ValueError(f"--peer-port is for --role prefill, not {role}")
-    if host not in LOOPBACK and not key:
+    if host not in options.LOOPBACK and not key:
         raise ValueError(f"--peer-host {host} lets others than this machine's engines in; set STALLFREE_PEER_KEY (or --peer-key)")
     return [] if prefill is None else options.addresses(prefill, "--prefill")
 
 
-def _print_card(card: dict[str, object], as_json: bool) -> None:
+def _print_card(card: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(card), flush=True)
         return
     from rich.console import Console
     from rich.panel import Panel
 
+    from stallfree.executors.sampling import Sampling
+
     kv = f"{card['kv_blocks']:,} blocks of {card['block_size']} tokens; a sequence has at most {card['max_model_len']:,}"
     budget = "" if card["token_budget"] is None else f", {card['token_budget']} tokens an iteration"
     slo = "" if card["slo"] is None else f", {card['slo']}"
+    sampling = ", ".join(f"{name} {value:g}" for name, value in card["sampling"].items() if value != getattr(Sampling(), name))
     lines = {
         "model": f"{card['model']} ({card['weights']})",
         "KV cache": kv,
         "policy": f"{card['policy']}{budget}{slo}",
+        **({} if card["slo_basis"] is None else {"target": str(card["slo_basis"])}),
+        **({"sampling": f"{sampling}, unless a request says otherwise"} if sampling else {}),
         **({} if card["role"] == "both" else {"role": f"{card['role']}, {ROLES[str(card['role'])]} {card['peers']}"}),
         "URL": f"{card['url']}/v1",
         "live page": f"{card['url']}/",
     }
     body = "\n".join(f"[bold]{key:<11}[/bold]{value}" for key, value in lines.items())
-    Console().print(Panel(body, title="stallfree", title_align="left", expand=False))
+    console = Console()
+    if not console.is_terminal:  # what reads a pipe finds each line whole
+        console.width = max(console.width, 16 + max(map(len, lines.values())))
+    console.print(Panel(body, title="stallfree", title_align="left", expand=False))

@@ -32,7 +32,8 @@ Several = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[POLICY]...",
-        help="Policies, as slo or sarathi:512 (tokens per iteration); without any, the configurations of --config, or --policy.",
+        help="Policies, as slo or sarathi:512 (tokens per iteration); without any, the tables [configurations.NAME] of --config, "
+        "or --policy.",
         show_default=False,
     ),
 ]
@@ -42,10 +43,8 @@ Html = Annotated[Path | None, typer.Option(help="Write table and plots to this f
 @words.spread()
 @words.mistakes()
 def simulate(
-    context: typer.Context,
     deployment: Deployment,
     traffic: Traffic,
-    config: words.Config = None,
     record: Annotated[
         Path | None, typer.Option(help="Write a line for every iteration, as `serve --record` does.", show_default=False)
     ] = None,
@@ -67,7 +66,6 @@ def simulate(
     from stallfree.metrics.timeline import Timeline
     from stallfree.sim import chrome
 
-    words.only_one(context)
     measuring.check_page(html)
     if record is not None and deployment.replicas > 1:
         raise ValueError(f"a record is of one replica, not of {deployment.replicas}; leave --record or --replicas out")
@@ -116,7 +114,6 @@ def capacity(
     deployment: Deployment,
     traffic: Traffic,
     policies: Several = None,
-    config: words.SeveralConfig = None,
     start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
     trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
@@ -186,7 +183,6 @@ def compare(
     traffic: Traffic,
     rates: Annotated[str, typer.Option(help="Requests per second, with commas between.")],
     policies: Several = None,
-    config: words.SeveralConfig = None,
     as_json: options.Json = False,
     html: Html = None,
 ) -> None:

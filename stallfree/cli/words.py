@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
-from stallfree.policies import nearest
+from stallfree.cli import options
+from stallfree.core.nearest import nearest
 
 if TYPE_CHECKING:
     from stallfree.sim.deployment import Deployment
@@ -48,14 +50,14 @@ HELP: dict[str, tuple[str, str | None]] = {
     "engine": ("What launches the kernels: graph, eager-2024; or a profile of DistServe's, a .json.", None),
     "node": ("Devices used of each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),
-    "policy": ("Scheduling policy (see `stallfree list policies`), or package.module:Class.", None),
+    "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),
     "token_budget": ("Tokens per iteration, for policies that take a budget.", "the policy's"),
     "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; for policy slo 5 small decode iterations"),
     "max_seqs": ("Most requests running at once.", None),
     "max_tokens": ("Most tokens in one iteration, whatever the policy.", None),
     "max_model_len": ("Longest request, in tokens, prompt and output.", "the model's context"),
     "block_size": ("Tokens of a KV block.", None),
-    "memory": ("Share of the devices' memory for weights and KV.", None),
+    "gpu_memory_utilization": ("Share of the devices' memory for weights and KV.", None),
     "watermark": ("Share of the KV blocks that an admission leaves free.", None),
     "max_output": ("Output tokens that requests ask for, whatever they get.", "what they get"),
     # Site
@@ -73,9 +75,10 @@ _IN_TOML: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),
     str: ((str,), "text in quotes"),
+    list: ((list,), "a list of texts in quotes"),
 }
 _kinds: dict[str, type] = {}
-"""Of the fields that are options of some command."""
+"""Of the parameters that are options of some command, or the model, by their names."""
 _CONFIGURATIONS = "configurations"
 
 
@@ -100,7 +103,6 @@ def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]
                 annotation: Any = types[field.name]
                 if get_origin(annotation) is not Annotated:
                     help, shown = HELP[field.name]
-                    _kinds[field.name] = next(one for one in (*get_args(annotation), annotation) if one in _IN_TOML)
                     annotation = Annotated[annotation, typer.Option(help=help, show_default=shown or True)]
                 parameters.append(
                     inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
@@ -139,7 +141,10 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
             raise ValueError(f"--config {file} cannot be read: {error.strerror}; name a .toml") from None
         except ValueError as error:
             raise ValueError(f"--config {file} is no TOML: {error}") from None
-        context.meta[_CONFIGURATIONS] = _several(found.pop(_CONFIGURATIONS, {}), context, file)
+        several = _several(found.pop(_CONFIGURATIONS, {}), context, file)
+        if several and "policies" not in {parameter.name for parameter in context.command.params}:
+            raise ValueError(f"{file}: this command takes one configuration; the simulated `capacity` and `compare` take several")
+        context.meta[_CONFIGURATIONS] = several
         context.default_map = _checked(found, context, str(file))
     return file
 
@@ -151,8 +156,9 @@ def _several(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[
 
 
 def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> dict[str, Any]:
-    known = [parameter.name for parameter in context.command.params if parameter.name in _kinds]
+    known = [name for parameter in context.command.params if (name := parameter.name) in _kinds and name not in ("named", "config")]
     names = [name.replace("_", "-") for name in known]
+    both = any(parameter.name == "named" for parameter in context.command.params)
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -161,7 +167,7 @@ def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> di
         types, words = _IN_TOML[_kinds[name]]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"{where}: {key} is {value!r}, expected {words}")
-        values[name] = value
+        values["named" if name == "model" and both else name] = value
     return values
 
 
@@ -175,23 +181,51 @@ Config = Annotated[
         show_default=False,
     ),
 ]
-SeveralConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        is_eager=True,
-        callback=_configure,
-        help="A TOML file with any of these options, by their names, and tables [configurations.NAME] with what each of them has "
-        "of its own; what is on the command line comes before what is at the top of the file.",
-        show_default=False,
-    ),
-]
 
 
-def only_one(context: typer.Context) -> None:
-    """Raises ValueError if the file had configurations, for a command that takes no others."""
-    if context.meta.get(_CONFIGURATIONS):
-        raise ValueError("this command simulates one configuration; `capacity` and `compare` take several")
+def everywhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command what all have: --config; and --model, where the model is an argument that may be left out."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints.get(parameter.name, parameter.annotation), kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+    ]
+    arguments = [p.name for p in parameters if _is_argument(p.annotation)]
+    for parameter in parameters:
+        if parameter.name == "model" or (parameter.name not in arguments and parameter.annotation is not typer.Context):
+            _kinds[parameter.name] = _kind(parameter.annotation)
+    both = "model" in arguments
+    more = {"named": options.ModelOption, "context_": typer.Context} if both else {}
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in (more | {"config": Config}).items()
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        given.pop("config")
+        if both:
+            named, context = given.pop("named"), given.pop("context_")
+            in_file = getattr(context.get_parameter_source("named"), "name", "") == "DEFAULT_MAP"
+            given["model"] = options.one_model(given["model"], None if in_file and given["model"] else named)
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _is_argument(annotation: Any) -> bool:
+    return any(isinstance(one, ArgumentInfo) for one in getattr(annotation, "__metadata__", ()))
+
+
+def _kind(annotation: Any) -> type:
+    """What TOML has for a parameter's type; text for what is read from text, as paths and choices are."""
+    type_ = annotation.__origin__ if get_origin(annotation) is Annotated else annotation
+    if any(getattr(one, "parser", None) for one in getattr(annotation, "__metadata__", ())):
+        return str
+    members = [one for one in (type_, *get_args(type_)) if (get_origin(one) or one) in _IN_TOML]
+    return (get_origin(members[0]) or members[0]) if members else str
 
 
 def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:

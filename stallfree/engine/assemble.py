@@ -9,10 +9,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stallfree import __version__, policies
+from stallfree import __version__, extra, policies
 from stallfree.checkpoint import Checkpoint, open_checkpoint
-from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate
+from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
+from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
 from stallfree.checkpoint.identity import identity
+from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, StepRecord
 from stallfree.core.scheduler import Limits
@@ -21,7 +23,9 @@ from stallfree.engine import calibrate
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
+from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted
+from stallfree.policies.slo import SMALL_BATCH, STRICT
 
 MOST_KV = 4 << 30
 """Bytes of KV cache that are taken unasked, at the most."""
@@ -74,13 +78,15 @@ class Options:
 @dataclass(frozen=True)
 class Assembled:
     """An engine, the `name` under which its model is served, what the model's weights are, in words, the latency targets that it
-    is held to, if any, the run that it begins, and the `identity` of the model: the same for all that may exchange its KV.
+    is held to, if any, with `slo_basis`: where those that nobody gave come from, in words, "" if all were given; the run that it
+    begins, and the `identity` of the model: the same for all that may exchange its KV.
     """
 
     engine: Engine
     name: str
     weights: str
     slo: Slo | None
+    slo_basis: str
     run: Run
     identity: str
 
@@ -105,22 +111,34 @@ def assemble(
         policies.load(options.policy, **chosen)
     limits = Limits(options.max_seqs, options.max_tokens)
     if options.executor not in EXECUTORS:
-        near = policies.nearest(options.executor, EXECUTORS)
+        near = nearest(options.executor, EXECUTORS)
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
-    executor, text, name, weights, key, model_identity = _made(options, say)
-    cost = None
+    executor, text, name, weights, key, model_identity, sampling = _made(options, say)
+    cost, basis = None, ""
     if "cost" in known:
         cost = _cost(executor, key, say, progress)
         chosen["cost"] = cost
+        if targets is None or targets.tbt is targets.tpot is None:
+            basis = _basis(cost, key)
     if "slo" in known:
         chosen["slo"] = targets
     policy = policies.load(options.policy, **chosen)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
     restart = options.on_worker_loss == "restart"
-    engine = Engine(executor, text, policy, limits, reuse=options.prefix_cache, record=record, prints=prints, restart=restart)
+    engine = Engine(
+        executor,
+        text,
+        policy,
+        limits,
+        reuse=options.prefix_cache,
+        record=record,
+        prints=prints,
+        restart=restart,
+        sampling=sampling,
+    )
     slo = getattr(policy, "slo", targets)
     run = Run(
         options.policy,
@@ -131,12 +149,12 @@ def assemble(
         {"token_budget": options.token_budget} if options.token_budget is not None else {},
         None if cost is None else cost.state(),
     )
-    return Assembled(engine, name, weights, slo, run, model_identity)
+    return Assembled(engine, name, weights, slo, basis if slo is not None else "", run, model_identity)
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
     """Calibrate the model of `options` on this machine again; the cost model, how well it fits, and where it is remembered."""
-    executor, _, _, _, key, _ = _made(options, say)
+    executor, _, _, _, key, *_ = _made(options, say)
     try:
         if key is None:
             raise ValueError(f"executor {options.executor!r} takes what its cost model says: there is nothing to time")
@@ -161,9 +179,17 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
     return model
 
 
-Made = tuple[Executor, Text, str, str, dict[str, object] | None, str]
-"""An executor, its text, the model's name, its weights in words, what its speed depends on (None: nothing to measure), and the
-model's identity."""
+def _basis(cost: Fitted, key: Mapping[str, object] | None) -> str:
+    """Where the default target of policy slo comes from, in words."""
+    when = None if key is None else calibrate.calibrated_at(key, cache_folder() / "calibration")
+    source = "as simulated" if key is None else "as calibrated" + ("" if when is None else f" {when:%Y-%m-%d %H:%M}")
+    one = f"an iteration of {len(SMALL_BATCH)} decodes {source}"
+    return f"default, the paper's strict SLO: {STRICT} x {1e3 * cost.seconds(SMALL_BATCH):.1f} ms, {one}"
+
+
+Made = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling]
+"""An executor, its text, the model's name, its weights in words, what its speed depends on (None: nothing to measure), the model's
+identity, and how it is sampled unless a request says otherwise."""
 
 
 def _made(options: Options, say: Callable[[str], None]) -> Made:
@@ -176,6 +202,8 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
     make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
+    recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
+    sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
     name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else path.stem
     stat = path.stat()
@@ -188,7 +216,8 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
         "release": __version__,
     }
     words = f"{options.weights} weights, {options.kv} KV"
-    return executor, text, name, words, key | depends, f"{identity(checkpoint)} with {options.weights} weights"
+    whole = f"{identity(checkpoint)} with {options.weights} weights"
+    return executor, text, name, words, key | depends, whole, sampling
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
@@ -212,7 +241,7 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
     try:
         from stallfree.executors import torch as executors
     except ImportError as error:
-        raise ValueError(f"executor torch needs {error.name}, which is not installed: pip install 'stallfree[torch]'") from None
+        raise ValueError(f"executor torch needs {error.name}, which is not installed: {extra('torch')}") from None
     told = executors.Options(
         options.weights or "",
         options.kv or "",
@@ -245,7 +274,15 @@ def _simulated(options: Options) -> Made:
     length = options.max_model_len or 8192
     capacity = Capacity(block_size=32, num_blocks=(options.kv_memory or 1 << 30) // (32 * 13_000), max_model_len=length)
     text = bytes_as_text()
-    return SimulatedExecutor(capacity, text.encode("abcdefghijklmnopqrstuvwxyz ")), text, "simulated", "none", None, "simulated"
+    return (
+        SimulatedExecutor(capacity, text.encode("abcdefghijklmnopqrstuvwxyz ")),
+        text,
+        "simulated",
+        "none",
+        None,
+        "simulated",
+        Sampling(),
+    )
 
 
 def bytes_as_text() -> Text:

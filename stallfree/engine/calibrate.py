@@ -9,6 +9,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +71,13 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the calibration in %s cannot be read (%s); calibrating again replaces it", file, error)
         return None
+
+
+def calibrated_at(key: Mapping[str, object], folder: Path) -> datetime | None:
+    """When the model for `key` was calibrated, in local time; None if it was not, or could not be kept."""
+    with suppress(OSError):
+        return datetime.fromtimestamp(_file(key, folder).stat().st_mtime)
+    return None
 
 
 class Calibrated(NamedTuple):

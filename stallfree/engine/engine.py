@@ -19,6 +19,7 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.engine.text import Detokenizer, StopStrings, Text
 from stallfree.executors.base import Executor, Lost
+from stallfree.executors.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class _Stream:
 
 class Engine:
     """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration,
-    with fingerprints of KV blocks by `prints`.
+    with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class Engine:
         record: Callable[[StepRecord], None] | None = None,
         prints: Fingerprints | None = None,
         restart: bool = False,
+        sampling: Sampling | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.executor = executor
         self.text = text
+        self.sampling = sampling or Sampling()
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
         self.clock = clock
         self._record = record

@@ -3,7 +3,7 @@
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +28,8 @@ class LLM:
     """`LLM()` is the embedded model; `LLM("model.gguf", policy="orca", ...)` takes the fields of `Options`.
 
     Sampling arguments of the methods: `max_tokens` (default: what fits), `min_tokens`, `stop` (a string or several),
-    `ignore_eos`, and the fields of `executors.sampling.Sampling`; the seed is random unless given. Unknown names are TypeErrors.
+    `ignore_eos`, and the fields of `executors.sampling.Sampling`; the seed is random unless given, and what else is not given is as
+    the model's makers recommend (`checkpoint.generation`). Unknown names are TypeErrors.
     A request that cannot be served raises `Refused`.
     """
 
@@ -130,7 +131,7 @@ class LLM:
             stop_ids=stop_ids,
             min_tokens=given.get("min_tokens", 0),
             arrival=self._engine.clock(),
-            sampling=Sampling(stop_ids=stop_ids, **given),
+            sampling=replace(self._engine.sampling, stop_ids=stop_ids, **given),
         )
         self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop), continues=continues)
         return request

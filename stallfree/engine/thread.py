@@ -103,6 +103,11 @@ class EngineThread:
         return max(0, len(self._streams) - self.num_running)
 
     @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    @property
     def draining(self) -> bool:
         return self._draining
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from stallfree import extra
 from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo, Target
 from stallfree.metrics.report import Report
@@ -21,7 +22,7 @@ from stallfree.metrics.timeline import Timeline, timelines
 def require() -> None:
     """Raises ValueError, saying how to get it, if matplotlib is not installed: to be known before a run, not after it."""
     if find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib, which is not installed; pip install 'stallfree[plot]' installs it")
+        raise ValueError(f"plots need matplotlib, which is not installed: {extra('plot')}")
 
 
 def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tuple[float, float], long_prompt: int = 1000) -> None:

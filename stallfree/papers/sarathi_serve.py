@@ -45,7 +45,7 @@ class Setup:
     start: float
 
 
-_ENGINE = Deployment(engine=ENGINE, max_seqs=128, memory=0.85, watermark=0.01, block_size=16)
+_ENGINE = Deployment(engine=ENGINE, max_seqs=128, gpu_memory_utilization=0.85, watermark=0.01, block_size=16)
 _A100, _A40 = replace(_ENGINE, hardware="a100-80g-pcie", node=4), replace(_ENGINE, hardware="a40", node=8)
 SETUPS = {
     "mistral-7b": Setup(replace(_A100, model="mistral-7b"), (0.1, 512), (0.5, 2048), 16, 2.0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from stallfree.perf.hardware import nearest
+from stallfree.core.nearest import nearest
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stallfree.core.nearest import nearest
 from stallfree.core.plan import Shape, parts
-from stallfree.perf.hardware import nearest
 
 
 class Profiled:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from stallfree.core.nearest import nearest
 from stallfree.core.plan import Shape, parts
 from stallfree.perf import kernels
-from stallfree.perf.hardware import Hardware, nearest
+from stallfree.perf.hardware import Hardware
 from stallfree.perf.kernels import Attention, Cost
 from stallfree.perf.shape import Sharded
 

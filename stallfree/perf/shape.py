@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from stallfree.perf.hardware import nearest
+from stallfree.core.nearest import nearest
 
 WEIGHT_BYTES = {"fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
 """Bytes of a weight by precision; int4 has a 16-bit scale and a 4-bit zero for each group of 128 (AWQ, arXiv 2306.00978)."""

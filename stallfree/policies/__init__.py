@@ -1,15 +1,19 @@
 """Scheduling policies, one file each; this folder is their registry. It does not know what they do.
 
 A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). One from
-elsewhere is named `package.module:Class`.
+elsewhere is named `path/to/file.py:Class`, or `package.module:Class`, also of a module in the current folder.
 """
 
-import difflib
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Iterable
+import sys
+import traceback
+from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 
+from stallfree.core.nearest import nearest
 from stallfree.core.policy import Policy
 
 
@@ -19,17 +23,26 @@ def names() -> list[str]:
 
 
 def takes(name: str) -> list[str]:
-    """The options of policy `name`, or `package.module:Class`. Raises ValueError as `load` does."""
+    """The options of policy `name`, or of one from elsewhere. Raises ValueError as `load` does."""
     return list(inspect.signature(_find(name)).parameters)
 
 
 def load(name: str, **options: object) -> Policy:
-    """Make the policy `name`, or `package.module:Class`, with those of `options` that are not None.
+    """Make the policy `name`, or one from elsewhere, with those of `options` that are not None.
 
-    Raises ValueError naming the nearest policy if there is none of that name, or the options that it does take.
+    Raises ValueError naming the nearest policy if there is none of that name, the file of one from elsewhere that cannot be used,
+    or the options that it does take.
     """
     check(name, **options)
-    return _find(name)(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
+    found = _find(name)
+    needed = [
+        key for key, parameter in inspect.signature(found).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and options.get(key) is None
+    ]  # fmt: skip
+    if needed:
+        raise ValueError(f"policy {name!r} needs {needed[0]}, which was not given")
+    return found(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
 
 
 def check(name: str, **options: object) -> None:
@@ -41,24 +54,78 @@ def check(name: str, **options: object) -> None:
         raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown name: the known one that is nearest, if any is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _find(name: str) -> type:
-    module, colon, attribute = name.partition(":")
+    place, colon, attribute = name.rpartition(":")
     if colon:
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"policy {name!r}: {error}") from error
-        if not isinstance(found, type) or not hasattr(found, "plan"):
-            raise ValueError(f"policy {name!r} is not a class with a `plan` method")
+        module = _module(name, place)
+        file = module.__file__ or place
+        own = [key for key, value in vars(module).items() if isinstance(value, type) and hasattr(value, "plan")]
+        found = getattr(module, attribute, None)
+        if found is None:
+            has = f"it has {', '.join(own)}" if own else "it has no class with a method `plan`"
+            raise ValueError(f"policy {name!r}: {file} has no {attribute!r}{nearest(attribute, own)}; {has}")
+        if not isinstance(found, type) or not callable(getattr(found, "plan", None)):
+            raise ValueError(f"policy {name!r}: {attribute} in {file} is not a class with a method `plan`")
+        if lacks := [key for key in ("reserve", "stall_free") if not hasattr(found, key)]:
+            raise ValueError(f"policy {name!r}: {attribute} in {file} has no {lacks[0]}; see docs/extending.md")
         return found
+    if name.endswith(".py"):
+        raise ValueError(f"policy {name!r} is a file; name the class in it: {name}:Class")
     if name not in names():
-        raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; known: {', '.join(names())}, or package.module:Class")
+        known = f"known: {', '.join(names())}; or path/to/file.py:Class, package.module:Class"
+        raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; {known}")
     found = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     cls: type = getattr(found, name.title().replace("-", ""))
     return cls
+
+
+def _module(name: str, place: str) -> ModuleType:
+    """The module at `place` of the policy `name`: a file, or the dotted name of what can be imported."""
+    try:
+        return _of_file(place) if place.endswith(".py") else _of_name(place)
+    except FileNotFoundError:
+        folder = Path(place).parent
+        near = nearest(Path(place).name, (file.name for file in folder.glob("*.py")))
+        raise ValueError(f"policy {name!r}: there is no file {place}{near}") from None
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            where = f"{place.replace('.', '/')}.py in {Path.cwd()}"
+            raise ValueError(f"policy {name!r}: there is no module {error.name}, and no {where}") from None
+        raise ValueError(f"policy {name!r}: {_raised(error)}") from error
+    except (Exception, SystemExit) as error:  # what a file does when it is imported is its author's
+        raise ValueError(f"policy {name!r}: {_raised(error)}") from error
+
+
+def _of_name(place: str) -> ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(f"{place!r} is neither a module nor a file that ends in .py")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)  # last, so that no file there is taken for a library
+    return importlib.import_module(place)
+
+
+def _of_file(place: str) -> ModuleType:
+    """The module of a file, which is run once a process; its name is its path's, so that two of one name are two."""
+    path = Path(place).expanduser().resolve(strict=True)
+    name = f"{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{path} cannot be imported")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _raised(error: BaseException) -> str:
+    """Where and why the import of somebody's module failed."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    frames = [frame for frame in frames if frame.filename != __file__]
+    where = f"{frames[0].filename}, line {frames[0].lineno}: " if frames else ""
+    return f"{where}{type(error).__name__}: {error}" if frames else str(error)

@@ -27,6 +27,8 @@ from stallfree.server.sse import EventStream, watching
 from stallfree.server.traces import Traces
 
 MAX_BODY_BYTES = 4 << 20
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's makers may recommend of sampling; /v1/models says what a request gets that leaves it open."""
 PREFILL = "x-stallfree-prefill"
 """The header with which a router says which prefill engine, as host:port, is to compute a request's prompt, or `HERE`."""
 HERE = "none"
@@ -57,7 +59,8 @@ def create_app(
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
-    served = schema.Model(id=model, created=int(time.time()), max_model_len=max_len)
+    sampling = {name: getattr(engine.sampling, name) for name in RECOMMENDED}
+    served = schema.Model(id=model, created=int(time.time()), max_model_len=max_len, default_sampling=sampling)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ It knows HTTP and the exceptions of those below; it does not know what the route
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from stallfree.engine.text import TextError
 from stallfree.engine.thread import Unavailable
 
+UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER = "unknown_parameter", "unsupported_parameter"
+"""Codes of errors for fields that nobody knows, and for OpenAI's that are not served here."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -107,7 +109,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _of_validation(error.errors()).response()
+        return _of_validation(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -120,17 +122,80 @@ def install(app: FastAPI) -> None:
         return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def path(*steps: str | int) -> str:
+    """Where in a body a value is, as in messages[2].content[0].type or logit_bias["12"]."""
+    written = ""
+    for step in steps:
+        if isinstance(step, int):
+            written += f"[{step}]"
+        elif step.isascii() and step.isidentifier():
+            written += f".{step[:80]}" if written else step[:80]
+        else:
+            written += f"[{json.dumps(step[:80])}]" if written else step[:80]
+    return written
+
+
+def _of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The first field at fault, with all that it might have been (a union fails once for each of its members)."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
-    if len(first["loc"]) < 2:
+    if not isinstance(body, dict) and first["loc"] == ("body",):
         return ApiError(400, "the body is empty or not a JSON object", code="invalid_json")
-    field = str(first["loc"][1])
-    same = [e for e in errors if len(e["loc"]) > 1 and str(e["loc"][1]) == field]
-    if first["type"] == "missing":
-        return ApiError(400, f"{field} is missing", param=field)
-    messages = [str(e["msg"]).removeprefix("Value error, ") for e in same]
+    error, steps = _nearest([_Found.of(error, body) for error in errors])
+    where, type_ = path(*steps), error["type"]
+    if type_ in (UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER):
+        name, near = error["ctx"]["name"], error["ctx"].get("near")
+        where = path(*steps, name)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"unknown field {where!r}{hint}" if type_ == UNKNOWN_PARAMETER else f"{where} is not supported by this server"
+        return ApiError(400, message, param=where, code=type_)
+    if type_ == "missing":
+        return ApiError(400, f"{where} is missing", param=where)
+    messages = [str(e["msg"]).removeprefix("Value error, ") for e in errors if _Found.of(e, body).steps == steps]
     reasons = dict.fromkeys(message[:1].lower() + message[1:] for message in messages)
-    return ApiError(400, f"{field}: {' or '.join(list(reasons)[:4])}, not {shown(first['input'])}", param=field)
+    return ApiError(400, f"{where}: {' or '.join(list(reasons)[:4])}, not {shown(error['input'])}", param=where)
+
+
+class _Found(NamedTuple):
+    """A validation error: the steps into the body to its place, and the names that pydantic puts between them for the member of a
+    union that was tried. `union`: the steps to the first union on the way.
+    """
+
+    error: Mapping[str, Any]
+    steps: tuple[str | int, ...]
+    member: tuple[str, ...]
+    union: tuple[str | int, ...]
+
+    @classmethod
+    def of(cls, error: Mapping[str, Any], body: Any) -> Self:
+        kind, *location = error["loc"]
+        steps: list[str | int] = []
+        member: list[str] = []
+        union: tuple[str | int, ...] | None = None
+        for number, step in enumerate(location):
+            if (isinstance(body, dict) and step in body) or (isinstance(body, list) and step in range(len(body))):
+                body = body[step]
+                steps.append(step)
+            elif kind != "body" or (error["type"] == "missing" and number == len(location) - 1):
+                steps.append(step)
+            else:
+                member.append(str(step))
+                union = tuple(steps) if union is None else union
+        return cls(error, tuple(steps), tuple(member), tuple(steps) if union is None else union)
+
+
+def _nearest(errors: Sequence[_Found]) -> tuple[Mapping[str, Any], tuple[str | int, ...]]:
+    """The first error, and its place; in a union that of the member that fits best, which holds further down and fails least."""
+    first = errors[0]
+    members: dict[tuple[str, ...], list[_Found]] = {}
+    for error in errors:
+        if error.union == first.union and bool(error.member) == bool(first.member):
+            members.setdefault(error.member, []).append(error)
+
+    def misfit(own: list[_Found]) -> tuple[int, int, int]:
+        last = own[0].steps[-1] if own[0].steps else 0
+        return -max(len(error.steps) for error in own), len(own), -last if isinstance(last, int) else 0
+
+    best = min(members.values(), key=misfit)[0]
+    return best.error, best.steps

@@ -7,6 +7,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,8 +17,7 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text, TextError
-from stallfree.executors.sampling import Sampling
-from stallfree.server.errors import ApiError, shown
+from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ async def conversation(
     plain = [_plain(i, message) for i, message in enumerate(messages)]
     length = sum(len(message["content"]) for message in plain)
     ids = await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt, control=control))
-    check_ids(ids, text, "messages")
+    check_ids(ids, text, "messages", given=False)
     return ids
 
 
@@ -61,7 +61,8 @@ async def prompts(text: Text, body: CompletionRequest, most: int, *, control: bo
         raise ApiError(400, message, param="prompt" if len(several) > most else "n")
 
     def encoded() -> list[tuple[list[int], str]]:
-        return [_prompt(text, one, bool(body.echo), control) for one in several]
+        names = ["prompt"] if several is not given else [path("prompt", at) for at in range(len(several))]
+        return [_prompt(text, one, bool(body.echo), control, name) for name, one in zip(names, several, strict=True)]
 
     return await _run(sum(map(len, several)), encoded)
 
@@ -70,12 +71,12 @@ async def _run(length: int, work: Callable[[], T]) -> T:
     return work() if length < LONG_TEXT else await asyncio.to_thread(work)
 
 
-def _prompt(text: Text, given: str | list[int], echo: bool, control: bool) -> tuple[list[int], str]:
+def _prompt(text: Text, given: str | list[int], echo: bool, control: bool, name: str) -> tuple[list[int], str]:
     try:
         ids = text.encode(given, control=control) if isinstance(given, str) else given
     except TextError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from None
-    check_ids(ids, text, "prompt")
+        raise ApiError(400, f"{name}: {error}", param=name) from None
+    check_ids(ids, text, name, given=not isinstance(given, str))
     return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
 
 
@@ -83,26 +84,29 @@ def _plain(index: int, message: Message) -> dict[str, str]:
     content = message.content
     if content is None:
         if message.role != "assistant":
-            raise ApiError(400, f"messages[{index}].content is missing; only an assistant's may be null", param="messages")
+            where = path("messages", index, "content")
+            raise ApiError(400, f"{where} is missing; only an assistant's may be null", param=where)
         content = ""
     elif not isinstance(content, str):
         for at, part in enumerate(content):
+            where = path("messages", index, "content", at)
             if part.type != "text":
-                where = f"messages[{index}].content[{at}]"
-                raise ApiError(400, f"{where} is of type {shown(part.type)}; this server takes text only", param="messages")
+                why = f"{where}.type is {shown(part.type)}; this server takes text only"
+                raise ApiError(400, why, param=f"{where}.type")
             if part.text is None:
-                raise ApiError(400, f"messages[{index}].content[{at}].text is missing", param="messages")
+                raise ApiError(400, f"{where}.text is missing", param=f"{where}.text")
         content = "\n".join(str(part.text) for part in content)
     plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
     return plain if message.name is None else plain | {"name": message.name}
 
 
-def check_ids(ids: Sequence[int], text: Text, field: str) -> None:
-    """ApiError for an id that the model does not have, though its tokenizer may."""
+def check_ids(ids: Sequence[int], text: Text, field: str, *, given: bool = True) -> None:
+    """ApiError for an id that the model does not have, though its tokenizer may. `given`: by the client, and not those of a text."""
     if (wrong := text.lacks(ids)) is not None:
+        where = path(field, str(wrong) if field == "logit_bias" else ids.index(wrong)) if given else field
         name = f" ({shown(token)})" if (token := text.pieces.token(wrong)) else ""
-        message = f"{field}: token id {shown(wrong)}{name} is outside the vocabulary (0 to {text.vocab_size - 1})"
-        raise ApiError(400, message, param=field)
+        message = f"{where}: token id {shown(wrong)}{name} is outside the vocabulary (0 to {text.vocab_size - 1})"
+        raise ApiError(400, message, param=where)
 
 
 def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
@@ -112,7 +116,7 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
     given: dict[str, tuple[float, str]] = {}
     for name in ("ttft", "tbt", "tpot"):
         own = None if body.slo is None else getattr(body.slo, f"{name}_ms")
-        found = [] if own is None else [(float(own), "slo")]
+        found = [] if own is None else [(float(own), f"slo.{name}_ms")]
         for header in (f"{prefix}-{name}-ms" for prefix in TARGET_HEADERS):
             found += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
         for value, place in found:
@@ -140,8 +144,8 @@ def _milliseconds(text: str, header: str) -> float:
 
 
 def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]], slo: Slo | None) -> list[Request]:
-    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. ApiError for fields at
-    odds.
+    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. What the body leaves
+    open of sampling is the engine's. ApiError for fields at odds.
     """
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
@@ -160,9 +164,9 @@ def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]],
         if (value := getattr(body, name)) is not None
     }
     given |= {"logit_bias": _logit_bias(body.logit_bias or {}, engine.text), "logprobs": _logprobs(body)}
-    given |= {"top_k": max(0, body.top_k or 0), "min_tokens": min_tokens, "stop_ids": stop_ids}
+    given |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
-    samplings = [Sampling(seed=seed + k, **given) for k in range(n)]
+    samplings = [replace(engine.sampling, seed=seed + k, **given) for k in range(n)]
     arrival = engine.clock()
     made = []
     for prompt in prompts:
@@ -223,7 +227,7 @@ def _logprobs(body: Generation) -> int | None:
 def _logit_bias(given: Mapping[str, float], text: Text) -> dict[int, float]:
     for key in given:
         if not re.fullmatch(r"[0-9]{1,10}", key):
-            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param="logit_bias")
+            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param=path("logit_bias", key))
     bias = {int(key): value for key, value in given.items()}
     check_ids(list(bias), text, "logit_bias")
     return bias

@@ -40,6 +40,14 @@ PASSED = ("content-type", "cache-control", "retry-after", "www-authenticate")
 """Headers of an answer that are."""
 
 
+ENDING = ApiError(503, "the router is shutting down", code="unavailable")
+
+
+def _last(error: ApiError) -> bytes:
+    """The end of a stream that breaks off."""
+    return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
+
+
 class _Server:
     """A decode server: whether it is `up`, and how many requests it has from here."""
 
@@ -62,6 +70,7 @@ class Router:
         self.pending = dict.fromkeys(prefills, 0)
         self.spill = inf if spill is None else spill
         self.draining = False
+        self.ending = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -76,12 +85,18 @@ class Router:
         await self.session.close()
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, and let those there are finish for a while."""
+        """Take no more requests, and let those there are finish for a while; then end the others in an error."""
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(drain_timeout_s):
-                while any(server.outstanding for server in self.servers):
+                while self.unfinished:
                     await asyncio.sleep(0.05)
+        self.ending.set()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return sum(server.outstanding for server in self.servers)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -92,7 +107,7 @@ class Router:
     async def pass_on(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer of the server with the fewest requests, or of the next one if it gives none. ApiError if nobody does."""
         if self.draining:
-            raise ApiError(503, "the router is shutting down", code="unavailable")
+            raise ENDING
         failures = []
         for server in sorted((one for one in self.servers if one.up), key=lambda one: one.outstanding):
             server.outstanding += 1
@@ -100,6 +115,10 @@ class Router:
             try:
                 await self._through(server, prompt, request, body, scope, receive, send)
                 return
+            except asyncio.CancelledError:
+                if self.ending.is_set():
+                    raise ENDING from None
+                raise
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 log.warning("decode server %s did not answer: %s", server.url, error or type(error).__name__)
                 failures.append(f"{server.url} did not answer ({type(error).__name__})")
@@ -133,8 +152,11 @@ class Router:
                 last = b""
             except (aiohttp.ClientError, OSError) as error:  # too late for another server: some of it is with the client
                 log.warning("decode server %s broke off: %s", server.url, error)
-                broke = ApiError(502, "the decode server broke off in the middle of the answer", code="engine_error")
-                last = b"data: " + broke.body() + b"\n\ndata: [DONE]\n\n"
+                last = _last(ApiError(502, "the decode server broke off in the middle of the answer", code="engine_error"))
+            except asyncio.CancelledError:
+                if not self.ending.is_set():
+                    raise
+                last = _last(ENDING)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, server: _Server) -> None:
@@ -207,14 +229,18 @@ class _PassedOn(Response):
 
         passing = asyncio.create_task(self._router.pass_on(self._request, self._body, scope, receive, send))
         leaving = asyncio.create_task(gone())
+        ending = asyncio.create_task(self._router.ending.wait())
         try:
-            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({passing, leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done() and not passing.done():
+                passing.cancel()  # it still says why
+                await asyncio.wait({passing})
             if passing.done():
                 await passing
         finally:
-            leaving.cancel()
-            passing.cancel()
-            await asyncio.gather(passing, leaving, return_exceptions=True)
+            for task in (passing, leaving, ending):
+                task.cancel()
+            await asyncio.gather(passing, leaving, ending, return_exceptions=True)
 
 
 def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:

@@ -7,6 +7,8 @@ import asyncio
 import errno
 import os
 import socket
+import sys
+from functools import partial
 from types import FrameType
 from typing import Protocol
 
@@ -27,8 +29,14 @@ FLUSH_S = 5
 class Drains(Protocol):
     """What is behind an app: an engine, or a router."""
 
+    @property
+    def unfinished(self) -> int:
+        """How many requests have not ended."""
+
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, let those there are finish for a while, then stop."""
+        """Take no more requests, let those there are finish for a while, then end the others in an error, and stop. While it waits
+        it may be cancelled and called again.
+        """
 
 
 class PortError(OSError):
@@ -65,9 +73,13 @@ def bind(host: str, port: int, kind: str = "") -> socket.socket:
 def run(app: FastAPI, behind: Drains, sock: socket.socket, *, drain_timeout_s: float) -> None:
     """Serve until SIGTERM or SIGINT; then take no new requests, let those there are finish, and return.
 
-    Streams that are unfinished after `drain_timeout_s` end in an error. A second signal exits the process at once.
+    Requests that are unfinished after `drain_timeout_s`, or at a second signal, end in an error; after a second signal
+    SystemExit is raised. A third one ends the process where it is.
     """
-    _Server(configure(app), behind, drain_timeout_s).run(sockets=[sock])
+    server = _Server(configure(app), behind, drain_timeout_s)
+    server.run(sockets=[sock])
+    if server.hurried:
+        raise SystemExit(128 + server.hurried)
 
 
 def configure(app: FastAPI) -> uvicorn.Config:
@@ -86,7 +98,7 @@ def configure(app: FastAPI) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that drains what is behind it before it closes its port, and whose process then exits with 0."""
+    """A uvicorn server that drains what is behind it before it closes its port. `hurried`: the second signal, 0 without."""
 
     def __init__(self, config: uvicorn.Config, behind: Drains, drain_timeout_s: float):
         super().__init__(config)
@@ -94,26 +106,39 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._signalled = False
+        self._signals = 0
+        self.hurried = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._signalled or self._loop is None:
+        self._signals += 1
+        if self._signals > 2 or self._loop is None:
             os._exit(128 + sig)
-        self._signalled = True
-        self._loop.call_soon_threadsafe(self._begin_to_drain)
+        self._loop.call_soon_threadsafe(self._begin_to_drain if self._signals == 1 else partial(self._hurry, sig))
 
     def _begin_to_drain(self) -> None:
-        self._draining = asyncio.create_task(self._drain())
+        if number := self._behind.unfinished:
+            has = "1 request has" if number == 1 else f"{number} requests have"
+            limit = f"up to {self._drain_timeout_s:g} s to finish; Ctrl-C again (or a second SIGTERM) ends them at once"
+            self._say(f"shutting down: no new requests are taken, {has} {limit}")
+        self._draining = asyncio.create_task(self._drain(self._drain_timeout_s))
 
-    async def _drain(self) -> None:
-        try:
-            await self._behind.close(self._drain_timeout_s)
-        finally:
-            self.should_exit = True
+    def _hurry(self, sig: int) -> None:
+        self.hurried = sig
+        if self._draining is not None and not self._draining.done():
+            self._say(f"ending the unfinished requests ({self._behind.unfinished}); a third signal ends the process where it is")
+            self._draining.cancel()
+            self._draining = asyncio.create_task(self._drain(0))
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    async def _drain(self, timeout_s: float) -> None:
+        await self._behind.close(timeout_s)
+        self.should_exit = True
 
 
 class Connection(H11Protocol):

@@ -1,17 +1,18 @@
 """The shapes of OpenAI's API, in and out, and nothing of what is done with them.
 
 A field is served, refused or unknown, and the answer says which. What is served is declared here. What OpenAI's API has and this
-server does not (`UNSUPPORTED`) is refused unless it holds a value that asks for nothing. What only concerns OpenAI's own
-service (`WITHOUT_EFFECT`) is accepted, for it changes no token. Any other name is refused: a misspelt `max_token` must not
-become a completion of unlimited length. `null` is the same as leaving a field out.
+server does not (`UNSUPPORTED`) is refused unless it holds a value that asks for nothing, or another field forbids its use
+(`FORBIDDEN_BY`). What only concerns OpenAI's own service (`WITHOUT_EFFECT`) is accepted, for it changes no token. Any other name is
+refused: a misspelt `max_token` must not become a completion of unlimited length. `null` is the same as leaving a field out.
 """
 
 import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from stallfree.server.errors import ApiError
+from stallfree.server.errors import UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -38,6 +39,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Names that are refused, with the values that ask for nothing and so are not."""
 
+FORBIDDEN_BY = {"functions": "function_call", "tools": "tool_choice"}
+"""Names that ask for nothing either if the field named here is "none": what may be called, and that nothing may."""
+
 WITHOUT_EFFECT = frozenset(
     {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store"}
 )
@@ -62,15 +66,19 @@ class Body(BaseModel):
         for name, value in values.items():
             if name in cls.model_fields:
                 given[name] = value
-            elif value is None or name in WITHOUT_EFFECT or value in UNSUPPORTED.get(name, ()):
+            elif value is None or name in WITHOUT_EFFECT or _asks_for_nothing(name, value, values):
                 continue
             elif name in UNSUPPORTED:
-                raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+                raise PydanticCustomError(UNSUPPORTED_PARAMETER, "not supported by this server", {"name": name})
             else:
                 near = difflib.get_close_matches(name, cls.model_fields, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ApiError(400, f"unknown field {name[:80]!r}{hint}", param=name[:80], code="unknown_parameter")
+                whole = name[:80].encode(errors="backslashreplace").decode()  # without halves of surrogate pairs
+                raise PydanticCustomError(UNKNOWN_PARAMETER, "unknown field", {"name": whole, "near": near})
         return given
+
+
+def _asks_for_nothing(name: str, value: Any, values: dict[str, Any]) -> bool:
+    return value in UNSUPPORTED.get(name, ()) or (name in FORBIDDEN_BY and values.get(FORBIDDEN_BY[name]) == "none")
 
 
 def _encodable(text: str) -> str:
@@ -88,8 +96,11 @@ Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class StreamOptions(Body):
+    """`include_obfuscation` is accepted and without effect: no padding is added to events."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 Milliseconds = Annotated[float, Field(ge=LEAST_TARGET_MS, le=MOST_TARGET_MS, allow_inf_nan=False)]
@@ -264,6 +275,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "stallfree"
     max_model_len: int
+    default_sampling: dict[str, int | float]
 
 
 class Models(BaseModel):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from stallfree import extra
 from stallfree.metrics.stalls import Ended, Stall, StallAccount
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def exporter_to(endpoint: str) -> "SpanExporter":
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
-        raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'stallfree[otel]'") from None
+        raise ValueError(f"--otlp-endpoint needs OpenTelemetry: {extra('otel')}") from None
     # Its own lines would come with every batch; ours comes once.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
     return OTLPSpanExporter(endpoint=address, timeout=TIMEOUT_S)

@@ -14,8 +14,9 @@ class Deployment:
 
     `policy` by name, with its `token_budget` or, for a policy that takes one, the `slo` in words. Limits: `max_seqs` running
     requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's context); KV in blocks of
-    `block_size` tokens, in what the weights leave of `memory`, a share of the device's, of which admission leaves `watermark`
-    free. `max_output`: the tokens that requests ask for, which matters to policies that reserve KV for them (None: what they get).
+    `block_size` tokens, in what the weights leave of `gpu_memory_utilization`, a share of the device's memory, of which admission
+    leaves `watermark` free. `max_output`: the tokens that requests ask for, which matters to policies that reserve KV for them
+    (None: what they get).
 
     `replicas` of it behind `router`; `prefix_cache` shares the KV of equal beginnings of prompts.
     """
@@ -36,7 +37,7 @@ class Deployment:
     max_tokens: int = 8192
     max_model_len: int | None = None
     block_size: int = 16
-    memory: float = 0.9
+    gpu_memory_utilization: float = 0.9
     watermark: float = 0.01
     max_output: int | None = None
     replicas: int = 1

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stallfree.core.nearest import nearest
 from stallfree.core.request import Request
-from stallfree.policies import nearest
 from stallfree.sim.handover import Pools
 from stallfree.sim.replica import Replica
 

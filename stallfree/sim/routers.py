@@ -2,8 +2,8 @@
 what will become of them.
 """
 
+from stallfree.core.nearest import nearest
 from stallfree.core.request import Request
-from stallfree.policies import nearest
 from stallfree.sim.cluster import Cluster, Router
 
 PREFIX = 512

@@ -121,7 +121,7 @@ def instance(told: Deployment) -> Instance:
         raise ValueError(f"which model? It is one of {', '.join(models.names())}, or the path of a config.json")
     device, model = devices.load(told.hardware), models.load(told.model)
     sharded = models.Sharded(model, told.tp, told.pp, told.weights, told.kv)
-    tokens = sharded.kv_tokens(device.memory, told.memory)
+    tokens = sharded.kv_tokens(device.memory, told.gpu_memory_utilization)
     if told.block_size < 1:
         raise ValueError(f"KV in blocks of {told.block_size} tokens cannot be; give 1 or more")
     length = model.context if told.max_model_len is None else told.max_model_len

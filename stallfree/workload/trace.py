@@ -1,13 +1,16 @@
 """A trace: requests that were once served somewhere, read from a file. It knows the files' columns and nothing of their use.
 
-A .csv has a header: this project's own columns, or those of BurstGPT (HPMLL/BurstGPT). A .jsonl is Mooncake's (kvcache-ai/Mooncake,
-FAST'25): requests with the numbers of their prompts' prefix blocks, which are equal where all before them is.
+A .csv has a header: this project's own columns, or those of BurstGPT (HPMLL/BurstGPT), of Azure's LLM inference traces
+(Azure/AzurePublicDataset) or of vidur (microsoft/vidur). A .jsonl is Mooncake's (kvcache-ai/Mooncake, FAST'25): requests with the
+numbers of their prompts' prefix blocks, which are equal where all before them is. Blank lines are passed over in both.
 """
 
 import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -18,8 +21,14 @@ from stallfree.workload.prompt import BLOCK
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 """The same three, in seconds and tokens; no response tokens is a request that failed there."""
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""The same three, the first a date and time of day, as 2023-11-16 18:17:03.9799600."""
+VIDUR = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
+"""The same three, in seconds and tokens."""
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
-_HEADER = f"a trace's first line names its columns: {','.join(COLUMNS)}; arrived_at may be left out"
+_HEADER = (
+    f"a trace's first line names its columns: {','.join(COLUMNS)}, or those of Azure, BurstGPT or vidur; the time may be left out"
+)
 
 Row = tuple[int, int] | tuple[int, int, tuple[int, ...]]
 """A request's prompt and output tokens and, if the trace has them, the numbers of its prompt's prefix blocks."""
@@ -99,15 +108,17 @@ class Trace:
 
 def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
     """(line, lengths, seconds) of each request."""
-    rows = csv.DictReader(file, restval="")
-    names = rows.fieldnames or ()
-    burstgpt = set(BURSTGPT) <= set(names)
-    arrived_at, prompt, output = BURSTGPT if burstgpt else COLUMNS
-    if not {prompt, output} <= set(names):
-        raise ValueError(f"line 1 is {','.join(names)[:80]!r}; {_HEADER}")
-    for row in rows:
-        line = rows.line_num
-        if burstgpt and row[output].strip() == "0":
+    reader = csv.reader(file)
+    rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
+    whole = (row for row in rows if any(row[1]))
+    first, names = next(whole, (1, []))
+    known = (columns for columns in (COLUMNS, BURSTGPT, AZURE, VIDUR) if set(columns[1:]) <= set(names))
+    if (columns := next(known, None)) is None:
+        raise ValueError(f"line {first} is {','.join(names)[:80]!r}; {_HEADER}")
+    arrived_at, prompt, output = columns
+    for line, cells in whole:
+        row = dict(zip_longest(names, cells[: len(names)], fillvalue=""))
+        if columns is BURSTGPT and row[output] == "0":
             continue
         at = _seconds(row[arrived_at], arrived_at, line) if arrived_at in names else None
         yield line, (_count(row[prompt], prompt, line), _count(row[output], output, line)), at
@@ -116,6 +127,8 @@ def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
 def _mooncake(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
     """(line, lengths with blocks, seconds) of each request."""
     for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
         try:
             row = json.loads(text)
         except ValueError:
@@ -141,11 +154,18 @@ def _count(value: Any, column: str, line: int) -> int:
 
 
 def _seconds(value: Any, column: str, line: int) -> float:
+    """A number of seconds as it is; of a date and time of day, those since 1970."""
     text = str(value).strip()
     try:
-        time = float(text)
+        time = _since_1970(text) if "-" in text[1:] and ":" in text else float(text)
     except ValueError:
         time = float("nan")
     if not 0 <= time < float("inf"):
-        raise ValueError(f"line {line}: {column} is {text!r}; write a time from 0 on")
+        raise ValueError(f"line {line}: {column} is {text!r}; write a time from 0 on, or a date and time")
     return time
+
+
+def _since_1970(text: str) -> float:
+    """Of an ISO 8601 date and time; without a zone it is UTC. What is below a microsecond is left out."""
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 
@@ -17,10 +17,14 @@ def chunk(text: str = "x", finish_reason: str | None = None, **fields: Any) -> s
     return f"data: {json.dumps({'choices': [choice], **fields})}\n\n"
 
 
+PAUSE_S = 0.1
+
+
 class Fake:
-    """Answers with `max_tokens` events, or with those of `events`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its
-    tokens in a word. `failure`: what happens to requests for more than two tokens, so that the probe passes: a status, "die"
-    (after two tokens), "mute" (never answers), "stop" (ends after two tokens as if that were all).
+    """Answers with `max_tokens` events, or with those of `events`, or always with those of `style(max_tokens)`, in which None is a
+    pause of `PAUSE_S`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its tokens in a word. `failure`: what happens
+    to requests for more than two tokens, so that the probe passes: a status, "die" (after two tokens), "mute" (never answers),
+    "stop" (ends after two tokens as if that were all).
     """
 
     def __init__(self) -> None:
@@ -28,6 +32,7 @@ class Fake:
         self.models: Any = {"data": [{"id": "fake"}]}
         self.refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
         self.events: list[str] | None = None
+        self.style: Callable[[int], list[str | None]] | None = None
         self.failure: str | int | None = None
         self.per_word = 1
         self.over = asyncio.Event()
@@ -52,6 +57,10 @@ class Fake:
             await self.over.wait()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if self.style is not None:
+            for event in self.style(body["max_tokens"]):
+                await (asyncio.sleep(PAUSE_S) if event is None else response.write(event.encode()))
+            return response
         if self.events is not None and body["max_tokens"] > 2:
             await response.write("".join(self.events).encode())
             return response
@@ -63,6 +72,43 @@ class Fake:
             await response.write(chunk(usage=told | {"completion_tokens": number + 1} if usage else None).encode())
         await response.write((chunk("", "length") + "data: [DONE]\n\n").encode())
         return response
+
+
+class Hasty:
+    """A server on bare sockets that ends connections where it should not: "kept" ones, as the second request comes on them; every
+    one "before" its first byte; or "within" the answer. `requests`: those that came whole, `connections`: all.
+    """
+
+    def __init__(self, ends: Literal["kept", "before", "within"]) -> None:
+        self.ends = ends
+        self.requests = self.connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        number = 0
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = next(
+                (int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), 0
+            )
+            body = json.loads(await reader.readexactly(length)) if length else {"max_tokens": 0}
+            number += 1
+            self.requests += 1
+            if self.ends == "before" or (self.ends == "kept" and number == 2):
+                break
+            events = "".join(chunk() for _ in range(body["max_tokens"])) + chunk("", "length") + "data: [DONE]\n\n"
+            data = events.encode() if length else json.dumps({"data": [{"id": "hasty"}]}).encode()
+            said = len(data) + 9 * (self.ends == "within")
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {said}\r\n\r\n".encode() + data)
+            if self.ends == "within":
+                break
+        writer.close()
+
+    @asynccontextmanager
+    async def client(self):
+        """A client of it, on a free port."""
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            yield client
 
 
 @asynccontextmanager

@@ -64,12 +64,6 @@ def test_texts_have_the_tokens_of_the_ids_that_are_refused(per_word):
 
 def test_a_server_that_counts_ids_as_something_else_is_given_text():
     fake = Fake()
-    complete = fake.complete
-
-    async def dishonest(request):
-        return await complete(request)
-
-    fake.complete = dishonest
     fake.refuse = lambda body: body.update(prompt=["a"]) if isinstance(body["prompt"], list) else None
     assert probe(fake).ids is None
 

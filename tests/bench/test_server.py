@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from stallfree.bench.server import server
+from tests.waiting import PATIENCE_S
 
 SIMULATED = ("--executor", "simulated")
 
@@ -27,7 +28,7 @@ def alive(pid: int) -> bool:
 
 def test_a_server_answers_while_it_is_wanted_and_is_gone_afterwards():
     with server([*SIMULATED, "--policy", "orca"]) as url:
-        assert 200 == httpx.get(f"{url}/health", timeout=20).status_code
+        assert 200 == httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code
         pid = pid_of(url)
     assert not alive(pid)
 
@@ -50,13 +51,13 @@ import time
 from stallfree.bench.server import server
 with server({SIMULATED}) as url:
     print(url, flush=True)
-    time.sleep(60)
+    time.sleep({PATIENCE_S})
 """
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     url = owner.stdout.readline().strip()
-    assert 200 == httpx.get(f"{url}/health", timeout=20).status_code
+    assert 200 == httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code
     owner.send_signal(signal.SIGTERM)
-    assert 128 + signal.SIGTERM == owner.wait(20)
+    assert 128 + signal.SIGTERM == owner.wait(PATIENCE_S)
     owner.stdout.close()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")

@@ -31,14 +31,14 @@ def stallfree(monkeypatch, capsys):
 def test_the_slo_policy_keeps_the_streams_in_time_and_the_fixed_budget_does_not(stallfree):
     told = json.loads(stallfree("demo", "--json"))
     fixed, slo = told["fixed"]["all"], told["slo"]["all"]
-    assert (512, "tbt=100ms@p99") == (told["budget"], told["target"])
+    assert (512, "tbt=100ms@p99") == (told["token_budget"], told["target"])
     assert [STREAMS + PROMPTS] * 2 == [fixed["completed"], slo["completed"]]
     assert STREAMS * STREAM_TOKENS < slo["output_tokens"] == fixed["output_tokens"]
     assert (False, True) == (fixed["slo_attainment"]["tbt"]["met"], slo["slo_attainment"]["tbt"]["met"])
 
 
 def test_without_a_terminal_the_table_is_printed(stallfree):
-    out = stallfree("demo", "--slo", "tbt=80ms@p95", "--budget", "256")
+    out = stallfree("demo", "--slo", "tbt=80ms@p95", "--token-budget", "256")
     assert all(
         part in out
         for part in (

@@ -5,10 +5,11 @@ import json
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
+
+from tests.waiting import PATIENCE_S, until
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,8 @@ def test_roles_and_addresses_that_cannot_be(stallfree, arguments, says):
 
 def failing(*arguments: str) -> str:
     """What a command says that fails once it holds ports, which end with its process."""
-    done = subprocess.run([sys.executable, "-m", "stallfree", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-m", "stallfree", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert 1 == done.returncode
     return done.stderr
 
@@ -67,7 +69,7 @@ def running(*arguments: str):
             yield process.stdout.readline()
         finally:
             process.terminate()
-            assert 0 == process.wait(20)
+            assert 0 == process.wait(PATIENCE_S)
 
 
 def test_three_commands_make_a_server_that_hands_over():
@@ -78,12 +80,17 @@ def test_three_commands_make_a_server_that_hands_over():
         said = stack.enter_context(running("route", "--port", "0", "--decode", decode["url"], "--prefill", prefill["peers"]))
         assert ("prefill", "decode", prefill["peers"]) == (prefill["role"], decode["role"], decode["peers"])
         url = said.split()[0]
-        answers = [httpx.post(f"{at}/completions", json={"prompt": "x" * 90}).json() for at in (url, f"{prefill['url']}/v1")]
+        urls, body = (url, f"{prefill['url']}/v1"), {"prompt": "x" * 90}
+        answers = [httpx.post(f"{url}/completions", json=body, timeout=PATIENCE_S).json() for url in urls]
         assert answers[0]["choices"] == answers[1]["choices"]
-        until = time.monotonic() + 10
-        while 'handoffs_total{outcome="delivered"} 0.0' in (told := httpx.get(f"{decode['url']}/metrics").text):
-            assert time.monotonic() < until, told
-            httpx.post(f"{url}/completions", json={"prompt": "y" * 90})
+        delivered = 'handoffs_total{outcome="delivered"}'
+
+        def handed_over() -> bool:
+            httpx.post(f"{url}/completions", json={"prompt": "y" * 90}, timeout=PATIENCE_S)
+            told = httpx.get(f"{decode['url']}/metrics", timeout=PATIENCE_S).text
+            return delivered in told and f"{delivered} 0.0" not in told
+
+        until(handed_over)
 
 
 def test_an_engine_of_another_kind_is_refused_at_the_start():

@@ -60,7 +60,10 @@ def test_options_come_from_a_file_and_the_command_line_before_it(stallfree, tmp_
         ("prefix-cache = 1", "prefix-cache is 1, expected true or false"),
         ("tp = ", "is no TOML"),
         ("configurations = 3", "configurations are tables"),
-        ("[configurations.one]\ntp = 2", "this command simulates one configuration"),
+        (
+            "[configurations.one]\ntp = 2",
+            "this command takes one configuration; the simulated `capacity` and `compare` take several",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named(stallfree, tmp_path, text, says):

@@ -266,7 +266,19 @@ def test_limits_leave_room_for_every_decode():
 
 def test_a_plan_without_work_preempts_nobody_and_takes_no_step():
     s = scheduler()
-    assert (0, ()) == (s.schedule(0).step, s.schedule(1).work)
+    assert [(0, ())] * 2 == [(plan.step, plan.work) for plan in (s.schedule(0), s.schedule(1))]
+    # Both requests need a block, and there is none; the one to be preempted is in flight, so nothing can be planned.
+    s = Scheduler(Sarathi(64), Capacity(4, 6, 24, depth=2, overlap=True))
+    requests = [Request(id, range(start, start + 11), 9) for id, start in (("a", 0), ("b", 100))]
+    for request in requests:
+        s.submit(request)
+    plans = [s.schedule(0), s.schedule(0)]
+    s.complete(plans[0], answer(plans[0]), 0)
+    empty = s.schedule(0)
+    assert ((), ()) == (empty.work, empty.preempted)
+    assert [0, 0] == [request.num_preemptions for request in requests]
+    s.complete(plans[1], answer(plans[1]), 0)
+    assert empty.step == s.schedule(0).step == 2
 
 
 def test_a_waiting_request_that_is_aborted_never_runs():

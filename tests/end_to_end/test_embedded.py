@@ -128,6 +128,17 @@ def test_an_unknown_sampling_argument_is_a_type_error(llm):
 
 
 def test_generate_prints_a_result_as_json():
-    command = [sys.executable, "-m", "stallfree", "generate", "The capital of France is", "--max-tokens", "5", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "stallfree",
+        "generate",
+        "The capital of France is",
+        "--max-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--json",
+    ]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert ("length", 5, True) == (result["finish_reason"], len(result["tokens"]), "Paris" in result["text"])

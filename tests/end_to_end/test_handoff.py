@@ -19,7 +19,9 @@ EXACT = Options(weights="f32", kv="f32", kv_memory=128 << 20, max_model_len=512,
 
 @pytest.fixture(scope="module")
 def pair():
-    return assemble(EXACT), assemble(EXACT)
+    """The engine that decodes, with its records, and the one that prefills."""
+    records = []
+    return assemble(EXACT, record=records.append), assemble(EXACT), records
 
 
 def requests(text):
@@ -28,7 +30,7 @@ def requests(text):
 
 
 def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
-    here, there = pair
+    here, there, records = pair
     monkeypatch.setattr("tests.handoff.conftest.terms", lambda one: Terms.of(one.executor, here.identity))
 
     async def run():
@@ -41,6 +43,7 @@ def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
 
     alone, handed, outputs = asyncio.run(run())
     assert alone == handed
+    assert {str(i) for i in range(len(PROMPTS))} == {came.id for record in records for came in record.delivered}
     assert all(len(output.details.top) == 2 for output in outputs)
 
 

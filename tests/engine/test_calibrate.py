@@ -39,6 +39,7 @@ def test_the_model_describes_the_executor():
 def test_no_block_is_named_that_the_executor_does_not_have(blocks):
     executor = Instant(blocks)
     calibrate(executor)
+    assert executor.plans
     assert all(0 <= block < blocks for plan in executor.plans for work in plan.work for block in work.blocks)
 
 

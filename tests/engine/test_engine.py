@@ -7,6 +7,7 @@ import pytest
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
+from stallfree.core.scheduler import Limits
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.executors.base import Lost
@@ -90,13 +91,13 @@ def test_half_a_character_at_max_tokens_comes_out_as_a_replacement():
 
 @pytest.mark.parametrize("fail_in", ["submit", "collect"])
 def test_an_executor_that_fails_once_fails_only_the_requests_of_that_iteration(fail_in, caplog):
-    e = engine(fails={2}, fail_in=fail_in)
+    e = Engine(Parrot(fails={2}, fail_in=fail_in), TEXT, Sarathi(32), Limits(1, 512))
     e.submit(Request("hit", range(20), 50))
+    e.submit(Request("spared", range(100, 105), 5))
     while e.scheduler.step < 2:
         e.step()
     (failed,) = e.step()
     assert ("hit", "error") == (failed.id, failed.finish_reason)
-    e.submit(Request("spared", range(5), 5))
     assert {"spared": ("Hello", "length", None)} == serve(e)
     assert "the executor failed" in caplog.text
 

@@ -13,6 +13,7 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread, Unavailable
 from stallfree.executors.simulated import Linear, SimulatedExecutor
+from tests.waiting import PATIENCE_S, comes
 
 
 class Nothing:
@@ -43,12 +44,6 @@ async def read(outputs) -> list:
     return [output async for came in outputs for output in came]
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_the_outputs_of_all_requests_come_until_all_have_ended():
     async def run():
         async with started() as thread:
@@ -71,7 +66,7 @@ def test_what_piled_up_comes_at_once():
     async def run():
         async with started() as thread:
             outputs = thread.submit([request(max_tokens=20)])
-            await until(lambda: not thread.engine.busy and not thread._streams)
+            await comes(lambda: not thread.engine.busy and not thread._streams)
             return [len(came) async for came in outputs]
 
     assert [20] == asyncio.run(run())
@@ -80,12 +75,22 @@ def test_what_piled_up_comes_at_once():
 def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
     async def run():
         async with started(iteration_s=0.01) as thread:
-            outputs = thread.submit([request(max_tokens=900), request("s", max_tokens=900)])
-            reader = asyncio.create_task(read(outputs))
-            await until(lambda: thread.num_running == 2)
+            requests = [request(max_tokens=900), request("s", max_tokens=900)]
+            outputs = thread.submit(requests)
+            came = []
+
+            async def reads():
+                async for some in outputs:
+                    came.extend(some)
+
+            reader = asyncio.create_task(reads())
+            await comes(lambda: {"r", "s"} == {o.id for o in came})
             outputs.close()
-            assert None in {o.finish_reason for o in await reader} | {None}
-            await until(lambda: not thread.engine.busy)
+            async with asyncio.timeout(PATIENCE_S):
+                await reader
+            assert {None} == {o.finish_reason for o in came}
+            await comes(lambda: not thread.engine.busy)
+            assert ["abort", "abort"] == [request.finish_reason for request in requests]
             thread.engine.scheduler.check()
             return thread.engine.scheduler.pool.num_free
 
@@ -120,7 +125,7 @@ def test_draining_lets_requests_finish_and_takes_no_new_ones():
     async def run():
         async with started(iteration_s=0.01) as thread:
             reader = asyncio.create_task(read(thread.submit([request(max_tokens=20)])))
-            closing = asyncio.create_task(thread.close(10))
+            closing = asyncio.create_task(thread.close(PATIENCE_S))
             await asyncio.sleep(0)
             with pytest.raises(Unavailable) as refused:
                 thread.submit([request("late")])

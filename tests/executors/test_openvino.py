@@ -233,7 +233,7 @@ def test_an_empty_plan_is_refused(exact: OpenVINOExecutor) -> None:
 
 def test_a_refused_plan_disturbs_nothing(exact: OpenVINOExecutor) -> None:
     before = exact.logits([work(TOKENS)])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="request a: "):
         exact.submit(Plan(0, 0.0, (work(TOKENS)._replace(blocks=(99999,) * 3),)))
     exact.submit(Plan(1, 0.0, (work(TOKENS[-1:], 74),)))
     assert (int(before[-1].argmax()),) == exact.collect().tokens["a"]

@@ -133,8 +133,7 @@ def test_stages_say_what_they_waited(llama):
         for step in range(3):
             executor.submit(Plan(step, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),)))
             found.append(executor.collect().bubble_s)
-        assert 0 < sum(found)  # the second one for the first one, in each iteration
-        assert all(bubble_s >= 0 for bubble_s in found)
+        assert min(found[1:]) > 0  # the second stage for the first one, in each iteration that has one before it
     finally:
         executor.close()
 

@@ -144,7 +144,7 @@ def test_a_bad_option_is_named(tmp_path: Path, options: dict, message: str) -> N
     [
         ((8, 0), ("fp8", "bf16"), r"Old has no fp8 .*8.0, and 8.9 is needed.; take --weights int8"),
         ((8, 6), ("int8", "fp8"), "Old has no fp8 .* --kv bf16"),
-        ((7, 5), ("bf16", "f16"), "Old has no bfloat16; take --weights f16"),
+        ((7, 5), ("bf16", "fp16"), "Old has no bfloat16; take --weights fp16"),
     ],
 )
 def test_a_format_that_the_gpu_lacks_is_named(monkeypatch, tmp_path: Path, capability, formats, message) -> None:

@@ -1,9 +1,8 @@
 """Engines whose tokens depend on every byte of KV, in one process: one prefills, one decodes."""
 
-import asyncio
 import contextlib
 import socket
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from stallfree.handoff import asking, frames, ring, serving
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.serving import Serving
 from stallfree.handoff.terms import Terms
+from tests.waiting import comes
 
 GREEDY = Sampling(temperature=0)
 
@@ -26,14 +26,15 @@ GREEDY = Sampling(temperature=0)
 class Remembering:
     """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks.
 
-    With `overlap` a plan is computed when it is submitted, and told when it is collected, as on a GPU.
+    With `overlap` a plan is computed when it is submitted, and told when it is collected, as on a GPU. With `turns` it does that
+    many iterations, and further ones after `go`, so that a test can look on however slow the machine is.
     """
 
-    def __init__(self, blocks: int = 64, block_size: int = 4, iteration_s: float = 0.0, overlap: bool = False):
+    def __init__(self, blocks: int = 64, block_size: int = 4, turns: int | None = None, overlap: bool = False):
         self.capacity = Capacity(block_size, blocks, 512, 1 + overlap, overlap)
         self.layout, self.block_bytes = "remembering", block_size * 16
         self.kv = np.zeros((blocks, block_size, 2), np.int64)
-        self.iteration_s = iteration_s
+        self.turns = None if turns is None else threading.Semaphore(turns)
         self.results = []
         self.last = {}
 
@@ -53,8 +54,14 @@ class Remembering:
         self.results.append(StepResult(plan.step, {id: (token,) for id, token in found.items()}, 0.001))
 
     def collect(self):
-        time.sleep(self.iteration_s)
+        if self.turns is not None:
+            self.turns.acquire()
         return self.results.pop(0)
+
+    def go(self):
+        """Do all iterations from now on."""
+        turns, self.turns = self.turns, None
+        turns.release()
 
     def read_blocks(self, blocks, memory):
         memory[:] = self.kv[list(blocks)].tobytes()
@@ -110,17 +117,11 @@ async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
     thread.start()
     asks.start()
     try:
-        await until(lambda: not wait or all(peer.link for peer in asks.peers))
+        await comes(lambda: not wait or all(peer.link for peer in asks.peers))
         yield thread, asks
     finally:
         asks.close()
         await thread.close(0)
-
-
-async def until(condition, timeout_s: float = 10) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def read(outputs) -> list:
@@ -160,5 +161,5 @@ def small_frames(monkeypatch):
 def hurried(monkeypatch):
     """What takes seconds otherwise."""
     monkeypatch.setattr(frames, "ALIVE_S", 0.05)
-    monkeypatch.setattr(frames, "SILENCE_S", 0.3)
+    monkeypatch.setattr(frames, "SILENCE_S", 1.5)
     monkeypatch.setattr(asking, "RETRY_S", 0.05)

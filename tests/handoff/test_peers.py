@@ -25,8 +25,8 @@ from tests.handoff.conftest import (
     prefilling,
     serve,
     terms,
-    until,
 )
+from tests.waiting import PATIENCE_S, comes
 
 PROMPT = [i % 251 for i in range(50)]
 BLOCK = 64
@@ -93,7 +93,7 @@ class Peer:
             while header.get("type") != "prefill":
                 header = receive(sock)[0]
             self._misdeed(sock, header)
-            self._over.wait(20)
+            self._over.wait(PATIENCE_S)
 
     def __enter__(self):
         self._thread.start()
@@ -155,7 +155,7 @@ def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, capl
         async with prefilling(engine()) as (host, port):
             with pytest.raises(Refusal, match="prefill engine 127.0.0.1:[0-9]+: ") as refusal:
                 await asyncio.to_thread(Asking(None, other, [(host, port)], "").check)
-            await until(lambda: "was not let in" in caplog.text)
+            await comes(lambda: "was not let in" in caplog.text)
             return str(refusal.value)
 
     assert says in asyncio.run(run())
@@ -166,7 +166,7 @@ def test_without_the_key_nobody_is_let_in_and_learns_nothing(here, there):
     async def run():
         async with prefilling(engine(), key=there) as (host, port):
             with pytest.raises(Refusal, match="--peer-key") as refusal:
-                await asyncio.to_thread(connect, host, port, terms(engine()), here, 5)
+                await asyncio.to_thread(connect, host, port, terms(engine()), here, PATIENCE_S)
             return str(refusal.value)
 
     assert "remembering" not in asyncio.run(run())
@@ -194,7 +194,7 @@ def test_a_prefill_engine_that_only_pretends_to_know_the_key_is_not_believed():
     thread = threading.Thread(target=pretend)
     thread.start()
     with server, pytest.raises(Refusal, match="does not know the peer key"):
-        connect(*server.getsockname(), terms(engine()), "secret", 5)
+        connect(*server.getsockname(), terms(engine()), "secret", PATIENCE_S)
     thread.join()
 
 
@@ -208,7 +208,7 @@ def test_what_is_no_prefill_engine_is_said_to_be_none():
     thread = threading.Thread(target=talk)
     thread.start()
     with server, pytest.raises(Refusal, match="no prefill engine"):
-        connect(*server.getsockname(), terms(engine()), "", 5)
+        connect(*server.getsockname(), terms(engine()), "", PATIENCE_S)
     thread.join()
 
 
@@ -239,10 +239,10 @@ def test_a_peer_that_was_said_to_be_missing_is_said_to_be_there(hurried, caplog)
 
     async def run():
         async with decoding(other, (host, port), wait=False) as (_, asks):
-            await until(lambda: "trying again" in caplog.text)
+            await comes(lambda: "trying again" in caplog.text)
             assert 0 == asks.num_connected
             async with prefilling(one, port=port):
-                await until(lambda: asks.num_connected == 1)
+                await comes(lambda: asks.num_connected == 1)
                 assert f"prefill engine {host}:{port} is connected, by" in caplog.text
 
     asyncio.run(run())
@@ -332,7 +332,7 @@ def test_a_caller_that_says_what_it_must_not_is_cut_off_and_disturbs_nobody(fram
 
     async def run():
         async with prefilling(one) as (host, port), decoding(other, (host, port)) as (thread, asks):
-            sock, _ = await asyncio.to_thread(connect, host, port, terms(other), "", 5)
+            sock, _ = await asyncio.to_thread(connect, host, port, terms(other), "", PATIENCE_S)
             send(sock, *frame)
             with pytest.raises(Broken, match="closed"):
                 await asyncio.to_thread(listen, sock)
@@ -346,7 +346,7 @@ def test_a_caller_that_says_what_it_must_not_is_cut_off_and_disturbs_nobody(fram
 def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, says):
     async def run():
         async with prefilling(engine()) as (host, port):
-            sock, _ = await asyncio.to_thread(connect, host, port, terms(engine()), "", 5)
+            sock, _ = await asyncio.to_thread(connect, host, port, terms(engine()), "", PATIENCE_S)
             send(sock, *asked(tokens=tokens, number=7))
             with sock:
                 return (await asyncio.to_thread(receive, sock))[0]

@@ -42,7 +42,7 @@ def test_a_page_can_be_made_of_runs_with_nothing_in_them(lines):
 
 def test_without_matplotlib_it_is_said_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"stallfree\[plot\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[plot\]' in the checkout"):
         plot.require()
 
 

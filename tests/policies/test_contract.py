@@ -1,6 +1,7 @@
 """Every policy in the folder: it serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,88 @@ def test_a_policy_from_outside_is_loaded_by_its_path():
 def test_a_policy_path_that_leads_nowhere_is_refused(path):
     with pytest.raises(ValueError, match="policy"):
         load(path)
+
+
+POLICY = """
+class Mine:
+    reserve, stall_free = "chunk", True
+
+    def __init__(self, token_budget=7):
+        self.token_budget = token_budget
+
+    def plan(self, draft):
+        for r in draft.decoding:
+            draft.decode(r)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder that the modules which are imported from it do not outlast."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["mypolicy:Mine", "./mypolicy.py:Mine", "mypolicy.py:Mine", "{folder}/mypolicy.py:Mine"])
+def test_a_policy_in_a_file_of_the_current_folder_is_found(folder, name):
+    (folder / "mypolicy.py").write_text(POLICY)
+    assert 9 == load(name.format(folder=folder), token_budget=9).token_budget
+
+
+def test_a_policy_in_a_package_of_the_current_folder_is_found(folder):
+    (folder / "ours").mkdir()
+    (folder / "ours" / "mypolicy.py").write_text(POLICY)
+    assert 7 == load("ours.mypolicy:Mine").token_budget
+
+
+def test_two_files_of_one_name_are_two_policies(folder):
+    for name, budget in (("one", 11), ("two", 22)):
+        (folder / name).mkdir()
+        (folder / name / "mypolicy.py").write_text(POLICY.replace("=7", f"={budget}"))
+    assert [11, 22, 11] == [load(f"{name}/mypolicy.py:Mine").token_budget for name in ("one", "two", "one")]
+
+
+def test_a_file_is_not_taken_for_a_library(folder):
+    (folder / "json.py").write_text(POLICY)
+    with pytest.raises(ValueError, match="json/__init__.py has no 'Mine'"):
+        load("json:Mine")
+    assert 7 == load("./json.py:Mine").token_budget
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "says"),
+    [
+        (None, "./nowhere.py:Mine", "there is no file ./nowhere.py"),
+        (None, "./mypolicies.py:Mine", "there is no file ./mypolicies.py (did you mean 'mypolicy.py'?)"),
+        (None, "nowhere:Mine", "there is no module nowhere, and no nowhere.py in {folder}"),
+        (None, "./mypolicy.py:Yours", "{folder}/mypolicy.py has no 'Yours'; it has Mine"),
+        (None, "./mypolicy.py:Mien", "mypolicy.py has no 'Mien' (did you mean 'Mine'?)"),
+        (None, "mypolicy:Yours", "{folder}/mypolicy.py has no 'Yours'; it has Mine"),
+        (None, "./mypolicy.py", "is a file; name the class in it: ./mypolicy.py:Class"),
+        (POLICY.replace("plan", "plans"), "./mypolicy.py:Mine", "Mine in {folder}/mypolicy.py is not a class with a method `plan`"),
+        (POLICY.replace("reserve, ", "other, "), "mypolicy:Mine", "Mine in {folder}/mypolicy.py has no reserve"),
+        ("def Mine(): pass", "mypolicy:Mine", "Mine in {folder}/mypolicy.py is not a class"),
+        ("\nraise KeyError('x')", "./mypolicy.py:Mine", "{folder}/mypolicy.py, line 2: KeyError: 'x'"),
+        ("\nraise KeyError('x')", "mypolicy:Mine", "{folder}/mypolicy.py, line 2: KeyError: 'x'"),
+        ("import sys\nsys.exit(3)", "./mypolicy.py:Mine", "{folder}/mypolicy.py, line 2: SystemExit: 3"),
+        (
+            "import no_such_library",
+            "mypolicy:Mine",
+            "{folder}/mypolicy.py, line 1: ModuleNotFoundError: No module named 'no_such_library'",
+        ),
+        ("class Mine:\n  x = = 1", "./mypolicy.py:Mine", "{folder}/mypolicy.py, line 2: invalid syntax"),
+        (POLICY.replace("=7", ""), "./mypolicy.py:Mine", "needs token_budget, which was not given"),
+    ],
+)
+def test_a_file_that_holds_no_policy_is_named_with_what_is_wrong(folder, text, name, says):
+    (folder / "mypolicy.py").write_text(POLICY if text is None else text)
+    with pytest.raises(ValueError, match="policy") as error:
+        load(name)
+    assert says.format(folder=folder) in str(error.value)
 
 
 @pytest.mark.parametrize("budget", [0, -1])

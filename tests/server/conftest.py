@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.engine.thread import EngineThread
-from stallfree.executors.sampling import TokenLogprob
+from stallfree.executors.sampling import Sampling, TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.serving import Serving
@@ -30,6 +30,7 @@ from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.run import bind, configure
 from stallfree.server.traces import Traces
+from tests.waiting import PATIENCE_S, until
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 FAST = Linear(iteration_s=0.0005, token_s=0.000001, context_s=0.0)
@@ -37,11 +38,19 @@ SLOW = Linear(iteration_s=0.02, token_s=0.0, context_s=0.0)
 
 
 class Executor(SimulatedExecutor):
-    """The simulated executor, with log-probabilities for requests that ask, and a `fault` to raise in the next iteration."""
+    """The simulated executor, with log-probabilities for requests that ask, and a `fault` to raise in the next iteration. While its
+    `gate` is shut no iteration ends, so that what runs goes on running however slow the machine is.
+    """
 
     fault: Exception | None = None
 
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.gate = threading.Event()
+        self.gate.set()
+
     def collect(self) -> StepResult:
+        self.gate.wait()
         plan = self._plans[0]
         result = super().collect()
         if self.fault is not None:
@@ -71,12 +80,13 @@ class Server:
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
         asked: bool = False,
+        sampling: Sampling | None = None,
         **options,
     ):
         text = text or bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
         self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
-        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record)
+        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record, sampling=sampling)
         self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)
         self.engine_thread = EngineThread(self.engine, max_queue)
         terms = Terms.of(self.executor, "toy")
@@ -106,13 +116,13 @@ class Server:
 
     def __enter__(self):
         self._thread.start()
-        self.client = httpx.Client(base_url=self.url, timeout=20)
-        while not self._uvicorn.started or (self.asking is not None and any(peer.link is None for peer in self.asking.peers)):
-            time.sleep(0.01)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        until(lambda: self._uvicorn.started and (self.asking is None or all(peer.link for peer in self.asking.peers)))
         return self
 
     def __exit__(self, *_):
         self.client.close()
+        self.executor.gate.set()
         self._uvicorn.should_exit = True
         self._thread.join()
         if self.traces is not None:
@@ -121,12 +131,17 @@ class Server:
     def post(self, path: str, body: object = None, **options) -> httpx.Response:
         return self.client.post(path, json=body, **options)
 
-    def settled(self, timeout_s: float = 20.0) -> None:
+    def aborted(self) -> float:
+        """How many requests have been aborted, by the server's own count, which the next iteration brings up to date."""
+        assert 200 == self.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code
+        self.settled()
+        lines = self.client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith('stallfree_requests_total{reason="abort"}'))
+
+    def settled(self) -> None:
         """Wait until nothing is left, then hold the accounts against each other: every KV block must be free."""
-        scheduler, deadline = self.engine.scheduler, time.monotonic() + timeout_s
-        while self.engine_thread._streams or self.engine.busy:
-            assert time.monotonic() < deadline, f"{len(scheduler.requests)} requests are left"
-            time.sleep(0.01)
+        scheduler = self.engine.scheduler
+        until(lambda: not (self.engine_thread._streams or self.engine.busy), lambda: f"{len(scheduler.requests)} requests are left")
         scheduler.check()
         assert {} == scheduler.requests
         assert scheduler.capacity.num_blocks == scheduler.pool.num_free

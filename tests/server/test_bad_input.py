@@ -75,6 +75,7 @@ def error_of(response, status):
         ("messages", [{"role": "user", "content": "x" * 3000}]),
         ("messages", [{"role": "user", "content": "\ud800"}]),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("x" * 100_000, 1),
         ("tool_choice", "auto"),
         ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}),
@@ -88,7 +89,7 @@ def error_of(response, status):
 def test_a_chat_with_a_wrong_field_is_refused_by_its_name(server, field, value):
     body = {"model": "toy", "messages": HELLO} | {field: value}
     error = error_of(server.client.post(CHAT, content=json.dumps(body)), 400)
-    assert (field, "invalid_request_error") == (error["param"], error["type"])
+    assert (field[:80], "invalid_request_error") == (top(error), error["type"])
     assert len(error["message"]) < 500
 
 
@@ -113,7 +114,62 @@ def test_a_chat_with_a_wrong_field_is_refused_by_its_name(server, field, value):
     ],
 )
 def test_a_completion_with_a_wrong_field_is_refused_by_its_name(server, field, value):
-    assert field == error_of(server.post(COMPLETIONS, {"prompt": "a", field: value}), 400)["param"]
+    assert field == top(error_of(server.post(COMPLETIONS, {"prompt": "a", field: value}), 400))
+
+
+SAID = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "where"),
+    [
+        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [SAID, SAID, {"role": 3, "content": "x"}]}, "messages[2].role"),
+        (CHAT, {"messages": [SAID, "hello"]}, "messages[1]"),
+        (CHAT, {"messages": [SAID, {"role": "king", "content": "x"}, {"content": [{}]}]}, "messages[1].role"),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (CHAT, {"messages": [SAID, {"role": "user"}]}, "messages[1].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}, {"type": 7}]}]}, "messages[0].content[1].type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": [SAID | {"nmae": "x"}]}, "messages[0].nmae"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
+        (CHAT, {"messages": [SAID | {"name": "\ud800"}]}, "messages[0].name"),
+        (CHAT, {"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        (CHAT, {"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
+        (CHAT, {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        (CHAT, {"slo": {"tbt_ms": "100"}}, "slo.tbt_ms"),
+        (CHAT, {"slo": {"ttft_ms": 0}}, "slo.ttft_ms"),
+        (CHAT, {"logit_bias": {"11": 0, "12": 1000}}, 'logit_bias["12"]'),
+        (CHAT, {"logit_bias": {"999999": 1}}, 'logit_bias["999999"]'),
+        (CHAT, {"logit_bias": {"12": "x"}}, 'logit_bias["12"]'),
+        (CHAT, {"stop": ["a", "b", "c", ""]}, "stop[3]"),
+        (CHAT, {"stop": ["a", 4, "c"]}, "stop[1]"),
+        (CHAT, {"stop": {}}, "stop"),
+        (CHAT, {"stop_token_ids": [1, 2, "x"]}, "stop_token_ids[2]"),
+        (CHAT, {"stop_token_ids": [1, 256]}, "stop_token_ids[1]"),
+        (COMPLETIONS, {"prompt": ["a", 3]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [1, 2, "a", 3]}, "prompt[2]"),
+        (COMPLETIONS, {"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
+        (COMPLETIONS, {"prompt": [1, 256]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [[1], [2, 256]]}, "prompt[1][1]"),
+        (COMPLETIONS, {"prompt": ["a", "\ud800"]}, "prompt[1]"),
+        ("/detokenize", {"tokens": [1, None]}, "tokens[1]"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}, {}]}, "messages[1].role"),
+    ],
+)
+def test_what_is_wrong_within_a_field_is_named_by_its_whole_path(server, route, fields, where):
+    body = {CHAT: {"messages": HELLO}, COMPLETIONS: {"prompt": "a"}}.get(route, {}) | fields
+    error = error_of(server.client.post(route, content=json.dumps(body)), 400)
+    assert where == error["param"]
+    assert where in error["message"]
+
+
+def top(error: dict) -> str:
+    """The field of the body in which an error is."""
+    return error["param"].partition("[")[0].partition(".")[0]
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -126,6 +182,9 @@ def test_numbers_that_are_none_are_refused(server, field, constant):
 @pytest.mark.parametrize(
     "body",
     [
+        b'{"prompt": "a", "\\ud800": 1}',
+        b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}',
+        b'{"prompt": "a", "logit_bias": {"\\ud800": "x"}}',
         b"",
         b"{",
         b"null",
@@ -138,7 +197,7 @@ def test_numbers_that_are_none_are_refused(server, field, constant):
         b"\x00",
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(server, body):
+def test_a_body_that_is_no_json_object_or_no_text_is_refused(server, body):
     error_of(server.client.post(COMPLETIONS, content=body), 400)
 
 
@@ -175,6 +234,12 @@ def test_a_misspelt_field_is_answered_with_the_nearest_known_one(server):
         {"tools": None},
         {"tools": []},
         {"tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none", "parallel_tool_calls": False},
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [], "annotations": [], "function_call": None}]},
         {"response_format": {"type": "text"}},
         {"temperature": None, "max_tokens": 1, "stop": None},
         {"store": False, "metadata": {"a": "b"}},
@@ -234,19 +299,22 @@ def test_tokenize_and_detokenize_undo_each_other(server):
     chat = server.post("/tokenize", {"messages": HELLO}).json()["tokens"]
     assert "user: hello\n" == server.post("/detokenize", {"tokens": chat}).json()["prompt"]
     error_of(server.post("/tokenize", {"prompt": "a", "messages": HELLO}), 400)
-    assert "tokens" == error_of(server.post("/detokenize", {"tokens": [300]}), 400)["param"]
+    assert "tokens[0]" == error_of(server.post("/detokenize", {"tokens": [300]}), 400)["param"]
 
 
 def test_with_a_key_every_route_but_health_and_the_page_s_files_wants_it():
     with Server(api_key="sësame") as server:
-        for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/live", "/nothing"):
+        routes = {(method, route.path) for route in server.app.routes for method in route.methods - {"HEAD"}}
+        open_ = {("GET", "/health"), ("GET", "/"), ("GET", "/live/{name:path}")}
+        assert open_ < routes
+        for method, path in [*sorted(routes - open_), ("GET", "/nothing")]:
             for headers in (
                 {},
                 {"Authorization": "Bearer wrong"},
                 {"Authorization": b"Bearer \xff"},
                 {"Authorization": "sësame".encode()},
             ):
-                response = server.client.get(path, headers=headers)
+                response = server.client.request(method, path, headers=headers)
                 assert "invalid_api_key" == error_of(response, 401)["code"]
                 assert "Bearer" == response.headers["www-authenticate"]
         assert 200 == server.client.get("/health").status_code

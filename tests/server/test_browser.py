@@ -3,8 +3,7 @@
 import json
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import urlparse
 
 import httpx
@@ -12,6 +11,7 @@ import pytest
 
 from stallfree.core.slo import Slo
 from tests.server.conftest import Linear, Server, quiet
+from tests.waiting import PATIENCE_S, until
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
@@ -71,13 +71,13 @@ def loaded() -> Iterator[Server]:
 
     def streams(url: str) -> None:
         while not over.is_set():
-            httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 40, "max_tokens": 400}, timeout=60)
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 40, "max_tokens": 400}, timeout=PATIENCE_S)
 
     def prompts(url: str) -> None:
         number = 0
         while not over.wait(0.3):
             number += 1
-            httpx.post(f"{url}/v1/completions", json={"prompt": f"{number} " * 150, "max_tokens": 2}, timeout=60)
+            httpx.post(f"{url}/v1/completions", json={"prompt": f"{number} " * 150, "max_tokens": 2}, timeout=PATIENCE_S)
 
     with Server(COST, slo=Slo.parse("ttft=2s,tbt=20ms")) as server:
         threads = [threading.Thread(target=target, args=(server.url,)) for target in (streams, streams, prompts)]
@@ -87,13 +87,6 @@ def loaded() -> Iterator[Server]:
         over.set()
         for thread in threads:
             thread.join()
-
-
-def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
 
 
 def text(page: webdriver.Chrome, id: str) -> str:
@@ -135,14 +128,16 @@ def test_a_prompt_streams(page, loaded):
     assert "abcdefghijklmnopqrstuvwxyz" in text(page, "answer")
 
 
-def test_a_stream_can_be_stopped(page, loaded):
-    page.get(loaded.url)
-    page.execute_script("document.getElementById('max-tokens').value = 1900")
-    page.find_element(By.ID, "send").click()
-    until(lambda: text(page, "answer"))
-    page.find_element(By.ID, "stop").click()
-    until(lambda: "stopped" == text(page, "answer-note"))
-    assert page.find_element(By.ID, "send").is_displayed()
+def test_a_stream_can_be_stopped(page):
+    with Server(COST) as server:
+        page.get(server.url)
+        page.execute_script("document.getElementById('max-tokens').value = 1900")
+        page.find_element(By.ID, "send").click()
+        until(lambda: text(page, "answer"))
+        server.executor.gate.clear()
+        page.find_element(By.ID, "stop").click()
+        until(lambda: "stopped" == text(page, "answer-note"))
+        assert page.find_element(By.ID, "send").is_displayed()
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])
@@ -155,7 +150,6 @@ def test_nothing_runs_over_the_edge(page, loaded, width):
     assert [width, 0] == page.execute_script(
         "const root = document.documentElement; return [innerWidth, root.scrollWidth - root.clientWidth]"
     )
-    page.find_element(By.ID, "stop").click()
 
 
 def test_every_field_and_picture_has_a_name(page, loaded):

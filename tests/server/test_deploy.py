@@ -9,6 +9,7 @@ import pytest
 
 from stallfree.cli.deploy import bounds
 from stallfree.engine.assemble import Options
+from tests.waiting import PATIENCE_S
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
@@ -31,7 +32,8 @@ def test_a_replica_answers_as_the_server_does(cluster):
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(application(Options(executor="simulated"), "tiny", 1, 2, 16, "secret"))
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}, timeout=30) as client:
+        key = {"Authorization": "Bearer secret"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=key, timeout=PATIENCE_S) as client:
             assert 401 == client.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code
             assert ["tiny"] == [model["id"] for model in client.get("/v1/models").json()["data"]]
             body = {"prompt": "Once", "max_tokens": 5, "stream": True}

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from math import inf
 
 import httpx
@@ -14,6 +13,7 @@ from stallfree.server.app import HERE, PREFILL
 from stallfree.server.route import Router, _Prompt, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet
+from tests.waiting import PATIENCE_S, until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -25,13 +25,16 @@ class Route:
         self.router = Router(urls, prefills)
         self.socket = bind("127.0.0.1", 0)
         self._uvicorn = uvicorn.Server(configure(create_router(self.router)))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self):
+        self.loop = asyncio.get_running_loop()
+        await self._uvicorn.serve(sockets=[self.socket])
 
     def __enter__(self):
         self._thread.start()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.socket.getsockname()[1]}", timeout=20)
-        while not self._uvicorn.started:
-            time.sleep(0.01)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.socket.getsockname()[1]}", timeout=PATIENCE_S)
+        until(lambda: self._uvicorn.started)
         return self
 
     def __exit__(self, *_):
@@ -144,13 +147,16 @@ def test_the_api_key_is_the_servers_to_check():
 
 def test_requests_go_to_the_server_with_the_fewest_and_never_to_one_that_is_down():
     with Server(SLOW) as one, Server(SLOW) as two, Route(one.url, two.url, "http://127.0.0.1:1") as route:
-        body = {"prompt": "a", "max_tokens": 30}
+        for server in (one, two):
+            server.executor.gate.clear()
+        body = {"prompt": "a", "max_tokens": 3}
         threads = [threading.Thread(target=route.client.post, args=(COMPLETIONS,), kwargs={"json": body}) for _ in range(4)]
         for number, thread in enumerate(threads, 1):
             thread.start()
-            while sum(server.outstanding for server in route.router.servers) < number:
-                time.sleep(0.005)
+            until(lambda number=number: sum(server.outstanding for server in route.router.servers) == number)
         assert [2, 2, 0] == [server.outstanding for server in route.router.servers]
+        for server in (one, two):
+            server.executor.gate.set()
         for thread in threads:
             thread.join()
         assert [True, True, False] == [server.up for server in route.router.servers]
@@ -179,7 +185,8 @@ def test_a_client_that_goes_is_aborted_at_the_server():
     with Server(SLOW) as server, Route(server.url) as route:
         with route.client.stream("POST", COMPLETIONS, json={"prompt": "a", "max_tokens": 1000, "stream": True}) as answer:
             next(answer.iter_raw())
-        server.settled(10)
+        server.settled()
+        assert 1 == server.aborted()
 
 
 def test_a_server_that_breaks_off_ends_the_stream_in_an_error():
@@ -192,6 +199,24 @@ def test_a_server_that_breaks_off_ends_the_stream_in_an_error():
             text = "".join(chunks)
     assert "boom" in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_router_does_not_wait_for_ends_in_an_error(stream):
+    with Server() as server, Route(server.url) as route:
+        server.executor.gate.clear()
+        body = {"prompt": "a", "max_tokens": 9, "stream": stream}
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(route.client.post(COMPLETIONS, json=body)))
+        thread.start()
+        until(lambda: server.engine.scheduler.running)
+        asyncio.run_coroutine_threadsafe(route.router.close(0), route.loop).result()
+        thread.join()
+        error = events(answers[0].text)[-1]["error"] if stream else answers[0].json()["error"]
+        assert (200 if stream else 503, "unavailable") == (answers[0].status_code, error["code"])
+        assert "the router is shutting down" == error["message"]
+        server.executor.gate.set()
+        server.settled()
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a"])

@@ -6,6 +6,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S
 
 SERVER = Server(max_model_len=64)
 schema = schemathesis.openapi.from_dict(SERVER.app.openapi())
@@ -30,7 +31,7 @@ def teardown_module():
     suppress_health_check=list(HealthCheck),
 )
 def test_every_answer_is_one_that_the_schema_declares(case):
-    response = case.call(base_url=SERVER.url, timeout=20)
+    response = case.call(base_url=SERVER.url, timeout=PATIENCE_S)
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     case.validate_response(response, checks=checks)
 

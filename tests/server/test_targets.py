@@ -54,8 +54,8 @@ def test_targets_reach_the_scheduler_with_the_servers_percentiles(asked, slo, he
         ({"ttft_ms": 100}, {"x-slo-ttft-ms": "200"}, "x-slo-ttft-ms"),
         (None, {"x-slo-ttft-ms": "100", "x-llm-d-slo-ttft-ms": "200"}, "x-llm-d-slo-ttft-ms"),
         ({"tbt_ms": 100}, {"x-slo-tpot-ms": "100"}, "x-slo-tpot-ms"),
-        ({"tbt_ms": 100, "tpot_ms": 100}, {}, "slo"),
-        ({"tbt": 100}, {}, "tbt"),
+        ({"tbt_ms": 100, "tpot_ms": 100}, {}, "slo.tpot_ms"),
+        ({"tbt": 100}, {}, "slo.tbt"),
     ],
 )
 def test_wrong_targets_are_refused_by_their_place_and_reach_nobody(asked, slo, headers, param):

@@ -13,6 +13,7 @@ from stallfree.metrics.stalls import StallAccount
 from stallfree.server import traces as module
 from stallfree.server.traces import Traces, exporter_to
 from tests.server.conftest import Server
+from tests.waiting import PATIENCE_S
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -167,7 +168,7 @@ def test_a_served_request_reaches_a_collector_without_its_text():
         exporter = exporter_to(f"http://127.0.0.1:{collector.server_port}")
         with Server(exporter=exporter) as server:
             server.post(COMPLETIONS, {"prompt": "a secret", "max_tokens": 5}, headers={"traceparent": CALLER})
-            path, body = received.get(timeout=20).split(b" ", 1)
+            path, body = received.get(timeout=PATIENCE_S).split(b" ", 1)
         sent = ExportTraceServiceRequest.FromString(body).resource_spans[0].scope_spans[0].spans
         assert (b"/v1/traces", 4) == (path, len(sent))
         assert CALLER.split("-")[1] == sent[0].trace_id.hex()

@@ -173,6 +173,7 @@ def test_two_stages_of_one_plan_each_take_half_of_it():
 
 def test_stages_work_on_one_plan_at_a_time_in_their_order():
     made = run(load("bursty"), capacity=replace(ROOMY, depth=3), spans=True)
+    assert {0, 1, 2} == {span.stage for span in made.spans[0]}
     for stage in range(3):
         assert all(a.end <= b.begin for a, b in pairwise(span for span in made.spans[0] if span.stage == stage))
     by_step = {}

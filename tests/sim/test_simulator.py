@@ -16,7 +16,7 @@ SOME = Traffic(lengths="median=300,p90=900/median=40,p90=90", requests=60)
 
 
 def test_the_kv_is_what_the_weights_leave():
-    whole, half = instance(LLAMA).capacity, instance(replace(LLAMA, memory=0.5)).capacity
+    whole, half = instance(LLAMA).capacity, instance(replace(LLAMA, gpu_memory_utilization=0.5)).capacity
     assert (16, 8192, 1) == (whole.block_size, whole.max_model_len, whole.depth)
     tokens = (whole.num_blocks - half.num_blocks) * 16
     assert 0.4 * 81920 * 2**20 == pytest.approx(tokens * 2 * 8 * 128 * 2 * 32, rel=0.001)
@@ -82,7 +82,7 @@ def test_the_header_of_its_records_tells_the_policy_again():
         ({"slo": "tbt=100"}, "has no unit"),
         ({"max_seqs": 0}, "max_seqs"),
         ({"block_size": 0}, "blocks of 0 tokens"),
-        ({"memory": 1.5}, "a share of 1.5"),
+        ({"gpu_memory_utilization": 1.5}, "a share of 1.5"),
         ({"max_model_len": 9_000_000}, "a request of 9,000,000 tokens cannot be"),
         ({"watermark": 1.0}, "watermark"),
         ({"engine": "fast"}, "unknown engine 'fast'"),

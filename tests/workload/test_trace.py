@@ -57,6 +57,58 @@ def test_a_mixture_is_checked_in_all_its_parts(tmp_path):
         Workload.parse("poisson", f"8/8 + 10%:{path}").lengths.check(100)
 
 
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        (f"{AZURE}\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319569,3180,8\n", (0, 0.051996)),
+        (f"{AZURE}\r\n2023-11-16 23:59:59.5,4808,10\r\n2023-11-17 00:00:01,3180,8\r\n\r\n", (0, 1.5)),
+        (f"{AZURE}\n2024-05-10 00:00:00.009930+00:00,4808,10\n2024-05-10 02:00:00.009930+02:00,3180,8\n", (0, 0)),
+        (f"{AZURE}\n2024-05-10T00:00:00Z,4808,10\n2024-05-10T00:00:02Z,3180,8\n", (0, 2)),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0.25,4808,10\n4.25,3180,8\n", (0, 4)),
+        ("num_decode_tokens,num_prefill_tokens,total\n10,4808,4818\n8,3180,3188\n", None),
+        ("Timestamp,Request tokens,Response tokens\n5,4808,10\n9,3180,8\n", (0, 4)),
+        ("\n\narrived_at, prompt_tokens, output_tokens\n5, 4808, 10\n\n  \n,,\n9, 3180, 8\n ,\n", (0, 4)),
+        ("\ufeffarrived_at,prompt_tokens,output_tokens\r\n5,4808,10,more,and more\r\n9,3180,8", (0, 4)),
+    ],
+    ids=["azure", "azure-midnight", "azure-zones", "iso", "vidur", "vidur-lengths", "burstgpt", "blank", "excel"],
+)
+def test_the_columns_of_others_and_blank_lines_are_read_as_they_are(tmp_path, text, times):
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode())
+    trace = Trace.read(path)
+    assert ((4808, 10), (3180, 8)) == trace.lengths
+    assert times == (None if trace.times is None else pytest.approx(trace.times, abs=1e-6))
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\n \n\t\n", "\r\n\r\n", ""])
+def test_blank_lines_of_a_mooncake_trace_are_passed_over(tmp_path, end):
+    path = tmp_path / "x.jsonl"
+    lines = ["\ufeff" + (MOONCAKE % (0, 600, 5, [0, 1])).strip(), "", (MOONCAKE % (2000, 600, 6, [0, 2])).strip()]
+    path.write_bytes(("\r\n".join(lines) + end).encode())
+    trace = Trace.read(path)
+    assert ((600, 5, (0, 1)), (600, 6, (0, 2))) == trace.lengths
+    assert (0, 2) == trace.times
+    assert [1, 3] == list(trace.lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{AZURE}\n2023-11-16 18:17:03,1,1\n2023-11-16 18:17:02,1,1\n", "line 3: its time, .* is before that of the line above"),
+        (f"{AZURE}\n2023-13-16 18:17:03,1,1\n", "line 2: TIMESTAMP is '2023-13-16 18:17:03'; write a time"),
+        (f"{AZURE}\n2023-11-16 18:17:03,1,many\n", "line 2: GeneratedTokens is 'many'"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,,3\n", "line 2: num_prefill_tokens is ''"),
+        ("\nTIMESTAMP,ContextTokens\n1,2\n", "line 2 is 'TIMESTAMP,ContextTokens'; .*Azure"),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_own_columns(tmp_path, text, says):
+    with pytest.raises(ValueError, match=f"x\\.csv.*{says}"):
+        Trace.read(write(tmp_path, "x.csv", text))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

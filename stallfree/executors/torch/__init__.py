@@ -2,6 +2,7 @@
 
 import torch
 
+from stallfree import extra
 from stallfree.executors.torch.driver import Local, ParallelExecutor, Workers
 from stallfree.executors.torch.executor import TorchExecutor
 from stallfree.executors.torch.runner import Options
@@ -29,6 +30,6 @@ def workers(place: str) -> Workers:
         try:
             from stallfree.executors.torch.ray_workers import RayWorkers
         except ImportError as error:
-            raise ValueError(f"workers ray need {error.name}, which is not installed: pip install 'stallfree[ray]'") from None
+            raise ValueError(f"workers ray need {error.name}, which is not installed: {extra('ray')}") from None
         return RayWorkers()
     raise ValueError(f"workers {place!r} are unknown; known are {', '.join(PLACES)}")

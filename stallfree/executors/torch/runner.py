@@ -28,7 +28,7 @@ BLOCK = 16
 FAMILIES = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama, "mixtral": Mixtral, "falcon": Falcon}
 """By the family of a checkpoint."""
 
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.float8_e4m3fn}
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 """Number formats of keys and values; and of weights, where these are not quantised."""
 
 DEVICES = ("cpu", "cuda")
@@ -77,7 +77,7 @@ class Options:
             raise ValueError(f"{ranks} ranks need {ranks} GPUs, and torch finds {there}; take a smaller TP and PP, or --device cpu")
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < (8, 0) and "bf16" in (self.weights, self.kv):
-            raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights f16 --kv f16")
+            raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights fp16 --kv fp16")
         if (major, minor) < (8, 9) and "fp8" in (self.weights, self.kv):
             raise ValueError(
                 f"{torch.cuda.get_device_name()} has no fp8 (its compute capability is {major}.{minor}, and 8.9 is needed); "

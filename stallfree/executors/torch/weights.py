@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from stallfree.checkpoint import Checkpoint
 
-FORMATS = ("f32", "bf16", "f16", "fp8", "int8", "int4")
+FORMATS = ("f32", "bf16", "fp16", "fp8", "int8", "int4")
 QUANTISED = {"fp8", "int8", "int4"}
 """Formats in which nobody computes: the product is in the activations' type."""
 GROUP = 64

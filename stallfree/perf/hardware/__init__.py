@@ -5,14 +5,17 @@ A file holds the data sheet's figures, the links to other devices, the price of 
 the coefficients by which kernels fall short of the data sheet. Another device is another file here, or anywhere, named by its path.
 """
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stallfree.core.nearest import nearest
+
+USUAL = "a100-80g"
+"""The device that is meant where a name leaves open which."""
 SIZES = ("fp16", "fp8", "int8")
 """Precisions of arithmetic that a device may have a peak rate for; fp16 stands for bf16 too, and each has it."""
 
@@ -111,7 +114,8 @@ def load(name: str) -> Hardware:
     file."""
     file = Path(name) if name.endswith(".toml") else Path(__file__).parent / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
-        raise ValueError(f"unknown hardware {name!r}{nearest(name, names())}; known: {', '.join(names())}, or the path of a .toml")
+        near = nearest(name, [USUAL, *names()])
+        raise ValueError(f"unknown hardware {name!r}{near}; known: {', '.join(names())}, or the path of a .toml")
     try:
         return _read(tomllib.loads(file.read_text()), file.stem)
     except OSError as error:
@@ -131,12 +135,6 @@ def profiled(name: str) -> Hardware:
     if name not in known:
         raise ValueError(f"no hardware is called {name!r} in profiles{nearest(name, known)}; known: {', '.join(sorted(known))}")
     return load(known[name])
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown name: the known one that is nearest, if any is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _read(found: Mapping[str, Any], name: str) -> Hardware:

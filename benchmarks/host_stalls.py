@@ -1,0 +1,161 @@
+"""Can one client's request stop another client's stream by what the host has to do for it: parse, render, tokenise, sample, write?
+
+Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time; /health is
+asked every 20 ms. First nothing else happens, then one other client sends one kind of request after the other. For each kind: the
+longest gap between two tokens of the plain stream over the undisturbed P99 (limit 2), and the P99 of /health (limit 50 ms).
+
+Where a request is served, its own tokens take time in the model's iterations; the server's target bounds that, and no limit on the
+host's share can be met by a request that is refused. So each kind says how it was answered.
+
+    python benchmarks/host_stalls.py
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import numpy as np
+from harness import machine, parser, show
+
+from stallfree.bench.server import server
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LIMIT, HEALTH_LIMIT_S = 2.0, 0.05
+TIMES = 3
+"""How often each kind is sent, one after the other."""
+WORDS = "The quick brown fox jumps over the lazy dog while seven wizards judge my vow. "
+
+
+def text(size: int) -> str:
+    return (WORDS * (size // len(WORDS) + 1))[:size]
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def parts(count: int) -> list[dict[str, str]]:
+    return [{"type": "text", "text": "a few words"}] * count
+
+
+def bias(count: int) -> dict[str, float]:
+    return {str(i): 0.5 for i in range(100, 100 + count)}
+
+
+KINDS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a text of 3.5 MB": (COMPLETIONS, lambda: {"prompt": text(3_500_000), "max_tokens": 5}),
+    "a chat of 10,000 messages": (CHAT, lambda: {"messages": user("hello") * 10_000, "max_tokens": 5}),
+    "n 16, 40,000 of logit_bias": (COMPLETIONS, lambda: {"prompt": "a", "n": 16, "max_tokens": 20, "logit_bias": bias(40_000)}),
+    "n 32, 20 log-probabilities": (
+        CHAT,
+        lambda: {"messages": user("a"), "n": 32, "max_tokens": 20, "logprobs": True, "top_logprobs": 20},
+    ),
+    "n 32, top_p, penalties, 2,000 tokens": (
+        COMPLETIONS,
+        lambda: {"prompt": text(9_000), "n": 32, "max_tokens": 20, "top_p": 0.9, "presence_penalty": 1, "repetition_penalty": 1.1},
+    ),
+    "the same with top_k, min_p and a seed": (
+        COMPLETIONS,
+        lambda: {"prompt": text(9_000), "n": 32, "max_tokens": 20, "top_k": 1000, "min_p": 0.01, "seed": 1, "frequency_penalty": 1},
+    ),
+    "64 prompts of 100 KB": (COMPLETIONS, lambda: {"prompt": [text(50_000)] * 64, "max_tokens": 5}),
+    "500,000 token ids": (COMPLETIONS, lambda: {"prompt": [1000] * 500_000, "max_tokens": 5}),
+    "a text of 30 KB, as long as fits": (COMPLETIONS, lambda: {"prompt": text(30_000), "max_tokens": 5}),
+    "a message of 50,000 parts": (CHAT, lambda: {"messages": user(parts(50_000)), "max_tokens": 5}),
+    "3 MB of control tokens": (CHAT, lambda: {"messages": user("<|im_start|>" * 250_000), "max_tokens": 5}),
+    "3 MB of one letter": (COMPLETIONS, lambda: {"prompt": "a" * 3_000_000, "max_tokens": 5}),
+    "tokenize 1 MB": ("/tokenize", lambda: {"prompt": text(1_000_000)}),
+    "detokenize 400,000 ids": ("/detokenize", lambda: {"tokens": [1000] * 400_000}),
+    "4 MB that are not JSON": (CHAT, lambda: b'{"messages": [' + b"[" * 4_000_000),
+    "16 stop strings of 256 letters, n 32": (
+        COMPLETIONS,
+        lambda: {"prompt": "a", "n": 32, "max_tokens": 30, "stop": [f"{i}" + "a" * 250 for i in range(16)]},
+    ),
+    "100,000 unknown fields": (CHAT, lambda: {"messages": user("a")} | {f"field_{i}": 1 for i in range(100_000)}),
+}
+
+
+async def stream(session: aiohttp.ClientSession, came: list[float]) -> None:
+    """Streams one after the other; when each event with text came."""
+    body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    while True:
+        async with session.post(COMPLETIONS, json=body) as response:
+            came.append(float("nan"))  # no gap between two streams
+            async for line in response.content:
+                if line.startswith(b'data: {"id"') and b'"finish_reason": null' in line:
+                    came.append(time.perf_counter())
+
+
+async def health(session: aiohttp.ClientSession, took: list[float]) -> None:
+    while True:
+        began = time.perf_counter()
+        async with session.get("/health") as response:
+            await response.read()
+        took.append(time.perf_counter() - began)
+        await asyncio.sleep(0.02)
+
+
+def gaps(came: list[float]) -> np.ndarray:
+    found = np.diff(np.array(came))
+    return found[~np.isnan(found)]
+
+
+async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, Any]]:
+    came: list[float] = []
+    took: list[float] = []
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, timeout=timeout) as session, aiohttp.ClientSession(url, timeout=timeout) as other:
+        watchers = [asyncio.create_task(stream(session, came)), asyncio.create_task(health(session, took))]
+        await asyncio.sleep(3)  # what the first requests pay
+        came.clear(), took.clear()
+        await asyncio.sleep(seconds)
+        usual = float(np.percentile(gaps(came), 99))
+        rows = [row("nothing", "", gaps(came), took, usual)]
+        for name in names:
+            path, body = KINDS[name]
+            made = body()
+            data = made if isinstance(made, bytes) else await asyncio.to_thread(lambda made=made: json.dumps(made).encode())
+            await asyncio.sleep(1)
+            came.clear(), took.clear()
+            for _ in range(TIMES):
+                async with other.post(path, data=data, headers={"Content-Type": "application/json"}) as response:
+                    await response.read()
+                    status = str(response.status)
+                await asyncio.sleep(0.5)
+            rows.append(row(name, status, gaps(came), took, usual))
+            print(rows[-1])
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+    return rows
+
+
+def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: float) -> dict[str, Any]:
+    longest, asked = float(gaps.max()), float(np.percentile(took, 99))
+    return {
+        "what another client sends": name,
+        "answer": status,
+        "gap p99, ms": 1e3 * float(np.percentile(gaps, 99)),
+        "longest gap, ms": 1e3 * longest,
+        "over the usual p99": longest / usual,
+        "/health p99, ms": 1e3 * asked,
+        "within limits": "yes" if longest <= LIMIT * usual and asked <= HEALTH_LIMIT_S else "NO",
+    }
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", metavar="WORDS", default="", help="only kinds whose name holds these")
+    args = arguments.parse_args()
+    facts = machine()
+    names = [name for name in KINDS if args.only in name][: 5 if args.quick else None]
+    with server([]) as url:
+        rows = asyncio.run(watched(url, 10.0 if args.quick else 30.0, names))
+    show("One plain stream beside one other client", rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`stallfree serve` and `--version`, as their user meets them in the first minute."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.waiting import PATIENCE_S
+
+SIMULATED = ("serve", "--executor", "simulated", "--port", "0")
+
+
+def begun(*arguments: str) -> tuple[str, str]:
+    """What a server prints on standard output and on standard error, which has begun to serve and ends then."""
+    command = [sys.executable, "-m", "stallfree", *SIMULATED, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not lines or not lines[-1].startswith("╰"):
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            lines.append(line)
+        process.kill()
+        return "".join(lines), process.communicate(timeout=PATIENCE_S)[1]
+
+
+def test_the_version_is_told(stallfree):
+    assert (0, "stallfree 0.1.0\n", "") == stallfree("--version")
+
+
+def test_the_card_says_where_the_default_target_comes_from():
+    out, err = begun()
+    # What it is: five times the small batch that the policy counts in, by the simulated executor's prices.
+    assert "policy     slo, tbt=67ms@p99" in out
+    assert "default, the paper's strict SLO: 5 x 13.2 ms, an iteration of 8 decodes as simulated" in out
+    assert "" == err
+
+
+@pytest.mark.parametrize("arguments", [("--slo", "tbt=100ms"), ("--policy", "sarathi")])
+def test_a_target_that_was_given_or_is_none_comes_from_nowhere(arguments):
+    assert "default" not in begun(*arguments)[0]
+
+
+def test_a_line_of_the_card_is_whole_in_a_pipe():
+    out, _ = begun()
+    assert all(line.startswith(("│ ", "╭", "╰")) and line.count("│") in (0, 2) for line in out.splitlines())
+    assert 1 == sum("http://127.0.0.1:" in line and "/v1 " in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        (("--host", "0.0.0.0"), True),
+        (("--host", "0.0.0.0", "--api-key", "x"), False),
+        (("--host", "localhost"), False),
+        ((), False),
+    ],
+)
+def test_a_server_that_is_open_to_all_says_so(arguments, warns):
+    assert warns == ("lets in everybody who reaches it; set STALLFREE_API_KEY" in begun(*arguments)[1])
