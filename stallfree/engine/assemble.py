@@ -2,6 +2,7 @@
 that knows them all; what each of them does is theirs.
 """
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -177,7 +178,8 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
     make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
-    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else path.stem
+    own = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
+    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else own
     stat = path.stat()
     key = calibrate.machine() | {
         "executor": options.executor,
