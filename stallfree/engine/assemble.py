@@ -2,6 +2,7 @@
 that knows them all; what each of them does is theirs.
 """
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -205,7 +206,8 @@ def _made(options: Options, say: Callable[[str], None]) -> Made:
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
-    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else path.stem
+    own = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
+    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else own
     stat = path.stat()
     key = calibrate.machine() | {
         "executor": options.executor,

@@ -17,7 +17,8 @@ from stallfree.core.policy import Policy
 from stallfree.core.record import Delivered, Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Limits, Scheduler
-from stallfree.engine.text import Detokenizer, StopStrings, Text
+from stallfree.engine.detokenizer import Detokenizer, StopStrings
+from stallfree.engine.text import Text
 from stallfree.executors.base import Executor, Lost
 from stallfree.executors.sampling import Sampling
 

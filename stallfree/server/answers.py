@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from stallfree.core.request import Request
+from stallfree.engine.detokenizer import Detokenizer
 from stallfree.engine.engine import Output
-from stallfree.engine.text import Detokenizer, Text
+from stallfree.engine.text import Text
 from stallfree.engine.thread import Outputs
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.server.errors import ApiError

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, example, given
 
-from stallfree.engine.text import Detokenizer, Pieces
+from stallfree.engine.detokenizer import Detokenizer, Pieces
 from tests.engine.tokenizers import ALL, BYTES, byte_level, sentencepiece
 
 FALLBACK = sentencepiece()

@@ -3,8 +3,9 @@
 import pytest
 from tokenizers import pre_tokenizers
 
+from stallfree.engine.detokenizer import Detokenizer, StopStrings
 from stallfree.engine.gguf import SPLITS
-from stallfree.engine.text import Detokenizer, StopStrings, Text, TextError
+from stallfree.engine.text import Text, TextError
 from tests.engine.tokenizers import BYTES
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 
 from stallfree.engine.assemble import bytes_as_text
-from stallfree.engine.text import Detokenizer, StopStrings, Text, TextError
+from stallfree.engine.detokenizer import Detokenizer, StopStrings
+from stallfree.engine.text import Text, TextError
 
 TEXT = bytes_as_text()
 
