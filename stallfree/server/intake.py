@@ -101,7 +101,7 @@ def _plain(index: int, message: Message) -> dict[str, str]:
 
 
 def check_ids(ids: Sequence[int], text: Text, field: str, *, given: bool = True) -> None:
-    """ApiError for an id that the model does not have, though its tokenizer may. `given`: by the client, and not those of a text."""
+    """ApiError for an id that the model does not have, though its tokenizer may. `given`: by the client, not made of a text."""
     if (wrong := text.lacks(ids)) is not None:
         where = path(field, str(wrong) if field == "logit_bias" else ids.index(wrong)) if given else field
         name = f" ({shown(token)})" if (token := text.pieces.token(wrong)) else ""
