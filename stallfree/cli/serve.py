@@ -124,6 +124,7 @@ def serve(
         api_key=api_key,
         sanitize_control_tokens=sanitize_control_tokens,
     )
+    app.state.reader.start()
     try:
         run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
     finally:

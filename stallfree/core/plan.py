@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Shape = Sequence[tuple[int, int]]
-"""An iteration as a cost model sees it: (start, count) of each piece of work, in tokens."""
+"""An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for so many plain
+rows more: what requests ask of sampling takes time on the host."""
 
 
 def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:

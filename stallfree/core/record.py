@@ -115,7 +115,7 @@ class StepRecord:
     decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its
     `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`:
     requests that came with their first token since the last record; `recalled`: ids of those that were to come, and are computed
-    here after all.
+    here after all. `extra_rows`: (id, rows) of the requests in `arrived` whose sampling takes as long as so many plain rows more.
     """
 
     step: int
@@ -140,6 +140,7 @@ class StepRecord:
     bubble_s: float = 0.0
     delivered: list[Delivered] = field(default_factory=list)
     recalled: list[str] = field(default_factory=list)
+    extra_rows: list[tuple[str, int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -148,7 +149,7 @@ class StepRecord:
         result: StepResult,
         scheduler: Scheduler,
         times: tuple[float, float, float],
-        arrived: Iterable[Request],
+        arrived: Sequence[Request],
         finished: Iterable[Request],
         prints: Fingerprints | None = None,
         *,
@@ -189,19 +190,23 @@ class StepRecord:
             bubble_s=result.bubble_s,
             delivered=list(delivered),
             recalled=list(recalled),
+            extra_rows=[(r.id, r.extra_rows) for r in arrived if r.extra_rows],
         )
 
     def to_json(self) -> str:
         """One line, without its end."""
-        return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"))
+        values = asdict(self)
+        if not self.extra_rows:  # as in most
+            del values["extra_rows"]
+        return json.dumps({"version": VERSION, **values}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
         """Raises ValueError for a line that is not a whole record of this version. Those of before there were bubbles have none."""
-        values = {"bubble_s": 0.0} | _values(line)
+        values: dict[str, Any] = {"bubble_s": 0.0, "extra_rows": []} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached"):
+        for name in ("work", "cached", "extra_rows"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]

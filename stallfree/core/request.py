@@ -37,7 +37,8 @@ class Request:
     Written by the user of the scheduler, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens`
     (output tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id
     counts), `arrival` (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None),
-    `adapter`, and `sampling`, which the scheduler passes on unread.
+    `adapter`, `sampling`, which the scheduler passes on unread, and `extra_rows`: sampling a token so takes as long as that many
+    more plain rows of logits.
 
     Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
     output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
@@ -49,9 +50,10 @@ class Request:
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "finish_reason", "first_token", "id", "in_flight", "key", "last_token", "looked",
-        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared", "num_tokens",
-        "output", "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
+        "adapter", "arrival", "blocks", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key", "last_token",
+        "looked", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared",
+        "num_tokens", "output", "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant",
+        "ticket",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +70,7 @@ class Request:
         slo: Slo | None = None,
         adapter: str = "",
         sampling: object = None,
+        extra_rows: int = 0,
     ):
         self.id = id
         self.prompt = prompt
@@ -80,6 +83,7 @@ class Request:
         self.slo = slo
         self.adapter = adapter
         self.sampling = sampling
+        self.extra_rows = extra_rows
 
         self.output: list[int] = []
         self.blocks: list[int] = []

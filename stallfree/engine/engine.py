@@ -127,6 +127,8 @@ class Engine:
         from elsewhere; `watch` sees it computed here, for somebody elsewhere.
         """
         stream = _Stream(request, self.text, stop, include_stop, continues)
+        if isinstance(request.sampling, Sampling):
+            request.extra_rows = request.sampling.extra_rows
         if fetch is None:
             self.scheduler.submit(request)
         else:

@@ -113,7 +113,7 @@ class LLM:
         stop = given.pop("stop", ())
         max_tokens = given.pop("max_tokens", None)
         ignore_eos = given.pop("ignore_eos", False)
-        unknown = given.keys() - {f.name for f in fields(Sampling)}
+        unknown = given.keys() - {f.name for f in fields(Sampling) if f.init}
         if unknown:
             raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
         ids = self._engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)

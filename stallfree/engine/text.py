@@ -21,6 +21,9 @@ __all__ = ["Detokenizer", "Pieces", "StopStrings", "Text", "TextError"]
 MARK = "\ufdd0"
 """Parts a control token in a user's text, so that it is none. A noncharacter, which no text holds (Unicode 23.7)."""
 
+COMPOSED = 3
+"""Times fewer bytes that composed characters have, at the most: three jamo of 3 bytes each make a syllable of 3 (Unicode 3.12)."""
+
 
 class Text:
     """A tokenizer, what its special tokens are called in templates (`specials`), and its chat templates: one, or several by name
@@ -99,7 +102,11 @@ class Text:
             return None
         return next(id for id in ids if not 0 <= id < self.vocab_size)
 
-    def chat(
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, control: bool = True, **more: Any) -> list[int]:
+        """Token ids of a conversation; see `render`."""
+        return self.encode_rendered(self.render(messages, control=control, **more), control=control)
+
+    def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -108,10 +115,10 @@ class Text:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         **extra: Any,
-    ) -> list[int]:
-        """Token ids of a conversation through the model's template; further values are the template's own (`enable_thinking`).
-        Control tokens that are written in messages, tools and documents are recognised, unless `control` is False: then they are
-        text. Raises TextError if there is no template, or if it refuses.
+    ) -> str:
+        """A conversation through the model's template, for `encode_rendered`; further values are the template's own
+        (`enable_thinking`). Control tokens that are written in messages, tools and documents are recognised, unless `control` is
+        False: then they are text. Raises TextError if there is no template, or if it refuses.
         """
         template = self._template(tools)
         # A key without a value is one that is not there: templates ask whether a message has tool calls.
@@ -119,8 +126,27 @@ class Text:
         given = {"messages": plain, "tools": tools, "documents": documents, **extra}
         if not control:
             given = self._marked(given, self._parted(template))
-        text = template.render({**self._specials, "add_generation_prompt": generation_prompt, **given})
+        return template.render({**self._specials, "add_generation_prompt": generation_prompt, **given})
+
+    def encode_rendered(self, text: str, *, control: bool = True) -> list[int]:
+        """Token ids of what `render` gave for the same `control`."""
         return _encoded(self.tokenizer if control else self._unmarking, text, False)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, told without making them; 0 if that cannot be told."""
+        return -(-(len(text.encode()) - len(MARK.encode()) * text.count(MARK)) // self._longest) if self._longest else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of text that one token can stand for. 0 where there is no bound: in a tokenizer that drops or joins characters."""
+        values = json.loads(self.tokenizer.to_str())
+        steps = [*_steps(values["normalizer"]), *_steps(values["pre_tokenizer"])]
+        kept = self.pieces.byte_level or values["model"].get("byte_fallback")
+        strips = any(token["lstrip"] or token["rstrip"] for token in values["added_tokens"])
+        if not kept or strips or not all(map(_keeps_bytes, steps)):
+            return 0
+        composes = any(step["type"] == "NFC" for step in steps)
+        return max(len(token.encode()) for token in self.tokenizer.get_vocab()) * (COMPOSED if composes else 1)
 
     def _template(self, tools: object) -> Template:
         if not self._templates:
@@ -166,6 +192,21 @@ class Text:
         own = values["normalizer"]
         values["normalizer"] = {"type": "Sequence", "normalizers": [unmark, *([own] if own else [])]}
         return Tokenizer.from_str(json.dumps(values))
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, or what it is a sequence of."""
+    if part is None:
+        return []
+    return [step for one in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(one)] or [part]
+
+
+def _keeps_bytes(step: Mapping[str, Any]) -> bool:
+    """Whether no byte of a text is lost in a step of its tokenisation, but for characters that it composes."""
+    if step["type"] == "Replace":
+        return bool(step["pattern"] == {"String": " "} and step["content"])
+    keeping = ("NFC", "Prepend", "ByteLevel", "Split", "Digits", "Metaspace")
+    return step["type"] in keeping and step.get("behavior") != "Removed"
 
 
 def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:

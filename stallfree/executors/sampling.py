@@ -7,6 +7,7 @@ samples the same tokens alone or batched, chunked or whole, preempted or not. It
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,21 @@ from stallfree.core.plan import Work
 
 PIECE = 64
 """Logits per piece, where a search goes by pieces first."""
+
+FEW = 2048
+"""Candidates that are sorted as they are; more are told apart by the leading bits of their weights first."""
+
+BITS = 19
+"""Bits of a 32-bit float that are left away for that. The exponent and 4 bits of the fraction stay: 16 steps in a factor of 2."""
+
+
+class Bias(dict[int, float]):
+    """What is added to logits, by token id; as two arrays, too, `tokens` int64 and `amounts` float32, made once."""
+
+    def __init__(self, biases: Mapping[int, float] = MappingProxyType({})):
+        super().__init__(biases)
+        self.tokens = np.fromiter(self, np.int64, len(self))
+        self.amounts = np.fromiter(self.values(), np.float32, len(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +51,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=Bias)
     seed: int = 0
     logprobs: int | None = None
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
+    _prompts: list[tuple[Sequence[int], np.ndarray]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.logit_bias, Bias):
+            object.__setattr__(self, "logit_bias", Bias(self.logit_bias))
 
     @property
     def plain(self) -> bool:
@@ -52,13 +73,32 @@ class Sampling:
             and (self.min_tokens == 0 or not self.stop_ids)
         )
 
+    @property
+    def extra_rows(self) -> int:
+        """How many plain rows of logits take as long as what this asks for beyond one, on a processor. A plain row takes its part
+        of the last product, and one exponential for each logit. Rough: a cost model learns what a row takes."""
+        sampled = self.temperature > 0
+        return (
+            (not self.plain)
+            + (self.repetition_penalty != 1)
+            + 2 * (sampled and self.top_p < 1)
+            + 2 * (sampled and self.top_k > 0)
+            + (0 if self.logprobs is None else 1 + self.logprobs // 10)
+        )
+
+    def prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
+        """`prompt` as an array, made once for the request that samples so."""
+        if not self._prompts or self._prompts[0][0] is not prompt:
+            self._prompts[:] = [(prompt, np.fromiter(prompt, np.int64, len(prompt)))]
+        return self._prompts[0][1]
+
 
 GREEDY = Sampling(temperature=0.0)
 
 
 def to_values(how: Sampling) -> dict[str, Any]:
     """A sampling in plain numbers and lists, for another process."""
-    values = {f.name: getattr(how, f.name) for f in fields(how)}
+    values = {f.name: getattr(how, f.name) for f in fields(how) if f.init}
     return values | {
         "logit_bias": [list(pair) for pair in how.logit_bias.items()],
         "seed": how.seed & (2**64 - 1),
@@ -100,6 +140,7 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
     tokens: dict[str, tuple[int, ...]] = {}
     details: dict[str, TokenLogprob] = {}
     failed: dict[str, str] = {}
+    asked: list[tuple[int, int, int]] = []
     if not works:
         return tokens, details, failed
     best = logits.argmax(axis=1)
@@ -116,11 +157,13 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
                 failed[work.id] = not_finite(work)
                 continue
             if how.logprobs is not None:
-                details[work.id] = _logprob(logits[row], token, how.logprobs)
+                asked.append((row, token, how.logprobs))
         except Exception as error:  # whatever this request asks for, the others get their tokens
             failed[work.id] = f"no token can be sampled: {error or type(error).__name__}"
             continue
         tokens[work.id] = (token,)
+    for (row, token, alternatives), total in zip(asked, _totals(logits, peaks, [row for row, _, _ in asked]), strict=True):
+        details[works[row].id] = _logprob(logits[row], token, alternatives, total)
     return tokens, details, failed
 
 
@@ -154,15 +197,24 @@ def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the fewest largest weights that hold `top_p` of the sum, largest first (Holtzman et al. 2020)."""
-    wanted = top_p * float(weights.sum())
-    for floor in (0.1, 0.01, 0.001, 0.0001, 0.0):
-        # The largest weight is 1. Only what may be in the nucleus is sorted, which is little unless the distribution is flat.
+    """Indices of the fewest largest weights that hold `top_p` of the sum, in ascending order (Holtzman et al. 2020). The largest
+    weight is 1."""
+    wanted = top_p * float(weights.sum(dtype=np.float64))
+    # Only what may be in the nucleus is looked at, which is little unless the distribution is flat.
+    for floor in (0.1, 0.01, 0.001, 0.0):
         kept = np.flatnonzero(weights >= floor)
-        if floor == 0 or float(weights[kept].sum()) > wanted:
+        if floor == 0 or float(weights[kept].sum(dtype=np.float64)) > wanted:
             break
-    kept = kept[np.argsort(-weights[kept])]
-    return kept[: int(np.searchsorted(np.cumsum(weights[kept], dtype=np.float64), wanted)) + 1]
+    sure = kept[:0]
+    if len(kept) > FEW:
+        steps = weights[kept].view(np.int32) >> BITS  # weights are not negative: their bits are in the order of their values
+        masses = np.bincount(steps, weights[kept])[::-1].cumsum()
+        last = len(masses) - 1 - min(int(np.searchsorted(masses, wanted)), len(masses) - 1)
+        sure, kept = kept[steps > last], kept[steps == last]
+        wanted -= float(weights[sure].sum(dtype=np.float64))
+    kept = kept[np.argsort(-weights[kept], kind="stable")]
+    kept = kept[: int(np.searchsorted(np.cumsum(weights[kept], dtype=np.float64), wanted)) + 1]
+    return np.sort(np.concatenate([sure, kept]))
 
 
 def _draw(weights: np.ndarray, number: float) -> int:
@@ -180,46 +232,56 @@ def _draw(weights: np.ndarray, number: float) -> int:
 
 
 def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:
-    for name, ids in (("logit_bias", how.logit_bias), ("stop_ids", how.stop_ids if how.min_tokens else ())):
-        if ids and (min(ids) < 0 or max(ids) >= len(row)):
-            wrong = next(id for id in ids if not 0 <= id < len(row))
+    bias = how.logit_bias
+    assert isinstance(bias, Bias)
+    stops = np.fromiter(how.stop_ids if how.min_tokens else (), np.int64)
+    for name, ids in (("logit_bias", bias.tokens), ("stop_ids", stops)):
+        if ids.size and (ids.min() < 0 or ids.max() >= len(row)):
+            wrong = ids[(ids < 0) | (ids >= len(row))][0]
             raise ValueError(f"{name} has token id {wrong}, which is outside the vocabulary (0 to {len(row) - 1})")
     row = row.copy()
     num_out = work.start + work.count - len(work.prompt)
-    for token, bias in how.logit_bias.items():
-        row[token] += bias
+    row[bias.tokens] += bias.amounts
     out = np.fromiter(work.output[:num_out] if num_out > 0 else (), np.int64)
     if how.repetition_penalty != 1:
-        seen = np.union1d(np.fromiter(work.prompt, np.int64, len(work.prompt)), out)
+        seen = np.concatenate([how.prompt_array(work.prompt), out])  # a token that comes twice is written twice, alike
         penalty = np.float32(how.repetition_penalty)
         row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     if out.size and (how.presence_penalty or how.frequency_penalty):
         seen, counts = np.unique(out, return_counts=True)
         row[seen] -= (how.presence_penalty + how.frequency_penalty * counts).astype(np.float32)
-    if num_out < how.min_tokens and how.stop_ids:
-        row[list(how.stop_ids)] = -np.inf
+    if num_out < how.min_tokens:
+        row[stops] = -np.inf
     return row
 
 
 def _largest(row: np.ndarray, k: int) -> np.ndarray:
     """Indices of the `k` largest, in ascending order; among equals the lowest indices win, as with argmax."""
-    floor = -np.inf
     whole = len(row) // PIECE
     if k <= whole:
         # k pieces have a maximum of at least the k-th largest maximum, so the k-th largest of all is no smaller.
         floor = np.partition(row[: whole * PIECE].reshape(whole, PIECE).max(axis=1), whole - k)[whole - k]
+    else:
+        floor = np.partition(row, len(row) - k)[len(row) - k]
     kept = np.flatnonzero(row >= floor)
     return np.sort(kept[np.argsort(-row[kept], kind="stable")[:k]])
 
 
-def _logprob(row: np.ndarray, token: int, alternatives: int) -> TokenLogprob:
-    peak = row.max()
-    total = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+def _totals(logits: np.ndarray, peaks: np.ndarray, rows: Sequence[int]) -> list[float]:
+    """The logarithms of the sums of exp(logits) of these rows, all in one go."""
+    if not rows:
+        return []
+    own = peaks[list(rows)]
+    sums = np.exp(logits[list(rows)] - own[:, None]).sum(axis=1, dtype=np.float64)
+    return [float(total) for total in own.astype(np.float64) + np.log(sums)]
+
+
+def _logprob(row: np.ndarray, token: int, alternatives: int, total: float) -> TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
     if alternatives > 0:
         ids = _largest(row, min(alternatives, len(row)))
         ids = ids[np.argsort(-row[ids], kind="stable")]
-        top = tuple((int(i), float(row[i]) - total) for i in ids)
+        top = tuple(zip(ids.tolist(), (row[ids].astype(np.float64) - total).tolist(), strict=True))
     return TokenLogprob(float(row[token]) - total, top)
 
 

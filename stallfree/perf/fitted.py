@@ -14,7 +14,7 @@ from stallfree.core.plan import Shape, parts
 
 FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
 """1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks;
-its pieces of work, of which each yields at most one row of logits."""
+its pieces of work, of which each yields at most one row of logits, and the plain rows that sampling counts for beyond these."""
 
 SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0)
 """What a feature is counted in, so that all are of one order and the sums well conditioned."""
@@ -161,13 +161,16 @@ def features(shape: Shape) -> Row:
 
 
 def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float]:
-    tokens, before, pairs = decodes, 0, 0.0
+    tokens, before, pairs, rows = decodes, 0, 0.0, decodes
     for start, count in chunks:
+        if not count:
+            rows += start
+            continue
+        rows += 1
         tokens += count
         before += start
         pairs += count * (start + (count + 1) / 2)
     one, per_token, per_decoding, per_prefilling, per_pair, per_row = SCALE
-    rows = decodes + len(chunks)
     return 1 / one, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row
 
 

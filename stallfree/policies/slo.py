@@ -63,6 +63,9 @@ class Slo:
         for r in draft.decoding:
             draft.decode(r)
         shape = draft.shape
+        if extra := sum([r.extra_rows for r in draft.decoding]):
+            shape.append((extra, 0))
+        written = len(shape)
         alone = self.cost.seconds(shape)
         if shape:
             until, first = self._slack(draft, alone)
@@ -73,7 +76,8 @@ class Slo:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
         full, crowd = self._fill(draft, shape, limit, least, alone)
-        self._account(draft, shape, alone, full=full, crowded=crowd > 0)
+        given = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
+        self._account(draft, given, alone, full=full, crowded=crowd > 0)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
@@ -81,6 +85,8 @@ class Slo:
 
     def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
         shape, seconds = plan.shape, now - plan.now
+        if extra := sum([r.extra_rows for work, r in zip(plan.work, requests, strict=True) if work.samples]):
+            shape.append((extra, 0))
         if seconds <= 0:  # a clock that stood still teaches nothing
             return
         score = self.cost.learn(shape, seconds)
@@ -92,7 +98,7 @@ class Slo:
             alone = self.cost.seconds([(work.start, 1) for work in plan.work if work.decode])
             if score * alone > plan.limit_s:  # decodes by themselves would have been late: no budget prevents that
                 return
-        self.margin.learn(now, score, late, len(due), filled=len(due) < len(shape))
+        self.margin.learn(now, score, late, len(due), filled=len(due) < len(plan.work))
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
         """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Decodes by
@@ -116,9 +122,9 @@ class Slo:
                 return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
         return limit, 1, f"margin {margin:.2f}"
 
-    def _account(self, draft: Draft, shape: list[tuple[int, int]], alone: float, *, full: bool, crowded: bool) -> None:
-        """What is owed to those for whom there was no time in this iteration, and how long requests are kept out."""
-        given = self.cost.seconds(shape) - alone if len(shape) > len(draft.decoding) else 0.0
+    def _account(self, draft: Draft, given: float, alone: float, *, full: bool, crowded: bool) -> None:
+        """What is owed to those for whom there was no time in this iteration, in which `given` seconds were, and how long requests
+        are kept out."""
         self._passed = 0 if given or not full else self._passed + 1
         self._owed = max(0.0, min(self._owed + FLOOR * alone - given, self._gap(self.slo))) if full else 0.0
         if draft.admitted or not (full or crowded):
@@ -191,7 +197,7 @@ class Slo:
             start = draft.start(r)
             wanted = min(r.num_tokens - start, draft.left)
             count = self.cost.room(shape, start, wanted, limit)
-            if not count and self._passed >= self._patience and len(shape) == len(draft.decoding):
+            if not count and self._passed >= self._patience and not draft.chunks:
                 count = min(wanted, LEAST)
             if count < min(wanted, least):
                 return True, crowd
@@ -210,7 +216,8 @@ class Slo:
     def _stream(self, r: Request) -> float:
         """Seconds that the request adds to an iteration as one more decode."""
         decode = (r.num_tokens, 1)
-        return self.cost.seconds([decode, decode]) - self.cost.seconds([decode])
+        extra = [(r.extra_rows, 0)] if r.extra_rows else []
+        return self.cost.seconds([decode, decode, *extra]) - self.cost.seconds([decode])
 
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
         """Whether an iteration of so many seconds is longer than a gap between tokens may be. A request's own target counts where

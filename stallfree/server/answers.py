@@ -1,15 +1,18 @@
 """The two dialects of OpenAI's API, chat and completions: how text and log-probabilities are put, as a whole and in chunks.
 
-A `Call` is one HTTP request that has been admitted; it knows how to describe what came, not how it is sent.
+A `Call` is one HTTP request that has been admitted; it knows how to describe what came, not how it is sent. JSON is written while
+tokens come, piece by piece: a long answer is joined in the end, and holds nobody up.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from stallfree.core.request import Request
-from stallfree.engine.detokenizer import Detokenizer
+from stallfree.engine.detokenizer import KNOWN, Detokenizer, Pieces
 from stallfree.engine.engine import Output
 from stallfree.engine.text import Text
 from stallfree.engine.thread import Outputs
@@ -18,6 +21,9 @@ from stallfree.server.errors import ApiError
 
 LEAST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot say."""
+
+Columns = tuple[str, ...]
+"""JSON of an output's log-probabilities: an entry for each of a dialect's lists."""
 
 
 class Choice:
@@ -51,6 +57,8 @@ class Call:
     object: str
     chunk_object: str
     operation: str
+    lists: tuple[str, ...]
+    beside_lists: tuple[str, ...] = ()
 
     def __init__(self, model: str, text: Text, outputs: Outputs, choices: Sequence[Choice], n: int):
         self.id = f"{self.prefix}-{choices[0].request.id}"
@@ -80,10 +88,10 @@ class Call:
             "prompt_tokens_details": {"cached_tokens": sum(request.num_cached for request in self._prompts)},
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer, once all choices have ended. ApiError if one failed, or if the outputs were closed before."""
+    async def whole(self) -> bytes:
+        """The answer, JSON, once all choices have ended. ApiError if one failed, or if the outputs were closed before."""
         texts = {id: [choice.echo] for id, choice in self.choices.items()}
-        logprobs: dict[str, list[Any]] = {id: [] for id in self.choices}
+        logprobs: dict[str, list[Columns]] = {id: [] for id in self.choices}
         last: dict[str, Output] = {}
         async for came in self.outputs:
             for output in came:
@@ -95,17 +103,15 @@ class Call:
                     last[output.id] = output
         if len(last) < len(self.choices):
             raise ApiError(499, "the client has gone")
-        choices = [
-            {"index": choice.index}
-            | self.said("".join(texts[id]))
-            | {
-                "logprobs": self.joined(logprobs[id]),
-                "finish_reason": last[id].finish_reason,
-                "stop_reason": last[id].stop_reason,
-            }
-            for id, choice in self.choices.items()
-        ]
-        return self._envelope(self.object) | {"choices": choices, "usage": self.usage()}
+        choices = []
+        for id, choice in self.choices.items():
+            end = last[id]
+            said, found = self.said("".join(texts[id])), self.joined(logprobs[id])
+            ending = f'"finish_reason": "{end.finish_reason}", "stop_reason": {json.dumps(end.stop_reason)}'
+            choices.append(f'{{"index": {choice.index}, {said}, "logprobs": {found}, {ending}}}')
+            await asyncio.sleep(0)
+        head = json.dumps(self._envelope(self.object))[:-1]
+        return f'{head}, "choices": [{", ".join(choices)}], "usage": {json.dumps(self.usage())}}}'.encode()
 
     def chunk_head(self) -> str:
         """The beginning that all chunks of this call share, up to the list of choices."""
@@ -114,8 +120,8 @@ class Call:
     def _envelope(self, object: str) -> dict[str, Any]:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
-    def said(self, text: str) -> dict[str, Any]:
-        """A choice's text in a whole answer."""
+    def said(self, text: str) -> str:
+        """A choice's text in a whole answer, as JSON members of it."""
         raise NotImplementedError
 
     def opening(self, choice: Choice) -> str | None:
@@ -130,22 +136,24 @@ class Call:
         """The last chunk's part, next to the finish reason."""
         raise NotImplementedError
 
-    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+    def logprobs(self, choice: Choice, output: Output) -> Columns:
         """The log-probabilities of an output's tokens."""
         raise NotImplementedError
 
-    def joined(self, parts: Sequence[dict[str, list[Any]]]) -> dict[str, Any] | None:
-        """Those of several outputs in one; None if none were asked for."""
+    def joined(self, parts: Sequence[Columns]) -> str:
+        """Those of several outputs in one, JSON; null if none were asked for."""
         if not parts:
-            return None
-        return {name: [row for part in parts for row in part[name]] for name in parts[0]}
+            return "null"
+        lists = (f'"{name}": [{", ".join(column)}]' for name, column in zip(self.lists, zip(*parts, strict=True), strict=True))
+        return "{" + ", ".join([*lists, *self.beside_lists]) + "}"
 
 
 class Chat(Call):
     prefix, object, chunk_object, operation = "chatcmpl", "chat.completion", "chat.completion.chunk", "chat"
+    lists, beside_lists = ("content",), ('"refusal": null',)
 
-    def said(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def said(self, text: str) -> str:
+        return f'"message": {{"role": "assistant", "content": {json.dumps(text)}, "refusal": null}}'
 
     def opening(self, choice: Choice) -> str | None:
         return '"delta": {"role": "assistant", "content": ""}'
@@ -156,24 +164,22 @@ class Chat(Call):
     def closing(self) -> str:
         return '"delta": {}'
 
-    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+    def logprobs(self, choice: Choice, output: Output) -> Columns:
         details = cast(TokenLogprob, output.details)
-        top = [self._entry(id, logprob) for id, logprob in details.top]
-        return {"content": [self._entry(output.tokens[0], details.logprob) | {"top_logprobs": top}]}
+        top = ", ".join([f"{{{self._entry(id, logprob)}}}" for id, logprob in details.top])
+        return (f'{{{self._entry(output.tokens[0], details.logprob)}, "top_logprobs": [{top}]}}',)
 
-    def joined(self, parts: Sequence[dict[str, list[Any]]]) -> dict[str, Any] | None:
-        joined = super().joined(parts)
-        return None if joined is None else joined | {"refusal": None}
-
-    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._text.piece(id), "logprob": max(logprob, LEAST), "bytes": list(self._text.pieces[id])}
+    def _entry(self, id: int, logprob: float) -> str:
+        token, given = spelt(self._text.pieces, id)
+        return f'"token": {token}, "logprob": {max(logprob, LEAST)!r}, "bytes": {given}'
 
 
 class Completions(Call):
     prefix, object, chunk_object, operation = "cmpl", "text_completion", "text_completion", "text_completion"
+    lists = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
-    def said(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def said(self, text: str) -> str:
+        return self.delta(text)
 
     def opening(self, choice: Choice) -> str | None:
         return self.delta(choice.echo) if choice.echo else None
@@ -184,15 +190,23 @@ class Completions(Call):
     def closing(self) -> str:
         return '"text": ""'
 
-    def logprobs(self, choice: Choice, output: Output) -> dict[str, list[Any]]:
+    def logprobs(self, choice: Choice, output: Output) -> Columns:
         details = cast(TokenLogprob, output.details)
-        piece = self._text.piece(output.tokens[0])
+        token = output.tokens[0]
         top: dict[str, float] = {}
         for id, logprob in details.top:
-            top.setdefault(self._text.piece(id), max(logprob, LEAST))  # of equal pieces, halves of characters, the best stays
-        return {
-            "tokens": [piece],
-            "token_logprobs": [max(details.logprob, LEAST)],
-            "top_logprobs": [top],
-            "text_offset": [choice.offset(self._text, output.tokens[0])],
-        }
+            top.setdefault(
+                spelt(self._text.pieces, id)[0], max(logprob, LEAST)
+            )  # of equal pieces, halves of characters, the best stays
+        return (
+            spelt(self._text.pieces, token)[0],
+            repr(max(details.logprob, LEAST)),
+            "{" + ", ".join([f"{piece}: {logprob!r}" for piece, logprob in top.items()]) + "}",
+            str(choice.offset(self._text, token)),
+        )
+
+
+@lru_cache(KNOWN)
+def spelt(pieces: Pieces, id: int) -> tuple[str, str]:
+    """A token as JSON: its text, in which half a character is U+FFFD, and its bytes."""
+    return json.dumps(pieces[id].decode(errors="replace")), json.dumps(list(pieces[id]))

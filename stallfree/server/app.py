@@ -4,10 +4,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic.json_schema import models_json_schema
 from starlette.responses import JSONResponse
 
 import stallfree
@@ -19,10 +20,11 @@ from stallfree.handoff.serving import Serving
 from stallfree.server import errors, intake, schema
 from stallfree.server.answers import Call, Chat, Choice, Completions
 from stallfree.server.door import Door
-from stallfree.server.errors import ApiError, shown
+from stallfree.server.errors import ApiError
 from stallfree.server.files import Files
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
+from stallfree.server.reading import AnyBody, Asked, Reader, Terms, check_model
 from stallfree.server.sse import EventStream, watching
 from stallfree.server.traces import Traces
 
@@ -35,6 +37,26 @@ HERE = "none"
 """In that header: no other engine, the server itself."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
+
+def asks(body: type[AnyBody]) -> dict[str, Any]:
+    """A route's body for the OpenAPI schema: the routes read it themselves."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def describe(app: FastAPI) -> None:
+    """Have the OpenAPI schema of `app` hold the bodies that its routes ask for."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _, bodies = models_json_schema(
+                [(body, "validation") for body in get_args(AnyBody)], ref_template="#/components/schemas/{model}"
+            )
+            FastAPI.openapi(app)["components"]["schemas"] |= bodies["$defs"]
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def create_app(
@@ -60,6 +82,7 @@ def create_app(
     engine, text = engine_thread.engine, engine_thread.engine.text
     max_len = engine.scheduler.max_len
     sampling = {name: getattr(engine.sampling, name) for name in RECOMMENDED}
+    reader = Reader(text, Terms(model, max_len, engine_thread.max_queue, sanitize_control_tokens))
     served = schema.Model(id=model, created=int(time.time()), max_model_len=max_len, default_sampling=sampling)
 
     @asynccontextmanager
@@ -72,6 +95,7 @@ def create_app(
         for side in sides:
             side.close()
         await engine_thread.close(0)
+        reader.close()
 
     app = FastAPI(
         title="stallfree",
@@ -83,16 +107,10 @@ def create_app(
         responses=errors.RESPONSES,
         separate_input_output_schemas=False,
     )
+    app.state.reader = reader
     errors.install(app)
+    describe(app)
     app.add_middleware(Door, api_key=api_key, max_body_bytes=max_body_bytes)
-
-    def check_model(name: str | None) -> None:
-        if name is not None and name != model:
-            raise ApiError(404, f"the model {shown(name)} is not served here; {model!r} is", param="model", code="model_not_found")
-
-    def recognised(sanitized: bool | None) -> bool:
-        """Whether control tokens that the client has written are control tokens."""
-        return not (sanitize_control_tokens if sanitized is None else sanitized)
 
     def fetches(name: str | None) -> Callable[[], Fetch | None]:
         """What makes each request's fetch; `name`: the prefill engine that the router chose."""
@@ -104,9 +122,11 @@ def create_app(
             )
         return lambda: None
 
-    async def answer(kind: type[Call], body: schema.Generation, prompts: list[tuple[list[int], str]], request: Request) -> Response:
+    async def answer(kind: type[Call], shape: type[AnyBody], request: Request) -> Response:
+        asked: Asked = await reader.read(shape, await request.body())
+        body, prompts = asked.body, asked.prompts
         ids = [ids for ids, _ in prompts]
-        requests = intake.requests(engine, body, ids, intake.targets(body, request.headers, live.slo))
+        requests = intake.requests(engine, asked, intake.targets(body, request.headers, live.slo))
         n = len(requests) // len(prompts)
         if traces is not None:
             traces.told([r.id for r in requests], kind.operation, request.headers)
@@ -128,21 +148,19 @@ def create_app(
                 call, include_usage=bool(options.include_usage), continuous_usage=bool(options.continuous_usage_stats)
             )
         async with watching(outputs, request.receive):
-            return JSONResponse(await call.whole())
+            return Response(await call.whole(), media_type="application/json")
 
-    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAMS)
-    async def chat_completions(body: schema.ChatRequest, request: Request) -> Response:
+    @app.post(
+        "/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAMS, openapi_extra=asks(schema.ChatRequest)
+    )
+    async def chat_completions(request: Request) -> Response:
         """The next message of a conversation; with `stream`, as server-sent events that end in `data: [DONE]`."""
-        check_model(body.model)
-        ids = await intake.conversation(text, body.messages, control=recognised(body.sanitize_control_tokens))
-        return await answer(Chat, body, [(ids, "")], request)
+        return await answer(Chat, schema.ChatRequest, request)
 
-    @app.post("/v1/completions", response_model=schema.Completion, responses=STREAMS)
-    async def completions(body: schema.CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", response_model=schema.Completion, responses=STREAMS, openapi_extra=asks(schema.CompletionRequest))
+    async def completions(request: Request) -> Response:
         """The continuation of one or more prompts; with `stream`, as server-sent events that end in `data: [DONE]`."""
-        check_model(body.model)
-        control = recognised(body.sanitize_control_tokens)
-        return await answer(Completions, body, await intake.prompts(text, body, engine_thread.max_queue, control=control), request)
+        return await answer(Completions, schema.CompletionRequest, request)
 
     @app.get("/v1/models")
     async def models() -> schema.Models:
@@ -152,29 +170,18 @@ def create_app(
     @app.get("/v1/models/{name:path}")
     async def model_named(name: str) -> schema.Model:
         """The model of that name, if it is served."""
-        check_model(name)
+        check_model(name, model)
         return served
 
-    @app.post("/tokenize")
-    async def tokenize(body: schema.TokenizeRequest) -> schema.Tokens:
+    @app.post("/tokenize", response_model=schema.Tokens, openapi_extra=asks(schema.TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
         """The token ids of a prompt, or of messages in the model's chat template."""
-        check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give either prompt or messages", param="prompt")
-        control = recognised(body.sanitize_control_tokens)
-        if body.messages is not None:
-            prompted = body.add_generation_prompt is not False
-            ids = await intake.conversation(text, body.messages, generation_prompt=prompted, control=control)
-        else:
-            ids = await intake.encode(text, body.prompt or "", special=body.add_special_tokens is not False, control=control)
-        return schema.Tokens(count=len(ids), max_model_len=max_len, tokens=ids)
+        return Response(await reader.read(schema.TokenizeRequest, await request.body()), media_type="application/json")
 
-    @app.post("/detokenize")
-    async def detokenize(body: schema.DetokenizeRequest) -> schema.Prompt:
+    @app.post("/detokenize", response_model=schema.Prompt, openapi_extra=asks(schema.DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens included."""
-        check_model(body.model)
-        intake.check_ids(body.tokens, text, "tokens")
-        return schema.Prompt(prompt=text.decode(body.tokens, skip_special=False))
+        return Response(await reader.read(schema.DetokenizeRequest, await request.body()), media_type="application/json")
 
     @app.get("/health")
     async def health() -> schema.Health:

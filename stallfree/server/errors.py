@@ -71,6 +71,9 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _api_error, (self.status, self.message, self.param, self.code, self.headers)
+
     def body(self) -> bytes:
         """The error object. ASCII, so that half a surrogate pair in a client's field name cannot break it."""
         type_ = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -79,6 +82,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, "application/json")
+
+
+def _api_error(status: int, message: str, param: str | None, code: str | None, headers: Mapping[str, str] | None) -> ApiError:
+    """One that comes from another process."""
+    return ApiError(status, message, param=param, code=code, headers=headers)
 
 
 def shown(value: object) -> str:
@@ -109,7 +117,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _of_validation(error.errors(), error.body).response()
+        return of_validation(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -135,11 +143,9 @@ def path(*steps: str | int) -> str:
     return written
 
 
-def _of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The first field at fault, with all that it might have been (a union fails once for each of its members)."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json")
     if not isinstance(body, dict) and first["loc"] == ("body",):
         return ApiError(400, "the body is empty or not a JSON object", code="invalid_json")
     error, steps = _nearest([_Found.of(error, body) for error in errors])

@@ -1,112 +1,27 @@
-"""From a checked body to the engine's requests: prompts become token ids, and fields left out get their defaults.
+"""From a body that was read to the engine's requests: fields left out get their defaults, and fields at odds are refused.
 
-What depends on the model (vocabulary, context, chat template) is checked here or by the scheduler; what does not, in `schema`.
+What bodies look like is `schema`'s, and how they are read `reading`'s; what fits in at all, the scheduler says.
 """
 
-import asyncio
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 
 from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
-from stallfree.engine.text import Text, TextError
-from stallfree.server.errors import ApiError, path, shown
-from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation, Message
-
-T = TypeVar("T")
+from stallfree.server.errors import ApiError, shown
+from stallfree.server.reading import Asked, check_ids
+from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation
 
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` for completions; a chat's is all that fits."""
 
 TARGET_HEADERS = ("x-slo", "x-llm-d-slo")
 """Beginnings of the headers with a request's latency targets: this server's, and those of llm-d's gateway."""
-
-LONG_TEXT = 10_000
-"""Characters from which prompts are tokenised in a thread: it takes milliseconds, in which no stream could move."""
-
-
-async def encode(text: Text, string: str, *, special: bool = True, control: bool = True) -> list[int]:
-    return await _run(len(string), partial(text.encode, string, special=special, control=control))
-
-
-async def conversation(
-    text: Text, messages: Sequence[Message], *, generation_prompt: bool = True, control: bool = True
-) -> list[int]:
-    """Token ids of `messages` through the model's template; without `control` only its own control tokens are any. TextError if it
-    refuses them, ApiError for content that is no text, and for tokens that the model does not have.
-    """
-    plain = [_plain(i, message) for i, message in enumerate(messages)]
-    length = sum(len(message["content"]) for message in plain)
-    ids = await _run(length, partial(text.chat, plain, generation_prompt=generation_prompt, control=control))
-    check_ids(ids, text, "messages", given=False)
-    return ids
-
-
-async def prompts(text: Text, body: CompletionRequest, most: int, *, control: bool = True) -> list[tuple[list[int], str]]:
-    """The token ids of each prompt, in which control tokens are recognised if `control`, and its text if it is to be echoed.
-
-    ApiError for token ids, given or of a text, that the model does not have, and for prompts that make more than `most` choices.
-    """
-    given: Any = body.prompt
-    several: list[Any] = [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
-    if len(several) * (body.n or 1) > most:
-        message = f"{len(several)} prompts and n = {body.n or 1} make more choices than the queue holds ({most})"
-        raise ApiError(400, message, param="prompt" if len(several) > most else "n")
-
-    def encoded() -> list[tuple[list[int], str]]:
-        names = ["prompt"] if several is not given else [path("prompt", at) for at in range(len(several))]
-        return [_prompt(text, one, bool(body.echo), control, name) for name, one in zip(names, several, strict=True)]
-
-    return await _run(sum(map(len, several)), encoded)
-
-
-async def _run(length: int, work: Callable[[], T]) -> T:
-    return work() if length < LONG_TEXT else await asyncio.to_thread(work)
-
-
-def _prompt(text: Text, given: str | list[int], echo: bool, control: bool, name: str) -> tuple[list[int], str]:
-    try:
-        ids = text.encode(given, control=control) if isinstance(given, str) else given
-    except TextError as error:
-        raise ApiError(400, f"{name}: {error}", param=name) from None
-    check_ids(ids, text, name, given=not isinstance(given, str))
-    return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
-
-
-def _plain(index: int, message: Message) -> dict[str, str]:
-    content = message.content
-    if content is None:
-        if message.role != "assistant":
-            where = path("messages", index, "content")
-            raise ApiError(400, f"{where} is missing; only an assistant's may be null", param=where)
-        content = ""
-    elif not isinstance(content, str):
-        for at, part in enumerate(content):
-            where = path("messages", index, "content", at)
-            if part.type != "text":
-                why = f"{where}.type is {shown(part.type)}; this server takes text only"
-                raise ApiError(400, why, param=f"{where}.type")
-            if part.text is None:
-                raise ApiError(400, f"{where}.text is missing", param=f"{where}.text")
-        content = "\n".join(str(part.text) for part in content)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return plain if message.name is None else plain | {"name": message.name}
-
-
-def check_ids(ids: Sequence[int], text: Text, field: str, *, given: bool = True) -> None:
-    """ApiError for an id that the model does not have, though its tokenizer may. `given`: by the client, not made of a text."""
-    if (wrong := text.lacks(ids)) is not None:
-        where = path(field, str(wrong) if field == "logit_bias" else ids.index(wrong)) if given else field
-        name = f" ({shown(token)})" if (token := text.pieces.token(wrong)) else ""
-        message = f"{where}: token id {shown(wrong)}{name} is outside the vocabulary (0 to {text.vocab_size - 1})"
-        raise ApiError(400, message, param=where)
 
 
 def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
@@ -143,10 +58,11 @@ def _milliseconds(text: str, header: str) -> float:
     return float(text)
 
 
-def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]], slo: Slo | None) -> list[Request]:
-    """`n` requests for each of `prompts`, with targets `slo`; choice k of a prompt samples with `seed` + k. What the body leaves
-    open of sampling is the engine's. ApiError for fields at odds.
+def requests(engine: Engine, asked: Asked, slo: Slo | None) -> list[Request]:
+    """`n` requests for each prompt that is `asked` for, with targets `slo`; choice k of a prompt samples with `seed` + k. What the
+    body leaves open of sampling is the engine's. ApiError for fields at odds.
     """
+    body = asked.body
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
         raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
@@ -163,13 +79,13 @@ def requests(engine: Engine, body: Generation, prompts: Sequence[Sequence[int]],
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         if (value := getattr(body, name)) is not None
     }
-    given |= {"logit_bias": _logit_bias(body.logit_bias or {}, engine.text), "logprobs": _logprobs(body)}
+    given |= {"logit_bias": asked.bias, "logprobs": _logprobs(body)}
     given |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **given) for k in range(n)]
     arrival = engine.clock()
     made = []
-    for prompt in prompts:
+    for prompt, _ in asked.prompts:
         room = max(1, engine.scheduler.max_len - len(prompt))
         default = min(COMPLETION_TOKENS, room) if isinstance(body, CompletionRequest) else room
         for sampling in samplings:
@@ -222,12 +138,3 @@ def _logprobs(body: Generation) -> int | None:
             raise ApiError(400, "logprobs with echo is not supported: a prompt has no log-probabilities here", param="logprobs")
         return body.logprobs
     return None
-
-
-def _logit_bias(given: Mapping[str, float], text: Text) -> dict[int, float]:
-    for key in given:
-        if not re.fullmatch(r"[0-9]{1,10}", key):
-            raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param=path("logit_bias", key))
-    bias = {int(key): value for key, value in given.items()}
-    check_ids(list(bias), text, "logit_bias")
-    return bias

@@ -81,7 +81,7 @@ class EventStream(Response):
         if output.text or output.details is not None:
             logprobs = "null"
             if output.details is not None:
-                logprobs = json.dumps(self._call.joined([self._call.logprobs(choice, output)]))
+                logprobs = self._call.joined([self._call.logprobs(choice, output)])
             events = self._chunk(choice, self._call.delta(output.text), logprobs)
         if output.finish_reason is not None:
             stop_reason = f', "stop_reason": {json.dumps(output.stop_reason)}'

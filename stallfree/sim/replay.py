@@ -194,6 +194,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     lengths = Counter(id for r in records for id in r.emitted)
     behind = {f.id: f.blocks for r in records for f in r.finished}
     found: dict[str, _Served] = {}
+    extra = dict(pair for r in records for pair in r.extra_rows)
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -201,7 +202,16 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             )
         tokens = Prompt(a.prompt_tokens, (*a.blocks, *behind.get(a.id, ())), -number, size)
         slo = Slo.parse(a.slo) if a.slo else None
-        request = Request(a.id, tokens, a.max_tokens, stop_ids=frozenset({STOP}), arrival=a.arrival, priority=a.priority, slo=slo)
+        request = Request(
+            a.id,
+            tokens,
+            a.max_tokens,
+            stop_ids=frozenset({STOP}),
+            arrival=a.arrival,
+            priority=a.priority,
+            slo=slo,
+            extra_rows=extra.get(a.id, 0),
+        )
         found[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return found
 
