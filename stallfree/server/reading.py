@@ -56,8 +56,8 @@ class Terms(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request for tokens: its `body` without the prompts, which are token ids each, and its text if it is to be echoed; and what
-    it adds to logits."""
+    """A request for tokens: its `body` without prompts and biases; each prompt's token ids, with its text if that is to be echoed;
+    and what is added to logits."""
 
     body: Generation
     prompts: list[tuple[list[int], str]]
@@ -129,10 +129,10 @@ def read(text: Text, terms: Terms, kind: type[AnyBody], raw: bytes) -> Any:
             _check_length(text, rendered, "messages", terms)
             ids = text.encode_rendered(rendered, control=control)
             check_ids(ids, text, "messages", given=False)
-            return Asked(body.model_copy(update={"messages": []}), [(ids, "")], _bias(body, text))
+            return Asked(body.model_copy(update={"messages": [], "logit_bias": None}), [(ids, "")], _bias(body, text))
         case CompletionRequest():
             prompts = _prompts(text, body, terms)
-            return Asked(body.model_copy(update={"prompt": ""}), prompts, _bias(body, text))
+            return Asked(body.model_copy(update={"prompt": "", "logit_bias": None}), prompts, _bias(body, text))
         case TokenizeRequest():
             ids = _tokens(text, body, terms)
             return Tokens(count=len(ids), max_model_len=terms.max_len, tokens=ids).model_dump_json().encode()
@@ -245,7 +245,6 @@ def _bias(body: Generation, text: Text) -> Bias:
             raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param=path("logit_bias", key))
     bias = Bias({int(key): value for key, value in given.items()})
     check_ids(list(bias), text, "logit_bias")
-    body.logit_bias = None
     return bias
 
 

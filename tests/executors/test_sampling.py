@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stallfree.core.plan import Work
-from stallfree.executors.sampling import Sampling, TokenLogprob, sample, uniform
+from stallfree.executors.sampling import Sampling, TokenLogprob, _largest, _nucleus, sample, uniform
 
 VOCAB = 1000
 
@@ -184,3 +184,43 @@ def test_the_logits_are_left_as_they_are(row: np.ndarray) -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert ({}, {}, {}) == sample(np.zeros((0, VOCAB), np.float32), [])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [10, 5000, 49_152])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_a_nucleus_is_the_fewest_largest_weights_that_hold_its_share(seed: int, size: int, spread: float, top_p: float) -> None:
+    """However many candidates there are: flat distributions are told apart by the leading bits of their weights."""
+    row = np.random.default_rng(seed).normal(0, spread, size)
+    weights = np.exp(row - row.max()).astype(np.float32)
+    kept = _nucleus(weights, top_p)
+    mass, wanted = np.float64(weights[kept].sum(dtype=np.float64)), top_p * weights.sum(dtype=np.float64)
+    assert list(kept) == sorted(set(kept))
+    assert mass >= wanted * (1 - 1e-9)
+    assert mass - weights[kept].min() <= wanted * (1 + 1e-9)
+    assert weights[kept].min() >= np.delete(weights, kept).max(initial=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 700, 2000, 4999])
+def test_the_largest_are_those_of_a_whole_sort_and_among_equals_the_first(k: int) -> None:
+    row = np.random.default_rng(3).integers(0, 50, 5000).astype(np.float32)
+    assert sorted(np.argsort(-row, kind="stable")[:k]) == list(_largest(row, k))
+
+
+def test_log_probabilities_of_many_rows_are_those_of_each_alone(row: np.ndarray) -> None:
+    rows = np.stack([row, row * 3, row - 100])
+    works = [work(Sampling(logprobs=5, seed=i), id=str(i)) for i in range(3)]
+    _, together, _ = sample(rows, works)
+    for r, w in zip(rows, works, strict=True):
+        alone = sample(r[None], [w])[1][w.id]
+        assert pytest.approx(alone.logprob) == together[w.id].logprob
+        assert [token for token, _ in alone.top] == [token for token, _ in together[w.id].top]
+
+
+def test_what_sampling_asks_for_counts_as_rows() -> None:
+    assert 0 == Sampling().extra_rows == Sampling(temperature=0, top_p=0.5).extra_rows
+    asked = [{"top_p": 0.9}, {"top_p": 0.9, "repetition_penalty": 1.1}, {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}]
+    rows = [Sampling(**how).extra_rows for how in asked]
+    assert rows == sorted(set(rows))
+    assert rows[0] > 0

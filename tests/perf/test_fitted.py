@@ -99,3 +99,10 @@ def test_what_is_no_state_is_refused(state: dict):
 def test_prices_that_cannot_be_are_refused(prices: tuple):
     with pytest.raises(ValueError, match="prices are"):
         Fitted(prices)
+
+
+def test_rows_that_sampling_counts_for_cost_what_a_row_costs():
+    model = Fitted(PRICES)
+    shape = [(100, 1)] * 3 + [(0, 50)]
+    assert pytest.approx(model.seconds(shape) + 7 * PRICES[-1] / 10) == model.seconds([*shape, (7, 0)])
+    assert model.room([*shape, (500, 0)], 0, 500, 0.2) < model.room(shape, 0, 500, 0.2)

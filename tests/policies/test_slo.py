@@ -174,3 +174,17 @@ def test_of_two_waiting_prompts_the_one_that_is_mostly_cached_is_the_short_one()
     rest = [*range(10_000, 14_000)]
     plan, _ = cached_beside_a_stream(0, Request("new", range(70_000, 70_500), 10), Request("again", rest, 10))
     assert ["stream", "again", "new"] == [w.id for w in plan.work][:3]
+
+
+def test_streams_whose_sampling_takes_long_leave_less_time_for_prefill():
+    budgets = []
+    for extra in (0, 3):
+        scheduler, now = Scheduler(Slo(Targets.parse("tbt=100ms")), Capacity(32, 4000, 8192)), 0.0
+        for i in range(16):
+            scheduler.submit(Request(f"s{i}", range(100 * i, 100 * i + 10), 100, extra_rows=extra))
+        while any(not r.output for r in scheduler.requests.values()):
+            plan = scheduler.schedule(now)
+            now += Fitted().seconds(plan.shape)
+            scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+        budgets.append(scheduler.schedule(now).budget)
+    assert budgets[1] < budgets[0]
