@@ -184,7 +184,7 @@ def test_streams_whose_sampling_takes_long_leave_less_time_for_prefill():
             scheduler.submit(Request(f"s{i}", range(100 * i, 100 * i + 10), 100, extra_rows=extra))
         while any(not r.output for r in scheduler.requests.values()):
             plan = scheduler.schedule(now)
-            now += Fitted().seconds(plan.shape)
+            now += Fitted().seconds([*plan.shape, (extra * sum(w.samples for w in plan.work), 0)])
             scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
         budgets.append(scheduler.schedule(now).budget)
     assert budgets[1] < budgets[0]
