@@ -24,7 +24,7 @@ def url():
 def rows(file) -> list[dict]:
     if file.suffix == ".jsonl":
         return [json.loads(line) for line in file.read_text().splitlines()]
-    return list(csv.DictReader(file.open()))
+    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
@@ -45,7 +45,7 @@ def test_a_simulation_writes_a_row_for_each_request(stallfree, tmp_path, name):
 def test_a_bench_writes_a_row_for_each_request(stallfree, tmp_path, url, name):
     file, trace = tmp_path / name, tmp_path / "trace.csv"
     trace.write_text(TRACE)
-    code, out, err = stallfree("bench", "load", "--url", url, "--trace", str(trace), "--requests-out", str(file), "--json")
+    code, _, err = stallfree("bench", "load", "--url", url, "--trace", str(trace), "--requests-out", str(file), "--json")
     assert 0 == code, err
     assert [("30", "3", "length"), ("20", "5", "length")] == [
         (str(one["prompt_tokens"]), str(one["output_tokens"]), one["reason"]) for one in rows(file)
