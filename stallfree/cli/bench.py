@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +26,6 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Sent as a bearer token.", show_envvar=True, show_default=False)
 ]
 Timeout = Annotated[float, typer.Option(help="Seconds that a request may take, its output included.")]
-Html = Annotated[Path | None, typer.Option(help="Write table and plots to this file; needs matplotlib.", show_default=False)]
 
 REQUESTS = 200
 LONGEST_S = 1800.0
@@ -43,21 +41,26 @@ def load(
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
+    trace: words.Trace = None,
+    requests_out: options.RequestsOut = None,
     as_json: options.Json = False,
-    html: Html = None,
+    html: options.Html = None,
 ) -> None:
     """Send requests at a rate, whether or not earlier ones have ended, and report latencies, stalls and the SLO.
 
     Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or nothing was completed.
     """
-    from stallfree.cli import measuring
+    from stallfree.cli import measuring, outputs
     from stallfree.core.slo import Slo
 
     targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
-    coming, facts = _draw(traffic)
+    outputs.check_rows(requests_out, "--requests-out")
+    coming, facts = _draw(words.traced(traffic, trace))
     access = measuring.Access(model, api_key, timeout)
     results, error = measuring.measure([measuring.Place(url, url)], access, coming, targets, traffic.rate)
+    if requests_out is not None:
+        outputs.write_rows(requests_out, (line for run, _ in results.values() for line in run.lines))
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
@@ -87,8 +90,9 @@ def compare(
     ] = "",
     api_key: ApiKey = None,
     timeout: Timeout = 600,
+    trace: words.Trace = None,
     as_json: options.Json = False,
-    html: Html = None,
+    html: options.Html = None,
 ) -> None:
     """Put the same load on several policies or servers, one after another, and report them side by side, as in
 
@@ -104,7 +108,7 @@ def compare(
     places = [_place(text, slo, serve) for text in them]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
         raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
-    coming, facts = _draw(traffic)
+    coming, facts = _draw(words.traced(traffic, trace))
     results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, traffic.rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
@@ -129,6 +133,7 @@ def capacity(
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
+    trace: words.Trace = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the highest request rate at which the server meets an SLO, by bisection over repeated trials.
@@ -142,6 +147,7 @@ def capacity(
     from stallfree.metrics.capacity import Capacity, search, shortfalls
     from stallfree.metrics.report import report
 
+    traffic = words.traced(traffic, trace)
     requests = REQUESTS if traffic.requests is None else traffic.requests
     traffic, targets = replace(traffic, requests=requests), Slo.parse(slo)
     workload = traffic.lasting(shortest, 1.0).workload  # a mistake is to be told before the first trial

@@ -22,6 +22,7 @@ from stallfree.bench.client import Client
 from stallfree.bench.dialect import Dialect
 from stallfree.bench.load import Load, load
 from stallfree.bench.server import server
+from stallfree.cli import outputs
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.metrics.page import page
@@ -135,9 +136,7 @@ def check_page(file: Path | None) -> None:
     if file is None:
         return
     plot.require()
-    if file.is_dir() or not file.parent.is_dir():
-        wrong = f"{file} is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise ValueError(f"--html {file}: {wrong}; name a file in a folder that is there")
+    outputs.check(file, "--html")
 
 
 def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo) -> None:
@@ -146,7 +145,7 @@ def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo)
     said.append(f"SLO {slo}" if slo != Slo() else "no SLO")
     problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
     runs = {name: (report, run.lines) for name, (run, report) in results.items()}
-    file.write_text(page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, runs, slo))
+    outputs.write(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, runs, slo))
     typer.echo(f"table and plots are in {file}", err=True)
 
 

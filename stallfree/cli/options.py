@@ -118,6 +118,11 @@ ServersKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
 ]
 ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
+Html = Annotated[Path | None, typer.Option(help="Write table and plots to this new file; needs matplotlib.", show_default=False)]
+RequestsOut = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write a row for each request to this new .csv or .jsonl.", show_default=False),
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0, show_default="what the model's makers recommend")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

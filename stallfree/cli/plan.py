@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,21 +31,16 @@ def plan(
     site: Site,
     traffic: Traffic,
     slo: Annotated[str, typer.Option(help="Latency targets, as ttft=2s@p90,tbt=100ms@p99.")],
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="Arrivals and lengths of this trace, its times stretched to each rate.", show_default=False),
-    ] = None,
+    trace: words.Trace = None,
     as_json: options.Json = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write table and plot to this file; needs matplotlib.", show_default=False)
-    ] = None,
+    html: options.Html = None,
 ) -> None:
     """Find the deployment with the highest goodput per GPU for a load, co-located or disaggregated, by simulation.
 
     stallfree plan --model llama2-13b --gpus 16 --nodes 4 --link ib-200g --lengths openchat --slo ttft=2s@p90,tbt=100ms@p99
     """
 
-    from stallfree.cli import measuring
+    from stallfree.cli import measuring, outputs
     from stallfree.cli.simulate import running
     from stallfree.core.slo import Slo
     from stallfree.metrics.page import plan_page
@@ -55,11 +49,7 @@ def plan(
     from stallfree.planner.verdict import verdict
 
     measuring.check_page(html)
-    if trace is not None:
-        usual = Traffic()
-        if (traffic.arrivals, traffic.lengths) != (usual.arrivals, usual.lengths):
-            raise ValueError("--trace has arrivals and lengths of its own; give it alone, or --arrivals and --lengths without it")
-        traffic = replace(traffic, arrivals="trace", lengths=str(trace))
+    traffic = words.traced(traffic, trace)
     targets = Slo.parse(slo)
     if targets.ttft is None:
         raise ValueError(f"a hand-over delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
@@ -100,7 +90,7 @@ def plan(
         )
     if html is not None:
         facts = [time.strftime("%Y-%m-%d %H:%M"), asked, *said, *told.commands]
-        html.write_text(plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
+        outputs.write(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
         typer.echo(f"table and plot are in {html}", err=True)
     if not as_json:
         typer.echo(asked)

@@ -43,7 +43,7 @@ def sarathi(
     requests: Annotated[int, typer.Option(help="Requests in a trial of capacity; the paper's had 2,048.", min=1)] = 2048,
     engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
     plots: Annotated[
-        Path | None, typer.Option(help="Draw the results into this folder; needs matplotlib.", show_default=False)
+        Path | None, typer.Option(help="Draw the results into this new or empty folder; needs matplotlib.", show_default=False)
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -52,6 +52,7 @@ def sarathi(
     Takes about a quarter of an hour on two cores; `--requests 256` is a quick look.
     """
 
+    from stallfree.cli import outputs
     from stallfree.cli.measuring import print_grid
     from stallfree.cli.simulate import running
     from stallfree.metrics import plot
@@ -59,10 +60,7 @@ def sarathi(
 
     if plots is not None:
         plot.require()
-        try:
-            plots.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--plots {plots} cannot be made: {error.strerror}; name another folder") from None
+        outputs.check_folder(plots, "--plots")
     wanted = only or list(Part)
     began = time.monotonic()
     tables: dict[str, list[Row]] = {}

@@ -43,6 +43,7 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
+    from stallfree.cli import outputs
     from stallfree.core.record import StepRecord
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
@@ -57,6 +58,7 @@ def serve(
     from stallfree.server.traces import Traces, exporter_to
 
     peers = check_role(role, prefill, peer_port, peer_host, peer_key)
+    outputs.check(record, "--record")
     options.warn_if_open(host, api_key)
     sock = bind(host, port)  # first: a port in use should not cost the loading of a model
     try:

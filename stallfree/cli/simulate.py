@@ -37,7 +37,6 @@ Several = Annotated[
         show_default=False,
     ),
 ]
-Html = Annotated[Path | None, typer.Option(help="Write table and plots to this file; needs matplotlib.", show_default=False)]
 
 
 @words.spread()
@@ -45,21 +44,24 @@ Html = Annotated[Path | None, typer.Option(help="Write table and plots to this f
 def simulate(
     deployment: Deployment,
     traffic: Traffic,
+    trace: words.Trace = None,
     record: Annotated[
-        Path | None, typer.Option(help="Write a line for every iteration, as `serve --record` does.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a line for every iteration to this new file, as `serve --record` does.", show_default=False),
     ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write iterations for chrome://tracing and Perfetto.", show_default=False)
+    chrome_trace: Annotated[
+        Path | None, typer.Option(help="Write iterations to this new file, for chrome://tracing and Perfetto.", show_default=False)
     ] = None,
+    requests_out: options.RequestsOut = None,
     as_json: options.Json = False,
-    html: Html = None,
+    html: options.Html = None,
 ) -> None:
     """Simulate a load on a deployment, with the scheduler that serves, and report latencies, stalls and the SLO.
 
     stallfree simulate --model yi-34b --tp 2 --rate 1 --lengths openchat --slo tbt=200ms
     """
 
-    from stallfree.cli import measuring
+    from stallfree.cli import measuring, outputs
     from stallfree.core.slo import Slo
     from stallfree.metrics.page import page
     from stallfree.metrics.report import Tally, table
@@ -67,31 +69,37 @@ def simulate(
     from stallfree.sim import chrome
 
     measuring.check_page(html)
+    outputs.check(record, "--record")
+    outputs.check(chrome_trace, "--chrome-trace")
+    outputs.check_rows(requests_out, "--requests-out")
     if record is not None and deployment.replicas > 1:
         raise ValueError(f"a record is of one replica, not of {deployment.replicas}; leave --record or --replicas out")
-    traffic = traffic.ending(REQUESTS)
+    traffic = words.traced(traffic, trace).ending(REQUESTS)
     simulator = _simulator(deployment, traffic)
     targets = simulator.targets or Slo()
     tally, lines = Tally(targets), list[Timeline]()
 
     def ended(line: Timeline) -> None:
         tally.add(line)
-        if html is not None:
+        if html is not None or requests_out is not None:
             lines.append(line)
 
-    made = simulator.run(_counted(traffic), ended=ended, records=record is not None, spans=trace is not None)
+    made = simulator.run(_counted(traffic), ended=ended, records=record is not None, spans=chrome_trace is not None)
     report = tally.report(traffic.rate)
     requests = report.completed + sum(report.errors.values())
     name = deployment.policy if deployment.token_budget is None else f"{deployment.policy}:{deployment.token_budget}"
     if record is not None:
         (records,) = made.records
         lines_of_text = [simulator.header.to_json(), *(step.to_json() for step in records)]
-        record.write_text("".join(f"{text}\n" for text in lines_of_text))
-    if trace is not None:
-        trace.write_text(json.dumps(chrome.trace(made.spans)))
+        outputs.write(record, "".join(f"{text}\n" for text in lines_of_text))
+    if chrome_trace is not None:
+        outputs.write(chrome_trace, json.dumps(chrome.trace(made.spans)))
+    if requests_out is not None:
+        outputs.write_rows(requests_out, lines)
     if html is not None:
         said = [simulator.instance.about, _words(_told(deployment)), _words(traffic.facts(requests))]
-        html.write_text(page(f"stallfree simulate, {time.strftime('%Y-%m-%d %H:%M')}", said, [], {name: (report, lines)}, targets))
+        title = f"stallfree simulate, {time.strftime('%Y-%m-%d %H:%M')}"
+        outputs.write(html, page(title, said, [], {name: (report, lines)}, targets))
         typer.echo(f"table and plots are in {html}", err=True)
     dollars = simulator.dollars_per_million(report)
     if as_json:
@@ -118,6 +126,7 @@ def capacity(
     tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
     trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
     shortest: Annotated[float, typer.Option(help="Seconds of arrivals in a trial, at least, by more requests.")] = SHORTEST_S,
+    trace: words.Trace = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the highest request rate at which each configuration meets the SLO, by bisection over repeated trials.
@@ -132,7 +141,7 @@ def capacity(
     from stallfree.core.slo import Slo
 
     several = words.configurations(context, deployment, policies or [])
-    traffic = traffic.ending(REQUESTS)
+    traffic = words.traced(traffic, trace).ending(REQUESTS)
     simulators = {name: _simulator(one, traffic) for name, one in several.items()}
     for name, one in several.items():
         if one.slo is None:
@@ -183,21 +192,22 @@ def compare(
     traffic: Traffic,
     rates: Annotated[str, typer.Option(help="Requests per second, with commas between.")],
     policies: Several = None,
+    trace: words.Trace = None,
     as_json: options.Json = False,
-    html: Html = None,
+    html: options.Html = None,
 ) -> None:
     """Simulate configurations at several loads, and put them side by side.
 
     stallfree compare sarathi:256 sarathi:2048 slo --model llama3-8b --rates 1,2,4 --slo tbt=100ms --html out.html
     """
 
-    from stallfree.cli import measuring
+    from stallfree.cli import measuring, outputs
     from stallfree.core.slo import Slo
     from stallfree.metrics.page import loads_page
 
     measuring.check_page(html)
     several = words.configurations(context, deployment, policies or [])
-    traffic, loads = traffic.ending(REQUESTS), _rates(rates)
+    traffic, loads = words.traced(traffic, trace).ending(REQUESTS), _rates(rates)
     simulators = {name: _simulator(one, traffic) for name, one in several.items()}
     with running(simulators, len(simulators) * len(loads)) as pool:
         futures = {
@@ -215,7 +225,7 @@ def compare(
     rows += [[name, f"{rate:g}", *_figures(report)] for (name, rate), report in reports.items()]
     if html is not None:
         said = [_words(facts), *(f"{name}: {_words(_told(one))}" for name, one in several.items())]
-        html.write_text(loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", said, rows, reports))
+        outputs.write(html, loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", said, rows, reports))
         typer.echo(f"table and plots are in {html}", err=True)
     if not as_json:
         measuring.print_grid(rows)

@@ -18,6 +18,7 @@ from typer.models import ArgumentInfo
 
 from stallfree.cli import options
 from stallfree.core.nearest import nearest
+from stallfree.workload.traffic import Traffic
 
 if TYPE_CHECKING:
     from stallfree.sim.deployment import Deployment
@@ -226,6 +227,24 @@ def _kind(annotation: Any) -> type:
         return str
     members = [one for one in (type_, *get_args(type_)) if (get_origin(one) or one) in _IN_TOML]
     return (get_origin(members[0]) or members[0]) if members else str
+
+
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        help="Read arrivals and lengths from this trace, a .csv or .jsonl; a rate stretches its times.", show_default=False
+    ),
+]
+
+
+def traced(traffic: Traffic, trace: Path | None) -> Traffic:
+    """`traffic` with the arrivals and lengths of `trace`, if there is one. Raises ValueError if it has some of its own."""
+    if trace is None:
+        return traffic
+    usual = Traffic()
+    if (traffic.arrivals, traffic.lengths) != (usual.arrivals, usual.lengths):
+        raise ValueError("--trace has arrivals and lengths of its own; give it alone, or --arrivals and --lengths without it")
+    return replace(traffic, arrivals="trace", lengths=str(trace))
 
 
 def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:

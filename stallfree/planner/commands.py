@@ -1,9 +1,10 @@
 """The commands that run what was simulated, with the same policies and limits. Where the hosts are is for the reader to fill in."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from stallfree.core.slo import Slo
-from stallfree.perf.shape import repository
+from stallfree.perf.shape import load, repository
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.pairings import PAIRINGS
@@ -13,7 +14,10 @@ ANYWHERE = "0.0.0.0"
 
 
 def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
-    """What to type for `deployed` on `site`, each with how often, if that is not once."""
+    """What to type for `deployed` on `site`, each with how often, if that is not once; or, in a comment, that there is nothing."""
+    model = load(site.model or "")
+    if model.positions:
+        return [f"# no command: this engine does not serve {model.name}, whose positions are learned; it can only be simulated"]
     if isinstance(deployed, Deployment):
         return [f"stallfree deploy {_engine(site, deployed, slo)} --replicas {deployed.replicas}"]
     prefill, decode = deployed.prefill, deployed.decode
@@ -34,7 +38,9 @@ def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
 
 
 def _engine(site: Site, told: Deployment, slo: Slo) -> str:
-    return " ".join((repository(site.model or "MODEL"), "--executor torch", *_options(site, told), f"--slo {slo}"))
+    model = Path(site.model or "")
+    served = str(model.parent if model.suffix == ".json" else repository(site.model or ""))
+    return " ".join((served, "--executor torch", *_options(site, told), f"--slo {slo}"))
 
 
 def _options(site: Site, told: Deployment) -> Iterator[str]:

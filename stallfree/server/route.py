@@ -8,7 +8,7 @@ is, the API key too. A server that is down is left out until its /health says ot
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
 from typing import Any
@@ -16,6 +16,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
 import stallfree
@@ -40,6 +44,9 @@ PASSED = ("content-type", "cache-control", "retry-after", "www-authenticate")
 """Headers of an answer that are."""
 
 
+OUTCOMES = ("answered", "refused", "failed", "broken", "left")
+"""What becomes of a request at a server: an answer; one with a status from 400 to 499; none, or one with a status from 500 on; one
+that broke off; or its client went away, or the router shut down, before the end."""
 ENDING = ApiError(503, "the router is shutting down", code="unavailable")
 
 
@@ -49,7 +56,7 @@ def _last(error: ApiError) -> bytes:
 
 
 class _Server:
-    """A decode server: whether it is `up`, and how many requests it has from here."""
+    """A decode server: whether it is `up`, how many requests it has from here, and what became of the others, by `OUTCOMES`."""
 
     def __init__(self, url: str):
         parts = urlsplit(url.strip())
@@ -58,6 +65,7 @@ class _Server:
         self.url = url.strip().rstrip("/").removesuffix("/v1")
         self.up = True
         self.outstanding = 0
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
 
 class Router:
@@ -111,27 +119,31 @@ class Router:
         failures = []
         for server in sorted((one for one in self.servers if one.up), key=lambda one: one.outstanding):
             server.outstanding += 1
+            outcome = "left"
             prompt = _Prompt(self.pending, self.spill, request.url.path, body)
             try:
-                await self._through(server, prompt, request, body, scope, receive, send)
+                outcome = await self._through(server, prompt, request, body, scope, receive, send)
                 return
             except asyncio.CancelledError:
                 if self.ending.is_set():
                     raise ENDING from None
                 raise
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                outcome = "failed"
                 log.warning("decode server %s did not answer: %s", server.url, error or type(error).__name__)
                 failures.append(f"{server.url} did not answer ({type(error).__name__})")
                 await self._look(server)
             finally:
                 prompt.computed()
                 server.outstanding -= 1
+                server.outcomes[outcome] += 1
         down = [f"{one.url} is down" for one in self.servers if not one.up and not any(one.url in said for said in failures)]
         raise ApiError(503, "no decode server answers: " + ", ".join(failures + down), code="unavailable")
 
     async def _through(
         self, server: _Server, prompt: "_Prompt", request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    ) -> str:
+        """Send the server's answer; which of `OUTCOMES` it is."""
         headers = {name: value for name, value in request.headers.items() if name not in KEPT_BACK}
         if prompt.named is not None:
             headers[PREFILL] = prompt.named
@@ -142,22 +154,24 @@ class Router:
             passed = {name: answer.headers[name] for name in PASSED if name in answer.headers}
             if answer.content_type != "text/event-stream":
                 await Response(await answer.read(), answer.status, passed)(scope, receive, send)
-                return
+                return "answered" if answer.status < 400 else "refused" if answer.status < 500 else "failed"
             start = {"type": "http.response.start", "status": answer.status}
             await send(start | {"headers": [(name.encode(), value.encode("latin-1")) for name, value in passed.items()]})
             try:
                 async for events in answer.content.iter_any():
                     prompt.saw(events)
                     await send({"type": "http.response.body", "body": events, "more_body": True})
-                last = b""
+                outcome, last = "answered", b""
             except (aiohttp.ClientError, OSError) as error:  # too late for another server: some of it is with the client
                 log.warning("decode server %s broke off: %s", server.url, error)
+                outcome = "broken"
                 last = _last(ApiError(502, "the decode server broke off in the middle of the answer", code="engine_error"))
             except asyncio.CancelledError:
                 if not self.ending.is_set():
                     raise
-                last = _last(ENDING)
+                outcome, last = "left", _last(ENDING)
             await send({"type": "http.response.body", "body": last, "more_body": False})
+            return outcome
 
     async def _watch(self, server: _Server) -> None:
         while True:
@@ -243,6 +257,32 @@ class _PassedOn(Response):
             await asyncio.gather(passing, leaving, ending, return_exceptions=True)
 
 
+class _Metrics(Collector):
+    """What a router knows, for Prometheus."""
+
+    def __init__(self, router: Router):
+        self._router = router
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "stallfree_router_requests", "Requests that have ended, by server and outcome.", labels=("server", "outcome")
+        )
+        outstanding = GaugeMetricFamily("stallfree_router_outstanding_requests", "Requests at a server now.", labels=("server",))
+        up = GaugeMetricFamily("stallfree_router_server_up", "1 for a server that answers, else 0.", labels=("server",))
+        for server in self._router.servers:
+            for outcome, number in server.outcomes.items():
+                requests.add_metric((server.url, outcome), number)
+            outstanding.add_metric((server.url,), server.outstanding)
+            up.add_metric((server.url,), server.up)
+        pending = GaugeMetricFamily(
+            "stallfree_router_pending_prompt_tokens", "Prompt tokens to compute, as far as the router knows.", labels=("prefill",)
+        )
+        for name, tokens in self._router.pending.items():
+            pending.add_metric((name,), tokens)
+        yield from (requests, outstanding, up, pending)
+        yield GaugeMetricFamily("stallfree_router_draining", "1 while no new requests are taken.", self._router.draining)
+
+
 def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """An app that is `router`, opened with it."""
 
@@ -264,6 +304,9 @@ def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
     errors.install(app)
     app.add_middleware(Door, api_key=None, max_body_bytes=max_body_bytes)
 
+    registry = CollectorRegistry()
+    registry.register(_Metrics(router))
+
     async def pass_on(request: Request) -> Response:
         return _PassedOn(router, request, await request.body())
 
@@ -271,6 +314,10 @@ def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         app.add_api_route(path, pass_on, methods=["POST"], response_model=None)
     for path in READING:
         app.add_api_route(path, pass_on, methods=["GET"], response_model=None)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/health")
     async def health() -> Health:

@@ -4,10 +4,12 @@ every process; a trial is a few words there and a report back.
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
@@ -30,22 +32,59 @@ _simulators: dict[str, Tried] = {}
 
 
 class Trials:
-    """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each."""
+    """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each. Left by an
+    exception, as Ctrl-C, it ends the trials that run.
+    """
 
     def __init__(self, simulators: Mapping[str, Tried], done: Callable[[], None] = lambda: None):
         spawn = multiprocessing.get_context("spawn")
+        self._others = multiprocessing.active_children()
         self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (simulators,))
         self._done = done
+        self._submitting = threading.Lock()
+        self._stopped = self._interrupted = self._held = False
+        self._handler: Any = None
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._stop()
         self._pool.shutdown(cancel_futures=True)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, *_: object) -> None:
+        """Ctrl-C counts once, and not while processes are being started: what they share would be left behind."""
+        if not self._interrupted:
+            self._interrupted = True
+            if not self._held:
+                raise KeyboardInterrupt
+
+    def _stop(self) -> None:
+        """End the processes, and with them all that waits for a trial."""
+        with self._submitting:
+            self._stopped = True
+        for process in multiprocessing.active_children():
+            if process not in self._others:
+                process.terminate()
 
     def submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
         """See `Tried.trial`."""
-        future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
+        main = threading.current_thread() is threading.main_thread()
+        with self._submitting:
+            if self._stopped:
+                raise RuntimeError("the trials have been stopped")
+            self._held |= main
+            try:
+                future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
+            finally:
+                self._held &= not main
+        if main and self._interrupted:
+            raise KeyboardInterrupt
         future.add_done_callback(lambda _: self._done())
         return future
 
@@ -77,10 +116,17 @@ class Trials:
             return search(passes, start, lowest=lowest, tolerance=tolerance, most_trials=most_trials, seed=seed)
 
         with ThreadPoolExecutor(len(cases)) as threads:
-            return dict(zip(cases, threads.map(find, cases), strict=True))
+            try:
+                return dict(zip(cases, threads.map(find, cases), strict=True))
+            except BaseException:
+                self._stop()
+                raise
 
 
 def _begin(simulators: Mapping[str, Tried]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all of a terminal's processes; the one that searches ends the others
     _simulators.update(simulators)
 
 

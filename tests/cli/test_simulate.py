@@ -33,7 +33,7 @@ def test_simulate_prints_the_keys_of_bench_for_programs(stallfree):
 
 def test_simulate_writes_records_that_explain_reads_a_trace_and_a_page(stallfree, tmp_path):
     record, trace, html = tmp_path / "run.jsonl", tmp_path / "trace.json", tmp_path / "page.html"
-    files = ("--record", str(record), "--trace", str(trace), "--html", str(html))
+    files = ("--record", str(record), "--chrome-trace", str(trace), "--html", str(html))
     told = json.loads(stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms", *files, "--json")[1])
     run, records = read(record.read_text().splitlines())
     assert ("slo", told["iterations"]) == (run.policy, len(records))

@@ -1,5 +1,6 @@
 """What the planner prints can be typed: every option is there, with the policies and limits that were simulated."""
 
+import json
 import shlex
 
 import pytest
@@ -19,6 +20,24 @@ def parsed(line: str) -> dict[str, object]:
     _, name, *arguments = shlex.split(line, comments=True)
     command = get_command(app).commands[name]
     return command.make_context(name, arguments).params
+
+
+@pytest.mark.parametrize("model", ["opt-13b", "opt-66b", "opt-175b"])
+def test_a_model_that_no_engine_here_serves_has_no_command(model):
+    there = Candidates(Site(model, gpus=16, nodes=2))
+    tp, pp = next(iter(there.shapes))
+    for deployed in (there.replica(tp, pp, "slo"), there.split("distserve", (tp, pp), (tp, pp), (1, 1))):
+        (line,) = commands(there.site, deployed, SLO)
+        assert line.startswith(f"# no command: this engine does not serve {model}")
+
+
+def test_a_model_of_a_file_is_named_by_its_folder(tmp_path):
+    values = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32, "vocab_size": 32000}
+    values |= {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    there = Candidates(Site(str(tmp_path / "config.json"), gpus=1))
+    (line,) = commands(there.site, there.replica(1, 1, "sarathi", 512), SLO)
+    assert str(tmp_path) == parsed(line)["model"]
 
 
 def test_co_located_replicas_are_one_command():

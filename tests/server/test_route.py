@@ -8,9 +8,10 @@ from math import inf
 import httpx
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from stallfree.server.app import HERE, PREFILL
-from stallfree.server.route import Router, _Prompt, create_router
+from stallfree.server.route import OUTCOMES, Router, _Prompt, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet
 from tests.waiting import PATIENCE_S, until
@@ -199,6 +200,35 @@ def test_a_server_that_breaks_off_ends_the_stream_in_an_error():
             text = "".join(chunks)
     assert "boom" in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+def test_metrics_count_requests_by_server_and_outcome_and_say_who_is_up():
+    nobody = "http://127.0.0.1:1"
+    with Server() as server, Route(server.url, nobody) as route:
+
+        def told(metric: str, server: str, **labels: str) -> float | None:
+            families = text_string_to_metric_families(route.client.get("/metrics").text)
+            found = {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+            return found.get((f"stallfree_router_{metric}", *sorted({"server": server, **labels}.items())))
+
+        assert (1, 0) == (told("server_up", server.url), told("server_up", nobody))
+        for stream in (True, False):
+            assert 200 == route.client.post(COMPLETIONS, json={"prompt": "a", "stream": stream}).status_code
+        assert 400 == route.client.post(COMPLETIONS, json={"prompt": 5}).status_code
+        server.executor.gate.clear()
+        with route.client.stream("POST", COMPLETIONS, json={"prompt": "a", "stream": True}) as answer:
+            assert 200 == answer.status_code
+            assert 1 == told("outstanding_requests", server.url)
+        until(lambda: told("requests_total", server.url, outcome="left") == 1)
+        server.executor.gate.set()
+        server.settled()
+        outcomes = {outcome: told("requests_total", server.url, outcome=outcome) for outcome in OUTCOMES}
+    assert {"answered": 2, "refused": 1, "failed": 0, "broken": 0, "left": 1} == outcomes
+
+
+def test_metrics_say_how_much_is_pending_where(pair):
+    with Route(pair[0].url, prefills=[name(pair[1])]) as route:
+        assert f'stallfree_router_pending_prompt_tokens{{prefill="{name(pair[1])}"}} 0.0' in route.client.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -115,7 +115,7 @@ class Blocked(SpanExporter):
 
     def export(self, _):
         self.called.set()
-        self.go_on.wait(10)
+        self.go_on.wait(PATIENCE_S)
         return SpanExportResult.FAILURE
 
 
@@ -127,7 +127,7 @@ def test_a_collector_that_hangs_holds_up_nobody_and_is_logged_once(monkeypatch, 
         account.record(step(i, 1.0, 2.0, [], arrived=[Arrived(f"{i}", 0.5, 1, 9, 0)], finished=[Finished(f"{i}", "abort")]))
         traces.record(account)
         if i == 0:
-            assert exporter.called.wait(10)
+            assert exporter.called.wait(PATIENCE_S)
     assert 3 == traces._ended.qsize()
     exporter.go_on.set()
     traces.close()

@@ -1,0 +1,64 @@
+"""The files that commands write. None is written over: what is there may be somebody's trace, and the next run's name is cheap."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from stallfree.metrics.requests import COLUMNS, row
+from stallfree.metrics.timeline import Timeline
+
+SUFFIXES = (".csv", ".jsonl")
+"""Of files with a row for each request."""
+
+
+def check(file: Path | None, option: str) -> None:
+    """Raises ValueError, before the work, if `file`, which was given as `option`, cannot be written or is there already."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: {file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {file.parent}; name a file in a folder that is there")
+    if file.is_file():
+        raise ValueError(f"{option} {file}: {file} exists, and is not written over; name another file, or remove it")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make `folder`, in which nothing may be. Raises ValueError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ValueError(f"{option} {folder}: there are files in it, and none is written over; name a new or empty folder")
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be made: {error.strerror}; name another folder") from None
+
+
+def check_rows(file: Path | None, option: str) -> None:
+    """`check`, and ValueError for a format that is not written."""
+    check(file, option)
+    if file is not None and file.suffix not in SUFFIXES:
+        raise ValueError(f"{option} {file}: rows are written as {' or '.join(SUFFIXES)}; name a file that ends so")
+
+
+def write(file: Path, text: str) -> None:
+    """Raises ValueError if a file has come to be there since it was checked, and OSError."""
+    try:
+        with file.open("w" if file.exists() and not file.is_file() else "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise ValueError(f"{file} exists, and is not written over") from None
+
+
+def write_rows(file: Path, lines: Iterable[Timeline]) -> None:
+    """A row for each request, in order of arrival, as .csv or .jsonl."""
+    rows = [row(line) for line in sorted(lines, key=lambda line: line.arrival)]
+    if file.suffix == ".jsonl":
+        write(file, "".join(f"{json.dumps(dict(zip(COLUMNS, one, strict=True)))}\n" for one in rows))
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    write(file, text.getvalue())

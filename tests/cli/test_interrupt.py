@@ -1,0 +1,40 @@
+"""Ctrl-C ends a search at once, with its processes, and without a word of what was left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import PATIENCE_S, until
+
+LOAD = ("--model", "llama3-8b", "--lengths", "1000/200", "--requests", "1000000", "--slo", "tbt=40ms")
+SEARCHES = {
+    "capacity": ("capacity", "sarathi:512", "slo", *LOAD),
+    "compare": ("compare", "sarathi:512", "slo", "--rates", "4,5,6", *LOAD),
+    "plan": ("plan", "--model", "llama2-13b", "--gpus", "16", "--nodes", "2", "--lengths", "2000/130", "--slo", "ttft=1s,tbt=50ms"),
+}
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that the search has for its trials."""
+    children = [int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("whole", [True, False], ids=["group", "alone"])
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_ctrl_c_ends_a_search_and_its_processes(search, whole, times):
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-m", "stallfree", *search], stdout=pipe, stderr=pipe, text=True, process_group=0)
+    until(lambda: workers(process.pid))
+    pids = workers(process.pid)
+    for _ in range(times):
+        (os.killpg if whole else os.kill)(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (130, "") == (process.returncode, out), err
+    assert not any(word in err for word in ("Traceback", "leaked", "Broken")), err
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
