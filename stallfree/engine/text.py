@@ -167,7 +167,7 @@ class Text:
             or (template is not None and not token.content.isspace() and any(token.content in t for t in template.texts))
         ]
         if not any(tokens):
-            return re.compile("(?!)")
+            return re.compile("(?!)(.)")
         # The set of first letters is a shortcut: most of a text begins no token, and there may be a thousand of them.
         first = "".join(sorted({re.escape(token[0]) for token in tokens if token}))
         return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, filter(None, tokens)))})(.)", re.DOTALL)

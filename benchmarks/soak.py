@@ -1,0 +1,215 @@
+"""Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, a third of them aborted, while the
+server is stopped now and then for half a second.
+
+Two runs over HTTP: on the simulated executor, which takes next to no time an iteration, and on the embedded model. Counted, all
+to be 0: ends of the engine (/health, or a connection refused), answers with status 500, KV blocks that are not free once all
+requests have ended, and greedy answers that differ from what the same request got with the server to itself (every 50th request
+on the embedded model is greedy and is sent again, alone, afterwards). Memory: what the server's process and those that read
+bodies for it hold (resident) in the end, over what they held after a tenth of the requests; limit 1.05.
+
+In bfloat16 and int8 another batch may change the last bit of a logit. So an answer only counts as wrong if it differs from the one
+it gets alone and from the one it gets in a second run beside seven others.
+
+    python benchmarks/soak.py
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from harness import machine, parser, show
+
+from stallfree.bench.server import server
+
+IN_FLIGHT = 64
+ABORTED = 1 / 3
+STOP_EVERY_S, STOP_S = 20.0, 0.5
+GREEDY_EVERY = 50
+"""On the embedded model: one request in so many is greedy, and looked at again."""
+LIMIT_MEMORY = 1.05
+
+
+def fuzzed(rng: random.Random, vocabulary: int) -> tuple[str, dict[str, Any]]:
+    """A route and a body, most of them such as are served; one in ten has something that is refused."""
+    words = ["sea", "moon", "ß", "한", "\U0001f600", "def f(x):", "  ", "\n", "<|im_end|>", "1234", "e\u0301", "\x00", "token"]
+    text = " ".join(rng.choices(words, k=rng.choice([1, 5, 30, 300])))
+    ids = [rng.randrange(vocabulary) for _ in range(rng.choice([1, 20, 200]))]
+    body: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 8, 24]), "stream": rng.random() < 0.6}
+    chances: dict[str, Any] = {
+        "temperature": rng.choice([0, 0.2, 1, 2]),
+        "top_p": rng.choice([0.1, 0.9, 1]),
+        "top_k": rng.choice([-1, 1, 50, 5000]),
+        "min_p": rng.choice([0, 0.1, 1]),
+        "presence_penalty": rng.choice([-2, 2]),
+        "frequency_penalty": rng.choice([-2, 2]),
+        "repetition_penalty": rng.choice([0.5, 1.3]),
+        "n": rng.choice([1, 2, 3]),
+        "seed": rng.randrange(-(2**40), 2**40),
+        "stop": rng.choice(["a", ["\n", "e "], [" "]]),
+        "stop_token_ids": [rng.randrange(vocabulary)],
+        "min_tokens": 1,
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "sanitize_control_tokens": True,
+        "logit_bias": {str(rng.randrange(vocabulary)): rng.choice([-100, 100, 3.5]) for _ in range(rng.choice([1, 10]))},
+        "priority": rng.choice([-1, 0, 5]),
+        "user": rng.choice(["a", "b"]),
+        "slo": rng.choice([{"tbt_ms": 1}, {"ttft_ms": 50}, {"tpot_ms": 30, "ttft_ms": 1000}]),
+    }
+    body |= {name: value for name, value in chances.items() if rng.random() < 0.12}
+    if rng.random() < 0.1:
+        body |= rng.choice(
+            [
+                {"temperature": 9},
+                {"max_token": 1},
+                {"n": 0},
+                {"logit_bias": {"x": 1}},
+                {"max_tokens": 10**6},
+                {"stop_token_ids": [10**9]},
+            ]
+        )
+    if rng.random() < 0.5:
+        if rng.random() < 0.2:
+            body |= {"logprobs": True, "top_logprobs": rng.choice([0, 20])}
+        return "/v1/chat/completions", body | {"messages": [{"role": rng.choice(["user", "system"]), "content": text}]}
+    if rng.random() < 0.2:
+        body |= {"logprobs": rng.choice([0, 5])}
+    return "/v1/completions", body | {"prompt": rng.choice([text, ids, [text, "b"]])}
+
+
+def greedy(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    words = ["sea", "moon", "river", "stone", "night", "bread", "house"]
+    return "/v1/completions", {"prompt": " ".join(rng.choices(words, k=rng.choice([3, 30]))), "max_tokens": 16, "temperature": 0}
+
+
+def resident(process: int) -> int:
+    """Bytes of memory of a process and its children."""
+    children = [int(pid) for task in Path(f"/proc/{process}/task").glob("*/children") for pid in task.read_text().split()]
+    fields = Path(f"/proc/{process}/status").read_text().split("VmRSS:")[1].split()
+    return 1024 * int(fields[0]) + sum(resident(child) for child in children)
+
+
+class Soak:
+    """`number` requests to the server at `url`, whose process is `process`."""
+
+    def __init__(self, url: str, process: int, number: int, *, looks_again: bool):
+        self.url, self.process, self.number, self.looks_again = url, process, number, looks_again
+        self.statuses: Counter[str] = Counter()
+        self.asked: list[tuple[str, dict[str, Any], str]] = []
+        self.after_a_tenth = 0
+
+    async def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        coming = iter(range(self.number))
+        stops = asyncio.create_task(self._stop())
+        timeout, connector = aiohttp.ClientTimeout(total=None, sock_read=600), aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(self.url, timeout=timeout, connector=connector) as session:
+            await asyncio.gather(*(self._client(session, coming) for _ in range(IN_FLIGHT)))
+            stops.cancel()
+            await asyncio.gather(stops, return_exceptions=True)
+            seconds = time.perf_counter() - began
+            leaked = await self._leaked(session)
+            memory = resident(self.process)
+            wrong = await self._wrong(session)
+            async with session.get("/health") as response:
+                healthy = response.status == 200
+        deaths = self.statuses["refused"] + (not healthy)
+        row = {
+            "requests": self.number,
+            "aborted": self.statuses["aborted"],
+            "refused as bad": self.statuses["400"],
+            "seconds": seconds,
+            "engine deaths": deaths,
+            "answers 500": self.statuses["500"] + self.statuses["error event"],
+            "wrong of greedy": f"{wrong} of {len(self.asked)}" if self.looks_again else "-",
+            "KV blocks missing": leaked,
+            "memory / after a tenth": memory / self.after_a_tenth,
+        }
+        bad = deaths or row["answers 500"] or wrong or leaked or row["memory / after a tenth"] > LIMIT_MEMORY
+        return row | {"within limits": "NO" if bad else "yes"}
+
+    async def _client(self, session: aiohttp.ClientSession, coming: Any) -> None:
+        for number in coming:
+            rng = random.Random(number)
+            if number == self.number // 10:
+                self.after_a_tenth = resident(self.process)
+            looked_at = self.looks_again and number % GREEDY_EVERY == 0
+            path, body = greedy(rng) if looked_at else fuzzed(rng, 250)
+            aborted = not looked_at and rng.random() < ABORTED
+            try:
+                async with asyncio.timeout(rng.uniform(0, 0.3) if aborted else None):
+                    text = await self._ask(session, path, body)
+                if looked_at and text is not None:
+                    self.asked.append((path, body, text))
+            except TimeoutError:
+                self.statuses["aborted"] += 1
+            except aiohttp.ClientConnectorError:
+                self.statuses["refused"] += 1
+
+    async def _ask(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> str | None:
+        async with session.post(path, json=body) as response:
+            answer = await response.read()
+            self.statuses[str(response.status)] += 1
+            if b'data: {"error"' in answer:
+                self.statuses["error event"] += 1
+            if response.status != 200 or body.get("stream"):
+                return None
+            return str(json.loads(answer)["choices"][0].get("text"))
+
+    async def _stop(self) -> None:
+        while True:
+            await asyncio.sleep(STOP_EVERY_S)
+            os.kill(self.process, signal.SIGSTOP)
+            await asyncio.sleep(STOP_S)
+            os.kill(self.process, signal.SIGCONT)
+
+    async def _leaked(self, session: aiohttp.ClientSession) -> int:
+        """KV blocks that are not free once nobody runs or waits any more."""
+        for _ in range(600):
+            async with session.get("/live?since=999999999") as response:
+                about = await response.json()
+            if not about["running"] and not about["waiting"]:
+                break
+            await asyncio.sleep(0.1)
+        return int(about["num_blocks"] - about["free_blocks"])
+
+    async def _wrong(self, session: aiohttp.ClientSession) -> int:
+        wrong = 0
+        for path, body, text in self.asked:
+            if text == await self._ask(session, path, body):
+                continue
+            beside = asyncio.gather(*(self._ask(session, *fuzzed(random.Random(i), 250)) for i in range(7)))
+            again = await self._ask(session, path, body)
+            await beside
+            wrong += text != again
+        return wrong
+
+
+def soaked(name: str, options: list[str], number: int, *, looks_again: bool) -> dict[str, Any]:
+    with server(options) as url:
+        (process,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        row = asyncio.run(Soak(url, int(process), number, looks_again=looks_again).run())
+    return {"executor": name} | row
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    args = arguments.parse_args()
+    facts = machine()
+    many, some = (1000, 100) if args.quick else (100_000, 5000)
+    rows = [
+        soaked("simulated", ["--executor", "simulated", "--slo", "tbt=1s"], many, looks_again=False),
+        soaked("openvino", [], some, looks_again=True),
+    ]
+    show("Soak", rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()
