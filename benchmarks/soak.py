@@ -1,7 +1,7 @@
 """Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, a third of them aborted, while the
 server is stopped now and then for half a second.
 
-Two runs over HTTP: on the simulated executor, which takes next to no time an iteration, and on the embedded model. Counted, all
+Two runs over HTTP: on the simulated executor, which here sleeps for nothing, and on the embedded model. Counted, all
 to be 0: ends of the engine (/health, or a connection refused), answers with status 500, KV blocks that are not free once all
 requests have ended, and greedy answers that differ from what the same request got with the server to itself (every 50th request
 on the embedded model is greedy and is sent again, alone, afterwards). Memory: what the server's process and those that read
@@ -13,13 +13,18 @@ it gets alone and from the one it gets in a second run beside seven others.
     python benchmarks/soak.py
 """
 
+import argparse
 import asyncio
 import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +197,42 @@ class Soak:
         return wrong
 
 
-def soaked(name: str, options: list[str], number: int, *, looks_again: bool) -> dict[str, Any]:
-    with server(options) as url:
+def serve_simulated() -> None:
+    """Serve the simulated executor without its sleep, as `stallfree serve` would, and print the URL."""
+    from stallfree.engine.assemble import Options, assemble
+    from stallfree.engine.thread import EngineThread
+    from stallfree.handoff.terms import address
+    from stallfree.server.app import create_app
+    from stallfree.server.live import Live
+    from stallfree.server.metrics import Metrics
+    from stallfree.server.run import bind, run
+
+    metrics, live = Metrics("simulated"), Live("sarathi")
+    assembled = assemble(
+        Options(executor="simulated", policy="sarathi", token_budget=2048),
+        record=lambda step: live.record(step, metrics.record(step)),
+    )
+    assembled.engine.executor.sleep = lambda seconds: None  # type: ignore[attr-defined]
+    thread = EngineThread(assembled.engine, 1024)
+    sock = bind("127.0.0.1", 0)
+    print(json.dumps({"url": f"http://{address(*sock.getsockname()[:2])}"}), flush=True)
+    app = create_app(thread, model="simulated", metrics=metrics, live=live)
+    app.state.reader.start()
+    run(app, thread, sock, drain_timeout_s=0)
+
+
+@contextmanager
+def simulated() -> Iterator[str]:
+    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield json.loads(process.stdout.readline() if process.stdout else "")["url"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def soaked(name: str, serving: AbstractContextManager[str], number: int, *, looks_again: bool) -> dict[str, Any]:
+    with serving as url:
         (process,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         row = asyncio.run(Soak(url, int(process), number, looks_again=looks_again).run())
     return {"executor": name} | row
@@ -201,12 +240,16 @@ def soaked(name: str, options: list[str], number: int, *, looks_again: bool) -> 
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = arguments.parse_args()
+    if args.serve:
+        serve_simulated()
+        return
     facts = machine()
-    many, some = (1000, 100) if args.quick else (100_000, 5000)
+    many, some = (2000, 200) if args.quick else (100_000, 5000)
     rows = [
-        soaked("simulated", ["--executor", "simulated", "--slo", "tbt=1s"], many, looks_again=False),
-        soaked("openvino", [], some, looks_again=True),
+        soaked("simulated", simulated(), many, looks_again=False),
+        soaked("openvino", server([]), some, looks_again=True),
     ]
     show("Soak", rows, facts, args.json)
 
