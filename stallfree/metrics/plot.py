@@ -139,33 +139,23 @@ def loads(reports: Mapping[tuple[str, float], Report]) -> str:
 
 
 def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -> str:
-    """As an SVG element: for each deployment, the share of first tokens in time against that of the tokens after them, a dot for
-    each of the request rates, which are written beside it. Lines show what shares the `slo` wants: both are met in the corner.
+    """As SVG elements: for each deployment, the share of first tokens in time over the request rate, and that of the tokens after
+    them. Dashes show what shares the `slo` wants.
     """
-    pace, wanted = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
-    paced = [100 * _in_time(report, pace) for told in points.values() for _, report in told]
-    # At least as far below 100 % as the target, and three times that: a hundredth of a percent is not to fill the page.
-    low = min(*paced, 100 - 3 * (100 - wanted.percentile) if wanted else 99.0)
-    high = 100 + (100 - low) / 20
-    written: list[tuple[float, float]] = []
-    axis = _panel("", "first tokens in time, %", height=4.5)
-    for number, (name, told) in enumerate(points.items()):
-        shares = [(100 * _in_time(report, "ttft"), 100 * _in_time(report, pace)) for _, report in told]
-        (line,) = axis.plot(*zip(*shares, strict=True), label=name, **_style(number, len(points)))
-        for (rate, _), (x, y) in zip(told, shares, strict=True):
-            # Rates whose dots are in one place are written under each other.
-            over = sum(abs(x - a) < 3 and abs(y - b) < (high - low) / 20 for a, b in written)
-            written.append((x, y))
-            away = (-6, -9 - 9 * over)
-            axis.annotate(
-                f"{rate:.3g}/s", (x, y), ha="right", fontsize=7, color=line.get_color(), xytext=away, textcoords="offset points"
-            )
-    for target, draw in ((slo.ttft, axis.axvline), (wanted, axis.axhline)):
+    pace, paced = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
+    panels = []
+    for what, name, target in (("first tokens", "ttft", slo.ttft), ("tokens", pace, paced)):
+        axis = _panel(f"{what} within {name}, %", "requests per second")
+        for number, (deployment, told) in enumerate(points.items()):
+            shares = [100 * _in_time(report, name) for _, report in told]
+            axis.plot([rate for rate, _ in told], shares, label=deployment, **_style(number, len(points)))
         if target is not None:
-            draw(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
-    axis.set(ylabel=f"tokens within {pace}, %", ylim=(low, high))
-    _legend(axis)
-    return _svg(axis)
+            axis.axhline(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
+            # At least three times as far below 100 % as the target: a hundredth of a percent is not to fill the panel.
+            axis.set_ylim(bottom=min(axis.get_ylim()[0], 100 - 3 * (100 - target.percentile)))
+        _legend(axis)
+        panels.append(axis)
+    return "\n".join(map(_svg, panels))
 
 
 def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) -> None:
@@ -273,12 +263,13 @@ def _style(number: int, of: int) -> dict[str, Any]:
 
 def _logarithmic(axis: Any, which: str) -> None:
     """Make an axis logarithmic, with plain numbers on it, as many as have room. Its points are there already."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     getattr(axis, f"set_{which}scale")("log")
     low, high = getattr(axis, f"get_{which}lim")()
     line = getattr(axis, f"{which}axis")
-    line.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12))
+    several = LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12)
+    line.set_major_locator(several if high / low > 10 else MaxNLocator(5))
     line.set_major_formatter("{x:,g}")
     line.set_minor_formatter(NullFormatter())
 
