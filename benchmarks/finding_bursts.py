@@ -56,7 +56,7 @@ def main() -> None:
     if args.plot:
         kinds = list(product(ARRIVALS, LENGTHS))
         sides = {name: [(", ".join(kind), reports[*kind, name].ttft_s.p99) for kind in kinds] for name in simulators}
-        plot.lines(sides, "", "TTFT P99, s", f"Llama-3-8B on an A100, {rate:.2f} requests per second", args.plot, log="y")
+        plot.dots(sides, "TTFT P99, s", f"Llama-3-8B on an A100, {rate:.2f} requests per second", args.plot, log=True)
     show(f"{rate:.2f} requests/s", rows, machine(), args.json)
 
 

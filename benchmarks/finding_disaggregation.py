@@ -219,31 +219,31 @@ PARTS = {"lengths": lengths, "links": across, "bursts": bursts, "models": models
 
 
 def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
-    up, title, log = "two pools / co-located", "Llama-2-13B, 8 A100", ""
-    ratios = [row.get("pools / co-located") for row in rows]
+    ratio, title = "two pools / co-located", "Llama-2-13B, 8 A100"
+    ratios = [row.get("pools / co-located", 0.0) for row in rows]
     if part == "lengths":
-        across, log = "output tokens", "x"
-        sides: dict[str, list[Any]] = {}
-        for row, ratio in zip(rows, ratios, strict=True):
-            sides.setdefault(f"{row['targets']}, prompt {row['prompt']}", []).append((row["output"], ratio))
-    elif part == "links":
-        across, title = "link between the pools", "TP4 to TP4"
-        sides = {f"{row['model']}, {row['way']}": [(link, row[link]) for link in LINKS] for row in rows}
-    elif part == "rule":
-        across = "targets, prompt/output"
-        names = [f"{row['targets']} {row['prompt']}/{row['output']}" for row in rows]
-        sides = {what: list(zip(names, (row[what] for row in rows), strict=True)) for what in ("closed form", "simulated")}
+        over: dict[str, list[tuple[float, float]]] = {}
+        for row, value in zip(rows, ratios, strict=True):
+            over.setdefault(f"{row['targets']}, prompt {row['prompt']}", []).append((row["output"], value))
+        plot.lines(over, "output tokens", ratio, title, file, log="x", even=1.0)
+        return
+    sides: dict[str, list[tuple[str, float]]] = {}
+    if part == "links":
+        for row, link in product(rows, LINKS):
+            sides.setdefault(row["way"], []).append((f"{row['model']}, {link}", row[link]))
+        plot.dots(sides, ratio, "TP4 to TP4", file, even=1.0)
     elif part == "outputs":
-        across, up, title, log = "model and link", "output tokens until the delay is 1 %", "hand-over between nodes", "y"
-        sides = {}
         for row in rows:
             name = f"{row['way']}, prompt {row['prompt']}"
             sides.setdefault(name, []).append((f"{row['model']}, {row['link']}", row["tokens until 1 %"]))
+        plot.dots(sides, "output tokens until the delay is 1 %", "Hand-over between nodes", file, log=True)
+    elif part == "rule":
+        names = [f"{row['targets']} {row['prompt']}/{row['output']}" for row in rows]
+        sides = {what: list(zip(names, (row[what] for row in rows), strict=True)) for what in ("closed form", "simulated")}
+        plot.dots(sides, f"{ratio}; rows: targets, prompt/output tokens", title, file, even=1.0)
     else:
-        across = {"bursts": "arrivals", "models": "model"}[part]
-        title = "16 A100" if part == "models" else title
-        sides = {up: list(zip((row[across] for row in rows), ratios, strict=True))}
-    plot.lines(sides, across, up, title, file, log)
+        what, title = {"bursts": ("arrivals", title), "models": ("model", "16 A100")}[part]
+        plot.dots({ratio: list(zip((row[what] for row in rows), ratios, strict=True))}, ratio, title, file, even=1.0)
 
 
 def main() -> None:

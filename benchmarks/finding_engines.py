@@ -76,7 +76,7 @@ def main() -> None:
     if args.plot:
         factors = ("claimed", "by disaggregation", "by the engine", "over the best co-located")
         sides = {str(row["targets"]): [(factor, row[factor]) for factor in factors] for row in rows}
-        plot.lines(sides, "", "factor", "two pools with DistServe's engine over vLLM co-located, and its parts", args.plot)
+        plot.dots(sides, "factor", "Two pools with DistServe's engine over vLLM co-located, and its parts", args.plot, even=1.0)
     for row in rows:
         for key, value in row.items():
             print(f"{key:28} {value:.3g}" if isinstance(value, float) else f"{key:28} {value}")

@@ -56,7 +56,8 @@ def main() -> None:
         )
     if args.plot:
         sides = {f"{row['device']}, {row['mix']}": [(times, row[f"{times:g}x"]) for times in TIMES] for row in rows}
-        plot.lines(sides, "TBT target, in decode iterations", "capacity over that without a target", "Llama-3-8B", args.plot)
+        title, up = "Llama-3-8B", "capacity over that without a target"
+        plot.lines(sides, "TBT target, in decode iterations", up, title, args.plot, log="x", even=1.0)
     show("Capacity of the slo policy by its target, over prefills first without one", rows, machine(), args.json)
 
 

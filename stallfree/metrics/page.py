@@ -10,9 +10,12 @@ from stallfree.metrics.timeline import Timeline
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
+p, h1 { overflow-wrap: anywhere } .wide { overflow-x: auto }
 table { border-collapse: collapse } td, th { padding: .1em 1.2em .1em 0; text-align: right }
 th:first-child, td:first-child { text-align: left }
-tr:nth-child(even) { background: #f3f3f3 } svg { width: 100%; height: auto; margin-top: 1em } .problem { color: #b00020 }
+tr:nth-child(even) { background: #f3f3f3 } .problem { color: #b00020 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26em), 1fr)); gap: 1em; margin-top: 1em }
+svg { width: 100%; max-width: 48em; height: auto }
 """
 
 
@@ -49,13 +52,16 @@ def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequ
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>
 <h1>{escape(title)}</h1>
 {"".join(paragraphs)}
-<table>
+<div class="wide" tabindex="0"><table>
 <tr>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>
-{cells}</table>
+{cells}</table></div>
+<div class="plots">
 {plots}
+</div>
 </html>
 """

@@ -18,6 +18,13 @@ from stallfree.core.slo import Slo, Target
 from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline, timelines
 
+MARKS = "osD^vP*X"
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Of the sides of a picture, in turn: see `_style`."""
+
+NONE_LATE = 0.01
+"""Per cent of tokens. Runs without late tokens have no place on a logarithmic axis: they are drawn below this, others above."""
+
 
 def require() -> None:
     """Raises ValueError, saying how to get it, if matplotlib is not installed: to be known before a run, not after it."""
@@ -57,113 +64,98 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
 
 
 def late_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], file: Path, allowed: float = 0.01) -> None:
-    """A panel for each target: for each side, the share of late tokens over the request rate, and the share that is `allowed`."""
+    """A panel for each target: for each side, the share of late tokens over the request rate, and the share that is `allowed`. A
+    rate without late tokens is drawn in the band below, where each side has a level of its own. One legend serves all panels, so
+    a side keeps its place in each; what follows the first word of `slo ...` is in the titles.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, sides) in zip(axes, panels.items(), strict=True):
-        for name, points in sides.items():
+        for number, (name, points) in enumerate(sides.items()):
             ours = name.startswith("slo")
+            style = _style(number, len(sides)) | ({"color": "black", "linewidth": 2.5, "zorder": 3} if ours else {})
             rates, shares = zip(*sorted(points), strict=True)
-            drawn = [max(100 * share, 0.01) for share in shares]
-            axis.plot(rates, drawn, "o-", label=name, linewidth=2.5 if ours else 1, markersize=3, color="black" if ours else None)
+            drawn = [max(100 * share, NONE_LATE) if share else NONE_LATE * 0.8 ** (number + 1) for share in shares]
+            axis.plot(rates, drawn, label="slo" if ours else name, **style)
         axis.axhline(100 * allowed, color="tab:red", linestyle="--", linewidth=0.8)
-        axis.set(yscale="log", title=title, xlabel="requests per second", ylabel="late tokens, %")
-        axis.legend(fontsize=7)
+        axis.set(title=title, xlabel="requests per second", ylabel="late tokens, %")
+        _logarithmic(axis, "y")
+        axis.axhspan(NONE_LATE * 0.8 ** (len(sides) + 1), NONE_LATE, color="0.92", zorder=0)
+        axis.set_ylim(bottom=NONE_LATE * 0.8 ** (len(sides) + 1))
+        ticks = [tick for tick in axis.get_yticks() if NONE_LATE < tick <= axis.get_ylim()[1]]
+        axis.set_yticks([NONE_LATE * 0.8 ** ((len(sides) + 1) / 2), *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(file, dpi=150)
 
 
 def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
-    """Runs side by side as an SVG element: how TTFT and TBT are distributed, with the targets of `slo`; and for each run every TBT
+    """Runs side by side as SVG elements: how TTFT and TBT are distributed, with the targets of `slo`; and for each run every TBT
     when it happened, and how many requests were there.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.2 * (1 + len(runs))), layout="constrained")
-    axes = figure.subplots(1 + len(runs), 2, squeeze=False)
     ttfts = {name: [line.ttft for line in lines if line.ttft is not None] for name, lines in runs.items()}
     gaps = {name: [gap for line in lines for gap in line.gaps] for name, lines in runs.items()}
-    _distribution(axes[0, 0], "TTFT", ttfts, slo.ttft)
-    _distribution(axes[0, 1], "TBT", gaps, slo.tbt)
+    panels = [_distribution("TTFT", ttfts, slo.ttft), _distribution("TBT", gaps, slo.tbt)]
+    highest = max((1e3 * gap for told in gaps.values() for gap in told), default=0.0)
     for number, (name, lines) in enumerate(runs.items()):
-        over_time, load = axes[1 + number]
+        end = max((t for line in lines for t in (line.arrival, line.finished or 0.0)), default=0.0)
+        over_time, load = _panel(f"{name}: every TBT", "seconds of the run"), _panel(f"{name}: requests", "seconds of the run")
         times = [t for line in lines for t in line.tokens[1:]]
         over_time.plot(times, [gap * 1e3 for gap in gaps[name]], ".", color=f"C{number}", markersize=1.5, rasterized=True)
         if slo.tbt:
             over_time.axhline(slo.tbt.seconds * 1e3, color="black", linestyle="--", linewidth=0.8)
-        if number:
-            over_time.sharey(axes[1, 0])
-        over_time.set(title=f"{name}: every TBT", ylabel="ms")
-        end = max((t for line in lines for t in (line.arrival, line.finished or 0.0)), default=0.0)
+        over_time.set(ylabel="ms", ylim=(0, 1.05 * highest or None), xlim=(0, end or None))
         changes = sorted([(line.arrival, 1) for line in lines] + [(line.finished or end, -1) for line in lines])
         load.step([t for t, _ in changes], list(accumulate(change for _, change in changes)), where="post", color=f"C{number}")
         load.plot([line.arrival for line in lines], [0] * len(lines), "|", color="black", markersize=8, alpha=0.5)
-        load.set(title=f"{name}: requests there (a bar is an arrival)", ylabel="requests")
-        for axis in (over_time, load):
-            axis.set_xlim(0, end or None)
-            axis.set_xlabel("seconds of the run")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(10)
-    return _svg(figure)
+        load.set(ylabel="requests there (a bar is an arrival)", xlim=(0, end or None))
+        panels += [over_time, load]
+    return "\n".join(map(_svg, panels))
 
 
 def loads(reports: Mapping[tuple[str, float], Report]) -> str:
-    """Configurations side by side as an SVG element: TTFT, TBT and throughput over the requests per second. `reports` by both."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    panels: dict[str, Callable[[Report], float | None]] = {
+    """Configurations side by side as SVG elements: TTFT, TBT and throughput over the requests per second. `reports` by both."""
+    values: dict[str, Callable[[Report], float | None]] = {
         "TTFT p50, s": lambda r: r.ttft_s.p50 if r.ttft_s else None,
         "TTFT p99, s": lambda r: r.ttft_s.p99 if r.ttft_s else None,
         "TBT p99, ms": lambda r: 1e3 * r.tbt_s.p99 if r.tbt_s else None,
         "output tokens/s": lambda r: r.output_tokens_per_s,
     }
-    for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):
-        for name in dict.fromkeys(name for name, _ in reports):
+    names = list(dict.fromkeys(name for name, _ in reports))
+    panels = []
+    for title, value in values.items():
+        axis = _panel(title, "requests per second")
+        for number, name in enumerate(names):
             points = sorted((rate, value(report)) for (other, rate), report in reports.items() if other == name)
-            axis.plot(*zip(*((rate, y) for rate, y in points if y is not None), strict=True), "o-", label=name, markersize=3)
-        axis.set(title=title, xlabel="requests per second", yscale="linear" if title == "output tokens/s" else "log")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8)
-    return _svg(figure)
+            drawn = [(rate, y) for rate, y in points if y is not None]
+            axis.plot([x for x, _ in drawn], [y for _, y in drawn], label=name, **_style(number, len(names)))
+        if title != "output tokens/s":
+            _logarithmic(axis, "y")
+        _legend(axis)
+        panels.append(axis)
+    return "\n".join(map(_svg, panels))
 
 
 def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -> str:
-    """As an SVG element: for each deployment, the share of first tokens in time against that of the tokens after them, a dot for
-    each of the request rates, which are written beside it. Lines show what shares the `slo` wants: both are met in the corner.
+    """As SVG elements: for each deployment, the share of first tokens in time over the request rate, and that of the tokens after
+    them. Dashes show what shares the `slo` wants.
     """
-    from matplotlib.figure import Figure
-
-    pace, wanted = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
-    paced = [100 * _in_time(report, pace) for told in points.values() for _, report in told]
-    # At least as far below 100 % as the target, and three times that: a hundredth of a percent is not to fill the page.
-    low = min(*paced, 100 - 3 * (100 - wanted.percentile) if wanted else 99.0)
-    high = 100 + (100 - low) / 20
-    written: list[tuple[float, float]] = []
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for name, told in points.items():
-        shares = [(100 * _in_time(report, "ttft"), 100 * _in_time(report, pace)) for _, report in told]
-        (line,) = axis.plot(*zip(*shares, strict=True), "o-", label=name, markersize=4)
-        for (rate, _), (x, y) in zip(told, shares, strict=True):
-            # Rates whose dots are in one place are written under each other.
-            over = sum(abs(x - a) < 3 and abs(y - b) < (high - low) / 20 for a, b in written)
-            written.append((x, y))
-            away = (-5, -9 - 9 * over)
-            axis.annotate(
-                f"{rate:.3g}/s", (x, y), ha="right", fontsize=7, color=line.get_color(), xytext=away, textcoords="offset points"
-            )
-    for target, draw in ((slo.ttft, axis.axvline), (wanted, axis.axhline)):
+    pace, paced = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
+    panels = []
+    for what, name, target in (("first tokens", "ttft", slo.ttft), ("tokens", pace, paced)):
+        axis = _panel(f"{what} within {name}, %", "requests per second")
+        for number, (deployment, told) in enumerate(points.items()):
+            shares = [100 * _in_time(report, name) for _, report in told]
+            axis.plot([rate for rate, _ in told], shares, label=deployment, **_style(number, len(points)))
         if target is not None:
-            draw(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
-    axis.set(xlabel="first tokens in time, %", ylabel=f"tokens within {pace}, %", ylim=(low, high))
-    axis.legend(fontsize=8, loc="lower left")
-    axis.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+            axis.axhline(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
+            # At least three times as far below 100 % as the target: a hundredth of a percent is not to fill the panel.
+            axis.set_ylim(bottom=min(axis.get_ylim()[0], 100 - 3 * (100 - target.percentile)))
+        _legend(axis)
+        panels.append(axis)
+    return "\n".join(map(_svg, panels))
 
 
 def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) -> None:
@@ -173,8 +165,10 @@ def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) 
     figure = Figure(figsize=(10, 0.5 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(rows))
-    axis.barh(places - 0.2, [value for _, value, _ in rows], 0.4, label="published", color="tab:gray")
-    axis.barh(places + 0.2, [value for _, _, value in rows], 0.4, label="simulated", color="tab:blue")
+    for side, what, color in ((-0.2, "published", "tab:gray"), (0.2, "simulated", "tab:blue")):
+        bars = axis.barh(places + side, [row[1 if side < 0 else 2] for row in rows], 0.4, label=what, color=color)
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=7)
+    axis.margins(x=0.08)
     axis.set_yticks(places, [name for name, _, _ in rows])
     axis.invert_yaxis()
     axis.set_title(title, loc="left", fontsize=10)
@@ -184,26 +178,109 @@ def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) 
 
 
 def lines(
-    sides: Mapping[str, Sequence[tuple[float | str, float]]], across: str, up: str, title: str, file: Path, log: str = ""
+    sides: Mapping[str, Sequence[tuple[float, float]]],
+    across: str,
+    up: str,
+    title: str,
+    file: Path,
+    *,
+    log: str = "",
+    even: float | None = None,
 ) -> None:
-    """A line for each side, through its points: over numbers, or over names. `log`: which axes are logarithmic, as "xy"."""
+    """A line for each side, through its points. `log`: which axes are logarithmic, as "xy"; a logarithmic x is marked at the values
+    that were looked at. `even`: where neither of two is ahead.
+    """
+    axis = _panel(title, across, width=8.5, height=4)
+    for number, (name, points) in enumerate(sides.items()):
+        axis.plot(*zip(*points, strict=True), label=name, **_style(number, len(sides)))
+    if "x" in log:
+        _logarithmic(axis, "x")
+        axis.set_xticks(sorted({x for points in sides.values() for x, _ in points}))
+        axis.xaxis.set_major_formatter("{x:,g}")
+    if "y" in log:
+        _logarithmic(axis, "y")
+    if even is not None:
+        axis.axhline(even, color="black", linewidth=0.8, zorder=0)
+    axis.set_ylabel(up)
+    _legend(axis)
+    axis.figure.savefig(file, dpi=150)
+
+
+def dots(
+    sides: Mapping[str, Sequence[tuple[str, float]]],
+    across: str,
+    title: str,
+    file: Path,
+    *,
+    log: bool = False,
+    even: float | None = None,
+) -> None:
+    """A row for each name, and in it a dot for each side, one under the other; names have no order, so nothing joins them. `across`
+    names the values, `log` says whether their axis is logarithmic, and `even` where neither of two is ahead.
+    """
+    names = list(dict.fromkeys(name for points in sides.values() for name, _ in points))
+    apart = 0.7 / len(sides)
+    axis = _panel(title, across, width=8.5, height=1.1 + len(names) * max(0.28, 0.13 * len(sides)))
+    for number, (side, points) in enumerate(sides.items()):
+        places = [names.index(name) + apart * (number - (len(sides) - 1) / 2) for name, _ in points]
+        axis.plot(
+            [value for _, value in points], places, label=side, linestyle="none", marker=MARKS[number % len(MARKS)], markersize=5
+        )
+    for between in range(1, len(names)):
+        axis.axhline(between - 0.5, color="0.88", linewidth=0.8, zorder=0)
+    if log:
+        _logarithmic(axis, "x")
+    if even is not None:
+        axis.axvline(even, color="black", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    _legend(axis)
+    axis.figure.savefig(file, dpi=150)
+
+
+def _panel(title: str, across: str, *, width: float = 6, height: float = 3.3) -> Any:
+    """The axes of a picture of their own, in inches: on a narrow page panels go under each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, points in sides.items():
-        axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
-    if any(isinstance(x, str) for points in sides.values() for x, _ in points):
-        axis.tick_params(axis="x", labelrotation=35, labelsize=8)
-    if "x" in log:
-        axis.set_xscale("log", base=2)
-    if "y" in log:
-        axis.set_yscale("log")
-    axis.set(xlabel=across, ylabel=up)
+    axis = Figure(figsize=(width, height), layout="constrained").subplots()
     axis.set_title(title, loc="left", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.set_xlabel(across)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
+    return axis
+
+
+def _style(number: int, of: int) -> dict[str, Any]:
+    """How side `number` of several is drawn, so that all show where they have the same points: each with a mark of its own, open,
+    and smaller than those under it, and with dashes that let the lines under them through.
+    """
+    mark, dashes = MARKS[number % len(MARKS)], DASHES[number % len(DASHES)]
+    size = 9 - 5 * number / max(of - 1, 1)
+    return {
+        "color": f"C{number % 10}", "linestyle": dashes, "linewidth": 1.3,
+        "marker": mark, "markersize": size, "markerfacecolor": "none",
+    }  # fmt: skip
+
+
+def _logarithmic(axis: Any, which: str) -> None:
+    """Make an axis logarithmic, with plain numbers on it, as many as have room. Its points are there already."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    getattr(axis, f"set_{which}scale")("log")
+    low, high = getattr(axis, f"get_{which}lim")()
+    line = getattr(axis, f"{which}axis")
+    several = LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12)
+    line.set_major_locator(several if high / low > 10 else MaxNLocator(5))
+    line.set_major_formatter("{x:,g}")
+    line.set_minor_formatter(NullFormatter())
+
+
+def _legend(axis: Any) -> None:
+    """The names of what is drawn, beside the axes, so that they hide nothing; none for a single one."""
+    handles, names = axis.get_legend_handles_labels()
+    if len(names) > 1:
+        below = axis.figure.get_figwidth() <= 6
+        where: dict[str, Any] = {"loc": "outside lower left", "ncols": 2} if below else {"loc": "outside right upper"}
+        axis.figure.legend(handles, names, fontsize=8, frameon=False, **where)
 
 
 def _in_time(report: Report, target: str) -> float:
@@ -211,21 +288,23 @@ def _in_time(report: Report, target: str) -> float:
     return report.slo_attainment[target].in_time or 0.0 if target in report.slo_attainment else 1.0
 
 
-def _svg(figure: Any) -> str:
+def _svg(axis: Any) -> str:
     text = StringIO()
-    figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    axis.figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _distribution(axis: Any, title: str, values: Mapping[str, Sequence[float]], target: Target | None) -> None:
+def _distribution(title: str, values: Mapping[str, Sequence[float]], target: Target | None) -> Any:
+    axis = _panel(f"{title}, distribution", "ms")
     percent = np.linspace(0, 100, 501)
-    for name, seconds in values.items():
-        if seconds:
-            axis.plot(np.maximum(np.percentile(seconds, percent) * 1e3, 0.01), percent, label=name)
-            axis.set_xscale("log")
+    drawn = {name: np.maximum(np.percentile(seconds, percent) * 1e3, 0.01) for name, seconds in values.items() if seconds}
+    for number, (name, ms) in enumerate(drawn.items()):
+        axis.plot(ms, percent, label=name, color=f"C{number % 10}", linestyle=DASHES[number % len(DASHES)])
     if target:
         axis.axvline(target.seconds * 1e3, color="black", linestyle="--", linewidth=0.8)
         axis.axhline(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, loc="lower right")
-    axis.set(title=f"{title}, distribution", xlabel="ms", ylabel="% of all")
+    if drawn:
+        _logarithmic(axis, "x")
+    axis.set_ylabel("% of all")
+    _legend(axis)
+    return axis

@@ -92,19 +92,19 @@ class Pools:
         self._passages: dict[str, Passage] = {}
         self._told = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
-        self._promised = [0] * len(decode)
+        self._promised: list[set[Passage]] = [set() for _ in decode]
         self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
         self._block_size = self.decode[0].scheduler.capacity.block_size
 
     def load(self, number: int) -> int:
-        """Requests that decode replica `number` has, or expects."""
-        return self.decode[number].num_requests
+        """Requests that decode replica `number` has, expects, or has been promised."""
+        return self.decode[number].num_requests + len(self._promised[number])
 
     def kv(self, number: int) -> int:
-        """Blocks of KV that decode replica `number` has in use, or is to fill for requests that have been promised to it."""
+        """Blocks of KV that decode replica `number` has in use, or is to fill for requests that it expects or has been promised."""
         scheduler = self.decode[number].scheduler
-        expected = sum(self._blocks(request) for request in scheduler.expected)
-        return scheduler.capacity.num_blocks - scheduler.pool.num_free + expected + self._promised[number]
+        coming = (*scheduler.expected, *(passage.request for passage in self._promised[number]))
+        return scheduler.capacity.num_blocks - scheduler.pool.num_free + sum([self._blocks(request) for request in coming])
 
     def fits(self, number: int, request: Request) -> bool:
         """Whether decode replica `number` would have room for the prompt of `request`, with all that have been promised to it."""
@@ -149,9 +149,9 @@ class Pools:
             replica = self.prefill[source]
             target = self._pairing.decode(source, self) if self._pairing.early else None
             if request.max_tokens > 1:
-                self._passages[request.id] = Passage(request, source, target)
+                self._passages[request.id] = passage = Passage(request, source, target)
                 if target is not None:
-                    self._promised[target] += self._blocks(request)
+                    self._promised[target].add(passage)
         replica.take(request)
         replica.run(nextafter(request.arrival, inf))
 
@@ -164,8 +164,8 @@ class Pools:
             if passage is None:
                 continue
             self._expect(passage, begin)
-            if passage.room:
-                tokens = work.start + work.count - passage.sent
+            # One that was preempted computes again what has been sent.
+            if passage.room and (tokens := work.start + work.count - passage.sent) > 0:
                 passage.sent += tokens
                 share = 1 / self._layers
                 self._send(passage, tokens * (1 - share), begin + (end - begin) * share)
@@ -179,7 +179,7 @@ class Pools:
                 continue
             passage.computed = work.start + work.count
             if work.samples:
-                self.prefill[passage.source].scheduler.hold(work.id)
+                self.prefill[passage.source].hold(work.id)
                 if passage.room:
                     self._rest(passage, end)
                 passage.since = end
@@ -192,12 +192,11 @@ class Pools:
         one = passage.request
         if passage.target is None:
             passage.target = self._pairing.decode(passage.source, self)
-        else:
-            self._promised[passage.target] -= self._blocks(one)
+        self._promised[passage.target].discard(passage)
         passage.twin = Request(
             one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
         )
-        self.decode[passage.target].scheduler.expect(passage.twin)
+        self.decode[passage.target].expect(passage.twin)
         self._fetch(passage.target, now)
 
     def _fetching(self, number: int) -> Callable[[Plan, float], None]:
@@ -205,7 +204,7 @@ class Pools:
 
     def _fetch(self, number: int, now: float) -> None:
         """Room in a decode replica is given to those that it expects, in their order."""
-        while (twin := self.decode[number].scheduler.reserve()) is not None:
+        while (twin := self.decode[number].reserve()) is not None:
             passage = self._passages[twin.id]
             passage.room = True
             if passage.since < inf:
@@ -241,7 +240,12 @@ class Pools:
         self.decode[passage.target].deliver(passage.twin, told.answer[0], now)
 
     def _ended(self, request: Request) -> None:
-        self._passages.pop(request.id, None)
+        passage = self._passages.pop(request.id, None)
+        if passage is not None and passage.target is not None:  # it ended where its prompt was computed
+            self._promised[passage.target].discard(passage)
+            if passage.twin is not None:
+                self.decode[passage.target].forgo(request.id, request.last_token)
+                self._fetch(passage.target, request.last_token)
         tokens = request.sampling.line.tokens  # type: ignore[attr-defined]
         self.moved.decode_s += tokens[-1] - tokens[0]
         self._told(request)

@@ -110,8 +110,6 @@ class Replica:
         self._stretch: Stretch | None = None
         self._moments: list[float] = []
         self._ends: list[float] = []
-        # What `pending` found, until something changes it.
-        self._pending: int | None = None
 
     @property
     def num_requests(self) -> int:
@@ -119,10 +117,11 @@ class Replica:
         return len(self.scheduler.requests) + len(self._came) + len(self._coming)
 
     def pending(self, now: float) -> int:
-        """Tokens to be computed before everybody here has a first token, or its next one."""
-        if self._pending is None:
-            self._pending = sum([r.remaining for r in self.scheduler.requests.values()])
-        tokens = self._pending + sum([len(r.prompt) for r in (*self._came, *self._coming)])
+        """Tokens to be planned before everybody here has a first token, or its next one; a request that is expected counts with its
+        prompt until there is room for it. Counted anew each time: whoever keeps it has to hear of every move.
+        """
+        tokens = sum([r.num_tokens - r.num_planned for r in self.scheduler.requests.values()])
+        tokens += sum([len(r.prompt) for r in (*self._came, *self._coming)])
         if self._stretch is not None and self._stretch.draft.chunks:
             begun = bisect_left(self._moments, now, 1)
             tokens -= (begun - 1) * sum(self._stretch.draft.chunks.values())
@@ -141,17 +140,34 @@ class Replica:
         self._leaving.append(id)
         self._look(now)
 
-    def deliver(self, request: Request, token: int, now: float) -> None:
-        """The KV of a request for which room was reserved is here, and its first token."""
-        self._pending = None
-        self._arrived.append(request)
-        self.scheduler.deliver(request, token, now)
-        self._look(now)
+    def hold(self, id: str) -> None:
+        """A request that goes on elsewhere gets no more work here, and keeps its KV until it is let go."""
+        self.scheduler.hold(id)
 
     def let_go(self, id: str, now: float) -> None:
         """A request that was held here goes on elsewhere, and leaves its KV."""
-        self._pending = None
         self.scheduler.release(id)
+        self._look(now)
+
+    def expect(self, request: Request) -> None:
+        """A request whose prompt is computed elsewhere goes on here, once `reserve` has given it room."""
+        self.scheduler.expect(request)
+
+    def reserve(self) -> Request | None:
+        """The first of the expected, if there is room for it from now on; None if there is none, or nobody is expected."""
+        return self.scheduler.reserve()
+
+    def forgo(self, id: str, now: float) -> None:
+        """A request that was expected here does not come: its room is free."""
+        self.scheduler.abort(id)
+        self._look(now)
+
+    def deliver(self, request: Request, token: int, now: float) -> None:
+        """The KV of a request for which room was reserved is here, and its first token."""
+        self._arrived.append(request)
+        if self.scheduler.deliver(request, token, now) is not None:
+            self._gone.append(request)
+            self._end(request, now)
         self._look(now)
 
     def run(self, until: float) -> None:
@@ -169,7 +185,6 @@ class Replica:
     def _wake(self) -> None:
         """Go on at `due`: what has ended is completed, who came or went is taken in or let go, and the next iterations begin."""
         now = self.due
-        self._pending = None
         if self._stretch is not None:
             self._land(self._stretch)
         elif self._out:

@@ -1,7 +1,6 @@
-"""The live page in a browser. Skipped where Debian's `chromium` and `chromium-driver`, or their like, are not installed."""
+"""The live page in a browser."""
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from urllib.parse import urlparse
@@ -10,23 +9,17 @@ import httpx
 import pytest
 
 from stallfree.core.slo import Slo
+from tests.browser import beyond, driver, needs_browser, size
 from tests.server.conftest import Linear, Server, quiet
 from tests.waiting import PATIENCE_S, until
 
-selenium = pytest.importorskip("selenium")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
+from selenium import webdriver  # isort: skip
+from selenium.webdriver.common.by import By  # isort: skip
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver")
+__all__ = ["driver"]  # a fixture
+pytestmark = needs_browser
 
 COST = Linear(iteration_s=0.004, token_s=0.0004, context_s=0.0)
-FLAGS = (
-    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "window-size=1400,900",
-)  # fmt: skip
 PAINTED = """
 return [...document.querySelectorAll('[data-chart]')].map((figure) => {
   const canvas = figure.querySelector('canvas');
@@ -34,18 +27,6 @@ return [...document.querySelectorAll('[data-chart]')].map((figure) => {
   return [figure.dataset.chart, new Set(pixels).size];
 });
 """
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
@@ -61,7 +42,9 @@ def page(driver) -> Iterator[webdriver.Chrome]:
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.get("about:blank")
     assert [] == complaints
-    assert {"127.0.0.1"} == {urlparse(url).hostname for url in urls if not url.startswith(("chrome:", "about:", "data:"))}
+    assert {"127.0.0.1"} == {
+        urlparse(url).hostname for url in urls if not url.startswith(("chrome:", "chrome-untrusted:", "about:", "data:"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +74,6 @@ def loaded() -> Iterator[Server]:
 
 def text(page: webdriver.Chrome, id: str) -> str:
     return page.find_element(By.ID, id).text
-
-
-def size(page: webdriver.Chrome, width: int, height: int) -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def test_every_chart_is_drawn_with_data(page, loaded):
@@ -140,16 +118,27 @@ def test_a_stream_can_be_stopped(page):
         assert page.find_element(By.ID, "send").is_displayed()
 
 
-@pytest.mark.parametrize("width", [360, 768, 1400])
+@pytest.mark.parametrize("width", [360, 390, 768, 1400])
 def test_nothing_runs_over_the_edge(page, loaded, width):
     size(page, width, 740)
     page.get(loaded.url)
     until(lambda: page.execute_script("return document.querySelectorAll('#stalls li').length"))
     page.find_element(By.ID, "send").click()
     until(lambda: text(page, "answer"))
-    assert [width, 0] == page.execute_script(
-        "const root = document.documentElement; return [innerWidth, root.scrollWidth - root.clientWidth]"
-    )
+    assert (width, 0) == beyond(page)
+
+
+def test_long_names_and_words_fit_a_phone(page):
+    with Server(COST, slo=Slo.parse("ttft=2500ms@p99.9,tbt=1250.5ms@p99.95")) as server:
+        size(page, 390, 800)
+        page.get(server.url)
+        until(lambda: "idle" == text(page, "status"))
+        names = "for (const id of ['model', 'policy', 'context']) document.getElementById(id).textContent = id.repeat(40)"
+        page.execute_script("document.getElementById('prompt').value = 'x'.repeat(1000)")
+        page.find_element(By.ID, "send").click()
+        until(lambda: text(page, "answer"))
+        page.execute_script(names)
+        assert (390, 0) == beyond(page)
 
 
 def test_every_field_and_picture_has_a_name(page, loaded):

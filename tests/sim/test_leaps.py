@@ -5,10 +5,13 @@ from hypothesis import given, settings
 
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.perf.fitted import Fitted
 from stallfree.policies import load, names
+from stallfree.sim.replica import Replica, script
 from tests.virtual import run
 
+COST = Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005))
 STEADY = [name for name in names() if getattr(load(name), "steady", False)]
 ARRIVALS = st.lists(
     st.tuples(
@@ -48,3 +51,18 @@ def test_leaps_write_the_records_of_steps(policy, drawn, block_size, num_tokens,
     capacity, limits = Capacity(block_size, num_tokens // block_size, 160), Limits(max_seqs, 64, watermark)
     steps, leaps = (run(load(policy, **options), requests(drawn), capacity, limits, leap=leap) for leap in (1, 64))
     assert steps == leaps
+
+
+@settings(max_examples=100, deadline=None)
+@given(drawn=ARRIVALS, policy=st.sampled_from(STEADY), num_blocks=st.integers(11, 80), every=st.sampled_from([0.003, 0.02, 0.1]))
+def test_what_a_replica_counts_at_any_moment_is_the_same_in_leaps(drawn, policy, num_blocks, every):
+    options = {"token_budget": 24} if policy == "sarathi" else {}
+    steps, leaps = (Replica(Scheduler(load(policy, **options), Capacity(16, num_blocks, 160)), COST, leap=leap) for leap in (1, 64))
+    now, coming = 0.0, [[script(r, [7] * r.max_tokens) for r in requests(drawn)] for _ in range(2)]
+    while coming[0] or steps.num_requests:
+        for replica, waiting in zip((steps, leaps), coming, strict=True):
+            while waiting and waiting[0].arrival <= now:
+                replica.take(waiting.pop(0))
+            replica.run(now)
+        assert (steps.pending(now), steps.num_requests) == (leaps.pending(now), leaps.num_requests)
+        now += every
