@@ -11,10 +11,12 @@ minute before: less no policy can reach. Capacity is interpolated between the la
 `ladder.py`). `--disturb`: at a third of the capacity for the second and the third target, another process takes one core for 30
 s; counted are iterations from its beginning, and from its end, until the share of late tokens over the next 200 is back within
 the percentile. And a server that is stopped four times for half a second while a stream runs and short prompts come: how long a
-prompt of 200 tokens waits for its first token after that, under the default target and under a fixed budget.
+prompt of 200 tokens waits for its first token after that, under the default target and under a fixed budget. `--against POLICY`:
+instead of fixed budgets another policy that takes targets, such as an earlier version in a file, climbs in turn with this one.
 
     python benchmarks/slo_control.py --plot docs/images/slo_control.png
     python benchmarks/slo_control.py --disturb
+    python benchmarks/slo_control.py --against ./earlier.py:Slo
 """
 
 import multiprocessing
@@ -140,6 +142,27 @@ def sweep(
     return loads, found
 
 
+def against(policy: str, targets: list[Target], seconds: float) -> list[dict[str, Any]]:
+    """A row for each target and each of both policies, with the capacity and the largest share of late tokens below it."""
+    rows = []
+    for number, target in enumerate(targets):
+        for name, options in {"slo": [], policy: ["--policy", policy]}.items():
+            print(f"{name}, {target}")
+            rungs = climbed(["--slo", f"tbt={target}", *options], (1.0, 3.0)[number], seconds, [target])
+            most = capacity(rungs, target)
+            within = [r for r in rungs if r.rate <= most] or rungs[:1]
+            rows.append(
+                {
+                    "target, ms": target.seconds * 1e3,
+                    "policy": name,
+                    "capacity, requests/s": most,
+                    "late below it, %": 100 * max(r.late[target.seconds] for r in within),
+                    "TTFT p50 at its end, s": within[-1].ttft_p50,
+                }
+            )
+    return rows
+
+
 def busy() -> None:
     os.sched_setaffinity(0, {0})
     until = time.monotonic() + CORE_TAKEN_S
@@ -231,6 +254,7 @@ def recovery(records: list[StepRecord], target: Target, phase: str, moment: floa
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--disturb", action="store_true", help="take a core away for 30 s instead")
+    arguments.add_argument("--against", metavar="POLICY", help="climb in turn with this policy instead, as ./file.py:Class")
     arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the share of late tokens over the rate")
     args = arguments.parse_args()
     if args.plot:
@@ -245,6 +269,10 @@ def main() -> None:
         if not args.quick:
             rows = [row for target, rate in zip(targets[1:], DISTURBED_RATES, strict=True) for row in disturb(target, rate)]
             show("One core taken for 30 s", rows, facts, args.json)
+        return
+    if args.against:
+        rows = against(args.against, targets[1:], 8.0 if args.quick else 30.0)
+        show("Beside another policy", rows, facts, args.json)
         return
     seconds, budgets = (8.0, (128,)) if args.quick else (30.0, BUDGETS)
     loads, found = sweep(targets, seconds, budgets, args.plot)

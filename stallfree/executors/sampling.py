@@ -17,6 +17,13 @@ from stallfree.core.plan import Work
 PIECE = 64
 """Logits per piece, where a search goes by pieces first."""
 
+COLD = 0.5
+"""Below this temperature few tokens have any weight, and only these are looked at."""
+
+NEGLIGIBLE = 25.0
+"""Temperatures below the largest logit at which a token's weight is below 2e-11. A whole vocabulary of such tokens is less than the
+last bit of a float."""
+
 FEW = 2048
 """Candidates that are sorted as they are; more are told apart by the leading bits of their weights first."""
 
@@ -80,10 +87,9 @@ class Sampling:
         sampled = self.temperature > 0
         return (
             (not self.plain)
-            + (self.repetition_penalty != 1)
-            + 2 * (sampled and self.top_p < 1)
-            + 2 * (sampled and self.top_k > 0)
-            + (0 if self.logprobs is None else 1 + self.logprobs // 10)
+            + (sampled and self.top_p < 1 and self.temperature >= COLD)
+            + (sampled and self.top_k > 0 and self.temperature >= COLD)
+            + (0 if self.logprobs is None else (self.logprobs + 7) // 8)
         )
 
     def prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
@@ -181,9 +187,12 @@ def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
     if how.temperature == 0:
         return int(row.argmax())
     ids = None
-    if 0 < how.top_k < len(row):
-        ids = _largest(row, how.top_k)
+    if how.temperature < COLD:
+        ids = np.flatnonzero(row >= peak - NEGLIGIBLE * how.temperature)
         row = row[ids]
+    if 0 < how.top_k < len(row):
+        largest = _largest(row, how.top_k)
+        row, ids = row[largest], largest if ids is None else ids[largest]
     # A temperature near 0 is greedy; below this bound the division could overflow.
     weights = np.exp((row - np.float32(peak)) / np.float32(max(how.temperature, 1e-6)))
     if how.top_p < 1:

@@ -220,7 +220,15 @@ def test_log_probabilities_of_many_rows_are_those_of_each_alone(row: np.ndarray)
 
 def test_what_sampling_asks_for_counts_as_rows() -> None:
     assert 0 == Sampling().extra_rows == Sampling(temperature=0, top_p=0.5).extra_rows
+    assert 0 == Sampling(temperature=0.2, top_p=0.9).extra_rows
     asked = [{"top_p": 0.9}, {"top_p": 0.9, "repetition_penalty": 1.1}, {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}]
     rows = [Sampling(**how).extra_rows for how in asked]
     assert rows == sorted(set(rows))
     assert rows[0] > 0
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.95, "top_k": 5, "min_p": 0.01}])
+def test_at_a_low_temperature_tokens_without_weight_are_left_away_and_nothing_else(row: np.ndarray, how: dict[str, float]) -> None:
+    cold = Sampling(temperature=0.2, **how)
+    hot = Sampling(temperature=1.0, **how)  # of logits five times as large: the same weights
+    assert drawn(row, cold, 300) == drawn(row * 5, hot, 300)
