@@ -299,10 +299,12 @@ class Engine:
         """What new tokens brought to a request. Whatever its text raises ends this request, and no other."""
         try:
             return self._text_of(stream, tokens, details)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in the tokenizer's library is no Exception
             return self._fail(stream.request.id, "its tokens cannot be made text", error)
 
-    def _fail(self, id: str, what: str, error: Exception) -> Output:
+    def _fail(self, id: str, what: str, error: BaseException) -> Output:
         """End a request by an error of its own."""
         log.error("request %s: %s", id, what, exc_info=error)
         self._forget(id)

@@ -212,7 +212,11 @@ def _keeps_bytes(step: Mapping[str, Any]) -> bool:
 def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
     try:
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
-    except Exception as error:  # the library raises bare Exception, for a word that its vocabulary lacks
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, for a word that its vocabulary lacks; a panic is not even that
         raise TextError(f"the model's tokenizer refuses this text: {error}") from error
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from stallfree.core.request import Request
 from stallfree.engine import engine as module
+from stallfree.engine import text as module_of_text
 from stallfree.engine.engine import Engine
-from stallfree.engine.text import Detokenizer, StopStrings
+from stallfree.engine.text import Detokenizer, StopStrings, TextError
 from stallfree.policies.sarathi import Sarathi
 from tests.engine.test_engine import ANSWER, TEXT, Parrot
 from tests.engine.test_thread import read, request, started
@@ -135,3 +136,38 @@ def test_a_stream_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
     with pytest.raises(Trouble):
         engine.submit(Request("bad", range(BAD), 9))
     assert not engine.busy
+
+
+class Panic(BaseException):
+    """What a panic in a library written in Rust is in Python."""
+
+
+def test_a_panic_in_the_tokenizer_ends_its_request_alone(monkeypatch):
+    own, first = Detokenizer.push, []
+
+    def push(self, id, **more):
+        first.append(self)
+        if self is first[0]:
+            raise Panic("index out of bounds")
+        return own(self, id, **more)
+
+    monkeypatch.setattr(Detokenizer, "push", push)
+    assert_only_the_bad_one_failed(served(), error="Panic: index out of bounds")
+
+
+def test_a_panic_while_tokenising_is_an_error_of_the_text():
+    class Panics:
+        def encode(self, *_, **__):
+            raise Panic("index out of bounds")
+
+    with pytest.raises(TextError, match="index out of bounds"):
+        module_of_text._encoded(Panics(), "a", True)
+
+
+def test_ctrl_c_is_not_taken_for_an_error_of_a_request(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Detokenizer, "push", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        served()
