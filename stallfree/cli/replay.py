@@ -44,6 +44,8 @@ def replay(
     machine = Machine(records, overlap=run.capacity.overlap)
     targets = Slo.parse(slo) if slo is not None else run.targets
     own = {} if policy is not None else dict(run.options or {})
+    if slo is not None:
+        own.pop("follow", None)  # as the default target does
     given = own if token_budget is None else own | {"token_budget": token_budget}
     runs = {
         "recorded": records,

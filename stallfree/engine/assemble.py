@@ -147,7 +147,7 @@ def assemble(
         limits,
         options.prefix_cache,
         "" if slo is None else str(slo),
-        {"token_budget": options.token_budget} if options.token_budget is not None else {},
+        ({"token_budget": options.token_budget} if options.token_budget is not None else {}) | getattr(policy, "options", {}),
         None if cost is None else cost.state(),
     )
     return Assembled(engine, name, weights, slo, basis if slo is not None else "", run, model_identity)

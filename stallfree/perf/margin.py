@@ -66,9 +66,10 @@ class Margin:
     def stood_still(self, score: float) -> bool:
         return score > STILL * self.value
 
-    def learn(self, now: float, score: float, late: int, tokens: int, *, filled: bool) -> None:
-        """An iteration that ended at `now` (s) had this `score`; of the `tokens` of its decodes `late` were late. `filled`: it held
-        prefill too, so the margin had a say in how long it took. Iterations in which the machine stood still are not to be told.
+    def learn(self, now: float, score: float, late: int, tokens: int, *, filled: bool, withheld: bool = False) -> None:
+        """An iteration that ended at `now` (s) had this `score`; of the `tokens` of its decodes `late` were late. The margin had a
+        say in how long it took if it was `filled`, holding prefill too, or if prefill was `withheld` from it. Iterations in which
+        the machine stood still are not to be told.
         """
         over = score > self.value
         self._remember(now, score)
@@ -78,10 +79,10 @@ class Margin:
         late_size = late / self._usual
         self.credit = min(MOST_CREDIT, max(LEAST_CREDIT, self.credit + aim * size - late_size))
         self._filled += HABIT * (filled - self._filled)
-        if filled:
+        if filled or withheld:
             allowed = max(aim / MOST, aim - self._lone_late * (1 - self._filled)) / max(self._filled, 1 / MOST)
             self._tracked = max(1.0, self._tracked * exp(STEP * size * (over - allowed)))
-        else:
+        if not filled:
             self._lone_late += self.late_share * (late_size - self._lone_late)
 
     def _remember(self, now: float, score: float) -> None:

@@ -5,6 +5,7 @@ It takes time from a cost model and from `now`, and learns from its own lateness
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from math import ceil, inf
@@ -27,6 +28,9 @@ FLOOR = 0.25
 """The floor rate of prefill, as a share of the time that decodes take by themselves. It holds whatever the margin says. A stream is
 at most a quarter slower for it, and a lone prompt is computed within five times its own prefill time."""
 
+NOTABLE = 0.05
+"""By what share the machine's speed has to change for the default target to follow it."""
+
 LEAST = 16
 """Tokens of the smallest chunk that is worth its fixed costs."""
 
@@ -40,17 +44,24 @@ EFFICIENT = 1.05
 class Slo:
     """`slo`: the targets, in words or parsed; what they leave open is the default. `cost` prices iterations, and learns.
 
+    `follow`: the target for TBT grows while the machine is slower than `cost` says at first, since it is so many decode iterations
+    and no time that somebody asked for; by default if it is the default one. `options`: what of this is to be said to make the same
+    policy of the targets in `slo` again.
+
     Raises ValueError for targets that not even a lone request could meet.
     """
 
     reserve: Reserve = "prompt"
     stall_free = True
 
-    def __init__(self, slo: str | Targets = "", cost: CostModel | None = None):
+    def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None):
         self.cost = cost or Fitted()
         given = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
         default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
         self.slo = given.within(Targets(tbt=default))
+        self._follows = given.tbt is given.tpot is None if follow is None else follow
+        self.options = {"follow": True} if self._follows else {}
+        self._least = self.slo.tbt
         possible(self.slo, self.cost)
         pace = self.slo.tbt or self.slo.tpot or default
         self.margin = Margin(pace.late_share)
@@ -60,6 +71,8 @@ class Slo:
         self._merged = lru_cache(1024)(self._merge)
 
     def plan(self, draft: Draft) -> None:
+        if self._follows:
+            self._follow()
         for r in draft.decoding:
             draft.decode(r)
         shape = draft.shape
@@ -98,7 +111,18 @@ class Slo:
             alone = self.cost.seconds([(work.start, 1) for work in plan.work if work.decode])
             if score * alone > plan.limit_s:  # decodes by themselves would have been late: no budget prevents that
                 return
-        self.margin.learn(now, score, late, len(due), filled=len(due) < len(plan.work))
+        withheld = self._passed > 0 or self._kept_out > 0
+        self.margin.learn(now, score, late, len(due), filled=len(due) < len(plan.work), withheld=withheld)
+
+    def _follow(self) -> None:
+        """Set the default target by what iterations take now."""
+        least, now = self._least, self.slo.tbt
+        if least is None or now is None:
+            return
+        wanted = max(least.seconds, STRICT * self.cost.seconds(SMALL_BATCH))
+        if abs(wanted / now.seconds - 1) > NOTABLE or wanted == least.seconds != now.seconds:
+            self.slo = replace(self.slo, tbt=replace(now, seconds=wanted))
+            self._merged.cache_clear()
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
         """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Decodes by
@@ -127,10 +151,7 @@ class Slo:
         are kept out."""
         self._passed = 0 if given or not full else self._passed + 1
         self._owed = max(0.0, min(self._owed + FLOOR * alone - given, self._gap(self.slo))) if full else 0.0
-        if draft.admitted or not (full or crowded):
-            self._kept_out = 0
-        else:
-            self._kept_out += crowded
+        self._kept_out = self._kept_out + 1 if crowded else self._kept_out if full else 0
 
     def _merge(self, own: Targets) -> Targets:
         return own.within(self.slo)
@@ -180,7 +201,7 @@ class Slo:
         True if time or tokens were not enough for all; and, if somebody was kept out for that, the seconds that decodes would take.
         """
         streams: list[Request] = []
-        admitting, crowd = True, 0.0
+        admitting, overdue, crowd = True, False, 0.0
         for r in self._by_urgency(draft):
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
@@ -191,7 +212,8 @@ class Slo:
             if waiting and streams:
                 joined = alone + self._stream(r)
                 patience = self._patience * (1 if self.margin.credit > 0 and joined <= self._gap(self.slo) else len(streams))
-                if self._kept_out < patience and self._too_slow(joined * self.margin.value, [*streams, r]):
+                overdue = self._kept_out >= patience
+                if not overdue and self._too_slow(joined * self.margin.value, [*streams, r]):
                     admitting, crowd = False, joined
                     continue
             start = draft.start(r)
@@ -209,6 +231,8 @@ class Slo:
             if waiting:
                 streams.append(r)
                 alone += self._stream(r)
+                if overdue:
+                    overdue, self._kept_out = False, 0
             if r.remaining and taken == count:
                 return True, crowd
         return False, crowd

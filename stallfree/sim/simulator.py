@@ -70,8 +70,9 @@ class Simulator:
     def header(self) -> Run:
         """What the records of a replica have in common."""
         told, budget = self.deployment, self.deployment.token_budget
-        slo = getattr(self.policy(), "slo", self.targets)
-        options = {} if budget is None else {"token_budget": budget}
+        policy = self.policy()
+        slo = getattr(policy, "slo", self.targets)
+        options = ({} if budget is None else {"token_budget": budget}) | getattr(policy, "options", {})
         words = "" if slo is None else str(slo)
         return Run(told.policy, self.instance.capacity, self.limits, told.prefix_cache, words, options, self._prices)
 

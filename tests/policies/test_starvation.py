@@ -16,6 +16,7 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo as Targets
 from stallfree.perf.fitted import Fitted
+from stallfree.policies import load
 from stallfree.policies.slo import FLOOR, Slo
 
 PRICES = Fitted().prices
@@ -227,3 +228,34 @@ def test_a_stream_behind_its_envelope_lets_others_in():
     serving.run(lambda s: len(s.rows) == 52)
     serving.coming.append(prompt("lone", 200, serving.now))
     assert wait(serving, "lone") <= 2.0
+
+
+def crowd(policy, host) -> float:
+    """Seconds until 60 short requests that come at once beside a stream are served."""
+    requests = [prompt("stream", 50, 0.0, 3000), *(prompt(f"p{i}", 100, 5.0, 20) for i in range(60))]
+    serving = Serving(host, "tbt=1s", requests)
+    serving.policy = policy
+    serving.scheduler = Scheduler(policy, Capacity(32, 8000, 16_384))
+    serving.run(lambda s: not s.coming and len(s.scheduler.requests) == 1)
+    return serving.now - 5.0
+
+
+@pytest.mark.parametrize(("slow", "sigma"), [(1, 0.05), (4, 0.05), (4, 0.5), (10, 0.3)])
+def test_without_a_target_a_slow_and_busy_host_still_serves_many_at_once(slow, sigma):
+    """Nobody asked for milliseconds: the default target is so many decode iterations as they are now."""
+
+    def host():
+        return Host(1.0, sigma, lambda now, number: (float(slow), 0.0))
+
+    fixed = crowd(load("sarathi", token_budget=64), host())
+    assert crowd(Slo("", Fitted(PRICES)), host()) <= 1.5 * fixed
+
+
+def test_a_target_that_was_asked_for_does_not_move():
+    policies = [Slo("tbt=100ms", Fitted(PRICES)), Slo("", Fitted(PRICES))]
+    before = [policy.slo.tbt.seconds for policy in policies]
+    for policy in policies:
+        crowd(policy, Host(1.0, 0.05, lambda now, number: (5.0, 0.0)))
+    asked, default = (policy.slo.tbt.seconds / was for policy, was in zip(policies, before, strict=True))
+    assert 1.0 == asked
+    assert default > 3
