@@ -197,6 +197,7 @@ def lines(
         _logarithmic(axis, "x")
         axis.set_xticks(sorted({x for points in sides.values() for x, _ in points}))
         axis.xaxis.set_major_formatter("{x:,g}")
+        axis.xaxis.minorticks_off()
     if "y" in log:
         _logarithmic(axis, "y")
     if even is not None:

@@ -105,6 +105,21 @@ def test_counts_are_those_of_the_requests_also_where_some_are_preempted(pairing)
     assert Watched.preempted > 0
 
 
+class Late(pairings.Splitwise):
+    """Who goes on is chosen at the arrival, and KV leaves when the prompt is computed."""
+
+    __slots__ = ()
+    overlap = False
+
+
+def test_counts_are_those_of_the_requests_where_what_is_promised_is_long_in_coming():
+    with patch.dict(pairings.PAIRINGS, {"late": Late}):
+        served("late", BURST, (140, 140))
+        served(
+            "late", [Arrival(0.01 * i, 1500, 1) for i in range(8)], (1000, 200), POOLS | {"decode": replace(DECODE, max_output=60)}
+        )
+
+
 @pytest.mark.parametrize("pairing", pairings.PAIRINGS)
 def test_a_request_that_ends_with_its_first_token_leaves_nothing_where_it_was_expected(pairing):
     # They ask for more than they get, so that nobody knows before; and the decode pool has room for two of them at a time.
