@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from stallfree.engine.template import TextError
+from stallfree.engine.errors import TextError
 
 KEY = "tokenizer.ggml."
 

@@ -13,12 +13,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from stallfree.engine.errors import TextError
+
 MOST_QUOTED = 300
 """Characters of a template's error that are quoted: it may hold the whole conversation."""
-
-
-class TextError(ValueError):
-    """A tokenizer or template that cannot be used, or messages that the template refuses."""
 
 
 class Template:

@@ -8,13 +8,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from stallfree.engine.detokenizer import Detokenizer, Pieces, StopStrings
+from stallfree.engine.errors import TextError
 from stallfree.engine.gguf import SPECIALS, Vocabulary
-from stallfree.engine.template import Template, TextError
+
+if TYPE_CHECKING:
+    from stallfree.engine.template import Template
 
 __all__ = ["Detokenizer", "Pieces", "StopStrings", "Text", "TextError"]
 
@@ -48,7 +51,7 @@ class Text:
         self.eos_ids = frozenset(id for id in eos_ids if 0 <= id < self.vocab_size)
         self._specials = dict(specials or {})
         templates = {"default": template} if isinstance(template, str) else template or {}
-        self._templates = {name: Template(source) for name, source in templates.items()}
+        self._templates = _compiled(templates)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], vocab_size: int | None = None) -> "Text":
@@ -148,7 +151,7 @@ class Text:
         composes = any(step["type"] == "NFC" for step in steps)
         return max(len(token.encode()) for token in self.tokenizer.get_vocab()) * (COMPOSED if composes else 1)
 
-    def _template(self, tools: object) -> Template:
+    def _template(self, tools: object) -> "Template":
         if not self._templates:
             raise TextError("this model has no chat template; use completions with a prompt instead")
         template = self._templates.get("tool_use") if tools is not None else None
@@ -158,7 +161,7 @@ class Text:
             raise TextError(f"this model has several chat templates and none of them is 'default': {names}; name one so")
         return template
 
-    def _parted(self, template: Template | None = None) -> re.Pattern[str]:
+    def _parted(self, template: "Template | None" = None) -> re.Pattern[str]:
         """Where control tokens begin: special tokens, and those added tokens that the template writes itself."""
         tokens = [
             token.content
@@ -245,3 +248,12 @@ def _templates(folder: Path, configured: Any) -> str | Mapping[str, str] | None:
 
 def _content(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else token or ""
+
+
+def _compiled(templates: Mapping[str, str]) -> "dict[str, Template]":
+    """A model without a template needs no Jinja."""
+    if not templates:
+        return {}
+    from stallfree.engine.template import Template
+
+    return {name: Template(source) for name, source in templates.items()}

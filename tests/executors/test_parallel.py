@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -288,3 +290,17 @@ def test_workers_that_nobody_knows_are_named():
 
     with pytest.raises(ValueError, match="workers 'slurm' are unknown; known are local, ray"):
         workers("slurm")
+
+
+def test_one_process_needs_no_msgpack_and_several_say_that_they_do():
+    code = """
+import sys
+sys.modules["msgpack"] = None
+from stallfree.executors.torch import TorchExecutor, workers
+try:
+    workers("local")
+except ValueError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "workers local need msgpack, which is not installed: pip install -e '.[torch]' in the checkout\n" == said

@@ -1,11 +1,18 @@
-"""The torch executor: any supported model, on a processor or GPUs, in one process or several. Needs the extra `torch`."""
+"""The torch executor: any supported model, on a processor or GPUs, in one process or several. Needs the extra `torch`.
+
+One process needs torch alone: what several say to each other, and msgpack for it, is imported where it is asked for.
+"""
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from stallfree import extra
-from stallfree.executors.torch.driver import Local, ParallelExecutor, Workers
 from stallfree.executors.torch.executor import TorchExecutor
 from stallfree.executors.torch.runner import Options
+
+if TYPE_CHECKING:
+    from stallfree.executors.torch.driver import ParallelExecutor, Workers
 
 __all__ = ["Options", "ParallelExecutor", "TorchExecutor", "device_name", "usual_device", "workers"]
 
@@ -22,14 +29,26 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
 
 
-def workers(place: str) -> Workers:
+def workers(place: str) -> "Workers":
     """Who places ranks, by name. Raises ValueError for one that is not known, or not installed."""
-    if place == "local":
-        return Local()
-    if place == "ray":
-        try:
-            from stallfree.executors.torch.ray_workers import RayWorkers
-        except ImportError as error:
-            raise ValueError(f"workers ray need {error.name}, which is not installed: {extra('ray')}") from None
+    if place not in PLACES:
+        raise ValueError(f"workers {place!r} are unknown; known are {', '.join(PLACES)}")
+    try:
+        if place == "local":
+            from stallfree.executors.torch.driver import Local
+
+            return Local()
+        from stallfree.executors.torch.ray_workers import RayWorkers
+
         return RayWorkers()
-    raise ValueError(f"workers {place!r} are unknown; known are {', '.join(PLACES)}")
+    except ImportError as error:
+        needed = "ray" if place == "ray" else "torch"
+        raise ValueError(f"workers {place} need {error.name}, which is not installed: {extra(needed)}") from None
+
+
+def __getattr__(name: str) -> object:
+    if name == "ParallelExecutor":
+        from stallfree.executors.torch.driver import ParallelExecutor
+
+        return ParallelExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

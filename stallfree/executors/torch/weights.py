@@ -73,7 +73,7 @@ class Weights:
 
     def vector(self, name: str) -> torch.Tensor:
         """All of a vector."""
-        return torch.from_numpy(self._checkpoint.read(name)).to(self.device, self.dtype)
+        return self._read(name).to(self.device, self.dtype)
 
     def outputs(self, *parts: tuple[str, int], bias: bool = False) -> Matrix:
         """Matrices under each other of which each rank has some outputs: (name, in how many parts it is cut). Where these are fewer
@@ -85,7 +85,7 @@ class Weights:
 
     def whole(self, name: str) -> Matrix:
         """A small matrix that every rank has all of, and that is not quantised."""
-        return Matrix(torch.from_numpy(self._checkpoint.read(f"{name}.weight")).to(self.device, self.dtype), "", None)
+        return Matrix(self._read(f"{name}.weight").to(self.device, self.dtype), "", None)
 
     def fused(self, name: str, heads: int, kv_heads: int, size: int, *, bias: bool = False) -> Matrix:
         """As `outputs`, of one matrix that holds, for each KV head, the rows of its queries, its keys and its values."""
@@ -99,25 +99,29 @@ class Weights:
             ]
             return torch.cat(found)
 
-        weight = share(torch.from_numpy(self._checkpoint.read(f"{name}.weight")))
-        added = share(torch.from_numpy(self._checkpoint.read(f"{name}.bias"))).view(-1) if bias else None
+        weight = share(self._read(f"{name}.weight"))
+        added = share(self._read(f"{name}.bias")).view(-1) if bias else None
         return self._stored(weight, added)
 
     def inputs(self, name: str, *, bias: bool = False) -> Matrix:
         """A matrix of which each rank has some inputs: the ranks' products are to be added up. The first rank has the bias."""
-        whole = torch.from_numpy(self._checkpoint.read(f"{name}.weight"))
+        whole = self._read(f"{name}.weight")
         width = whole.shape[1] // self.tp
-        added = torch.from_numpy(self._checkpoint.read(f"{name}.bias")) if bias and self.rank == 0 else None
+        added = self._read(f"{name}.bias") if bias and self.rank == 0 else None
         return self._stored(whole[:, self.rank * width : (self.rank + 1) * width], added)
 
     def vocabulary(self, name: str) -> Matrix:
         """A matrix with a row for each token, of which each rank has as many; the last one's may be fewer. Not quantised."""
-        whole = torch.from_numpy(self._checkpoint.read(name))
+        whole = self._read(name)
         height = -(-len(whole) // self.tp)
         return Matrix(whole[self.rank * height : (self.rank + 1) * height].to(self.device, self.dtype), "", None)
 
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint. One that a benchmark makes on the device stays there."""
+        return torch.as_tensor(self._checkpoint.read(name))
+
     def _share(self, name: str, pieces: int) -> torch.Tensor:
-        return self._cut(torch.from_numpy(self._checkpoint.read(name)), pieces)
+        return self._cut(self._read(name), pieces)
 
     def _cut(self, whole: torch.Tensor, pieces: int) -> torch.Tensor:
         cut = min(pieces, self.tp)  # fewer KV heads than ranks: neighbours have the same

@@ -1,0 +1,87 @@
+"""Iterations one after the other, as an engine runs them: what each takes, from scheduler to tokens, with overlap and without, and
+where the host's time goes. Decodes of Llama 3 8B with random weights; KV takes what a trial of the largest iteration leaves.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from gpu.facts import data_sheet
+from gpu.made import TINY, checkpoint, config_of
+from gpu.steps import Side, predicted
+
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.executors.sampling import GREEDY
+from stallfree.executors.torch import Options, TorchExecutor
+from stallfree.perf.shape import load
+from stallfree.policies import load as policy
+
+
+def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    side = Side(load("llama3-8b") if device == "cuda" else TINY, device=device)
+    sizes = (4,) if device == "cpu" else (32,) if quick else (32, 1, 128)
+    ways = (("one at a time", False), ("overlap", True))
+    return [(f"{side.name}, {n} decodes, {way}", partial(_engine, side, n, on)) for n in sizes for way, on in ways]
+
+
+@cache
+def _executor(side: Side) -> TorchExecutor:
+    cuda = side.device == "cuda"
+    made = checkpoint(config_of(side.model), side.device, torch.bfloat16 if cuda else torch.float32)
+    options = Options(side.weights, side.kv, device=side.device, threads=1)
+    return TorchExecutor(made, options, None if cuda else 1 << 24)
+
+
+def _engine(side: Side, decodes: int, overlap: bool) -> dict[str, Any]:
+    executor, prompt, number = _executor(side), side.context // 8, 100 if side.device == "cuda" else 8
+    executor.capacity = replace(executor.capacity, depth=1 + overlap, overlap=overlap)
+    taken = paced(executor, decodes, prompt, number, side.model.vocab)
+    found: dict[str, Any] = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in taken.items()}
+    sheet = data_sheet(side.device)
+    shape = [(prompt + number // 2, 1)] * decodes
+    expected = None if sheet is None else predicted(side, shape, sheet, host=True)
+    return found | {"predicted, ms": expected and 1e3 * expected, "KV blocks": executor.capacity.num_blocks}
+
+
+def paced(executor: TorchExecutor, decodes: int, prompt: int, number: int, vocab: int) -> dict[str, list[float]]:
+    """Seconds of `number` iterations of `decodes`, from one's end to the next's."""
+    scheduler = Scheduler(policy("sarathi"), executor.capacity, Limits(decodes), reuse=False)
+    for i in range(decodes):
+        tokens = torch.randint(vocab, (prompt,)).tolist()
+        scheduler.submit(Request(str(i), tokens, number + 20, sampling=GREEDY))
+    found: dict[str, list[float]] = {"iteration": [], "scheduling": [], "submitting": [], "waiting": []}
+    out: deque[Any] = deque()
+    clock = time.perf_counter
+    last = clock()
+    scheduling = submitting = 0.0
+    while len(found["iteration"]) < number:
+        while len(out) < executor.capacity.depth:
+            began = clock()
+            plan = scheduler.schedule(began)
+            planned = clock()
+            if not plan.work:
+                break
+            executor.submit(plan)
+            out.append(plan)
+            scheduling, submitting = scheduling + planned - began, submitting + clock() - planned
+        plan = out.popleft()
+        asked = clock()
+        result = executor.collect()
+        came = clock()
+        scheduler.complete(plan, result, came)
+        ended = clock()
+        if plan.num_tokens == decodes == len(plan.work):
+            parts = (ended - last, scheduling + ended - came, submitting, came - asked)
+            for times, taken in zip(found.values(), parts, strict=True):
+                times.append(taken)
+        last, scheduling, submitting = ended, 0.0, 0.0
+    while out:
+        out.popleft()
+        executor.collect()
+    return found

@@ -1,0 +1,107 @@
+"""What was run on: the device, its driver and clocks, versions, and the rates of a large copy and a large product."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from gpu.made import Absent
+
+from stallfree.perf import hardware
+from stallfree.perf.hardware import Hardware
+
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "transformers", "flashinfer-python")
+SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+
+
+def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    return [("machine", lambda: machine(device)), ("rates", lambda: named(device)), ("hardware", lambda: known(device))]
+
+
+def machine(device: str) -> dict[str, Any]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Absent("torch finds no GPU; --device cpu is a dry run")
+    found: dict[str, Any] = {"device": "processor", "cores": os.cpu_count(), "python": platform.python_version()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["device"] = properties.name
+        found |= {"memory, GiB": properties.total_memory / 2**30, "processors": properties.multi_processor_count}
+        found |= {"capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
+        found |= smi()
+    return found | {name: version(name) for name in PACKAGES} | {"date": time.strftime("%Y-%m-%d")}
+
+
+def smi() -> dict[str, str]:
+    """What nvidia-smi says; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(SMI, (value.strip() for value in said.splitlines()[0].split(",")), strict=False))
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object], device: str, least: int = 5, most: int = 30, enough_s: float = 0.7) -> list[float]:
+    """What `run` takes with the device's work, after two that do not count: `least` times, up to `most` until `enough_s`."""
+    found: list[float] = []
+    for turn in range(2 + most):
+        wait(device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        found += [time.perf_counter() - began] if turn > 1 else []
+        if len(found) >= least and sum(found) > enough_s:
+            break
+    return found
+
+
+@cache
+def rates(device: str) -> tuple[float, float]:
+    """Bytes per second of a copy, read and written, and FLOP/s of a product in bfloat16, of random numbers."""
+    size, side = (1 << 30, 8192) if device == "cuda" else (1 << 22, 128)
+    block = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    into = torch.empty_like(block)
+    copy = 2 * size / statistics.median(seconds(lambda: into.copy_(block), device))
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return copy, 2 * side**3 / statistics.median(seconds(lambda: a @ b, device))
+
+
+def named(device: str) -> dict[str, Any]:
+    copy, product = rates(device)
+    return {"copy, GB/s": copy / 1e9, "product, TFLOP/s": product / 1e12}
+
+
+@cache
+def data_sheet(device: str) -> Hardware | None:
+    """The device of `stallfree.perf` that this is, the nearest in memory of several; None for one that it does not know."""
+    if device != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    alike = [hardware.load(name) for name in hardware.names() if name.partition("-")[0] in properties.name.lower()]
+    return min(alike, key=lambda found: abs(found.memory - properties.total_memory), default=None)
+
+
+def known(device: str) -> dict[str, Any]:
+    sheet = data_sheet(device)
+    if sheet is None:
+        raise Absent("stallfree.perf has no such device: nothing is predicted")
+    return {"predicted as": sheet.name}

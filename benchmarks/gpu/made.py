@@ -1,0 +1,104 @@
+"""What the parts of `gpu_all.py` are made of: models with random weights, iterations, requests that are served, and errors.
+
+Weights follow from a tensor's name alone, so two processes, or a GPU and a processor, have the same model without a file.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.core.plan import Work
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.executors.base import Executor
+from stallfree.perf.shape import Model
+from stallfree.policies import load
+
+SMALL = Model("small", layers=4, hidden=512, heads=8, kv_heads=2, head_dim=64, ffn=1024, vocab=2048, context=1024)
+TINY = Model("tiny", layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=128, vocab=256, context=512)
+"""For a processor."""
+
+
+class Absent(Exception):
+    """A case that cannot be run here, and what it needs."""
+
+
+def need_cuda(device: str) -> None:
+    if device != "cuda":
+        raise Absent("needs cuda")
+
+
+def config_of(model: Model, **changes: Any) -> ModelConfig:
+    """The llama of these dimensions, with `changes`."""
+    config = ModelConfig(
+        family="llama", vocab_size=model.vocab, num_layers=model.layers, hidden_size=model.hidden, num_heads=model.heads,
+        num_kv_heads=model.kv_heads, head_dim=model.head_dim, ffn_size=model.ffn, norm_eps=1e-5,
+        inv_freq=rotary_frequencies(model.head_dim, 10000.0, {}, model.name), max_model_len=max(model.context, 512),
+        windows=(0,) * model.layers, tie_embeddings=model.tied,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def checkpoint(config: ModelConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """A model with random weights, which are made on `device`, in `dtype`, when they are read. Products keep the size of their
+    inputs.
+    """
+    shapes = config.tensors()
+
+    def read(name: str) -> Any:
+        shape, seed = shapes[name], zlib.crc32(name.encode())
+        values = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+        if len(shape) == 1:
+            return 0.1 * values + (1 if "norm" in name or "ln_" in name else 0)
+        return values if "embed" in name else values * shape[1] ** -0.5
+
+    return Checkpoint(Path("random"), config, read, None)
+
+
+def iteration(shape: Sequence[tuple[int, int]], vocab: int = 1, block: int = 16, scattered: bool = True) -> tuple[list[Work], int]:
+    """Work with `start` and `count` as in `shape`, random tokens and blocks of its own; the number of blocks."""
+    draw = torch.Generator().manual_seed(1)
+    needed = [-(-(start + count) // block) for start, count in shape]
+    numbers = torch.randperm(sum(needed), generator=draw).tolist() if scattered else list(range(sum(needed)))
+    pieces = []
+    for i, (start, count) in enumerate(shape):
+        own, numbers = tuple(numbers[: needed[i]]), numbers[needed[i] :]
+        tokens = tuple(torch.randint(vocab, (count,), generator=draw).tolist())
+        pieces.append(Work(str(i), start, count, True, count == 1, tokens, own, None, "", (), ()))
+    return pieces, sum(needed)
+
+
+def requests(prompts: Sequence[Sequence[int]], number: int, samplings: Sequence[object]) -> list[Request]:
+    """One for each prompt, of `number` tokens; `samplings` in turns."""
+    return [
+        Request(str(i), list(prompt), number, arrival=i, sampling=samplings[i % len(samplings)]) for i, prompt in enumerate(prompts)
+    ]
+
+
+def served(executor: Executor, asked: Sequence[Request], budget: int = 512, at_once: int = 64) -> list[list[int]]:
+    """The tokens that each gets, `at_once` of them in iterations of `budget` tokens."""
+    scheduler = Scheduler(load("sarathi", token_budget=budget), executor.capacity, Limits(at_once, 2048), reuse=False)
+    for request in asked:
+        scheduler.submit(request)
+    out: deque[Any] = deque()
+    while True:
+        while len(out) < executor.capacity.depth and (plan := scheduler.schedule(0.0)).work:
+            out.append(plan)
+            executor.submit(plan)
+        if not out:
+            return [list(request.output) for request in asked]
+        scheduler.complete(out.popleft(), executor.collect(), 0.0)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst row's |found - expected| over |expected|, in float64; NaN if anything is."""
+    found, expected = (x.detach().cpu().double().flatten(0, -2) for x in (found, expected))
+    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+    return float(apart.max())
