@@ -1,5 +1,5 @@
-"""All that wants to be known of a GPU, in one command of at most nine minutes: is every kernel, graph and way to run a model exact,
-and how long does an iteration take?
+"""Checks and measures the torch executor on one GPU, in one command of at most nine minutes: is every kernel, graph and way to run
+a model exact, and how long does an iteration take?
 
     python benchmarks/gpu_all.py --out FOLDER
 
