@@ -71,8 +71,6 @@ class Slo:
         self._merged = lru_cache(1024)(self._merge)
 
     def plan(self, draft: Draft) -> None:
-        if self._follows:
-            self._follow()
         for r in draft.decoding:
             draft.decode(r)
         shape = draft.shape
@@ -89,8 +87,9 @@ class Slo:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
         full, crowd = self._fill(draft, shape, limit, least, alone)
-        given = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
-        self._account(draft, given, alone, full=full, crowded=crowd > 0)
+        if not draft.empty:  # an attempt to plan that finds nothing to run is not in the record, and must change nothing
+            given = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
+            self._account(given, alone, full=full, crowded=crowd > 0)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
@@ -103,6 +102,8 @@ class Slo:
         if seconds <= 0:  # a clock that stood still teaches nothing
             return
         score = self.cost.learn(shape, seconds)
+        if self._follows:
+            self._follow()
         due = [self._due(r) for work, r in zip(plan.work, requests, strict=True) if work.decode]
         if not due or plan.limit_s is None:
             return
@@ -146,7 +147,7 @@ class Slo:
                 return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
         return limit, 1, f"margin {margin:.2f}"
 
-    def _account(self, draft: Draft, given: float, alone: float, *, full: bool, crowded: bool) -> None:
+    def _account(self, given: float, alone: float, *, full: bool, crowded: bool) -> None:
         """What is owed to those for whom there was no time in this iteration, in which `given` seconds were, and how long requests
         are kept out."""
         self._passed = 0 if given or not full else self._passed + 1
