@@ -1,11 +1,11 @@
 """Can one client's request stop another client's stream by what the host has to do for it: parse, render, tokenise, sample, write?
 
 Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time; /health is
-asked every 20 ms. First nothing else happens, then one other client sends one kind of request after the other. For each kind: the
-longest gap between two tokens of the plain stream over the undisturbed P99 (limit 2), and the P99 of /health (limit 50 ms).
+asked every 20 ms. First nothing else happens, then one other client sends one kind of request after the other.
 
-Where a request is served, its own tokens take time in the model's iterations; the server's target bounds that, and no limit on the
-host's share can be met by a request that is refused. So each kind says how it was answered.
+Limits for each kind: /health within 50 ms at P99; and where the request is refused, or asks about text alone, a longest gap of the
+plain stream of twice the undisturbed P99. Where its tokens are computed, these take time in the model's iterations, as many as
+fill the target: there the limit is the server's target, at P99, or twice the undisturbed P99 if that is more.
 
     python benchmarks/host_stalls.py
 """
@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, Callable[[], Any]]] = {
         COMPLETIONS,
         lambda: {"prompt": text(9_000), "n": 32, "max_tokens": 20, "top_k": 1000, "min_p": 0.01, "seed": 1, "frequency_penalty": 1},
     ),
-    "64 prompts of 100 KB": (COMPLETIONS, lambda: {"prompt": [text(50_000)] * 64, "max_tokens": 5}),
+    "64 prompts of 50 KB": (COMPLETIONS, lambda: {"prompt": [text(50_000)] * 64, "max_tokens": 5}),
     "500,000 token ids": (COMPLETIONS, lambda: {"prompt": [1000] * 500_000, "max_tokens": 5}),
     "a text of 30 KB, as long as fits": (COMPLETIONS, lambda: {"prompt": text(30_000), "max_tokens": 5}),
     "a message of 50,000 parts": (CHAT, lambda: {"messages": user(parts(50_000)), "max_tokens": 5}),
@@ -113,7 +113,9 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
         came.clear(), took.clear()
         await asyncio.sleep(seconds)
         usual = float(np.percentile(gaps(came), 99))
-        rows = [row("nothing", "", gaps(came), took, usual)]
+        async with other.get("/live?since=999999999") as response:
+            target = (await response.json())["targets"]["tbt"]["seconds"]
+        rows = [row("nothing", "", gaps(came), took, usual, target)]
         for name in names:
             path, body = KINDS[name]
             made = body()
@@ -125,7 +127,7 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
                     await response.read()
                     status = str(response.status)
                 await asyncio.sleep(0.5)
-            rows.append(row(name, status, gaps(came), took, usual))
+            rows.append(row(name, status, gaps(came), took, usual, target))
             print(rows[-1])
         for watcher in watchers:
             watcher.cancel()
@@ -133,16 +135,20 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
     return rows
 
 
-def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: float) -> dict[str, Any]:
-    longest, asked = float(gaps.max()), float(np.percentile(took, 99))
+def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: float, target: float) -> dict[str, Any]:
+    longest, p99, asked = float(gaps.max()), float(np.percentile(gaps, 99)), float(np.percentile(took, 99))
+    computed = status == "200" and not name.startswith(("tokenize", "detokenize"))
+    limit = max(LIMIT * usual, target) if computed else LIMIT * usual
+    kept = (p99 if computed else longest) <= limit and asked <= HEALTH_LIMIT_S
     return {
         "what another client sends": name,
         "answer": status,
-        "gap p99, ms": 1e3 * float(np.percentile(gaps, 99)),
+        "gap p99, ms": 1e3 * p99,
         "longest gap, ms": 1e3 * longest,
-        "over the usual p99": longest / usual,
+        "limit, ms": 1e3 * limit,
+        "of the": "p99" if computed else "longest",
         "/health p99, ms": 1e3 * asked,
-        "within limits": "yes" if longest <= LIMIT * usual and asked <= HEALTH_LIMIT_S else "NO",
+        "within limits": "yes" if kept else "NO",
     }
 
 
