@@ -55,7 +55,7 @@ class Draft:
         self.prefilling: list[Request] = []
         self._overlap = scheduler.capacity.overlap
         for r in scheduler.running:
-            if self._ready(r):
+            if r.output if r.num_tokens - r.num_planned == 1 else self._ready(r):
                 self.decoding.append(r)
             elif r.num_tokens > r.num_planned:
                 self.prefilling.append(r)
@@ -98,7 +98,10 @@ class Draft:
         no token is left, or for a request that is not a ready decode or has its token already.
         """
         start = request.num_planned
-        if request.status is not RUNNING or self.left <= 0 or request in self.work or not self._ready(request):
+        if request.status is not RUNNING or self.left <= 0 or request in self.work:
+            return False
+        # For nearly all this is told without a call.
+        if not (request.output if request.num_tokens - start == 1 else self._ready(request)):
             return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False

@@ -97,7 +97,7 @@ class Slo:
 
     def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
         shape, seconds = plan.shape, now - plan.now
-        if extra := sum([r.extra_rows for work, r in zip(plan.work, requests, strict=True) if work.samples]):
+        if extra := sum([r.extra_rows for r in requests]):
             shape.append((extra, 0))
         if seconds <= 0:  # a clock that stood still teaches nothing
             return
