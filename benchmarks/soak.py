@@ -1,5 +1,5 @@
-"""Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, a third of them aborted, while the
-server is stopped now and then for half a second.
+"""Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, while the server is stopped now and
+then for half a second. A third of the requests are given up after at most 0.3 s; `aborted` counts those that had not ended by then.
 
 Two runs over HTTP: on the simulated executor, which here sleeps for nothing, and on the embedded model. Counted, all
 to be 0: ends of the engine (/health, or a connection refused), answers with status 500, KV blocks that are not free once all
