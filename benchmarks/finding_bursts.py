@@ -40,13 +40,17 @@ def main() -> None:
     with Trials(simulators) as trials:
         steady = Traffic("poisson", LENGTHS["alike"], 8192, requests=min(requests, 1000))
         rate = SHARE * trials.capacities({"sarathi 512": (steady, targets, 8.0)})["sarathi 512"].rate
-        made = {
-            (arrivals, lengths, name): trials.submit(
-                name, Traffic(ARRIVALS[arrivals], LENGTHS[lengths], 8192, requests=requests), rate, 0, targets
+        cases = {
+            (arrivals, lengths, name): (
+                name,
+                Traffic(ARRIVALS[arrivals], LENGTHS[lengths], 8192, requests=requests),
+                rate,
+                0,
+                targets,
             )
             for arrivals, lengths, name in product(ARRIVALS, LENGTHS, simulators)
         }
-        reports = {key: future.result() for key, future in made.items()}
+        reports = trials.reports(cases)
     rows: list[dict[str, Any]] = [
         {"arrivals": arrivals, "prompts": lengths, "policy": name}
         | {"TTFT p50, s": report.ttft_s.p50, "TTFT p90, s": report.ttft_s.p90, "TTFT p99, s": report.ttft_s.p99}

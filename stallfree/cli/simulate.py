@@ -210,12 +210,12 @@ def compare(
     traffic, loads = words.traced(traffic, trace).ending(REQUESTS), _rates(rates)
     simulators = {name: _simulator(one, traffic) for name, one in several.items()}
     with running(simulators, len(simulators) * len(loads)) as pool:
-        futures = {
-            (name, rate): pool.submit(name, traffic, rate, traffic.seed, Slo.parse(one.slo) if one.slo else Slo())
+        cases = {
+            (name, rate): (name, traffic, rate, traffic.seed, Slo.parse(one.slo) if one.slo else Slo())
             for rate in loads
             for name, one in several.items()
         }
-        reports = {key: future.result() for key, future in futures.items()}
+        reports = pool.reports(cases)
     facts = traffic.facts(traffic.requests or 0)
     if as_json:
         runs = [{"configuration": name, "rate": rate} | asdict(report) for (name, rate), report in reports.items()]

@@ -264,11 +264,11 @@ class Curve:
 
     def rows(self, trials: Trials) -> list[Row]:
         """A row for each SLO: the highest rate of the sweep at which each scheduler meets it."""
-        made = {
-            (name, rate): trials.submit(name, traffic("openchat", self.requests), rate, 0, Slo())
+        cases = {
+            (name, rate): (name, traffic("openchat", self.requests), rate, 0, Slo())
             for name, rate in product(self.simulators, self.rates)
         }
-        reports = {key: future.result() for key, future in made.items()}
+        reports = trials.reports(cases)
         return [
             {"TBT p99, s": slo} | {f"{name}, requests/s": self._most(name, slo, reports) for name in self.simulators}
             for slo in CURVE_S

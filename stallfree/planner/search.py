@@ -154,12 +154,11 @@ def attainments(
     """For each of `whole`, reports at `rates`."""
     simulators = {one.name: _simulator(one.deployed) for one in whole}
     with run(simulators) as pool:
-        futures = {
-            (what, rate): pool.submit(what, traffic.lasting(SECONDS, rate), rate, traffic.seed, slo)
-            for rate in rates
-            for what in simulators
+        cases = {
+            (what, rate): (what, traffic.lasting(SECONDS, rate), rate, traffic.seed, slo) for rate in rates for what in simulators
         }
-        return {what: [(rate, future.result()) for (of, rate), future in futures.items() if of == what] for what in simulators}
+        reports = pool.reports(cases)
+        return {what: [(rate, report) for (of, rate), report in reports.items() if of == what] for what in simulators}
 
 
 def _ranked(

@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
@@ -18,6 +18,10 @@ from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
 """The rate, the seed, what came of it, and why that is not enough, if it is not."""
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+TICK_S = 0.2
+"""Seconds after which the thread that waits looks up. A signal that comes just before it waits does not wake it."""
 
 
 class Tried(Protocol):
@@ -72,8 +76,11 @@ class Trials:
             if process not in self._others:
                 process.terminate()
 
-    def submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
-        """See `Tried.trial`."""
+    def reports(self, cases: Mapping[Key, tuple[str, Traffic, float | None, int, Slo]]) -> dict[Key, Report]:
+        """A trial for each case: the simulator's name, and what `Tried.trial` takes."""
+        return _results({key: self._submit(*case) for key, case in cases.items()})
+
+    def _submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
         main = threading.current_thread() is threading.main_thread()
         with self._submitting:
             if self._stopped:
@@ -108,7 +115,7 @@ class Trials:
             traffic, slo, start = cases[name]
 
             def passes(rate: float, seed: int) -> bool:
-                report = self.submit(name, traffic.lasting(shortest_s, rate), rate, seed, slo).result()
+                report = self._submit(name, traffic.lasting(shortest_s, rate), rate, seed, slo).result()
                 why = shortfalls(report, slo)
                 tell(name, (rate, seed, report, why))
                 return not why
@@ -117,16 +124,23 @@ class Trials:
 
         with ThreadPoolExecutor(len(cases)) as threads:
             try:
-                return dict(zip(cases, threads.map(find, cases), strict=True))
+                return _results({name: threads.submit(find, name) for name in cases})
             except BaseException:
                 self._stop()
                 raise
 
 
+def _results(futures: Mapping[Key, Future[Result]]) -> dict[Key, Result]:
+    for future in futures.values():
+        while not future.done():
+            wait([future], TICK_S)
+        future.result()
+    return {key: future.result() for key, future in futures.items()}
+
+
 def _begin(simulators: Mapping[str, Tried]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all of a terminal's processes; the one that searches ends the others
+    # Ctrl-C reaches all of a terminal's processes; the one that searches ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _simulators.update(simulators)
 
 

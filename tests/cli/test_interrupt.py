@@ -17,8 +17,24 @@ SEARCHES = {
     "plan": ("plan", "--model", "llama2-13b", "--gpus", "16", "--nodes", "2", "--lengths", "2000/130", "--slo", "ttft=1s,tbt=50ms"),
 }
 
+UNHEARD = """
+import signal, sys, threading
+from pathlib import Path
+from stallfree.cli import main
+from tests.cli.test_interrupt import workers
+from tests.waiting import until
 
-def workers(pid: int) -> list[int]:
+def interrupt():
+    until(lambda: workers("self"))
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+main()
+"""
+"""A signal that does not wake the thread that waits, as one that comes just before it waits: another thread takes it."""
+
+
+def workers(pid: int | str) -> list[int]:
     """The processes that the search has for its trials."""
     children = [int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
     return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
@@ -38,3 +54,9 @@ def test_ctrl_c_ends_a_search_and_its_processes(search, whole, times):
     assert (130, "") == (process.returncode, out), err
     assert not any(word in err for word in ("Traceback", "leaked", "Broken")), err
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_ctrl_c_that_wakes_nobody_is_heard_nevertheless(search):
+    done = subprocess.run([sys.executable, "-c", UNHEARD, *search], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (130, "") == (done.returncode, done.stdout), done.stderr

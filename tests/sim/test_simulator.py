@@ -32,7 +32,7 @@ def test_a_trial_is_the_same_here_and_in_another_process():
     simulator = Simulator(LLAMA)
     here = simulator.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
     with Trials({"it": simulator}) as trials:
-        there = trials.submit("it", SOME, 3.0, 5, Slo.parse("tbt=100ms")).result()
+        there = trials.reports({"one": ("it", SOME, 3.0, 5, Slo.parse("tbt=100ms"))})["one"]
     assert here == there
     assert 60 == here.completed
 
