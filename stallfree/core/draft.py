@@ -34,7 +34,7 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_overlap", "_passed", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
+        "_block_size", "_passed", "_ready", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
         "now", "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
@@ -53,12 +53,16 @@ class Draft:
         self.margin: float | None = None
         self.decoding: list[Request] = []
         self.prefilling: list[Request] = []
-        self._overlap = scheduler.capacity.overlap
+        overlap = scheduler.capacity.overlap
         for r in scheduler.running:
-            if r.output if r.num_tokens - r.num_planned == 1 else self._ready(r):
+            remaining = r.num_tokens - r.num_planned
+            if remaining == 1 and r.output:
                 self.decoding.append(r)
-            elif r.num_tokens > r.num_planned:
+            elif remaining > 0:
                 self.prefilling.append(r)
+            elif overlap and r.goes_on:
+                self.decoding.append(r)
+        self._ready = set(self.decoding)
 
     @property
     def running(self) -> list[Request]:
@@ -97,14 +101,12 @@ class Draft:
         """Give a ready decode its token. If KV is short, requests after it in order are preempted; False if that is not enough, if
         no token is left, or for a request that is not a ready decode or has its token already.
         """
+        if request not in self._ready or self.left <= 0:
+            return False
         start = request.num_planned
-        if request.status is not RUNNING or self.left <= 0 or request in self.work:
-            return False
-        # For nearly all this is told without a call.
-        if not (request.output if request.num_tokens - start == 1 else self._ready(request)):
-            return False
         if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
             return False
+        self._ready.remove(request)
         self.work[request] = 1
         request.num_planned = start + 1
         self.left -= 1
@@ -150,6 +152,7 @@ class Draft:
         """Take a running request's KV and put it back in the queue, at its old place; it will recompute. Not if in flight."""
         if request.status is not RUNNING or request.in_flight:
             raise ValueError(f"only a running request that is not in flight can be preempted, not {request!r}")
+        self._ready.discard(request)
         count = self.work.pop(request, None)
         if count is not None:
             self.chunks.pop(request, None)
@@ -201,12 +204,8 @@ class Draft:
             r.prompt, r.output,
         )  # fmt: skip
 
-    def _ready(self, request: Request) -> bool:
-        """Whether a running request is a ready decode."""
-        remaining = request.num_tokens - request.num_planned
-        return bool(request.output) if remaining == 1 else self._overlap and remaining == 0 and request.goes_on
-
     def _write(self, request: Request, count: int) -> None:
+        self._ready.discard(request)
         self.work[request] = count
         self.chunks[request] = count
         request.num_planned += count

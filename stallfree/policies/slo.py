@@ -104,7 +104,7 @@ class Slo:
         score = self.cost.learn(shape, seconds)
         if self._follows:
             self._follow()
-        due = [self._due(r) for work, r in zip(plan.work, requests, strict=True) if work.decode]
+        due = self._dues([r for work, r in zip(plan.work, requests, strict=True) if work.decode])
         if not due or plan.limit_s is None:
             return
         late = sum([at < now for at in due])
@@ -165,25 +165,27 @@ class Slo:
         """
         alone *= self.margin.value
         least, first = inf, ""
-        for r in draft.decoding:
-            if r.status is RUNNING:
-                slack = self._left(r, draft.now)
-                if slack < alone and r.slo is not None:
-                    slack = self._left(r, draft.now, self.slo)
-                if slack < least:
-                    least, first = slack, r.id
+        streams = [r for r in draft.decoding if r.status is RUNNING]
+        for r, due in zip(streams, self._dues(streams), strict=True):
+            slack = due - draft.now if r.output else self._gap(self._targets(r))  # no output: its first token is in flight
+            if slack < alone and r.slo is not None:
+                slack = self._due(r, self.slo) - draft.now if r.output else self._gap(self.slo)
+            if slack < least:
+                least, first = slack, r.id
         return least, first
 
-    def _left(self, r: Request, now: float, slo: Targets | None = None) -> float:
-        """Seconds until the next token of a decode is due; where its first one is still in flight, from when that comes."""
-        if r.output:
-            return self._due(r, slo) - now
-        return self._gap(slo or (self.slo if r.slo is None else self._merged(r.slo)))
+    def _targets(self, r: Request) -> Targets:
+        return self.slo if r.slo is None else self._merged(r.slo)
 
-    def _due(self, r: Request, slo: Targets | None = None) -> float:
-        """When the next token of a request that has one is due."""
-        if slo is None:
-            slo = self.slo if r.slo is None else self._merged(r.slo)
+    def _dues(self, requests: Sequence[Request]) -> list[float]:
+        """When the next token of each is due; for nearly all this is told without a call."""
+        if self.slo.tbt is None:
+            return [self._due(r, self._targets(r)) for r in requests]
+        gap = self.slo.tbt.seconds
+        return [r.last_token + gap if r.slo is None else self._due(r, self._targets(r)) for r in requests]
+
+    def _due(self, r: Request, slo: Targets) -> float:
+        """When by `slo` the next token of a request that has one is due."""
         tbt = slo.tbt
         if tbt is not None:
             return r.last_token + tbt.seconds
@@ -247,9 +249,7 @@ class Slo:
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
         """Whether an iteration of so many seconds is longer than a gap between tokens may be. A request's own target counts where
         it asks for less than the server's; where it asks for more, the others need not make room for it."""
-        return seconds > self._gap(self.slo) and seconds > min(
-            self._gap(self.slo if r.slo is None else self._merged(r.slo)) for r in streams
-        )
+        return seconds > self._gap(self.slo) and seconds > min(self._gap(self._targets(r)) for r in streams)
 
     @staticmethod
     def _gap(slo: Targets) -> float:
@@ -269,8 +269,8 @@ class Slo:
         def urgency(r: Request) -> tuple[int, float]:
             start = draft.start(r)
             seconds = self.cost.seconds([(start, r.num_tokens - start)])
-            slo = self.slo if r.slo is None else self._merged(r.slo)
-            due = self._due(r) if r.output else r.arrival + (0.0 if slo.ttft is None else slo.ttft.seconds)
+            slo = self._targets(r)
+            due = self._due(r, slo) if r.output else r.arrival + (0.0 if slo.ttft is None else slo.ttft.seconds)
             return r.priority, (due - draft.now - seconds) / seconds
 
         return sorted(several, key=urgency)
