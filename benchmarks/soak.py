@@ -1,5 +1,5 @@
 """Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, while the server is stopped now and
-then for half a second. A third of the requests are given up after at most 0.3 s; `aborted` counts those that had not ended by then.
+then for half a second. A third of the requests are for long answers and are given up after at most 0.3 s, wherever they are by then.
 
 Two runs over HTTP: on the simulated executor, which here sleeps for nothing, and on the embedded model. Counted, all
 to be 0: ends of the engine (/health, or a connection refused), answers with status 500, KV blocks that are not free once all
@@ -44,8 +44,9 @@ LIMIT_MEMORY = 1.05
 KV_MEMORY = "256MiB"
 
 
-def fuzzed(rng: random.Random, vocabulary: int) -> tuple[str, dict[str, Any]]:
-    """A route and a body, most of them such as are served; one in ten has something that is refused."""
+def fuzzed(rng: random.Random, vocabulary: int, *, lasting: bool = False) -> tuple[str, dict[str, Any]]:
+    """A route and a body, most of them such as are served; one in ten has something that is refused. `lasting`: for a long answer,
+    and not refused."""
     words = ["sea", "moon", "ß", "한", "\U0001f600", "def f(x):", "  ", "\n", "<|im_end|>", "1234", "e\u0301", "\x00", "token"]
     text = " ".join(rng.choices(words, k=rng.choice([1, 5, 30, 300])))
     ids = [rng.randrange(vocabulary) for _ in range(rng.choice([1, 20, 200]))]
@@ -72,7 +73,9 @@ def fuzzed(rng: random.Random, vocabulary: int) -> tuple[str, dict[str, Any]]:
         "slo": rng.choice([{"tbt_ms": 1}, {"ttft_ms": 50}, {"tpot_ms": 30, "ttft_ms": 1000}]),
     }
     body |= {name: value for name, value in chances.items() if rng.random() < 0.12}
-    if rng.random() < 0.1:
+    if lasting:
+        body |= {"max_tokens": 2000, "ignore_eos": True, "stop": [], "stop_token_ids": []}
+    elif rng.random() < 0.1:
         body |= rng.choice(
             [
                 {"temperature": 9},
@@ -149,8 +152,8 @@ class Soak:
             if number == self.number // 10:
                 self.after_a_tenth = resident(self.process)
             looked_at = self.looks_again and number % GREEDY_EVERY == 0
-            path, body = greedy(rng) if looked_at else fuzzed(rng, 250)
             aborted = not looked_at and rng.random() < ABORTED
+            path, body = greedy(rng) if looked_at else fuzzed(rng, 250, lasting=aborted)
             try:
                 async with asyncio.timeout(rng.uniform(0, 0.3) if aborted else None):
                     text = await self._ask(session, path, body)
@@ -215,7 +218,7 @@ def serve_simulated() -> None:
         Options(executor="simulated", policy="sarathi", token_budget=2048),
         record=lambda step: live.record(step, metrics.record(step)),
     )
-    assembled.engine.text.tokenizer._resize_cache(0)
+    assembled.engine.text.tokenizer.model._resize_cache(0)
     assembled.engine.executor.sleep = lambda seconds: None  # type: ignore[attr-defined]
     thread = EngineThread(assembled.engine, 1024)
     sock = bind("127.0.0.1", 0)
