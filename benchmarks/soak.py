@@ -1,5 +1,5 @@
 """Does the server stay whole under whatever clients send? Many requests with fuzzed parameters, while the server is stopped now and
-then for half a second. A third of the requests are for long answers and are given up after at most 0.3 s, wherever they are by then.
+then for half a second. A third of the requests are for long answers and are given up within 0.3 s, wherever they are by then.
 
 Two runs over HTTP: on the simulated executor, which here sleeps for nothing, and on the embedded model. Counted, all
 to be 0: ends of the engine (/health, or a connection refused), answers with status 500, KV blocks that are not free once all
