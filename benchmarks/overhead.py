@@ -30,11 +30,12 @@ from urllib.parse import urlparse
 from harness import machine, parser, show
 
 from stallfree.bench.server import server
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.policy import Policy
 from stallfree.core.record import StepRecord, read
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.engine.assemble import Options, assemble
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Fitted
@@ -53,7 +54,7 @@ def scheduler_row(running: int, waiting: int) -> dict[str, Any]:
     scheduler = Scheduler(Sarathi(2048), Capacity(32, 200_000, 8192), Limits(running, 8192))
     for i in range(running):
         scheduler.submit(Request(str(i), range(i * 1000, i * 1000 + 512), 4000))
-    while any(not r.output for r in scheduler.requests.values()):
+    while any(not r.output for r in scheduler.ledger.requests.values()):
         plan = scheduler.schedule(0)
         scheduler.complete(plan, answer(plan), 0)
     for i in range(waiting):
@@ -89,7 +90,7 @@ def policy_ms(policy: Policy, cost: Fitted) -> float:
         scheduler.complete(plan, result, now)
         times.append(planned - began + time.perf_counter() - back)
 
-    while any(not r.output for r in scheduler.requests.values()):
+    while any(not r.output for r in scheduler.ledger.requests.values()):
         step()
     scheduler.submit(Request("long", range(8000), 10, arrival=now))
     step()
@@ -98,8 +99,9 @@ def policy_ms(policy: Policy, cost: Fitted) -> float:
     times.clear()
     for _ in range(100):
         step()
-    if len(scheduler.running) != 256 or len(scheduler.queue) < 1000:
-        raise RuntimeError(f"{len(scheduler.running)} requests are running and {len(scheduler.queue)} waiting, not 256 and 1,000")
+    ledger = scheduler.ledger
+    if len(ledger.running) != 256 or len(ledger.queue) < 1000:
+        raise RuntimeError(f"{len(ledger.running)} requests are running and {len(ledger.queue)} waiting, not 256 and 1,000")
     return statistics.median(times) * 1e3
 
 
@@ -162,7 +164,7 @@ def alone(tokens: int) -> float:
     for i, prompt in enumerate(prompts()):
         scheduler.submit(Request(str(i), prompt, tokens, sampling=Sampling(temperature=1.0, seed=i)))
     times = []
-    while scheduler.requests:
+    while scheduler.ledger.requests:
         plan = scheduler.schedule(0)
         began = time.perf_counter()
         executor.submit(plan)

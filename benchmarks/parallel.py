@@ -20,8 +20,9 @@ from harness import machine, parser, show
 from safetensors.numpy import save_file
 
 from stallfree.checkpoint import Checkpoint, open_checkpoint
+from stallfree.core.ledger import Limits
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.executors.base import Executor
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.torch import Options, ParallelExecutor, TorchExecutor, workers

@@ -17,8 +17,8 @@ from typing import Any
 
 from harness import machine, parser, show
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.scheduler import Limits
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Tally
 from stallfree.perf.fitted import Fitted

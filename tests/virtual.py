@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, Plan, Shape, StepResult
 from stallfree.core.policy import Policy
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import LEAP, Replica, script
 from stallfree.sim.routers import round_robin
@@ -32,7 +33,7 @@ def run(
     records: list[StepRecord] = []
 
     def record(step: StepRecord) -> None:
-        scheduler.check()
+        scheduler.ledger.check()
         records.append(step)
 
     told = (script(r, range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests)

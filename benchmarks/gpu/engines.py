@@ -15,8 +15,9 @@ from gpu.facts import data_sheet
 from gpu.made import TINY, checkpoint, config_of
 from gpu.steps import Side, predicted
 
+from stallfree.core.ledger import Limits
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.executors.sampling import GREEDY
 from stallfree.executors.torch import Options, TorchExecutor
 from stallfree.perf.shape import load

@@ -18,8 +18,8 @@ from gpu.models import KV_BYTES, prompts, small
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from stallfree.core.ledger import Limits
 from stallfree.core.record import StepRecord
-from stallfree.core.scheduler import Limits
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.engine.thread import EngineThread

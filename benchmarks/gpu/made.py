@@ -14,9 +14,10 @@ import torch
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Work
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.executors.base import Executor
 from stallfree.perf.shape import Model
 from stallfree.policies import load

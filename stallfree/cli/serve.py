@@ -104,7 +104,7 @@ def serve(
         "weights": assembled.weights,
         "kv_blocks": capacity.num_blocks,
         "block_size": capacity.block_size,
-        "max_model_len": assembled.engine.scheduler.max_len,
+        "max_model_len": assembled.engine.scheduler.ledger.max_len,
         "policy": served.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
         "slo_basis": assembled.slo_basis or None,

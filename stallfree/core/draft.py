@@ -4,16 +4,12 @@ A draft keeps the engine's limits and the KV accounts, so a policy cannot break 
 not choose anything itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
+from stallfree.core.queue import Entry
 from stallfree.core.request import Request, Status
-
-if TYPE_CHECKING:
-    from stallfree.core.scheduler import Scheduler
 
 RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and this one is asked for at every decode
 
@@ -34,27 +30,27 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_passed", "_ready", "_scheduler", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
+        "_block_size", "_ledger", "_passed", "_ready", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
         "now", "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
-    def __init__(self, scheduler: Scheduler, now: float):
-        self._scheduler = scheduler
-        self._block_size = scheduler.pool.block_size
+    def __init__(self, ledger: Ledger, now: float):
+        self._ledger = ledger
+        self._block_size = ledger.pool.block_size
         self.work: dict[Request, int] = {}
         self.chunks: dict[Request, int] = {}
         self.admitted: list[Request] = []
         self.searched = False
-        self._passed: list[tuple[tuple[int, float, int], int, Request]] = []
+        self._passed: list[Entry] = []
         self.now = now
-        self.left = self.budget = scheduler.limits.max_tokens
+        self.left = self.budget = ledger.limits.max_tokens
         self.reason = ENGINE_LIMIT
         self.limit_s: float | None = None
         self.margin: float | None = None
         self.decoding: list[Request] = []
         self.prefilling: list[Request] = []
-        overlap = scheduler.capacity.overlap
-        for r in scheduler.running:
+        overlap = ledger.capacity.overlap
+        for r in ledger.running:
             remaining = r.num_tokens - r.num_planned
             if remaining == 1 and r.output:
                 self.decoding.append(r)
@@ -66,7 +62,7 @@ class Draft:
 
     @property
     def running(self) -> list[Request]:
-        return self._scheduler.running
+        return self._ledger.running
 
     @property
     def empty(self) -> bool:
@@ -79,7 +75,7 @@ class Draft:
     @property
     def waiting(self) -> Iterator[Request]:
         """Waiting requests, first to serve first; one that is not admitted is passed over until the next iteration."""
-        queue = self._scheduler.queue
+        queue = self._ledger.queue
         while (entry := queue.head()) is not None:
             yield entry[2]
             if queue.live(entry):
@@ -87,7 +83,7 @@ class Draft:
 
     def start(self, request: Request) -> int:
         """The position at which a request's next chunk begins. For a waiting request: the tokens found in the prefix cache now."""
-        return self._scheduler.pool.look(request) if request.status is Status.WAITING else request.num_planned
+        return self._ledger.pool.look(request) if request.status is Status.WAITING else request.num_planned
 
     def cap(self, tokens: int, reason: str) -> None:
         """Lower this iteration's token limit to `tokens`, those already written included, because of `reason`."""
@@ -128,9 +124,9 @@ class Draft:
         `whole` asks for all of its tokens in this iteration. Such a prompt may exceed the token limit if it is alone in the
         iteration: a long one would starve for ever.
         """
-        scheduler = self._scheduler
-        pool = scheduler.pool
-        if not request.ticket or self.left <= 0 or scheduler.full:  # a ticket says that it waits in this scheduler's queue
+        ledger = self._ledger
+        pool = ledger.pool
+        if not request.ticket or self.left <= 0 or ledger.full:  # a ticket says that it waits in this ledger's queue
             return 0
         cached = pool.match(request)
         remaining = request.num_tokens - cached
@@ -138,12 +134,12 @@ class Draft:
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         upto = {"chunk": cached + size, "prompt": request.num_tokens, "max": len(request.prompt) + request.max_tokens}
-        if size <= 0 or not pool.grow(request, upto[scheduler.policy.reserve], scheduler.spare):
+        if size <= 0 or not pool.grow(request, upto[ledger.reserve], ledger.spare):
             pool.release(request)
             self.searched = self.searched or pool.reuse
             return 0
         request.num_cached = request.num_computed = request.num_planned = cached
-        scheduler.admitted(request)
+        ledger.run(request)
         self.admitted.append(request)
         self._write(request, size)
         return size
@@ -157,9 +153,9 @@ class Draft:
         if count is not None:
             self.chunks.pop(request, None)
             self.left += count
-        self._scheduler.preempted(request)
+        self._ledger.preempt(request)
 
-    def seal(self, step: int, preempted: tuple[str, ...]) -> tuple[Plan, list[Request]]:
+    def seal(self, step: int) -> tuple[Plan, list[Request]]:
         """The plan, and its requests in the order of its work; the queue is whole again."""
         self.close()
         chunks = self.chunks
@@ -173,6 +169,7 @@ class Draft:
             )
             for r in self.work
         ]  # fmt: skip
+        preempted = tuple(self._ledger.preempted)
         plan = Plan(
             step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin
         )
@@ -181,7 +178,7 @@ class Draft:
     def close(self) -> None:
         """Nothing more is written; the queue is whole again."""
         for entry in self._passed:
-            self._scheduler.queue.restore(entry)
+            self._ledger.queue.restore(entry)
 
     @property
     def stalled(self) -> tuple[str, ...]:
@@ -213,14 +210,14 @@ class Draft:
 
     def _make_room(self, request: Request, upto: int) -> bool:
         """Grow, preempting from the end of the order what stands behind `request` and is not in flight."""
-        scheduler = self._scheduler
-        if scheduler.pool.grow(request, upto):
+        ledger = self._ledger
+        if ledger.pool.grow(request, upto):
             return True
-        for victim in scheduler.running[::-1]:
+        for victim in ledger.running[::-1]:
             if victim.key <= request.key:
                 return False
             if not victim.in_flight:
                 self.preempt(victim)
-                if scheduler.pool.grow(request, upto):
+                if ledger.pool.grow(request, upto):
                     return True
         return False

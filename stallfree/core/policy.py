@@ -3,19 +3,18 @@ and what KV is reserved at admission. It keeps no clock and owns no request.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from stallfree.core.draft import Draft
+from stallfree.core.ledger import Reserve as Reserve
 from stallfree.core.plan import Plan, Shape
 from stallfree.core.request import Request
-
-Reserve = Literal["chunk", "prompt", "max"]
 
 
 class Policy(Protocol):
     """Writes one iteration at a time into a `Draft`.
 
-    `reserve`: KV blocks taken at admission: for the first chunk, the whole prompt, or the prompt and `max_tokens`.
+    `reserve`: KV blocks taken at admission, see `Reserve`.
     `stall_free`: the promise that while KV lasts every ready decode is in every iteration; tests hold the policy to it.
     """
 
@@ -25,6 +24,16 @@ class Policy(Protocol):
     def plan(self, draft: Draft) -> None: ...
 
 
+@runtime_checkable
+class Ordered(Policy, Protocol):
+    """A policy with an order of its own. All lists of requests that it reads are in that order, and it decides who is preempted."""
+
+    def key(self, request: Request) -> tuple[Any, ...]:
+        """By what requests are ordered, the least first; without this, by priority, then arrival. Asked once, when the request
+        comes; of equal ones the first to come is first."""
+
+
+@runtime_checkable
 class Steady(Policy, Protocol):
     """A policy that says whether it is `steady`: what it plans follows from the requests' order and from what they lack, not from
     the time, the past, how long they have become, or whether their prompts are begun. Then, while nobody comes, goes, ends or runs
@@ -35,6 +44,7 @@ class Steady(Policy, Protocol):
     steady: bool
 
 
+@runtime_checkable
 class Learner(Policy, Protocol):
     """A policy that looks at what became of its plans."""
 

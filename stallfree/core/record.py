@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 
+from stallfree.core.ledger import Ledger, Limits
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
 from stallfree.core.slo import Slo
 
 VERSION = 3
@@ -147,17 +147,20 @@ class StepRecord:
         cls,
         plan: Plan,
         result: StepResult,
-        scheduler: Scheduler,
+        ledger: Ledger,
         times: tuple[float, float, float],
         arrived: Sequence[Request],
         finished: Iterable[Request],
         prints: Fingerprints | None = None,
         *,
+        dropped: Sequence[str] = (),
         delivered: Sequence[Delivered] = (),
         recalled: Sequence[str] = (),
     ) -> Self:
-        """The record of a completed plan; `times` are (t_plan, t_start, t_end); `prints` takes fingerprints of KV blocks."""
-        lost = {*scheduler.dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
+        """The record of a completed plan; `times` are (t_plan, t_start, t_end); for `dropped` see `Completed`; `prints` takes
+        fingerprints of KV blocks.
+        """
+        lost = {*dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
             plan.step,
             *times,
@@ -179,9 +182,9 @@ class StepRecord:
             finished=[Finished(r.id, str(r.finish_reason), () if prints is None else prints.output(r)) for r in finished],
             preempted=list(plan.preempted),
             stalled=list(plan.stalled),
-            num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting,
-            free_blocks=scheduler.pool.num_free,
+            num_running=len(ledger.running),
+            num_waiting=ledger.num_waiting,
+            free_blocks=ledger.pool.num_free,
             budget=plan.budget,
             reason=plan.reason,
             limit_s=plan.limit_s,

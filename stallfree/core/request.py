@@ -8,6 +8,7 @@ arrival.
 from collections.abc import Sequence
 from enum import Enum
 from math import inf
+from typing import Any
 
 from stallfree.core.slo import Slo
 
@@ -101,7 +102,7 @@ class Request:
         self.num_preemptions = 0
         self.first_token = inf
         self.last_token = inf
-        self.key: tuple[int, float, int] = (priority, arrival, 0)
+        self.key: tuple[Any, ...] = ()
         self.ticket = 0
 
     @property
@@ -122,6 +123,21 @@ class Request:
         if start >= split:
             return tuple(self.output[start - split : stop - split])
         return (*self.prompt[start:split], *self.output[: stop - split])
+
+    def append(self, tokens: Sequence[int], now: float) -> str | None:
+        """Add tokens that were sampled at `now`; the finish reason if one of them ends the request. For the scheduler."""
+        output = self.output
+        if not output:
+            self.first_token = now
+        self.last_token = now
+        for token in tokens:
+            output.append(token)
+            self.num_tokens += 1
+            if token in self.stop_ids and len(output) > self.min_tokens:
+                return "stop"
+            if len(output) >= self.max_tokens:
+                return "length"
+        return None
 
     def __repr__(self) -> str:
         return (

@@ -15,10 +15,10 @@ from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
 from stallfree.checkpoint.identity import identity
+from stallfree.core.ledger import Limits
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, StepRecord
-from stallfree.core.scheduler import Limits
 from stallfree.core.slo import Slo
 from stallfree.engine import calibrate
 from stallfree.engine.engine import Engine

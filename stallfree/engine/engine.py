@@ -7,17 +7,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Protocol
 
-from stallfree.core.plan import Plan, StepResult, Work
+from stallfree.core.ledger import Limits
+from stallfree.core.plan import Plan, StepResult
 from stallfree.core.policy import Policy
-from stallfree.core.record import Delivered, Fingerprints, StepRecord
+from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
-from stallfree.engine.detokenizer import Detokenizer, StopStrings
+from stallfree.core.scheduler import Scheduler
+from stallfree.engine.prefetch import Fetch, Prefetch
+from stallfree.engine.streams import Output, Streams, Watch
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor, Lost
 from stallfree.executors.sampling import Sampling
@@ -25,50 +25,10 @@ from stallfree.executors.sampling import Sampling
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one iteration brought to one request: new `text` (may be empty), new `tokens` (ids) with their `details` (the
-    executor's: log-probabilities, or None), and on the last one `finish_reason`, with the stop string or id, or the `error`.
-    """
-
-    id: str
-    text: str
-    tokens: tuple[int, ...]
-    details: object = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    error: str | None = None
-
-
-class Fetch(Protocol):
-    """A prompt that another engine computes. Both are called in the engine's thread."""
-
-    def start(self, request: Request) -> None:
-        """Its blocks are reserved: have them filled. It ends in `Engine.deliver` or in `Engine.recall`."""
-
-    def cancel(self) -> None:
-        """Nobody wants it any more: what still comes must not be written, for the blocks are others'."""
-
-
-Watch = Callable[[Work], None]
-"""Told of each piece of a request's work once it is computed, in the engine's thread, while its blocks still hold it."""
-
-
-class _Stream:
-    """A request's way from tokens to text."""
-
-    __slots__ = ("detokenizer", "include_stop", "request", "stops")
-
-    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool, continues: bool):
-        self.request = request
-        self.include_stop = include_stop
-        self.detokenizer = Detokenizer(text.pieces, request.prompt if continues else ())
-        self.stops = StopStrings(stop, include=include_stop)
-
-
 class Engine:
     """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration,
-    with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
+    with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open. `prefetch` has the
+    requests whose prompts other engines compute.
     """
 
     def __init__(
@@ -90,26 +50,23 @@ class Engine:
         self.sampling = sampling or Sampling()
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
         self.clock = clock
+        self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token)
         self._record = record
         self._prints = prints
         self._restart = restart
-        self._streams: dict[str, _Stream] = {}
-        self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
-        self._arrived: list[Request] = []
-        self._ended: list[Request] = []
-        self._last_end = -inf
-        self._fetches: dict[str, Fetch] = {}
-        self._asked: dict[str, float] = {}
-        self._watches: dict[str, Watch] = {}
-        self._came: list[Output] = []
-        self._delivered: list[Delivered] = []
-        self._recalled: list[str] = []
+        self._streams = Streams(text, self._end)
         self.waits = False
         """Whether the last step found nothing to run, for all that is there waits for prompts computed elsewhere."""
+        self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
+        self._last_end = -inf
+        # Since the last record, or the last outputs.
+        self._arrived: list[Request] = []
+        self._ended: list[Request] = []
+        self._came: list[Output] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.requests or self._outstanding or self._came)
+        return bool(self.scheduler.ledger.requests or self._outstanding or self._came)
 
     def submit(
         self,
@@ -126,41 +83,21 @@ class Engine:
         Its text `continues` that of the prompt, or is an answer to it, which begins without a space. With `fetch` its prompt comes
         from elsewhere; `watch` sees it computed here, for somebody elsewhere.
         """
-        stream = _Stream(request, self.text, stop, include_stop, continues)
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
+        stream = self._streams.make(request, stop, include_stop=include_stop, continues=continues)
         if fetch is None:
             self.scheduler.submit(request)
         else:
-            self.scheduler.expect(request)
-            self._fetches[request.id] = fetch
-        if watch is not None:
-            self._watches[request.id] = watch
+            self.prefetch.expect(request, fetch)
+        self._streams.read(stream, watch)
         self._arrived.append(request)
-        self._streams[request.id] = stream
-
-    def deliver(self, request: Request, token: int, details: object, num_bytes: int, seconds: float) -> None:
-        """The blocks of a fetched request are filled, and its first token is `token`: it decodes from now on."""
-        now = self.clock()
-        del self._fetches[request.id]
-        ended = self.scheduler.deliver(request, token, now)
-        if ended is not None:
-            self._ended.append(ended)
-        asked = self._asked.pop(request.id)
-        self._delivered.append(Delivered(request.id, asked, now, request.num_cached, num_bytes, seconds))
-        self._came.append(self._output(self._streams[request.id], (token,), details))
-
-    def recall(self, request: Request) -> None:
-        """Nobody elsewhere computes the prompt of a fetched request: it is computed here."""
-        del self._fetches[request.id], self._asked[request.id]
-        self.scheduler.recall(request)
-        self._recalled.append(request.id)
 
     def abort(self, id: str) -> None:
         """End a request now, silently; one that has ended already is none of our business. Its KV is free at once."""
         if id in self._streams:
-            self._forget(id)
-            self._drop(id)
+            self._streams.forget(id)
+            self.prefetch.drop(id)
             self._end(id, "abort")
 
     def step(self) -> list[Output]:
@@ -179,96 +116,44 @@ class Engine:
     def close(self) -> None:
         self.executor.close()
 
-    def _after(self, lost: Lost) -> list[Output]:
-        """What a loss of all KV brings to the requests."""
-        log.error("%s; %d requests were running", lost, len(self.scheduler.running))
-        self._outstanding.clear()
-        for id in list(self._asked):
-            self._drop(id)
-        ended = self.scheduler.lost(restart=self._restart)
-        self._ended += ended
-        gone = [request.id for request in ended if request.id in self._streams]
-        for id in gone:
-            self._forget(id)
-        return [Output(id, "", (), finish_reason="error", error=str(lost)) for id in gone]
-
     def _step(self) -> list[Output]:
-        while (request := self.scheduler.reserve()) is not None:
-            self._asked[request.id] = self.clock()
-            self._start(request)
-        capacity, outstanding = self.executor.capacity, self._outstanding
+        self.prefetch.start()
+        self._submit_plans()
+        if not self._outstanding:
+            return []
+        plan, result, times = self._collect()
+        done, dropped = self.scheduler.complete(plan, result, times[2])
+        self._ended += done
+        outputs = self._show(plan, result) + self._outputs(plan, result)
+        self._note(plan, result, times, dropped)
+        return outputs
+
+    def _submit_plans(self) -> None:
+        """Hand the executor as many plans as it takes."""
+        outstanding, requests = self._outstanding, self.scheduler.ledger.requests
         # Nothing is planned behind an iteration that failed before those whom it fails are known.
-        while len(outstanding) < capacity.depth and not (outstanding and outstanding[-1][2]):
+        while len(outstanding) < self.executor.capacity.depth and not (outstanding and outstanding[-1][2]):
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
                 break
             started = self.clock()
             outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
-        self.waits = not outstanding and bool(self._asked)
-        if not outstanding:
-            if self.scheduler.requests and not self.waits:
-                raise RuntimeError(f"{len(self.scheduler.requests)} requests are there, but the policy plans no work for them")
-            return []
-        plan, started, error = outstanding.popleft()
-        result = self._collect(plan, error)
-        ended = self.clock()
-        if capacity.overlap:  # it waited for the one before it
-            started = max(started, self._last_end)
-        self._last_end = ended
-        self._ended += self.scheduler.complete(plan, result, ended)
-        outputs = self._show(plan, result) if self._watches else []
-        outputs += self._outputs(plan, result)
-        if self._record is not None:
-            self._note(plan, result, (plan.now, started, ended))
-        self._arrived, self._ended, self._delivered, self._recalled = [], [], [], []
-        return outputs
+        self.waits = not outstanding and self.prefetch.under_way
+        if requests and not outstanding and not self.waits:
+            raise RuntimeError(f"{len(requests)} requests are there, but the policy plans no work for them")
 
-    def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float]) -> None:
-        """Hand the iteration's record out. Whoever fails over it must not fail the requests."""
-        try:
-            record = StepRecord.of(
-                plan,
-                result,
-                self.scheduler,
-                times,
-                self._arrived,
-                self._ended,
-                self._prints,
-                delivered=self._delivered,
-                recalled=self._recalled,
-            )
-            if self._record is not None:
-                self._record(record)
-        except Exception:
-            log.exception("the record of step %d is lost", plan.step)
-
-    def _start(self, request: Request) -> None:
-        """Have the prompt of a request that has been given room computed elsewhere; here, if that cannot even be asked for."""
-        try:
-            self._fetches[request.id].start(request)
-        except Exception:
-            log.exception("request %s: its prompt cannot be asked for elsewhere and is computed here", request.id)
-            if request.id in self._fetches:
-                self.recall(request)
-
-    def _show(self, plan: Plan, result: StepResult) -> list[Output]:
-        """Tell the watchers what was computed. A request that has ended just now has not been written over yet. Gives the ends of
-        requests whose watcher raised."""
-        failed = []
-        for work in plan.work:
-            watch = self._watches.get(work.id)
-            if watch is not None and result.error is None and work.id not in result.failed:
-                try:
-                    watch(work)
-                except Exception as error:
-                    failed.append(self._fail(work.id, "what was computed could not be passed on", error))
-        return failed
-
-    def _collect(self, plan: Plan, error: str | None) -> StepResult:
+    def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
+        """The oldest plan with its result, and when it was planned, started and over."""
+        plan, started, error = self._outstanding.popleft()
         results: list[StepResult] = []
         if error is None:
             error = self._try(lambda: results.append(self.executor.collect()))
-        return results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
+        result = results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
+        ended = self.clock()
+        if self.executor.capacity.overlap:  # it waited for the one before it
+            started = max(started, self._last_end)
+        self._last_end = ended
+        return plan, result, (plan.now, started, ended)
 
     def _try(self, call: Callable[[], None]) -> str | None:
         """The error of an executor's call in words, if it raises: it fails one iteration, not the engine."""
@@ -281,76 +166,67 @@ class Engine:
             return f"{type(error).__name__}: {error}"
         return None
 
+    def _show(self, plan: Plan, result: StepResult) -> list[Output]:
+        """Tell the watchers what was computed. A request that has ended just now has not been written over yet. Gives the ends of
+        requests whose watcher raised."""
+        failed: list[Output] = []
+        watches = self._streams.watches
+        if not watches or result.error is not None:
+            return failed
+        for work in plan.work:
+            watch = watches.get(work.id)
+            if watch is not None and work.id not in result.failed:
+                try:
+                    watch(work)
+                except Exception as error:
+                    failed.append(self._streams.fail(work.id, "what was computed could not be passed on", error))
+        return failed
+
     def _outputs(self, plan: Plan, result: StepResult) -> list[Output]:
         outputs: list[Output] = []
         for work in plan.work:
-            stream = self._streams.get(work.id)
-            if stream is None or stream.request.output is not work.output:  # it has ended; the id may be another's by now
+            request = self._streams.request(work.id)
+            if request is None or request.output is not work.output:  # it has ended; the id may be another's by now
                 continue
             error = result.error or result.failed.get(work.id)
             if error is not None:
-                self._forget(work.id)
-                outputs.append(Output(work.id, "", (), finish_reason="error", error=error))
+                outputs.append(self._streams.ended(work.id, error))
             elif work.samples:
-                outputs.append(self._output(stream, tuple(result.tokens[work.id]), result.details.get(work.id)))
+                outputs.append(self._streams.output(work.id, tuple(result.tokens[work.id]), result.details.get(work.id)))
         return outputs
 
-    def _output(self, stream: _Stream, tokens: tuple[int, ...], details: object) -> Output:
-        """What new tokens brought to a request. Whatever its text raises ends this request, and no other."""
+    def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float], dropped: Sequence[str]) -> None:
+        """Hand the iteration's record out. Whoever fails over it must not fail the requests."""
+        arrived, ended, self._arrived, self._ended = self._arrived, self._ended, [], []
+        delivered, recalled = self.prefetch.news()
+        if self._record is None:
+            return
         try:
-            return self._text_of(stream, tokens, details)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic in the tokenizer's library is no Exception
-            return self._fail(stream.request.id, "its tokens cannot be made text", error)
+            self._record(
+                StepRecord.of(
+                    plan, result, self.scheduler.ledger, times, arrived, ended, self._prints,
+                    dropped=dropped, delivered=delivered, recalled=recalled,
+                )
+            )  # fmt: skip
+        except Exception:
+            log.exception("the record of step %d is lost", plan.step)
 
-    def _fail(self, id: str, what: str, error: BaseException) -> Output:
-        """End a request by an error of its own."""
-        log.error("request %s: %s", id, what, exc_info=error)
-        self._forget(id)
-        self._end(id, "error")
-        return Output(id, "", (), finish_reason="error", error=f"{what} ({type(error).__name__}: {error})")
+    def _first_token(self, request: Request, token: int, details: object) -> None:
+        """A prompt that was computed elsewhere has come, with its first token."""
+        if request.finish_reason is not None:
+            self._ended.append(request)
+        self._came.append(self._streams.output(request.id, (token,), details))
 
-    def _text_of(self, stream: _Stream, tokens: tuple[int, ...], details: object) -> Output:
-        request = stream.request
-        reason = request.finish_reason
-        stop: str | int | None = None
-        text = ""
-        for token in tokens:
-            if reason == "stop" and token in request.stop_ids:
-                stop = token
-                if not stream.include_stop or token in self.text.eos_ids:
-                    continue
-            text += stream.detokenizer.push(token, special=stop is not None)
-        if reason is not None:
-            text += stream.detokenizer.flush()
-        text, found = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
-        if found is not None:
-            stop = found
-            if reason is None:
-                self._end(request.id, "stop")
-            reason = "stop"
-        elif reason is not None:
-            text += stream.stops.flush()
-        if reason is not None:
-            self._forget(request.id)
-        return Output(request.id, text, tokens, details, reason, stop)
+    def _after(self, lost: Lost) -> list[Output]:
+        """What a loss of all KV brings to the requests."""
+        log.error("%s; %d requests were running", lost, len(self.scheduler.ledger.running))
+        self._outstanding.clear()
+        self.prefetch.lost()
+        ended = self.scheduler.lost(restart=self._restart)
+        self._ended += ended
+        return [self._streams.ended(request.id, str(lost)) for request in ended if request.id in self._streams]
 
     def _end(self, id: str, reason: str) -> None:
         request = self.scheduler.abort(id, reason)
         if request is not None:
             self._ended.append(request)
-
-    def _forget(self, id: str) -> None:
-        del self._streams[id]
-        self._watches.pop(id, None)
-
-    def _drop(self, id: str) -> None:
-        """What is fetched for a request is not wanted any more."""
-        fetch = self._fetches.pop(id, None)
-        self._asked.pop(id, None)
-        if fetch is not None:
-            try:
-                fetch.cancel()
-            except Exception:
-                log.exception("request %s: what is computed for it elsewhere cannot be called off", id)

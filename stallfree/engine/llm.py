@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import Options, assemble
-from stallfree.engine.engine import Output
+from stallfree.engine.streams import Output
 
 Prompt = str | Sequence[int]
 
@@ -123,7 +123,7 @@ class LLM:
                 size = self._engine.text.vocab_size
                 raise Refused(f"{field}: token id {wrong} is outside the vocabulary (0 to {size - 1})", field)
         given.setdefault("seed", secrets.randbits(32))
-        room = self._engine.scheduler.max_len - len(ids)
+        room = self._engine.scheduler.ledger.max_len - len(ids)
         request = Request(
             str(next(self._ids)),
             ids,

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Self
 
 from stallfree.core.request import Refused, Request
-from stallfree.engine.engine import Engine, Fetch, Output, Watch
+from stallfree.engine.engine import Engine
+from stallfree.engine.prefetch import Fetch
+from stallfree.engine.streams import Output, Watch
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class EngineThread:
 
     @property
     def num_running(self) -> int:
-        return len(self.engine.scheduler.running)
+        return len(self.engine.scheduler.ledger.running)
 
     @property
     def num_waiting(self) -> int:
@@ -131,7 +133,7 @@ class EngineThread:
         if len(requests) > self.max_queue:
             raise Refused(f"{len(requests)} completions at once are more than the queue holds ({self.max_queue})", "n")
         for request in requests:
-            self.engine.scheduler.validate(request)
+            self.engine.scheduler.ledger.validate(request)
         if self.num_waiting + len(requests) > self.max_queue:
             raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
         outputs = Outputs([r.id for r in requests], self._abort)
@@ -182,7 +184,7 @@ class EngineThread:
                 if outputs:
                     self._wake(self._dispatch, outputs)
                 if not self.engine.busy:
-                    self.engine.scheduler.check()
+                    self.engine.scheduler.ledger.check()
         except Exception as error:
             log.exception("the engine has failed")
             self.failure = f"the engine has failed ({type(error).__name__}: {error}); restart the server"

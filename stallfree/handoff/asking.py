@@ -18,7 +18,7 @@ from itertools import count
 from typing import cast
 
 from stallfree.core.request import Request
-from stallfree.engine.engine import Fetch
+from stallfree.engine.prefetch import Fetch
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
@@ -252,7 +252,7 @@ class _Transfer:
         details, there = _details(header.get("details")), header.get("seconds")
         self._drop()
         seconds = self._seconds + (there if isinstance(there, float) and 0 <= there < math.inf else 0.0)
-        self._engine.deliver(self._request, token, details, self._num_bytes, seconds)
+        self._engine.prefetch.deliver(self._request, token, details, self._num_bytes, seconds)
 
     def failed(self, why: str) -> None:
         """Try the next peer, or compute it here."""
@@ -274,7 +274,7 @@ class _Transfer:
                 peer.transfers[self._number] = self
                 peer.link.send(self._header(), _packed(self._request.prompt))
                 return
-        self._engine.recall(self._request)
+        self._engine.prefetch.recall(self._request)
 
     def _header(self) -> Header:
         request = self._request

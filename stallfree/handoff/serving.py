@@ -22,7 +22,7 @@ from typing import cast
 from stallfree.core.plan import Work
 from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo
-from stallfree.engine.engine import Output
+from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import TokenLogprob, of_values

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from stallfree.core.request import Request
 from stallfree.engine.detokenizer import KNOWN, Detokenizer, Pieces
-from stallfree.engine.engine import Output
+from stallfree.engine.streams import Output
 from stallfree.engine.text import Text
 from stallfree.engine.thread import Outputs
 from stallfree.executors.sampling import TokenLogprob

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 
 import stallfree
 from stallfree.core.request import Refused
-from stallfree.engine.engine import Fetch
+from stallfree.engine.prefetch import Fetch
 from stallfree.engine.thread import EngineThread
 from stallfree.handoff.asking import Asking
 from stallfree.handoff.serving import Serving
@@ -80,7 +80,7 @@ def create_app(
     text where a request does not say.
     """
     engine, text = engine_thread.engine, engine_thread.engine.text
-    max_len = engine.scheduler.max_len
+    max_len = engine.scheduler.ledger.max_len
     sampling = {name: getattr(engine.sampling, name) for name in RECOMMENDED}
     reader = Reader(text, Terms(model, max_len, engine_thread.max_queue, sanitize_control_tokens))
     served = schema.Model(id=model, created=int(time.time()), max_model_len=max_len, default_sampling=sampling)
@@ -207,9 +207,9 @@ def create_app(
             "max_model_len": max_len,
             "num_blocks": capacity.num_blocks,
             "now": now,
-            "running": len(scheduler.running),
-            "waiting": scheduler.num_waiting,
-            "free_blocks": scheduler.pool.num_free,
+            "running": len(scheduler.ledger.running),
+            "waiting": scheduler.ledger.num_waiting,
+            "free_blocks": scheduler.ledger.pool.num_free,
         }
         return JSONResponse(about | live.look(now, since), headers={"Cache-Control": "no-store"})
 

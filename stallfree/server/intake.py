@@ -86,7 +86,7 @@ def requests(engine: Engine, asked: Asked, slo: Slo | None) -> list[Request]:
     arrival = engine.clock()
     made = []
     for prompt, _ in asked.prompts:
-        room = max(1, engine.scheduler.max_len - len(prompt))
+        room = max(1, engine.scheduler.ledger.max_len - len(prompt))
         default = min(COMPLETION_TOKENS, room) if isinstance(body, CompletionRequest) else room
         for sampling in samplings:
             made.append(

@@ -119,10 +119,10 @@ class Metrics(Collector):
         """
         with self._lock:
             oldest = self._account.oldest
-        blocks, free = scheduler.capacity.num_blocks, scheduler.pool.num_free
+        blocks, free = scheduler.ledger.capacity.num_blocks, scheduler.ledger.pool.num_free
         self._gauges = {
-            "running_requests": len(scheduler.running),
-            "waiting_requests": scheduler.num_waiting,
+            "running_requests": len(scheduler.ledger.running),
+            "waiting_requests": scheduler.ledger.num_waiting,
             "kv_blocks": blocks,
             "free_kv_blocks": free,
             "kv_usage_ratio": 1 - free / blocks,

@@ -79,7 +79,7 @@ def application(
     class Replica:
         def record_autoscaling_stats(self) -> dict[str, float]:
             engine, slo = held["thread"].engine, held["slo"]
-            head = engine.scheduler.queue.head()
+            head = engine.scheduler.ledger.queue.head()
             oldest = 0.0 if head is None else engine.clock() - head[2].arrival
             ttft = slo.ttft.seconds if slo is not None and slo.ttft is not None else MEDIAN_TTFT_S
             return {"utilisation": held["utilisation"].read(oldest, ttft)}

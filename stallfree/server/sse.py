@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from stallfree.engine.engine import Output
+from stallfree.engine.streams import Output
 from stallfree.engine.thread import Outputs
 from stallfree.server.answers import Call, Choice
 from stallfree.server.errors import ApiError

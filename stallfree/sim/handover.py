@@ -94,7 +94,7 @@ class Pools:
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
         self._promised: list[set[Passage]] = [set() for _ in decode]
         self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
-        self._block_size = self.decode[0].scheduler.capacity.block_size
+        self._block_size = self.decode[0].scheduler.ledger.capacity.block_size
 
     def load(self, number: int) -> int:
         """Requests that decode replica `number` has, expects, or has been promised."""
@@ -103,14 +103,18 @@ class Pools:
     def kv(self, number: int) -> int:
         """Blocks of KV that decode replica `number` has in use, or is to fill for requests that it expects or has been promised."""
         scheduler = self.decode[number].scheduler
-        coming = (*scheduler.expected, *(passage.request for passage in self._promised[number]))
-        return scheduler.capacity.num_blocks - scheduler.pool.num_free + sum([self._blocks(request) for request in coming])
+        coming = (*scheduler.ledger.expected, *(passage.request for passage in self._promised[number]))
+        return (
+            scheduler.ledger.capacity.num_blocks
+            - scheduler.ledger.pool.num_free
+            + sum([self._blocks(request) for request in coming])
+        )
 
     def fits(self, number: int, request: Request) -> bool:
         """Whether decode replica `number` would have room for the prompt of `request`, with all that have been promised to it."""
         scheduler = self.decode[number].scheduler
-        most = scheduler.capacity.num_blocks - scheduler.watermark
-        return self.load(number) < scheduler.limits.max_seqs and self.kv(number) + self._blocks(request) <= most
+        most = scheduler.ledger.capacity.num_blocks - scheduler.ledger.watermark
+        return self.load(number) < scheduler.ledger.limits.max_seqs and self.kv(number) + self._blocks(request) <= most
 
     def _blocks(self, request: Request) -> int:
         return -(-len(request.prompt) // self._block_size)
@@ -204,7 +208,7 @@ class Pools:
 
     def _fetch(self, number: int, now: float) -> None:
         """Room in a decode replica is given to those that it expects, in their order."""
-        while (twin := self.decode[number].reserve()) is not None:
+        while (twin := self.decode[number].admit()) is not None:
             passage = self._passages[twin.id]
             passage.room = True
             if passage.since < inf:

@@ -75,10 +75,12 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         failed = {f.id: "as recorded" for f in r.finished if f.reason == "error"} if r.error is None else {}
         tokens, seconds = _sampled(plan, served), r.t_end - r.t_start
         result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s)
-        ended += scheduler.complete(plan, result, r.t_end)
+        done, dropped = scheduler.complete(plan, result, r.t_end)
+        ended += done
         ended += [scheduler.abort(f.id, f.reason) for f in r.finished if f.id in late]
-        done = [request for request in ended if request is not None]
-        yield StepRecord.of(plan, result, scheduler, (r.t_plan, r.t_start, r.t_end), arrived, done)
+        finished = [request for request in ended if request is not None]
+        times = (r.t_plan, r.t_start, r.t_end)
+        yield StepRecord.of(plan, result, scheduler.ledger, times, arrived, finished, dropped=dropped)
 
 
 def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:

@@ -11,12 +11,13 @@ from dataclasses import replace
 from math import inf
 from typing import NamedTuple, cast
 
+from stallfree.core import transfer
+from stallfree.core.leap import Stretch, steady
 from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import CostModel
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-from stallfree.core.stretch import Stretch
 from stallfree.metrics.timeline import Timeline
 
 LEAP = 64
@@ -56,8 +57,8 @@ class Span(NamedTuple):
 
 
 class Replica:
-    """`scheduler` on a machine of `scheduler.capacity.depth` stages, each of which takes an equal share of an iteration's time by
-    `cost`.
+    """`scheduler` on a machine of as many stages as its plans are deep, each of which takes an equal share of an iteration's time
+    by `cost`.
 
     Nothing is planned before `begin`; `between_s` pass from an iteration's end to the next one's planning; `slowness`: what to
     multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended,
@@ -87,7 +88,7 @@ class Replica:
         self.scheduler = scheduler
         self.due = inf
         self.active_s = 0.0
-        self.busy_s = [0.0] * scheduler.capacity.depth
+        self.busy_s = [0.0] * scheduler.ledger.capacity.depth
         self.iterations = 0
         self._cost = cost
         self._batch: Callable[[int, int, Sequence[tuple[int, int]]], float] | None = getattr(cost, "batch", None)
@@ -95,7 +96,7 @@ class Replica:
         self._launched, self._completed = launched, completed
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
-        self._steady = leap > 1 and scheduler.steady and scheduler.capacity.depth == 1
+        self._steady = leap > 1 and steady(scheduler.policy) and scheduler.ledger.capacity.depth == 1
         # Those taken that are still to come, and those that have come and that the scheduler has not heard of.
         self._coming: deque[Request] = deque()
         self._came: list[Request] = []
@@ -105,7 +106,7 @@ class Replica:
         self._ready = begin
         # Step by step: plans in flight, with start, end and bubbles of each, and when each stage is free.
         self._out: deque[tuple[Plan, float, float, float]] = deque()
-        self._free = [0.0] * scheduler.capacity.depth
+        self._free = [0.0] * scheduler.ledger.capacity.depth
         # In leaps: the stretch that is under way, its iterations' planning and end; one moment more is the next planning.
         self._stretch: Stretch | None = None
         self._moments: list[float] = []
@@ -114,13 +115,13 @@ class Replica:
     @property
     def num_requests(self) -> int:
         """Requests that are here and have not ended."""
-        return len(self.scheduler.requests) + len(self._came) + len(self._coming)
+        return len(self.scheduler.ledger.requests) + len(self._came) + len(self._coming)
 
     def pending(self, now: float) -> int:
         """Tokens to be planned before everybody here has a first token, or its next one; a request that is expected counts with its
         prompt until there is room for it. Counted anew each time: whoever keeps it has to hear of every move.
         """
-        tokens = sum([r.num_tokens - r.num_planned for r in self.scheduler.requests.values()])
+        tokens = sum([r.num_tokens - r.num_planned for r in self.scheduler.ledger.requests.values()])
         tokens += sum([len(r.prompt) for r in (*self._came, *self._coming)])
         if self._stretch is not None and self._stretch.draft.chunks:
             begun = bisect_left(self._moments, now, 1)
@@ -142,20 +143,20 @@ class Replica:
 
     def hold(self, id: str) -> None:
         """A request that goes on elsewhere gets no more work here, and keeps its KV until it is let go."""
-        self.scheduler.hold(id)
+        transfer.hold(self.scheduler.ledger, id)
 
     def let_go(self, id: str, now: float) -> None:
         """A request that was held here goes on elsewhere, and leaves its KV."""
-        self.scheduler.release(id)
+        transfer.release(self.scheduler.ledger, id)
         self._look(now)
 
     def expect(self, request: Request) -> None:
-        """A request whose prompt is computed elsewhere goes on here, once `reserve` has given it room."""
-        self.scheduler.expect(request)
+        """A request whose prompt is computed elsewhere goes on here, once `admit` has given it room."""
+        transfer.expect(self.scheduler.ledger, request)
 
-    def reserve(self) -> Request | None:
+    def admit(self) -> Request | None:
         """The first of the expected, if there is room for it from now on; None if there is none, or nobody is expected."""
-        return self.scheduler.reserve()
+        return transfer.admit(self.scheduler.ledger)
 
     def forgo(self, id: str, now: float) -> None:
         """A request that was expected here does not come: its room is free."""
@@ -163,9 +164,9 @@ class Replica:
         self._look(now)
 
     def deliver(self, request: Request, token: int, now: float) -> None:
-        """The KV of a request for which room was reserved is here, and its first token."""
+        """The KV of an admitted request is here, and its first token."""
         self._arrived.append(request)
-        if self.scheduler.deliver(request, token, now) is not None:
+        if transfer.deliver(self.scheduler.ledger, request, token, now) is not None:
             self._gone.append(request)
             self._end(request, now)
         self._look(now)
@@ -213,7 +214,7 @@ class Replica:
 
     def _plan(self, now: float) -> None:
         scheduler = self.scheduler
-        while len(self._out) < scheduler.capacity.depth and (plan := scheduler.schedule(now)).work:
+        while len(self._out) < scheduler.ledger.capacity.depth and (plan := scheduler.schedule(now)).work:
             self._launch(plan)
         self.due = self._out[0][2] + self._between_s if self._out else inf
 
@@ -241,7 +242,7 @@ class Replica:
 
     def _complete(self) -> None:
         plan, start, end, bubble_s = self._out.popleft()
-        scheduler, requests = self.scheduler, self.scheduler.requests
+        scheduler, requests = self.scheduler, self.scheduler.ledger.requests
         for id in plan.stalled:
             if id in requests:
                 _script(requests[id]).line.stalls += 1
@@ -258,7 +259,7 @@ class Replica:
                     tokens[w.id] = answer[had : had + 1]
                     line.tokens.append(end)
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
-        done = scheduler.complete(plan, result, end)
+        done, dropped = scheduler.complete(plan, result, end)
         self.iterations += 1
         self._ready = end + self._between_s
         for request in done:
@@ -266,11 +267,11 @@ class Replica:
         self._completed(plan, end)
         if self._record is not None:
             times = (plan.now, start, end)
-            self._record(StepRecord.of(plan, result, scheduler, times, self._arrived, [*self._gone, *done]))
+            self._record(StepRecord.of(plan, result, scheduler.ledger, times, self._arrived, [*self._gone, *done], dropped=dropped))
         self._arrived, self._gone = [], []
 
     def _look_ahead(self, now: float) -> None:
-        stretch = self.scheduler.stretch(now, self._leap)
+        stretch = Stretch(self.scheduler, now, self._leap)
         self.due = inf
         if not stretch.draft.work:
             return
@@ -317,7 +318,7 @@ class Replica:
             if line.scheduled is None:
                 line.scheduled = moments[0]
         for id in draft.stalled:
-            _script(scheduler.requests[id]).line.stalls += steps
+            _script(scheduler.ledger.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
             told: Script = request.sampling  # type: ignore[assignment]
@@ -325,8 +326,8 @@ class Replica:
             had = len(request.output)
             tokens.append(answer[had : had + steps])
             line.tokens += ends
-        before = len(scheduler.running), scheduler.pool.num_free
-        done = scheduler.leap(stretch, steps, tokens, ends[-1])
+        before = len(scheduler.ledger.running), scheduler.ledger.pool.num_free
+        done = stretch.leap(steps, tokens, ends[-1])
         self._ready = self.due
         self.iterations += steps
         for begin, end in zip(moments, ends, strict=True):
@@ -363,9 +364,8 @@ class Replica:
             )  # fmt: skip
             arrived = self._arrived if first else []
             ended = [*(self._gone if first else []), *(done if last else [])]
-            record = StepRecord.of(
-                plan, StepResult(plan.step, {}, end - begin), self.scheduler, (begin, begin, end), arrived, ended
-            )
+            times, result = (begin, begin, end), StepResult(plan.step, {}, end - begin)
+            record = StepRecord.of(plan, result, self.scheduler.ledger, times, arrived, ended)
             self._record(record if last else replace(record, num_running=running, free_blocks=free))  # type: ignore[misc]
 
     def _end(self, request: Request, t: float) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from struct import pack
 from zlib import crc32
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.policy import CostModel, Policy
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.metrics.timeline import Timeline
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import LEAP, Replica, Span, script
@@ -132,10 +133,10 @@ def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int 
         own -= 1
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
         length = arrival.output_tokens
-        asked = length if max_tokens is None else max(length, min(max_tokens, scheduler.max_len - arrival.prompt_tokens))
+        asked = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
         request = Request(str(number), prompt, asked, stop_ids=frozenset({STOP}), arrival=arrival.at)
         try:
-            scheduler.validate(request)
+            scheduler.ledger.validate(request)
         except Refused as refused:
             raise ValueError(f"request {number}, at {arrival.at:g} s, can never be served: {refused}") from None
         yield script(request, [own] * length if asked == length else [*[own] * (length - 1), STOP])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stallfree import policies
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.policy import CostModel, Policy
 from stallfree.core.record import Run
-from stallfree.core.scheduler import Limits
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report, Tally
 from stallfree.metrics.timeline import Timeline

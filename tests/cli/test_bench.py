@@ -129,7 +129,7 @@ def test_ctrl_c_ends_a_run_with_what_there_is(command, tmp_path):
         )
         for _ in range(2 if command == "compare" else 1):
             process.stderr.readline()  # what the server takes
-        until(lambda: server.engine.scheduler.requests)
+        until(lambda: server.engine.scheduler.ledger.requests)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
         server.settled()

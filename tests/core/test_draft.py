@@ -2,9 +2,11 @@
 
 import pytest
 
+from stallfree.core import transfer
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from tests.virtual import answer
 
 
@@ -34,7 +36,7 @@ def step(s):
     plan = s.schedule(0.0)
     if plan.work:
         s.complete(plan, answer(plan), 0.0)
-    s.check()
+    s.ledger.check()
     return plan
 
 
@@ -98,16 +100,16 @@ def test_a_request_that_has_ended_or_waits_is_no_decode():
 def test_only_who_waits_in_this_queue_is_admitted():
     stranger, elsewhere = Request("stranger", range(3), 1), Request("elsewhere", range(100, 103), 5)
     s = scheduler(Scripted(lambda draft: [draft.admit(r) for r in (stranger, elsewhere)]))
-    s.expect(elsewhere)
+    transfer.expect(s.ledger, elsewhere)
     step(s)
     assert [0, 0] == s.policy.said[0]
-    assert not s.running
+    assert not s.ledger.running
 
 
 def test_a_prompt_whose_kv_comes_from_elsewhere_gets_no_work():
     s = scheduler(Scripted(lambda draft: [(draft.decode(r), draft.prefill(r)) for r in draft.running]))
-    s.expect(Request("elsewhere", range(9), 5))
-    assert s.reserve() is not None
+    transfer.expect(s.ledger, Request("elsewhere", range(9), 5))
+    assert transfer.admit(s.ledger) is not None
     step(s)
     assert [(False, 0)] == s.policy.said[0]
 
@@ -135,11 +137,11 @@ def test_looking_changes_nothing():
     step(s)
     request = Request("second", range(40), 1)
     s.submit(request)
-    free = s.pool.num_free
+    free = s.ledger.pool.num_free
     for _ in range(3):
         step(s)
     assert [[36]] * 3 == s.policy.said[1:]
-    assert (free, [], 0) == (s.pool.num_free, request.blocks, request.num_shared)
+    assert (free, [], 0) == (s.ledger.pool.num_free, request.blocks, request.num_shared)
 
 
 def test_what_is_evicted_between_two_looks_is_not_cached_any_more():
@@ -165,7 +167,7 @@ def test_what_another_pool_had_of_a_request_does_not_count():
     request = Request("moved", range(40), 1)
     first.submit(request)
     step(first)
-    first.release("moved")
+    transfer.release(first.ledger, "moved")
     second.submit(request)
     step(second)
     assert ([36], [0]) == (first.policy.said[1], second.policy.said[0])

@@ -4,23 +4,25 @@ from dataclasses import replace
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.policies import load, names
+from stallfree.policies.sarathi import Sarathi
 from tests.virtual import answer
 
 ROOMY = Capacity(16, 1000, 4096, depth=2, overlap=True)
 
 
 def scheduler(capacity=ROOMY, policy="sarathi", **limits):
-    return Scheduler(load(policy), capacity, Limits(**limits))
+    return Scheduler(load(policy) if isinstance(policy, str) else policy, capacity, Limits(**limits))
 
 
-def begun(**options):
+def begun(policy="sarathi", **options):
     """A scheduler with a plan out that brings the first token of the request "a"."""
-    s = scheduler()
+    s = scheduler(policy=policy)
     request = Request("a", range(10), **({"max_tokens": 5} | options))
     s.submit(request)
     return s, request, s.schedule(0)
@@ -50,19 +52,19 @@ def test_nothing_is_planned_beyond_max_tokens():
 def test_what_was_planned_behind_a_stop_id_is_dropped():
     s, request, first = begun(stop_ids=frozenset({10}))
     ahead = s.schedule(0)
-    assert [request] == s.complete(first, answer(first), 1)
-    assert ROOMY.num_blocks == s.pool.num_free
-    assert [] == s.complete(ahead, answer(ahead), 2)
-    assert (["a"], [10]) == (s.dropped, request.output)
-    assert [] == StepRecord.of(ahead, answer(ahead), s, (1, 1, 2), [], []).emitted
-    s.check()
+    assert ([request], []) == s.complete(first, answer(first), 1)
+    assert ROOMY.num_blocks == s.ledger.pool.num_free
+    assert ([], ["a"]) == s.complete(ahead, answer(ahead), 2)
+    assert [10] == request.output
+    assert [] == StepRecord.of(ahead, answer(ahead), s.ledger, (1, 1, 2), [], [], dropped=["a"]).emitted
+    s.ledger.check()
 
 
 def test_what_was_planned_behind_an_error_is_dropped():
     s, request, first = begun()
     ahead = s.schedule(0)
     s.complete(first, StepResult(0, {}, 0, error="boom"), 1)
-    assert [] == s.complete(ahead, answer(ahead), 2)
+    assert ([], ["a"]) == s.complete(ahead, answer(ahead), 2)
     assert ("error", []) == (request.finish_reason, request.output)
 
 
@@ -79,8 +81,12 @@ def test_where_kv_is_short_the_next_plan_waits_for_the_iteration_that_runs():
 
 def test_a_policy_that_learns_is_told_the_time_since_the_iteration_before():
     heard = []
-    s, _, first = begun()
-    s._learn = lambda plan, requests, now: heard.append(now - plan.now)
+
+    class Learning(Sarathi):
+        def learn(self, plan, requests, now):
+            heard.append(now - plan.now)
+
+    s, _, first = begun(Learning(512))
     ahead = s.schedule(0.1)
     s.complete(first, answer(first), 2.0)
     s.complete(ahead, answer(ahead), 2.5)
@@ -113,12 +119,12 @@ def test_everybody_gets_the_same_tokens_with_and_without(policy, blocks):
         out = []
         for request in requests:
             s.submit(request)
-        while s.requests or out:
+        while s.ledger.requests or out:
             while len(out) < capacity.depth and (plan := s.schedule(0)).work:
                 out.append(plan)
             plan = out.pop(0)
             s.complete(plan, answer(plan), 0)
-            s.check()
+            s.ledger.check()
         return [(r.output, r.finish_reason) for r in requests]
 
     capacity = Capacity(8, blocks, 100)

@@ -2,9 +2,12 @@
 
 import pytest
 
+from stallfree.core import transfer
+from stallfree.core.leap import Stretch
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.request import Refused, Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.policies.sarathi import Sarathi
 from tests.virtual import answer, run
 
@@ -17,8 +20,8 @@ def scheduler(budget=64, capacity=ROOMY, **limits):
 
 def step(s, now=0.0):
     plan = s.schedule(now)
-    done = s.complete(plan, answer(plan), now)
-    s.check()
+    done, _ = s.complete(plan, answer(plan), now)
+    s.ledger.check()
     return plan, done
 
 
@@ -49,7 +52,7 @@ def test_a_stop_id_ends_a_request_once_min_tokens_are_out():
     s = scheduler()
     request = Request("a", range(10), 9, stop_ids=frozenset({11, 13}), min_tokens=2)
     s.submit(request)
-    while s.requests:
+    while s.ledger.requests:
         step(s)
     assert ("stop", [10, 11, 12, 13]) == (request.finish_reason, request.output)
 
@@ -64,7 +67,7 @@ def test_what_can_never_be_served_is_refused_and_named(prompt, max_tokens, field
     with pytest.raises(Refused) as refusal:
         s.submit(Request("a", prompt, max_tokens))
     assert field == refusal.value.field
-    assert not s.requests
+    assert not s.ledger.requests
 
 
 def test_a_prompt_beyond_the_whole_kv_cache_is_refused():
@@ -92,7 +95,7 @@ def test_an_aborted_request_frees_its_blocks_at_once():
     s.submit(Request("a", range(100), 9))
     step(s)
     s.abort("a")
-    assert ROOMY.num_blocks == s.pool.num_free
+    assert ROOMY.num_blocks == s.ledger.pool.num_free
     assert s.abort("a") is None
 
 
@@ -102,9 +105,9 @@ def test_a_result_for_an_aborted_request_is_ignored():
     s.submit(request)
     plan = s.schedule(0)
     s.abort("a")
-    assert [] == s.complete(plan, answer(plan), 0)
+    assert ([], ["a"]) == s.complete(plan, answer(plan), 0)
     assert [] == request.output
-    s.check()
+    s.ledger.check()
 
 
 def test_an_executor_error_fails_the_requests_of_that_iteration_only():
@@ -113,7 +116,7 @@ def test_an_executor_error_fails_the_requests_of_that_iteration_only():
     s.submit(hit)
     s.submit(spared)
     plan = s.schedule(0)
-    assert [hit] == s.complete(plan, StepResult(plan.step, {}, 0, error="out of memory"), 0)
+    assert ([hit], []) == s.complete(plan, StepResult(plan.step, {}, 0, error="out of memory"), 0)
     step(s)
     assert ("error", "length") == (hit.finish_reason, spared.finish_reason)
 
@@ -132,13 +135,13 @@ def test_a_leap_is_of_one_stretch_and_no_further_than_it():
     s = scheduler()
     s.submit(Request("a", range(20), 9))
     step(s)
-    stretch = s.stretch(0, 5)
+    stretch = Stretch(s, 0, 5)
     with pytest.raises(ValueError, match="to be completed first"):
         s.schedule(0)
     with pytest.raises(ValueError, match="6 steps are not"):
-        s.leap(stretch, 6, [range(6)], 0)
-    s.leap(stretch, 3, [range(3)], 0)
-    assert (4, [0, 1, 2]) == (s.step, s.requests["a"].output[1:])
+        stretch.leap(6, [range(6)], 0)
+    stretch.leap(3, [range(3)], 0)
+    assert (4, [0, 1, 2]) == (s.step, s.ledger.requests["a"].output[1:])
 
 
 def test_a_stretch_is_not_begun_while_a_plan_is_in_flight():
@@ -146,7 +149,7 @@ def test_a_stretch_is_not_begun_while_a_plan_is_in_flight():
     s.submit(Request("a", range(20), 9))
     s.schedule(0)
     with pytest.raises(ValueError, match="no plan in flight"):
-        s.stretch(0, 5)
+        Stretch(s, 0, 5)
 
 
 def test_results_must_come_in_order():
@@ -210,27 +213,33 @@ def test_a_released_request_continues_elsewhere_with_the_same_tokens():
     here.submit(request)
     for _ in range(2):
         step(here)
-    assert request is here.release("a")
-    here.check()
-    assert there.adopt(request)
-    while there.requests:
+    transfer.hold(here.ledger, "a")
+    assert request is transfer.release(here.ledger, "a")
+    here.ledger.check()
+    twin = Request("a", range(20), 5)
+    transfer.expect(there.ledger, twin)
+    assert twin is transfer.admit(there.ledger)
+    assert transfer.deliver(there.ledger, twin, request.output[0], 0) is None
+    while there.ledger.requests:
         step(there)
-    assert [20, 21, 22, 23, 24] == request.output
+    assert [20, 21, 22, 23, 24] == twin.output
 
 
-def test_adopting_without_room_changes_nothing():
-    here, there = scheduler(), scheduler(max_seqs=1)
-    for s in (here, there):
-        s.submit(Request(str(id(s)), range(20), 5))
-        step(s)
-    assert not there.adopt(here.release(str(id(here))))
-    assert [str(id(there))] == list(there.requests)
-    there.check()
+def test_admitting_the_expected_without_room_changes_nothing():
+    s = scheduler(max_seqs=1)
+    s.submit(Request("here", range(20), 5))
+    step(s)
+    transfer.expect(s.ledger, Request("expected", range(20), 5))
+    assert transfer.admit(s.ledger) is None
+    assert ["expected"] == [r.id for r in s.ledger.expected]
+    s.ledger.check()
 
 
-def test_only_a_request_with_output_is_adopted():
-    with pytest.raises(ValueError, match="has output"):
-        scheduler().adopt(Request("a", range(20), 5))
+def test_only_a_running_request_that_is_not_in_flight_is_held():
+    s = scheduler()
+    s.submit(Request("a", range(20), 5))
+    with pytest.raises(ValueError, match="can be held"):
+        transfer.hold(s.ledger, "a")
 
 
 def test_100_000_aborted_requests_leave_no_trace_in_the_queue():
@@ -239,8 +248,8 @@ def test_100_000_aborted_requests_leave_no_trace_in_the_queue():
         s.submit(Request(str(i), range(8), 1))
     for i in range(100_000):
         s.abort(str(i))
-    s.check()
-    assert 0 == len(s.queue)
+    s.ledger.check()
+    assert 0 == len(s.ledger.queue)
     assert not s.schedule(0).work
 
 
@@ -287,6 +296,6 @@ def test_a_waiting_request_that_is_aborted_never_runs():
     s.submit(Request("b", range(50, 58), 2))
     step(s)
     s.abort("b")
-    while s.requests:
+    while s.ledger.requests:
         plan, _ = step(s)
         assert ["a"] == [w.id for w in plan.work]

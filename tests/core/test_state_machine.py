@@ -7,9 +7,12 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from stallfree.core import transfer
+from stallfree.core.leap import Stretch, steady
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.request import Refused, Request, Status
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.policies import load, names
 from tests.virtual import answer
 
@@ -65,9 +68,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             load(policy) if isinstance(policy, str) else Reckless(policy), capacity, Limits(max_seqs, max_tokens, watermark)
         )
+        self.ledger = self.scheduler.ledger
         self.out = deque()
         self.everybody: list[Request] = []
-        self.gone: list[Request] = []
         self.reserved: list[Request] = []
         self.now = 0.0
 
@@ -86,20 +89,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_ids = frozenset({length + 3}) if stop else frozenset()
         request = Request(str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now)
         try:
-            (self.scheduler.expect if elsewhere else self.scheduler.submit)(request)
+            if elsewhere:
+                transfer.expect(self.ledger, request)
+            else:
+                self.scheduler.submit(request)
         except Refused:
-            assert request.id not in self.scheduler.requests
+            assert request.id not in self.ledger.requests
         else:
             self.everybody.append(request)
-        self.scheduler.check()
+        self.ledger.check()
 
     @rule()
     def reserve(self):
-        request = self.scheduler.reserve()
+        request = transfer.admit(self.ledger)
         if request is not None:
-            assert len(request.blocks) * self.scheduler.capacity.block_size >= len(request.prompt)
+            assert len(request.blocks) * self.ledger.capacity.block_size >= len(request.prompt)
             self.reserved.append(request)
-        self.scheduler.check()
+        self.ledger.check()
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data(), fails=st.booleans())
@@ -107,31 +113,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.reserved))
         self.reserved.remove(request)
         self.come(request, fails)
-        self.scheduler.check()
+        self.ledger.check()
 
     def come(self, request, fails):
         """What was asked for elsewhere comes, or does not."""
         if fails:
-            self.scheduler.recall(request)
+            transfer.recall(self.ledger, request)
             assert request.status is Status.WAITING
-        elif self.scheduler.deliver(request, len(request.prompt), self.now) is not None:
+        elif transfer.deliver(self.ledger, request, len(request.prompt), self.now) is not None:
             assert request.finish_reason in ("stop", "length")
         else:
             assert request.remaining == 1
 
     @rule()
     def schedule(self):
-        if len(self.out) == self.scheduler.capacity.depth:
+        if len(self.out) == self.ledger.capacity.depth:
             return
-        overlap = self.scheduler.capacity.overlap
-        ready = [r for r in self.scheduler.running if (r.output and r.remaining == 1) or (overlap and r.goes_on)]
+        overlap = self.ledger.capacity.overlap
+        ready = [r for r in self.ledger.running if (r.output and r.remaining == 1) or (overlap and r.goes_on)]
         plan = self.scheduler.schedule(self.now)
-        self.scheduler.check()
+        self.ledger.check()
         ahead = overlap and bool(self.out)
         if ahead and not plan.work:
             return
         for work in plan.work:
-            request = self.scheduler.requests[work.id]
+            request = self.ledger.requests[work.id]
             assert work.start + work.count < len(request.prompt) + request.max_tokens, "planned beyond its known end"
             assert (work.tokens == (UNKNOWN,)) == (work.start == request.num_tokens)
         planned = {w.id for w in plan.work}
@@ -139,10 +145,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(plan.stalled) == {r.id for r in ready} - planned
         if self.scheduler.policy.stall_free and plan.stalled:
             assert not ahead, "a decode was left out that could have waited for the iteration that runs"
-            short = self.scheduler.pool.num_free == 0
+            short = self.ledger.pool.num_free == 0
             assert preempted or short, "a ready decode was left out while there was KV for it"
-        assert len(plan.work) <= self.scheduler.limits.max_seqs
-        assert plan.num_tokens <= self.scheduler.limits.max_tokens or len(plan.work) == 1
+        assert len(plan.work) <= self.ledger.limits.max_seqs
+        assert plan.num_tokens <= self.ledger.limits.max_tokens or len(plan.work) == 1
         if plan.work:
             self.out.append(plan)
 
@@ -152,39 +158,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.out.popleft()
         result = StepResult(plan.step, {}, 0, error="boom") if fails == 0 else answer(plan)
         had = {work.id: len(work.output) for work in plan.work}
-        for request in self.scheduler.complete(plan, result, self.now):
+        done, dropped = self.scheduler.complete(plan, result, self.now)
+        for request in done:
             assert request.finish_reason in ("stop", "length", "error")
             assert not request.blocks
-        assert all((len(w.output) == had[w.id]) for w in plan.work if w.id in self.scheduler.dropped)
-        self.scheduler.check()
+        assert all((len(w.output) == had[w.id]) for w in plan.work if w.id in dropped)
+        self.ledger.check()
 
-    @precondition(lambda self: self.scheduler.steady and not self.out)
+    @precondition(lambda self: steady(self.scheduler.policy) and not self.out)
     @rule(most=st.integers(1, 20))
     def leap(self, most):
-        stretch = self.scheduler.stretch(self.now, most)
+        stretch = Stretch(self.scheduler, self.now, most)
         if not stretch.draft.work:
             return
         ends = [min([r.max_tokens - len(r.output), *(stop + 1 - r.num_tokens for stop in r.stop_ids if stop >= r.num_tokens)])
                 for r in stretch.sampling]  # fmt: skip
         steps = min([stretch.most, *ends])
-        before, free = self.scheduler.step, self.scheduler.pool.num_free
+        before, free = self.scheduler.step, self.ledger.pool.num_free
         tokens = [range(r.num_tokens, r.num_tokens + steps) for r in stretch.sampling]
-        done = self.scheduler.leap(stretch, steps, tokens, self.now)
-        self.scheduler.check()
+        done = stretch.leap(steps, tokens, self.now)
+        self.ledger.check()
         assert before + steps == self.scheduler.step
-        assert done or sum(stretch.grown) == free - self.scheduler.pool.num_free
+        assert done or sum(stretch.grown) == free - self.ledger.pool.num_free
         assert {r.finish_reason for r in done} <= {"stop", "length"}
 
     @rule(restart=st.booleans())
     def lose(self, restart):
-        running = [r for r in self.scheduler.requests.values() if r.status is not Status.WAITING]
+        running = [r for r in self.ledger.requests.values() if r.status is not Status.WAITING]
         self.out.clear()
         self.reserved.clear()
         ended = self.scheduler.lost(restart=restart)
-        self.scheduler.check()
+        self.ledger.check()
         assert set([] if restart else running) == set(ended)
         assert all(r.status is Status.WAITING if restart else r.finish_reason == "error" for r in running)
-        assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
+        assert self.ledger.pool.num_free == self.ledger.capacity.num_blocks
 
     @precondition(lambda self: self.everybody)
     @rule(data=st.data())
@@ -192,52 +199,43 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.everybody))
         self.scheduler.abort(request.id)
         self.reserved = [r for r in self.reserved if r is not request]
-        assert request.id not in self.scheduler.requests
-        self.scheduler.check()
+        assert request.id not in self.ledger.requests
+        self.ledger.check()
 
-    @precondition(lambda self: any(not r.in_flight for r in self.scheduler.requests.values()))
+    @precondition(lambda self: any(not r.in_flight for r in self.ledger.requests.values()))
     @rule(data=st.data())
     def release(self, data):
-        idle = [r for r in self.scheduler.requests.values() if not r.in_flight]
-        self.gone.append(self.scheduler.release(data.draw(st.sampled_from(idle)).id))
-        self.scheduler.check()
+        idle = [r for r in self.ledger.requests.values() if not r.in_flight]
+        transfer.release(self.ledger, data.draw(st.sampled_from(idle)).id)
+        self.ledger.check()
 
-    @precondition(lambda self: any(r.output for r in self.gone))
-    @rule(data=st.data())
-    def adopt(self, data):
-        request = data.draw(st.sampled_from([r for r in self.gone if r.output]))
-        if self.scheduler.adopt(request):
-            self.gone.remove(request)
-            assert request in self.scheduler.running
-        self.scheduler.check()
-
-    @precondition(lambda self: any(not r.in_flight for r in self.scheduler.running))
+    @precondition(lambda self: any(not r.in_flight for r in self.ledger.running))
     @rule(data=st.data())
     def hold(self, data):
-        self.scheduler.hold(data.draw(st.sampled_from([r for r in self.scheduler.running if not r.in_flight])).id)
-        self.scheduler.check()
+        transfer.hold(self.ledger, data.draw(st.sampled_from([r for r in self.ledger.running if not r.in_flight])).id)
+        self.ledger.check()
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        for request in list(self.scheduler.requests.values()):
+        for request in list(self.ledger.requests.values()):
             if request.status is Status.HELD:
                 self.scheduler.abort(request.id)
         for number in range(20_000):
-            if (request := self.scheduler.reserve()) is not None:
+            if (request := transfer.admit(self.ledger)) is not None:
                 self.reserved.append(request)
             if self.reserved:
                 self.come(self.reserved.pop(0), fails=number % 3 == 0)
             plan = self.scheduler.schedule(self.now)
             if plan.work:
                 self.out.append(plan)
-            if self.out and (not plan.work or len(self.out) == self.scheduler.capacity.depth):
+            if self.out and (not plan.work or len(self.out) == self.ledger.capacity.depth):
                 plan = self.out.popleft()
                 self.scheduler.complete(plan, answer(plan), self.now)
-            if not self.scheduler.requests and not self.out:
+            if not self.ledger.requests and not self.out:
                 break
-        assert not self.scheduler.requests, "somebody starved"
-        assert self.scheduler.pool.num_free == self.scheduler.capacity.num_blocks
+        assert not self.ledger.requests, "somebody starved"
+        assert self.ledger.pool.num_free == self.ledger.capacity.num_blocks
         for request in self.everybody:
             first = len(request.prompt)
             assert request.output == list(range(first, first + len(request.output)))

@@ -52,7 +52,7 @@ def outputs(
             fresh.step()
     while fresh.busy:
         fresh.step()
-    fresh.scheduler.check()
+    fresh.scheduler.ledger.check()
     assert {"length"} == {r.finish_reason for r in requests}
     return [r.output for r in requests], sum(r.num_preemptions for r in requests)
 
@@ -113,8 +113,8 @@ def test_a_stream_left_early_frees_its_kv(llm):
     next(stream)
     stream.close()
     scheduler = llm._engine.scheduler
-    scheduler.check()
-    assert scheduler.capacity.num_blocks == scheduler.pool.num_free
+    scheduler.ledger.check()
+    assert scheduler.ledger.capacity.num_blocks == scheduler.ledger.pool.num_free
 
 
 def test_a_stop_string_ends_the_text_before_it(llm):

@@ -37,7 +37,7 @@ def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
         alone, handed = requests(here.engine.text), requests(here.engine.text)
         async with prefilling(there.engine) as address, decoding(here.engine, address) as (thread, asks):
             outputs = await read(thread.submit(handed, fetch=asks.fetches(None)))
-            here.engine.scheduler.pool.forget()
+            here.engine.scheduler.ledger.pool.forget()
             await read(thread.submit(alone))
         return [r.output for r in alone], [r.output for r in handed], outputs
 

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
-from stallfree.core.scheduler import Limits
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.executors.base import Lost
@@ -50,7 +50,7 @@ def serve(engine: Engine) -> dict[str, tuple[str, str | None, object]]:
         for out in engine.step():
             texts[out.id] = texts.get(out.id, "") + out.text
             ends[out.id] = (out.finish_reason, out.stop_reason)
-    engine.scheduler.check()
+    engine.scheduler.ledger.check()
     return {id: (texts[id], *ends[id]) for id in texts}
 
 
@@ -74,7 +74,7 @@ def test_a_stop_string_ends_the_request_and_frees_its_kv():
     e = engine()
     e.submit(Request("a", range(5), 99), ["wor"])
     assert {"a": ("Hello, ", "stop", "wor")} == serve(e)
-    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+    assert e.executor.capacity.num_blocks == e.scheduler.ledger.pool.num_free
 
 
 def test_text_held_back_for_a_stop_string_comes_out_at_the_end():
@@ -142,7 +142,7 @@ def test_overlapping_iterations_give_the_same_texts():
     e.submit(Request("string", range(200, 205), 99), ["wor"])
     expected = {"length": ("Hello, wo", "length", None), "id": ("Hello", "stop", ANSWER[5]), "string": ("Hello, ", "stop", "wor")}
     assert expected == serve(e)
-    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+    assert e.executor.capacity.num_blocks == e.scheduler.ledger.pool.num_free
 
 
 def test_an_id_that_is_used_again_gets_no_token_of_the_one_before():
@@ -182,7 +182,7 @@ def test_an_aborted_request_gives_no_more_output():
     e.step()
     e.abort("a")
     assert ([], False) == (e.step(), e.busy)
-    assert e.executor.capacity.num_blocks == e.scheduler.pool.num_free
+    assert e.executor.capacity.num_blocks == e.scheduler.ledger.pool.num_free
 
 
 def test_what_is_refused_leaves_nothing_behind():

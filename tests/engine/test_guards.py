@@ -6,7 +6,8 @@ import asyncio
 import pytest
 
 from stallfree.core.request import Request
-from stallfree.engine import engine as module
+from stallfree.engine import engine as module_of_engine
+from stallfree.engine import streams as module
 from stallfree.engine import text as module_of_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Detokenizer, StopStrings, TextError
@@ -38,9 +39,9 @@ def served(*, depth=1, overlap=False, record=None, **bad) -> dict[str, tuple[str
             ends[out.id] = (out.finish_reason, out.error)
         if not engine.busy:
             break
-    engine.scheduler.check()
+    engine.scheduler.ledger.check()
     assert not engine.busy
-    assert engine.scheduler.pool.num_free == engine.executor.capacity.num_blocks
+    assert engine.scheduler.ledger.pool.num_free == engine.executor.capacity.num_blocks
     return {id: (texts[id], *ends[id]) for id in texts}
 
 
@@ -102,13 +103,13 @@ def test_an_abort_that_cannot_call_off_what_is_fetched_aborts():
     engine.step()
     engine.abort("bad")
     assert not engine.busy
-    engine.scheduler.check()
+    engine.scheduler.ledger.check()
 
 
 def test_a_record_that_cannot_be_made_or_kept_fails_nobody(monkeypatch):
     whole = ("Hello, world! Grüße. ", "length", None)
     assert {"bad": whole, "good": whole} == served(record=make_trouble)
-    monkeypatch.setattr(module.StepRecord, "of", make_trouble)
+    monkeypatch.setattr(module_of_engine.StepRecord, "of", make_trouble)
     assert {"bad": whole, "good": whole} == served(record=lambda _: None)
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Run, read
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
 from stallfree.engine.recording import RecordFile
 from stallfree.policies.sarathi import Sarathi
 from tests.virtual import run

@@ -91,8 +91,8 @@ def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
             assert {None} == {o.finish_reason for o in came}
             await comes(lambda: not thread.engine.busy)
             assert ["abort", "abort"] == [request.finish_reason for request in requests]
-            thread.engine.scheduler.check()
-            return thread.engine.scheduler.pool.num_free
+            thread.engine.scheduler.ledger.check()
+            return thread.engine.scheduler.ledger.pool.num_free
 
     assert 64 == asyncio.run(run())
 

@@ -7,9 +7,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, Plan, Work
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.engine.assemble import EXECUTORS
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.sampling import Sampling
@@ -64,7 +65,7 @@ def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]
     ]
     for request in requests:
         scheduler.submit(request)
-    while scheduler.requests:
+    while scheduler.ledger.requests:
         plan = scheduler.schedule(0)
         executor.submit(plan)
         result = executor.collect()
@@ -72,7 +73,7 @@ def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]
         assert {w.id for w in plan.work if w.samples} == set(result.tokens)
         assert result.seconds > 0
         scheduler.complete(plan, result, 0)
-    scheduler.check()
+    scheduler.ledger.check()
     return [r.output for r in requests]
 
 

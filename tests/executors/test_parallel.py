@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Plan
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.executors.base import Lost
 from stallfree.executors.sampling import Sampling
 from stallfree.policies import load

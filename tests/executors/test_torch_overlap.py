@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import UNKNOWN, Plan
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.executors.sampling import Sampling
@@ -73,7 +73,7 @@ def served(checkpoint, seed, blocks, overlap, samplings):
             got.setdefault(out.id, []).append((out.tokens, out.details is not None, out.finish_reason))
             if len(got[out.id]) == patience.get(out.id):
                 engine.abort(out.id)
-    engine.scheduler.check()
+    engine.scheduler.ledger.check()
     return got, records
 
 

@@ -137,10 +137,9 @@ async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
 
 def free(one: Engine) -> None:
     """Nothing is left: every block is free."""
-    one.scheduler.check()
-    assert one.executor.capacity.num_blocks == one.scheduler.pool.num_free
-    assert not one._fetches
-    assert not one._asked
+    one.scheduler.ledger.check()
+    assert one.executor.capacity.num_blocks == one.scheduler.ledger.pool.num_free
+    assert one.prefetch.idle
 
 
 @pytest.fixture(params=["shared memory", "tcp"])

@@ -54,7 +54,7 @@ def test_blocks_go_while_the_prompt_is_still_being_computed(way):
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
             task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
             await comes(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
-            assert not there.scheduler.running[0].output
+            assert not there.scheduler.ledger.running[0].output
             there.executor.go()
             return await task
 
@@ -100,7 +100,7 @@ def test_a_request_that_is_aborted_is_aborted_there_and_its_late_blocks_go_nowhe
     async def run():
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
             outputs = thread.submit([Request("gone", PROMPTS[-1], 6, sampling=GREEDY)], fetch=asks.fetches(None))
-            await comes(lambda: there.scheduler.running)
+            await comes(lambda: there.scheduler.ledger.running)
             outputs.close()
             there.executor.go()
             found = await serve(thread, asks, PROMPTS)
@@ -176,10 +176,10 @@ def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
     async def run():
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
             task = asyncio.create_task(serve(thread, asks, [PROMPTS[4], PROMPTS[-1]], 30))
-            await comes(lambda: any(r.output for r in here.scheduler.running) and here._asked)
+            await comes(lambda: any(r.output for r in here.scheduler.ledger.running) and here.prefetch.under_way)
             collect, here.executor.collect = here.executor.collect, lambda: (_ for _ in ()).throw(Lost("gone"))
             here.executor.go()
-            await comes(lambda: not here._asked)
+            await comes(lambda: not here.prefetch.under_way)
             here.executor.results.clear()
             here.executor.collect = collect
             there.executor.go()

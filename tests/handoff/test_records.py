@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Run, StepRecord
-from stallfree.core.scheduler import Limits
 from stallfree.metrics.explain import Explained
 from stallfree.metrics.timeline import timelines
 from stallfree.sim.replay import difference

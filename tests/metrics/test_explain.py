@@ -2,10 +2,10 @@
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Run
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
 from stallfree.metrics.explain import Explained
 from stallfree.perf.fitted import Fitted
 from stallfree.policies.prefill_first import PrefillFirst

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
 from stallfree.policies import load, names
 from tests.virtual import run
 

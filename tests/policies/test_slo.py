@@ -26,14 +26,14 @@ def gaps(policy: Slo, requests: list[Request], slowdown: float = 1.0) -> list[fl
     """Every gap between tokens, in the order in which they ended; from half of the requests on, all is `slowdown` times as slow."""
     scheduler, noise, now = Scheduler(policy, Capacity(32, 4000, 4096)), random.Random(5), 0.0
     coming, found = requests[::-1], []
-    while coming or scheduler.requests:
+    while coming or scheduler.ledger.requests:
         while coming and coming[-1].arrival <= now:
             scheduler.submit(coming.pop())
         plan = scheduler.schedule(now)
         if not plan.work:
             now = coming[-1].arrival
             continue
-        before = {w.id: scheduler.requests[w.id].last_token for w in plan.work if w.decode}
+        before = {w.id: scheduler.ledger.requests[w.id].last_token for w in plan.work if w.decode}
         now += seconds(plan, noise) * (slowdown if len(coming) < len(requests) / 2 else 1)
         scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
         found += [now - last for last in before.values()]
@@ -71,7 +71,7 @@ def crowd(slo: Targets | None) -> int:
         plan = scheduler.schedule(now)
         now += seconds(plan, random.Random(0))
         scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
-    return len(scheduler.running)
+    return len(scheduler.ledger.running)
 
 
 def test_no_more_requests_come_in_than_decode_within_the_target():
@@ -153,7 +153,7 @@ def cached_beside_a_stream(cached: int, *more: Request) -> tuple[Plan, Callable[
         return plan
 
     scheduler.submit(Request("before", range(10_000, 14_000), 1))
-    while scheduler.requests:
+    while scheduler.ledger.requests:
         step()
     scheduler.submit(Request("stream", range(10), 100))
     step()
@@ -182,7 +182,7 @@ def test_streams_whose_sampling_takes_long_leave_less_time_for_prefill():
         scheduler, now = Scheduler(Slo(Targets.parse("tbt=100ms")), Capacity(32, 4000, 8192)), 0.0
         for i in range(16):
             scheduler.submit(Request(f"s{i}", range(100 * i, 100 * i + 10), 100, extra_rows=extra))
-        while any(not r.output for r in scheduler.requests.values()):
+        while any(not r.output for r in scheduler.ledger.requests.values()):
             plan = scheduler.schedule(now)
             now += Fitted().seconds([*plan.shape, (extra * sum(w.samples for w in plan.work), 0)])
             scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)

@@ -51,14 +51,14 @@ class Serving:
 
     def run(self, until):
         """To the first moment at which `until` holds, or to the end."""
-        while (self.coming or self.scheduler.requests) and not until(self):
+        while (self.coming or self.scheduler.ledger.requests) and not until(self):
             while self.coming and self.coming[-1].arrival <= self.now:
                 self.scheduler.submit(self.coming.pop())
             plan = self.scheduler.schedule(self.now)
             if not plan.work:
                 self.now = self.coming[-1].arrival
                 continue
-            last = [self.scheduler.requests[w.id].last_token for w in plan.work if w.decode]
+            last = [self.scheduler.ledger.requests[w.id].last_token for w in plan.work if w.decode]
             began = self.now
             self.now += self.host.seconds(plan.shape, began, len(self.rows))
             tokens = {w.id: (1,) for w in plan.work if w.samples}
@@ -100,7 +100,7 @@ def test_a_prompt_after_a_burst_of_slow_iterations_is_served_at_once(slow, besid
     serving.run(lambda s: len(s.rows) == burst.stop + 1)
     for r in list(serving.coming):  # the others are over: a prompt alone
         serving.coming.remove(r)
-    for r in [r for r in serving.scheduler.requests.values() if r.id != "stream 0"]:
+    for r in [r for r in serving.scheduler.ledger.requests.values() if r.id != "stream 0"]:
         serving.scheduler.abort(r.id)
     serving.coming.append(prompt("lone", 200, serving.now))
     assert wait(serving, "lone") <= 3.0
@@ -161,7 +161,7 @@ def test_the_wait_of_a_lone_prompt_is_bounded_by_a_multiple_of_its_prefill_time(
     serving.coming.append(prompt("lone", length, serving.now))
     waited = wait(serving, "lone")
     alone = host.cost.seconds([(0, length)])
-    if late <= 0.01 and len(serving.scheduler.running) > 0:
+    if late <= 0.01 and len(serving.scheduler.ledger.running) > 0:
         assert waited <= (1 + 1 / 0.01) * (alone + TURN_S * scale)
         if tightness > 2 and sigma < 0.1:
             assert waited <= (1 + 1 / FLOOR) * 1.25 * alone + TURN_S * scale
@@ -236,7 +236,7 @@ def crowd(policy, host) -> float:
     serving = Serving(host, "tbt=1s", requests)
     serving.policy = policy
     serving.scheduler = Scheduler(policy, Capacity(32, 8000, 16_384))
-    serving.run(lambda s: not s.coming and len(s.scheduler.requests) == 1)
+    serving.run(lambda s: not s.coming and len(s.scheduler.ledger.requests) == 1)
     return serving.now - 5.0
 
 

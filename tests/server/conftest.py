@@ -141,10 +141,13 @@ class Server:
     def settled(self) -> None:
         """Wait until nothing is left, then hold the accounts against each other: every KV block must be free."""
         scheduler = self.engine.scheduler
-        until(lambda: not (self.engine_thread._streams or self.engine.busy), lambda: f"{len(scheduler.requests)} requests are left")
-        scheduler.check()
-        assert {} == scheduler.requests
-        assert scheduler.capacity.num_blocks == scheduler.pool.num_free
+        until(
+            lambda: not (self.engine_thread._streams or self.engine.busy),
+            lambda: f"{len(scheduler.ledger.requests)} requests are left",
+        )
+        scheduler.ledger.check()
+        assert {} == scheduler.ledger.requests
+        assert scheduler.ledger.capacity.num_blocks == scheduler.ledger.pool.num_free
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def send(server: Server, body: dict, length: int | None = None) -> socket.socket
 
 
 def running_requests(server: Server, number: int) -> None:
-    until(lambda: len(server.engine.scheduler.running) == number)
+    until(lambda: len(server.engine.scheduler.ledger.running) == number)
 
 
 def events(response: httpx.Response) -> list:

@@ -239,7 +239,7 @@ def test_what_a_router_does_not_wait_for_ends_in_an_error(stream):
         answers = []
         thread = threading.Thread(target=lambda: answers.append(route.client.post(COMPLETIONS, json=body)))
         thread.start()
-        until(lambda: server.engine.scheduler.running)
+        until(lambda: server.engine.scheduler.ledger.running)
         asyncio.run_coroutine_threadsafe(route.router.close(0), route.loop).result()
         thread.join()
         error = events(answers[0].text)[-1]["error"] if stream else answers[0].json()["error"]

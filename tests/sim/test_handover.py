@@ -46,7 +46,7 @@ class Told(Replica):
         super().take(request)
 
     def here(self) -> list[Request]:
-        inside = self.scheduler.requests
+        inside = self.scheduler.ledger.requests
         to_come = [r for r in self.given if r.status is Status.WAITING and not r.output and r.id not in inside]
         return [*inside.values(), *to_come]
 
@@ -70,13 +70,13 @@ class Watched(Pools):
             here = replica.here()
             assert sum(r.num_tokens - r.num_planned for r in here) == replica.pending(now)
             assert len(here) == replica.num_requests
-            replica.scheduler.check()
+            replica.scheduler.ledger.check()
             Watched.preempted += sum(r.num_preemptions > 0 for r in here)
         for number, replica in enumerate(self.decode):
             ways = self._passages.values()
             promised = [p.request for p in ways if p.target == number and p.twin is None]
             without_room = [*promised, *(p.twin for p in ways if p.target == number and p.twin is not None and not p.room)]
-            used = {block for r in replica.scheduler.requests.values() for block in r.blocks}
+            used = {block for r in replica.scheduler.ledger.requests.values() for block in r.blocks}
             assert len(used) + sum(-(-len(r.prompt) // 16) for r in without_room) == self.kv(number)
             assert len(replica.here()) + len(promised) == self.load(number)
 
@@ -161,7 +161,7 @@ def test_a_request_that_is_delivered_with_its_last_token_has_ended():
     )
     request = script(Request("a", range(50), 1), [7])
     replica.expect(request)
-    assert request is replica.reserve()
+    assert request is replica.admit()
     replica.deliver(request, 7, 2.0)
     assert (["a"], 0, 0) == (ended, replica.num_requests, replica.pending(2.0))
     assert 2.0 == request.sampling.line.finished

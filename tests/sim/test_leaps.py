@@ -3,9 +3,10 @@
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits, Scheduler
+from stallfree.core.scheduler import Scheduler
 from stallfree.perf.fitted import Fitted
 from stallfree.policies import load, names
 from stallfree.sim.replica import Replica, script

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 
 from stallfree import policies
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.record import Fingerprints, Run, StepRecord, read
 from stallfree.core.request import Request
-from stallfree.core.scheduler import Limits
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.scheduler import Limits
 from stallfree.metrics.report import report
 from stallfree.perf.fitted import Fitted
 from stallfree.policies import load as policy

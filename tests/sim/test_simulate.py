@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from stallfree import policies
+from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.scheduler import Limits
 from stallfree.core.slo import Slo
 from stallfree.executors.simulated import Linear
 from stallfree.metrics.report import report

@@ -1,0 +1,142 @@
+"""Iterations alike: one that is planned, how many of the next ones would be planned like it, and all of them taken in one leap,
+with the same accounts as one by one.
+
+For those who need no tokens computed, such as a simulator. It does not know how long an iteration takes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from stallfree.core.draft import Draft
+from stallfree.core.kv import BlockPool
+from stallfree.core.ledger import Ledger
+from stallfree.core.policy import Policy, Steady
+from stallfree.core.request import Request
+from stallfree.core.scheduler import Scheduler
+
+
+def steady(policy: Policy) -> bool:
+    """Whether stretches of its plans can be told, see `Steady`."""
+    return isinstance(policy, Steady) and policy.steady
+
+
+class Stretch:
+    """The next iteration of `scheduler`, at `now`, and those after it that would be planned alike: up to `most` in a row, each
+    piece of work that many tokens further, if nobody comes, goes or ends. `leap` completes them; nothing else may be asked of the
+    scheduler before that. Raises ValueError unless the policy is steady and nothing is in flight.
+
+    `step`: of the first; `draft`: it, as it was written; `sampling`: those who get a token in each, in order; `preempted`: ids,
+    before the first. `grown`, after the leap: the KV blocks that each iteration took; those of the first had been taken before.
+    """
+
+    __slots__ = ("_scheduler", "draft", "grown", "most", "preempted", "sampling", "step")
+
+    def __init__(self, scheduler: Scheduler, now: float, most: int):
+        if not steady(scheduler.policy) or scheduler.num_in_flight:
+            raise ValueError("a stretch needs a policy that is `steady`, and no plan in flight")
+        self._scheduler = scheduler
+        self.step = scheduler.step
+        self.draft = draft = scheduler.draft(now)
+        draft.close()
+        ledger = scheduler.ledger
+        self.preempted = tuple(ledger.preempted)
+        self.sampling = [r for r in draft.work if r.num_planned == r.num_tokens] if draft.chunks else list(draft.work)
+        self.most = 1 if self.preempted else min(most, _alike(ledger, draft, most))
+        self.grown: list[int] = []
+        if draft.work:
+            ledger.preempted.clear()
+        else:
+            scheduler.open = None
+
+    def leap(self, steps: int, tokens: Sequence[Sequence[int]], now: float) -> list[Request]:
+        """Complete the first `steps` iterations, in which each request of `sampling` gets one of its `tokens` after the other. Only
+        the last of them may end it. Returns the requests that ended, at `now`.
+        """
+        scheduler = self._scheduler
+        if self.draft is not scheduler.open or not 1 <= steps <= self.most:
+            raise ValueError(f"{steps} steps are not the beginning of the stretch that is planned")
+        scheduler.open = None
+        scheduler.step += steps
+        ledger = scheduler.ledger
+        ending: list[tuple[Request, str]] = []
+        for request, sampled in zip(self.sampling, tokens, strict=True):
+            output = request.output
+            if not output:
+                request.first_token = now
+            request.last_token = now
+            output += sampled
+            request.num_tokens += steps
+            if sampled[-1] in request.stop_ids and len(output) > request.min_tokens:
+                ending.append((request, "stop"))
+            elif len(output) >= request.max_tokens:
+                ending.append((request, "length"))
+        self._advance(ledger.pool, steps)
+        for request, reason in ending:
+            ledger.end(request, reason)
+        if ending:
+            ledger.sweep()
+        return [request for request, _ in ending]
+
+    def _advance(self, pool: BlockPool, steps: int) -> None:
+        """What is planned, computed and held is brought to where it is after `steps` iterations; the tokens are there already."""
+        work = self.draft.work
+        if steps > 1:
+            self._lengthen(pool, steps)
+        for r in work:
+            r.num_computed = r.num_planned
+        if pool.reuse and steps == 1:
+            for r in work:
+                pool.commit(r)
+
+    def _lengthen(self, pool: BlockPool, steps: int) -> None:
+        """Plan all but the first. Blocks are taken, and filled ones indexed, in the order in which single steps would do it: on
+        that depends which cached blocks make room.
+        """
+        self.grown = [0] * steps
+        moments: list[tuple[int, int, int, Request, int]] = []
+        size = pool.block_size
+        for number, (r, count) in enumerate(self.draft.work.items()):
+            stop = r.num_planned
+            r.num_planned = end = stop + (steps - 1) * count
+            held = len(r.blocks) * size
+            while held < end:
+                moments.append((-(-(held + 1 - stop) // count), 0, number, r, held + 1))
+                held += size
+            if pool.reuse:
+                full = (r.num_shared + 1) * size
+                while full <= end:
+                    moments.append((max(0, -(-(full - stop) // count)), 1, number, r, full))
+                    full += size
+        moments.sort(key=lambda moment: moment[:3])
+        for step, is_commit, _, r, upto in moments:
+            if is_commit:
+                r.num_computed = upto
+                pool.commit(r)
+            else:
+                pool.grow(r, upto)
+                self.grown[step] += 1
+
+
+def _alike(ledger: Ledger, draft: Draft, most: int) -> int:
+    """How many iterations in a row a steady policy would plan alike, the one in `draft` included.
+
+    It is in the same place again if every running request moved on and one prompt at the most was in the works, cut off by the
+    token limit and not yet at its end. Who was refused then is refused again: there will not be more room.
+    """
+    work = draft.work
+    if draft.searched or len(draft.chunks) > 1 or len(work) < len(ledger.running):
+        return 1
+    size = ledger.pool.block_size
+    for r in draft.chunks:
+        if draft.left > 0 or not r.remaining or len(r.blocks) * size < r.num_tokens:
+            return 1
+        most = min(most, 1 + (r.remaining - 1) // work[r])
+    free = ledger.pool.num_free
+    if (most // size + 1) * len(work) <= free:
+        return most
+
+    def lacking(steps: int) -> int:
+        """Blocks for the decodes in so many iterations."""
+        return sum([max(0, -(-(r.num_planned + steps - 1) // size) - len(r.blocks)) for r in work if r not in draft.chunks])
+
+    return bisect_right(range(1, most + 1), free, key=lacking)

@@ -1,0 +1,180 @@
+"""The accounts under the scheduler: which requests there are, in which state and order, and the KV blocks they hold. Every move
+from one state to another is a method here. It chooses nothing and plans nothing.
+"""
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from stallfree.core.kv import BlockPool
+from stallfree.core.plan import Capacity
+from stallfree.core.queue import Queue
+from stallfree.core.request import Refused, Request, Status
+
+Reserve = Literal["chunk", "prompt", "max"]
+"""KV blocks taken at admission: for the first chunk, the whole prompt, or the prompt and `max_tokens`."""
+
+Key = Callable[[Request], tuple[Any, ...]]
+"""By what requests are ordered, the least first. Asked once, when a request comes; of equal ones the first to come is first."""
+
+
+def by_arrival(request: Request) -> tuple[Any, ...]:
+    return request.priority, request.arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's own: `max_seqs` running requests, `max_tokens` in one iteration, `watermark` the share of KV blocks that an
+    admission leaves free (vLLM and the paper's artifact use 1 %)."""
+
+    max_seqs: int = 256
+    max_tokens: int = 8192
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_seqs <= self.max_tokens:
+            raise ValueError(
+                f"max_seqs ({self.max_seqs}) must be at least 1 and at most max_tokens ({self.max_tokens}), "
+                "so that every ready decode fits in one iteration"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark is a share of the KV blocks, from 0 to below 1, not {self.watermark}")
+
+
+class Ledger:
+    """`requests` are all that are not finished. Each is in one of four places: `running` (admitted, in the order of their keys),
+    `queue` (waiting), `expected` (waiting for KV that is computed elsewhere, in the order of their keys), or held: `num_held` of
+    them have KV and get no work. `preempted`: ids, since the last plan took note of them. `max_len`: tokens of the longest request
+    that fits. `reserve`: what an admission takes. `reuse` shares the KV of equal prefixes.
+    """
+
+    def __init__(
+        self, capacity: Capacity, limits: Limits | None = None, *, reserve: Reserve, reuse: bool = True, key: Key = by_arrival
+    ):
+        self.capacity = capacity
+        self.limits = limits or Limits()
+        self.reserve = reserve
+        self.pool = BlockPool(capacity.num_blocks, capacity.block_size, reuse=reuse)
+        self.max_len = min(capacity.max_model_len, capacity.num_blocks * capacity.block_size)
+        self.watermark = int(self.limits.watermark * capacity.num_blocks)
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.queue = Queue()
+        self.expected: list[Request] = []
+        self.num_held = 0
+        self.preempted: list[str] = []
+        self._key = key
+        self._arrivals = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self.expected)
+
+    @property
+    def spare(self) -> int:
+        """KV blocks that an admission leaves free."""
+        return self.watermark if self.running or self.num_held else 0
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests have KV as may run."""
+        return len(self.running) + self.num_held >= self.limits.max_seqs
+
+    def validate(self, request: Request) -> None:
+        """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may ask."""
+        length = len(request.prompt)
+        if length == 0:
+            raise Refused("the prompt is empty; it needs at least one token", "prompt")
+        if request.max_tokens < 1:
+            raise Refused(f"max_tokens is {request.max_tokens}; it must be at least 1", "max_tokens")
+        if length >= self.max_len:
+            raise Refused(
+                f"the prompt has {length} tokens; with room for one more, at most {self.max_len - 1} fit "
+                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens)",
+                "prompt",
+            )
+        if length + request.max_tokens > self.max_len:
+            raise Refused(
+                f"{length} prompt tokens and max_tokens {request.max_tokens} make {length + request.max_tokens}, more than "
+                f"the {self.max_len} that fit; ask for at most {self.max_len - length}",
+                "max_tokens",
+            )
+
+    def enter(self, request: Request) -> None:
+        """A new request comes; it is in no place yet. Raises `Refused`; nothing is changed then."""
+        self.validate(request)
+        if request.id in self.requests:
+            raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
+        self._arrivals += 1
+        request.key = (*self._key(request), self._arrivals)
+        request.looked = (-1, request.adapter, 0)  # whatever another pool had of it
+        self.requests[request.id] = request
+
+    def run(self, request: Request) -> None:
+        """To the running ones, from any other place; its KV blocks are there."""
+        if request.ticket:
+            self.queue.discard(request)
+        request.status = Status.RUNNING
+        insort(self.running, request, key=lambda r: r.key)
+
+    def preempt(self, request: Request) -> None:
+        """From running back to waiting, at its old place, without KV."""
+        request.num_preemptions += 1
+        self.preempted.append(request.id)
+        self.requeue(request)
+
+    def requeue(self, request: Request) -> None:
+        """As `preempt`, but for a request that does not count as preempted."""
+        request.reserved = False
+        self.running.remove(request)
+        self.drop_kv(request)
+        request.status = Status.WAITING
+        self.queue.push(request)
+
+    def leave(self, request: Request) -> None:
+        """A request goes, from whatever place; its KV blocks are still its own."""
+        del self.requests[request.id]
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        elif request.status is Status.HELD:
+            self.num_held -= 1
+        elif request.ticket:
+            self.queue.discard(request)
+        else:
+            self.expected.remove(request)
+
+    def end(self, request: Request, reason: str) -> None:
+        """A running request is over; it stays in `running` until `sweep`."""
+        del self.requests[request.id]
+        self.finish(request, reason)
+
+    def sweep(self) -> None:
+        """Take the finished ones out of `running`, all at once."""
+        self.running = [r for r in self.running if r.status is Status.RUNNING]
+
+    def finish(self, request: Request, reason: str) -> None:
+        """What has left the accounts gives its KV back."""
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        self.pool.release(request)
+
+    def drop_kv(self, request: Request) -> None:
+        self.pool.release(request)
+        request.num_computed = request.num_planned = 0
+
+    def check(self) -> None:
+        """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
+        self.pool.check(self.requests.values())
+        running = [r for r in self.requests.values() if r.status is Status.RUNNING]
+        held = [r for r in self.requests.values() if r.status is Status.HELD]
+        counts = len(self.running), self.num_waiting, self.num_held
+        if set(running) != set(self.running) or sum(counts) != len(self.requests) or len(held) != self.num_held:
+            raise RuntimeError(f"{len(self.requests)} requests, but {counts} running, waiting and held")
+        if any(a.key >= b.key for line in (self.running, self.expected) for a, b in pairwise(line)):
+            raise RuntimeError("the running or the expected requests are out of order")
+        for r in (*running, *held):
+            most = r.num_tokens + (self.capacity.overlap and r.in_flight > 1)
+            if not r.num_computed <= r.num_planned <= most or (r.num_computed < r.num_planned) != (r.in_flight > 0):
+                raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")

@@ -1,0 +1,123 @@
+"""The way of each request from tokens to text: what an iteration's tokens bring to its reader. Whatever the text of one raises ends
+that request, and no other. It does not know what ran.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stallfree.core.plan import Work
+from stallfree.core.request import Request
+from stallfree.engine.detokenizer import Detokenizer, StopStrings
+from stallfree.engine.text import Text
+
+log = logging.getLogger(__name__)
+
+Watch = Callable[[Work], None]
+"""Told of each piece of a request's work once it is computed, in the engine's thread, while its blocks still hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one iteration brought to one request: new `text` (may be empty), new `tokens` (ids) with their `details` (the
+    executor's: log-probabilities, or None), and on the last one `finish_reason`, with the stop string or id, or the `error`.
+    """
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    details: object = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+class Stream:
+    """One request's."""
+
+    __slots__ = ("detokenizer", "include_stop", "request", "stops")
+
+    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool, continues: bool):
+        self.request = request
+        self.include_stop = include_stop
+        self.detokenizer = Detokenizer(text.pieces, request.prompt if continues else ())
+        self.stops = StopStrings(stop, include=include_stop)
+
+
+class Streams:
+    """The streams of the requests that are read, and the `watches` of some, by id. `end` is called with a request's id and the
+    reason if its text ends it.
+    """
+
+    def __init__(self, text: Text, end: Callable[[str, str], None]):
+        self._text = text
+        self._end = end
+        self._streams: dict[str, Stream] = {}
+        self.watches: dict[str, Watch] = {}
+
+    def make(self, request: Request, stop: Sequence[str], *, include_stop: bool, continues: bool) -> Stream:
+        """A stream that is not read yet. For the arguments see `Engine.submit`."""
+        return Stream(request, self._text, stop, include_stop, continues)
+
+    def read(self, stream: Stream, watch: Watch | None) -> None:
+        self._streams[stream.request.id] = stream
+        if watch is not None:
+            self.watches[stream.request.id] = watch
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._streams
+
+    def request(self, id: str) -> Request | None:
+        """The request of that id that is read, if there is one."""
+        stream = self._streams.get(id)
+        return None if stream is None else stream.request
+
+    def forget(self, id: str) -> None:
+        """Nobody reads it any more."""
+        self._streams.pop(id, None)
+        self.watches.pop(id, None)
+
+    def ended(self, id: str, error: str) -> Output:
+        """The last output of a request that has ended by an error."""
+        self.forget(id)
+        return Output(id, "", (), finish_reason="error", error=error)
+
+    def fail(self, id: str, what: str, error: BaseException) -> Output:
+        """End a request by an error of its own; its last output."""
+        log.error("request %s: %s", id, what, exc_info=error)
+        self._end(id, "error")
+        return self.ended(id, f"{what} ({type(error).__name__}: {error})")
+
+    def output(self, id: str, tokens: tuple[int, ...], details: object) -> Output:
+        """What new tokens brought to a request that is read."""
+        try:
+            return self._output(self._streams[id], tokens, details)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in the tokenizer's library is no Exception
+            return self.fail(id, "its tokens cannot be made text", error)
+
+    def _output(self, stream: Stream, tokens: tuple[int, ...], details: object) -> Output:
+        request = stream.request
+        reason = request.finish_reason
+        stop: str | int | None = None
+        text = ""
+        for token in tokens:
+            if reason == "stop" and token in request.stop_ids:
+                stop = token
+                if not stream.include_stop or token in self._text.eos_ids:
+                    continue
+            text += stream.detokenizer.push(token, special=stop is not None)
+        if reason is not None:
+            text += stream.detokenizer.flush()
+        text, found = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
+        if found is not None:
+            stop = found
+            if reason is None:
+                self._end(request.id, "stop")
+            reason = "stop"
+        elif reason is not None:
+            text += stream.stops.flush()
+        if reason is not None:
+            self.forget(request.id)
+        return Output(request.id, text, tokens, details, reason, stop)
