@@ -22,11 +22,11 @@ from harness import machine, parser, show
 from stallfree.core.record import Arrived, StepRecord
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import Options, assemble
-from stallfree.engine.thread import EngineThread
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.app import create_app
 from stallfree.server.live import KEPT, Live
 from stallfree.server.metrics import Metrics
+from stallfree.server.service import Service
 
 ITERATION_S = 0.020
 LOOKS_PER_S = 4
@@ -78,10 +78,11 @@ def each(live: Live, account: StallAccount, steps: list[StepRecord]) -> float:
 
 def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
     """Seconds of a `record`, of reducing one, and of an answer beside that, while a page looks after every few records."""
-    live, account = Live("sarathi", slo), StallAccount(slo)
+    account = StallAccount(slo)
     engine = assemble(Options(executor="simulated")).engine
     engine.clock = lambda: at
-    app = create_app(EngineThread(engine, 1), model="none", metrics=Metrics("none"), live=live)
+    service = Service(engine, "none", policy="sarathi", slo=slo)
+    live, app = service.live, create_app(service)
     few = round(1 / ITERATION_S / LOOKS_PER_S)
     recording, reducing, answering = [], [], []
     for i in range(0, len(steps) - few, few):
@@ -97,10 +98,15 @@ def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
 
 def counted(slo: Slo, steps: list[StepRecord]) -> tuple[float, float]:
     """Seconds of a `record` of the metrics, and of a scrape."""
-    metrics = Metrics("none", slo)
-    scheduler = assemble(Options(executor="simulated")).engine.scheduler
-    recording = [seconds(lambda step=step: metrics.record(step)) for step in steps]
-    scraping = [seconds(lambda: metrics.expose(scheduler, 0.0)) for _ in range(20)]
+    metrics, account = Metrics("none", slo), StallAccount(slo)
+    ledger = assemble(Options(executor="simulated")).engine.scheduler.ledger
+
+    def record(step: StepRecord) -> None:
+        account.record(step)
+        metrics.record(step, account)
+
+    recording = [seconds(lambda step=step: record(step)) for step in steps]
+    scraping = [seconds(lambda: metrics.expose(ledger, 0.0)) for _ in range(20)]
     return statistics.median(recording), statistics.median(scraping)
 
 

@@ -206,26 +206,19 @@ class Soak:
 def serve_simulated() -> None:
     """Serve the simulated executor without its sleep, as `stallfree serve` would, and print the URL."""
     from stallfree.engine.assemble import Options, assemble
-    from stallfree.engine.thread import EngineThread
     from stallfree.handoff.terms import address
     from stallfree.server.app import create_app
-    from stallfree.server.live import Live
-    from stallfree.server.metrics import Metrics
     from stallfree.server.run import bind, run
+    from stallfree.server.service import Service
 
-    metrics, live = Metrics("simulated"), Live("sarathi")
-    assembled = assemble(
-        Options(executor="simulated", policy="sarathi", token_budget=2048),
-        record=lambda step: live.record(step, metrics.record(step)),
-    )
+    assembled = assemble(Options(executor="simulated", policy="sarathi", token_budget=2048))
     assembled.engine.text.tokenizer.model._resize_cache(0)
     assembled.engine.executor.sleep = lambda seconds: None  # type: ignore[attr-defined]
-    thread = EngineThread(assembled.engine, 1024)
+    service = Service(assembled.engine, "simulated", policy="sarathi")
     sock = bind("127.0.0.1", 0)
     print(json.dumps({"url": f"http://{address(*sock.getsockname()[:2])}"}), flush=True)
-    app = create_app(thread, model="simulated", metrics=metrics, live=live)
-    app.state.reader.start()
-    run(app, thread, sock, drain_timeout_s=0)
+    service.reader.start()
+    run(create_app(service), service.thread, sock, drain_timeout_s=0)
 
 
 @contextmanager

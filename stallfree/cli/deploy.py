@@ -16,6 +16,7 @@ def deploy(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: options.ServersKey = None,
     served_name: options.ServedName = None,
+    sanitize_control_tokens: options.Sanitize = False,
     replicas: Annotated[str, typer.Option(help="How many, or from how many to how many, as 1-4.")] = "1",
     max_queue: Annotated[int, typer.Option(help="Most requests waiting at a replica; one more gets 429.", min=1)] = 1024,
 ) -> None:
@@ -45,7 +46,8 @@ def deploy(
     options.warn_if_open(host, api_key)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
-    serve.run(application(Options(**vars(served)), served_name, least, most, max_queue, api_key), blocking=True)
+    app = application(Options(**vars(served)), served_name, least, most, max_queue, api_key, sanitize_control_tokens)
+    serve.run(app, blocking=True)
 
 
 def bounds(text: str) -> tuple[int, int]:

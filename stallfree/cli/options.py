@@ -118,6 +118,9 @@ ServersKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
 ]
 ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
+Sanitize = Annotated[
+    bool, typer.Option("--sanitize-control-tokens", help="Take control tokens that clients write as text (<|im_start|>).")
+]
 Html = Annotated[Path | None, typer.Option(help="Write table and plots to this new file; needs matplotlib.", show_default=False)]
 RequestsOut = Annotated[
     Path | None,

@@ -1,40 +1,76 @@
 """`stallfree serve`: a model behind an OpenAI-compatible HTTP server."""
 
+from __future__ import annotations
+
 import json
+import socket
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stallfree.cli import options, words
 
+if TYPE_CHECKING:
+    from stallfree.engine.assemble import Assembled
+    from stallfree.server.service import Service
+
 Role = Literal["both", "prefill", "decode"]
 ROLES = {"prefill": "asked at", "decode": "asks"}
+
+
+@dataclass(frozen=True)
+class Front:
+    """What clients see of a server."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000
+    api_key: options.ServersKey = None
+    served_name: options.ServedName = None
+    sanitize_control_tokens: options.Sanitize = False
+    max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024
+
+
+@dataclass(frozen=True)
+class Peering:
+    """The other engines that this one exchanges prompts with."""
+
+    role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both"
+    prefill: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turns.")
+    ] = None
+    peer_port: Annotated[
+        int | None,
+        typer.Option(help="Port at which decode engines ask one of role prefill; 0 is any.", min=0, max=65535),
+    ] = None
+    peer_host: Annotated[str, typer.Option(help="Address of that port; any but 127.0.0.1 needs a --peer-key.")] = "127.0.0.1"
+    peer_key: Annotated[
+        str, typer.Option(envvar="STALLFREE_PEER_KEY", help="Secret that engines prove to each other.", show_envvar=True)
+    ] = ""
+
+    def addresses(self) -> list[tuple[str, int]]:
+        """Those of the prefill engines to ask, if what is given makes sense. Raises ValueError."""
+        if self.role == "decode" and self.prefill is None:
+            raise ValueError("--role decode needs the prefill engines that it asks; give --prefill HOST:PORT")
+        if self.role == "prefill" and self.peer_port is None:
+            raise ValueError("--role prefill needs a port at which decode engines ask it; give --peer-port 9000")
+        if self.role != "decode" and self.prefill is not None:
+            raise ValueError(f"--prefill is for --role decode, not {self.role}")
+        if self.role != "prefill" and self.peer_port is not None:
+            raise ValueError(f"--peer-port is for --role prefill, not {self.role}")
+        if self.peer_host not in options.LOOPBACK and not self.peer_key:
+            way = "set STALLFREE_PEER_KEY (or --peer-key)"
+            raise ValueError(f"--peer-host {self.peer_host} lets others than this machine's engines in; {way}")
+        return [] if self.prefill is None else options.addresses(self.prefill, "--prefill")
 
 
 @words.spread()
 def serve(
     served: options.Served,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
-    api_key: options.ServersKey = None,
-    served_name: options.ServedName = None,
-    sanitize_control_tokens: Annotated[
-        bool, typer.Option("--sanitize-control-tokens", help="Take control tokens that clients write as text (<|im_start|>).")
-    ] = False,
-    max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024,
-    role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both",
-    prefill: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turns.")
-    ] = None,
-    peer_port: Annotated[
-        int | None,
-        typer.Option(help="Port at which decode engines ask one of role prefill; 0 is any.", min=0, max=65535),
-    ] = None,
-    peer_host: Annotated[str, typer.Option(help="Address of that port; any but 127.0.0.1 needs a --peer-key.")] = "127.0.0.1",
-    peer_key: Annotated[
-        str, typer.Option(envvar="STALLFREE_PEER_KEY", help="Secret that engines prove to each other.", show_envvar=True)
-    ] = "",
+    front: Front,
+    peering: Peering,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
@@ -44,111 +80,87 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible, until SIGTERM or Ctrl-C."""
     from stallfree.cli import outputs
-    from stallfree.core.record import StepRecord
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
-    from stallfree.engine.thread import EngineThread
-    from stallfree.handoff.asking import Asking
-    from stallfree.handoff.serving import Serving
-    from stallfree.handoff.terms import Terms, address
-    from stallfree.server.app import RECOMMENDED, create_app
-    from stallfree.server.live import Live
-    from stallfree.server.metrics import Metrics
-    from stallfree.server.run import PortError, bind, run
-    from stallfree.server.traces import Traces, exporter_to
+    from stallfree.handoff.terms import Terms
+    from stallfree.server.app import create_app
+    from stallfree.server.run import run
+    from stallfree.server.service import Service
+    from stallfree.server.traces import exporter_to
 
-    peers = check_role(role, prefill, peer_port, peer_host, peer_key)
+    addresses = peering.addresses()
     outputs.check(record, "--record")
-    options.warn_if_open(host, api_key)
-    sock = bind(host, port)  # first: a port in use should not cost the loading of a model
+    options.warn_if_open(front.host, front.api_key)
+    sock, peer_sock = _bound(front, peering)  # first: a port in use should not cost the loading of a model
+    exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
+    with ExitStack() as stack:
+        file = None if record is None else stack.enter_context(closing(RecordFile(record)))
+        assembled = assemble(
+            Options(**vars(served)),
+            fingerprints=file is not None,
+            say=lambda line: typer.echo(line, err=True),
+            progress=options.progress("calibrating"),
+        )
+        service = Service(
+            assembled.engine,
+            front.served_name or assembled.name,
+            policy=served.policy,
+            slo=assembled.slo,
+            max_queue=front.max_queue,
+            exporter=exporter,
+            sanitize_control_tokens=front.sanitize_control_tokens,
+        )
+        if service.traces is not None:
+            stack.enter_context(closing(service.traces))
+        if file is not None:
+            file.begin(assembled.run)
+            service.observers.append(lambda step, _: file.write(step))
+        terms = Terms.of(assembled.engine.executor, assembled.identity)
+        if addresses:
+            service.ask(addresses, terms, peering.peer_key)
+        if peer_sock is not None:
+            service.serve(peer_sock, terms, peering.peer_key)
+        _print_card(_card(assembled, service, peering, sock, peer_sock), as_json)
+        service.reader.start()
+        run(create_app(service, api_key=front.api_key), service.thread, sock, drain_timeout_s=drain_timeout)
+    if service.thread.failure is not None:
+        raise typer.Exit(1)
+
+
+def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket | None]:
+    """The sockets for clients, and for other engines if they are to ask this one."""
+    from stallfree.server.run import PortError, bind
+
+    sock = bind(front.host, front.port)
     try:
-        peer_sock = None if peer_port is None else bind(peer_host, peer_port, "peer-")
+        return sock, None if peering.peer_port is None else bind(peering.peer_host, peering.peer_port, "peer-")
     except PortError:
         sock.close()
         raise
-    exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
-    file = None if record is None else RecordFile(record)
 
-    def each_step(step: StepRecord) -> None:
-        account = metrics.record(step)
-        if traces is not None:
-            traces.record(account)
-        live.record(step, account)
-        if file is not None:
-            file.write(step)
 
-    assembled = assemble(
-        Options(**vars(served)),
-        record=each_step,
-        fingerprints=file is not None,
-        say=lambda line: typer.echo(line, err=True),
-        progress=options.progress("calibrating"),
-    )
-    name = served_name or assembled.name
-    live, metrics = Live(served.policy, assembled.slo), Metrics(name, assembled.slo)
-    traces = None if exporter is None else Traces(name, assembled.engine.clock, exporter)
-    if file is not None:
-        file.begin(assembled.run)
-    engine_thread = EngineThread(assembled.engine, max_queue)
-    asking = serving = None
-    if role != "both":
-        terms = Terms.of(assembled.engine.executor, assembled.identity)
-        asking = Asking(engine_thread, terms, peers, peer_key) if peers else None
-        serving = None if peer_sock is None else Serving(engine_thread, terms, peer_sock, peer_key)
-    if asking is not None:
-        asking.check()
-    capacity = assembled.engine.executor.capacity
-    budget = getattr(assembled.engine.scheduler.policy, "token_budget", None)
-    card = {
-        "model": name,
+def _card(
+    assembled: Assembled, service: Service, peering: Peering, sock: socket.socket, peer_sock: socket.socket | None
+) -> dict[str, Any]:
+    """What there is to say of a server, once."""
+    from stallfree.handoff.terms import address
+
+    capacity, ledger = service.engine.executor.capacity, service.engine.scheduler.ledger
+    return {
+        "model": service.name,
         "weights": assembled.weights,
         "kv_blocks": capacity.num_blocks,
         "block_size": capacity.block_size,
-        "max_model_len": assembled.engine.scheduler.ledger.max_len,
-        "policy": served.policy,
+        "max_model_len": ledger.max_len,
+        "policy": service.live.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
         "slo_basis": assembled.slo_basis or None,
-        "sampling": {name: getattr(assembled.engine.sampling, name) for name in RECOMMENDED},
-        "token_budget": budget,
+        "sampling": service.sampling,
+        "token_budget": getattr(service.engine.scheduler.policy, "token_budget", None),
         "url": f"http://{address(*sock.getsockname()[:2])}",
-        "role": role,
-        "peers": prefill if peer_sock is None else address(*peer_sock.getsockname()[:2]),
+        "role": peering.role,
+        "peers": peering.prefill if peer_sock is None else address(*peer_sock.getsockname()[:2]),
     }
-    _print_card(card, as_json)
-    app = create_app(
-        engine_thread,
-        model=name,
-        metrics=metrics,
-        live=live,
-        traces=traces,
-        asking=asking,
-        serving=serving,
-        api_key=api_key,
-        sanitize_control_tokens=sanitize_control_tokens,
-    )
-    app.state.reader.start()
-    try:
-        run(app, engine_thread, sock, drain_timeout_s=drain_timeout)
-    finally:
-        if traces is not None:
-            traces.close()
-        if file is not None:
-            file.close()
-
-
-def check_role(role: Role, prefill: str | None, port: int | None, host: str, key: str) -> list[tuple[str, int]]:
-    """The addresses in `prefill`, if what is given of other engines makes sense. Raises ValueError."""
-    if role == "decode" and prefill is None:
-        raise ValueError("--role decode needs the prefill engines that it asks; give --prefill HOST:PORT")
-    if role == "prefill" and port is None:
-        raise ValueError("--role prefill needs a port at which decode engines ask it; give --peer-port 9000")
-    if role != "decode" and prefill is not None:
-        raise ValueError(f"--prefill is for --role decode, not {role}")
-    if role != "prefill" and port is not None:
-        raise ValueError(f"--peer-port is for --role prefill, not {role}")
-    if host not in options.LOOPBACK and not key:
-        raise ValueError(f"--peer-host {host} lets others than this machine's engines in; set STALLFREE_PEER_KEY (or --peer-key)")
-    return [] if prefill is None else options.addresses(prefill, "--prefill")
 
 
 def _print_card(card: dict[str, Any], as_json: bool) -> None:

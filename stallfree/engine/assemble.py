@@ -18,7 +18,7 @@ from stallfree.checkpoint.identity import identity
 from stallfree.core.ledger import Limits
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
-from stallfree.core.record import Fingerprints, Run, StepRecord
+from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
 from stallfree.engine import calibrate
 from stallfree.engine.engine import Engine
@@ -95,14 +95,14 @@ class Assembled:
 def assemble(
     options: Options,
     *,
-    record: Callable[[StepRecord], None] | None = None,
     fingerprints: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: calibrate.Progress = lambda done, of: None,
 ) -> Assembled:
     """Raises ValueError, FetchError or MemoryError with a message for the user; what needs no model is checked first.
 
-    `fingerprints`: records are to carry what replay needs. `progress` is told of the calibration, if one is needed.
+    Nobody gets the engine's records yet (`Engine.record`); with `fingerprints` they carry what replay needs. `progress` is told of
+    the calibration, if one is needed.
     """
     known = policies.takes(options.policy)
     targets = None if options.slo is None else Slo.parse(options.slo)
@@ -135,7 +135,6 @@ def assemble(
         policy,
         limits,
         reuse=options.prefix_cache,
-        record=record,
         prints=prints,
         restart=restart,
         sampling=sampling,

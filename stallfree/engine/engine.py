@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Serves requests on `executor` in the order that `policy` plans. `record` is handed a StepRecord after every iteration,
-    with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open. `prefetch` has the
-    requests whose prompts other engines compute.
+    """Serves requests on `executor` in the order that `policy` plans. `record`, which may be set later, is handed a StepRecord after
+    every iteration, with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
+    `prefetch` has the requests whose prompts other engines compute.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Engine:
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
         self.clock = clock
         self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token)
-        self._record = record
+        self.record = record
         self._prints = prints
         self._restart = restart
         self._streams = Streams(text, self._end)
@@ -199,10 +199,10 @@ class Engine:
         """Hand the iteration's record out. Whoever fails over it must not fail the requests."""
         arrived, ended, self._arrived, self._ended = self._arrived, self._ended, [], []
         delivered, recalled = self.prefetch.news()
-        if self._record is None:
+        if self.record is None:
             return
         try:
-            self._record(
+            self.record(
                 StepRecord.of(
                     plan, result, self.scheduler.ledger, times, arrived, ended, self._prints,
                     dropped=dropped, delivered=delivered, recalled=recalled,

@@ -20,6 +20,11 @@ from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` for completions; a chat's is all that fits."""
 
+PREFILL = "x-stallfree-prefill"
+"""The header with which a router says which prefill engine, as host:port, is to compute a request's prompt, or `HERE`."""
+HERE = "none"
+"""In that header: no other engine, the server itself."""
+
 TARGET_HEADERS = ("x-slo", "x-llm-d-slo")
 """Beginnings of the headers with a request's latency targets: this server's, and those of llm-d's gateway."""
 

@@ -1,13 +1,13 @@
 """Prometheus metrics, read off the engine's StepRecords: plain numbers, made into families when somebody asks for them.
 
 `record` is paid for in every iteration, so it touches a histogram once for all tokens that waited equally long. It knows records
-and the scheduler's gauges, nothing of the engine; the names of others for the same numbers are `vllm_names`.
+and the ledger's gauges, nothing of the engine; the names of others for the same numbers are `vllm_names`.
 """
 
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import inf
 
@@ -17,10 +17,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from stallfree.core.draft import ENGINE_LIMIT
+from stallfree.core.ledger import Ledger
 from stallfree.core.record import StepRecord
-from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
-from stallfree.metrics.stalls import CAUSES, TARGETS, StallAccount
+from stallfree.metrics.stalls import CAUSES, TARGETS, Ended, StallAccount
 from stallfree.server.vllm_names import Aliases
 
 REASONS = ("policy", "deadline", "engine")
@@ -49,7 +49,8 @@ class Metrics(Collector):
     def __init__(self, model: str, slo: Slo | None = None) -> None:
         self._slo = slo or Slo()
         self._aliases = Aliases(model)
-        self._account = StallAccount(self._slo)
+        self._slack: float | None = None
+        self._oldest: tuple[str, float] | None = None
         self._lock = threading.Lock()
         self._last: StepRecord | None = None
         self._phases = {"prefill": 0, "decode": 0}
@@ -74,13 +75,11 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-    def record(self, step: StepRecord) -> StallAccount:
-        """Count one iteration; the account by which it was counted. Called in the engine's thread, after each."""
+    def record(self, step: StepRecord, account: StallAccount) -> None:
+        """Count one iteration, which `account` has just judged. Called in the engine's thread, after each."""
         with self._lock:
-            account = self._account
             self._prompt += sum(request.prompt_tokens for request in step.arrived)
-            account.record(step)
-            self._last = step
+            self._last, self._slack, self._oldest = step, account.slack, account.oldest
             tokens = sum(count for _, _, count in step.work)
             prefill = sum(count for _, count in account.iteration.prefills)
             self._phases["prefill"] += prefill
@@ -110,19 +109,18 @@ class Metrics(Collector):
                 if stall.kind == "late":
                     self._late[stall.cause] += 1
                     self._late_s[stall.cause] += stall.late_s
-            self._end()
-            return account
+            self._end(account.ended)
 
-    def expose(self, scheduler: Scheduler, now: float, prefill_engines: tuple[int, int] | None = None) -> bytes:
+    def expose(self, ledger: Ledger, now: float, prefill_engines: tuple[int, int] | None = None) -> bytes:
         """The text format, with the gauges as they are at `now` (s, the run's): the last record may be old, since an idle engine
         writes none. `prefill_engines`: of an engine that asks others, how many are connected, and how many there should be.
         """
         with self._lock:
-            oldest = self._account.oldest
-        blocks, free = scheduler.ledger.capacity.num_blocks, scheduler.ledger.pool.num_free
+            oldest = self._oldest
+        blocks, free = ledger.capacity.num_blocks, ledger.pool.num_free
         self._gauges = {
-            "running_requests": len(scheduler.ledger.running),
-            "waiting_requests": scheduler.ledger.num_waiting,
+            "running_requests": len(ledger.running),
+            "waiting_requests": ledger.num_waiting,
             "kv_blocks": blocks,
             "free_kv_blocks": free,
             "kv_usage_ratio": 1 - free / blocks,
@@ -140,8 +138,8 @@ class Metrics(Collector):
         for family in families:
             yield from self._aliases.of(family)
 
-    def _end(self) -> None:
-        for ended in self._account.ended:
+    def _end(self, requests: Sequence[Ended]) -> None:
+        for ended in requests:
             self._finished[ended.reason] = self._finished.get(ended.reason, 0) + 1
             if ended.reason not in ("stop", "length"):
                 continue
@@ -173,7 +171,7 @@ class Metrics(Collector):
         yield _gauge("limit_seconds", "Time that the policy allowed the last iteration.", None if step is None else step.limit_s)
         yield _gauge("margin_ratio", "What the policy multiplies expected times with.", None if step is None else step.margin)
         slack = "From the planning of the last iteration until the first of its decodes was due; below 0: too late already."
-        yield _gauge("slack_seconds", slack, self._account.slack)
+        yield _gauge("slack_seconds", slack, self._slack)
         yield _counter("decode_stall_seconds", "Lateness of the tokens that came after they were due.", self._late_s, "cause")
         yield _counter("late_tokens", "Tokens that came after they were due, but for first ones.", self._late, "cause")
         yield _counter("first_token_late_seconds", "Lateness of first tokens.", self._first_late_s)

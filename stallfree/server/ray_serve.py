@@ -16,11 +16,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from stallfree.core.record import StepRecord
 from stallfree.engine.assemble import Options, assemble
-from stallfree.engine.thread import EngineThread
 from stallfree.metrics.capacity import MEDIAN_TTFT_S
+from stallfree.metrics.stalls import StallAccount
 from stallfree.server.app import create_app
-from stallfree.server.live import Live
-from stallfree.server.metrics import Metrics
+from stallfree.server.service import Service
 
 TARGET = 0.7
 """Utilisation that is aimed at."""
@@ -35,7 +34,7 @@ class Utilisation:
         self._clock = clock
         self._since, self._used = clock(), 0.0
 
-    def record(self, step: StepRecord) -> None:
+    def record(self, step: StepRecord, account: StallAccount) -> None:
         seconds = step.t_end - step.t_start
         self._used += seconds * (min(1.0, seconds / step.limit_s) if step.limit_s else 1.0)
 
@@ -56,37 +55,44 @@ def wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 
 def application(
-    options: Options, name: str | None, least: int, most: int, max_queue: int, api_key: str | None
+    options: Options,
+    name: str | None,
+    least: int,
+    most: int,
+    max_queue: int,
+    api_key: str | None,
+    sanitize_control_tokens: bool = False,
 ) -> serve.Application:
     """What `serve.run` takes: from `least` to `most` replicas of an engine made of `options`."""
     held: dict[str, Any] = {}
 
     def app() -> FastAPI:
         """Made where a replica runs, once."""
-        assembled = assemble(options, record=lambda step: each_step(step), say=print)
-        served = name or assembled.name
-        thread = EngineThread(assembled.engine, max_queue)
-        live, metrics = Live(options.policy, assembled.slo), Metrics(served, assembled.slo)
+        assembled = assemble(options, say=print)
+        service = Service(
+            assembled.engine,
+            name or assembled.name,
+            policy=options.policy,
+            slo=assembled.slo,
+            max_queue=max_queue,
+            sanitize_control_tokens=sanitize_control_tokens,
+        )
         utilisation = Utilisation(assembled.engine.clock)
-
-        def each_step(step: StepRecord) -> None:
-            live.record(step, metrics.record(step))
-            utilisation.record(step)
-
-        held.update(thread=thread, utilisation=utilisation, slo=assembled.slo)
-        return create_app(thread, model=served, metrics=metrics, live=live, api_key=api_key)
+        service.observers.append(utilisation.record)
+        held.update(service=service, utilisation=utilisation, slo=assembled.slo)
+        return create_app(service, api_key=api_key)
 
     class Replica:
         def record_autoscaling_stats(self) -> dict[str, float]:
-            engine, slo = held["thread"].engine, held["slo"]
+            engine, slo = held["service"].engine, held["slo"]
             head = engine.scheduler.ledger.queue.head()
             oldest = 0.0 if head is None else engine.clock() - head[2].arrival
             ttft = slo.ttft.seconds if slo is not None and slo.ttft is not None else MEDIAN_TTFT_S
             return {"utilisation": held["utilisation"].read(oldest, ttft)}
 
         def check_health(self) -> None:
-            if held["thread"].failure is not None:
-                raise RuntimeError(held["thread"].failure)
+            if held["service"].thread.failure is not None:
+                raise RuntimeError(held["service"].thread.failure)
 
     scaling = AutoscalingConfig(
         min_replicas=least,

@@ -24,9 +24,10 @@ from starlette.types import Receive, Scope, Send
 
 import stallfree
 from stallfree.server import errors
-from stallfree.server.app import HERE, MAX_BODY_BYTES, PREFILL
+from stallfree.server.app import MAX_BODY_BYTES
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError
+from stallfree.server.intake import HERE, PREFILL
 from stallfree.server.schema import Health
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from stallfree import extra
+from stallfree.core.record import StepRecord
 from stallfree.metrics.stalls import Ended, Stall, StallAccount
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Traces:
         while len(self._calls) > CALLS:  # those refused never end
             self._calls.popitem(last=False)
 
-    def record(self, account: StallAccount) -> None:
-        """Note what the last iteration stalled and ended."""
+    def record(self, step: StepRecord, account: StallAccount) -> None:
+        """Note what the iteration `step`, which `account` has just judged, stalled and ended."""
         for stall in account.stalls:
             kept = self._stalls.setdefault(stall.id, [])
             if len(kept) < STALLS:

@@ -14,22 +14,16 @@ from fastapi import FastAPI
 
 from stallfree import policies
 from stallfree.core.plan import Capacity, StepResult
-from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
-from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import Sampling, TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
-from stallfree.handoff.asking import Asking
-from stallfree.handoff.serving import Serving
 from stallfree.handoff.terms import Terms
 from stallfree.server.app import create_app
-from stallfree.server.live import Live
-from stallfree.server.metrics import Metrics
 from stallfree.server.run import bind, configure
-from stallfree.server.traces import Traces
+from stallfree.server.service import Service
 from tests.waiting import PATIENCE_S, until
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -81,38 +75,36 @@ class Server:
         asks: Sequence[tuple[str, int]] = (),
         asked: bool = False,
         sampling: Sampling | None = None,
+        sanitize_control_tokens: bool = False,
         **options,
     ):
         text = text or bytes_as_text()
         self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
-        self.metrics, self.live = Metrics("toy", slo), Live("sarathi", slo)
-        self.engine = Engine(self.executor, text, policies.load("sarathi"), record=self._record, sampling=sampling)
-        self.traces = None if exporter is None else Traces("toy", self.engine.clock, exporter)
-        self.engine_thread = EngineThread(self.engine, max_queue)
-        terms = Terms.of(self.executor, "toy")
-        self.asking = Asking(self.engine_thread, terms, asks, "") if asks else None
-        self.peer_socket = bind("127.0.0.1", 0) if asked else None
-        self.app: FastAPI = create_app(
-            self.engine_thread,
-            model="toy",
-            metrics=self.metrics,
-            live=self.live,
-            traces=self.traces,
-            asking=self.asking,
-            serving=None if self.peer_socket is None else Serving(self.engine_thread, terms, self.peer_socket, ""),
-            **options,
+        self.engine = Engine(self.executor, text, policies.load("sarathi"), sampling=sampling)
+        self.service = Service(
+            self.engine,
+            "toy",
+            policy="sarathi",
+            slo=slo,
+            max_queue=max_queue,
+            exporter=exporter,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
+        self.metrics, self.live, self.traces = self.service.metrics, self.service.live, self.service.traces
+        self.engine_thread = self.service.thread
+        terms = Terms.of(self.executor, "toy")
+        self.peer_socket = bind("127.0.0.1", 0) if asked else None
+        if asks:
+            self.service.ask(asks, terms, "")
+        if self.peer_socket is not None:
+            self.service.serve(self.peer_socket, terms, "")
+        self.asking = self.service.asking
+        self.app: FastAPI = create_app(self.service, **options)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._uvicorn = uvicorn.Server(configure(self.app))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
-
-    def _record(self, step: StepRecord) -> None:
-        account = self.metrics.record(step)
-        if self.traces is not None:
-            self.traces.record(account)
-        self.live.record(step, account)
 
     def __enter__(self):
         self._thread.start()

@@ -79,7 +79,7 @@ def test_a_replica_is_used_by_the_share_of_the_limit_that_its_iterations_took():
     now = [0.0]
     used = Utilisation(lambda: now[0])
     for seconds, limit in ((0.05, 0.1), (0.2, 0.1), (0.1, None)):
-        used.record(SimpleNamespace(t_start=1.0, t_end=1.0 + seconds, limit_s=limit))
+        used.record(SimpleNamespace(t_start=1.0, t_end=1.0 + seconds, limit_s=limit), None)
     now[0] = 1.0
     assert used.read(0.0, 2.0) == pytest.approx(0.025 + 0.2 + 0.1)
     now[0] = 2.0

@@ -9,11 +9,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stallfree.core.draft import ENGINE_LIMIT
+from stallfree.core.ledger import Ledger
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Arrived, Delivered, Finished, StepRecord
-from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
-from stallfree.policies import load
+from stallfree.metrics.stalls import StallAccount
 from stallfree.server.metrics import FINISHED, Metrics
 from stallfree.server.vllm_names import NAMES
 
@@ -41,10 +41,11 @@ END = step(2, 0.3, 0.35, [("a", 11, 1), ("b", 30, 1)], finished=[Finished("a", "
 
 def served(*records: StepRecord, slo: Slo | None = TARGET) -> dict[tuple[str, ...], float]:
     """Sample name and label values -> value, once through Prometheus' own parser."""
-    metrics = Metrics("toy", slo)
+    metrics, account = Metrics("toy", slo), StallAccount(slo)
     for record in records:
-        metrics.record(record)
-    text = metrics.expose(Scheduler(load("sarathi"), Capacity(16, 10, 128)), 0.0).decode()
+        account.record(record)
+        metrics.record(record, account)
+    text = metrics.expose(Ledger(Capacity(16, 10, 128), reserve="prompt"), 0.0).decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     return {(s.name.removeprefix("stallfree_"), *s.labels.values()): s.value for family in families for s in family.samples}
@@ -137,11 +138,11 @@ def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
 
 
 def test_prefill_engines_are_counted_where_they_are_asked():
-    scheduler = Scheduler(load("sarathi"), Capacity(16, 10, 128))
-    said = Metrics("toy").expose(scheduler, 0.0, (1, 2)).decode()
+    ledger = Ledger(Capacity(16, 10, 128), reserve="prompt")
+    said = Metrics("toy").expose(ledger, 0.0, (1, 2)).decode()
     assert "stallfree_prefill_engines 1.0" in said
     assert "stallfree_prefill_engines_configured 2.0" in said
-    assert "\nstallfree_prefill_engines" not in Metrics("toy").expose(scheduler, 0.0).decode()
+    assert "\nstallfree_prefill_engines" not in Metrics("toy").expose(ledger, 0.0).decode()
 
 
 def test_buckets_are_cumulative_and_end_with_all(samples):
@@ -185,7 +186,7 @@ def test_a_series_has_vllm_s_name_and_labels_too(samples, vllm, ours):
 
 def test_requests_by_reason_have_vllm_s_label():
     metrics = Metrics("toy")
-    text = metrics.expose(Scheduler(load("sarathi"), Capacity(16, 10, 128)), 0.0).decode()
+    text = metrics.expose(Ledger(Capacity(16, 10, 128), reserve="prompt"), 0.0).decode()
     for reason in FINISHED:
         assert f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="toy"}} 0.0' in text
 
@@ -203,7 +204,7 @@ def test_the_dashboard_asks_only_for_what_the_server_has():
     dashboard = json.loads((ROOT / "docs" / "grafana" / "stallfree.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     asked = {name for expression in expressions for name in re.findall(r"stallfree_\w+", expression)}
-    text = Metrics("toy", TARGET).expose(Scheduler(load("sarathi"), Capacity(16, 10, 128)), 0.0).decode()
+    text = Metrics("toy", TARGET).expose(Ledger(Capacity(16, 10, 128), reserve="prompt"), 0.0).decode()
     families = {line.split()[2]: line.split()[3] for line in text.splitlines() if line.startswith("# TYPE")}
     ends = {"histogram": ("_bucket", "_sum", "_count")}
     there = {name + end for name, kind in families.items() for end in ends.get(kind, ("",))}

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from stallfree.server.app import HERE, PREFILL
+from stallfree.server.intake import HERE, PREFILL
 from stallfree.server.route import OUTCOMES, Router, _Prompt, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet

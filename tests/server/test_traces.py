@@ -46,7 +46,7 @@ def spans(*records: StepRecord, headers=None):
     traces.told(["a"], "chat", headers or {})
     for record in records:
         account.record(record)
-        traces.record(account)
+        traces.record(record, account)
     finished = exporter.get_finished_spans
     traces.close()
     return {span.name: span for span in finished()}
@@ -124,8 +124,9 @@ def test_a_collector_that_hangs_holds_up_nobody_and_is_logged_once(monkeypatch, 
     exporter, account = Blocked(), StallAccount()
     traces = Traces("toy", lambda: 10.0, exporter)
     for i in range(50):
-        account.record(step(i, 1.0, 2.0, [], arrived=[Arrived(f"{i}", 0.5, 1, 9, 0)], finished=[Finished(f"{i}", "abort")]))
-        traces.record(account)
+        record = step(i, 1.0, 2.0, [], arrived=[Arrived(f"{i}", 0.5, 1, 9, 0)], finished=[Finished(f"{i}", "abort")])
+        account.record(record)
+        traces.record(record, account)
         if i == 0:
             assert exporter.called.wait(PATIENCE_S)
     assert 3 == traces._ended.qsize()

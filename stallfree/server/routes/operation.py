@@ -1,0 +1,34 @@
+"""Routes for whoever operates the server: is it well, which version is it, and its metrics."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+import stallfree
+from stallfree.server import schema
+from stallfree.server.errors import ApiError
+from stallfree.server.service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> schema.Health:
+        """200 while requests are taken; 503 when the engine has failed or is shutting down."""
+        if service.thread.failure is not None or service.thread.draining:
+            raise ApiError(503, service.thread.failure or "the server is shutting down", code="unavailable")
+        return schema.Health()
+
+    @router.get("/version")
+    async def version() -> schema.Version:
+        return schema.Version(version=stallfree.__version__)
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        asking, engine = service.asking, service.engine
+        prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
+        text = service.metrics.expose(engine.scheduler.ledger, engine.clock(), prefill_engines)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
