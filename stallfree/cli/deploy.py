@@ -38,7 +38,7 @@ def deploy(
     from stallfree.engine.assemble import Options
 
     least, most = bounds(replicas)
-    policies.check(served.policy, token_budget=served.token_budget)
+    policies.options(served.policy, served.token_budget, served.policy_option)
     if served.executor != "simulated":
         named(served.model)
     if served.slo is not None:

@@ -77,6 +77,9 @@ Slo = Annotated[
 TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
+PolicyOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the policy's own; as often as it has any.")
+]
 Weights = Annotated[
     Literal["int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
     typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
@@ -137,6 +140,7 @@ class Served:
     model: Model = None
     slo: Slo = None
     policy: Policy = "slo"
+    policy_option: PolicyOption = None
     token_budget: TokenBudget = None
     executor: Executor = "openvino"
     weights: Weights = None

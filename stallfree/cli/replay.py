@@ -14,6 +14,7 @@ def replay(
     policy: Annotated[str | None, typer.Option(help="What if it had been this policy?", show_default="the recorded one")] = None,
     slo: Annotated[str | None, typer.Option(help="What if these had been the targets?", show_default="the recorded ones")] = None,
     token_budget: Annotated[int | None, typer.Option(help="What if this had been the budget?", show_default="the policy's")] = None,
+    policy_option: options.PolicyOption = None,
     as_json: options.Json = False,
 ) -> None:
     """Replay a recorded run. Without options: whether the scheduler would decide the same in every iteration; exit code 1 if not.
@@ -22,6 +23,7 @@ def replay(
     the record says. Beside it stand the recorded run itself and, to see how far the model can be believed, its simulation.
     """
 
+    from stallfree import policies
     from stallfree.cli.measuring import print_grid
     from stallfree.core.slo import Slo
     from stallfree.engine.recording import load
@@ -32,7 +34,7 @@ def replay(
     run, records = load(file)
     if not records:
         raise ValueError(f"{file} holds no iterations; nothing was asked of the engine while it was written")
-    if policy is None and slo is None and token_budget is None:
+    if policy is None and slo is None and token_budget is None and not policy_option:
         found = difference(run, records)
         if as_json:
             typer.echo(json.dumps({"iterations": len(records), "identical": found is None, "difference": found and asdict(found)}))
@@ -46,7 +48,7 @@ def replay(
     own = {} if policy is not None else dict(run.options or {})
     if slo is not None:
         own.pop("follow", None)  # as the default target does
-    given = own if token_budget is None else own | {"token_budget": token_budget}
+    given = own | policies.options(policy or run.policy, token_budget, policy_option)
     runs = {
         "recorded": records,
         "the same, simulated": what_if(run, records, machine, run.policy, getattr(policy_of(run), "slo", None), run.options or {}),

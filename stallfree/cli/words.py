@@ -52,6 +52,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "node": ("Devices used of each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),
     "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),
+    "policy_option": ("An option of the policy's own, as NAME=VALUE; as often as it has any.", "none"),
     "token_budget": ("Tokens per iteration, for policies that take a budget.", "the policy's"),
     "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; for policy slo 5 small decode iterations"),
     "max_seqs": ("Most requests running at once.", None),

@@ -2,13 +2,15 @@
 and what KV is reserved at admission. It keeps no clock and owns no request.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
 
 from stallfree.core.draft import Draft
 from stallfree.core.ledger import Reserve as Reserve
 from stallfree.core.plan import Plan, Shape
 from stallfree.core.request import Request
+from stallfree.core.slo import Slo
 
 
 class Policy(Protocol):
@@ -22,6 +24,30 @@ class Policy(Protocol):
     stall_free: bool
 
     def plan(self, draft: Draft) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a policy is set up with beside its own options: `cost`, which prices iterations and learns, and the server's `targets`;
+    None where there is none.
+    """
+
+    cost: "CostModel | None" = None
+    targets: Slo | None = None
+
+
+@runtime_checkable
+class Tuned(Policy, Protocol):
+    """A policy that is made of a `Setup`, and of its own options if it has any. Any other is made of its own options alone.
+
+    `slo`: the targets that it keeps; `options`: those of its own that make the same policy of these targets again.
+    """
+
+    slo: Slo
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, setup: Setup, **options: Any) -> Self: ...
 
 
 @runtime_checkable

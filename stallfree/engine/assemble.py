@@ -4,7 +4,7 @@ that knows them all; what each of them does is theirs.
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from stallfree.checkpoint.identity import identity
 from stallfree.core.ledger import Limits
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
+from stallfree.core.policy import Setup, Tuned
 from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
 from stallfree.engine import calibrate
@@ -47,8 +48,8 @@ LOSSES = ("fail", "restart")
 class Options:
     """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own); `kv_memory` in bytes (None: a quarter
     of what is free, at most 4 GiB; on GPUs what `gpu_memory_utilization`, a share of their memory, leaves); `token_budget` and
-    `max_model_len` in tokens (None: the policy's and the model's own); `threads` None: all cores; `slo`: latency targets in
-    words, for policies that take them and to count late tokens with.
+    `max_model_len` in tokens (None: the policy's and the model's own); `policy_option`: the policy's own, each NAME=VALUE;
+    `threads` None: all cores; `slo`: latency targets in words, for policies that take them and to count late tokens with.
 
     For the torch executor: `device` (None: cuda where there is a GPU, else cpu); `tp` ranks share each layer, `pp` stages share the
     layers; `workers` says who places the ranks, and `on_worker_loss` what becomes of running requests when one is lost: fail, or
@@ -58,6 +59,7 @@ class Options:
     model: str | None = None
     executor: str = "openvino"
     policy: str = "sarathi"
+    policy_option: Sequence[str] | None = None
     slo: str | None = None
     token_budget: int | None = None
     weights: str | None = None
@@ -104,12 +106,11 @@ def assemble(
     Nobody gets the engine's records yet (`Engine.record`); with `fingerprints` they carry what replay needs. `progress` is told of
     the calibration, if one is needed.
     """
-    known = policies.takes(options.policy)
     targets = None if options.slo is None else Slo.parse(options.slo)
-    chosen: dict[str, object] = {"token_budget": options.token_budget}
-    policies.check(options.policy, **chosen)
-    if "cost" not in known:
-        policies.load(options.policy, **chosen)
+    own = policies.options(options.policy, options.token_budget, options.policy_option)
+    tuned = policies.wants_setup(options.policy)
+    if not tuned:
+        policies.load(options.policy, Setup(), **own)
     limits = Limits(options.max_seqs, options.max_tokens)
     if options.executor not in EXECUTORS:
         near = nearest(options.executor, EXECUTORS)
@@ -118,14 +119,11 @@ def assemble(
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     executor, text, name, weights, key, model_identity, sampling = _made(options, say)
     cost, basis = None, ""
-    if "cost" in known:
+    if tuned:
         cost = _cost(executor, key, say, progress)
-        chosen["cost"] = cost
         if targets is None or targets.tbt is targets.tpot is None:
             basis = _basis(cost, key)
-    if "slo" in known:
-        chosen["slo"] = targets
-    policy = policies.load(options.policy, **chosen)
+    policy = policies.load(options.policy, Setup(cost, targets), **own)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
     restart = options.on_worker_loss == "restart"
@@ -139,14 +137,14 @@ def assemble(
         restart=restart,
         sampling=sampling,
     )
-    slo = getattr(policy, "slo", targets)
+    slo = policy.slo if isinstance(policy, Tuned) else targets
     run = Run(
         options.policy,
         capacity,
         limits,
         options.prefix_cache,
         "" if slo is None else str(slo),
-        ({"token_budget": options.token_budget} if options.token_budget is not None else {}) | getattr(policy, "options", {}),
+        own | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
     )
     return Assembled(engine, name, weights, slo, basis if slo is not None else "", run, model_identity)

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Serves requests on `executor` in the order that `policy` plans. `record`, which may be set later, is handed a StepRecord after
-    every iteration, with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
+    """Serves requests on `executor` in the order that `policy` plans. `record`, which may be set later, is handed a StepRecord
+    after every iteration, with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
     `prefetch` has the requests whose prompts other engines compute.
     """
 

@@ -9,12 +9,14 @@ import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 from stallfree.core.nearest import nearest
-from stallfree.core.policy import Policy
+from stallfree.core.policy import Policy, Reserve, Setup
 
 
 def names() -> list[str]:
@@ -23,35 +25,90 @@ def names() -> list[str]:
 
 
 def takes(name: str) -> list[str]:
-    """The options of policy `name`, or of one from elsewhere. Raises ValueError as `load` does."""
-    return list(inspect.signature(_find(name)).parameters)
+    """The own options of policy `name`, or of one from elsewhere. Raises ValueError as `load` does."""
+    return list(_parameters(_find(name)))
 
 
-def load(name: str, **options: object) -> Policy:
-    """Make the policy `name`, or one from elsewhere, with those of `options` that are not None.
+def wants_setup(name: str) -> bool:
+    """Whether the policy is made of a `Setup`, see `Tuned`. Raises ValueError as `load` does."""
+    return hasattr(_find(name), "of")
+
+
+def load(name: str, setup: Setup = Setup(), /, **options: object) -> Policy:  # noqa: B008  # it is frozen
+    """Make the policy `name`, or one from elsewhere, of `setup` if it wants that, with those of its own `options` that are not
+    None.
 
     Raises ValueError naming the nearest policy if there is none of that name, the file of one from elsewhere that cannot be used,
     or the options that it does take.
     """
     check(name, **options)
     found = _find(name)
-    needed = [
-        key for key, parameter in inspect.signature(found).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and options.get(key) is None
-    ]  # fmt: skip
-    if needed:
-        raise ValueError(f"policy {name!r} needs {needed[0]}, which was not given")
-    return found(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, parameter in _parameters(found).items():
+        if parameter.default is parameter.empty and key not in given:
+            raise ValueError(f"policy {name!r} needs {key}, which was not given (--policy-option {key}=...)")
+    make = getattr(found, "of", None)
+    policy: Policy = found(**given) if make is None else make(setup, **given)
+    for key, known in (("reserve", get_args(Reserve)), ("stall_free", (True, False))):
+        if (value := getattr(policy, key)) not in known:
+            raise ValueError(f"policy {name!r}: its {key} is {value!r}, expected {' or '.join(map(repr, known))}")
+    return policy
 
 
-def check(name: str, **options: object) -> None:
+def check(name: str, /, **options: object) -> None:
     """Raises ValueError as `load` does, but for values, which only the policy itself can judge."""
     known = takes(name)
     for key in (key for key, value in options.items() if value is not None and key not in known):
-        if key == "token_budget" and "cost" in known:
+        if key == "token_budget" and wants_setup(name):
             raise ValueError(f"policy {name!r} takes no token_budget: it finds its own; take policy sarathi for a fixed one")
-        raise ValueError(f"policy {name!r} takes no {key}; it takes {', '.join(known) or 'no options'}")
+        raise ValueError(f"policy {name!r} takes no {key}{nearest(key, known)}; it takes {', '.join(known) or 'no options'}")
+
+
+def options(name: str, token_budget: int | None, texts: Iterable[str] | None) -> dict[str, object]:
+    """The own options of a policy that were given as `texts`, NAME=VALUE each, with `token_budget` for short. Raises ValueError as
+    `check` does, and for a text or a value that is none.
+    """
+    given: dict[str, object] = {} if token_budget is None else {"token_budget": token_budget}
+    check(name, **given)
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"policy option {text!r} is not NAME=VALUE")
+        if key in given:
+            raise ValueError(f"policy option {key} is given twice")
+        check(name, **{key: value})
+        given[key] = _typed(name, key, value.strip())
+    return given
+
+
+def _parameters(found: type) -> Mapping[str, inspect.Parameter]:
+    """What can be given as options: the parameters of `of` but for the setup, or of the class."""
+    of = getattr(found, "of", None)
+    parameters = inspect.signature(found if of is None else of).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: one for key, one in list(parameters.items())[of is not None :] if one.kind in named}
+
+
+def _typed(name: str, key: str, text: str) -> object:
+    """An option's value, of the type that its parameter is annotated with, or that its default has."""
+    found = _find(name)
+    hints = get_type_hints(getattr(found, "of", vars(found).get("__init__", found)))
+    default = _parameters(found)[key].default
+    hint = hints.get(key, type(default))
+    kinds = [one for one in (get_args(hint) or (hint,)) if one in _READ]
+    for kind in kinds:
+        try:
+            return _READ[kind](text)
+        except (KeyError, ValueError):
+            continue
+    if not kinds:
+        return text
+    expected = " or ".join("true or false" if kind is bool else kind.__name__ for kind in kinds)
+    raise ValueError(f"policy {name!r}: {key} is {text!r}, expected {expected}")
+
+
+_READ: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": False}.__getitem__, int: int, float: float, str: str}
 
 
 def _find(name: str) -> type:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from math import ceil, inf
+from typing import Self
 
 from stallfree.core.draft import RUNNING, Draft
 from stallfree.core.plan import Plan
-from stallfree.core.policy import CostModel, Reserve
+from stallfree.core.policy import CostModel, Reserve, Setup
 from stallfree.core.request import Request, Status
 from stallfree.core.slo import Slo as Targets
 from stallfree.core.slo import Target
@@ -69,6 +70,10 @@ class Slo:
         self._owed = 0.0
         self._passed = self._kept_out = 0
         self._merged = lru_cache(1024)(self._merge)
+
+    @classmethod
+    def of(cls, setup: Setup, *, follow: bool | None = None) -> Self:
+        return cls(setup.targets or "", setup.cost, follow)
 
     def plan(self, draft: Draft) -> None:
         for r in draft.decoding:

@@ -12,11 +12,11 @@ class Deployment:
     file with an engine's fitted times (`perf.profiled`); `node`: devices used of each node (None: all), `network` between nodes
     (None: the device's first).
 
-    `policy` by name, with its `token_budget` or, for a policy that takes one, the `slo` in words. Limits: `max_seqs` running
-    requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's context); KV in blocks of
-    `block_size` tokens, in what the weights leave of `gpu_memory_utilization`, a share of the device's memory, of which admission
-    leaves `watermark` free. `max_output`: the tokens that requests ask for, which matters to policies that reserve KV for them
-    (None: what they get).
+    `policy` by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short) and the `slo` in words.
+    Limits: `max_seqs` running requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's
+    context); KV in blocks of `block_size` tokens, in what the weights leave of `gpu_memory_utilization`, a share of the device's
+    memory, of which admission leaves `watermark` free. `max_output`: the tokens that requests ask for, which matters to policies
+    that reserve KV for them (None: what they get).
 
     `replicas` of it behind `router`; `prefix_cache` shares the KV of equal beginnings of prompts.
     """
@@ -31,6 +31,7 @@ class Deployment:
     node: int | None = None
     network: str | None = None
     policy: str = "slo"
+    policy_option: list[str] | None = None
     token_budget: int | None = None
     slo: str | None = None
     max_seqs: int = 256

@@ -16,7 +16,7 @@ from typing import Any
 
 from stallfree import policies
 from stallfree.core.plan import Plan, StepResult
-from stallfree.core.policy import Policy
+from stallfree.core.policy import Policy, Setup
 from stallfree.core.record import Run, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
@@ -156,13 +156,7 @@ def what_if(
 
 
 def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Policy:
-    known = policies.takes(name)
-    chosen = dict(options)
-    if "slo" in known and slo is not None:
-        chosen["slo"] = slo
-    if "cost" in known and cost is not None:
-        chosen["cost"] = Fitted.from_state(cost)
-    return policies.load(name, **chosen)
+    return policies.load(name, Setup(None if cost is None else Fitted.from_state(cost), slo), **options)
 
 
 STOP = -1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from stallfree import policies
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.policy import CostModel, Policy
+from stallfree.core.policy import CostModel, Policy, Setup, Tuned
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report, Tally
@@ -53,26 +53,21 @@ class Simulator:
         self.targets = None if deployment.slo is None else Slo.parse(deployment.slo)
         if self.targets is not None:
             possible(self.targets, self.instance.cost)
-        known = policies.takes(deployment.policy)
-        self._told: dict[str, object] = {"token_budget": deployment.token_budget}
-        policies.check(deployment.policy, **self._told)
-        if "slo" in known:
-            self._told["slo"] = self.targets or ""
-        self._prices = calibrated(self.instance).state() if "cost" in known else None
+        self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
+        self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
         self.policy()  # a mistake is to be told before anything is simulated
 
     def policy(self) -> Policy:
-        """A policy for one replica. What takes a cost model gets what a calibration of the instance would find, and learns."""
-        prices = {} if self._prices is None else {"cost": Fitted.from_state(self._prices)}
-        return policies.load(self.deployment.policy, **self._told, **prices)
+        """A policy for one replica. One that wants a cost model gets what a calibration of the instance would find, and learns."""
+        cost = None if self._prices is None else Fitted.from_state(self._prices)
+        return policies.load(self.deployment.policy, Setup(cost, self.targets), **self._own)
 
     @property
     def header(self) -> Run:
         """What the records of a replica have in common."""
-        told, budget = self.deployment, self.deployment.token_budget
-        policy = self.policy()
-        slo = getattr(policy, "slo", self.targets)
-        options = ({} if budget is None else {"token_budget": budget}) | getattr(policy, "options", {})
+        told, policy = self.deployment, self.policy()
+        slo, options = (policy.slo, policy.options) if isinstance(policy, Tuned) else (self.targets, {})
+        options = self._own | dict(options)
         words = "" if slo is None else str(slo)
         return Run(told.policy, self.instance.capacity, self.limits, told.prefix_cache, words, options, self._prices)
 

@@ -2,16 +2,22 @@
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from stallfree import policies
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
+from stallfree.core.policy import Setup
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
+from stallfree.core.scheduler import Scheduler
+from stallfree.perf.fitted import Fitted
 from stallfree.policies import load, names
-from tests.virtual import run
+from stallfree.policies.sarathi import Sarathi
+from tests.virtual import answer, run
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAPACITY = Capacity(block_size=16, num_blocks=120, max_model_len=1024)
@@ -170,6 +176,87 @@ def test_a_file_that_holds_no_policy_is_named_with_what_is_wrong(folder, text, n
     with pytest.raises(ValueError, match="policy") as error:
         load(name)
     assert says.format(folder=folder) in str(error.value)
+
+
+TUNED = """
+class Mine:
+    reserve, stall_free = "prompt", True
+    slo, options = None, {}
+
+    def __init__(self, setup, depth, share, eager, name):
+        self.setup, self.given = setup, (depth, share, eager, name)
+
+    @classmethod
+    def of(cls, setup, *, depth: int = 1, share: float | None = None, eager: bool = False, name="x"):
+        return cls(setup, depth, share, eager, name)
+
+    def plan(self, draft): ...
+"""
+
+
+def test_a_policy_with_of_gets_its_setup_and_its_own_options_by_their_types(folder):
+    (folder / "mypolicy.py").write_text(TUNED)
+    setup = Setup(Fitted())
+    given = policies.options("mypolicy:Mine", None, ["depth=3", "share=0.5", "eager=true", "name = y"])
+    made = load("mypolicy:Mine", setup, **given)
+    assert (setup, (3, 0.5, True, "y")) == (made.setup, made.given)
+    assert (1, None, False, "x") == load("mypolicy:Mine", setup).given
+    assert policies.wants_setup("mypolicy:Mine")
+    assert not policies.wants_setup("sarathi")
+
+
+def test_an_option_of_a_policy_without_a_setup(folder):
+    (folder / "mypolicy.py").write_text(POLICY)
+    assert 9 == load("mypolicy:Mine", **policies.options("mypolicy:Mine", None, ["token-budget=9"])).token_budget
+    assert {"token_budget": 5} == policies.options("sarathi", 5, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "texts", "says"),
+    [
+        ("sarathi", None, ["token_budget"], "'token_budget' is not NAME=VALUE"),
+        ("sarathi", None, ["token_budget=x"], "token_budget is 'x', expected int"),
+        ("sarathi", None, ["token_budge=5"], "takes no token_budge (did you mean 'token_budget'?); it takes token_budget"),
+        ("sarathi", 5, ["token_budget=5"], "token_budget is given twice"),
+        ("slo", None, ["follow=perhaps"], "follow is 'perhaps', expected true or false"),
+        ("slo", 5, None, "takes no token_budget: it finds its own"),
+        ("orca", None, ["depth=1"], "takes no depth; it takes no options"),
+    ],
+)
+def test_an_option_that_a_policy_does_not_take_is_named(name, budget, texts, says):
+    with pytest.raises(ValueError, match="policy") as error:
+        policies.options(name, budget, texts)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("line", ['reserve, stall_free = "banana", True', 'reserve, stall_free = "chunk", "yes"'])
+def test_what_a_policy_reserves_and_promises_is_checked(folder, line):
+    (folder / "mypolicy.py").write_text(POLICY.replace('reserve, stall_free = "chunk", True', line))
+    with pytest.raises(ValueError, match="its (reserve is 'banana'|stall_free is 'yes'), expected"):
+        load("mypolicy:Mine")
+
+
+def test_a_policy_may_order_requests():
+    """The request of the tenant that has had the least goes first, whoever came first."""
+
+    class Fair(Sarathi):
+        def __init__(self):
+            super().__init__(8)
+            self.had = Counter()
+
+        def key(self, request):
+            self.had[request.tenant] += len(request.prompt)
+            return (self.had[request.tenant],)
+
+    s = Scheduler(Fair(), Capacity(16, 100, 256), Limits(1))
+    for id, tenant in (("a1", "a"), ("a2", "a"), ("b1", "b")):
+        s.submit(Request(id, range(8), 1, tenant=tenant))
+    order = []
+    while s.ledger.requests:
+        plan = s.schedule(0)
+        order += [work.id for work in plan.work]
+        s.complete(plan, answer(plan), 0)
+    assert ["a1", "b1", "a2"] == order
 
 
 @pytest.mark.parametrize("budget", [0, -1])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from stallfree.core.plan import Capacity, Plan, Shape, StepResult
+from stallfree.core.policy import Setup
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo as Targets
@@ -134,7 +135,7 @@ def test_under_an_envelope_early_tokens_bank_slack():
 
 def test_a_target_that_no_machine_like_this_meets_is_refused_with_what_could_be_met():
     with pytest.raises(ValueError, match=r"tbt=2ms cannot be met: .* about tbt=\d+ms"):
-        load("slo", slo="tbt=2ms")
+        load("slo", Setup(targets=Targets.parse("tbt=2ms")))
 
 
 def cached_beside_a_stream(cached: int, *more: Request) -> tuple[Plan, Callable[[Shape], float]]:

@@ -9,6 +9,7 @@ import pytest
 from stallfree import policies
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, StepResult
+from stallfree.core.policy import Setup
 from stallfree.core.record import Fingerprints, Run, StepRecord, read
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
@@ -61,7 +62,7 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: 
     machine = Machinery(capacity, seed)
     options = {"token_budget": 24} if policy == "sarathi" else {}
     cost = Fitted(COST) if policy == "slo" else None
-    chosen = policies.load(policy, cost=cost, slo=Slo.parse("tbt=30ms") if cost else None, **options)
+    chosen = policies.load(policy, Setup(cost, Slo.parse("tbt=30ms") if cost else None), **options)
     lines: list[str] = []
     engine = Engine(
         machine,

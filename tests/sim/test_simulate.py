@@ -11,6 +11,7 @@ import pytest
 from stallfree import policies
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
+from stallfree.core.policy import Setup
 from stallfree.core.slo import Slo
 from stallfree.executors.simulated import Linear
 from stallfree.metrics.report import report
@@ -91,7 +92,7 @@ def test_iterations_scatter_as_they_did_when_calibrated_and_leaps_end_where_step
 
 def test_the_margin_of_slo_follows_the_scatter():
     def margin(scatter):
-        calibrated = partial(policies.load, "slo", cost=Fitted(COST.prices))
+        calibrated = partial(policies.load, "slo", Setup(Fitted(COST.prices)))
         return simulate(load("bursty"), calibrated, COST, ROOMY, records=True, scatter=scatter).records[0][-1].margin
 
     assert margin(()) < 1.1
@@ -218,7 +219,7 @@ def test_chrome_gets_a_row_for_each_replica_and_stage():
 
 
 def test_the_slo_policy_runs_in_a_simulation():
-    made = simulate(load("calm"), lambda: policies.load("slo", slo="tbt=60ms", cost=Fitted(COST.prices)), COST, ROOMY)
+    made = simulate(load("calm"), lambda: policies.load("slo", Setup(Fitted(COST.prices), Slo.parse("tbt=60ms"))), COST, ROOMY)
     assert report(made.lines, Slo.parse("tbt=60ms")).slo_attainment["tbt"].met
 
 
