@@ -134,6 +134,8 @@ def serve(
             traces.close()
         if file is not None:
             file.close()
+    if engine_thread.failure is not None:
+        raise typer.Exit(1)
 
 
 def check_role(role: Role, prefill: str | None, port: int | None, host: str, key: str) -> list[tuple[str, int]]:

@@ -163,14 +163,15 @@ class Draft:
         """The plan, and its requests in the order of its work; the queue is whole again."""
         self.close()
         chunks = self.chunks
-        # The one path that runs for every stream in every iteration: `_chunk`, spelt out for a decode.
+        # The one path that runs for every stream in every iteration: `_chunk`, spelt out for a decode, without a call of `Work`.
+        new = tuple.__new__
         work = [
             self._chunk(r, chunks[r])
             if r in chunks
-            else Work(
+            else new(Work, (
                 r.id, r.num_planned - 1, 1, True, True, (r.output[-1] if r.num_planned <= r.num_tokens else UNKNOWN,),
                 tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output,
-            )
+            ))
             for r in self.work
         ]  # fmt: skip
         plan = Plan(

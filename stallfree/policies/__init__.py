@@ -12,9 +12,10 @@ import traceback
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 from stallfree.core.nearest import nearest
-from stallfree.core.policy import Policy
+from stallfree.core.policy import Policy, Reserve
 
 
 def names() -> list[str]:
@@ -42,7 +43,11 @@ def load(name: str, **options: object) -> Policy:
     ]  # fmt: skip
     if needed:
         raise ValueError(f"policy {name!r} needs {needed[0]}, which was not given")
-    return found(**{key: value for key, value in options.items() if value is not None})  # type: ignore[no-any-return]
+    policy: Policy = found(**{key: value for key, value in options.items() if value is not None})
+    for key, known in (("reserve", get_args(Reserve)), ("stall_free", (True, False))):
+        if (value := getattr(policy, key)) not in known:
+            raise ValueError(f"policy {name!r}: its {key} is {value!r}, expected {' or '.join(map(repr, known))}")
+    return policy
 
 
 def check(name: str, **options: object) -> None:

@@ -172,6 +172,13 @@ def test_a_file_that_holds_no_policy_is_named_with_what_is_wrong(folder, text, n
     assert says.format(folder=folder) in str(error.value)
 
 
+@pytest.mark.parametrize("line", ['reserve, stall_free = "banana", True', 'reserve, stall_free = "chunk", "yes"'])
+def test_what_a_policy_reserves_and_promises_is_checked(folder, line):
+    (folder / "mypolicy.py").write_text(POLICY.replace('reserve, stall_free = "chunk", True', line))
+    with pytest.raises(ValueError, match="its (reserve is 'banana'|stall_free is 'yes'), expected"):
+        load("mypolicy:Mine")
+
+
 @pytest.mark.parametrize("budget", [0, -1])
 def test_a_budget_below_one_token_is_refused(budget):
     with pytest.raises(ValueError, match="at least 1 token"):
