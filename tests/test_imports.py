@@ -21,11 +21,11 @@ ALLOWED = {
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
-    "sim": ({"core", "policies", "perf", "workload", "metrics", "sim"}, set()),
+    "sim": ({"core", "policies", "perf", "processes", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "server": (
-        {"core", "engine", "executors", "handoff", "metrics", "server"},
+        {"core", "engine", "executors", "handoff", "metrics", "processes", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip

@@ -7,6 +7,8 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
 
 from stallfree import __version__
 from stallfree.cli import (
@@ -29,7 +31,22 @@ from stallfree.cli import (
     words,
 )
 
+
+class Commands(TyperGroup):
+    """The commands; what is wrong with an option's value is said with that value."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValidationError):
+                value = repr(error.__cause__.errors()[0]["input"])
+                error.message += "" if value in error.message else f", not {value}"
+            raise
+
+
 app = typer.Typer(
+    cls=Commands,
     help="An LLM serving engine whose token streams never stall behind someone else's prompt.",
     no_args_is_help=True,
     add_completion=False,

@@ -38,6 +38,9 @@ def chat(
             if line == "/new":
                 messages = list(beginning)
                 continue
+            if line.startswith("/") and " " not in line:
+                console.print(f"there is no command {line}: /new begins again, /quit ends")
+                continue
             answer = ""
             try:
                 for piece in llm.stream_chat([*messages, {"role": "user", "content": line}], **sampling):

@@ -11,7 +11,7 @@ def explain(
     file: options.Recorded,
     step: Annotated[int | None, typer.Option(help="Explain this iteration.", show_default=False)] = None,
     request: Annotated[
-        str | None, typer.Option(help="Explain this request's life; the beginning of its id will do.", show_default=False)
+        str | None, typer.Option(help="Explain this request's life; its answer's id, or the beginning of it.", show_default=False)
     ] = None,
 ) -> None:
     """Say what the scheduler did and why: on the whole, in one step, or to one request."""
@@ -24,7 +24,7 @@ def explain(
     lines = (
         explained.step(step)
         if step is not None
-        else explained.request(request)
+        else explained.request(request.rpartition("cmpl-")[2])  # as answers give it: chatcmpl-... or cmpl-...
         if request is not None
         else explained.on_the_whole()
     )

@@ -69,7 +69,10 @@ def perf(
         room = sharded.kv_tokens(device.memory)
         held = sum(start + count for start, count in work)
         if held > room:
-            raise ValueError(f"the KV of {held:,} tokens does not fit beside the weights, {room:,} do; take fewer, or --kv fp8")
+            raise ValueError(
+                f"the KV of {held:,} tokens does not fit beside the weights, {room:,} do; give fewer with --shape (now {shape}), "
+                "or --kv fp8"
+            )
     longest = max(start + count for start, count in work)
     if longest > sharded.model.context:
         typer.echo(

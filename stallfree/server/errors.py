@@ -125,7 +125,7 @@ def install(app: FastAPI) -> None:
         message = {
             404: f"there is no route {path}",
             405: f"{request.method} is not allowed on {path}",
-            400: "the body is not JSON that can be read (its encoding is not UTF-8, or it is nested too deeply)",
+            400: "the body cannot be read",
         }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
@@ -158,7 +158,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         return ApiError(400, message, param=where, code=type_)
     if type_ == "missing":
         return ApiError(400, f"{where} is missing", param=where)
-    messages = [str(e["msg"]).removeprefix("Value error, ") for e in errors if _Found.of(e, body).steps == steps]
+    own = [e for e in errors if _Found.of(e, body).steps == steps]
+    fitting = [e for e in own if not str(e["type"]).endswith("_type")] or own  # of a union, the members whose type it has
+    messages = [str(e["msg"]).removeprefix("Value error, ") for e in fitting]
     reasons = dict.fromkeys(message[:1].lower() + message[1:] for message in messages)
     return ApiError(400, f"{where}: {' or '.join(list(reasons)[:4])}, not {shown(error['input'])}", param=where)
 

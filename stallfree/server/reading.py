@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import re
-import signal
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Bias
+from stallfree.processes import follow_parent
 from stallfree.server.errors import ApiError, of_validation, path, shown
 from stallfree.server.schema import (
     ChatRequest,
@@ -103,7 +104,7 @@ _settled: list[tuple[Text, Terms]] = []
 
 
 def _settle(text: Text, terms: Terms) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its processes
+    follow_parent()
     with suppress(OSError):
         os.nice(NICE)
     _settled.append((text, terms))
@@ -148,10 +149,13 @@ def _checked(kind: type[AnyBody], raw: bytes) -> AnyBody:
         if not raw.strip():
             raise ApiError(400, "the body is empty or not a JSON object", code="invalid_json") from None
         raise ApiError(400, f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
-    except (ValueError, RecursionError):  # an encoding that is none, and a number of thousands of digits, are ValueErrors
-        raise ApiError(
-            400, "the body is not JSON that can be read (its encoding is not UTF-8, or it is nested too deeply)"
-        ) from None
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise ApiError(400, f"the body has a number of more than {most:,} digits", code="invalid_json") from None
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -90,9 +90,15 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _not_empty(text: str) -> str:
+    if not text:
+        raise PydanticCustomError("empty", "a stop string needs at least one character")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 TokenIds = list[int]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = Annotated[Text, Field(max_length=MAX_STOP_CHARS), AfterValidator(_not_empty)]
 
 
 class StreamOptions(Body):

@@ -123,8 +123,9 @@ def instance(told: Deployment) -> Instance:
     length = model.context if told.max_model_len is None else told.max_model_len
     if not 1 < length <= tokens:
         raise ValueError(
-            f"a request of {length:,} tokens cannot be: {tokens:,} tokens of KV fit beside the weights; "
-            "give a max_model_len between, or devices with more memory"
+            f"a request of {length:,} tokens cannot be ({'the context' if told.max_model_len is None else 'max_model_len'}): "
+            f"{tokens:,} tokens of KV fit beside the weights; give a max_model_len from 2 to {tokens:,}, more devices "
+            "(tp, pp), or devices with more memory"
         )
     cost: CostModel
     if told.engine.endswith(".json"):

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self, TypeVar
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
+from stallfree.processes import follow_parent
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
@@ -139,8 +140,7 @@ def _results(futures: Mapping[Key, Future[Result]]) -> dict[Key, Result]:
 
 
 def _begin(simulators: Mapping[str, Tried]) -> None:
-    # Ctrl-C reaches all of a terminal's processes; the one that searches ends the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
     _simulators.update(simulators)
 
 

@@ -73,6 +73,23 @@ def test_every_command_takes_a_file_of_options_and_names_its_model_alike(words, 
     assert "[model]" not in out or "--model" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("simulate", "--rate", "x"), "'--rate': Input should be a valid number, unable to parse string as a number, not 'x'"),
+        (("serve", "--port", "99999"), "'--port': Input should be less than or equal to 65535, not '99999'"),
+        (("bench", "load", "--rate", "x"), "not 'x'"),
+        (("list", "nope"), "'nope' is not one of"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_named(arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stallfree", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert 2 == end.value.code
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", [("llama9",), ("--model", "llama9"), ("-m", "llama9"), ("llama9", "--model", "llama9")])
 def test_a_model_may_be_named_as_argument_or_as_option(stallfree, way):
     assert "no model at 'llama9'" in stallfree("serve", "--port", "0", *way).stderr

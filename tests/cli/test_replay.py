@@ -74,6 +74,7 @@ def test_explain_says_the_whole_a_step_or_a_request(stallfree, file):
     assert "iterations in" in stallfree("explain", file)[1]
     assert stallfree("explain", file, "--step", "7")[1].startswith("Step 7, at ")
     assert stallfree("explain", file, "--request", "r12")[1].startswith("r12 arrived at ")
+    assert stallfree("explain", file, "--request", "chatcmpl-r12")[1].startswith("r12 arrived at ")
 
 
 @pytest.mark.parametrize(

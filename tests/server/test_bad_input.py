@@ -202,6 +202,30 @@ def test_a_body_that_is_no_json_object_or_no_text_is_refused(server, body):
 
 
 @pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
+        (b"\x1f\x8b\x08\x00 packed", "not UTF-8 at byte 1"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", "a number of more than 4,300 digits"),
+        (b'{"prompt": "a",}', "not JSON: "),
+    ],
+    ids=["not text", "packed", "deep", "a long number", "a comma"],
+)
+def test_why_a_body_cannot_be_read_is_said(server, body, says):
+    error = error_of(server.client.post(COMPLETIONS, content=body), 400)
+    assert says in error["message"]
+    assert "invalid_json" == error["code"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "says"), [("", "stop: a stop string needs at least one character, not ''"), (["a", ""], "stop[1]: a stop")]
+)
+def test_an_empty_stop_string_is_named_as_that(server, stop, says):
+    assert error_of(server.post(COMPLETIONS, {"prompt": "a", "stop": stop}), 400)["message"].startswith(says)
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),

@@ -77,7 +77,9 @@ class OpenVINOExecutor:
         self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
         if num_blocks < 1:
             size = self.capacity.block_size
-            raise ValueError(f"kv_bytes {kv_bytes} is less than one block of {size} tokens, which takes {block_bytes} bytes")
+            raise ValueError(
+                f"{kv_bytes:,} bytes for KV are less than one block of {size} tokens takes, {block_bytes:,}; give more, --kv-memory"
+            )
         check_memory(num_blocks * block_bytes)
         # The runtime does not keep the memory behind a tensor alive; this list does.
         self._cache: list[np.ndarray] = []
