@@ -172,7 +172,7 @@ class EngineThread:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), drain_timeout_s)
         if self._streams:
-            log.warning("%d unfinished requests end in an error", len(self._streams))
+            log.warning("%d requests unfinished: they end in an error", len(self._streams))
             self._end_all("abort", "the server is shutting down")
         self._mailbox.put(None)
         await asyncio.to_thread(self._thread.join)
