@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 from stallfree.core.plan import Capacity, Plan, Shape, Work
 from stallfree.executors.base import Executor
+from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted, Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 PATIENCE_S = 8.0
 """Seconds after which a calibration makes do with what it has."""
 
@@ -29,6 +30,9 @@ SHORT_S = 0.1
 
 RING, CHUNK = 4096, 512
 """Tokens of KV that the calibration uses, and writes in chunks before."""
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
+"""What the decodes of `_sampled` ask for."""
 
 TILES = (64, 32, 16, 8)
 """Sizes of tiles, in tokens, that executors may work in."""
@@ -40,13 +44,14 @@ Progress = Callable[[int, int], None]
 def calibrate(executor: Executor, progress: Progress = lambda done, of: None) -> tuple[Fitted, Errors]:
     """Run iterations on an idle `executor`, whose KV is written over, and fit a model to them; and how well it describes them."""
     shapes = [shape for shape in _shapes(executor.capacity) if _fits(shape, executor.capacity)]
+    sampled = [shape for shape in _sampled(executor.capacity) if _fits(shape, executor.capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
     probes = [[(0, size)] for size in sorted(sizes) if _fits([(0, size)], executor.capacity)]
     end = time.perf_counter() + PATIENCE_S
     _fill(executor)
     samples: list[Sample] = []
     # Twice over if there is time, so that a slow moment of the machine does not fall on one kind of iteration alone.
-    plan = [*shapes, *probes, *shapes]
+    plan = [*shapes, *probes, *sampled, *shapes, *sampled]
     for shape in plan:
         if len(samples) >= len(shapes) and time.perf_counter() > end:
             break
@@ -163,6 +168,12 @@ def _shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
     yield [(middle, 256)]
 
 
+def _sampled(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
+    """Decodes that ask much of sampling: only by these a row has a price that is not the decode's own."""
+    for batch in (4, 12, 32):
+        yield [(min(512, capacity.max_model_len * 3 // 16), 1)] * batch + [(batch * SAMPLING.extra_rows, 0)]
+
+
 def _fits(shape: Shape, capacity: Capacity) -> bool:
     return all(start + count <= min(capacity.max_model_len, capacity.num_blocks * capacity.block_size) for start, count in shape)
 
@@ -185,12 +196,13 @@ def _ring(capacity: Capacity) -> int:
 def _time(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
     """Seconds of an iteration of `shape`; of a short one the second of two, since the first of a shape may compile or allocate."""
     work, block = [], 0
-    for i, (start, count) in enumerate(shape):
+    sampling = None if all(count for _, count in shape) else SAMPLING
+    for i, (start, count) in enumerate(piece for piece in shape if piece[1]):
         blocks = -(-(start + count) // executor.capacity.block_size)
         table = tuple((block + k) % _ring(executor.capacity) for k in range(blocks))
         prompt = (0,) * (start + count)
         block += blocks
-        work.append(Work(f"calibration-{i}", start, count, True, count == 1, prompt[start:], table, None, "", prompt, ()))
+        work.append(Work(f"calibration-{i}", start, count, True, count == 1, prompt[start:], table, sampling, "", prompt, ()))
     plan = Plan(0, 0.0, tuple(work))
     seconds = _seconds(executor, plan)
     return seconds if seconds > SHORT_S else _seconds(executor, plan)

@@ -57,7 +57,7 @@ def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):
     assert None is remembered({**KEY, "cpu": "another"}, tmp_path / "new")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 3}', '{"version": 3, "model": {"prices": [1]}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 4}', '{"version": 4, "model": {"prices": [1]}}'])
 def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content):
     file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
     file.write_text(content)
@@ -68,7 +68,7 @@ def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content
 
 def test_a_calibration_of_another_version_is_passed_over(tmp_path):
     file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
-    file.write_text(file.read_text().replace('"version": 3', '"version": 0'))
+    file.write_text(file.read_text().replace('"version": 4', '"version": 0'))
     assert None is remembered(KEY, tmp_path)
 
 
