@@ -7,7 +7,7 @@ requests have ended, and greedy answers that differ from what the same request g
 on the embedded model is greedy and is sent again, alone, afterwards). Memory: what the server's process and those that read
 bodies for it hold (resident) in the end, over what they held after a tenth of the requests; limit 1.05. Two caches are bounded, and
 would look like a leak until they are full: the KV cache is kept so small that a tenth of the requests touches all of it, and the
-tokenizer's cache of words, of which the simulated model's are whole texts, is off.
+tokenizers' caches of words, of which the simulated model's are whole texts, are off.
 
 In bfloat16 and int8 another batch may change the last bit of a logit. So an answer only counts as wrong if it differs from the one
 it gets alone and from the one it gets in a second run beside seven others.
@@ -212,7 +212,9 @@ def serve_simulated() -> None:
     from stallfree.server.service import Service
 
     assembled = assemble(Options(executor="simulated", policy="sarathi", token_budget=2048))
-    assembled.engine.text.tokenizer.model._resize_cache(0)
+    text = assembled.engine.text
+    for tokenizer in (text.tokenizer, text._unmarking):
+        tokenizer.model._resize_cache(0)
     assembled.engine.executor.sleep = lambda seconds: None  # type: ignore[attr-defined]
     service = Service(assembled.engine, "simulated", policy="sarathi")
     sock = bind("127.0.0.1", 0)
