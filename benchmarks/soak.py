@@ -41,7 +41,7 @@ STOP_EVERY_S, STOP_S = 20.0, 0.5
 GREEDY_EVERY = 50
 """On the embedded model: one request in so many is greedy, and looked at again."""
 LIMIT_MEMORY = 1.05
-KV_MEMORY = "256MiB"
+KV_MEMORY = "64MiB"
 
 
 def fuzzed(rng: random.Random, vocabulary: int, *, lasting: bool = False) -> tuple[str, dict[str, Any]]:
