@@ -7,7 +7,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from stallfree import __version__
@@ -39,6 +38,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
+            from pydantic import ValidationError
+
             if isinstance(error.__cause__, ValidationError):
                 value = repr(error.__cause__.errors()[0]["input"])
                 error.message += "" if value in error.message else f", not {value}"

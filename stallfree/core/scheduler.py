@@ -85,8 +85,9 @@ class Scheduler:
         """The next iteration, written and not sealed. Nothing else may be asked of the scheduler before it is `open` no more."""
         if self.open is not None:
             raise ValueError(f"the iterations from step {self.step} on are drafted, and to be completed first, by `leap`")
-        self.open = draft = Draft(self.ledger, now)
+        draft = Draft(self.ledger, now)
         self.policy.plan(draft)
+        self.open = draft
         return draft
 
     def complete(self, plan: Plan, result: StepResult, now: float) -> Completed:

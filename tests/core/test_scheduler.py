@@ -144,6 +144,17 @@ def test_a_leap_is_of_one_stretch_and_no_further_than_it():
     assert (4, [0, 1, 2]) == (s.step, s.ledger.requests["a"].output[1:])
 
 
+def test_a_policy_that_raises_leaves_no_draft_open():
+    class Failing(Sarathi):
+        def plan(self, draft):
+            raise KeyError("a mistake")
+
+    s = Scheduler(Failing(64), ROOMY)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="a mistake"):
+            s.schedule(0)
+
+
 def test_a_stretch_is_not_begun_while_a_plan_is_in_flight():
     s = scheduler()
     s.submit(Request("a", range(20), 9))
