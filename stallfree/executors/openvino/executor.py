@@ -22,6 +22,9 @@ from stallfree.executors.sampling import sample
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
+CACHED_PRIMITIVES = 500
+"""How many compiled operators the runtime keeps for shapes that it has seen. Its default, 5,000, let a server's memory grow by a tenth
+over its first thousands of iterations; 500 hold it level (from 600 iterations on) and iterations take as long (docs/performance.md)."""
 
 
 class OpenVINOExecutor:
@@ -184,6 +187,7 @@ def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dic
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
         "INFERENCE_PRECISION_HINT": compute,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+        "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
     }
     if kv == "u8":
         # Keys are quantised by token like values: by channel, the scales of a block would change as it fills, and logits with them.
