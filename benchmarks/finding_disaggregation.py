@@ -1,10 +1,10 @@
 """Who wins, chunked co-location or two pools, at equal GPUs, and what the answer depends on. Simulated, A100 80 GB.
 
     lengths   Llama-2-13B on 8 GPUs: prompt x output length x targets
-    links     what joins the pools, with every hand-over crossing it
+    links     what joins the pools, with every KV transfer crossing it
     bursts    Llama-2-13B on 8 GPUs: how arrivals come
     models    Llama-3-8B to Llama-2-70B on 16 GPUs
-    outputs   from which output length on a hand-over no longer matters
+    outputs   from which output length on a KV transfer no longer matters
     rule      a closed form beside the simulation, on the cells of `lengths`
 
 A capacity is the highest rate at which every target is met; co-located is the best of `slo` and `sarathi` over all splits of the
@@ -128,8 +128,9 @@ def across(quick: bool) -> list[dict[str, Any]]:
 
 
 def outputs(quick: bool) -> list[dict[str, Any]]:
-    """One request by itself, prompt and decode on nodes of their own: n output tokens after which what the hand-over delays is 1 %
-    of the time since the first token. `closed form`: the KV that remains to be sent, over the link, over 1 % of a decode iteration.
+    """One request by itself, prompt and decode on nodes of their own: n output tokens after which the delay of the KV transfer
+    is 1 % of the time since the first token. `closed form`: the KV that remains to be sent, over the link, over 1 % of a decode
+    iteration.
     """
     rows = []
     for model, prompt, link, way in product(
@@ -142,14 +143,14 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
         decode = line.tokens[2] - line.tokens[1]
         sharded, network = shape.Sharded(shape.load(model), 1, 1), links.load(link)
         whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
-        prefill = line.tokens[0] - made.moved.exposed_s
+        prefill = line.tokens[0] - made.transfers.exposed_s
         layers = sharded.model.layers
         # Layer by layer: the last layer's KV, or what the link could not take while the others were computed.
         left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
         rows.append(
             {
-                "model": model, "prompt": prompt, "link": link, "way": way, "delay, ms": 1e3 * made.moved.exposed_s,
-                "decode iteration, ms": 1e3 * decode, "tokens until 1 %": made.moved.exposed_s / decode / 0.01,
+                "model": model, "prompt": prompt, "link": link, "way": way, "delay, ms": 1e3 * made.transfers.exposed_s,
+                "decode iteration, ms": 1e3 * decode, "tokens until 1 %": made.transfers.exposed_s / decode / 0.01,
                 "closed form": (left + network.latency_s) / decode / 0.01,
             }
         )  # fmt: skip
@@ -236,7 +237,7 @@ def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
         for row in rows:
             name = f"{row['way']}, prompt {row['prompt']}"
             sides.setdefault(name, []).append((f"{row['model']}, {row['link']}", row["tokens until 1 %"]))
-        plot.dots(sides, "output tokens until the delay is 1 %", "Hand-over between nodes", file, log=True)
+        plot.dots(sides, "output tokens until the delay is 1 %", "KV transfer between nodes", file, log=True)
     elif part == "rule":
         names = [f"{row['targets']} {row['prompt']}/{row['output']}" for row in rows]
         sides = {what: list(zip(names, (row[what] for row in rows), strict=True)) for what in ("closed form", "simulated")}

@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
-    "facts": 40, "attention": 100, "models": 110, "handover": 60, "operators": 50, "steps": 180, "engines": 60, "theirs": 90,
+    "facts": 40, "attention": 100, "models": 110, "transfer": 60, "operators": 50, "steps": 180, "engines": 60, "theirs": 90,
 }  # fmt: skip
 """Each one's limit in seconds, in their order: what is wrong is to be known first. All limits together are more than the time; what
 hangs is to leave something to the others."""
@@ -39,7 +39,7 @@ TITLES = {
     "attention": "Exactness: attention",
     "models": "Exactness: whole models",
     "operators": "Exactness: operators, products and sampling",
-    "handover": "Exactness: hand-over between two processes",
+    "transfer": "Exactness: KV transfer between two processes",
     "steps": "One iteration",
     "engines": "Iterations of an engine",
     "theirs": "One iteration, by transformers",

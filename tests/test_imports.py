@@ -17,7 +17,7 @@ ALLOWED = {
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "executors": ({"core", "checkpoint", "executors"}, {"flashinfer", "msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
-    "handoff": ({"core", "engine", "executors", "handoff"}, set()),
+    "transfer": ({"core", "engine", "executors", "transfer"}, set()),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
@@ -25,7 +25,7 @@ ALLOWED = {
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "server": (
-        {"core", "engine", "executors", "handoff", "metrics", "processes", "server"},
+        {"core", "engine", "executors", "transfer", "metrics", "processes", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip

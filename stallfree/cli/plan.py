@@ -52,7 +52,7 @@ def plan(
     traffic = words.traced(traffic, trace)
     targets = Slo.parse(slo)
     if targets.ttft is None:
-        raise ValueError(f"a hand-over delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
+        raise ValueError(f"a KV transfer delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
     there = Candidates(site)
     longest = min(one.capacity.max_model_len for one in there.shapes.values())
     if traffic.max_total is None:

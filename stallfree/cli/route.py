@@ -26,9 +26,9 @@ def route(
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
 ) -> None:
     """Pass requests on to the decode server with the fewest, until SIGTERM or Ctrl-C. An API key is the servers' to check."""
-    from stallfree.handoff.terms import address
     from stallfree.server.route import Router, create_router
     from stallfree.server.run import bind, run
+    from stallfree.transfer.terms import address
 
     peers = [] if prefill is None else options.addresses(prefill, "--prefill")
     if spill is not None and not peers:

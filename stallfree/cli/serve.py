@@ -82,11 +82,11 @@ def serve(
     from stallfree.cli import outputs
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
-    from stallfree.handoff.terms import Terms
     from stallfree.server.app import create_app
     from stallfree.server.run import run
     from stallfree.server.service import Service
     from stallfree.server.traces import exporter_to
+    from stallfree.transfer.terms import Terms
 
     addresses = peering.addresses()
     outputs.check(record, "--record")
@@ -143,7 +143,7 @@ def _card(
     assembled: Assembled, service: Service, peering: Peering, sock: socket.socket, peer_sock: socket.socket | None
 ) -> dict[str, Any]:
     """What there is to say of a server, once."""
-    from stallfree.handoff.terms import address
+    from stallfree.transfer.terms import address
 
     capacity, ledger = service.engine.executor.capacity, service.engine.scheduler.ledger
     return {

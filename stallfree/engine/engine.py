@@ -16,7 +16,7 @@ from stallfree.core.policy import Policy
 from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-from stallfree.engine.prefetch import Fetch, Prefetch
+from stallfree.engine.prefetch import Prefetch, Transfer
 from stallfree.engine.streams import Output, Streams, Watch
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor, Lost
@@ -75,21 +75,21 @@ class Engine:
         *,
         include_stop: bool = False,
         continues: bool = True,
-        fetch: Fetch | None = None,
+        transfer: Transfer | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served.
 
-        Its text `continues` that of the prompt, or is an answer to it, which begins without a space. With `fetch` its prompt comes
-        from elsewhere; `watch` sees it computed here, for somebody elsewhere.
+        `continues`: its text continues the prompt's; otherwise it is an answer, which begins without a space. `transfer`: brings
+        its prompt from another engine. `watch`: sees its prompt computed here, for another engine.
         """
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
         stream = self._streams.make(request, stop, include_stop=include_stop, continues=continues)
-        if fetch is None:
+        if transfer is None:
             self.scheduler.submit(request)
         else:
-            self.prefetch.expect(request, fetch)
+            self.prefetch.expect(request, transfer)
         self._streams.read(stream, watch)
         self._arrived.append(request)
 

@@ -13,7 +13,7 @@ from typing import Self
 
 from stallfree.core.request import Refused, Request
 from stallfree.engine.engine import Engine
-from stallfree.engine.prefetch import Fetch
+from stallfree.engine.prefetch import Transfer
 from stallfree.engine.streams import Output, Watch
 
 log = logging.getLogger(__name__)
@@ -120,11 +120,11 @@ class EngineThread:
         *,
         include_stop: bool = False,
         continues: bool = True,
-        fetch: Callable[[], Fetch | None] = lambda: None,
+        transfer: Callable[[], Transfer | None] = lambda: None,
         watch: Watch | None = None,
     ) -> Outputs:
-        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served. `fetch` makes each
-        request's `Fetch`, if its prompt is computed elsewhere; `watch` sees them computed here.
+        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served. `transfer` makes each
+        request's `Transfer`, if its prompt is computed elsewhere; `watch` sees them computed here.
 
         Whether there is room is decided, and the room taken, without waiting in between: the queue's limit holds.
         """
@@ -141,7 +141,7 @@ class EngineThread:
         for request in requests:
             self._streams[request.id] = outputs
             how = {"include_stop": include_stop, "continues": continues}
-            submit = partial(self.engine.submit, request, stop, **how, fetch=fetch(), watch=watch)
+            submit = partial(self.engine.submit, request, stop, **how, transfer=transfer(), watch=watch)
             self.call(partial(self._submit, request.id, submit))
         return outputs
 

@@ -114,7 +114,7 @@ class Explained:
         if r.delivered:
             yield f"Since the step before prompts came computed{_list([d.id for d in r.delivered])}."
         if r.recalled:
-            yield f"Since the step before hand-offs failed, to be computed here{_list(r.recalled)}."
+            yield f"Since the step before, KV transfers failed; their prompts are computed here{_list(r.recalled)}."
         for f in r.finished:
             yield f"{f.id} ended: {f.reason}."
         yield f"After it {r.num_running} requests were running, {r.num_waiting} waiting, {r.free_blocks} KV blocks free."

@@ -8,7 +8,7 @@ from stallfree.planner.search import SECONDS, Answer, Ranked
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
-from stallfree.sim.split import Handed, SplitSimulator
+from stallfree.sim.split import PoolsResult, SplitSimulator
 from stallfree.workload.traffic import Traffic
 
 CLOSE = 0.12
@@ -17,7 +17,7 @@ BUSY = 0.1
 """A pool that idles less than this is what the others wait for."""
 
 DELAY = 0.3
-"""Hand-overs that take more than this share of the target for first tokens are what binds."""
+"""KV transfers bind when they take more than this share of the target for first tokens."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Verdict:
     """`headline`: whether to disaggregate; `margin`: the best split deployment over the best co-located one, less 1 (None if there
     is only one kind); `binds`: the constraint that keeps the one to take from more; `dollars`: its price of a million output tokens
     at capacity, if devices have one; `commands` that run it. `pools`: of the best split deployment at its capacity, the share of
-    time that each pool idles, seconds that a hand-over delays first tokens on average, and their share of decode time.
+    time that each pool idles, seconds that a KV transfer delays first tokens on average, and their share of decode time.
     """
 
     headline: str
@@ -54,15 +54,15 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
 def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
     """From one more run at its capacity."""
     assert isinstance(split.deployed, Split)
-    made: Handed = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, traffic.seed))
-    moved = made.moved
+    made: PoolsResult = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, traffic.seed))
+    transfers = made.transfers
     return {
         "prefill_idle": made.prefill_idle,
         "decode_idle": made.decode_idle,
-        "handover_s": moved.exposed_s / max(1, moved.handed),
-        "handover_share_of_decode": moved.exposed_s / moved.decode_s if moved.decode_s else 0.0,
-        "kv_bytes": moved.bytes,
-        "not_handed_over": float(moved.local),
+        "transfer_s": transfers.exposed_s / max(1, transfers.transferred),
+        "transfer_share_of_decode": transfers.exposed_s / transfers.decode_s if transfers.decode_s else 0.0,
+        "kv_bytes": transfers.bytes,
+        "not_transferred": float(transfers.local),
     }
 
 
@@ -98,9 +98,9 @@ def _binds(take: Ranked, pools: dict[str, float] | None, slo: Slo) -> str:
         if _ttft(take):
             words = "prompts wait: they get what the targets of the decodes leave them"
         return f"Beyond that it misses: {missed}: {words}."
-    wait = pools["handover_s"]
+    wait = pools["transfer_s"]
     idle = f"{pools['prefill_idle']:.0%} of the time, the decode pool {pools['decode_idle']:.0%}"
-    kv = f"a hand-over delays the first token by {1000 * wait:.0f} ms, {pools['handover_share_of_decode']:.1%} of decode time"
+    kv = f"a KV transfer delays the first token by {1000 * wait:.0f} ms, {pools['transfer_share_of_decode']:.1%} of decode time"
     if not _ttft(take):
         words = "the decode pool is full" if pools["decode_idle"] < BUSY else "decode iterations are too long"
     elif slo.ttft is not None and wait > DELAY * slo.ttft.seconds:

@@ -27,7 +27,7 @@ REASONS = ("policy", "deadline", "engine")
 """What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record has it in
 words, but words with times and ids in them would make a series each."""
 FINISHED = ("stop", "length", "abort", "error")
-HANDOFFS = ("delivered", "recomputed")
+OUTCOMES = ("delivered", "recomputed")
 
 # vLLM's bounds, so that its dashboards find the `le` that they ask for, and finer ones below, for iterations of a few ms.
 GAPS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -65,7 +65,7 @@ class Metrics(Collector):
             self._generated
         ) = 0
         self._judged_requests = self._requests_in_time = 0
-        self._handoffs = dict.fromkeys(HANDOFFS, 0)
+        self._transfers = dict.fromkeys(OUTCOMES, 0)
         self._transfer_bytes, self._transfer_s, self._decode_s = 0, 0.0, 0.0
         self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
         self._ttft, self._tbt, self._tpot = _Histogram(TTFT_S), _Histogram(GAPS_S), _Histogram(GAPS_S)
@@ -94,8 +94,8 @@ class Metrics(Collector):
             self._looked_up += account.looked_up
             self._found += sum(found for _, found in step.cached) + sum(came.cached for came in step.delivered)
             self._generated += len(step.emitted) + len(step.delivered)
-            self._handoffs["delivered"] += len(step.delivered)
-            self._handoffs["recomputed"] += len(step.recalled)
+            self._transfers["delivered"] += len(step.delivered)
+            self._transfers["recomputed"] += len(step.recalled)
             self._transfer_bytes += sum(came.num_bytes for came in step.delivered)
             self._transfer_s += sum(came.seconds for came in step.delivered)
             self._tbt.observe_all(account.gaps)
@@ -201,7 +201,7 @@ class Metrics(Collector):
         yield _counter("generation_tokens", "Tokens sampled.", self._generated)
         yield _counter("prefix_lookup_tokens", "Tokens that were looked for in the prefix cache.", self._looked_up)
         yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._found)
-        yield _counter("handoffs", "Prompts asked of prefill engines, by what became of them.", self._handoffs, "outcome")
+        yield _counter("kv_transfers", "Prompts asked of prefill engines, by what became of them.", self._transfers, "outcome")
         yield _counter("kv_transfer_bytes", "Bytes of KV that came from prefill engines.", self._transfer_bytes)
         yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving these.", self._transfer_s)
         share = self._transfer_s / self._decode_s if self._decode_s else None

@@ -12,15 +12,15 @@ from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
-from stallfree.handoff.asking import Asking
-from stallfree.handoff.serving import Serving
-from stallfree.handoff.terms import Terms
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.reading import Reader
 from stallfree.server.reading import Terms as ReadingTerms
 from stallfree.server.traces import Traces
+from stallfree.transfer.asking import Asking
+from stallfree.transfer.serving import Serving
+from stallfree.transfer.terms import Terms
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

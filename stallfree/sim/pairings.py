@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from stallfree.core.nearest import nearest
 from stallfree.core.request import Request
-from stallfree.sim.handover import Pools
 from stallfree.sim.replica import Replica
+from stallfree.sim.transfer import Pools
 
 
 @dataclass(frozen=True, slots=True)

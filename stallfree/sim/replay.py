@@ -183,7 +183,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     for r in records:
         if r.delivered or r.recalled:
             raise ValueError(
-                f"step {r.step} has requests that were handed over by another engine, and when they came does not follow from this "
+                f"step {r.step} has requests that were transferred by another engine, and when they came does not follow from this "
                 "record; replay the run of an engine with --role both"
             )
     size = run.capacity.block_size

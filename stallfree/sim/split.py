@@ -17,22 +17,22 @@ from stallfree.perf import shape as models
 from stallfree.sim import pairings
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.fabric import Port
-from stallfree.sim.handover import Moved, Pools
 from stallfree.sim.replica import Replica
 from stallfree.sim.simulate import scripted, uncollected
 from stallfree.sim.simulator import Instance, Simulator
+from stallfree.sim.transfer import Pools, Totals
 from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class PoolsResult:
     """A simulation of two pools: `lines` of the requests in the order in which they ended, unless somebody else took them; what
-    `moved`; and the share of time, from the first arrival to the last token, in which each pool's devices had nothing to run.
+    `transfers`; and the share of time, from the first arrival to the last token, in which each pool's devices had nothing to run.
     """
 
     lines: list[Timeline] = field(default_factory=list)
-    moved: Moved = field(default_factory=Moved)
+    transfers: Totals = field(default_factory=Totals)
     prefill_idle: float = 0.0
     decode_idle: float = 0.0
 
@@ -48,7 +48,7 @@ class SplitSimulator:
         for what in ("model", "hardware", "kv"):
             ours, theirs = getattr(split.prefill, what), getattr(split.decode, what)
             if ours != theirs:
-                raise ValueError(f"the pools hand over KV, but prefill has {what} {ours} and decode {theirs}; give both the same")
+                raise ValueError(f"the pools transfer KV, but prefill has {what} {ours} and decode {theirs}; give both the same")
         self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)
         self._where = place(split)
         self._network = links.load(split.link)
@@ -76,9 +76,9 @@ class SplitSimulator:
         prices = [(pool.instance.dollars, pool.deployment.replicas) for pool in pools]
         return None if any(price is None for price, _ in prices) else sum((price or 0.0) * number for price, number in prices)
 
-    def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> Handed:
+    def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> PoolsResult:
         """Serve `arrivals`; `ended` is called with the timeline of each request that ended, which then is not kept."""
-        made = Handed()
+        made = PoolsResult()
         end = made.lines.append if ended is None else ended
         begin, last = inf, 0.0
 
@@ -102,7 +102,7 @@ class SplitSimulator:
         with uncollected():
             pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output))
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
-        return Handed(made.lines, pools.moved, *idle)
+        return PoolsResult(made.lines, pools.transfers, *idle)
 
     def _replicas(self, simulator: Simulator) -> list[Callable[..., Replica]]:
         told, instance = simulator.deployment, simulator.instance

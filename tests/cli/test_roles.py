@@ -83,7 +83,7 @@ def test_three_commands_make_a_server_that_hands_over():
         urls, body = (url, f"{prefill['url']}/v1"), {"prompt": "x" * 90}
         answers = [httpx.post(f"{url}/completions", json=body, timeout=PATIENCE_S).json() for url in urls]
         assert answers[0]["choices"] == answers[1]["choices"]
-        delivered = 'handoffs_total{outcome="delivered"}'
+        delivered = 'kv_transfers_total{outcome="delivered"}'
 
         def handed_over() -> bool:
             httpx.post(f"{url}/completions", json={"prompt": "y" * 90}, timeout=PATIENCE_S)

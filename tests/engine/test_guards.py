@@ -1,5 +1,5 @@
-"""What one request raises ends that request: in its text, its stops, its watcher, its fetch, or what records it. Its neighbour gets
-every token."""
+"""What one request raises ends that request: in its text, its stops, its watcher, its KV transfer, or its record. Its neighbour
+gets every token."""
 
 import asyncio
 
@@ -86,20 +86,20 @@ def test_a_request_whose_watcher_raises_ends_alone():
 
 
 def test_a_prompt_that_cannot_be_asked_for_elsewhere_is_computed_here():
-    class Fetch:
+    class Transfer:
         start = cancel = make_trouble
 
-    ends = served(fetch=Fetch())
+    ends = served(transfer=Transfer())
     assert {"bad": ("Hello, world! Grüße. ", "length", None), "good": ("Hello, world! Grüße. ", "length", None)} == ends
 
 
 def test_an_abort_that_cannot_call_off_what_is_fetched_aborts():
-    class Fetch:
+    class Transfer:
         start = staticmethod(lambda request: None)
         cancel = staticmethod(make_trouble)
 
     engine = Engine(Parrot(), TEXT, Sarathi(64))
-    engine.submit(Request("bad", range(BAD), 9), fetch=Fetch())
+    engine.submit(Request("bad", range(BAD), 9), transfer=Transfer())
     engine.step()
     engine.abort("bad")
     assert not engine.busy

@@ -20,10 +20,10 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.sampling import Sampling, TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
-from stallfree.handoff.terms import Terms
 from stallfree.server.app import create_app
 from stallfree.server.run import bind, configure
 from stallfree.server.service import Service
+from stallfree.transfer.terms import Terms
 from tests.waiting import PATIENCE_S, until
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

@@ -128,7 +128,7 @@ def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
         step(0, 0.1, 0.2, [("a", 10, 1)], arrived=[arrival("a")], delivered=[came], recalled=["b"]),
         step(1, 0.2, 0.6, [("a", 11, 1)], finished=[Finished("a", "length")]),
     )
-    assert (1, 1) == (found["handoffs_total", "delivered"], found["handoffs_total", "recomputed"])
+    assert (1, 1) == (found["kv_transfers_total", "delivered"], found["kv_transfers_total", "recomputed"])
     assert (6000, 0.05) == (found["kv_transfer_bytes_total",], found["kv_transfer_seconds_total",])
     assert pytest.approx(0.1) == found["kv_transfer_ratio",]
     assert (3, 4) == (found["generation_tokens_total",], found["cached_tokens_total",])

@@ -87,14 +87,16 @@ def test_prompts_are_computed_by_the_prefill_server(pair):
     decode, _ = pair
     decode.post(COMPLETIONS, {"prompt": "z" * 100, "max_tokens": 5})
     before = decode.client.get("/metrics").text
-    assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in before
+    assert 'stallfree_kv_transfers_total{outcome="recomputed"} 0.0' in before
     assert 'stallfree_step_tokens_total{phase="prefill"} 0.0' in before
     assert "stallfree_kv_transfer_bytes_total 0.0" not in before
     assert "stallfree_prefill_engines 1.0" in before
 
 
 def delivered(server: Server) -> float:
-    (line,) = (line for line in server.client.get("/metrics").text.splitlines() if 'handoffs_total{outcome="delivered"}' in line)
+    (line,) = (
+        line for line in server.client.get("/metrics").text.splitlines() if 'kv_transfers_total{outcome="delivered"}' in line
+    )
     return float(line.split()[1])
 
 
@@ -113,7 +115,7 @@ def test_a_router_can_have_the_prompt_computed_where_it_is_decoded(server, pair)
     for one in (server, pair[0]):
         assert 200 == one.post(COMPLETIONS, {"prompt": "a" * 50}, headers={PREFILL: HERE}).status_code
     assert before == delivered(pair[0])
-    assert 'stallfree_handoffs_total{outcome="recomputed"} 0.0' in pair[0].client.get("/metrics").text
+    assert 'stallfree_kv_transfers_total{outcome="recomputed"} 0.0' in pair[0].client.get("/metrics").text
 
 
 def test_a_server_that_asks_nobody_refuses_to_be_told_whom_to_ask(server):

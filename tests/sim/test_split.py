@@ -35,20 +35,20 @@ def test_everybody_gets_all_tokens_in_order(pairing, rate):
     assert wanted == Counter(len(line.tokens) for line in made.lines)
     assert all(line.tokens == sorted(line.tokens) for line in made.lines)
     assert all(line.scheduled >= line.arrival for line in made.lines)
-    assert made.moved.handed + made.moved.local == sum(number for length, number in wanted.items() if length > 1)
+    assert made.transfers.transferred + made.transfers.local == sum(number for length, number in wanted.items() if length > 1)
 
 
 def test_what_moves_is_the_kv_of_the_prompts():
     made = SplitSimulator(split()).run(CHATS.stream(2.0, 0))
     prompts = sum(a.prompt_tokens for a in CHATS.stream(2.0, 0) if a.output_tokens > 1)
     kv = shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
-    assert prompts * kv == pytest.approx(made.moved.bytes)
+    assert prompts * kv == pytest.approx(made.transfers.bytes)
 
 
 def lone(pairing, **more):
     """A request of 2,000 + 3 tokens by itself: how long it waits for its KV, and when its tokens come."""
     made = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)])
-    return made.moved.exposed_s, made.lines[0].tokens
+    return made.transfers.exposed_s, made.lines[0].tokens
 
 
 KV = 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
@@ -83,14 +83,14 @@ def test_a_decode_pool_without_room_holds_prefills_back():
     # Two fit at a time, and those behind wait until these have ended.
     whole = alone.tokens[-1] - alone.tokens[0]
     assert first[1] - first[0] < 0.2 * whole < first[2] - first[1]
-    assert 6 == made.moved.handed
+    assert 6 == made.transfers.transferred
 
 
 def test_splitwise_spills_prompts_when_many_are_pending():
     coming = [Arrival(0.001 * i, 2000, 20) for i in range(30)]
     made = SplitSimulator(split("splitwise")).run(coming)
-    assert 0 < made.moved.local < 30
-    assert 0 == SplitSimulator(split("distserve")).run(coming).moved.local
+    assert 0 < made.transfers.local < 30
+    assert 0 == SplitSimulator(split("distserve")).run(coming).transfers.local
 
 
 def test_splitwise_keeps_requests_where_their_prompts_are_when_no_token_machine_has_room():
@@ -98,7 +98,7 @@ def test_splitwise_keeps_requests_where_their_prompts_are_when_no_token_machine_
     small = small._replace(capacity=replace(small.capacity, num_blocks=260))
     coming = [Arrival(0.001 * i, 2000, 200) for i in range(3)]
     made = SplitSimulator(split("splitwise"), decode=small).run(coming)
-    assert (2, 1) == (made.moved.handed, made.moved.local)
+    assert (2, 1) == (made.transfers.transferred, made.transfers.local)
     assert [200] * 3 == [len(line.tokens) for line in made.lines]
 
 
@@ -107,7 +107,7 @@ def test_what_is_promised_to_a_token_machine_counts_before_it_comes():
     small = small._replace(capacity=replace(small.capacity, num_blocks=140))
     two = replace(split("splitwise", nodes=1, per_node=3), decode=replace(DECODE, replicas=2))
     made = SplitSimulator(two, decode=small).run([Arrival(0.001 * i, 2000, 200) for i in range(3)])
-    assert (2, 1) == (made.moved.handed, made.moved.local)
+    assert (2, 1) == (made.transfers.transferred, made.transfers.local)
 
 
 def test_splitwise_chooses_the_token_machine_with_the_least_kv_and_distserve_that_with_the_fewest_requests():
@@ -128,7 +128,7 @@ def test_a_trial_reports_as_a_co_located_one_does():
 def test_idle_time_is_a_share_of_each_pool():
     made = SplitSimulator(split()).run(CHATS.stream(1.0, 0))
     assert 0 < made.decode_idle < made.prefill_idle < 1
-    assert 0 < made.moved.exposed_s < made.moved.decode_s
+    assert 0 < made.transfers.exposed_s < made.transfers.decode_s
     assert report(made.lines).completed == 80
 
 

@@ -23,8 +23,8 @@ from stallfree.executors.sampling import sample
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
-"""How many compiled operators the runtime keeps for shapes that it has seen. Its default, 5,000, let a server's memory grow by a tenth
-over its first thousands of iterations; 500 hold it level (from 600 iterations on) and iterations take as long (docs/performance.md)."""
+"""Compiled operators that the runtime keeps for shapes it has seen. With its default of 5,000 a server's memory grew by a tenth
+over its first thousands of iterations. With 500 it is level, and iterations take as long (docs/performance.md)."""
 
 
 class OpenVINOExecutor:

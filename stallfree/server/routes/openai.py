@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fastapi import APIRouter, Request, Response
 
 from stallfree.core.request import Refused
-from stallfree.engine.prefetch import Fetch
+from stallfree.engine.prefetch import Transfer
 from stallfree.server import intake, schema
 from stallfree.server.answers import Call, Chat, Choice, Completions
 from stallfree.server.errors import ApiError
@@ -64,7 +64,7 @@ async def _answer(service: Service, kind: type[Call], shape: type[AnyBody], requ
             intake.stops(body),
             include_stop=bool(body.include_stop_str_in_output),
             continues=kind is Completions,
-            fetch=_fetches(service, request.headers.get(PREFILL)),
+            transfer=_transfers(service, request.headers.get(PREFILL)),
         )
     except Refused as refusal:
         raise intake.refused(refusal, body, ids) from None
@@ -77,10 +77,10 @@ async def _answer(service: Service, kind: type[Call], shape: type[AnyBody], requ
         return Response(await call.whole(), media_type="application/json")
 
 
-def _fetches(service: Service, name: str | None) -> Callable[[], Fetch | None]:
-    """What makes each request's fetch; `name`: the prefill engine that the router chose."""
+def _transfers(service: Service, name: str | None) -> Callable[[], Transfer | None]:
+    """What makes each request's KV transfer; `name`: the prefill engine that the router chose."""
     if service.asking is not None and name != HERE:
-        return service.asking.fetches(name)
+        return service.asking.transfers(name)
     if name not in (None, HERE):
         raise ApiError(400, f"{PREFILL}: this server asks no other engine for prompts; it is not of --role decode", param=PREFILL)
     return lambda: None

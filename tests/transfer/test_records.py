@@ -10,7 +10,7 @@ from stallfree.core.record import Run, StepRecord
 from stallfree.metrics.explain import Explained
 from stallfree.metrics.timeline import timelines
 from stallfree.sim.replay import difference
-from tests.handoff.conftest import decoding, engine, prefilling, serve
+from tests.transfer.conftest import decoding, engine, prefilling, serve
 
 RUN = Run("sarathi", Capacity(4, 64, 512), Limits(), reuse=False)
 
@@ -68,5 +68,5 @@ def test_a_prompt_that_did_not_come_is_explained():
 
 
 def test_a_replay_says_that_it_cannot(records):
-    with pytest.raises(ValueError, match="handed over by another engine"):
+    with pytest.raises(ValueError, match="transferred by another engine"):
         difference(RUN, records)

@@ -10,9 +10,9 @@ import pytest
 from stallfree.core.request import Request
 from stallfree.engine.assemble import Options, assemble
 from stallfree.executors.sampling import Sampling
-from stallfree.handoff.terms import Terms
+from stallfree.transfer.terms import Terms
 from tests.end_to_end.test_embedded import PROMPTS
-from tests.handoff.conftest import decoding, prefilling, read
+from tests.transfer.conftest import decoding, prefilling, read
 
 EXACT = Options(weights="f32", kv="f32", kv_memory=128 << 20, max_model_len=512, policy="sarathi", token_budget=32)
 
@@ -33,12 +33,12 @@ def requests(text):
 
 def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
     here, there, records = pair
-    monkeypatch.setattr("tests.handoff.conftest.terms", lambda one: Terms.of(one.executor, here.identity))
+    monkeypatch.setattr("tests.transfer.conftest.terms", lambda one: Terms.of(one.executor, here.identity))
 
     async def run():
         alone, handed = requests(here.engine.text), requests(here.engine.text)
         async with prefilling(there.engine) as address, decoding(here.engine, address) as (thread, asks):
-            outputs = await read(thread.submit(handed, fetch=asks.fetches(None)))
+            outputs = await read(thread.submit(handed, transfer=asks.transfers(None)))
             here.engine.scheduler.ledger.pool.forget()
             await read(thread.submit(alone))
         return [r.output for r in alone], [r.output for r in handed], outputs

@@ -100,8 +100,8 @@ class Link:
         self._outgoing: queue.SimpleQueue[tuple[Header, bytes | bytearray] | None] = queue.SimpleQueue()
 
     def start(self, received: Callable[[Header, bytearray, float], None], ended: Callable[[str], None]) -> None:
-        threading.Thread(target=self._send, name="handoff-out", daemon=True).start()
-        threading.Thread(target=self._receive, args=(received, ended), name="handoff-in", daemon=True).start()
+        threading.Thread(target=self._send, name="transfer-out", daemon=True).start()
+        threading.Thread(target=self._receive, args=(received, ended), name="transfer-in", daemon=True).start()
 
     def send(self, header: Header, body: bytes | bytearray = b"") -> None:
         """Never waits, from any thread; dropped if the connection has ended."""

@@ -19,10 +19,10 @@ from stallfree.perf.fitted import Fitted
 from stallfree.policies import load as policy
 from stallfree.sim import pairings, split
 from stallfree.sim.deployment import Deployment, Split
-from stallfree.sim.handover import Passage, Pools
 from stallfree.sim.replica import Replica, script
 from stallfree.sim.simulator import instance
 from stallfree.sim.split import SplitSimulator
+from stallfree.sim.transfer import Pools, Transfer
 from stallfree.workload.workload import Arrival
 
 PREFILL = Deployment("llama2-7b", policy="hybrid-only", max_tokens=2048, max_model_len=4096, replicas=2)
@@ -73,7 +73,7 @@ class Watched(Pools):
             replica.scheduler.ledger.check()
             Watched.preempted += sum(r.num_preemptions > 0 for r in here)
         for number, replica in enumerate(self.decode):
-            ways = self._passages.values()
+            ways = self._transfers.values()
             promised = [p.request for p in ways if p.target == number and p.twin is None]
             without_room = [*promised, *(p.twin for p in ways if p.target == number and p.twin is not None and not p.room)]
             used = {block for r in replica.scheduler.ledger.requests.values() for block in r.blocks}
@@ -129,26 +129,26 @@ def test_a_request_that_ends_with_its_first_token_leaves_nothing_where_it_was_ex
 def test_a_prompt_that_is_preempted_sends_its_kv_once():
     draw = Random(9)
     many = [Arrival(draw.uniform(0, 4), draw.randint(20, 900), draw.randint(1, 600)) for _ in range(25)]
-    sent: dict[Passage, list[float]] = {}
+    sent: dict[Transfer, list[float]] = {}
     send = Pools._send
 
-    def noted(pools, passage, tokens, begin):
-        sent.setdefault(passage, []).append(tokens)
-        send(pools, passage, tokens, begin)
+    def noted(pools, transfer, tokens, begin):
+        sent.setdefault(transfer, []).append(tokens)
+        send(pools, transfer, tokens, begin)
 
     one = {"prefill": replace(PREFILL, policy="sarathi", token_budget=256, replicas=1), "decode": replace(DECODE, replicas=1)}
     with patch.object(Pools, "_send", noted):
         served("splitwise", sorted(many, key=lambda a: a.at), (150, 150), one)
-    assert any(passage.request.num_preemptions for passage in sent)
-    for passage, parts in sent.items():
+    assert any(transfer.request.num_preemptions for transfer in sent)
+    for transfer, parts in sent.items():
         assert min(parts) >= 0
-        assert len(passage.request.prompt) == pytest.approx(sum(parts))
+        assert len(transfer.request.prompt) == pytest.approx(sum(parts))
 
 
 def test_a_token_machine_with_as_many_requests_promised_as_it_may_run_takes_no_more():
     two_each = POOLS | {"decode": replace(DECODE, max_seqs=2)}
     made = served("splitwise", [Arrival(0.001 * i, 500, 20) for i in range(8)], (1000, 1000), two_each)
-    assert (4, 4) == (made.moved.handed, made.moved.local)
+    assert (4, 4) == (made.transfers.transferred, made.transfers.local)
 
 
 def test_a_request_that_is_delivered_with_its_last_token_has_ended():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from stallfree.core.request import Request, Status
-from tests.handoff.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve
+from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve
 from tests.waiting import PATIENCE_S, comes
 
 PROMPTS = [[(7 * i + j) % 251 for j in range(length)] for i, length in enumerate((1, 3, 4, 5, 40, 61, 100))]
@@ -62,7 +62,7 @@ def test_blocks_go_while_the_prompt_is_still_being_computed(way):
 
 
 def test_what_does_not_fit_the_shared_memory_goes_by_the_connection(monkeypatch):
-    from stallfree.handoff import ring
+    from stallfree.transfer import ring
 
     monkeypatch.setattr(ring.Ring.__init__, "__defaults__", (500,))
     here, there = engine(), engine(budget=100)
@@ -99,7 +99,7 @@ def test_a_request_that_is_aborted_is_aborted_there_and_its_late_blocks_go_nowhe
 
     async def run():
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
-            outputs = thread.submit([Request("gone", PROMPTS[-1], 6, sampling=GREEDY)], fetch=asks.fetches(None))
+            outputs = thread.submit([Request("gone", PROMPTS[-1], 6, sampling=GREEDY)], transfer=asks.transfers(None))
             await comes(lambda: there.scheduler.ledger.running)
             outputs.close()
             there.executor.go()
@@ -205,7 +205,7 @@ def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hur
         if not aborted:
             whole.add(number)
         request = Request(str(number), prompts[number], 12, arrival=number, sampling=GREEDY)
-        with thread.submit([request], fetch=asks.fetches(None)) as outputs:
+        with thread.submit([request], transfer=asks.transfers(None)) as outputs:
             tokens = got.setdefault(number, [])
             async with asyncio.timeout(rng.random() * 0.3 if aborted else PATIENCE_S):
                 async for came in outputs:
@@ -242,7 +242,7 @@ def test_a_first_token_can_be_the_last(way):
         async with prefilling(there) as address, decoding(here, address) as (thread, asks):
             short = Request("a", PROMPTS[4], 1, sampling=GREEDY)
             stopped = Request("b", PROMPTS[4], 9, stop_ids=frozenset({stop}), sampling=GREEDY)
-            outputs = await read(thread.submit([short, stopped], fetch=asks.fetches(None)))
+            outputs = await read(thread.submit([short, stopped], transfer=asks.transfers(None)))
             await comes(lambda: not here.busy)
             assert Status.FINISHED is short.status
             return {(o.id, o.tokens, o.finish_reason) for o in outputs}

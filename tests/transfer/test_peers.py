@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 
 from stallfree.executors.sampling import Sampling, to_values
-from stallfree.handoff import asking, frames, serving
-from stallfree.handoff.asking import Asking
-from stallfree.handoff.frames import Broken, receive, send
-from stallfree.handoff.terms import Refusal, Terms, address, connect, introduce, welcome
-from tests.handoff.conftest import (
+from stallfree.transfer import asking, frames, serving
+from stallfree.transfer.asking import Asking
+from stallfree.transfer.frames import Broken, receive, send
+from stallfree.transfer.terms import Refusal, Terms, address, connect, introduce, welcome
+from tests.transfer.conftest import (
     Remembering,
     decoding,
     engine,
@@ -276,7 +276,7 @@ def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let
 def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
     asks = Asking(None, terms(engine()), [("127.0.0.1", 1)], "")
     for name in ["x" * 1000, "x" * 1000, *(f"host:{number}" for number in range(1000))]:
-        asks.fetches(name)
+        asks.transfers(name)
     said = [record.getMessage() for record in caplog.records]
     assert asking.MOST_UNKNOWN == len(said)
     assert f"'{'x' * 80}', named by a router" in said[0]
@@ -291,7 +291,7 @@ def test_an_executor_whose_kv_cannot_be_moved_is_named():
     class Spread:
         capacity = Remembering().capacity
 
-    with pytest.raises(ValueError, match="Spread has no KV that can be handed over"):
+    with pytest.raises(ValueError, match="Spread has no KV that can be transferred"):
         Terms.of(Spread(), "m")
 
 

@@ -18,12 +18,12 @@ from itertools import count
 from typing import cast
 
 from stallfree.core.request import Request
-from stallfree.engine.prefetch import Fetch
+from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
-from stallfree.handoff.frames import Broken, Header, Link, whole
-from stallfree.handoff.terms import Refusal, Terms, address, connect
+from stallfree.transfer.frames import Broken, Header, Link, whole
+from stallfree.transfer.terms import Refusal, Terms, address, connect
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,14 @@ class Asking:
 
     def start(self) -> None:
         for peer in self.peers:
-            threading.Thread(target=peer.run, name=f"handoff {peer.name}", daemon=True).start()
+            threading.Thread(target=peer.run, name=f"transfer {peer.name}", daemon=True).start()
 
     def close(self) -> None:
         for peer in self.peers:
             peer.close()
 
-    def fetches(self, name: str | None) -> Callable[[], Fetch]:
-        """What makes the `Fetch` of a request; `name`: the peer, as host:port, that is to be asked first. It is a hint: for one
+    def transfers(self, name: str | None) -> Callable[[], Transfer]:
+        """What makes the `Transfer` of a request; `name`: the peer, as host:port, that is to be asked first. It is a hint: for one
         that was not configured they are asked in turns, and the log says so once.
         """
         found = next((peer for peer in self.peers if peer.name == name), None)
@@ -199,7 +199,7 @@ class _Peer:
 
 
 class _Transfer:
-    """One request's prompt on its way, a `Fetch`: whom it was asked of, and which blocks have come. In the engine's thread."""
+    """One request's prompt on its way, a `Transfer`: whom it was asked of, and which blocks have come. In the engine's thread."""
 
     def __init__(self, asking: Asking, wanted: _Peer | None):
         self._asking, self._wanted = asking, wanted

@@ -8,8 +8,8 @@ import socket
 from dataclasses import asdict, dataclass, fields
 
 from stallfree.executors.base import Executor, MovesKV
-from stallfree.handoff.frames import MOST_BODY, Header, receive, send
-from stallfree.handoff.ring import Ring, attach
+from stallfree.transfer.frames import MOST_BODY, Header, receive, send
+from stallfree.transfer.ring import Ring, attach
 
 PROTOCOL = 1
 WAY_OUT = "give both the same model, --executor, --weights and --kv, and the same release of openvino, if that runs it"
@@ -34,9 +34,9 @@ class Terms:
     def of(cls, executor: Executor, model: str) -> "Terms":
         """Those of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be moved."""
         if not isinstance(executor, MovesKV):
-            raise ValueError(f"{type(executor).__name__} has no KV that can be handed over; take another executor, or --role both")
+            raise ValueError(f"{type(executor).__name__} has no KV that can be transferred; take another executor, or --role both")
         if executor.block_bytes > MOST_BODY:
-            raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large to be handed over; {MOST_BODY:,} can be")
+            raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large to be transferred; {MOST_BODY:,} can be")
         return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)
 
     def against(self, theirs: object) -> str:
@@ -68,7 +68,7 @@ def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
     if not _knows(hello, "decode", nonces, key):
         why = "the peer key is wrong or missing; give both sides the same --peer-key"
     elif hello.get("stallfree") != PROTOCOL:
-        why = f"hand-off protocol {PROTOCOL} at the prefill engine, {str(hello.get('stallfree'))[:20]} at the decode engine"
+        why = f"KV transfer protocol {PROTOCOL} at the prefill engine, {str(hello.get('stallfree'))[:20]} at the decode engine"
     else:
         why = terms.against(hello.get("terms"))
     if why:
@@ -83,7 +83,7 @@ def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
     """The decode side of a meeting; the memory that both share, if they are on one machine. Raises OSError or Refusal."""
     hello = receive(sock, 0)[0]
     if hello.get("stallfree") != PROTOCOL:
-        raise Refusal(f"what listens there is no prefill engine of hand-off protocol {PROTOCOL}")
+        raise Refusal(f"what listens there is no prefill engine of KV transfer protocol {PROTOCOL}")
     own = secrets.token_hex(16)
     nonces = f"{hello.get('nonce')} {own}"
     ring = Ring()

@@ -14,10 +14,10 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import Sampling
-from stallfree.handoff import asking, frames, ring, serving
-from stallfree.handoff.asking import Asking
-from stallfree.handoff.serving import Serving
-from stallfree.handoff.terms import Terms
+from stallfree.transfer import asking, frames, ring, serving
+from stallfree.transfer.asking import Asking
+from stallfree.transfer.serving import Serving
+from stallfree.transfer.terms import Terms
 from tests.waiting import comes
 
 GREEDY = Sampling(temperature=0)
@@ -131,7 +131,7 @@ async def read(outputs) -> list:
 async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
     """The tokens of each prompt, all at once."""
     requests = [Request(f"r{i}", prompt, max_tokens, arrival=i, sampling=GREEDY) for i, prompt in enumerate(prompts)]
-    outputs = await read(thread.submit(requests, fetch=asks.fetches(None)))
+    outputs = await read(thread.submit(requests, transfer=asks.transfers(None)))
     return [[token for o in outputs if o.id == r.id for token in o.tokens] for r in requests]
 
 

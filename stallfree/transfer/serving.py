@@ -26,9 +26,9 @@ from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import TokenLogprob, of_values
-from stallfree.handoff.frames import Broken, Header, Link, shut, whole
-from stallfree.handoff.ring import Room
-from stallfree.handoff.terms import Refusal, Terms, address, welcome
+from stallfree.transfer.frames import Broken, Header, Link, shut, whole
+from stallfree.transfer.ring import Room
+from stallfree.transfer.terms import Refusal, Terms, address, welcome
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Serving:
     def start(self) -> None:
         """Call it in the event loop in which the engine's thread was started."""
         self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._accept, name="handoff-door", daemon=True).start()
+        threading.Thread(target=self._accept, name="transfer-door", daemon=True).start()
 
     def close(self) -> None:
         """Let nobody in any more, and everybody go."""

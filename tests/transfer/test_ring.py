@@ -6,8 +6,8 @@ from collections import deque
 
 import pytest
 
-from stallfree.handoff import ring
-from stallfree.handoff.ring import Ring, Room, attach
+from stallfree.transfer import ring
+from stallfree.transfer.ring import Ring, Room, attach
 
 
 def test_what_one_writes_the_other_reads_and_no_file_is_left():

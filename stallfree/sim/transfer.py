@@ -1,7 +1,7 @@
 """Prefill here and decode there: replicas of two pools, the same scheduler in each, and the KV that goes from one to the other.
 
 A request is computed in a replica of the prefill pool up to its first token, held there until room for it is reserved in one of the
-decode pool, and goes on when its KV has arrived: then its first token is shown, as the engine's own hand-over does, since a token
+decode pool, and goes on when its KV has arrived: then its first token is shown, as the engine's own KV transfer does, since a token
 that nothing follows for seconds would meet any target. A decode pool without room thus holds prefills back, and in the end their
 admission. Who goes where is a `Pairing`'s choice; what moves how fast, the fabric's.
 """
@@ -21,7 +21,7 @@ MakeReplica = Callable[..., Replica]
 
 
 @dataclass(eq=False, slots=True)
-class Passage:
+class Transfer:
     """A request that is to change places: from `source` to `target` (None: not chosen yet), by number. `twin` is what goes on
     there, once it is expected, and `room`: whether blocks are reserved. Tokens of KV: `computed`, and `sent`, some of them in
     `flows` that are under way. `since`: when its first token was sampled.
@@ -56,12 +56,12 @@ class Pairing(Protocol):
 
 
 @dataclass(slots=True)
-class Moved:
-    """What hand-overs came to: how many, `bytes` moved, and seconds between the sampling of first tokens and their KV's arrival
+class Totals:
+    """What KV transfers came to: how many, `bytes` moved, and seconds between the sampling of first tokens and their KV's arrival
     (`exposed_s`), beside the seconds from first to last token (`decode_s`). `local`: requests that stayed where they were.
     """
 
-    handed: int = 0
+    transferred: int = 0
     bytes: float = 0.0
     exposed_s: float = 0.0
     decode_s: float = 0.0
@@ -85,15 +85,15 @@ class Pools:
         latency_s: float,
         ended: Callable[[Request], None],
     ):
-        self.moved = Moved()
+        self.transfers = Totals()
         self.fabric = Fabric()
         self._pairing, self._path = pairing, path
         self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
-        self._passages: dict[str, Passage] = {}
+        self._transfers: dict[str, Transfer] = {}
         self._told = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
-        self._promised: list[set[Passage]] = [set() for _ in decode]
-        self.decode = [make(ended=self._ended, completed=self._fetching(number)) for number, make in enumerate(decode)]
+        self._promised: list[set[Transfer]] = [set() for _ in decode]
+        self.decode = [make(ended=self._ended, completed=self._admitting(number)) for number, make in enumerate(decode)]
         self._block_size = self.decode[0].scheduler.ledger.capacity.block_size
 
     def load(self, number: int) -> int:
@@ -103,7 +103,7 @@ class Pools:
     def kv(self, number: int) -> int:
         """Blocks of KV that decode replica `number` has in use, or is to fill for requests that it expects or has been promised."""
         scheduler = self.decode[number].scheduler
-        coming = (*scheduler.ledger.expected, *(passage.request for passage in self._promised[number]))
+        coming = (*scheduler.ledger.expected, *(transfer.request for transfer in self._promised[number]))
         return (
             scheduler.ledger.capacity.num_blocks
             - scheduler.ledger.pool.num_free
@@ -148,14 +148,14 @@ class Pools:
         source = self._pairing.prefill(request, self)
         if isinstance(source, Replica):
             replica = source
-            self.moved.local += 1
+            self.transfers.local += 1
         else:
             replica = self.prefill[source]
             target = self._pairing.decode(source, self) if self._pairing.early else None
             if request.max_tokens > 1:
-                self._passages[request.id] = passage = Passage(request, source, target)
+                self._transfers[request.id] = transfer = Transfer(request, source, target)
                 if target is not None:
-                    self._promised[target].add(passage)
+                    self._promised[target].add(transfer)
         replica.take(request)
         replica.run(nextafter(request.arrival, inf))
 
@@ -164,94 +164,94 @@ class Pools:
         if not self._pairing.overlap:
             return
         for work in plan.work:
-            passage = self._passages.get(work.id)
-            if passage is None:
+            transfer = self._transfers.get(work.id)
+            if transfer is None:
                 continue
-            self._expect(passage, begin)
+            self._expect(transfer, begin)
             # One that was preempted computes again what has been sent.
-            if passage.room and (tokens := work.start + work.count - passage.sent) > 0:
-                passage.sent += tokens
+            if transfer.room and (tokens := work.start + work.count - transfer.sent) > 0:
+                transfer.sent += tokens
                 share = 1 / self._layers
-                self._send(passage, tokens * (1 - share), begin + (end - begin) * share)
-                self._send(passage, tokens * share, end)
+                self._send(transfer, tokens * (1 - share), begin + (end - begin) * share)
+                self._send(transfer, tokens * share, end)
 
     def _computed(self, plan: Plan, end: float) -> None:
-        """An iteration of a prefill replica is over: those that have their first token wait for their KV to be fetched."""
+        """An iteration of a prefill replica is over: those that have their first token wait for their KV to be transferred."""
         for work in plan.work:
-            passage = self._passages.get(work.id)
-            if passage is None:
+            transfer = self._transfers.get(work.id)
+            if transfer is None:
                 continue
-            passage.computed = work.start + work.count
+            transfer.computed = work.start + work.count
             if work.samples:
-                self.prefill[passage.source].hold(work.id)
-                if passage.room:
-                    self._rest(passage, end)
-                passage.since = end
-                self._expect(passage, end)
+                self.prefill[transfer.source].hold(work.id)
+                if transfer.room:
+                    self._rest(transfer, end)
+                transfer.since = end
+                self._expect(transfer, end)
 
-    def _expect(self, passage: Passage, now: float) -> None:
-        """The passage is to go where it goes, once there is room."""
-        if passage.twin is not None:
+    def _expect(self, transfer: Transfer, now: float) -> None:
+        """The transfer is to go where it goes, once there is room."""
+        if transfer.twin is not None:
             return
-        one = passage.request
-        if passage.target is None:
-            passage.target = self._pairing.decode(passage.source, self)
-        self._promised[passage.target].discard(passage)
-        passage.twin = Request(
+        one = transfer.request
+        if transfer.target is None:
+            transfer.target = self._pairing.decode(transfer.source, self)
+        self._promised[transfer.target].discard(transfer)
+        transfer.twin = Request(
             one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
         )
-        self.decode[passage.target].expect(passage.twin)
-        self._fetch(passage.target, now)
+        self.decode[transfer.target].expect(transfer.twin)
+        self._admit(transfer.target, now)
 
-    def _fetching(self, number: int) -> Callable[[Plan, float], None]:
-        return lambda plan, end: self._fetch(number, end)
+    def _admitting(self, number: int) -> Callable[[Plan, float], None]:
+        return lambda plan, end: self._admit(number, end)
 
-    def _fetch(self, number: int, now: float) -> None:
+    def _admit(self, number: int, now: float) -> None:
         """Room in a decode replica is given to those that it expects, in their order."""
         while (twin := self.decode[number].admit()) is not None:
-            passage = self._passages[twin.id]
-            passage.room = True
-            if passage.since < inf:
-                self._rest(passage, now)
+            transfer = self._transfers[twin.id]
+            transfer.room = True
+            if transfer.since < inf:
+                self._rest(transfer, now)
 
-    def _rest(self, passage: Passage, now: float) -> None:
+    def _rest(self, transfer: Transfer, now: float) -> None:
         """The prompt is computed, and there is room: what has not been sent is."""
-        tokens = passage.computed - passage.sent
-        passage.sent += tokens
-        self._send(passage, tokens, now)
+        tokens = transfer.computed - transfer.sent
+        transfer.sent += tokens
+        self._send(transfer, tokens, now)
 
-    def _send(self, passage: Passage, tokens: float, begin: float) -> None:
-        assert passage.target is not None
+    def _send(self, transfer: Transfer, tokens: float, begin: float) -> None:
+        assert transfer.target is not None
         size = tokens * self._kv_bytes
-        passage.flows += 1
-        self.moved.bytes += size
-        path = self._path(passage.source, passage.target)
-        self.fabric.send(size, path, begin + self._latency_s, lambda now: self._arrived(passage, now))
+        transfer.flows += 1
+        self.transfers.bytes += size
+        path = self._path(transfer.source, transfer.target)
+        self.fabric.send(size, path, begin + self._latency_s, lambda now: self._arrived(transfer, now))
 
-    def _arrived(self, passage: Passage, now: float) -> None:
-        passage.flows -= 1
-        if passage.flows or passage.since == inf or passage.sent < passage.computed:
+    def _arrived(self, transfer: Transfer, now: float) -> None:
+        transfer.flows -= 1
+        if transfer.flows or transfer.since == inf or transfer.sent < transfer.computed:
             return
-        assert passage.target is not None
-        assert passage.twin is not None
-        id, told = passage.request.id, passage.twin.sampling
+        assert transfer.target is not None
+        assert transfer.twin is not None
+        id, told = transfer.request.id, transfer.twin.sampling
         assert isinstance(told, Script)
-        del self._passages[id]
-        self.moved.handed += 1
-        self.moved.exposed_s += now - passage.since
+        del self._transfers[id]
+        self.transfers.transferred += 1
+        self.transfers.exposed_s += now - transfer.since
         told.line.tokens[0] = now
-        self.prefill[passage.source].let_go(id, now)
-        self.decode[passage.target].deliver(passage.twin, told.answer[0], now)
+        self.prefill[transfer.source].let_go(id, now)
+        self.decode[transfer.target].deliver(transfer.twin, told.answer[0], now)
 
     def _ended(self, request: Request) -> None:
-        passage = self._passages.pop(request.id, None)
-        if passage is not None and passage.target is not None:  # it ended where its prompt was computed
-            self._promised[passage.target].discard(passage)
-            if passage.twin is not None:
-                self.decode[passage.target].forgo(request.id, request.last_token)
-                self._fetch(passage.target, request.last_token)
+        transfer = self._transfers.pop(request.id, None)
+        if transfer is not None and transfer.target is not None:  # it ended where its prompt was computed
+            self._promised[transfer.target].discard(transfer)
+            if transfer.twin is not None:
+                self.decode[transfer.target].forgo(request.id, request.last_token)
+                self._admit(transfer.target, request.last_token)
         tokens = request.sampling.line.tokens  # type: ignore[attr-defined]
-        self.moved.decode_s += tokens[-1] - tokens[0]
+        self.transfers.decode_s += tokens[-1] - tokens[0]
         self._told(request)
 
 

@@ -1,13 +1,13 @@
-"""Hand-off between two servers of this machine: are the tokens those of one server, and what does it add to the TTFT?
+"""KV transfer between two servers of this machine: are the tokens those of one server, and what does it add to the TTFT?
 
 `equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch, some of them aborted by their
 clients at random moments: first all of them on one server, then by a server that prefills and one that decodes. Every token that
-came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and handed over,
+came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and transferred,
 as a client sees it; what is added is the median over pairs, for this machine changes its speed from minute to minute. The limit is
 5 % of the prefill. All servers run on the same cores; those not asked are idle. Their KV is small, and has been used once before
-anything is counted: memory that is touched for the first time costs more than the hand-over.
+anything is counted: memory that is touched for the first time costs more than the KV transfer.
 
-    python benchmarks/handoff.py
+    python benchmarks/transfer.py
 """
 
 import asyncio
@@ -106,8 +106,8 @@ async def equal(alone: str, handed: str, number: int) -> dict[str, Any]:
         "aborted": sum(not done for _, done, _ in got),
         "tokens compared": sum(len(tokens) for tokens, _, _ in got),
         "requests with a wrong token": wrong + short,
-        "handed over": int(told['stallfree_handoffs_total{outcome="delivered"}']),
-        "recomputed": int(told['stallfree_handoffs_total{outcome="recomputed"}']),
+        "transferred": int(told['stallfree_kv_transfers_total{outcome="delivered"}']),
+        "recomputed": int(told['stallfree_kv_transfers_total{outcome="recomputed"}']),
     }
 
 
@@ -125,12 +125,12 @@ async def added(alone: str, handed: str, number: int, policy: str) -> dict[str, 
         told = {name: value - before.get(name, 0) for name, value in (await metrics(session, handed)).items()}
     one, two = (statistics.median(seconds[url]) for url in (alone, handed))
     more = statistics.median(b - a for a, b in zip(seconds[alone], seconds[handed], strict=True))
-    delivered = told['stallfree_handoffs_total{outcome="delivered"}']
+    delivered = told['stallfree_kv_transfers_total{outcome="delivered"}']
     return {
         "policy": policy,
         "requests": number,
         "alone, ms": one * 1e3,
-        "handed over, ms": two * 1e3,
+        "transferred, ms": two * 1e3,
         "added, ms": more * 1e3,
         "added, %": 100 * more / one,
         "limit, %": LIMIT,
@@ -153,7 +153,7 @@ def main() -> None:
     show("Tokens", [first], facts, None)
     show(f"TTFT, {LENGTH:,} tokens", rows, facts, None)
     if args.json is not None:
-        args.json.write_text(json.dumps({"title": "Hand-off", "machine": facts, "rows": [first, *rows]}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"title": "KV transfer", "machine": facts, "rows": [first, *rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

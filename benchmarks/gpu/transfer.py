@@ -1,6 +1,6 @@
 """Two engines in two processes on one device: one prefills, one decodes. Are the tokens those of one engine?
 
-    python -m gpu.handover DEVICE
+    python -m gpu.transfer DEVICE
 
 is the engine that prefills: it prints its port, and serves until its input ends.
 """
@@ -25,10 +25,10 @@ from stallfree.engine.text import Text
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import GREEDY
 from stallfree.executors.torch import Options, TorchExecutor
-from stallfree.handoff.asking import Asking
-from stallfree.handoff.serving import Serving
-from stallfree.handoff.terms import Terms
 from stallfree.policies import load
+from stallfree.transfer.asking import Asking
+from stallfree.transfer.serving import Serving
+from stallfree.transfer.terms import Terms
 
 PATIENCE_S = 60.0
 WAITING = 100
@@ -49,7 +49,7 @@ def engine(device: str, records: list[StepRecord] | None = None) -> Engine:
 
 def handed(device: str) -> dict[str, Any]:
     """The share of requests of which a token differs, or whose prompt did not come from the other process."""
-    command = [sys.executable, "-m", "gpu.handover", device]
+    command = [sys.executable, "-m", "gpu.transfer", device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
             records: list[StepRecord] = []
@@ -86,7 +86,7 @@ async def decode(own: Engine, port: int, asked: list[Any]) -> list[list[int]]:
             while not asking.num_connected:
                 await asyncio.sleep(0.05)
             found: dict[str, list[int]] = {request.id: [] for request in asked}
-            async for came in thread.submit(asked, fetch=asking.fetches(None)):
+            async for came in thread.submit(asked, transfer=asking.transfers(None)):
                 for output in came:
                     found[output.id] += output.tokens
             return [found[request.id] for request in asked]
