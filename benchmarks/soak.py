@@ -9,9 +9,9 @@ bodies for it hold (resident) in the end, over what they held after a tenth of t
 would look like a leak until they are full: the KV cache is kept so small that a tenth of the requests touches all of it, and the
 tokenizers' caches of words, of which the simulated model's are whole texts, are off.
 
-In bfloat16 and int8 another batch may change the last bits of a logit, so two nearly equal tokens may change places. An answer counts
-as wrong if, at its first token that differs, the lone run gives that token a log-probability more than 0.2 below its own choice's.
-After that token the two texts are different ones, and are not compared.
+In bfloat16 and int8 another batch may change the last bits of a logit, so two nearly equal tokens may change places. An answer
+counts as wrong if, at its first token that differs, the lone run gives that token a log-probability more than 0.2 below its own
+choice's. After that token the two texts are different ones, and are not compared.
 
     python benchmarks/soak.py
 """
@@ -101,7 +101,8 @@ def fuzzed(rng: random.Random, vocabulary: int, *, lasting: bool = False) -> tup
 
 def greedy(rng: random.Random) -> tuple[str, dict[str, Any]]:
     words = ["sea", "moon", "river", "stone", "night", "bread", "house"]
-    return "/v1/completions", {"prompt": " ".join(rng.choices(words, k=rng.choice([3, 30]))), "max_tokens": 16, "temperature": 0, "logprobs": 5}
+    prompt = " ".join(rng.choices(words, k=rng.choice([3, 30])))
+    return "/v1/completions", {"prompt": prompt, "max_tokens": 16, "ignore_eos": True, "temperature": 0, "logprobs": 5}
 
 
 def resident(process: int) -> int:
