@@ -144,7 +144,7 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
         sharded, network = shape.Sharded(shape.load(model), 1, 1), links.load(link)
         whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
         prefill = line.tokens[0] - made.transfers.exposed_s
-        layers = sharded.model.layers
+        layers = sharded.model.num_layers
         # Layer by layer: the last layer's KV, or what the link could not take while the others were computed.
         left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
         rows.append(

@@ -42,7 +42,7 @@ def _executor(side: Side) -> TorchExecutor:
 def _engine(side: Side, decodes: int, overlap: bool) -> dict[str, Any]:
     executor, prompt, number = _executor(side), side.context // 8, 100 if side.device == "cuda" else 8
     executor.capacity = replace(executor.capacity, depth=1 + overlap, overlap=overlap)
-    taken = paced(executor, decodes, prompt, number, side.model.vocab)
+    taken = paced(executor, decodes, prompt, number, side.model.vocab_size)
     found: dict[str, Any] = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in taken.items()}
     sheet = data_sheet(side.device)
     shape = [(prompt + number // 2, 1)] * decodes

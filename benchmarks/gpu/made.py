@@ -6,7 +6,7 @@ Weights follow from a tensor's name alone, so two processes, or a GPU and a proc
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,21 @@ import torch
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.checkpoint.config import rotary_frequencies
+from stallfree.checkpoint.dimensions import Dimensions
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Work
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.executors.base import Executor
-from stallfree.perf.shape import Model
 from stallfree.policies import load
 
-SMALL = Model("small", layers=4, hidden=512, heads=8, kv_heads=2, head_dim=64, ffn=1024, vocab=2048, context=1024)
-TINY = Model("tiny", layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=128, vocab=256, context=512)
+SMALL = Dimensions(
+    name="small", family="llama", num_layers=4, hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64, ffn_size=1024,
+    vocab_size=2048, max_model_len=1024,
+)  # fmt: skip
+TINY = replace(
+    SMALL, name="tiny", num_layers=2, hidden_size=128, num_heads=4, head_dim=32, ffn_size=128, vocab_size=256, max_model_len=512
+)
 """For a processor."""
 
 
@@ -36,14 +41,14 @@ def need_cuda(device: str) -> None:
         raise Absent("needs cuda")
 
 
-def config_of(model: Model, **changes: Any) -> ModelConfig:
+def config_of(model: Dimensions, **changes: Any) -> ModelConfig:
     """The llama of these dimensions, with `changes`."""
     config = ModelConfig(
-        family="llama", vocab_size=model.vocab, num_layers=model.layers, hidden_size=model.hidden, num_heads=model.heads,
-        num_kv_heads=model.kv_heads, head_dim=model.head_dim, ffn_size=model.ffn, norm_eps=1e-5,
-        inv_freq=rotary_frequencies(model.head_dim, 10000.0, {}, model.name), max_model_len=max(model.context, 512),
-        windows=(0,) * model.layers, tie_embeddings=model.tied,
-    )  # fmt: skip
+        **asdict(model) | {"family": "llama", "max_model_len": max(model.max_model_len, 512)},
+        norm_eps=1e-5,
+        inv_freq=rotary_frequencies(model.head_dim, 10000.0, {}, model.name),
+        windows=(0,) * model.num_layers,
+    )
     return replace(config, **changes)
 
 

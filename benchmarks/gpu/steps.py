@@ -20,12 +20,13 @@ import torch
 from gpu.facts import data_sheet, rates, seconds
 from gpu.made import TINY, Absent, checkpoint, config_of, iteration
 
+from stallfree.checkpoint.dimensions import Dimensions
 from stallfree.executors.torch import Options
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import BLOCK, Runner
 from stallfree.perf.hardware import Hardware
 from stallfree.perf.roofline import Roofline
-from stallfree.perf.shape import Model, Sharded, load
+from stallfree.perf.shape import Sharded, load
 
 SHAPES = {
     "1 decode": (1, 0), "32 decodes": (32, 0), "128 decodes": (128, 0), "prefill 512": (0, 512), "prefill 2,048": (0, 2048),
@@ -46,7 +47,7 @@ Case = tuple[str, Callable[[], dict[str, Any]]]
 class Side:
     """A model and its formats; `context` in tokens of each decode."""
 
-    model: Model
+    model: Dimensions
     weights: str = "bf16"
     kv: str = "bf16"
     device: str = "cuda"
@@ -128,13 +129,13 @@ def _runner(side: Side) -> Runner:
 
 def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
     shape = side.shape(decodes, chunk)
-    work, blocks = iteration(shape, side.model.vocab, BLOCK, scattered=False)
+    work, blocks = iteration(shape, side.model.vocab_size, BLOCK, scattered=False)
     runner = HELD.take(side)
     if blocks > runner.capacity.num_blocks:
         needed, there = (number * runner.block_bytes / 1e9 for number in (blocks, runner.capacity.num_blocks))
         raise Absent(f"needs {needed:.1f} GB of KV, and there is room for {there:.1f} GB")
     for piece in work[HELD.filled : decodes]:  # what a decode attends to is computed as any prompt is
-        tokens = tuple(torch.randint(side.model.vocab, (side.context,)).tolist())
+        tokens = tuple(torch.randint(side.model.vocab_size, (side.context,)).tolist())
         runner.run([piece._replace(start=0, count=side.context, tokens=tokens)], [side.context - 1])
     HELD.filled = max(HELD.filled, decodes)
     if graphs and not HELD.recorded:
@@ -153,8 +154,8 @@ def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
 def least(side: Side, decodes: int, chunk: int, copy: float, product: float) -> float:
     """Seconds by bytes over `copy` and operations over `product`, both a second."""
     model, sharded = side.model, side.sharded
-    kv, head = sharded.kv_bytes_per_token, 2 * model.vocab * model.hidden
-    weights = model.layers * sum(matrix.bytes for matrix in sharded.layer()) + sharded.head().bytes
+    kv, head = sharded.kv_bytes_per_token, 2 * model.vocab_size * model.hidden_size
+    weights = model.num_layers * sum(matrix.bytes for matrix in sharded.layer()) + sharded.head().bytes
     linear = model.flops_per_token - head
     found = 0.0
     if decodes:

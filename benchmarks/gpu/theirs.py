@@ -30,8 +30,9 @@ def _model(name: str, device: str) -> Any:
         raise Absent(f"transformers is not there: {missing}") from None
     model = load(name)
     config = LlamaConfig(
-        vocab_size=model.vocab, num_hidden_layers=model.layers, hidden_size=model.hidden, num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads, intermediate_size=model.ffn, max_position_embeddings=16384,
+        vocab_size=model.vocab_size, num_hidden_layers=model.num_layers, hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads, intermediate_size=model.ffn_size,
+        max_position_embeddings=16384,
     )  # fmt: skip
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
@@ -43,7 +44,7 @@ def _model(name: str, device: str) -> Any:
 
 def _step(device: str, decodes: int, chunk: int) -> dict[str, Any]:
     need_cuda(device)
-    model, vocab = _model("llama3-8b", device), load("llama3-8b").vocab
+    model, vocab = _model("llama3-8b", device), load("llama3-8b").vocab_size
     context = Side(load("llama3-8b")).context
 
     def generate(more: int) -> None:

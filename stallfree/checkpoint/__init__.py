@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stallfree.checkpoint.config import CheckpointError, ModelConfig
+from stallfree.checkpoint.config import ModelConfig
+from stallfree.checkpoint.dimensions import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "ModelConfig", "open_checkpoint"]
 

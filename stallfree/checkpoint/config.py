@@ -1,49 +1,33 @@
-"""What a model is, in numbers: enough to build its graph, whatever file the numbers came from.
+"""What a model's graph is built from, beyond its dimensions: its tensors, by their Hugging Face names, and its rotary positions.
 
-It knows nothing of files; the readers beside it do. Tensors have their Hugging Face names.
+It knows nothing of files; the readers beside it do.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "falcon")
+from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positive, size
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the value and the way out."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon: LayerNorm, and an FFN with
-    GELU that reads what attention reads.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Dimensions):
+    """All that a model's graph is built from: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon: LayerNorm, and an
+    FFN with GELU that reads what attention reads.
 
     `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied; `rope_scale`: what their cosines
     and sines are multiplied by. `max_model_len`: tokens of the longest sequence whose positions are exact. `windows`: per layer,
-    how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be absent; `eos_token_ids` may be empty. Of
-    `experts` FFNs each token passes `active_experts`. `own_norm`: Falcon's FFN has a norm of its own.
+    how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be absent; `eos_token_ids` may be empty.
+    `own_norm`: Falcon's FFN has a norm of its own.
     """
 
-    family: str
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
     norm_eps: float
     inv_freq: tuple[float, ...]
-    max_model_len: int
     windows: tuple[int, ...]
-    tie_embeddings: bool
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    experts: int = 1
-    active_experts: int = 1
     own_norm: bool = False
     rope_scale: float = 1.0
     bos_token_id: int | None = None
@@ -83,8 +67,8 @@ class ModelConfig:
                 shapes[f"{prefix}{name}.weight"] = (out, inner)
                 if bias:
                     shapes[f"{prefix}{name}.bias"] = (out,)
-            for name, size in norms:
-                shapes[f"{prefix}{name}.weight"] = (size,)
+            for name, width in norms:
+                shapes[f"{prefix}{name}.weight"] = (width,)
         return shapes
 
     def _falcon(self) -> dict[str, tuple[int, ...]]:
@@ -234,26 +218,6 @@ def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: st
     first, last = max(first, 0), min(last, head_dim - 1)
     width = last - first or 0.001
     return [1 - min(1.0, max(0.0, (i - first) / width)) for i in range(head_dim // 2)]
-
-
-def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:
-    """The finite number above 0 under `key`; raises CheckpointError naming `source` and `key` otherwise."""
-    value = values.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise CheckpointError(f"{source}: {key!r} is missing; the checkpoint is incomplete, fetch it again")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{source}: {key!r} is {value!r}, expected a number above 0")
-    return value
-
-
-def size(values: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
-    """The whole number above 0, and below 2^31, under `key`; raises CheckpointError naming `source` and `key` otherwise."""
-    value = positive(values, key, source, default)
-    if value != int(value) or value >= 2**31:
-        raise CheckpointError(f"{source}: {key!r} is {value!r}, expected a whole number below 2^31")
-    return int(value)
 
 
 def check(config: ModelConfig, source: str) -> ModelConfig:

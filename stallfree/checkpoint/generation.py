@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import inf, isfinite
 from pathlib import Path
 
-from stallfree.checkpoint.config import CheckpointError
+from stallfree.checkpoint.dimensions import CheckpointError
 
 EMBEDDED_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "top_p": 0.9}
 """For SmolLM2-135M-Instruct, whose file says nothing of it: what the example on its model card uses."""

@@ -15,20 +15,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import (
-    CheckpointError,
-    ModelConfig,
-    check,
-    check_tensors,
-    positive,
-    rotary_frequencies,
-    rotary_limit,
-    rotary_scale,
-    size,
-)
-
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""`general.architecture`; Mistral's files say llama."""
+from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
+from stallfree.checkpoint.dimensions import FAMILIES, CheckpointError, positive, size
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -192,9 +180,10 @@ def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:
 
 
 def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    source, family = str(path), metadata.get("general.architecture")
-    if family not in FAMILIES:
-        raise CheckpointError(f"{path}: architecture {family!r} is not supported; supported in GGUF are {', '.join(FAMILIES)}")
+    source, family = str(path), str(metadata.get("general.architecture"))
+    read = [name for name, row in FAMILIES.items() if row.gguf]  # Mistral's files say llama
+    if family not in read:
+        raise CheckpointError(f"{path}: architecture {family!r} is not supported; supported in GGUF are {', '.join(read)}")
     if f"{family}.expert_count" in metadata:
         raise CheckpointError(f"{path}: a mixture of experts is not supported; take a dense model")
 
@@ -225,7 +214,8 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
     bos, eos = (_special(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size, source) for name in ("bos", "eos"))
     first = "model.layers.0."
     config = ModelConfig(
-        family=str(family),
+        name=path.stem,
+        family=family,
         vocab_size=vocab_size,
         num_layers=num_layers,
         hidden_size=hidden,
@@ -239,10 +229,10 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         max_model_len=min(longest, rotary_limit(scaling, source, longest)),
         windows=(window if isinstance(window, int) and window > 0 else 0,) * num_layers,
         tie_embeddings="lm_head.weight" not in tensors,
-        qkv_bias=family == "qwen2" or first + "self_attn.q_proj.bias" in tensors,
+        qkv_bias=FAMILIES[family].qkv_bias or first + "self_attn.q_proj.bias" in tensors,
         output_bias=first + "self_attn.o_proj.bias" in tensors,
         mlp_bias=first + "mlp.down_proj.bias" in tensors,
-        qk_norm=family == "qwen3",
+        qk_norm=FAMILIES[family].qk_norm,
         bos_token_id=bos,
         eos_token_ids=() if eos is None else (eos,),
     )

@@ -6,6 +6,7 @@ It never unpickles: a folder with only PyTorch's .bin files is refused. The toke
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,18 +14,8 @@ from typing import Any
 import numpy as np
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import (
-    FAMILIES,
-    CheckpointError,
-    ModelConfig,
-    check,
-    check_tensors,
-    positive,
-    rotary_frequencies,
-    rotary_limit,
-    rotary_scale,
-    size,
-)
+from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
+from stallfree.checkpoint.dimensions import FAMILIES, CheckpointError, Dimensions, dimensions, positive, size
 
 HEADER_LIMIT = 100 * 2**20
 """The longest header that the safetensors format allows, in bytes."""
@@ -64,46 +55,39 @@ def _config(path: Path) -> ModelConfig:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a Hugging Face folder needs it (is {path} the right folder?)")
     values, source = _json(file), str(file)
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    served = [name for name, family in FAMILIES.items() if family.torch]
+    if (kind := values.get("model_type")) not in served:
+        raise CheckpointError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(served)}")
     if values.get("quantization_config"):
         raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
-    if family == "falcon":
-        return _falcon(path, values, source)
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
-    hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = size(values, "head_dim", source, hidden // num_heads)
-    bias = bool(values.get("attention_bias", False)) if family in ("llama", "qwen3") else False
-    bos = values.get("bos_token_id")
+    sizes, bos = dimensions(values, source, path.name), values.get("bos_token_id")
     config = ModelConfig(
-        family=family,
-        vocab_size=size(values, "vocab_size", source),
-        num_layers=num_layers,
-        hidden_size=hidden,
-        num_heads=num_heads,
-        num_kv_heads=size(values, "num_key_value_heads", source, num_heads),
-        head_dim=head_dim,
-        ffn_size=size(values, "intermediate_size", source),
-        norm_eps=positive(values, "rms_norm_eps", source),
-        **_rotary(values, head_dim, size(values, "max_position_embeddings", source), source),
-        windows=_windows(values, num_layers, source),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=bias or family == "qwen2",
-        output_bias=bias,
-        mlp_bias=bool(values.get("mlp_bias", False)) if family == "llama" else False,
-        qk_norm=family == "qwen3",
-        experts=size(values, "num_local_experts", source) if family == "mixtral" else 1,
-        active_experts=size(values, "num_experts_per_tok", source) if family == "mixtral" else 1,
+        **asdict(sizes)
+        | (_falcon(values, source) if sizes.family == "falcon" else _llama(values, sizes.family, source))
+        | _rotary(values, sizes.head_dim, sizes.max_model_len, source),
+        windows=_windows(values, sizes, source),
+        qk_norm=FAMILIES[sizes.family].qk_norm,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_eos(path, values),
     )
     return check(config, source)
 
 
-def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
-    """Falcon's own words for the same numbers. Raises CheckpointError for its variants that are not supported."""
+def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any]:
+    """`norm_eps` and which biases there are. Raises CheckpointError for an activation that is not supported."""
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
+    bias = FAMILIES[family].optional_bias and bool(values.get("attention_bias", False))
+    return {
+        "norm_eps": positive(values, "rms_norm_eps", source),
+        "qkv_bias": bias or FAMILIES[family].qkv_bias,
+        "output_bias": bias,
+        "mlp_bias": family == "llama" and bool(values.get("mlp_bias", False)),
+    }
+
+
+def _falcon(values: dict[str, object], source: str) -> dict[str, Any]:
+    """The same of Falcon. Raises CheckpointError for its variants that are not supported."""
     new = bool(values.get("new_decoder_architecture", False))
     if values.get("alibi", False):
         raise CheckpointError(f"{source}: alibi positions are not supported; rotary ones are")
@@ -111,28 +95,11 @@ def _falcon(path: Path, values: dict[str, object], source: str) -> ModelConfig:
         raise CheckpointError(f"{source}: parallel_attn false is not supported; Falcon's released models have it true")
     if (activation := values.get("activation", "gelu")) != "gelu":
         raise CheckpointError(f"{source}: activation {activation!r} is not supported; gelu is")
-    hidden, num_heads, num_layers = (size(values, k, source) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads = size(values, "num_kv_heads", source, num_heads) if new else 1 if values.get("multi_query", True) else num_heads
-    bos = values.get("bos_token_id")
-    config = ModelConfig(
-        family="falcon",
-        vocab_size=size(values, "vocab_size", source),
-        num_layers=num_layers,
-        hidden_size=hidden,
-        num_heads=num_heads,
-        num_kv_heads=kv_heads,
-        head_dim=hidden // num_heads,
-        ffn_size=size(values, "ffn_hidden_size", source, 4 * hidden),
-        norm_eps=positive(values, "layer_norm_epsilon", source, 1e-5),
-        **_rotary(values, hidden // num_heads, size(values, "max_position_embeddings", source, 2048), source),
-        windows=(0,) * num_layers,
-        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
-        mlp_bias=bool(values.get("bias", False)),
-        own_norm=new and values.get("num_ln_in_parallel_attn") != 1,
-        bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_eos(path, values),
-    )
-    return check(config, source)
+    return {
+        "norm_eps": positive(values, "layer_norm_epsilon", source, 1e-5),
+        "mlp_bias": bool(values.get("bias", False)),
+        "own_norm": new and values.get("num_ln_in_parallel_attn") != 1,
+    }
 
 
 def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str) -> dict[str, Any]:
@@ -152,18 +119,16 @@ def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str)
     }
 
 
-def _windows(values: dict[str, object], num_layers: int, source: str) -> tuple[int, ...]:
-    """Per layer, the sliding window in tokens, or 0. Mistral has one for all layers; Qwen only with `use_sliding_window`, and then
+def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple[int, ...]:
+    """Per layer, the sliding window in tokens, or 0. Mistral has one for all layers. Qwen has one only with `use_sliding_window`:
     in the layers that `layer_types` names, or else from `max_window_layers` on."""
-    family, window = values["model_type"], values.get("sliding_window")
-    if (
-        family == "llama"
-        or window is None
-        or (family not in ("mistral", "mixtral") and not values.get("use_sliding_window", False))
-    ):
+    num_layers, layers = sizes.num_layers, FAMILIES[sizes.family].window
+    if not layers or values.get("sliding_window") is None:
+        return (0,) * num_layers
+    if layers == "listed" and not values.get("use_sliding_window", False):
         return (0,) * num_layers
     window = size(values, "sliding_window", source)
-    if family in ("mistral", "mixtral"):
+    if layers == "all":
         return (window,) * num_layers
     types = values.get("layer_types")
     if isinstance(types, list) and len(types) == num_layers:

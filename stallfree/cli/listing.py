@@ -34,7 +34,7 @@ def listing(what: What, as_json: options.Json = False) -> None:
         from stallfree.perf import shape
 
         built_in = {name: shape.load(name) for name in shape.names()}
-        rows = {n: f"{m.parameters / 1e9:.1f} billion parameters, {m.layers} layers" for n, m in built_in.items()}
+        rows = {n: f"{m.parameters / 1e9:.1f} billion parameters, {m.num_layers} layers" for n, m in built_in.items()}
     else:
         from stallfree.engine.assemble import EXECUTORS
 

@@ -74,10 +74,8 @@ def perf(
                 "or --kv fp8"
             )
     longest = max(start + count for start, count in work)
-    if longest > sharded.model.context:
-        typer.echo(
-            f"note: {sharded.model.name} was made for {sharded.model.context:,} tokens, this is priced at {longest:,}", err=True
-        )
+    if longest > (most := sharded.model.max_model_len):
+        typer.echo(f"note: {sharded.model.name} was made for {most:,} tokens, this is priced at {longest:,}", err=True)
     _price(device, sharded, cost, work, room, as_json)
 
 

@@ -116,7 +116,7 @@ class Roofline:
         self._attention = Attention(
             device, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, self.engine.masked
         )
-        self._num_layers = model.layers
+        self._num_layers = model.num_layers
         self._host_s = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
         # By the iteration's tokens: what a layer takes without attention, and what comes before the layers; by its rows of
         # logits: after.
@@ -234,17 +234,17 @@ class Roofline:
     def _linear(self, tokens: int) -> Iterator[Operator]:
         """The kernels of one layer on one device that depend on the number of tokens alone."""
         device, sharded, model = self.device, self.sharded, self.sharded.model
-        yield Operator("norm", 2, kernels.elementwise(device, "norm", tokens, model.hidden))
+        yield Operator("norm", 2, kernels.elementwise(device, "norm", tokens, model.hidden_size))
         for matrix in sharded.layer():
             yield Operator(matrix.name, 1, kernels.matmul(device, tokens, matrix))
         if not model.positions:
             turned = (sharded.heads + sharded.kv_heads) * model.head_dim
             yield Operator("rope", 1, kernels.elementwise(device, "rope", tokens, turned))
-        channels = model.active_experts * model.ffn // sharded.tp
+        channels = model.active_experts * model.ffn_size // sharded.tp
         yield Operator(
             "activation", 1, kernels.elementwise(device, "gated activation" if model.gated else "activation", tokens, channels)
         )
-        yield Operator("add", 2, kernels.elementwise(device, "add", tokens, model.hidden))
+        yield Operator("add", 2, kernels.elementwise(device, "add", tokens, model.hidden_size))
         if self._ring is not None:
             size = self._activations(tokens)
             cost = kernels.all_reduce(self._ring, sharded.tp, self._per_node, size, self.engine.in_step)
@@ -258,7 +258,7 @@ class Roofline:
             yield Operator("attention, chunks", 1, self._attention.cost_of_chunks(chunked, cached, pairs))
 
     def _embedding(self, tokens: int) -> Cost:
-        return kernels.elementwise(self.device, "embedding", tokens, self.sharded.model.hidden)
+        return kernels.elementwise(self.device, "embedding", tokens, self.sharded.model.hidden_size)
 
     def _head(self, requests: int) -> list[Operator]:
         """Logits of one row for each piece of work, and their parts brought together."""
@@ -270,4 +270,4 @@ class Roofline:
 
     def _activations(self, tokens: int) -> float:
         """Bytes of what is between two layers."""
-        return 2.0 * tokens * self.sharded.model.hidden
+        return 2.0 * tokens * self.sharded.model.hidden_size

@@ -1,7 +1,7 @@
-"""A model's dimensions, and what of it lies on one device under tensor and pipeline parallelism: weights, KV, operations.
+"""What of a model lies on one device under tensor and pipeline parallelism: matrices, bytes of weights and of KV.
 
-It reads the dimensions from `models.toml` beside this file or from a Hugging Face config.json, and knows nothing of devices or
-time. Biases are left out: they are under 0.1 % of the weights. Bytes and operations are of the mathematics; kernels do worse.
+The dimensions come from `models.toml` beside this file or from a Hugging Face config.json. It knows nothing of devices or time.
+Biases are left out: they are under 0.1 % of the weights.
 """
 
 import json
@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from stallfree.checkpoint.dimensions import Dimensions, dimensions
 from stallfree.core.nearest import nearest
 
 WEIGHT_BYTES = {"fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
@@ -19,61 +20,6 @@ WEIGHT_BYTES = {"fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
 
 KV_BYTES = {"fp16": 2.0, "fp8": 1.0}
 """Bytes of a number in the KV cache by precision."""
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "falcon", "opt")
-"""The `model_type` of a config.json that is understood."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A decoder-only transformer. `gated`: the FFN has two matrices up (SwiGLU), otherwise one; `parallel`: attention and FFN
-    read the same input (Falcon); `tied`: the embedding is the LM head too; `positions`: rows of a learned position table; of
-    `experts` FFNs each token passes `active_experts`. `context` in tokens.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    context: int
-    gated: bool = True
-    parallel: bool = False
-    tied: bool = False
-    positions: int = 0
-    experts: int = 1
-    active_experts: int = 1
-
-    @property
-    def parameters(self) -> int:
-        norms = 2 * self.hidden * self.layers + self.hidden
-        router = self.hidden * self.experts * self.layers if self.experts > 1 else 0
-        return self.layers * (self._attention + self.experts * self._ffn) + router + norms + self._embeddings
-
-    @property
-    def flops_per_token(self) -> int:
-        """Operations of the matrix products for one token, its logits included: two for each weight that it meets."""
-        return 2 * (self.layers * (self._attention + self.active_experts * self._ffn) + self.vocab * self.hidden)
-
-    @property
-    def flops_per_pair(self) -> int:
-        """Operations of attention, in all layers, for one query and one key."""
-        return 4 * self.layers * self.heads * self.head_dim
-
-    @property
-    def _attention(self) -> int:
-        return (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-
-    @property
-    def _ffn(self) -> int:
-        return (3 if self.gated else 2) * self.hidden * self.ffn
-
-    @property
-    def _embeddings(self) -> int:
-        return ((1 if self.tied else 2) * self.vocab + self.positions) * self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +47,7 @@ class Sharded:
     that does not come out even.
     """
 
-    model: Model
+    model: Dimensions
     tp: int = 1
     pp: int = 1
     weights: str = "fp16"
@@ -114,56 +60,56 @@ class Sharded:
                 raise ValueError(f"{what} in {value!r} are not known{nearest(value, known)}; known: {', '.join(known)}")
         if self.tp < 1 or self.pp < 1:
             raise ValueError(f"TP {self.tp} and PP {self.pp} are numbers of devices; give 1 or more of each")
-        if self.pp > model.layers:
+        if self.pp > model.num_layers:
             raise ValueError(
-                f"PP {self.pp} leaves stages without one of the {model.layers} layers of {model.name}; take fewer stages"
+                f"PP {self.pp} leaves stages without one of the {model.num_layers} layers of {model.name}; take fewer stages"
             )
         if not _divides(model, self.tp):
             even = [str(tp) for tp in range(1, 2 * self.tp) if _divides(model, tp)]
-            parts = f"{model.heads} heads, {model.kv_heads} KV heads and {model.ffn} FFN channels"
+            parts = f"{model.num_heads} heads, {model.num_kv_heads} KV heads and {model.ffn_size} FFN channels"
             raise ValueError(f"TP {self.tp} does not divide the {parts} of {model.name}; it could be {', '.join(even)}")
 
     @property
     def heads(self) -> int:
         """Query heads on each device."""
-        return self.model.heads // self.tp
+        return self.model.num_heads // self.tp
 
     @property
     def kv_heads(self) -> int:
         """KV heads on each device; with more devices than KV heads, some hold the same."""
-        return max(1, self.model.kv_heads // self.tp)
+        return max(1, self.model.num_kv_heads // self.tp)
 
     @property
     def stages(self) -> list[int]:
         """The layers of each pipeline stage; the first stages have one more if they do not come out even."""
-        each, more = divmod(self.model.layers, self.pp)
+        each, more = divmod(self.model.num_layers, self.pp)
         return [each + (stage < more) for stage in range(self.pp)]
 
     def layer(self) -> list[Matrix]:
         """What each device holds of a layer's matrices, in the order of their use."""
         model, bits = self.model, self.weights
-        ffn, experts = model.ffn // self.tp, (model.experts, model.active_experts)
+        ffn, experts = model.ffn_size // self.tp, (model.experts, model.active_experts)
         return [
-            Matrix("qkv", (self.heads + 2 * self.kv_heads) * model.head_dim, model.hidden, bits),
-            Matrix("output", model.hidden, self.heads * model.head_dim, bits),
-            *([Matrix("router", model.experts, model.hidden)] if model.experts > 1 else []),
-            Matrix("up", (2 if model.gated else 1) * ffn, model.hidden, bits, *experts),
-            Matrix("down", model.hidden, ffn, bits, *experts),
+            Matrix("qkv", (self.heads + 2 * self.kv_heads) * model.head_dim, model.hidden_size, bits),
+            Matrix("output", model.hidden_size, self.heads * model.head_dim, bits),
+            *([Matrix("router", model.experts, model.hidden_size)] if model.experts > 1 else []),
+            Matrix("up", (2 if model.gated else 1) * ffn, model.hidden_size, bits, *experts),
+            Matrix("down", model.hidden_size, ffn, bits, *experts),
         ]
 
     def head(self) -> Matrix:
         """What each device of the last stage holds of the LM head."""
-        return Matrix("lm head", -(-self.model.vocab // self.tp), self.model.hidden)
+        return Matrix("lm head", -(-self.model.vocab_size // self.tp), self.model.hidden_size)
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of weights on the device that holds most."""
-        layer = sum(matrix.bytes for matrix in self.layer()) + 4 * self.model.hidden
-        ends = self.head().bytes
-        first, last = self.stages[0] * layer + ends + 2 * self.model.positions * self.model.hidden, self.stages[-1] * layer + ends
+        layer = sum(matrix.bytes for matrix in self.layer()) + 4 * self.model.hidden_size
+        ends, positions = self.head().bytes, 2 * self.model.positions * self.model.hidden_size
+        first, last = self.stages[0] * layer + ends + positions, self.stages[-1] * layer + ends
         if self.pp > 1:
             return max(first, last)
-        return first if self.model.tied else first + ends
+        return first if self.model.tie_embeddings else first + ends
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -199,7 +145,7 @@ class Sharded:
             return sharded.weight_bytes + sharded.kv_bytes_per_token <= room
 
         splits = (replace(self, tp=tp, pp=self.pp) for tp in range(self.tp + 1, 65) if _divides(self.model, tp))
-        stages = (replace(self, pp=pp) for pp in range(self.pp + 1, self.model.layers + 1))
+        stages = (replace(self, pp=pp) for pp in range(self.pp + 1, self.model.num_layers + 1))
         more = [f"TP {s.tp}" for s in splits if fits(s)][:1] + [f"PP {s.pp}" for s in stages if fits(s)][:1]
         fewer = [
             f"{w} weights"
@@ -210,8 +156,8 @@ class Sharded:
         return f"{' or '.join(would)} would do" if would else "take devices with more memory"
 
 
-def _divides(model: Model, tp: int) -> bool:
-    return not (model.heads % tp or model.ffn % tp or (model.kv_heads % tp and tp % model.kv_heads))
+def _divides(model: Dimensions, tp: int) -> bool:
+    return not (model.num_heads % tp or model.ffn_size % tp or (model.num_kv_heads % tp and tp % model.num_kv_heads))
 
 
 @cache
@@ -229,15 +175,14 @@ def repository(name: str) -> str:
     return str(_built_in()[name]["source"]) if name in _built_in() else name
 
 
-def load(name: str) -> Model:
+def load(name: str) -> Dimensions:
     """The built-in model `name`, which its repository's name means too, or the one of a config.json: that file, or the folder
     with it. Raises ValueError naming the nearest built-in, or what is wrong in the file.
     """
-    for known, facts in _built_in().items():
-        source = facts["source"]
+    for known, values in _built_in().items():
+        source = values["source"]
         if name in (known, source, source.rpartition("/")[2]):
-            dimensions = {key: value for key, value in facts.items() if key != "source"}
-            return Model(name=known, head_dim=facts["hidden"] // facts["heads"], **dimensions)
+            return dimensions(values, known, known)
     path = Path(name)
     if not path.exists():
         known = ", ".join(names())
@@ -251,54 +196,4 @@ def load(name: str) -> Model:
         raise ValueError(f"the model {file} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"the model {file} is {type(values).__name__}, expected a config.json of Hugging Face's")
-    return _from_config(values, file)
-
-
-def _from_config(values: Mapping[str, Any], file: Path) -> Model:
-    """The dimensions in a config.json, whose keys differ from family to family."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{file}: model_type {family!r} is not understood; known: {', '.join(FAMILIES)}")
-
-    def size(*keys: str, default: int | None = None) -> int:
-        value = next((values[key] for key in keys if values.get(key) is not None), default)
-        if value is None:
-            raise ValueError(f"{file}: {keys[0]!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ValueError(f"{file}: {keys[0]!r} is {value!r}, expected a whole number above 0")
-        return value
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    falcon, opt = family == "falcon", family == "opt"
-    if falcon:
-        kv_heads = (
-            size("num_kv_heads", default=heads)
-            if values.get("new_decoder_architecture") or not values.get("multi_query", True)
-            else 1
-        )
-        ffn = size("ffn_hidden_size", default=4 * hidden)
-    else:
-        kv_heads = heads if opt else size("num_key_value_heads", default=heads)
-        ffn = size("ffn_dim") if opt else size("intermediate_size")
-    context = size("max_position_embeddings", default=2048)
-    if heads % kv_heads:
-        raise ValueError(f"{file}: {heads} attention heads cannot share {kv_heads} KV heads evenly")
-    if "head_dim" not in values and hidden % heads:
-        raise ValueError(f"{file}: a hidden size of {hidden} cannot be shared by {heads} heads evenly")
-    return Model(
-        name=file.parent.name if file.name == "config.json" and file.parent.name else file.stem,
-        layers=size("num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=size("head_dim", default=hidden // heads),
-        ffn=ffn,
-        vocab=size("vocab_size"),
-        context=context,
-        gated=not (falcon or opt),
-        parallel=falcon and bool(values.get("parallel_attn", True)),
-        tied=bool(values.get("tie_word_embeddings", falcon or opt)),
-        positions=context + 2 if opt else 0,
-        experts=size("num_local_experts", default=1) if family == "mixtral" else 1,
-        active_experts=size("num_experts_per_tok", default=2) if family == "mixtral" else 1,
-    )
+    return dimensions(values, str(file), file.parent.name if file.name == "config.json" and file.parent.name else file.stem)

@@ -120,7 +120,7 @@ def instance(told: Deployment) -> Instance:
     tokens = sharded.kv_tokens(device.memory, told.gpu_memory_utilization)
     if told.block_size < 1:
         raise ValueError(f"KV in blocks of {told.block_size} tokens cannot be; give 1 or more")
-    length = model.context if told.max_model_len is None else told.max_model_len
+    length = model.max_model_len if told.max_model_len is None else told.max_model_len
     if not 1 < length <= tokens:
         raise ValueError(
             f"a request of {length:,} tokens cannot be ({'the context' if told.max_model_len is None else 'max_model_len'}): "

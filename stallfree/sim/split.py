@@ -55,7 +55,7 @@ class SplitSimulator:
         told = split.prefill
         device, model = devices.load(told.hardware), models.load(told.model or "")
         whole = models.Sharded(model, 1, 1, told.weights, told.kv)
-        self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.layers
+        self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.num_layers
         # Between replicas of one node each device sends its part by itself.
         self._within = min(_size(split.prefill), _size(split.decode)) * device.link(2, device.node).bandwidth
         sources, targets = self._where

@@ -39,7 +39,7 @@ def test_operators_and_stages_add_up(model, engine, work, split):
 @pytest.mark.parametrize("device", hardware.names())
 def test_no_iteration_beats_the_data_sheet(device, model):
     cost = roofline(model, device, tp=2)
-    flops = 544 / 2 * (cost.sharded.model.flops_per_token - 2 * cost.sharded.model.vocab * cost.sharded.model.hidden)
+    flops = 544 / 2 * (cost.sharded.model.flops_per_token - 2 * cost.sharded.model.vocab_size * cost.sharded.model.hidden_size)
     assert cost.seconds(HYBRID) > flops / cost.device.peak["fp16"]
 
 

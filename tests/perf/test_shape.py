@@ -85,7 +85,7 @@ def test_a_tied_embedding_is_held_once_but_by_both_ends_of_a_pipeline():
 @pytest.mark.parametrize(("weights", "share"), [("fp8", 0.5), ("int8", 0.5), ("int4", 0.26)])
 def test_fewer_bits_take_less_memory_but_for_the_embeddings(weights, share):
     model = load("qwen2-72b")
-    ends = 4 * model.vocab * model.hidden
+    ends = 4 * model.vocab_size * model.hidden_size
     whole, less = Sharded(model).weight_bytes - ends, Sharded(model, weights=weights).weight_bytes - ends
     assert share == pytest.approx(less / whole, rel=0.01)
 
@@ -139,11 +139,11 @@ def test_a_name_that_is_unknown_suggests_the_nearest():
     ("change", "says"),
     [
         ({"hidden_size": None}, "'hidden_size' is missing"),
-        ({"hidden_size": -4096}, "'hidden_size' is -4096, expected a whole number above 0"),
+        ({"hidden_size": -4096}, "'hidden_size' is -4096, expected a number above 0"),
         ({"num_hidden_layers": "32"}, "'num_hidden_layers' is '32'"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
         ({"num_attention_heads": 33, "num_key_value_heads": 33}, "cannot be shared by 33 heads"),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not understood; known: llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama"),
     ],
 )
 def test_what_is_wrong_in_a_config_is_named(tmp_path, change, says):

@@ -65,7 +65,7 @@ def test_kv_that_leaves_after_the_prompt_delays_the_first_token_by_its_transfer(
 def test_kv_that_leaves_layer_by_layer_delays_it_by_the_last_layer_where_the_link_keeps_up():
     network = links.load("ib-400g")
     waited, _ = lone("splitwise", link="ib-400g")
-    assert network.latency_s + KV / shape.load("llama2-7b").layers / network.bandwidth == pytest.approx(waited)
+    assert network.latency_s + KV / shape.load("llama2-7b").num_layers / network.bandwidth == pytest.approx(waited)
 
 
 def test_in_one_node_kv_goes_over_the_devices_own_links():

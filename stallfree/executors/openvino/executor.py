@@ -13,14 +13,14 @@ import numpy as np
 import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.dimensions import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.checks import needed_blocks, sift
-from stallfree.executors.memory import check_memory
+from stallfree.executors.memory import check_memory, use_one_arena
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
 from stallfree.executors.sampling import sample
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
 """Compiled operators that the runtime keeps for shapes it has seen. With its default of 5,000 a server's memory grew by a tenth
@@ -47,10 +47,9 @@ class OpenVINOExecutor:
         max_model_len: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if checkpoint.config.family not in FAMILIES:
-            raise ValueError(
-                f"executor openvino knows {', '.join(FAMILIES)}, and not {checkpoint.config.family!r}; take --executor torch"
-            )
+        if not FAMILIES[checkpoint.config.family].openvino:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.openvino)
+            raise ValueError(f"executor openvino knows {known}, and not {checkpoint.config.family!r}; take --executor torch")
         if weights not in FORMATS:
             raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")
         if kv not in KV_FORMATS:
@@ -65,6 +64,7 @@ class OpenVINOExecutor:
         compute = _compute_type(weights, kv)
         group = quantisation_group(checkpoint.config) if weights == "int8" else 0
         model = build(Weights(checkpoint, weights, group), checkpoint.config, max_model_len)
+        use_one_arena()
         compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]

@@ -29,7 +29,7 @@ from stallfree.executors.base import Lost
 from stallfree.executors.checks import sift
 from stallfree.executors.torch import wire, worker
 from stallfree.executors.torch.batch import check
-from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages, supported
+from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages
 
 START_S = 600.0
 """Seconds in which all ranks must have loaded the model."""
@@ -151,7 +151,6 @@ class ParallelExecutor:
         workers: Workers,
         answer_s: float = ANSWER_S,
     ):
-        supported(checkpoint)
         check_split(checkpoint.config, tp, options.weights)
         stages(checkpoint.config.num_layers, pp)
         options.check(checkpoint.config, tp * pp if isinstance(workers, Local) else 1)

@@ -18,7 +18,7 @@ from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.checks import sift
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
-from stallfree.executors.torch.runner import Options, Runner, layout, supported, use_threads
+from stallfree.executors.torch.runner import Options, Runner, layout, use_threads
 from stallfree.executors.torch.sampler import Draw
 
 OUT_OF_MEMORY = "out of GPU memory in an iteration; lower --max-tokens or --gpu-memory-utilization"
@@ -32,7 +32,6 @@ class TorchExecutor:
     """
 
     def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None, *, overlap: bool | None = None) -> None:
-        supported(checkpoint)
         options.check(checkpoint.config)
         use_threads(options)
         self._runner = Runner(checkpoint, options, Alone(), range(checkpoint.config.num_layers), torch.device(options.device))

@@ -5,28 +5,24 @@ processes nor who sends the plans.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import pairwise
 
 import torch
 
-from stallfree.checkpoint import Checkpoint, CheckpointError, ModelConfig
+from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.checkpoint.dimensions import FAMILIES
 from stallfree.core.plan import Capacity, Work
 from stallfree.executors.memory import check_memory
 from stallfree.executors.torch.batch import Batch, pack
-from stallfree.executors.torch.falcon import Falcon
 from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import Graphs
-from stallfree.executors.torch.llama import Llama
-from stallfree.executors.torch.mixtral import Mixtral
-from stallfree.executors.torch.model import Cache
+from stallfree.executors.torch.model import Cache, Model
 from stallfree.executors.torch.parallel import Ranks
 from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
 
 BLOCK = 16
 """Tokens of a KV block."""
-
-FAMILIES = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama, "mixtral": Mixtral, "falcon": Falcon}
-"""By the family of a checkpoint."""
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 """Number formats of keys and values; and of weights, where these are not quantised."""
@@ -100,7 +96,7 @@ class Runner:
         dtype = usual if options.weights in QUANTISED else TYPES[options.weights]
         parts = Weights(checkpoint, options.weights, dtype, device, ranks.rank, ranks.size)
         try:
-            self._model = FAMILIES[config.family](config, parts, ranks, layers, self._length)
+            self._model = _model(config.family)(config, parts, ranks, layers, self._length)
         except torch.OutOfMemoryError:
             raise MemoryError("the weights do not fit the GPU's memory; take fewer bits (--weights), or more GPUs (--tp)") from None
         self._first = layers.start == 0
@@ -232,7 +228,8 @@ def stages(layers: int, pp: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(begins)]
 
 
-def supported(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a family that is not."""
-    if checkpoint.config.family not in FAMILIES:
-        raise CheckpointError(f"the family {checkpoint.config.family!r} is not supported; supported are {', '.join(FAMILIES)}")
+def _model(family: str) -> type[Model]:
+    """The class that runs models of `family`."""
+    module, _, name = FAMILIES[family].torch.partition(":")
+    cls: type[Model] = getattr(import_module(f"stallfree.executors.torch.{module}"), name)
+    return cls

@@ -1,0 +1,167 @@
+"""A decoder-only transformer in numbers, from which its weights, its KV and its operations follow; and the families of such models.
+
+It reads the values of a Hugging Face config.json. It knows nothing of files, tensors or devices.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the value and the way out."""
+
+
+class Family(NamedTuple):
+    """What all models of one `model_type` have in common, and what reads and runs them.
+
+    `gated`: the FFN has two matrices up (SwiGLU), otherwise one. `learned`: rows that a learned position table has beyond the
+    context; None where positions are rotary. `tied`: whether the embedding is the LM head too, unless config.json says otherwise.
+    `qkv_bias`: queries, keys and values have biases. `optional_bias`: config.json may give attention biases. `qk_norm`: queries and
+    keys are normalised. `window`: which layers have config.json's sliding window: "", "all", or "listed" there. `gguf`: it is read
+    from GGUF files. `openvino`: the OpenVINO executor runs it. `torch`: the class that runs it, as `module:Class` in
+    `executors/torch`; empty for a family that is only simulated.
+    """
+
+    torch: str = ""
+    openvino: bool = False
+    gguf: bool = False
+    gated: bool = True
+    learned: int | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    optional_bias: bool = False
+    qk_norm: bool = False
+    window: str = ""
+
+
+FAMILIES = {
+    "llama": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True),
+    "mistral": Family("llama:Llama", openvino=True, window="all"),
+    "qwen2": Family("llama:Llama", openvino=True, gguf=True, qkv_bias=True, window="listed"),
+    "qwen3": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True, qk_norm=True, window="listed"),
+    "mixtral": Family("mixtral:Mixtral", window="all"),
+    "falcon": Family("falcon:Falcon", gated=False, tied=True),
+    "opt": Family(gated=False, tied=True, learned=2),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimensions:
+    """A model's sizes. `max_model_len`: tokens of its context. Of `experts` FFNs each token passes `active_experts`. `parallel`:
+    attention and FFN read the same input. `name`: what messages call the model.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_model_len: int
+    tie_embeddings: bool = False
+    parallel: bool = False
+    experts: int = 1
+    active_experts: int = 1
+    name: str = field(default="", compare=False)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN has two matrices up (SwiGLU)."""
+        return FAMILIES[self.family].gated
+
+    @property
+    def positions(self) -> int:
+        """Rows of the learned position table; 0 where positions are rotary."""
+        learned = FAMILIES[self.family].learned
+        return 0 if learned is None else self.max_model_len + learned
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all matrices and norms. Biases are left out: they are under 0.1 %."""
+        norms = 2 * self.hidden_size * self.num_layers + self.hidden_size
+        router = self.hidden_size * self.experts * self.num_layers if self.experts > 1 else 0
+        embeddings = ((1 if self.tie_embeddings else 2) * self.vocab_size + self.positions) * self.hidden_size
+        return self.num_layers * (self._attention + self.experts * self._ffn) + router + norms + embeddings
+
+    @property
+    def flops_per_token(self) -> int:
+        """Operations of the matrix products for one token, its logits included: two for each weight that it meets."""
+        layer = self._attention + self.active_experts * self._ffn
+        return 2 * (self.num_layers * layer + self.vocab_size * self.hidden_size)
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations of attention, in all layers, for one query and one key."""
+        return 4 * self.num_layers * self.num_heads * self.head_dim
+
+    @property
+    def _attention(self) -> int:
+        return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+
+    @property
+    def _ffn(self) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * self.ffn_size
+
+
+def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dimensions:
+    """The sizes in `values`, a config.json. Raises CheckpointError, naming `source`, for a value that is missing or makes no sense.
+
+    Falcon and OPT have keys of their own, and defaults as in `transformers` (FalconConfig, OPTConfig).
+    """
+    family = values.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    hidden, num_heads = size(values, "hidden_size", source), size(values, "num_attention_heads", source)
+    if values.get("head_dim") is None and hidden % num_heads:
+        raise CheckpointError(f"{source}: a hidden size of {hidden} cannot be shared by {num_heads} heads evenly")
+    if family == "falcon":
+        grouped, queries = values.get("new_decoder_architecture", False), values.get("multi_query", True)
+        num_kv_heads = size(values, "num_kv_heads", source, num_heads) if grouped else 1 if queries else num_heads
+        ffn_size = size(values, "ffn_hidden_size", source, 4 * hidden)
+    elif family == "opt":
+        num_kv_heads, ffn_size = num_heads, size(values, "ffn_dim", source)
+    else:
+        num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
+        ffn_size = size(values, "intermediate_size", source)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{source}: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly")
+    return Dimensions(
+        name=name,
+        family=family,
+        num_layers=size(values, "num_hidden_layers", source),
+        hidden_size=hidden,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=size(values, "head_dim", source, hidden // num_heads),
+        ffn_size=ffn_size,
+        vocab_size=size(values, "vocab_size", source),
+        max_model_len=size(values, "max_position_embeddings", source, 2048 if family == "falcon" else None),
+        tie_embeddings=bool(values.get("tie_word_embeddings", FAMILIES[family].tied)),
+        parallel=family == "falcon" and bool(values.get("parallel_attn", True)),
+        experts=size(values, "num_local_experts", source) if family == "mixtral" else 1,
+        active_experts=size(values, "num_experts_per_tok", source) if family == "mixtral" else 1,
+    )
+
+
+def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:
+    """The finite number above 0 under `key`; raises CheckpointError naming `source` and `key` otherwise."""
+    value = values.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise CheckpointError(f"{source}: {key!r} is missing; the checkpoint is incomplete, fetch it again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{source}: {key!r} is {value!r}, expected a number above 0")
+    return value
+
+
+def size(values: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
+    """The whole number above 0, and below 2^31, under `key`; raises CheckpointError naming `source` and `key` otherwise."""
+    value = positive(values, key, source, default)
+    if value != int(value) or value >= 2**31:
+        raise CheckpointError(f"{source}: {key!r} is {value!r}, expected a whole number below 2^31")
+    return int(value)
