@@ -42,8 +42,8 @@ def perf(
     shape: Annotated[
         str, typer.Option(help="32@2048: 32 decodes at 2,048 tokens; 512: a first chunk; 4096+512: one after 4,096 tokens.")
     ] = "32@2048,512",
-    weights: Annotated[str, typer.Option(help="fp16, fp8, int8 or int4.")] = "fp16",
-    kv: Annotated[str, typer.Option(help="fp16 or fp8.")] = "fp16",
+    weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8 or int4.")] = "fp16",
+    kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
     engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
     node: Annotated[int | None, typer.Option(help="Devices used of each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,

@@ -95,7 +95,7 @@ def matmul(device: Hardware, tokens: int, matrix: Matrix) -> Cost:
     for parts in SPLITS:
         deep = ceil(columns / parts / STEP) * STEP
         quickest = float("inf")
-        for tall, wide in TILES if matrix.precision == "fp16" else LOW:
+        for tall, wide in TILES if weight_bytes == 2.0 else LOW:
             work = 2 * tall * wide * (1 + EDGE / tall + EDGE / wide) / rate
             tiles = met * ceil(each / tall) * ceil(rows / wide) * parts
             if parts == 1 or tiles <= processors:

@@ -15,10 +15,10 @@ from typing import Any, Self
 from stallfree.checkpoint.dimensions import Dimensions, dimensions
 from stallfree.core.nearest import nearest
 
-WEIGHT_BYTES = {"fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
+WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
 """Bytes of a weight by precision; int4 has a 16-bit scale and a 4-bit zero for each group of 128 (AWQ, arXiv 2306.00978)."""
 
-KV_BYTES = {"fp16": 2.0, "fp8": 1.0}
+KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of a number in the KV cache by precision."""
 
 

@@ -131,3 +131,8 @@ def test_all_reduce_between_nodes_is_slower_than_within():
 def test_a_message_takes_its_latency_and_its_bytes():
     nvlink = A100.links["nvlink"]
     assert nvlink.latency_s + 1e9 / nvlink.bandwidth == send(nvlink, 1e9).seconds
+
+
+def test_bf16_costs_what_fp16_costs():
+    costs = {form: kernels.matmul(A100, 512, Matrix("up", 4096, 4096, form)) for form in ("bf16", "fp16")}
+    assert costs["fp16"] == costs["bf16"]

@@ -122,7 +122,7 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_would_do(sharded, s
         ({"tp": 0}, "TP 0"),
         ({"pp": 81}, "PP 81 leaves stages without one of the 80 layers"),
         ({"weights": "fp4"}, "weights in 'fp4' are not known"),
-        ({"kv": "int2"}, "known: fp16, fp8"),
+        ({"kv": "int2"}, "known: bf16, fp16, fp8"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(options, says):
