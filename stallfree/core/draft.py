@@ -119,7 +119,7 @@ class Draft:
         return size
 
     def admit(self, request: Request, count: int | None = None, *, whole: bool = False) -> int:
-        """Admit a waiting request, reserve KV as the policy says, and plan its first chunk. Returns its tokens; 0 without room.
+        """Admit a waiting request, reserve KV as the policy says, and plan its first chunk. Returns its tokens; 0 if refused.
 
         `whole` plans all of its tokens in this iteration or none. A whole prompt may exceed the token limit if it is alone in the
         iteration; otherwise a long prompt would starve.

@@ -142,7 +142,7 @@ class BlockPool:
             raise RuntimeError(f"KV blocks {wrong[:8]} have reference counts that no request explains")
         away = [*self._free, *self._idle]
         if len(away) != len(set(away)) or set(away) != {b for b in range(self.num_blocks) if held[b] == 0}:
-            raise RuntimeError("the free and idle KV blocks are not exactly those that nobody holds")
+            raise RuntimeError("the free and idle KV blocks are not exactly those that no request holds")
         if {block: key for key, (block, _) in self._index.items()} != self._keys:
             raise RuntimeError("the prefix index and the blocks' keys disagree")
         if not self._idle.keys() <= self._keys.keys() or not self._keys.keys().isdisjoint(self._free):

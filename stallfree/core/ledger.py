@@ -17,7 +17,7 @@ Reserve = Literal["chunk", "prompt", "max"]
 """KV blocks taken at admission: for the first chunk, the whole prompt, or the prompt and `max_tokens`."""
 
 Key = Callable[[Request], tuple[Any, ...]]
-"""Gives the sort key of a request; the least key comes first. Called once, when the request arrives."""
+"""The sort key of a request; the least is first, and of equal keys the first to arrive. Called once, when the request arrives."""
 
 
 def by_arrival(request: Request) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ class Ledger:
         self.requests[request.id] = request
 
     def run(self, request: Request) -> None:
-        """Move a request, which has its KV blocks, to `running`."""
+        """Move a request, which has its KV blocks, from any other place to `running`."""
         if request.ticket:
             self.queue.discard(request)
         request.status = Status.RUNNING

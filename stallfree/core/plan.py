@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
     id: str
     start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     samples: bool
     decode: bool
     tokens: tuple[int, ...]

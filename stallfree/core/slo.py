@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Latency targets; None: no such target. `ttft`: arrival to first token. `tbt`: between any two consecutive tokens of a
+    """Latency targets; None: no such target. `ttft`: arrival to first token. `tbt`: each gap between two consecutive tokens of a
     request. `tpot`: token i is due i times this after the first token was due, so early tokens save slack for later ones.
     """
 

@@ -1,5 +1,5 @@
-"""A run written to a file as it happens, one line per iteration, and read back. If the disk fails, the recording ends and serving
-goes on."""
+"""A run written to a file as it happens, one line per iteration, and read back. It does not know what records mean. If the disk
+fails, the recording ends and serving goes on."""
 
 import logging
 from pathlib import Path

@@ -53,12 +53,12 @@ def _attend(
     sums = tl.zeros([MOST, WIDTH], tl.float32)
     for tile in range(split * each, tl.minimum((split + 1) * each, tiles)):
         at = begin_at + tile * TILE + tl.arange(0, TILE)
-        there = at < last
-        block = tl.load(tables + piece * table_width + at // BLOCK, mask=there, other=0)
+        valid = at < last
+        block = tl.load(tables + piece * table_width + at // BLOCK, mask=valid, other=0)
         place = block * cache_block + (at % BLOCK) * cache_token + head * cache_head
-        k = tl.load(keys + place[None, :] + number[:, None], mask=there[None, :] & inside[:, None], other=0.0).to(q.dtype)
-        v = tl.load(values + place[:, None] + number[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(q.dtype)
-        seen = there[None, :] & (at[None, :] <= position[:, None])
+        k = tl.load(keys + place[None, :] + number[:, None], mask=valid[None, :] & inside[:, None], other=0.0).to(q.dtype)
+        v = tl.load(values + place[:, None] + number[None, :], mask=valid[:, None] & inside[None, :], other=0.0).to(q.dtype)
+        seen = valid[None, :] & (at[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= at[None, :] > position[:, None] - WINDOW
         score = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))

@@ -37,9 +37,9 @@ def _product(
             sums += part * s[None, :] + total[:, None] * o[None, :]
         else:
             at = group * GROUP + tl.arange(0, GROUP)
-            there = at < ins
-            values = tl.load(w_at + at[:, None], mask=there[:, None] & wanted[None, :], other=0.0)
-            inputs = tl.load(x_at + at[None, :], mask=real[:, None] & there[None, :], other=0.0)
+            inside = at < ins
+            values = tl.load(w_at + at[:, None], mask=inside[:, None] & wanted[None, :], other=0.0)
+            inputs = tl.load(x_at + at[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             sums += tl.dot(inputs, values.to(inputs.dtype), input_precision="ieee")
     if not INT4:
         sums *= tl.load(scale + column, mask=wanted, other=0.0)[None, :]

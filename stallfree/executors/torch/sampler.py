@@ -30,16 +30,16 @@ class Draw:
     def __init__(self, logits: torch.Tensor, works: Sequence[Work]):
         samplings = [w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works]
         simple = [sampling.plain and sampling.logprobs is None for sampling in samplings]
-        here, others = ([row for row, is_simple in enumerate(simple) if is_simple == wanted] for wanted in (True, False))
-        self._on_device, self._on_host = [works[row] for row in here], [works[row] for row in others]
+        on_device, on_host = ([row for row, is_simple in enumerate(simple) if is_simple == wanted] for wanted in (True, False))
+        self._on_device, self._on_host = [works[row] for row in on_device], [works[row] for row in on_host]
         self.ids = frozenset(work.id for work in works)
         """The requests that have a row."""
         self._device = logits.device
-        self._rows = logits[upload(others, self._device)] if others else None
+        self._rows = logits[upload(on_host, self._device)] if on_host else None
         self._tokens = self._copied = self._copy_ended = None
-        if here:
-            rows = logits[upload(here, self._device)] if others else logits
-            tokens, peaks = _sampled(rows, self._on_device, [samplings[row] for row in here])
+        if on_device:
+            rows = logits[upload(on_device, self._device)] if on_host else logits
+            tokens, peaks = _sampled(rows, self._on_device, [samplings[row] for row in on_device])
             fine = torch.isfinite(peaks)  # if a row has NaN, this is its largest
             self._tokens = tokens.where(fine, 0)
             self._copied = torch.stack((self._tokens, fine.to(tokens.dtype))).to("cpu", non_blocking=True)
