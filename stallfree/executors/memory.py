@@ -1,4 +1,4 @@
-"""How much memory of this machine a KV cache may take. It does not know what else runs here."""
+"""How much memory of this machine an executor may take for its KV cache."""
 
 from pathlib import Path
 

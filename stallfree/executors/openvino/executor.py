@@ -49,7 +49,7 @@ class OpenVINOExecutor:
     ) -> None:
         if checkpoint.config.family not in FAMILIES:
             raise ValueError(
-                f"executor openvino supports {', '.join(FAMILIES)}, not {checkpoint.config.family!r}; take --executor torch"
+                f"executor openvino knows {', '.join(FAMILIES)}, and not {checkpoint.config.family!r}; take --executor torch"
             )
         if weights not in FORMATS:
             raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")

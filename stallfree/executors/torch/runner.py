@@ -26,10 +26,10 @@ BLOCK = 16
 """Tokens of a KV block."""
 
 FAMILIES = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama, "mixtral": Mixtral, "falcon": Falcon}
-"""The model class for each family of checkpoints."""
+"""By the family of a checkpoint."""
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-"""Number formats of keys and values, and of weights that are not quantised."""
+"""Number formats of keys and values; and of weights, where these are not quantised."""
 
 DEVICES = ("cpu", "cuda")
 
@@ -233,6 +233,6 @@ def stages(layers: int, pp: int) -> list[range]:
 
 
 def supported(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError if the checkpoint's family is not supported."""
+    """Raises CheckpointError for a family that is not."""
     if checkpoint.config.family not in FAMILIES:
         raise CheckpointError(f"the family {checkpoint.config.family!r} is not supported; supported are {', '.join(FAMILIES)}")
