@@ -153,7 +153,7 @@ def recalibrate(options: Options, say: Callable[[str], None], progress: calibrat
     executor, _, _, _, key, *_ = _parts(options, say)
     try:
         if key is None:
-            raise ValueError(f"executor {options.executor!r} follows its own cost model, so calibrate another executor")
+            raise ValueError(f"executor {options.executor!r} sleeps as its cost model says: nothing to time; calibrate another one")
         model, errors = calibrate.calibrate(executor, progress)
     finally:
         executor.close()

@@ -140,7 +140,7 @@ class Engine:
             outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
         self.waits = not outstanding and self.prefetch.under_way
         if requests and not outstanding and not self.waits:
-            raise RuntimeError(f"the policy plans no work for the {len(requests)} requests that there are")
+            raise RuntimeError(f"the policy plans no work for {len(requests)} requests; they would wait for ever")
 
     def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
         """The oldest plan, its result, and when it was planned, started and ended."""

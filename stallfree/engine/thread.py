@@ -29,7 +29,7 @@ class Unavailable(RuntimeError):
 
 class Outputs:
     """The outputs of the requests of one `submit`. Iterate over it: each list holds the outputs since the last one, until all
-    requests have ended. `close` ends the iteration and aborts the unfinished requests. Leaving a `with` closes.
+    requests have ended. `close` ends this and aborts the unfinished requests. Leaving a `with` closes.
     """
 
     def __init__(self, ids: Iterable[str], abort: Callable[[str], None]):

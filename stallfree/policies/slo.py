@@ -23,7 +23,7 @@ from stallfree.perf.margin import Margin
 STRICT = 5
 """The default target for TBT at P99, in decode iterations of `SMALL_BATCH`: the paper's strict SLO (section 5)."""
 SMALL_BATCH = [(512, 1)] * 8
-"""The iteration in which `STRICT` counts: so few streams hardly slow each other."""
+"""The decode iteration that is the unit of `STRICT`: so few streams hardly slow each other."""
 
 FLOOR = 0.25
 """The floor rate of prefill, as a share of the time of the decodes alone. It holds for any margin. It makes a stream at most a

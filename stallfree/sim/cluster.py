@@ -1,5 +1,5 @@
-"""Many replicas, each with its own clock, and the requests that arrive. A replica runs up to a moment only when somebody reads its
-state at that moment, because many iterations in one go are faster.
+"""Many replicas, each with its own clock, and the requests that arrive. A replica runs up to a moment only when its state at that
+moment is read, because many iterations in one go are faster.
 
 It sends each request to the replica that a router chooses, and knows nothing of what happens there.
 """

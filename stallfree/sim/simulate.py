@@ -128,7 +128,7 @@ def uncollected() -> Iterator[None]:
 
 
 def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
-    own = STOP  # then counted down: the token of which each request has its own
+    own = STOP  # counted down, so that each request has its own token
     for number, arrival in enumerate(arrivals):
         own -= 1
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
