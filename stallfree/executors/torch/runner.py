@@ -37,8 +37,8 @@ DEVICES = ("cpu", "cuda")
 @dataclass(frozen=True, slots=True)
 class Options:
     """`weights`: the format of stored matrices, one of `FORMATS`; if it is quantised, all else is bf16 on a GPU, f32 elsewhere.
-    `kv`: the format of keys and values, one of `TYPES`. `max_model_len`: at most the model's own, the default. `threads`: of the
-    processor, all ranks together (None: all cores). `memory`: the share of a GPU's memory for weights, KV and `max_tokens` tokens.
+    `kv`: the format of keys and values, one of `TYPES`. `max_model_len`: at most the model's own, the default. `threads`: of all
+    ranks together (None: all cores). `memory`: the share of a GPU's memory for weights, KV and an iteration of `max_tokens`.
     """
 
     weights: str = "bf16"
