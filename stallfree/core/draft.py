@@ -1,7 +1,7 @@
-"""The iteration being written: what a policy may read, and the five verbs it speaks.
+"""The iteration while a policy writes it: what the policy may read, and the five verbs that it may call.
 
-A draft keeps the engine's limits and the KV accounts, so a policy cannot break them; it may only lower the token limit. It does
-not choose anything itself.
+A draft enforces the engine's limits and keeps the KV accounts, so a policy cannot break them. A policy may only lower the token
+limit. A draft chooses nothing itself.
 """
 
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ from stallfree.core.plan import UNKNOWN, Plan, Work
 from stallfree.core.queue import Entry
 from stallfree.core.request import Request, Status
 
-RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and this one is asked for at every decode
+RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and every decode needs this one
 
 ENGINE_LIMIT = "the engine's limit"
-"""The reason for the budget where a policy gives none."""
+"""The reason for the token budget if the policy gives none."""
 
 
 class Draft:
-    """One iteration, from an empty page to a sealed plan.
+    """One iteration, from an empty draft to a sealed plan.
 
-    Reads: `now` (s); `left`, tokens that still fit; `running`, `decoding` (one token short: ready decodes; where iterations
-    overlap, also those that will be once the one that runs has ended) and `prefilling` (more to catch up on), each in order of
-    priority, then arrival, as they stood when the page was empty; `waiting`, the same order; `shape`, what is written so far.
-    Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. Notes that go into the record unread: `limit_s`, `margin` (see `Plan`).
+    A policy reads: `now` (s); `left`, tokens that still fit; `running`; `decoding`, the ready decodes (with overlap, also those
+    that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; and `shape`, the
+    work written so far. The lists are in the policy's order; `decoding` and `prefilling` are as they were in the empty draft.
+    Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. `limit_s` and `margin` are optional; the plan only copies them.
 
-    For the scheduler: `work`, how many tokens of each request are written, in their order, and which of these are `chunks`, not
-    decodes; who was `admitted`; whether the prefix cache was `searched` in vain, for a request that then found no room.
+    The scheduler reads: `work`, the tokens written per request, in order; `chunks`, the part of it that is not decodes; `admitted`;
+    and `searched`: whether the prefix cache was searched for a request that then found no room.
     """
 
     __slots__ = (
@@ -74,7 +74,7 @@ class Draft:
 
     @property
     def waiting(self) -> Iterator[Request]:
-        """Waiting requests, first to serve first; one that is not admitted is passed over until the next iteration."""
+        """Waiting requests, in order. A request that is not admitted is passed over until the next iteration."""
         queue = self._ledger.queue
         while (entry := queue.head()) is not None:
             yield entry[2]
@@ -82,11 +82,11 @@ class Draft:
                 self._passed.append(queue.pop())
 
     def start(self, request: Request) -> int:
-        """The position at which a request's next chunk begins. For a waiting request: the tokens found in the prefix cache now."""
+        """The position at which the next chunk of a request begins. For a waiting request: its tokens in the prefix cache now."""
         return self._ledger.pool.look(request) if request.status is Status.WAITING else request.num_planned
 
     def cap(self, tokens: int, reason: str) -> None:
-        """Lower this iteration's token limit to `tokens`, those already written included, because of `reason`."""
+        """Lower this iteration's token limit to `tokens`, including those already written, for this `reason`."""
         tokens = max(0, tokens)
         if tokens < self.budget:
             self.left -= self.budget - tokens
@@ -94,8 +94,8 @@ class Draft:
             self.reason = reason
 
     def decode(self, request: Request) -> bool:
-        """Give a ready decode its token. If KV is short, requests after it in order are preempted; False if that is not enough, if
-        no token is left, or for a request that is not a ready decode or has its token already.
+        """Give a ready decode its token. If KV is short, this preempts requests after it in the order. Returns False if that is not
+        enough, if no token is left, if the request is not a ready decode, or if it already has its token.
         """
         if request not in self._ready or self.left <= 0:
             return False
@@ -109,7 +109,7 @@ class Draft:
         return True
 
     def prefill(self, request: Request, count: int | None = None) -> int:
-        """Plan up to `count` more tokens of a running request, as many as fit; returns how many."""
+        """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""
         if request.status is not RUNNING or request in self.work:
             return 0
         size = min(request.remaining, self.left, request.remaining if count is None else count)
@@ -119,14 +119,14 @@ class Draft:
         return size
 
     def admit(self, request: Request, count: int | None = None, *, whole: bool = False) -> int:
-        """Take in a waiting request, reserve KV as the policy says, and plan its first chunk; returns its tokens, 0 if refused.
+        """Admit a waiting request, reserve KV as the policy says, and plan its first chunk. Returns its tokens; 0 if refused.
 
-        `whole` asks for all of its tokens in this iteration. Such a prompt may exceed the token limit if it is alone in the
-        iteration: a long one would starve for ever.
+        `whole` plans all of its tokens in this iteration or none. A whole prompt may exceed the token limit if it is alone in the
+        iteration; otherwise a long prompt would starve.
         """
         ledger = self._ledger
         pool = ledger.pool
-        if not request.ticket or self.left <= 0 or ledger.full:  # a ticket says that it waits in this ledger's queue
+        if not request.ticket or self.left <= 0 or ledger.full:  # with a ticket, it waits in this ledger's queue
             return 0
         cached = pool.match(request)
         remaining = request.num_tokens - cached
@@ -145,7 +145,7 @@ class Draft:
         return size
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's KV and put it back in the queue, at its old place; it will recompute. Not if in flight."""
+        """Put a running request, not in flight, back at its old place in the queue, without its KV. It is recomputed later."""
         if request.status is not RUNNING or request.in_flight:
             raise ValueError(f"only a running request that is not in flight can be preempted, not {request!r}")
         self._ready.discard(request)
@@ -156,10 +156,10 @@ class Draft:
         self._ledger.preempt(request)
 
     def seal(self, step: int) -> tuple[Plan, list[Request]]:
-        """The plan, and its requests in the order of its work; the queue is whole again."""
+        """Close the draft. Returns the plan, and its requests in the order of its work."""
         self.close()
         chunks = self.chunks
-        # The one path that runs for every stream in every iteration: `_chunk`, spelt out for a decode, without a call of `Work`.
+        # This runs for every stream in every iteration: `_chunk`, written out for a decode, without a call of `Work`.
         new = tuple.__new__
         work = [
             self._chunk(r, chunks[r])
@@ -177,20 +177,20 @@ class Draft:
         return plan, list(self.work)
 
     def close(self) -> None:
-        """Nothing more is written; the queue is whole again."""
+        """End the writing. The requests that were passed over return to the queue."""
         for entry in self._passed:
             self._ledger.queue.restore(entry)
 
     @property
     def stalled(self) -> tuple[str, ...]:
-        """The ready decodes that are left out."""
+        """Ids of the ready decodes that get no token."""
         if len(self.decoding) + len(self.chunks) == len(self.work):
             return ()
         return tuple([r.id for r in self.decoding if r not in self.work])
 
     @property
     def cached(self) -> tuple[tuple[str, int], ...]:
-        """(id, tokens found in the prefix cache) of those admitted."""
+        """(id, tokens found in the prefix cache) of the requests admitted."""
         return tuple([(r.id, r.num_cached) for r in self.admitted if r in self.work])
 
     @staticmethod
@@ -210,7 +210,7 @@ class Draft:
         self.left -= count
 
     def _make_room(self, request: Request, upto: int) -> bool:
-        """Grow, preempting from the end of the order what stands behind `request` and is not in flight."""
+        """Grow `request` to `upto` tokens. If KV is short, preempt requests after it that are not in flight, the last first."""
         ledger = self._ledger
         if ledger.pool.grow(request, upto):
             return True

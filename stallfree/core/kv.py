@@ -1,8 +1,8 @@
-"""KV blocks as numbers: who holds which, which are free, and which full blocks can be shared by equal prefixes.
+"""KV blocks as numbers: which request holds which, which are free, and which full blocks equal prefixes can share.
 
-It knows nothing of tensors. A full, computed block is indexed under (its parent's node, its token ids), compared exactly: no hash
-can collide into somebody else's prefix, and a node number is never used twice, so the children of an evicted block are
-unreachable. A shared block is only ever read, since its positions are already computed.
+It knows nothing of tensors. A full, computed block is indexed under (its parent's node, its token ids). The comparison is exact, so
+no hash collision can give a request the wrong prefix. A node number is never used twice, so the children of an evicted block cannot
+be reached. A shared block is only read, because its positions are already computed.
 """
 
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from stallfree.core.request import Request
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens; `reuse` switches the sharing of prefixes.
+    """`num_blocks` blocks of `block_size` tokens. With `reuse`, equal prefixes share blocks.
 
-    A block is free (in no table and not indexed), idle (indexed, in no table: reusable, and evicted least recently used first)
-    or held by as many requests as its reference count says.
+    A block is free (in no block table and not indexed), idle (indexed, in no table; the least recently used is evicted first) or
+    held by as many requests as its reference count says.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True):
@@ -33,11 +33,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that a request can have now, idle ones included."""
+        """Blocks that a request can have now, including idle ones."""
         return len(self._free) + len(self._idle)
 
     def grow(self, request: Request, upto: int, spare: int = 0) -> bool:
-        """Give `request` blocks for `upto` tokens, all or nothing, leaving at least `spare` blocks free if any is taken."""
+        """Give `request` all blocks for `upto` tokens, or none. If it takes any, at least `spare` blocks stay free."""
         need = -(-upto // self.block_size) - len(request.blocks)
         if need <= 0:
             return True
@@ -54,7 +54,7 @@ class BlockPool:
         return True
 
     def release(self, request: Request) -> None:
-        """Take back every block of `request`; the deepest become the first to be evicted."""
+        """Take back every block of `request`. Its last blocks will be evicted first."""
         references, keys = self._references, self._keys
         for block in reversed(request.blocks):
             references[block] -= 1
@@ -76,10 +76,10 @@ class BlockPool:
             return 0
         size = self.block_size
         for start in range(0, (request.num_tokens - 1) // size * size, size):
-            found = self._index.get((request.prefix, request.tokens(start, start + size)))
-            if found is None:
+            entry = self._index.get((request.prefix, request.tokens(start, start + size)))
+            if entry is None:
                 break
-            block, request.prefix = found
+            block, request.prefix = entry
             if self._references[block] == 0:
                 del self._idle[block]
             self._references[block] += 1
@@ -88,39 +88,39 @@ class BlockPool:
         return request.num_shared * size
 
     def look(self, request: Request) -> int:
-        """How many tokens `match` would find for a request without blocks. Takes nothing. What the last look found is kept on the
-        request and holds until a block is evicted, so that asking again in every iteration is cheap.
+        """How many tokens `match` would find for a request without blocks. Takes no block. The request keeps the result, which
+        holds until a block is evicted, so that a call in every iteration is cheap.
         """
         if not self.reuse:
             return 0
-        evictions, prefix, start = request.looked
+        evictions, prefix, start = request.lookup
         if evictions != self._evictions:
             prefix, start = request.adapter, 0
         size, last = self.block_size, request.num_tokens - self.block_size
-        while start < last and (found := self._index.get((prefix, request.tokens(start, start + size)))) is not None:
-            prefix, start = found[1], start + size
-        request.looked = (self._evictions, prefix, start)
+        while start < last and (entry := self._index.get((prefix, request.tokens(start, start + size)))) is not None:
+            prefix, start = entry[1], start + size
+        request.lookup = (self._evictions, prefix, start)
         return start
 
     def commit(self, request: Request) -> None:
-        """Index the blocks of `request` that its computed tokens have filled since the last call."""
+        """Index the blocks of `request` that computed tokens have filled since the last call."""
         if not self.reuse:
             return
         size = self.block_size
         while (request.num_shared + 1) * size <= request.num_computed:
             start = request.num_shared * size
             key = (request.prefix, request.tokens(start, start + size))
-            found = self._index.get(key)
-            if found is None:
+            entry = self._index.get(key)
+            if entry is None:
                 self._nodes += 1
                 block = request.blocks[request.num_shared]
-                found = self._index[key] = (block, self._nodes)
+                entry = self._index[key] = (block, self._nodes)
                 self._keys[block] = key
-            request.prefix = found[1]
+            request.prefix = entry[1]
             request.num_shared += 1
 
     def forget(self) -> None:
-        """No block's content is there any more: nothing is indexed. For when nobody holds a block."""
+        """Forget the contents of all blocks: nothing is indexed any more. Only while no request holds a block."""
         self._free += self._idle
         self._idle.clear()
         self._keys.clear()
@@ -142,7 +142,7 @@ class BlockPool:
             raise RuntimeError(f"KV blocks {wrong[:8]} have reference counts that no request explains")
         away = [*self._free, *self._idle]
         if len(away) != len(set(away)) or set(away) != {b for b in range(self.num_blocks) if held[b] == 0}:
-            raise RuntimeError("the free and idle KV blocks are not exactly those that nobody holds")
+            raise RuntimeError("the free and idle KV blocks are not exactly those that no request holds")
         if {block: key for key, (block, _) in self._index.items()} != self._keys:
             raise RuntimeError("the prefix index and the blocks' keys disagree")
         if not self._idle.keys() <= self._keys.keys() or not self._keys.keys().isdisjoint(self._free):

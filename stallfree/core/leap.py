@@ -1,7 +1,7 @@
-"""Iterations alike: one that is planned, how many of the next ones would be planned like it, and all of them taken in one leap,
-with the same accounts as one by one.
+"""Leaps: plan one iteration, count how many of the next ones would be planned like it, and complete them all at once. The accounts
+end up the same as one by one.
 
-For those who need no tokens computed, such as a simulator. It does not know how long an iteration takes.
+This is for a simulator, which needs no tokens computed. It does not know how long an iteration takes.
 """
 
 from bisect import bisect_right
@@ -16,24 +16,24 @@ from stallfree.core.scheduler import Scheduler
 
 
 def steady(policy: Policy) -> bool:
-    """Whether stretches of its plans can be told, see `Steady`."""
+    """Whether the policy is `Steady`, so that leaps over its plans are possible."""
     return isinstance(policy, Steady) and policy.steady
 
 
 class Stretch:
-    """The next iteration of `scheduler`, at `now`, and those after it that would be planned alike: up to `most` in a row, each
-    piece of work that many tokens further, if nobody comes, goes or ends. `leap` completes them; nothing else may be asked of the
-    scheduler before that. Raises ValueError unless the policy is steady and nothing is in flight.
+    """The next iteration of `scheduler`, at `now`, and up to `most` iterations in a row that would be planned alike, each a step
+    further, while no request arrives, leaves or ends. `leap` completes them; before that, call nothing else of the scheduler.
+    Raises ValueError unless the policy is steady and nothing is in flight.
 
-    `step`: of the first; `draft`: it, as it was written; `sampling`: those who get a token in each, in order; `preempted`: ids,
-    before the first. `grown`, after the leap: the KV blocks that each iteration took; those of the first had been taken before.
+    `step`: number of the first iteration; `draft`: its draft; `sampling`: the requests that get a token in each, in order;
+    `preempted`: ids preempted before the first. `grown`, after the leap: KV blocks that each iteration after the first took.
     """
 
     __slots__ = ("_scheduler", "draft", "grown", "most", "preempted", "sampling", "step")
 
     def __init__(self, scheduler: Scheduler, now: float, most: int):
         if not steady(scheduler.policy) or scheduler.num_in_flight:
-            raise ValueError("a stretch needs a policy that is `steady`, and no plan in flight")
+            raise ValueError("a stretch needs a policy that is `steady` and no plan in flight; schedule step by step instead")
         self._scheduler = scheduler
         self.step = scheduler.step
         self.draft = draft = scheduler.draft(now)
@@ -49,12 +49,12 @@ class Stretch:
             scheduler.open = None
 
     def leap(self, steps: int, tokens: Sequence[Sequence[int]], now: float) -> list[Request]:
-        """Complete the first `steps` iterations, in which each request of `sampling` gets one of its `tokens` after the other. Only
-        the last of them may end it. Returns the requests that ended, at `now`.
+        """Complete the first `steps` iterations. `tokens`: for each request of `sampling`, one token per iteration; only the last
+        may end the request. Returns the requests that ended, at `now`.
         """
         scheduler = self._scheduler
         if self.draft is not scheduler.open or not 1 <= steps <= self.most:
-            raise ValueError(f"{steps} steps are not the beginning of the stretch that is planned")
+            raise ValueError(f"cannot leap over {steps} steps; the stretch must be the open one, with 1 to {self.most} steps")
         scheduler.open = None
         scheduler.step += steps
         ledger = scheduler.ledger
@@ -78,7 +78,7 @@ class Stretch:
         return [request for request, _ in ending]
 
     def _advance(self, pool: BlockPool, steps: int) -> None:
-        """What is planned, computed and held is brought to where it is after `steps` iterations; the tokens are there already."""
+        """Update the counts and blocks of the requests to the end of `steps` iterations. Their tokens are already appended."""
         work = self.draft.work
         if steps > 1:
             self._lengthen(pool, steps)
@@ -89,8 +89,8 @@ class Stretch:
                 pool.commit(r)
 
     def _lengthen(self, pool: BlockPool, steps: int) -> None:
-        """Plan all but the first. Blocks are taken, and filled ones indexed, in the order in which single steps would do it: on
-        that depends which cached blocks make room.
+        """Plan all iterations after the first. Blocks are taken, and full ones indexed, in the order of single steps, because this
+        order decides which cached blocks are evicted.
         """
         self.grown = [0] * steps
         moments: list[tuple[int, int, int, Request, int]] = []
@@ -118,10 +118,10 @@ class Stretch:
 
 
 def _alike(ledger: Ledger, draft: Draft, most: int) -> int:
-    """How many iterations in a row a steady policy would plan alike, the one in `draft` included.
+    """How many iterations in a row a steady policy would plan alike, including the one in `draft`.
 
-    It is in the same place again if every running request moved on and one prompt at the most was in the works, cut off by the
-    token limit and not yet at its end. Who was refused then is refused again: there will not be more room.
+    An iteration repeats if every running request moved on, and at most one prompt was computed, whose chunk the token limit cut
+    short of its end. A request that was refused is refused again, because there will not be more room.
     """
     work = draft.work
     if draft.searched or len(draft.chunks) > 1 or len(work) < len(ledger.running):
@@ -136,7 +136,7 @@ def _alike(ledger: Ledger, draft: Draft, most: int) -> int:
         return most
 
     def lacking(steps: int) -> int:
-        """Blocks for the decodes in so many iterations."""
+        """KV blocks that the decodes need for this many iterations."""
         return sum([max(0, -(-(r.num_planned + steps - 1) // size) - len(r.blocks)) for r in work if r not in draft.chunks])
 
     return bisect_right(range(1, most + 1), free, key=lacking)

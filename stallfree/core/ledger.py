@@ -1,5 +1,5 @@
-"""The accounts under the scheduler: which requests there are, in which state and order, and the KV blocks they hold. Every move
-from one state to another is a method here. It chooses nothing and plans nothing.
+"""The accounts under the scheduler: which requests there are, their states and order, and the KV blocks that they hold. Every
+change of state is a method here. It chooses nothing and plans nothing.
 """
 
 from bisect import insort
@@ -17,7 +17,7 @@ Reserve = Literal["chunk", "prompt", "max"]
 """KV blocks taken at admission: for the first chunk, the whole prompt, or the prompt and `max_tokens`."""
 
 Key = Callable[[Request], tuple[Any, ...]]
-"""By what requests are ordered, the least first. Asked once, when a request comes; of equal ones the first to come is first."""
+"""The sort key of a request; the least is first, and of equal keys the first to arrive. Called once, when the request arrives."""
 
 
 def by_arrival(request: Request) -> tuple[Any, ...]:
@@ -26,8 +26,8 @@ def by_arrival(request: Request) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The engine's own: `max_seqs` running requests, `max_tokens` in one iteration, `watermark` the share of KV blocks that an
-    admission leaves free (vLLM and the paper's artifact use 1 %)."""
+    """The engine's limits: `max_seqs` running requests; `max_tokens` in one iteration; `watermark`, the share of the KV blocks that
+    an admission leaves free (vLLM and the paper's artifact use 1 %)."""
 
     max_seqs: int = 256
     max_tokens: int = 8192
@@ -44,10 +44,10 @@ class Limits:
 
 
 class Ledger:
-    """`requests` are all that are not finished. Each is in one of four places: `running` (admitted, in the order of their keys),
-    `queue` (waiting), `expected` (waiting for KV that is computed elsewhere, in the order of their keys), or held: `num_held` of
-    them have KV and get no work. `preempted`: ids, since the last plan took note of them. `max_len`: tokens of the longest request
-    that fits. `reserve`: what an admission takes. `reuse` shares the KV of equal prefixes.
+    """`requests`: all that are not finished. Each is in one of four places: `running` (in the order of their keys), `queue`
+    (waiting), `expected` (waiting for room for a KV transfer, in the order of their keys), or held (`num_held` requests keep KV and
+    get no work). `preempted`: ids since the last plan. `max_len`: tokens of the longest request that fits. `reserve`: the KV blocks
+    that an admission takes. `reuse`: equal prefixes share KV.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Ledger:
         return len(self.running) + self.num_held >= self.limits.max_seqs
 
     def validate(self, request: Request) -> None:
-        """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may ask."""
+        """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may call it."""
         length = len(request.prompt)
         if length == 0:
             raise Refused("the prompt is empty; it needs at least one token", "prompt")
@@ -103,38 +103,38 @@ class Ledger:
             )
 
     def enter(self, request: Request) -> None:
-        """A new request comes; it is in no place yet. Raises `Refused`; nothing is changed then."""
+        """Register a new request; it is in none of the four places yet. Raises `Refused` and then changes nothing."""
         self.validate(request)
         if request.id in self.requests:
             raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
         self._arrivals += 1
         request.key = (*self._key(request), self._arrivals)
-        request.looked = (-1, request.adapter, 0)  # whatever another pool had of it
+        request.lookup = (-1, request.adapter, 0)  # another pool may have written it
         self.requests[request.id] = request
 
     def run(self, request: Request) -> None:
-        """To the running ones, from any other place; its KV blocks are there."""
+        """Move a request, which has its KV blocks, from any other place to `running`."""
         if request.ticket:
             self.queue.discard(request)
         request.status = Status.RUNNING
         insort(self.running, request, key=lambda r: r.key)
 
     def preempt(self, request: Request) -> None:
-        """From running back to waiting, at its old place, without KV."""
+        """Move a running request back to its old place in the queue, without KV."""
         request.num_preemptions += 1
         self.preempted.append(request.id)
         self.requeue(request)
 
     def requeue(self, request: Request) -> None:
-        """As `preempt`, but for a request that does not count as preempted."""
-        request.reserved = False
+        """As `preempt`, but the request does not count as preempted."""
+        request.transferring = False
         self.running.remove(request)
         self.drop_kv(request)
         request.status = Status.WAITING
         self.queue.push(request)
 
     def leave(self, request: Request) -> None:
-        """A request goes, from whatever place; its KV blocks are still its own."""
+        """Remove a request from the accounts, wherever it is. It keeps its KV blocks."""
         del self.requests[request.id]
         if request.status is Status.RUNNING:
             self.running.remove(request)
@@ -146,16 +146,16 @@ class Ledger:
             self.expected.remove(request)
 
     def end(self, request: Request, reason: str) -> None:
-        """A running request is over; it stays in `running` until `sweep`."""
+        """Finish a running request. It stays in `running` until `sweep`."""
         del self.requests[request.id]
         self.finish(request, reason)
 
     def sweep(self) -> None:
-        """Take the finished ones out of `running`, all at once."""
+        """Take all finished requests out of `running`."""
         self.running = [r for r in self.running if r.status is Status.RUNNING]
 
     def finish(self, request: Request, reason: str) -> None:
-        """What has left the accounts gives its KV back."""
+        """Mark a request, which has left the accounts, as finished, and free its KV blocks."""
         request.status = Status.FINISHED
         request.finish_reason = reason
         self.pool.release(request)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Shape = Sequence[tuple[int, int]]
-"""An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for so many plain
-rows more: what requests ask of sampling takes time on the host."""
+"""An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for extra rows:
+the time that the requests' sampling takes on the host, counted in plain rows of logits."""
 
 
 def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
-    """How many decodes (pieces of one token), their context in all, and the chunks."""
+    """The number of decodes (pieces of one token), the sum of their contexts in tokens, and the chunks."""
     decodes = context = 0
     chunks = []
     for start, count in shape:
@@ -26,22 +26,22 @@ def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
 
 
 UNKNOWN = -1
-"""The token of a decode that is planned while the iteration that samples it runs: what the plan before brings its request."""
+"""Stands for a token that the previous plan, still running, will sample for the same request."""
 
 
 class Work(NamedTuple):
     """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one.
 
-    `tokens` are the `count` token ids, or `UNKNOWN` alone; `blocks` the request's KV block numbers, enough for `start + count`
-    tokens; `samples` says that the last position's logits yield a token; `decode` that the request was a ready decode.
-    `sampling` is the request's, unread by the scheduler. `prompt` and `output` are the request's own sequences, to be read only
-    (penalties need the history); `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed; the
-    last of them is there, where it is `UNKNOWN`, once the plan before is complete.
+    `tokens`: the `count` token ids, or `UNKNOWN` alone. `blocks`: the request's KV block numbers, enough for `start + count`
+    tokens. `samples`: the last position's logits yield a token. `decode`: the request was a ready decode. `sampling`: the
+    request's; the scheduler does not read it. `prompt` and `output`: the request's own sequences; only read them (penalties need
+    the history). `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed. If the last of these
+    is `UNKNOWN`, it is there once the previous plan is complete.
     """
 
     id: str
     start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     samples: bool
     decode: bool
     tokens: tuple[int, ...]
@@ -56,9 +56,9 @@ class Work(NamedTuple):
 class Plan:
     """One iteration. `now` in seconds; `preempted`, `stalled`: request ids; `budget` in tokens, with its `reason` in words.
 
-    `stalled` are the ready decodes that got no token in this iteration: the generation stalls. `cached`: (id, tokens found in the
-    prefix cache) of the requests that this iteration admits. `limit_s`: seconds that the policy allowed the iteration, None if it
-    set no limit; `margin`: what it multiplied the expected time with, to be within that limit as often as promised.
+    `stalled`: the ready decodes that get no token in this iteration (generation stalls). `cached`: (id, tokens found in the prefix
+    cache) of the requests that this iteration admits. `limit_s`: seconds that the policy allows the iteration; None if it sets no
+    limit. `margin`: the policy's factor on expected times, so that the limit holds as often as promised.
     """
 
     step: int
@@ -83,11 +83,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What an executor made of the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
+    """An executor's result for the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
 
-    `details` holds what the engine passes through to the user, by request id (log-probabilities). With `error` set no token
-    counts, and every request of the plan fails with that message; `failed` does the same to single requests. `bubble_s`: what the
-    stages of a pipeline waited before they took this plan up, all together, while there was work in the pipeline.
+    `details`: by request id; the engine passes them to the user unread (log-probabilities). `error`: no token counts, and every
+    request of the plan fails with this message. `failed`: the same for single requests, by id. `bubble_s`: seconds that the stages
+    of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work.
     """
 
     step: int
@@ -103,8 +103,8 @@ class StepResult:
 class Capacity:
     """What an executor can hold: KV blocks of `block_size` tokens, sequences of `max_model_len` tokens, `depth` plans at once.
 
-    `depth` 1 is synchronous; a pipeline of P stages has P plans in flight. With `overlap` the second of two plans is made, and
-    waits at the executor, while the first one runs: it may hold decodes whose token is `UNKNOWN`.
+    `depth` 1 is synchronous; a pipeline of P stages has P plans in flight. With `overlap`, one plan runs while the next is made and
+    waits at the executor. This next plan may hold decodes whose token is `UNKNOWN`.
     """
 
     block_size: int
@@ -115,4 +115,4 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if self.overlap and self.depth != 2:
-            raise ValueError(f"an executor that overlaps has a plan that runs and one that waits: depth 2, not {self.depth}")
+            raise ValueError(f"an executor with overlap has one plan running and one waiting: set depth 2, not {self.depth}")

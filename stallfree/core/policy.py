@@ -28,8 +28,8 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a policy is set up with beside its own options: `cost`, which prices iterations and learns, and the server's `targets`;
-    None where there is none.
+    """What the server gives to a policy besides the policy's own options. `cost` prices iterations and learns; `targets` are the
+    server's latency targets. Each is None if there is none.
     """
 
     cost: "CostModel | None" = None
@@ -38,9 +38,9 @@ class Setup:
 
 @runtime_checkable
 class Tuned(Policy, Protocol):
-    """A policy that is made of a `Setup`, and of its own options if it has any. Any other is made of its own options alone.
+    """A policy that is made of a `Setup` and of its own options. Any other policy is made of its own options alone.
 
-    `slo`: the targets that it keeps; `options`: those of its own that make the same policy of these targets again.
+    `slo`: the targets that it keeps. `options`: its own options; with these targets they make the same policy again.
     """
 
     slo: Slo
@@ -52,19 +52,19 @@ class Tuned(Policy, Protocol):
 
 @runtime_checkable
 class Ordered(Policy, Protocol):
-    """A policy with an order of its own. All lists of requests that it reads are in that order, and it decides who is preempted."""
+    """A policy with its own order of requests. Every list that it reads is in this order, and preemption begins at its end."""
 
     def key(self, request: Request) -> tuple[Any, ...]:
-        """By what requests are ordered, the least first; without this, by priority, then arrival. Asked once, when the request
-        comes; of equal ones the first to come is first."""
+        """The sort key of a request; the least key comes first. Without this method: priority, then arrival. Called once, when the
+        request arrives. Of equal keys, the first to arrive comes first."""
 
 
 @runtime_checkable
 class Steady(Policy, Protocol):
-    """A policy that says whether it is `steady`: what it plans follows from the requests' order and from what they lack, not from
-    the time, the past, how long they have become, or whether their prompts are begun. Then, while nobody comes, goes, ends or runs
-    out of room, one iteration is like the other, and a simulator may take many at once. A policy that does not say so is taken step
-    by step.
+    """A policy that says whether it is `steady`. A steady plan depends only on the order of the requests and on how many tokens
+    each still needs. It does not depend on the time, the past, their lengths, or whether a prompt has begun. So iterations are
+    alike until a request arrives, leaves, ends or runs out of KV, and a simulator may take many at once. It takes all other
+    policies step by step.
     """
 
     steady: bool
@@ -72,31 +72,31 @@ class Steady(Policy, Protocol):
 
 @runtime_checkable
 class Learner(Policy, Protocol):
-    """A policy that looks at what became of its plans."""
+    """A policy that learns from the results of its plans."""
 
     def learn(self, plan: Plan, requests: Sequence[Request], now: float) -> None:
-        """`plan` ran without error and was complete at `now`; `requests` are those of its work, as they were before that."""
+        """`plan` ran without error and ended at `now` (s). `requests` are those of its work, before the result is applied."""
 
 
 class CostModel(Protocol):
-    """What an iteration costs."""
+    """Predicts how many seconds an iteration takes."""
 
     def seconds(self, shape: Shape) -> float:
-        """Seconds that an iteration of this shape takes."""
+        """The expected seconds of an iteration of this shape."""
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
-        """How many tokens from position `start`, `most` at the most, an iteration of this shape can take in and stay within
-        `limit` seconds; an efficient number of them, where the executor has such.
+        """How many tokens from position `start`, at most `most`, an iteration of this shape can add within `limit` seconds. If some
+        chunk sizes are efficient on the executor, it is one of these.
         """
 
     def learn(self, shape: Shape, seconds: float) -> float:
-        """An iteration of this shape took `seconds`; returns these over what had been expected."""
+        """An iteration of this shape took `seconds`. Returns the measured over the expected seconds."""
 
 
 class BatchModel(CostModel, Protocol):
-    """A cost model to which decodes differ in nothing but the sum of their contexts, so that it can be asked in one go."""
+    """A cost model in which only the number of decodes and the sum of their contexts count. One call prices a whole batch."""
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
-        """Seconds of an iteration of so many `decodes` (any piece of one token), `context` tokens before them all together, and
-        `chunks` of more than one: to the last bit what `seconds` says of such a shape.
+        """The expected seconds of an iteration. `decodes`: the number of pieces of one token; `context`: the tokens before them,
+        summed; `chunks`: the longer pieces. Equal to the last bit to `seconds` of such a shape.
         """

@@ -1,4 +1,4 @@
-"""The requests that wait, first to serve first. It knows their keys and nothing else of them."""
+"""The waiting requests, first to serve first. It knows their keys and nothing else about them."""
 
 import heapq
 from typing import Any
@@ -10,7 +10,7 @@ Entry = tuple[tuple[Any, ...], int, Request]
 
 
 class Queue:
-    """Waiting requests in the order of their keys, in a heap. An entry whose ticket is no longer its request's is dead."""
+    """Waiting requests in the order of their keys, in a heap. An entry is dead if its request has another ticket by now."""
 
     def __init__(self) -> None:
         self._heap: list[Entry] = []
@@ -27,7 +27,7 @@ class Queue:
         heapq.heappush(self._heap, (request.key, request.ticket, request))
 
     def discard(self, request: Request) -> None:
-        """Forget a waiting request; the entries of those forgotten never outnumber the others."""
+        """Forget a waiting request. Dead entries are removed when they would outnumber the live ones by 16."""
         request.ticket = 0
         self._live -= 1
         if len(self._heap) > 2 * self._live + 16:
@@ -46,7 +46,7 @@ class Queue:
         return None
 
     def pop(self) -> Entry:
-        """Take the head's entry out for a while; its request still counts as waiting, and `restore` puts the entry back."""
+        """Take the head's entry out for a while. Its request still counts as waiting; `restore` puts the entry back."""
         return heapq.heappop(self._heap)
 
     def restore(self, entry: Entry) -> None:

@@ -1,5 +1,5 @@
-"""What one iteration was, as one line of JSON. A run, real or simulated, is a list of these: metrics, plots, calibration and replay
-read records and nothing else. Token values and text are not in them.
+"""A record: one iteration as a line of JSON. A run, real or simulated, is a list of records. Metrics, plots, calibration and replay
+read records and nothing else. Records hold no token values and no text.
 """
 
 import json
@@ -18,8 +18,8 @@ VERSION = 3
 
 
 class Arrived(NamedTuple):
-    """A request as it came in: `arrival` in seconds, sizes in tokens, its own latency targets in words ("" for none), and the
-    fingerprints of its prompt's whole KV blocks, if they were taken."""
+    """A request that arrived: `arrival` in seconds, sizes in tokens, `slo` its own latency targets in words ("" for none), `blocks`
+    the fingerprints of its prompt's full KV blocks, if they were taken."""
 
     id: str
     arrival: float
@@ -31,7 +31,7 @@ class Arrived(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A request that ended, why, and the fingerprints of the whole KV blocks behind its prompt's."""
+    """A request that ended, the reason, and the fingerprints of its full KV blocks after those of the prompt."""
 
     id: str
     reason: str
@@ -39,9 +39,9 @@ class Finished(NamedTuple):
 
 
 class Delivered(NamedTuple):
-    """A request whose prompt was computed elsewhere: it was `asked` for, its KV reserved, and at `t` (seconds) KV and first token
-    were there. `cached` tokens had been here already; `num_bytes` of KV came, which took `seconds` of copying, sending and
-    receiving, waits not included."""
+    """A request whose prompt was computed elsewhere. Its blocks were reserved and its KV transfer requested at `asked` (seconds);
+    at `t` (seconds) KV and first token were here. `cached` tokens had been here before. `num_bytes` of KV came, in `seconds` of
+    copying, sending and receiving, without waits."""
 
     id: str
     asked: float
@@ -52,8 +52,8 @@ class Delivered(NamedTuple):
 
 
 class Fingerprints:
-    """Numbers that are equal for KV blocks of equal content behind equal content, and say nothing else about it: replay finds the
-    prefixes that requests shared by them. `key` is secret, of the run, and never written.
+    """Numbers that are equal for two KV blocks if these and all blocks before them are equal. They tell nothing else about the
+    content. Replay finds shared prefixes by them. Each run has its own secret `key`, which is never written.
     """
 
     def __init__(self, block_size: int, key: bytes):
@@ -75,8 +75,8 @@ class Fingerprints:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What all iterations of a run have in common: the first line of its file. `policy` by name, with its `options`; `slo` in
-    words; `cost`: the state of the cost model at the start, if the policy has one.
+    """What all iterations of a run have in common: the first line of its file. `policy`: its name; `options`: the policy's; `slo`:
+    in words; `cost`: the state of the cost model at the start, if the policy has one.
     """
 
     policy: str
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def targets(self) -> Slo | None:
-        """The `slo`, parsed; None if there was none."""
+        """The latency targets, parsed from `slo`; None if there are none."""
         return Slo.parse(self.slo) if self.slo else None
 
     def to_json(self) -> str:
@@ -101,7 +101,7 @@ class Run:
         """Raises ValueError for a line that does not begin a run of this version."""
         values = _values(line).get("run")
         if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
-            raise ValueError(f"a record file begins with a line that describes the run; this one with {line[:80]!r}")
+            raise ValueError(f"a record file begins with a line that describes the run; this one begins with {line[:80]!r}")
         values["capacity"], values["limits"] = Capacity(**values["capacity"]), Limits(**values["limits"])
         return cls(**values)
 
@@ -111,11 +111,11 @@ class StepRecord:
     """Times in seconds since the run's origin: planning began at `t_plan`, the executor at `t_start` and ended at `t_end`.
 
     `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
-    the requests admitted. `arrived` and `finished`: since the last record. `preempted`, `stalled`: ids, the latter the ready
-    decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget`: tokens, with its
-    `reason`; `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`:
-    requests that came with their first token since the last record; `recalled`: ids of those that were to come, and are computed
-    here after all. `extra_rows`: (id, rows) of the requests in `arrived` whose sampling takes as long as so many plain rows more.
+    the requests admitted. `arrived`, `finished`: since the last record. `preempted`: ids. `stalled`: ids of the ready decodes that
+    got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget` (tokens), `reason`, `limit_s`,
+    `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`: KV transfers that ended
+    since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
+    the requests in `arrived` whose sampling takes as long as that many plain rows.
     """
 
     step: int
@@ -157,8 +157,8 @@ class StepRecord:
         delivered: Sequence[Delivered] = (),
         recalled: Sequence[str] = (),
     ) -> Self:
-        """The record of a completed plan; `times` are (t_plan, t_start, t_end); for `dropped` see `Completed`; `prints` takes
-        fingerprints of KV blocks.
+        """The record of a completed plan. `times`: (t_plan, t_start, t_end). `dropped`: see `Completed`. `prints`: takes the
+        fingerprints of KV blocks; None takes none.
         """
         lost = {*dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
@@ -199,13 +199,13 @@ class StepRecord:
     def to_json(self) -> str:
         """One line, without its end."""
         values = asdict(self)
-        if not self.extra_rows:  # as in most
+        if not self.extra_rows:  # most records have none
             del values["extra_rows"]
         return json.dumps({"version": VERSION, **values}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Raises ValueError for a line that is not a whole record of this version. Those of before there were bubbles have none."""
+        """Raises ValueError for a line that is not a whole record of this version. `bubble_s` and `extra_rows` may be missing."""
         values: dict[str, Any] = {"bubble_s": 0.0, "extra_rows": []} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
@@ -218,7 +218,7 @@ class StepRecord:
 
 
 def read(lines: Iterable[str]) -> tuple[Run, list[StepRecord]]:
-    """A run from the lines of its file. Raises ValueError naming the line that is none."""
+    """A run and its records, from the lines of a file. Raises ValueError that names the first line that cannot be read."""
     run: Run | None = None
     records: list[StepRecord] = []
     for number, line in enumerate(lines, 1):

@@ -1,8 +1,7 @@
 """One user request, from door to door: the only mutable state that the scheduler, its policies and the engine share.
 
-A request has no prefill or decode phase. It has tokens (prompt and output) and the number of them whose KV exists or is in
-flight; the rest, `remaining`, is what it has to catch up on. It does not know blocks' contents, text or time other than its
-arrival.
+A request has no prefill or decode phase. It has tokens (prompt and output), and it counts those whose KV exists or is in flight.
+The rest, `remaining`, is still to be planned. It knows no text, no contents of blocks and no clock.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from stallfree.core.slo import Slo
 
 
 class Refused(ValueError):
-    """A request that can never be served as asked. `field` names the part of it that is at fault."""
+    """The request can never be served as it is. `field` names the part of it that is wrong."""
 
     def __init__(self, message: str, field: str):
         super().__init__(message)
@@ -22,8 +21,8 @@ class Refused(ValueError):
 
 
 class Status(Enum):
-    """Where a request is: `WAITING` -> `RUNNING` -> `FINISHED`; preemption leads from `RUNNING` back to `WAITING`. `HELD`: it has
-    KV and gets no work, while that KV is on its way from here, or to here.
+    """The state of a request: `WAITING` -> `RUNNING` -> `FINISHED`. Preemption leads from `RUNNING` back to `WAITING`. `HELD`: it
+    keeps its KV and gets no work, while a KV transfer takes this KV to another engine.
     """
 
     WAITING = "waiting"
@@ -35,26 +34,25 @@ class Status(Enum):
 class Request:
     """A prompt, how far its KV has got, and the tokens sampled so far. Compared by identity.
 
-    Written by the user of the scheduler, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens`
-    (output tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id
-    counts), `arrival` (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None),
-    `adapter`, `sampling`, which the scheduler passes on unread, and `extra_rows`: sampling a token so takes as long as that many
-    more plain rows of logits.
+    The user of the scheduler writes, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens` (output
+    tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id counts), `arrival`
+    (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None), `adapter`, `sampling`
+    (passed on unread), and `extra_rows` (the time that sampling adds per token, in plain rows of logits).
 
-    Written by the scheduler alone: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and
-    output), `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans),
-    `reserved` (its prompt is computed elsewhere, its KV is on the way here), `num_cached` (prompt tokens found in the prefix cache
-    at the last admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and
-    `last_token` (when they came; inf before), and the place in the queue, `key`, with `ticket`, the live queue entry.
-    `num_shared`, `prefix` and `looked` belong to the block pool: the leading blocks that it has indexed, the last one's node, and
-    what its last look at the index found.
+    Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
+    `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
+    (another engine computes its prompt; the KV is not here yet), `num_cached` (prompt tokens found in the prefix cache at the last
+    admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and `last_token`
+    (when they were sampled, in seconds; inf before), `key` (its place in the order), and `ticket` (its live queue entry; 0 if
+    none). Only the block pool writes: `num_shared` (leading blocks that are indexed), `prefix` (the node of the last of these) and
+    `lookup` (what the last search of the index found).
     """
 
     __slots__ = (
         "adapter", "arrival", "blocks", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key", "last_token",
-        "looked", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared",
-        "num_tokens", "output", "prefix", "priority", "prompt", "reserved", "sampling", "slo", "status", "stop_ids", "tenant",
-        "ticket",
+        "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared",
+        "num_tokens", "output", "prefix", "priority", "prompt", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
+        "transferring",
     )  # fmt: skip
 
     def __init__(
@@ -92,11 +90,11 @@ class Request:
         self.num_computed = 0
         self.num_planned = 0
         self.in_flight = 0
-        self.reserved = False
+        self.transferring = False
         self.num_cached = 0
         self.num_shared = 0
         self.prefix: object = adapter
-        self.looked: tuple[int, object, int] = (-1, adapter, 0)
+        self.lookup: tuple[int, object, int] = (-1, adapter, 0)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_preemptions = 0
@@ -107,13 +105,13 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens still to be planned. 1 with an output is a ready decode; -1 one that is planned ahead of its token."""
+        """Tokens still to be planned. 1, with an output: a ready decode. -1: a decode planned before its token is known."""
         return self.num_tokens - self.num_planned
 
     @property
     def goes_on(self) -> bool:
-        """Of a request whose next token is in flight: whether it wants another one, as far as can be known before that token is."""
-        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens and not self.reserved
+        """Whether the request, whose next token is in flight, needs one more token after it. A stop id cannot be foreseen."""
+        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens and not self.transferring
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions start..stop-1 of prompt and output together."""
@@ -125,7 +123,7 @@ class Request:
         return (*self.prompt[start:split], *self.output[: stop - split])
 
     def append(self, tokens: Sequence[int], now: float) -> str | None:
-        """Add tokens that were sampled at `now`; the finish reason if one of them ends the request. For the scheduler."""
+        """Add tokens that were sampled at `now`. Returns the finish reason if one of them ends the request. For the scheduler."""
         output = self.output
         if not output:
             self.first_token = now

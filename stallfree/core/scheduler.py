@@ -1,11 +1,11 @@
-"""The scheduler: takes requests, asks a policy what the next iteration is, and applies what the iteration brought.
+"""The scheduler: takes requests, lets a policy write the next iteration, and applies the result of the iteration.
 
     plan = scheduler.schedule(now)
-    result = ...                          # somebody runs the plan, or pretends to
+    result = ...                          # an executor runs the plan, or simulates it
     done, dropped = scheduler.complete(plan, result, now)
 
-It is driven from outside: time comes in as an argument, plans complete in the order in which they were made, and up to
-`Capacity.depth` of them may be out at once. It does not know who runs them.
+The caller drives it: time is an argument, plans complete in the order in which they were made, and up to `Capacity.depth` plans may
+be in flight at once. It does not know who runs them.
 """
 
 from collections import deque
@@ -21,16 +21,16 @@ from stallfree.core.request import Request, Status
 
 
 class Completed(NamedTuple):
-    """What came of a plan: `done`, requests that it finished; `dropped`, ids of those whose part of it was for nothing, since they
-    had ended while it was in flight."""
+    """The outcome of a plan: `done`, the requests that it finished; `dropped`, ids of requests that had ended while the plan was in
+    flight, so that their part of it was wasted."""
 
     done: list[Request]
     dropped: list[str]
 
 
 class Scheduler:
-    """`policy` chooses, `capacity` and `limits` bound; `ledger` has the accounts; `step` is the next plan's number. `reuse` shares
-    the KV of equal prefixes.
+    """`policy` chooses; `capacity` and `limits` bound; `ledger` keeps the accounts; `step` is the number of the next plan. With
+    `reuse`, equal prefixes share KV.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
@@ -39,25 +39,25 @@ class Scheduler:
         self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key)
         self.step = 0
         self.open: Draft | None = None
-        """What `draft` wrote, until it is sealed, or done otherwise."""
+        """The draft that is neither sealed nor leapt over yet."""
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
         self._completed = -inf
         self._learner = policy if isinstance(policy, Learner) else None
 
     @property
     def num_in_flight(self) -> int:
-        """Plans that are out."""
+        """The number of plans that have not completed."""
         return len(self._in_flight)
 
     def submit(self, request: Request) -> None:
-        """Queue a new request. Raises `Refused` for one that could never be served; nothing is changed then."""
+        """Queue a new request. Raises `Refused`, and changes nothing, if it could never be served."""
         self.ledger.enter(request)
         self.ledger.queue.push(request)
 
     def abort(self, id: str, reason: str = "abort") -> Request | None:
-        """End a request now; None if it has already ended. What is in flight for it is ignored when it comes back.
+        """End a request now. Returns None if it has already ended. The results of its plans in flight will be ignored.
 
-        Its blocks are free at once: plans run in order, so whoever gets them writes after the last reader.
+        Its blocks are free at once: plans run in order, so their next owner writes after the last read.
         """
         request = self.ledger.requests.get(id)
         if request is not None:
@@ -66,8 +66,8 @@ class Scheduler:
         return request
 
     def schedule(self, now: float) -> Plan:
-        """The next iteration. A plan without work is not to be run or completed: there is nothing to do at `now`, or nothing that
-        can be planned before the iteration in flight has ended.
+        """The next iteration. Do not run or complete a plan without work: there is nothing to do at `now`, or nothing can be
+        planned before the iteration in flight has ended.
         """
         if self._in_flight and self.ledger.capacity.overlap and not self._foreseeable():
             return Plan(self.step, now, ())
@@ -82,21 +82,21 @@ class Scheduler:
         return plan
 
     def draft(self, now: float) -> Draft:
-        """The next iteration, written and not sealed. Nothing else may be asked of the scheduler before it is `open` no more."""
+        """The next iteration, written but not sealed. Until it is sealed or leapt over, call nothing else of the scheduler."""
         if self.open is not None:
-            raise ValueError(f"the iterations from step {self.step} on are drafted, and to be completed first, by `leap`")
+            raise ValueError(f"the iterations from step {self.step} on are only drafted; complete them first with `leap`")
         draft = Draft(self.ledger, now)
         self.policy.plan(draft)
         self.open = draft
         return draft
 
     def complete(self, plan: Plan, result: StepResult, now: float) -> Completed:
-        """Apply the oldest outstanding plan's result."""
+        """Apply the result of the oldest plan in flight. Raises ValueError if `plan` is not that plan."""
         if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} with the result of step {result.step} is not the oldest plan in flight")
         _, requests = self._in_flight.popleft()
         if self._learner is not None and result.error is None:
-            # One that was made ahead began when the one before it ended.
+            # A plan that was made ahead began when the plan before it ended.
             ahead = self.ledger.capacity.overlap and plan.now < self._completed
             self._learner.learn(replace(plan, now=self._completed) if ahead else plan, requests, now)
         self._completed = now
@@ -128,8 +128,8 @@ class Scheduler:
         return Completed(done, dropped)
 
     def lost(self, *, restart: bool) -> list[Request]:
-        """All KV is gone, and what is in flight will not come back. Requests that had any return to the queue, to be computed anew;
-        or, without `restart`, end with an error: these are returned.
+        """All KV is lost, and no plan in flight will complete. With `restart`, requests that had KV return to the queue and are
+        recomputed. Without it, they end with an error and are returned.
         """
         self._in_flight.clear()
         ledger = self.ledger
@@ -149,12 +149,12 @@ class Scheduler:
         return ended
 
     def _foreseeable(self) -> bool:
-        """Whether the next iteration can be planned while one is in flight: somebody goes on, and there is KV for all who do. Else
-        a decode would be left out that finds room, or somebody to preempt, a moment later.
+        """Whether the next iteration can be planned while one is in flight: a request goes on, and there is KV for all that do.
+        Otherwise a decode could be left out that would find room, or a request to preempt, a moment later.
         """
-        size, some, wanted = self.ledger.pool.block_size, False, 0
+        size, any_goes_on, wanted = self.ledger.pool.block_size, False, 0
         for r in self.ledger.running:
             if r.num_planned < r.num_tokens or r.goes_on:
-                some = True
+                any_goes_on = True
                 wanted += r.num_planned >= len(r.blocks) * size
-        return some and wanted <= self.ledger.pool.num_free
+        return any_goes_on and wanted <= self.ledger.pool.num_free

@@ -5,14 +5,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
-"""How many of it a second has: dividing by it gives the nearest number to what was written, so words and numbers agree."""
+"""Units per second. Dividing by this gives the float nearest to the written number, so words and numbers agree."""
 _ITEM = re.compile(r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.eE]+)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?")
 _EXAMPLE = "write ttft=2s@p90,tbt=100ms@p99, or a part of it"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """At most `seconds`, in `percentile` per cent of the cases."""
+    """At most `seconds`, in `percentile` per cent of all cases."""
 
     seconds: float
     percentile: float
@@ -21,7 +21,7 @@ class Target:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"a latency target is a time above 0, not {self.seconds:g} s; {_EXAMPLE}")
         if not 50 <= self.percentile < 100:
-            raise ValueError(f"p{self.percentile:g} cannot be promised; take a percentile from p50 to below p100, as p99")
+            raise ValueError(f"p{self.percentile:g} cannot be promised; take a percentile from p50 to below p100, such as p99")
 
     @property
     def late_share(self) -> float:
@@ -36,8 +36,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Targets; None is none. `ttft`: arrival to first token. `tbt`: between any two consecutive tokens of a request, strictly.
-    `tpot`: an envelope: token i is due i times that after the first one was due, so that early tokens bank slack.
+    """Latency targets; None: no such target. `ttft`: arrival to first token. `tbt`: each gap between two consecutive tokens of a
+    request. `tpot`: token i is due i times this after the first token was due, so early tokens save slack for later ones.
     """
 
     ttft: Target | None = None
@@ -50,10 +50,10 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Targets from words: name=time[@percentile], with commas between; times in us, ms or s. Without a percentile: p99, for
+        """Targets from words: name=time[@percentile], separated by commas; times in us, ms or s. The default percentile is p99, for
         ttft p90. Raises ValueError that says what to write instead.
         """
-        found: dict[str, Target] = {}
+        targets: dict[str, Target] = {}
         known = [f.name for f in fields(cls)]
         for item in text.split(","):
             match = _ITEM.fullmatch(item.strip())
@@ -62,18 +62,18 @@ class Slo:
             name, number, unit = match["name"].strip(), match["number"], match["unit"]
             if name not in known:
                 raise ValueError(f"unknown latency target {name!r}; known are {', '.join(known)}")
-            if name in found:
+            if name in targets:
                 raise ValueError(f"two targets for {name}; give one")
             if unit not in UNITS:
                 wrong = f"has the unknown unit {unit!r}" if unit else "has no unit"
                 raise ValueError(f"{name}={number} {wrong}; write {name}={number}ms or {name}={number}s")
-            found[name] = Target(
+            targets[name] = Target(
                 _number(number, item) / UNITS[unit], _percentile(match["percentile"], 90.0 if name == "ttft" else 99.0)
             )
-        return cls(**found)
+        return cls(**targets)
 
     def within(self, default: "Slo") -> "Slo":
-        """These targets, and those of `default` where there are none."""
+        """These targets, completed by those of `default`. `tbt` and `tpot` are completed together."""
         pace = {"tbt": self.tbt, "tpot": self.tpot} if self.tbt or self.tpot else {"tbt": default.tbt, "tpot": default.tpot}
         return replace(default, ttft=self.ttft or default.ttft, **pace)
 

@@ -1,8 +1,8 @@
-"""A request's KV on its way between two engines: what the engine that lets it go does with the accounts, and what the one does that
-takes it in. How the blocks travel it does not know.
+"""A KV transfer in the accounts of the two engines: the one that computes the prompt and the one that decodes. It does not know how
+the blocks travel.
 
-Away: `hold` (it gets no more work), then `release`. Here: `expect` (it queues), `admit` (blocks to be filled), then `deliver` (they
-are filled, and its first token is there) or `recall` (nobody computes it elsewhere).
+The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), then
+`deliver` (KV and first token are here) or `recall` (the prompt is computed here).
 """
 
 from bisect import insort
@@ -12,7 +12,7 @@ from stallfree.core.request import Request, Status
 
 
 def hold(ledger: Ledger, id: str) -> None:
-    """A running request gets no more work, and keeps its KV, until it is released or aborted. KeyError if unknown."""
+    """Give a running request, not in flight, no more work until it is released or aborted. It keeps its KV. KeyError if unknown."""
     request = ledger.requests[id]
     if request.status is not Status.RUNNING or request.in_flight:
         raise ValueError(f"only a running request that is not in flight can be held, not {request!r}")
@@ -22,7 +22,7 @@ def hold(ledger: Ledger, id: str) -> None:
 
 
 def release(ledger: Ledger, id: str) -> Request:
-    """Let a request go that is to be continued elsewhere: it keeps its tokens and leaves its KV. KeyError if unknown."""
+    """Remove a request that continues on another engine. It keeps its tokens and leaves its KV. Raises KeyError if unknown."""
     request = ledger.requests[id]
     if request.in_flight:
         raise ValueError(f"{request!r} is in flight; it can be released once its plan is complete")
@@ -33,16 +33,16 @@ def release(ledger: Ledger, id: str) -> Request:
 
 
 def expect(ledger: Ledger, request: Request) -> None:
-    """Queue a new request whose prompt is computed elsewhere, once `admit` has given it room. Raises `Refused`."""
+    """Queue a new request whose prompt another engine computes after `admit` has reserved blocks. Raises `Refused`."""
     ledger.enter(request)
     insort(ledger.expected, request, key=lambda r: r.key)
 
 
 def admit(ledger: Ledger) -> Request | None:
-    """Admit the first of the expected: its blocks are to be filled with the KV of its prompt, but for the `num_cached` tokens found
-    here. To policies this looks like a prompt that is all in flight, until `deliver` or `recall`.
+    """Admit the first expected request: reserve blocks for the KV of its prompt. The first `num_cached` tokens are already here.
+    Until `deliver` or `recall`, a policy sees a prompt that is entirely in flight.
 
-    None, and nothing changed, if nobody is expected, if there is no room now, or if somebody before it waits in the queue.
+    Returns None and changes nothing if none is expected, if there is no room, or if the head of the queue comes before it.
     """
     if not ledger.expected or ledger.full:
         return None
@@ -57,15 +57,14 @@ def admit(ledger: Ledger) -> Request | None:
     del ledger.expected[0]
     request.num_cached = request.num_computed = cached
     request.num_planned = request.num_tokens
-    request.in_flight, request.reserved = 1, True
+    request.in_flight, request.transferring = 1, True
     ledger.run(request)
     return request
 
 
 def deliver(ledger: Ledger, request: Request, token: int, now: float) -> Request | None:
-    """The KV of an admitted request is there, and the first token: it is a ready decode from now on, or has ended by this token and
-    is returned."""
-    request.in_flight, request.reserved = 0, False
+    """The KV and the first token of an admitted request are here: it is a ready decode now. Returned if this token ends it."""
+    request.in_flight, request.transferring = 0, False
     request.num_computed = request.num_planned
     ledger.pool.commit(request)
     reason = request.append((token,), now)
@@ -77,6 +76,6 @@ def deliver(ledger: Ledger, request: Request, token: int, now: float) -> Request
 
 
 def recall(ledger: Ledger, request: Request) -> None:
-    """Nobody elsewhere computes the prompt of an admitted request: it is computed here, from its old place in the queue on."""
+    """Give up the KV transfer of an admitted request. It returns to its old place in the queue; its prompt is computed here."""
     request.in_flight = 0
     ledger.requeue(request)

@@ -1,5 +1,5 @@
-"""From names to a running engine: finds the model, opens its checkpoint, makes executor, text, policy and engine. The one place
-that knows them all; what each of them does is theirs.
+"""From names to a running engine: finds the model, opens its checkpoint, makes executor, text, policy and engine. Only this module
+knows them all. It does not know how they work.
 """
 
 import re
@@ -30,10 +30,10 @@ from stallfree.perf.fitted import Errors, Fitted
 from stallfree.policies.slo import SMALL_BATCH, STRICT
 
 MOST_KV = 4 << 30
-"""Bytes of KV cache that are taken unasked, at the most."""
+"""The default KV cache takes at most this many bytes."""
 
 SIMULATED = (0.008, 0.04, 0.005, 0.005, 0.0, 0.0)
-"""What the simulated executor's iterations cost, as prices of the cost model."""
+"""The prices of the simulated executor's iterations, as in the cost model."""
 
 EXECUTORS = {
     "openvino": "runs a model on this machine's processor",
@@ -46,14 +46,13 @@ LOSSES = ("fail", "restart")
 
 @dataclass(frozen=True)
 class Options:
-    """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own); `kv_memory` in bytes (None: a quarter
-    of what is free, at most 4 GiB; on GPUs what `gpu_memory_utilization`, a share of their memory, leaves); `token_budget` and
-    `max_model_len` in tokens (None: the policy's and the model's own); `policy_option`: the policy's own, each NAME=VALUE;
-    `threads` None: all cores; `slo`: latency targets in words, for policies that take them and to count late tokens with.
+    """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own). `kv_memory`: bytes (None: a quarter of
+    the free memory, at most 4 GiB; on GPUs the rest of `gpu_memory_utilization`, a share of their memory). `token_budget`,
+    `max_model_len`: tokens (None: the policy's and the model's own). `policy_option`: the policy's options, each NAME=VALUE.
+    `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens.
 
-    For the torch executor: `device` (None: cuda where there is a GPU, else cpu); `tp` ranks share each layer, `pp` stages share the
-    layers; `workers` says who places the ranks, and `on_worker_loss` what becomes of running requests when one is lost: fail, or
-    restart.
+    For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
+    layers. `workers`: who places the ranks. `on_worker_loss`: running requests fail or restart when a worker is lost.
     """
 
     model: str | None = None
@@ -80,9 +79,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Assembled:
-    """An engine, the `name` under which its model is served, what the model's weights are, in words, the latency targets that it
-    is held to, if any, with `slo_basis`: where those that nobody gave come from, in words, "" if all were given; the run that it
-    begins, and the `identity` of the model: the same for all that may exchange its KV.
+    """An engine, and what its server tells about it. `name`: under which the model is served; `weights`: in words; `slo`: the
+    latency targets, if any; `slo_basis`: the source of the default targets in words, "" if the user gave all; `run`: the first line
+    of its record; `identity` of the model: engines may exchange KV only if it is equal.
     """
 
     engine: Engine
@@ -101,10 +100,9 @@ def assemble(
     say: Callable[[str], None] = lambda line: None,
     progress: calibrate.Progress = lambda done, of: None,
 ) -> Assembled:
-    """Raises ValueError, FetchError or MemoryError with a message for the user; what needs no model is checked first.
-
-    Nobody gets the engine's records yet (`Engine.record`); with `fingerprints` they carry what replay needs. `progress` is told of
-    the calibration, if one is needed.
+    """Make an engine. Raises ValueError, FetchError or MemoryError with a message for the user. Options that need no model are
+    checked first. The caller sets `Engine.record`; with `fingerprints`, records hold what replay needs. `say` gets lines for the
+    user. `progress` is called during a calibration, if one is needed.
     """
     targets = None if options.slo is None else Slo.parse(options.slo)
     own = policies.options(options.policy, options.token_budget, options.policy_option)
@@ -117,7 +115,7 @@ def assemble(
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
-    executor, text, name, weights, key, model_identity, sampling = _made(options, say)
+    executor, text, name, weights, key, model_identity, sampling = _parts(options, say)
     cost, basis = None, ""
     if tuned:
         cost = _cost(executor, key, say, progress)
@@ -151,11 +149,11 @@ def assemble(
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
-    """Calibrate the model of `options` on this machine again; the cost model, how well it fits, and where it is remembered."""
-    executor, _, _, _, key, *_ = _made(options, say)
+    """Calibrate the model of `options` on this machine again. Returns the cost model, its errors, and the file that keeps it."""
+    executor, _, _, _, key, *_ = _parts(options, say)
     try:
         if key is None:
-            raise ValueError(f"executor {options.executor!r} takes what its cost model says: there is nothing to time")
+            raise ValueError(f"executor {options.executor!r} sleeps as its cost model says: nothing to time; calibrate another one")
         model, errors = calibrate.calibrate(executor, progress)
     finally:
         executor.close()
@@ -164,13 +162,13 @@ def recalibrate(options: Options, say: Callable[[str], None], progress: calibrat
 
 
 def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[str], None], progress: calibrate.Progress) -> Fitted:
-    """The cost model of `executor`: the one remembered for `key`, or a new one, remembered then."""
+    """The cost model of `executor`: the one remembered for `key`, or else a new one, which is then remembered."""
     if key is None:
         return Fitted(SIMULATED)
     folder = cache_folder() / "calibration"
-    found = calibrate.remembered(key, folder)
-    if found is not None:
-        return found
+    model = calibrate.remembered(key, folder)
+    if model is not None:
+        return model
     say("calibrating: timing iterations on this machine, once (`stallfree calibrate` does it again)")
     model, errors = calibrate.calibrate(executor, progress)
     calibrate.remember(model, errors, key, folder, executor.capacity)
@@ -178,19 +176,19 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
 
 
 def _basis(cost: Fitted, key: Mapping[str, object] | None) -> str:
-    """Where the default target of policy slo comes from, in words."""
+    """The source of the default target of policy slo, in words."""
     when = None if key is None else calibrate.calibrated_at(key, cache_folder() / "calibration")
     source = "as simulated" if key is None else "as calibrated" + ("" if when is None else f" {when:%Y-%m-%d %H:%M}")
-    one = f"an iteration of {len(SMALL_BATCH)} decodes {source}"
-    return f"default, the paper's strict SLO: {STRICT} x {1e3 * cost.seconds(SMALL_BATCH):.1f} ms, {one}"
+    iteration = f"an iteration of {len(SMALL_BATCH)} decodes {source}"
+    return f"default, the paper's strict SLO: {STRICT} x {1e3 * cost.seconds(SMALL_BATCH):.1f} ms, {iteration}"
 
 
-Made = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling]
+Parts = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling]
 """An executor, its text, the model's name, its weights in words, what its speed depends on (None: nothing to measure), the model's
-identity, and how it is sampled unless a request says otherwise."""
+identity, and the sampling values for what a request leaves open."""
 
 
-def _made(options: Options, say: Callable[[str], None]) -> Made:
+def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     if options.executor == "simulated":
         return _simulated(options)
     path = locate(options.model, say)
@@ -241,7 +239,7 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
         from stallfree.executors import torch as executors
     except ImportError as error:
         raise ValueError(f"executor torch needs {error.name}, which is not installed: {extra('torch')}") from None
-    told = executors.Options(
+    torch_options = executors.Options(
         options.weights or "",
         options.kv or "",
         options.max_model_len,
@@ -250,24 +248,24 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
         options.gpu_memory_utilization,
         options.max_tokens,
     )
-    kv_bytes = options.kv_memory or (_kv_bytes() // (options.tp * options.pp) if told.device == "cpu" else None)
+    kv_bytes = options.kv_memory or (_kv_bytes() // (options.tp * options.pp) if torch_options.device == "cpu" else None)
     loading()
-    depends: dict[str, object] = {"device": executors.device_name(told.device), "threads": options.threads}
+    depends: dict[str, object] = {"device": executors.device_name(torch_options.device), "threads": options.threads}
     if (options.tp, options.pp, options.workers) == (1, 1, "local"):
-        return executors.TorchExecutor(checkpoint, told, kv_bytes), depends
+        return executors.TorchExecutor(checkpoint, torch_options, kv_bytes), depends
     workers = executors.workers(options.workers)
-    executor = executors.ParallelExecutor(checkpoint, told, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
+    executor = executors.ParallelExecutor(checkpoint, torch_options, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
     return executor, depends | {"tp": options.tp, "pp": options.pp, "workers": options.workers}
 
 
 def _kv_bytes() -> int:
-    """Memory for KV on a processor, where nobody says how much."""
+    """The default KV memory on a processor, in bytes."""
     from stallfree.executors.memory import available_bytes
 
     return min((available_bytes() or MOST_KV) // 4, MOST_KV)
 
 
-def _simulated(options: Options) -> Made:
+def _simulated(options: Options) -> Parts:
     from stallfree.executors.simulated import SimulatedExecutor
 
     length = options.max_model_len or 8192
@@ -285,7 +283,7 @@ def _simulated(options: Options) -> Made:
 
 
 def bytes_as_text() -> Text:
-    """The text of a model that there is not: a token is a byte, and a conversation is its messages, one a line."""
+    """The text of a simulated model: a token is a byte, and a conversation is its messages, one per line."""
     vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

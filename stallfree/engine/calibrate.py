@@ -1,5 +1,5 @@
-"""Times a few dozen iterations on an executor and fits the cost model to them; remembers the result for the same machine, model and
-executor. It knows shapes and seconds, not what a policy does with them.
+"""Calibration: times a few dozen iterations on an executor, fits the cost model to them, and remembers it for the same machine,
+model and executor. It knows shapes and seconds, not what a policy does with them.
 """
 
 import hashlib
@@ -23,26 +23,26 @@ log = logging.getLogger(__name__)
 
 VERSION = 4
 PATIENCE_S = 8.0
-"""Seconds after which a calibration makes do with what it has."""
+"""Seconds after which a calibration ends, if it has timed every shape once."""
 
 SHORT_S = 0.1
-"""Seconds from which an iteration is timed once: what the first of its shape costs more does not show."""
+"""Seconds up to which an iteration is run twice. In a longer one, the extra cost of the first of its shape does not show."""
 
 RING, CHUNK = 4096, 512
-"""Tokens of KV that the calibration uses, and writes in chunks before."""
+"""Tokens of KV that the calibration uses, and tokens of the chunks in which it writes them first."""
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
-"""What the decodes of `_sampled` ask for."""
+"""The sampling of the decodes of `_sampled`."""
 
 TILES = (64, 32, 16, 8)
-"""Sizes of tiles, in tokens, that executors may work in."""
+"""Sizes of the tiles, in tokens, in which executors may work, the largest first."""
 
 Progress = Callable[[int, int], None]
-"""Called with the iterations timed so far, and all that are to be timed."""
+"""Called with the number of iterations timed so far, and of all."""
 
 
 def calibrate(executor: Executor, progress: Progress = lambda done, of: None) -> tuple[Fitted, Errors]:
-    """Run iterations on an idle `executor`, whose KV is written over, and fit a model to them; and how well it describes them."""
+    """Time iterations on an idle `executor` and fit a model to them. Returns the model and its errors. Overwrites the KV."""
     shapes = [shape for shape in _shapes(executor.capacity) if _fits(shape, executor.capacity)]
     sampled = [shape for shape in _sampled(executor.capacity) if _fits(shape, executor.capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
@@ -50,7 +50,7 @@ def calibrate(executor: Executor, progress: Progress = lambda done, of: None) ->
     end = time.perf_counter() + PATIENCE_S
     _fill(executor)
     samples: list[Sample] = []
-    # Twice over if there is time, so that a slow moment of the machine does not fall on one kind of iteration alone.
+    # Shapes are timed twice if there is time, so that a slow moment of the machine does not affect one kind of iteration alone.
     plan = [*shapes, *probes, *sampled, *shapes, *sampled]
     for shape in plan:
         if len(samples) >= len(shapes) and time.perf_counter() > end:
@@ -64,7 +64,7 @@ def calibrate(executor: Executor, progress: Progress = lambda done, of: None) ->
 
 
 def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
-    """The model calibrated before for `key`, if there is one. A file that cannot be read is named in the log, and passed over."""
+    """The model calibrated for `key`; None if there is none. A file that cannot be read is logged and ignored."""
     file = _file(key, folder)
     try:
         saved = json.loads(file.read_text())
@@ -79,15 +79,15 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
 
 
 def calibrated_at(key: Mapping[str, object], folder: Path) -> datetime | None:
-    """When the model for `key` was calibrated, in local time; None if it was not, or could not be kept."""
+    """When the model for `key` was calibrated, in local time; None if no file keeps it."""
     with suppress(OSError):
         return datetime.fromtimestamp(_file(key, folder).stat().st_mtime)
     return None
 
 
 class Calibrated(NamedTuple):
-    """A calibration of this machine: the cost model, the `name` of the served model's file, what the executor held, and how the
-    timed iterations scattered about what the cost model says (`perf.fitted.Errors`).
+    """A calibration of this machine. `cost`: the cost model; `name`: of the model's file; `capacity`: the executor's; `scatter`:
+    measured over expected times of the timed iterations (`perf.fitted.Errors`).
     """
 
     cost: Fitted
@@ -97,10 +97,10 @@ class Calibrated(NamedTuple):
 
 
 def latest(folder: Path, model: str | None = None) -> Calibrated:
-    """The calibration that was remembered last on this machine; of those in whose name `model` is, if it is given. Raises
-    ValueError if there is none.
+    """The newest calibration of this machine, and of a model file with `model` in its name, if given. Raises ValueError if there is
+    none.
     """
-    found: list[tuple[float, Calibrated]] = []
+    calibrations: list[tuple[float, Calibrated]] = []
     for file in folder.glob("*.json"):
         try:
             saved = json.loads(file.read_text())
@@ -112,21 +112,21 @@ def latest(folder: Path, model: str | None = None) -> Calibrated:
         if machine().items() <= key.items() and (model is None or model.lower() in name.lower()):
             fitted = remembered(key, folder)
             if fitted is not None:
-                found.append((file.stat().st_mtime, Calibrated(fitted, name, capacity, scatter)))
-    if not found:
+                calibrations.append((file.stat().st_mtime, Calibrated(fitted, name, capacity, scatter)))
+    if not calibrations:
         of = "" if model is None else f" of a model named {model!r}"
         raise ValueError(f"this machine has no calibration{of}; `stallfree calibrate` makes one")
-    return max(found, key=lambda one: one[0])[1]
+    return max(calibrations, key=lambda dated: dated[0])[1]
 
 
 def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path, capacity: Capacity) -> Path:
-    """Keep `model` for `key`, and the `capacity` of its executor; where it is kept. A disk that is full costs the next start some
-    seconds, and a line here."""
+    """Keep `model` for `key`, with its errors and the executor's `capacity`. Returns the file. If the disk is full, this only logs
+    a warning, and the next start calibrates again."""
     file = _file(key, folder)
-    errors_too = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
-    errors_too["scatter"] = list(errors.scatter)
+    fit = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
+    fit["scatter"] = list(errors.scatter)
     held = [capacity.block_size, capacity.num_blocks, capacity.max_model_len]
-    saved = {"version": VERSION, "of": dict(key), "capacity": held, "model": model.state(), "errors": errors_too}
+    saved = {"version": VERSION, "of": dict(key), "capacity": held, "model": model.state(), "errors": fit}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
@@ -138,7 +138,7 @@ def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: P
 
 
 def machine() -> dict[str, Any]:
-    """What of this machine decides how fast it is."""
+    """The properties of this machine that decide its speed: the processor and the cores."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -154,7 +154,7 @@ def _file(key: Mapping[str, object], folder: Path) -> Path:
 
 
 def _shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
-    """What a server meets: batches of decodes, chunks at the beginning of a prompt and late in it, and both together."""
+    """Shapes as a server meets them: batches of decodes, chunks at the beginning of a prompt and late in it, and both together."""
     long = min(2048, capacity.max_model_len * 3 // 4)
     middle = long // 4
     for context in (16, middle, long):
@@ -169,7 +169,7 @@ def _shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
 
 
 def _sampled(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
-    """Decodes that ask much of sampling: only by these a row has a price that is not the decode's own."""
+    """Decodes with costly sampling. Only these show the price of a row apart from that of a decode."""
     for batch in (4, 12, 32):
         yield [(min(512, capacity.max_model_len * 3 // 16), 1)] * batch + [(batch * SAMPLING.extra_rows, 0)]
 
@@ -179,7 +179,7 @@ def _fits(shape: Shape, capacity: Capacity) -> bool:
 
 
 def _fill(executor: Executor) -> None:
-    """Write the KV that the timed iterations read: memory never written is not there, and quicker to read than it will be."""
+    """Write the KV that the timed iterations read. Memory that was never written is not allocated, and too quick to read."""
     size, capacity = executor.capacity.block_size, executor.capacity
     for first in range(0, _ring(capacity) * size - CHUNK + 1, CHUNK):
         if _fits([(0, CHUNK)], capacity):
@@ -189,12 +189,12 @@ def _fill(executor: Executor) -> None:
 
 
 def _ring(capacity: Capacity) -> int:
-    """How many KV blocks the calibration goes round in: more than a processor's caches hold, and few to fill."""
+    """The number of KV blocks that the calibration uses in turn: more than a processor's caches hold, and quick to fill."""
     return min(capacity.num_blocks, RING // capacity.block_size)
 
 
 def _time(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
-    """Seconds of an iteration of `shape`; of a short one the second of two, since the first of a shape may compile or allocate."""
+    """Seconds of an iteration of `shape`. A short one runs twice and the second counts: the first may compile or allocate."""
     work, block = [], 0
     sampling = None if all(count for _, count in shape) else SAMPLING
     for i, (start, count) in enumerate(piece for piece in shape if piece[1]):
@@ -217,8 +217,8 @@ def _seconds(executor: Executor, plan: Plan) -> float:
 
 
 def _quantum(times: Mapping[int, float]) -> int:
-    """The size of the tiles that the executor works in: the largest of which each new one costs at least a quarter of itself with
-    its first token. 1 if none does."""
+    """The size of the tiles in which the executor works, in tokens: the largest tile whose first token costs at least a quarter of
+    the tile. 1 if there is none."""
     if not times:
         return 1
     sizes = sorted(times)

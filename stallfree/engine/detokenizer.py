@@ -1,6 +1,6 @@
-"""From token ids to the text of a stream: the two filters that it runs through.
+"""The two filters from token ids to the text of a stream.
 
-`Detokenizer` never emits half a character; `StopStrings` never lets a part of a stop string out. It knows no request or engine.
+`Detokenizer` never emits half a character. `StopStrings` never lets part of a stop string out. They know no request or engine.
 """
 
 import codecs
@@ -13,10 +13,10 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 KNOWN = 1 << 15
-"""Tokens whose pieces are remembered: all that a text of usual words has."""
+"""The most tokens whose pieces are remembered: enough for all common words."""
 
 LOOK_BACK = 64
-"""Tokens of a prompt that are looked through, from its end, for one that is visible."""
+"""How many tokens at the end of a prompt are searched for a visible one."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -26,10 +26,9 @@ _BYTE_LEVEL = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in e
 
 
 class Pieces:
-    """What each token id adds to a text, in bytes: half a character is a token, too. An id that the tokenizer lacks adds nothing.
-
-    Byte-level BPE and byte tokens ("<0xE2>", SentencePiece's byte fallback) are read here; every other token is decoded by the
-    library behind one that is known, for it may begin with a space only there. The cost of a piece does not depend on the text.
+    """What each token id adds to a text, in bytes, because a token may be half a character. An id that the tokenizer lacks adds
+    nothing. Byte-level BPE and byte tokens ("<0xE2>", SentencePiece's byte fallback) are read here. The library decodes every other
+    token after a known one, because only there it may begin with a space. The cost of a piece does not depend on the text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -43,7 +42,7 @@ class Pieces:
         return Pieces, (self._tokenizer,)
 
     def token(self, id: int) -> str:
-        """The token as the vocabulary spells it; empty for an id that there is not."""
+        """The token as the vocabulary spells it; empty for an id that the tokenizer lacks."""
         return self._known(id)[0]
 
     def special(self, id: int) -> bool:
@@ -55,30 +54,30 @@ class Pieces:
         return self._known(id)[2]
 
     def after(self, before: int | None, id: int) -> bytes:
-        """What `id` adds to a text that ends in the token `before`; None: to an empty text."""
+        """What `id` adds to a text that ends in the token `before` (None: the text is empty)."""
         token, _, inside = self._known(id)
         if not token or self.byte_level:
             return inside
         if before is None:
             return inside if inside >= b"\x80" and self._byte(token) else self._decoded(id).encode()
-        return inside if self._byte_fallback else self._behind(before, id)
+        return inside if self._byte_fallback else self._piece_after(before, id)
 
     def _look_up(self, id: int) -> tuple[str, bool, bytes]:
         token: str = (self._tokenizer.id_to_token(id) or "") if 0 <= id < 2**32 else ""
         if not token:
             return "", False, b""
         special = not self._decoded(id, skip=True) and bool(self._decoded(id))
-        if not self.byte_level:  # behind itself, as good a token as any
-            return token, special, self._byte(token) or self._behind(id, id)
+        if not self.byte_level:  # after itself: any token will do
+            return token, special, self._byte(token) or self._piece_after(id, id)
         letters = [_BYTE_LEVEL.get(letter) for letter in token]
         return token, special, token.encode() if None in letters else bytes(byte for byte in letters if byte is not None)
 
     def _byte(self, token: str) -> bytes:
-        """The byte that a byte token is."""
+        """The byte of a byte token; empty for any other token."""
         match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         return b"" if match is None else bytes.fromhex(match[1])
 
-    def _behind(self, before: int, id: int) -> bytes:
+    def _piece_after(self, before: int, id: int) -> bytes:
         return self._decoded(before, id)[len(self._decoded(before)) :].encode()
 
     def _decoded(self, *ids: int, skip: bool = False) -> str:
@@ -95,11 +94,11 @@ codecs.register_error("stallfree-each-byte", _each_byte)
 
 
 class Detokenizer:
-    """One stream's token ids into text, piece by piece, whatever they are. The pieces together are the decoding of all ids; but
-    characters of byte tokens go out at once, while the library takes them back if the byte tokens behind them are no characters.
+    """Turns the token ids of one stream into text, piece by piece. The pieces together are the decoding of all ids, except in one
+    case: characters of byte tokens go out at once, while the library drops them if the next byte tokens are not characters.
 
-    The text continues that of the token ids `before`: a tokenizer that puts a space before each word leaves that of a text's first
-    word out, and this is not the first.
+    The text continues that of the token ids `before`. This decides about the first space: a tokenizer that puts a space before each
+    word omits it at the beginning of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer | Pieces, before: Sequence[int] = ()):
@@ -109,21 +108,21 @@ class Detokenizer:
         self._characters = codecs.getincrementaldecoder("utf-8")("replace" if pieces.byte_level else "stallfree-each-byte")
 
     def push(self, id: int, *, special: bool = False) -> str:
-        """The text that is certain now; empty while a character is incomplete. A special token has none, unless `special`."""
+        """The text that is certain now; empty while a character is incomplete. Special tokens have text only with `special`."""
         if not self._pieces.token(id) or (not special and self._pieces.special(id)):
             return ""
         before, self._before = self._before, id
         return self._characters.decode(self._pieces.after(before, id))
 
     def flush(self) -> str:
-        """What is held back at the end of a stream, with U+FFFD for what never became a character."""
+        """The text held back at the end of a stream, with U+FFFD for an incomplete character."""
         text = self._characters.decode(b"", final=True)
         self._characters.reset()
         return text
 
 
 class StopStrings:
-    """Text that may be the beginning of a stop string is held back until it is or is not one."""
+    """Holds text back while it may be the beginning of a stop string."""
 
     def __init__(self, stops: Sequence[str], *, include: bool = False):
         self._stops = stops
@@ -131,14 +130,14 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, *, ends: bool = True) -> tuple[str, str | None]:
-        """The text that may go out now, and the stop string if one has ended the stream (`include` lets it out, too). Without
-        `ends` none does, but the beginning of one counts later."""
+        """The text that may go out now, and the stop string that has ended the stream, if any (with `include`, it goes out, too).
+        Without `ends`, no stop string ends the stream yet, but its beginning counts later."""
         if not self._stops:
             return text, None
         self._held += text
-        found = [(at + len(stop), at, stop) for stop in self._stops if ends and (at := self._held.find(stop)) >= 0]
-        if found:
-            _, at, stop = min(found)  # the one complete first, so that the outcome does not depend on how the text was cut
+        matches = [(at + len(stop), at, stop) for stop in self._stops if ends and (at := self._held.find(stop)) >= 0]
+        if matches:
+            _, at, stop = min(matches)  # the first to be complete, so that the result does not depend on how the text was cut
             out = self._held[: at + len(stop) * self._include]
             self._held = ""
             return out, stop
@@ -152,5 +151,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

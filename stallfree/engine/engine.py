@@ -1,6 +1,6 @@
 """The loop: plan, run, complete, record, and turn the new tokens of an iteration into outputs.
 
-Synchronous and single-threaded: whoever calls `step` owns the engine. It does not know HTTP, threads or what runs the model.
+It is synchronous and single-threaded: the caller of `step` owns the engine. It does not know HTTP, threads or what runs the model.
 """
 
 import logging
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Serves requests on `executor` in the order that `policy` plans. `record`, which may be set later, is handed a StepRecord
-    after every iteration, with fingerprints of KV blocks by `prints`. `sampling` is for requests that leave something of it open.
-    `prefetch` has the requests whose prompts other engines compute.
+    """Serves requests on `executor` as `policy` plans. `record`, which may be set later, is called with a StepRecord after every
+    iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values for what a request leaves open. `prefetch`
+    keeps the requests whose prompts other engines compute.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Engine:
         self._restart = restart
         self._streams = Streams(text, self._end)
         self.waits = False
-        """Whether the last step found nothing to run, for all that is there waits for prompts computed elsewhere."""
+        """Whether the last step found nothing to run, because every request waits for a prompt computed elsewhere."""
         self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
         self._last_end = -inf
-        # Since the last record, or the last outputs.
+        # Requests since the last record, and outputs for the next step.
         self._arrived: list[Request] = []
         self._ended: list[Request] = []
-        self._came: list[Output] = []
+        self._pending: list[Output] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.ledger.requests or self._outstanding or self._came)
+        return bool(self.scheduler.ledger.requests or self._outstanding or self._pending)
 
     def submit(
         self,
@@ -78,10 +78,10 @@ class Engine:
         transfer: Transfer | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """Queue a request whose text ends at any of the strings `stop`. Raises `Refused` for what can never be served.
+        """Queue a request. Its text ends at any of the strings `stop`. Raises `Refused` if it can never be served.
 
         `continues`: its text continues the prompt's; otherwise it is an answer, which begins without a space. `transfer`: brings
-        its prompt from another engine. `watch`: sees its prompt computed here, for another engine.
+        the KV of its prompt from another engine. `watch`: is called for each piece of its prompt computed here for another engine.
         """
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
@@ -94,24 +94,24 @@ class Engine:
         self._arrived.append(request)
 
     def abort(self, id: str) -> None:
-        """End a request now, silently; one that has ended already is none of our business. Its KV is free at once."""
+        """End a request now, without an output; its KV is free at once. Does nothing if it has already ended."""
         if id in self._streams:
             self._streams.forget(id)
             self.prefetch.drop(id)
             self._end(id, "abort")
 
     def step(self) -> list[Output]:
-        """Run one iteration; what it brought to each request: nothing, if all of it was prefill or there is nothing to do.
+        """Run one iteration. Returns its outputs: none if it was all prefill, or if there is nothing to do.
 
-        If the executor loses all KV, running requests end with an error, or, with `restart`, are computed anew.
+        If the executor loses all KV, running requests end with an error, or, with `restart`, are computed again.
 
-        Raises RuntimeError if the policy plans nothing though requests wait: they would wait for ever.
+        Raises RuntimeError if the policy plans nothing though requests wait, because they would wait for ever.
         """
-        came, self._came = self._came, []
+        outputs, self._pending = self._pending, []
         try:
-            return came + self._step()
+            return outputs + self._step()
         except Lost as lost:
-            return came + self._after(lost)
+            return outputs + self._recover(lost)
 
     def close(self) -> None:
         self.executor.close()
@@ -124,14 +124,14 @@ class Engine:
         plan, result, times = self._collect()
         done, dropped = self.scheduler.complete(plan, result, times[2])
         self._ended += done
-        outputs = self._show(plan, result) + self._outputs(plan, result)
+        outputs = self._call_watches(plan, result) + self._outputs(plan, result)
         self._note(plan, result, times, dropped)
         return outputs
 
     def _submit_plans(self) -> None:
-        """Hand the executor as many plans as it takes."""
+        """Submit plans until the executor has as many as it takes at once."""
         outstanding, requests = self._outstanding, self.scheduler.ledger.requests
-        # Nothing is planned behind an iteration that failed before those whom it fails are known.
+        # After a failed iteration, nothing is planned until the requests that it fails have ended.
         while len(outstanding) < self.executor.capacity.depth and not (outstanding and outstanding[-1][2]):
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
@@ -140,23 +140,23 @@ class Engine:
             outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
         self.waits = not outstanding and self.prefetch.under_way
         if requests and not outstanding and not self.waits:
-            raise RuntimeError(f"{len(requests)} requests are there, but the policy plans no work for them")
+            raise RuntimeError(f"the policy plans no work for {len(requests)} requests; they would wait for ever")
 
     def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
-        """The oldest plan with its result, and when it was planned, started and over."""
+        """The oldest plan, its result, and when it was planned, started and ended."""
         plan, started, error = self._outstanding.popleft()
         results: list[StepResult] = []
         if error is None:
             error = self._try(lambda: results.append(self.executor.collect()))
         result = results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
         ended = self.clock()
-        if self.executor.capacity.overlap:  # it waited for the one before it
+        if self.executor.capacity.overlap:  # the plan waited for the one before it
             started = max(started, self._last_end)
         self._last_end = ended
         return plan, result, (plan.now, started, ended)
 
     def _try(self, call: Callable[[], None]) -> str | None:
-        """The error of an executor's call in words, if it raises: it fails one iteration, not the engine."""
+        """Call the executor. If it raises, return the error in words: it fails one iteration, not the engine."""
         try:
             call()
         except Lost:
@@ -166,9 +166,9 @@ class Engine:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _show(self, plan: Plan, result: StepResult) -> list[Output]:
-        """Tell the watchers what was computed. A request that has ended just now has not been written over yet. Gives the ends of
-        requests whose watcher raised."""
+    def _call_watches(self, plan: Plan, result: StepResult) -> list[Output]:
+        """Call the watches of what was computed. The KV of a request that has just ended is not written over yet. Returns the last
+        outputs of requests whose watch raised."""
         failed: list[Output] = []
         watches = self._streams.watches
         if not watches or result.error is not None:
@@ -179,14 +179,14 @@ class Engine:
                 try:
                     watch(work)
                 except Exception as error:
-                    failed.append(self._streams.fail(work.id, "what was computed could not be passed on", error))
+                    failed.append(self._streams.fail(work.id, "its KV could not be passed on", error))
         return failed
 
     def _outputs(self, plan: Plan, result: StepResult) -> list[Output]:
         outputs: list[Output] = []
         for work in plan.work:
             request = self._streams.request(work.id)
-            if request is None or request.output is not work.output:  # it has ended; the id may be another's by now
+            if request is None or request.output is not work.output:  # it has ended; another request may have its id
                 continue
             error = result.error or result.failed.get(work.id)
             if error is not None:
@@ -196,7 +196,7 @@ class Engine:
         return outputs
 
     def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float], dropped: Sequence[str]) -> None:
-        """Hand the iteration's record out. Whoever fails over it must not fail the requests."""
+        """Pass the iteration's record to `record`. If this raises, the requests must not fail."""
         arrived, ended, self._arrived, self._ended = self._arrived, self._ended, [], []
         delivered, recalled = self.prefetch.news()
         if self.record is None:
@@ -212,13 +212,13 @@ class Engine:
             log.exception("the record of step %d is lost", plan.step)
 
     def _first_token(self, request: Request, token: int, details: object) -> None:
-        """A prompt that was computed elsewhere has come, with its first token."""
+        """The KV of a prompt that was computed elsewhere is here, with its first token."""
         if request.finish_reason is not None:
             self._ended.append(request)
-        self._came.append(self._streams.output(request.id, (token,), details))
+        self._pending.append(self._streams.output(request.id, (token,), details))
 
-    def _after(self, lost: Lost) -> list[Output]:
-        """What a loss of all KV brings to the requests."""
+    def _recover(self, lost: Lost) -> list[Output]:
+        """Go on after a loss of all KV. Returns the last outputs of the requests that it ends."""
         log.error("%s; %d requests were running", lost, len(self.scheduler.ledger.running))
         self._outstanding.clear()
         self.prefetch.lost()

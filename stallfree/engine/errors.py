@@ -1,4 +1,4 @@
-"""The error that text raises. It stands alone, so that whoever needs no chat template needs no Jinja either."""
+"""The error of tokenizers and chat templates. It stands alone, so that importing it does not import Jinja."""
 
 
 class TextError(ValueError):

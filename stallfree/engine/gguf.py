@@ -28,21 +28,21 @@ SPLITS = {
 """The supported values of `tokenizer.ggml.pre`."""
 
 WHOLE = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
-"""Those that take a word that is a token as it is, without merges, and begin a text with BOS unless the file says otherwise."""
+"""The values with which a word that is a token needs no merges, and a text begins with BOS unless the file says otherwise."""
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Token types. Control tokens are no text; user-defined ones are text that is never split."""
+"""Token types. Control tokens are not text; user-defined tokens are text that is never split."""
 
 SPECIALS = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "sep_token": "seperator_token_id",
     "pad_token": "padding_token_id", "cls_token": "cls_token_id", "mask_token": "mask_token_id",
 }  # fmt: skip
-"""What templates call the special tokens, and what GGUF does (its spelling)."""
+"""The special tokens: their names in templates, and in GGUF (its spelling)."""
 
 
 class Vocabulary:
-    """The tokenizer in a GGUF file's `metadata`, its special tokens by the names that templates use, and the ids that end a reply.
-    Raises TextError, which names the key, for one that is not supported or damaged.
+    """The tokenizer in a GGUF file's `metadata`, its special tokens by their names in templates, and the ids that end a reply.
+    Raises TextError, which names the key, if the tokenizer is damaged or not supported.
     """
 
     def __init__(self, metadata: Mapping[str, Any]):
@@ -55,7 +55,7 @@ class Vocabulary:
         if kind == "gpt2":
             self.tokenizer, begins, usual = self._byte_level(pre), pre in WHOLE, {}
         elif kind == "llama":
-            # What llama.cpp takes for SentencePiece where the file does not say.
+            # The ids that llama.cpp assumes for SentencePiece if the file does not name them.
             usual = {name: id for id, name in enumerate(("unknown_token_id", "bos_token_id", "eos_token_id"))}
             self.tokenizer, begins = self._sentencepiece(), True
         else:
@@ -76,7 +76,7 @@ class Vocabulary:
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         values = self._metadata.get(KEY + name, [])
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise TextError(f"{KEY}{name} is no list of {kind.__name__}; the file is damaged, fetch it again")
+            raise TextError(f"{KEY}{name} is not a list of {kind.__name__}; the file is damaged, fetch it again")
         if length is not None and values and len(values) != length:
             raise TextError(f"{KEY}{name} has {len(values)} entries for {length} tokens; the file is damaged, fetch it again")
         return values
@@ -91,8 +91,8 @@ class Vocabulary:
 
     def _prepend(self, id: int | None) -> None:
         if id is None:
-            raise TextError(f"a text is to begin with BOS, and {KEY}bos_token_id is missing; {mend('bos_token_id')}")
-        # By a name of its own: the library splits its templates at spaces and colons, which a token may hold.
+            raise TextError(f"texts must begin with BOS, and {KEY}bos_token_id is missing; {mend('bos_token_id')}")
+        # The name "bos" instead of the token: the library splits templates at spaces and colons, which a token may hold.
         bos: Any = {"id": "bos", "ids": [id], "tokens": [self._tokens[id]]}
         self.tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="bos $A", pair="bos $A $B", special_tokens=[bos]
@@ -109,7 +109,7 @@ class Vocabulary:
                 what = f"{KEY}merges[{number}] is {merge!r}, expected two tokens with a space between them"
                 raise TextError(f"{what}; the file is damaged, fetch it again")
             if missing := [part for part in (left, right, left + right) if part not in self._ids]:
-                what = f"{KEY}merges[{number}] is {merge!r}, and {missing[0]!r} is none of the tokens"
+                what = f"{KEY}merges[{number}] is {merge!r}, and {missing[0]!r} is not a token"
                 raise TextError(f"{what}; the file is damaged, fetch it again")
             merges.append((left, right))
         model = models.BPE(vocab=self._ids, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=pre in WHOLE)
@@ -125,11 +125,11 @@ class Vocabulary:
         return tokenizer
 
     def _sentencepiece(self) -> Tokenizer:
-        """SentencePiece's BPE keeps scores instead of merges: a merge is any split of a token into two others, best score first."""
+        """SentencePiece's BPE has scores, not merges. A merge is any split of a token into two others, best score first."""
         tokens, ids = self._tokens, self._ids
         scores = self._list("scores", float, len(tokens))
         if not scores:
-            raise TextError(f"{KEY}scores is missing, without which no text can be cut into tokens; fetch the file again")
+            raise TextError(f"{KEY}scores is missing, so no text can be split into tokens; fetch the file again")
         ranked = sorted(range(len(tokens)), key=lambda i: -scores[i])
         merges = [
             (token[:cut], token[cut:])
@@ -149,5 +149,5 @@ class Vocabulary:
 
 
 def mend(name: str) -> str:
-    """The way out of metadata that are wrong."""
-    return f"correct the file (gguf-set-metadata FILE {KEY}{name} ID), or take another one"
+    """The way out if a token id in the metadata is wrong."""
+    return f"correct the file (gguf-set-metadata FILE {KEY}{name} ID), or take another file"

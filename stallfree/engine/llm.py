@@ -16,7 +16,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one prompt: its `text` and `tokens` (ids), and why it ended ("stop", "length" or "error", with `error`)."""
+    """The result for one prompt: `text`, `tokens` (ids), and why it ended ("stop", "length" or "error", with `error`)."""
 
     text: str
     tokens: tuple[int, ...]
@@ -27,33 +27,32 @@ class Completion:
 class LLM:
     """`LLM()` is the embedded model; `LLM("model.gguf", policy="orca", ...)` takes the fields of `Options`.
 
-    Sampling arguments of the methods: `max_tokens` (default: what fits), `min_tokens`, `stop` (a string or several),
-    `ignore_eos`, and the fields of `executors.sampling.Sampling`; the seed is random unless given, and what else is not given is as
-    the model's makers recommend (`checkpoint.generation`). Unknown names are TypeErrors.
-    A request that cannot be served raises `Refused`.
+    Sampling arguments of the methods: `max_tokens` (default: what fits), `min_tokens`, `stop` (a string or several), `ignore_eos`,
+    and the fields of `executors.sampling.Sampling`. The default seed is random; the other defaults are those that the model's
+    makers recommend (`checkpoint.generation`). Unknown names raise TypeError. A request that cannot be served raises `Refused`.
     """
 
     def __init__(self, model: str | None = None, **options: Any):
         self._assembled = assemble(Options(model=model, **options))
         self._engine = self._assembled.engine
         self._ids = itertools.count()
-        self._came: dict[str, list[Output]] = {}
+        self._pending: dict[str, list[Output]] = {}
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
-        """Complete one or many prompts, texts or token ids, batched; the completions in the prompts' order."""
+        """Complete one prompt or many, texts or token ids, in one batch. Returns the completions in the prompts' order."""
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if single else prompts
-        texts = [""] * len(many)
-        tokens: list[tuple[int, ...]] = [()] * len(many)
+        batch: Sequence[Any] = [prompts] if single else prompts
+        texts = [""] * len(batch)
+        tokens: list[tuple[int, ...]] = [()] * len(batch)
         last: dict[int, Output] = {}
-        for index, output in self._serve(many, sampling):
+        for index, output in self._serve(batch, sampling):
             texts[index] += output.text
             tokens[index] += output.tokens
             last[index] = output
-        return [Completion(texts[i], tokens[i], last[i].finish_reason or "error", last[i].error) for i in range(len(many))]
+        return [Completion(texts[i], tokens[i], last[i].finish_reason or "error", last[i].error) for i in range(len(batch))]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
-        """The completion's text as it comes. RuntimeError if the executor fails; leaving the iterator early ends the request."""
+        """The completion's text as it comes. Raises RuntimeError if the executor fails. Closing the iterator ends the request."""
         return self._stream(prompt, sampling, continues=True)
 
     def _stream(self, prompt: Prompt, sampling: Mapping[str, Any], continues: bool) -> Iterator[str]:
@@ -82,56 +81,57 @@ class LLM:
     def _serve(
         self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], continues: bool = True
     ) -> Iterator[tuple[int, Output]]:
-        """The outputs of `prompts`, each with its prompt's index, as they come; those of other calls are kept for them.
+        """The outputs of `prompts` as they come, each with its prompt's index. Outputs of other calls are kept for these.
 
-        All prompts are submitted or none, and whoever leaves early leaves nothing behind.
+        All prompts are submitted or none. When the iterator closes, unfinished requests are aborted.
         """
         ids: list[str] = []
         try:
             for prompt in prompts:
                 ids.append(self._submit(prompt, sampling, continues).id)
-                self._came[ids[-1]] = []
+                self._pending[ids[-1]] = []
             unfinished = set(ids)
             while unfinished:
                 for output in self._engine.step():
-                    self._came[output.id].append(output)
+                    self._pending[output.id].append(output)
                 for index, id in enumerate(ids):
-                    came, self._came[id] = self._came[id], []
-                    for output in came:
+                    outputs, self._pending[id] = self._pending[id], []
+                    for output in outputs:
                         if output.finish_reason is not None:
                             unfinished.discard(id)
                         yield index, output
         finally:
             for id in ids:
                 self._engine.abort(id)
-                self._came.pop(id, None)
+                self._pending.pop(id, None)
 
     def _submit(self, prompt: Prompt, sampling: Mapping[str, Any], continues: bool) -> Request:
         from stallfree.executors.sampling import Sampling
 
-        given = dict(sampling)
-        stop = given.pop("stop", ())
-        max_tokens = given.pop("max_tokens", None)
-        ignore_eos = given.pop("ignore_eos", False)
-        unknown = given.keys() - {f.name for f in fields(Sampling) if f.init}
+        arguments = dict(sampling)
+        stop = arguments.pop("stop", ())
+        max_tokens = arguments.pop("max_tokens", None)
+        ignore_eos = arguments.pop("ignore_eos", False)
+        unknown = arguments.keys() - {f.name for f in fields(Sampling) if f.init}
         if unknown:
             raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
         ids = self._engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        stop_ids = given.pop("stop_ids", frozenset()) | (frozenset() if ignore_eos else self._engine.text.eos_ids)
-        for field, asked in (("prompt", ids), ("stop_ids", list(stop_ids)), ("logit_bias", list(given.get("logit_bias", ())))):
-            if (wrong := self._engine.text.lacks(asked)) is not None:
+        stop_ids = arguments.pop("stop_ids", frozenset()) | (frozenset() if ignore_eos else self._engine.text.eos_ids)
+        biased = list(arguments.get("logit_bias", ()))
+        for field, tokens in (("prompt", ids), ("stop_ids", list(stop_ids)), ("logit_bias", biased)):
+            if (wrong := self._engine.text.lacks(tokens)) is not None:
                 size = self._engine.text.vocab_size
                 raise Refused(f"{field}: token id {wrong} is outside the vocabulary (0 to {size - 1})", field)
-        given.setdefault("seed", secrets.randbits(32))
+        arguments.setdefault("seed", secrets.randbits(32))
         room = self._engine.scheduler.ledger.max_len - len(ids)
         request = Request(
             str(next(self._ids)),
             ids,
             max(1, room) if max_tokens is None else max_tokens,
             stop_ids=stop_ids,
-            min_tokens=given.get("min_tokens", 0),
+            min_tokens=arguments.get("min_tokens", 0),
             arrival=self._engine.clock(),
-            sampling=replace(self._engine.sampling, stop_ids=stop_ids, **given),
+            sampling=replace(self._engine.sampling, stop_ids=stop_ids, **arguments),
         )
         self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop), continues=continues)
         return request

@@ -1,7 +1,7 @@
-"""Prompts that another engine computes. Each waits for room here and is asked for once it has some. Then its KV and its first token
-are delivered, or it is computed here after all.
+"""Prompts that another engine computes. Each waits for room here, and then its KV transfer starts. The transfer ends when its KV
+and first token are delivered, or when it is recalled and computed here.
 
-It does not know how a prompt is asked for nor what moves its KV: that is a `Transfer`'s affair.
+It does not know how another engine gets a prompt or what moves the KV: a `Transfer` does that.
 """
 
 import logging
@@ -20,7 +20,7 @@ class Transfer(Protocol):
     """One KV transfer: a prompt that another engine computes. Both methods are called in the engine's thread."""
 
     def start(self, request: Request) -> None:
-        """The request has its blocks: have them filled. A transfer ends in `Prefetch.deliver` or in `Prefetch.recall`."""
+        """Begin to fill the blocks of the request. A transfer ends in `Prefetch.deliver` or in `Prefetch.recall`."""
 
     def cancel(self) -> None:
         """The request has ended. KV that still arrives must not be written, because its blocks belong to others now."""
@@ -35,18 +35,18 @@ class Prefetch:
     def __init__(self, ledger: Ledger, clock: Callable[[], float], first: Callable[[Request, int, object], None]):
         self._ledger, self._clock, self._first = ledger, clock, first
         self._transfers: dict[str, Transfer] = {}
-        self._asked: dict[str, float] = {}
+        self._started: dict[str, float] = {}
         self._delivered: list[Delivered] = []
         self._recalled: list[str] = []
 
     @property
     def under_way(self) -> bool:
         """Whether any transfer has started and not ended."""
-        return bool(self._asked)
+        return bool(self._started)
 
     @property
     def idle(self) -> bool:
-        return not (self._transfers or self._asked)
+        return not (self._transfers or self._started)
 
     def expect(self, request: Request, transfer: Transfer) -> None:
         """Queue a request whose prompt `transfer` brings. Raises `Refused` for one that can never be served."""
@@ -56,11 +56,11 @@ class Prefetch:
     def start(self) -> None:
         """Start the transfers that have room now. A prompt whose transfer cannot start is computed here."""
         while (request := admit(self._ledger)) is not None:
-            self._asked[request.id] = self._clock()
+            self._started[request.id] = self._clock()
             try:
                 self._transfers[request.id].start(request)
             except Exception:
-                log.exception("request %s: its prompt cannot be asked for elsewhere and is computed here", request.id)
+                log.exception("request %s: the KV transfer cannot start; its prompt is computed here", request.id)
                 if request.id in self._transfers:
                     self.recall(request)
 
@@ -69,32 +69,32 @@ class Prefetch:
         now = self._clock()
         del self._transfers[request.id]
         deliver(self._ledger, request, token, now)
-        asked = self._asked.pop(request.id)
-        self._delivered.append(Delivered(request.id, asked, now, request.num_cached, num_bytes, seconds))
+        started = self._started.pop(request.id)
+        self._delivered.append(Delivered(request.id, started, now, request.num_cached, num_bytes, seconds))
         self._first(request, token, details)
 
     def recall(self, request: Request) -> None:
         """No other engine computes the prompt of `request`: compute it here."""
-        del self._transfers[request.id], self._asked[request.id]
+        del self._transfers[request.id], self._started[request.id]
         recall(self._ledger, request)
         self._recalled.append(request.id)
 
     def drop(self, id: str) -> None:
         """Cancel the transfer of a request that has ended. Most requests have none."""
         transfer = self._transfers.pop(id, None)
-        self._asked.pop(id, None)
+        self._started.pop(id, None)
         if transfer is not None:
             try:
                 transfer.cancel()
             except Exception:
-                log.exception("request %s: what is computed for it elsewhere cannot be called off", id)
+                log.exception("request %s: its KV transfer cannot be cancelled", id)
 
     def news(self) -> tuple[list[Delivered], list[str]]:
-        """What was delivered, and the ids of the requests recalled, since the last call."""
+        """The deliveries, and the ids of the recalled requests, since the last call."""
         delivered, recalled, self._delivered, self._recalled = self._delivered, self._recalled, [], []
         return delivered, recalled
 
     def lost(self) -> None:
         """All KV is lost, also the blocks that a transfer is filling now."""
-        for id in list(self._asked):
+        for id in list(self._started):
             self.drop(id)

@@ -1,5 +1,5 @@
-"""A run written to a file as it happens, a line an iteration, and read back. A disk that fails ends the recording, not the
-serving."""
+"""A run written to a file as it happens, one line per iteration, and read back. It does not know what records mean. If the disk
+fails, the recording ends and serving goes on."""
 
 import logging
 from pathlib import Path
@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """A new file at `path`: one line for the run (`begin`), one for each iteration (`write`). Raises ValueError if there is one
-    already: a run is not written over another.
+    """A new file at `path`: one line for the run (`begin`), one for each iteration (`write`). Raises ValueError if the file exists,
+    so that no run is overwritten.
     """
 
     def __init__(self, path: Path):
@@ -41,12 +41,12 @@ class RecordFile:
             if self._file is not None:
                 self._file.write(f"{line}\n".encode())
         except OSError as error:
-            log.error("recording to %s ends: %s", self._path, error)
+            log.error("recording to %s has ended: %s", self._path, error)
             self.close()
 
 
 def load(path: Path) -> tuple[Run, list[StepRecord]]:
-    """What a `RecordFile` wrote to `path`. Raises ValueError naming file, line and way out for anything else."""
+    """The run and records that a `RecordFile` wrote to `path`. Raises ValueError that names the file, the line and the way out."""
     try:
         with path.open(encoding="utf-8") as lines:
             return read(lines)
@@ -54,5 +54,5 @@ def load(path: Path) -> tuple[Run, list[StepRecord]]:
         raise ValueError(
             f"the record file {path} cannot be read: {error.strerror}; `stallfree serve --record FILE` makes one"
         ) from error
-    except ValueError as error:  # of UnicodeDecodeError too: a binary file
+    except ValueError as error:  # also UnicodeDecodeError, for a binary file
         raise ValueError(f"{path}: {error}") from None

@@ -1,5 +1,5 @@
-"""The way of each request from tokens to text: what an iteration's tokens bring to its reader. Whatever the text of one raises ends
-that request, and no other. It does not know what ran.
+"""Each request's way from tokens to text: it turns the tokens of an iteration into outputs. An error in one request's text ends
+only that request. It does not know what ran.
 """
 
 import logging
@@ -14,13 +14,13 @@ from stallfree.engine.text import Text
 log = logging.getLogger(__name__)
 
 Watch = Callable[[Work], None]
-"""Told of each piece of a request's work once it is computed, in the engine's thread, while its blocks still hold it."""
+"""Called with each piece of a request's work once it is computed, in the engine's thread, while its blocks still hold the KV."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one iteration brought to one request: new `text` (may be empty), new `tokens` (ids) with their `details` (the
-    executor's: log-probabilities, or None), and on the last one `finish_reason`, with the stop string or id, or the `error`.
+    """The output of one iteration for one request: new `text` (may be empty) and new `tokens` (ids) with the executor's `details`
+    (log-probabilities, or None). The last output has a `finish_reason`, and the stop string or id, or the `error`.
     """
 
     id: str
@@ -33,7 +33,7 @@ class Output:
 
 
 class Stream:
-    """One request's."""
+    """One request, with the filters that its text runs through."""
 
     __slots__ = ("detokenizer", "include_stop", "request", "stops")
 
@@ -45,8 +45,8 @@ class Stream:
 
 
 class Streams:
-    """The streams of the requests that are read, and the `watches` of some, by id. `end` is called with a request's id and the
-    reason if its text ends it.
+    """The streams of the requests that have a reader, and the `watches` of some, by id. If a request's text ends it, `end` is
+    called with its id and the reason.
     """
 
     def __init__(self, text: Text, end: Callable[[str, str], None]):
@@ -56,7 +56,7 @@ class Streams:
         self.watches: dict[str, Watch] = {}
 
     def make(self, request: Request, stop: Sequence[str], *, include_stop: bool, continues: bool) -> Stream:
-        """A stream that is not read yet. For the arguments see `Engine.submit`."""
+        """A stream that has no reader yet. For the arguments see `Engine.submit`."""
         return Stream(request, self._text, stop, include_stop, continues)
 
     def read(self, stream: Stream, watch: Watch | None) -> None:
@@ -68,34 +68,34 @@ class Streams:
         return id in self._streams
 
     def request(self, id: str) -> Request | None:
-        """The request of that id that is read, if there is one."""
+        """The request with this id, if it has a reader."""
         stream = self._streams.get(id)
         return None if stream is None else stream.request
 
     def forget(self, id: str) -> None:
-        """Nobody reads it any more."""
+        """Remove the stream and the watch of a request."""
         self._streams.pop(id, None)
         self.watches.pop(id, None)
 
     def ended(self, id: str, error: str) -> Output:
-        """The last output of a request that has ended by an error."""
+        """Remove a request that has ended with an error. Returns its last output."""
         self.forget(id)
         return Output(id, "", (), finish_reason="error", error=error)
 
     def fail(self, id: str, what: str, error: BaseException) -> Output:
-        """End a request by an error of its own; its last output."""
+        """End a request because of its own error. Returns its last output."""
         log.error("request %s: %s", id, what, exc_info=error)
         self._end(id, "error")
         return self.ended(id, f"{what} ({type(error).__name__}: {error})")
 
     def output(self, id: str, tokens: tuple[int, ...], details: object) -> Output:
-        """What new tokens brought to a request that is read."""
+        """The output of a request that has a reader, for its new tokens."""
         try:
             return self._output(self._streams[id], tokens, details)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the tokenizer's library is no Exception
-            return self.fail(id, "its tokens cannot be made text", error)
+            return self.fail(id, "its tokens cannot be turned into text", error)
 
     def _output(self, stream: Stream, tokens: tuple[int, ...], details: object) -> Output:
         request = stream.request
@@ -110,9 +110,9 @@ class Streams:
             text += stream.detokenizer.push(token, special=stop is not None)
         if reason is not None:
             text += stream.detokenizer.flush()
-        text, found = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
-        if found is not None:
-            stop = found
+        text, stop_string = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
+        if stop_string is not None:
+            stop = stop_string
             if reason is None:
                 self._end(request.id, "stop")
             reason = "stop"

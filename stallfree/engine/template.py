@@ -1,6 +1,6 @@
 """Chat templates: a model's own Jinja program that writes a conversation as one text, rendered as `transformers` renders it.
 
-Templates come with models from anywhere: they run in Jinja's sandbox, and whatever they raise is a TextError. It knows no tokens.
+Templates come with models from anywhere, so they run in Jinja's sandbox, and their errors become TextErrors. It knows no tokens.
 """
 
 import json
@@ -16,11 +16,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from stallfree.engine.errors import TextError
 
 MOST_QUOTED = 300
-"""Characters of a template's error that are quoted: it may hold the whole conversation."""
+"""The most characters of a template's error that are quoted, because it may hold the whole conversation."""
 
 
 class Template:
-    """A chat template that was compiled. It is pickled as its `source`. Raises TextError if that does not parse."""
+    """A compiled chat template. It is pickled as its `source`. Raises TextError if the source does not parse."""
 
     def __init__(self, source: str):
         self.source = source
@@ -31,11 +31,11 @@ class Template:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
             self._template = environment.from_string(source)
-            found = environment.parse(source)
-        except Exception as error:  # beside TemplateSyntaxError, what Python's compiler raises: RecursionError, SyntaxError
+            tree = environment.parse(source)
+        except Exception as error:  # TemplateSyntaxError, or RecursionError and SyntaxError from Python's compiler
             raise TextError(f"the model's chat template does not parse: {_quoted(error)}") from error
-        texts = [node.data for node in found.find_all(nodes.TemplateData)]
-        texts += [node.value for node in found.find_all(nodes.Const) if isinstance(node.value, str)]
+        texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+        texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.texts = frozenset(texts)
         """The texts that are written in the template."""
 
@@ -44,7 +44,7 @@ class Template:
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The text for `values`: `messages`, `add_generation_prompt`, `tools`, `documents`, the special tokens, and others. Raises
-        TextError, which quotes whatever the template raised."""
+        TextError, which quotes the template's error."""
         try:
             return self._template.render(values)
         except Exception as error:  # a template is a program: it may divide by zero, recurse, or ask for too much memory
@@ -52,14 +52,14 @@ class Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks the text that a model is trained on, and changes nothing of it."""
+    """`{% generation %}`, which marks text that a model is trained on. It does not change the text."""
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # As in a call block, what is set inside stays inside.
+        # As in a call block, variables set inside do not exist outside.
         return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
 
     def _written(self, caller: Any) -> str:

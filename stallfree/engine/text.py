@@ -1,6 +1,6 @@
-"""Text in, token ids out, and back: a tokenizer with its chat templates, from a folder or a GGUF file.
+"""Text to token ids and back: a tokenizer with its chat templates, from a folder or a GGUF file.
 
-What comes back piece by piece is `detokenizer`'s. It knows no request or engine, and can be sent to another process.
+`detokenizer` does the text of streams. This module knows no request or engine. A `Text` can be sent to another process.
 """
 
 import json
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["Detokenizer", "Pieces", "StopStrings", "Text", "TextError"]
 
 MARK = "\ufdd0"
-"""Parts a control token in a user's text, so that it is none. A noncharacter, which no text holds (Unicode 23.7)."""
+"""Splits a control token in a user's text, so that it is plain text. A noncharacter, which no text holds (Unicode 23.7)."""
 
 COMPOSED = 3
-"""Times fewer bytes that composed characters have, at the most: three jamo of 3 bytes each make a syllable of 3 (Unicode 3.12)."""
+"""Composed characters have at most this many times fewer bytes: three jamo of 3 bytes make a syllable of 3 (Unicode 3.12)."""
 
 
 class Text:
-    """A tokenizer, what its special tokens are called in templates (`specials`), and its chat templates: one, or several by name
-    ("default", "tool_use"), or None for a model without one. `vocab_size`: how many token ids the model has, which may be fewer
-    than its tokenizer has, or more; None: as many. It can be pickled.
+    """A tokenizer with its chat templates. `specials`: the special tokens by their names in templates. `template`: one template,
+    several by name ("default", "tool_use"), or None. `vocab_size`: the number of token ids of the model, which may differ from the
+    tokenizer's; None: the same. It can be pickled.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Text:
         specials: Mapping[str, str] | None = None,
         vocab_size: int | None = None,
     ):
-        # What a tokenizer.json says of batches for training: a prompt is neither cut nor filled up.
+        # A tokenizer.json may say this for training batches, but a prompt is neither cut nor padded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
@@ -65,8 +65,8 @@ class Text:
 
     @classmethod
     def from_folder(cls, folder: Path, vocab_size: int | None = None) -> "Text":
-        """From a Hugging Face folder: tokenizer.json, what tokenizer_config.json (or special_tokens_map.json) says of it, the chat
-        templates, and the end tokens of (generation_)config.json."""
+        """From a Hugging Face folder: tokenizer.json, the special tokens of tokenizer_config.json (or special_tokens_map.json), the
+        chat templates, and the end tokens of (generation_)config.json."""
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise TextError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there (save_pretrained)")
@@ -86,21 +86,21 @@ class Text:
         return cls(tokenizer, _templates(folder, own.get("chat_template")), eos_ids, specials, vocab_size)
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a text (BOS). Control tokens that are written in it are
-        recognised, unless `control` is False: then they are text. Raises TextError for a text that has no tokens."""
+        """Token ids of `text`. `special` adds the tokens that the tokenizer puts around a text (BOS). Control tokens in the text
+        are recognised; without `control`, they are plain text. Raises TextError if the text cannot be encoded."""
         if control:
             return _encoded(self.tokenizer, text, special)
-        return _encoded(self._unmarking, self._marked(text, self._parted()), special)
+        return _encoded(self._unmarking, self._marked(text, self._control_tokens()), special)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def piece(self, id: int) -> str:
-        """One token as text, for log-probabilities, with the space that it begins with; half characters show as U+FFFD."""
+        """One token as text, for log-probabilities, with its leading space. Half a character shows as U+FFFD."""
         return self.pieces[id].decode(errors="replace")
 
     def lacks(self, ids: Sequence[int]) -> int | None:
-        """The first of `ids` that the model does not have; None if it has all of them."""
+        """The first of `ids` that the model does not have; None if it has them all."""
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
             return None
         return next(id for id in ids if not 0 <= id < self.vocab_size)
@@ -119,29 +119,29 @@ class Text:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **extra: Any,
     ) -> str:
-        """A conversation through the model's template, for `encode_rendered`; further values are the template's own
-        (`enable_thinking`). Control tokens that are written in messages, tools and documents are recognised, unless `control` is
-        False: then they are text. Raises TextError if there is no template, or if it refuses.
+        """A conversation as the model's template writes it, for `encode_rendered`. `extra`: further values for the template
+        (`enable_thinking`). Control tokens in messages, tools and documents are recognised; without `control`, they are plain text.
+        Raises TextError if there is no template, or if it refuses.
         """
         template = self._template(tools)
-        # A key without a value is one that is not there: templates ask whether a message has tool calls.
+        # Keys without a value are dropped, because templates test whether a message has tool calls.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        given = {"messages": plain, "tools": tools, "documents": documents, **extra}
+        values = {"messages": plain, "tools": tools, "documents": documents, **extra}
         if not control:
-            given = self._marked(given, self._parted(template))
-        return template.render({**self._specials, "add_generation_prompt": generation_prompt, **given})
+            values = self._marked(values, self._control_tokens(template))
+        return template.render({**self._specials, "add_generation_prompt": generation_prompt, **values})
 
     def encode_rendered(self, text: str, *, control: bool = True) -> list[int]:
-        """Token ids of what `render` gave for the same `control`."""
+        """Token ids of a text that `render` returned for the same `control`."""
         return _encoded(self.tokenizer if control else self._unmarking, text, False)
 
     def least_tokens(self, text: str) -> int:
-        """How many tokens `text` has at least, told without making them; 0 if that cannot be told."""
+        """The least number of tokens that `text` can have, without encoding it; 0 if unknown."""
         return -(-(len(text.encode()) - len(MARK.encode()) * text.count(MARK)) // self._longest) if self._longest else 0
 
     @cached_property
     def _longest(self) -> int:
-        """Bytes of text that one token can stand for. 0 where there is no bound: in a tokenizer that drops or joins characters."""
+        """The most bytes of text that one token can stand for. 0 if there is no bound: the tokenizer drops or joins characters."""
         values = json.loads(self.tokenizer.to_str())
         steps = [*_steps(values["normalizer"]), *_steps(values["pre_tokenizer"])]
         kept = self.pieces.byte_level or values["model"].get("byte_fallback")
@@ -158,11 +158,11 @@ class Text:
         template = template or self._templates.get("default")
         if template is None:
             names = ", ".join(sorted(self._templates))
-            raise TextError(f"this model has several chat templates and none of them is 'default': {names}; name one so")
+            raise TextError(f"this model has several chat templates and none of them is 'default': {names}; name one 'default'")
         return template
 
-    def _parted(self, template: "Template | None" = None) -> re.Pattern[str]:
-        """Where control tokens begin: special tokens, and those added tokens that the template writes itself."""
+    def _control_tokens(self, template: "Template | None" = None) -> re.Pattern[str]:
+        """Matches where control tokens begin: special tokens, and added tokens that the template itself writes."""
         tokens = [
             token.content
             for token in self.tokenizer.get_added_tokens_decoder().values()
@@ -171,12 +171,12 @@ class Text:
         ]
         if not any(tokens):
             return re.compile("(?!)(.)")
-        # The set of first letters is a shortcut: most of a text begins no token, and there may be a thousand of them.
+        # The first letters are for speed: few places in a text begin a token, and there may be a thousand tokens.
         first = "".join(sorted({re.escape(token[0]) for token in tokens if token}))
         return re.compile(f"(?=[{first}])(?={'|'.join(map(re.escape, filter(None, tokens)))})(.)", re.DOTALL)
 
     def _marked(self, value: Any, control: re.Pattern[str]) -> Any:
-        """`value`, texts and what holds texts, with control tokens parted behind their first letter, wherever one begins."""
+        """`value`, a text or nested texts, with a mark after the first letter of each control token."""
         if isinstance(value, str):
             return control.sub(rf"\1{MARK}", value)
         if isinstance(value, Mapping):
@@ -187,7 +187,7 @@ class Text:
 
     @cached_property
     def _unmarking(self) -> Tokenizer:
-        """The tokenizer, which here looks for added tokens first and takes marks out then."""
+        """The tokenizer, changed so that it first looks for added tokens and then removes marks."""
         values = json.loads(self.tokenizer.to_str())
         for token in values["added_tokens"]:
             token["normalized"] = False
@@ -198,14 +198,14 @@ class Text:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer, or what it is a sequence of."""
+    """The steps of a normalizer or pre-tokenizer: itself, or its parts if it is a sequence."""
     if part is None:
         return []
-    return [step for one in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(one)] or [part]
+    return [step for inner in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(inner)] or [part]
 
 
 def _keeps_bytes(step: Mapping[str, Any]) -> bool:
-    """Whether no byte of a text is lost in a step of its tokenisation, but for characters that it composes."""
+    """Whether a step of tokenisation keeps every byte of a text, except that it may compose characters."""
     if step["type"] == "Replace":
         return bool(step["pattern"] == {"String": " "} and step["content"])
     keeping = ("NFC", "Prepend", "ByteLevel", "Split", "Digits", "Metaspace")
@@ -217,9 +217,7 @@ def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the library raises bare Exception, for a word that its vocabulary lacks; a panic is not even that
+    except BaseException as error:  # the library raises bare Exception for an unknown word; a panic is only a BaseException
         raise TextError(f"the model's tokenizer refuses this text: {error}") from error
 
 
@@ -234,12 +232,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _templates(folder: Path, configured: Any) -> str | Mapping[str, str] | None:
-    """A folder's chat templates: those in files of their own, or else what tokenizer_config.json has `configured`: one, or a list
-    of objects with `name` and `template`."""
+    """A folder's chat templates: those in their own files, or else `configured` from tokenizer_config.json, which is a template or
+    a list of objects with `name` and `template`."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if alone := {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}:
-        return alone
+    if templates := {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}:
+        return templates
     configured = configured or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(configured, list):
         configured = {t["name"]: t["template"] for t in configured if isinstance(t, dict) and {"name", "template"} <= t.keys()}
@@ -251,7 +249,7 @@ def _content(token: Any) -> str:
 
 
 def _compiled(templates: Mapping[str, str]) -> "dict[str, Template]":
-    """A model without a template needs no Jinja."""
+    """The templates, compiled. Jinja is imported only if there are any."""
     if not templates:
         return {}
     from stallfree.engine.template import Template

@@ -1,5 +1,5 @@
-"""The engine in a thread of its own, and asyncio on the other side: requests go in by a mailbox, the outputs of an iteration come
-back in one wake-up of the event loop. It knows no HTTP.
+"""The engine in its own thread, for use from asyncio: requests go in through a mailbox, and the outputs of an iteration come back
+in one wake-up of the event loop. It knows no HTTP.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(RuntimeError):
-    """The engine takes no new request now: `retry_after` seconds from now it may (None: it is stopping, or it has failed)."""
+    """The engine takes no new request now. Try again after `retry_after` seconds (None: it is stopping or has failed)."""
 
     def __init__(self, message: str, retry_after: int | None = None):
         super().__init__(message)
@@ -28,29 +28,29 @@ class Unavailable(RuntimeError):
 
 
 class Outputs:
-    """What comes of the requests of one `submit`: iterate over lists of the outputs that have come since the last one, until all
-    requests have ended. `close` ends the iteration, and aborts those that have not. Leaving a `with` closes.
+    """The outputs of the requests of one `submit`. Iterate over it: each list holds the outputs since the last one, until all
+    requests have ended. `close` ends this and aborts the unfinished requests. Leaving a `with` closes.
     """
 
     def __init__(self, ids: Iterable[str], abort: Callable[[str], None]):
         self._unfinished = set(ids)
         self._abort = abort
-        self._came: list[Output] = []
+        self._pending: list[Output] = []
         self._news = asyncio.Event()
         self._closed = False
 
     def put(self, output: Output) -> None:
-        """For the engine's side. What comes after `close` is dropped."""
+        """Add an output of the engine. After `close`, it is dropped."""
         if not self._closed:
-            self._came.append(output)
+            self._pending.append(output)
             self._news.set()
             if output.finish_reason is not None:
                 self._unfinished.discard(output.id)
 
     def close(self) -> None:
-        """Call it in the event loop, as often as you like; a reader that waits is woken."""
+        """Abort unfinished requests and wake a waiting reader. Call it in the event loop; a second call is harmless."""
         self._closed = True
-        self._came = []
+        self._pending = []
         self._news.set()
         for id in self._unfinished:
             self._abort(id)
@@ -60,13 +60,13 @@ class Outputs:
         return self
 
     async def __anext__(self) -> list[Output]:
-        if not self._came and self._unfinished:
+        if not self._pending and self._unfinished:
             self._news.clear()
             await self._news.wait()
-        if not self._came:
+        if not self._pending:
             raise StopAsyncIteration
-        came, self._came = self._came, []
-        return came
+        outputs, self._pending = self._pending, []
+        return outputs
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +76,7 @@ class Outputs:
 
 
 class EngineThread:
-    """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; one more is `Unavailable`."""
+    """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; more raise `Unavailable`."""
 
     def __init__(self, engine: Engine, max_queue: int):
         self.engine = engine
@@ -90,7 +90,7 @@ class EngineThread:
         self._idle = asyncio.Event()
 
     def start(self) -> None:
-        """Call it in the event loop that will ask for streams."""
+        """Start the thread. Call it in the event loop that will submit requests."""
         self._loop = asyncio.get_running_loop()
         self._idle.set()
         self._thread.start()
@@ -101,7 +101,7 @@ class EngineThread:
 
     @property
     def num_waiting(self) -> int:
-        """Requests not yet admitted, those in the mailbox included."""
+        """Requests not yet admitted, including those in the mailbox."""
         return max(0, len(self._streams) - self.num_running)
 
     @property
@@ -123,10 +123,10 @@ class EngineThread:
         transfer: Callable[[], Transfer | None] = lambda: None,
         watch: Watch | None = None,
     ) -> Outputs:
-        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` for one that can never be served. `transfer` makes each
-        request's `Transfer`, if its prompt is computed elsewhere; `watch` sees them computed here.
+        """Queue all `requests` or none. Raises `Unavailable`, or `Refused` if one can never be served. `transfer` makes each
+        request's `Transfer`, if another engine computes its prompt. `watch`: see `Engine.submit`.
 
-        Whether there is room is decided, and the room taken, without waiting in between: the queue's limit holds.
+        Nothing is awaited between the check for room and the queueing, so the queue's limit holds.
         """
         if self.failure is not None or self._draining:
             raise Unavailable(self.failure or "the server is shutting down and takes no new requests")
@@ -150,12 +150,12 @@ class EngineThread:
             submit()
         except Exception as error:
             log.exception("request %s cannot be queued", id)
-            what = f"the request cannot be queued ({type(error).__name__}: {error})"
-            self._wake(self._dispatch, [Output(id, "", (), finish_reason="error", error=what)])
+            message = f"the request cannot be queued ({type(error).__name__}: {error})"
+            self._wake(self._dispatch, [Output(id, "", (), finish_reason="error", error=message)])
 
-    def call(self, what: Callable[[], object]) -> None:
-        """Have `what` done in the engine's thread, between two iterations. From any thread; what it raises fails the engine."""
-        self._mailbox.put(what)
+    def call(self, action: Callable[[], object]) -> None:
+        """Run `action` in the engine's thread, between two iterations. For any thread. If `action` raises, the engine fails."""
+        self._mailbox.put(action)
 
     def _abort(self, id: str) -> None:
         self._forget(id)
@@ -167,12 +167,12 @@ class EngineThread:
             self._idle.set()
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, let those there are finish for a while, then stop the engine. Calling it again is harmless."""
+        """Take no more requests, wait up to `drain_timeout_s` for the unfinished ones, and stop the engine. May be called again."""
         self._draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), drain_timeout_s)
         if self._streams:
-            log.warning("%d requests unfinished: they end in an error", len(self._streams))
+            log.warning("%d requests unfinished: they end with an error", len(self._streams))
             self._end_all("abort", "the server is shutting down")
         self._mailbox.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -193,16 +193,16 @@ class EngineThread:
             self.engine.close()
 
     def _read_mailbox(self) -> bool:
-        """Do what is asked for, waiting for it if there is nothing else to do; False once asked to stop."""
+        """Run the actions in the mailbox. If there is nothing else to do, wait for one. Returns False when it is time to stop."""
         block = not self.engine.busy or self.engine.waits
         while True:
             try:
-                call = self._mailbox.get(block=block)
+                action = self._mailbox.get(block=block)
             except queue.Empty:
                 return True
-            if call is None:
+            if action is None:
                 return False
-            call()
+            action()
             block = not self.engine.busy
 
     def _wake(self, call: Callable[..., None], *args: object) -> None:

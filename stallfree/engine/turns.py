@@ -1,7 +1,7 @@
-"""Engines that take turns on one model, to compare policies on one machine at one time: a slow moment of it falls on all of them.
+"""Engines that take turns on one model, to compare policies on one machine at the same time: a slow moment affects them all.
 
-Each has its own share of the KV blocks and a clock that stands still while it is not its turn. It knows neither what arrives nor
-what the policies do.
+Each engine has its own share of the KV blocks, and a clock that runs only during its turns. This module does not know what arrives
+or what the policies do.
 """
 
 import time
@@ -19,8 +19,8 @@ from stallfree.executors.base import Executor
 
 
 class Share:
-    """The share `number`, from 0, of an executor's KV blocks, of which there are `of`, one plan at a time. Closing it leaves the
-    executor open."""
+    """Share `number` (from 0) of the `of` equal shares of an executor's KV blocks. It takes one plan at a time. Closing it leaves
+    the executor open."""
 
     def __init__(self, executor: Executor, number: int, of: int):
         self._executor = executor
@@ -39,7 +39,7 @@ class Share:
 
 
 class Clock:
-    """Seconds of its own turns, as `clock` counts them. It stands until it is told to `go`."""
+    """Counts the seconds of its own turns, by `clock`. It stands still until `go`."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -56,13 +56,13 @@ class Clock:
         self._stood_at = self()
 
     def jump(self, to: float) -> None:
-        """To a later time, as if it had been waited for."""
+        """Go to a later time, as if the engine had waited for it."""
         self._lag -= max(0.0, to - self())
 
 
 class Player:
-    """An engine with `policy` on a share of an executor, and the requests that come to it, in order of arrival (seconds from its
-    start). `records` is what has happened so far.
+    """An engine with `policy` on a share of an executor. `requests` come to it in order of arrival (seconds from its start).
+    `records`: its iterations so far.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Player:
         executor: Executor,
         text: Text,
         policy: Policy,
-        coming: Iterable[Request],
+        requests: Iterable[Request],
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.clock = Clock(clock)
         self.records: list[StepRecord] = []
-        self._coming = deque(coming)
+        self._coming = deque(requests)
         self._engine = Engine(executor, text, policy, reuse=False, record=self.records.append, clock=self.clock)
 
     @property
@@ -83,7 +83,7 @@ class Player:
         return not (self._coming or self._engine.busy)
 
     def turn(self) -> None:
-        """One iteration, after a wait that costs no time if nothing is there yet. Raises Refused for a request that cannot fit."""
+        """Run one iteration. If there is nothing to run, jump to the next arrival first. Raises Refused if a request cannot fit."""
         self.clock.go()
         if not self._engine.busy and self._coming:
             self.clock.jump(self._coming[0].arrival)

@@ -1,4 +1,4 @@
-"""What the engine asks of whatever runs the model. It says nothing of devices, files or tensors."""
+"""The interface between the engine and what runs the model. It says nothing about devices, files or tensors."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,12 +9,12 @@ from stallfree.core.plan import Capacity, Plan, StepResult
 class Executor(Protocol):
     """Runs plans in the order of submission.
 
-    `submit` takes a plan of which every block number is below `capacity.num_blocks`; `collect` returns the oldest outstanding
-    result and blocks until it is there. At most `capacity.depth` plans are outstanding. Either may raise: the engine then fails
-    the requests of that plan and goes on. What is wrong with one piece of work (a token id that the model does not have) fails
-    its request alone: the piece is left out, and the result's `failed` says why. With `capacity.overlap` a plan may be submitted
-    whose decodes' tokens are `UNKNOWN`: the executor puts in what the plan before it samples for the same request. `close` frees
-    what the executor holds; it is called once, with nothing outstanding.
+    `submit` takes a plan; every block number in it is below `capacity.num_blocks`. `collect` waits for the oldest outstanding
+    result and returns it. At most `capacity.depth` plans are outstanding. If either raises, the engine fails the requests of that
+    plan and goes on. An error in one piece of work (such as a token id that the model does not have) fails its request alone: the
+    executor leaves the piece out, and the result's `failed` says why. With `capacity.overlap`, a decode's token may be `UNKNOWN`:
+    the executor inserts the token that the previous plan samples for the same request. `close` frees everything; it is called once,
+    with nothing outstanding.
     """
 
     capacity: Capacity
@@ -28,12 +28,12 @@ class Executor(Protocol):
 
 @runtime_checkable
 class MovesKV(Protocol):
-    """What an executor can do beside: hand KV blocks out and take them in, as bytes, behind all plans that were submitted before:
-    one of them may still write for whoever had the blocks.
+    """Optional abilities of an executor: read and write KV blocks as bytes. Both act after all plans submitted before, because such
+    a plan may still write for the earlier owner of the blocks.
 
-    `layout` says how those bytes are to be read: blocks may move between executors of one model with the same layout and block
-    size. `block_bytes` are those of one block, all layers together. The bytes of several blocks are in the order of the layers
-    first: they are one piece, not to be taken apart. `memory` is writable and holds `len(blocks) * block_bytes`.
+    `layout` describes the bytes: blocks may move between executors of one model with the same layout and block size. `block_bytes`:
+    bytes of one block, over all layers. The bytes of several blocks are in the order of the layers, so they are one piece that
+    cannot be split by block. `memory` is writable and holds `len(blocks) * block_bytes` bytes.
     """
 
     layout: str
@@ -45,4 +45,4 @@ class MovesKV(Protocol):
 
 
 class Lost(RuntimeError):
-    """What ran the model is gone, and all KV with it; it was started anew."""
+    """The process that ran the model is gone, and all KV with it. The executor has started it again."""

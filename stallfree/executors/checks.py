@@ -1,5 +1,5 @@
-"""Is a piece of work one that an executor can run? One that is not fails its request before it can read or write outside of memory;
-the rest of the plan runs.
+"""Checks that an executor can run a piece of work. A piece that fails a check fails its request, before it can read or write
+outside of memory; the rest of the plan runs. It knows no tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], T]) -> tuple[Sequence[Work], dict[str, str], T]:
-    """The pieces of `work` that can run, by request id why the others cannot, and what `check` makes of those that can. `check`
-    raises ValueError for work of which a piece cannot run. Raises ValueError, too, if none can.
+    """The pieces of `work` that can run; why the others cannot, by request id; and the result of `check` for those that can.
+    `check` raises ValueError if any piece cannot run. If no piece can run, this raises ValueError, too.
     """
     try:
         return work, {}, check(work)
@@ -31,8 +31,8 @@ def sift(work: Sequence[Work], check: Callable[[Sequence[Work]], T]) -> tuple[Se
 
 
 def needed_blocks(work: Work, capacity: Capacity) -> int:
-    """How many KV blocks `work` uses. Raises ValueError if its positions, its tokens or its blocks do not fit together; what the
-    tokens and block numbers are is not looked at.
+    """The number of KV blocks that `work` uses. Raises ValueError if its positions, tokens and blocks do not fit together. It does
+    not check the values of tokens and block numbers.
     """
     end = work.start + work.count
     needed = -(-end // capacity.block_size)

@@ -8,7 +8,7 @@ M_ARENA_MAX = -8
 
 
 def available_bytes() -> int | None:
-    """Memory that can be allocated without swapping, where the system says so (Linux)."""
+    """Bytes of memory that can be allocated without swapping (Linux); None if the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -24,7 +24,7 @@ def check_memory(needed: int) -> None:
     if available is not None and needed > available:
         raise MemoryError(
             f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
-            f"give it less (kv_bytes; --kv-memory on the command line), or store it in fewer bits"
+            f"give a smaller kv_bytes (--kv-memory on the command line), or store KV in fewer bits"
         )
 
 

@@ -1,7 +1,7 @@
 """From logits to tokens, on the host, in numpy.
 
-Sampling is stateless: the random number of a token depends on the request's seed and the token's position alone, so a request
-samples the same tokens alone or batched, chunked or whole, preempted or not. It knows nothing of models or devices.
+Sampling is stateless: the random number of a token depends only on the request's seed and the token's position. So a request gets
+the same tokens alone or batched, chunked or whole, preempted or not. It knows nothing of models or devices.
 """
 
 import math
@@ -15,27 +15,27 @@ import numpy as np
 from stallfree.core.plan import Work
 
 PIECE = 64
-"""Logits per piece, where a search goes by pieces first."""
+"""Logits per piece, if a search goes piece by piece first."""
 
 COLD = 0.5
-"""Below this temperature few tokens have any weight, and only these are looked at."""
+"""Below this temperature few tokens have any weight, and only these are computed."""
 
 NEGLIGIBLE = 25.0
-"""Temperatures below the largest logit at which a token's weight is below 2e-11. A whole vocabulary of such tokens is less than the
-last bit of a float."""
+"""A logit this many temperatures below the largest has a weight below 2e-11. The weights of a whole vocabulary of such tokens are
+less than the last bit of a float."""
 
 MOST_KEPT = 10_000
-"""Logits kept by top_k from which more do not count as more rows: a vocabulary may be smaller than top_k."""
+"""Values of top_k above this count as this in `extra_rows`, because a vocabulary may be smaller than top_k."""
 
 FEW = 2048
-"""Candidates that are sorted as they are; more are told apart by the leading bits of their weights first."""
+"""Up to this many candidates are sorted directly; more are first separated by the leading bits of their weights."""
 
 BITS = 19
-"""Bits of a 32-bit float that are left away for that. The exponent and 4 bits of the fraction stay: 16 steps in a factor of 2."""
+"""Low bits of a 32-bit float that this ignores. The exponent and 4 bits of the fraction stay: 16 steps per factor of 2."""
 
 
 class Bias(dict[int, float]):
-    """What is added to logits, by token id; as two arrays, too, `tokens` int64 and `amounts` float32, made once."""
+    """Amounts added to logits, by token id; also as two arrays, made once: `tokens` int64 and `amounts` float32."""
 
     def __init__(self, biases: Mapping[int, float] = MappingProxyType({})):
         super().__init__(biases)
@@ -45,13 +45,13 @@ class Bias(dict[int, float]):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a request's next token is chosen from its logits. The defaults sample from the model's own distribution.
+    """The way to choose a request's next token from its logits. The defaults sample from the model's own distribution.
 
     Applied in this order: `logit_bias` (added, by token id), `repetition_penalty` (over prompt and output: positive logits are
     divided by it, negative ones multiplied; Keskar et al. 2019), `presence_penalty` (subtracted once) and `frequency_penalty`
-    (subtracted per occurrence, both over the output), `stop_ids` masked while fewer than `min_tokens` tokens are out, `temperature`
-    (0 is greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most probable token). `seed` is any int.
-    `logprobs`: how many alternatives to report beside the chosen token's log-probability; None reports nothing.
+    (subtracted per occurrence, both over the output), `stop_ids` masked below `min_tokens` output tokens, `temperature` (0 is
+    greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most probable token). `seed`: any int. `logprobs`: the number
+    of alternatives to report with the chosen token's log-probability; None reports nothing.
     """
 
     temperature: float = 1.0
@@ -74,7 +74,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the model's logits are used as they are."""
+        """Whether the model's logits are used unchanged."""
         return (
             not self.logit_bias
             and self.repetition_penalty == 1.0
@@ -85,9 +85,9 @@ class Sampling:
 
     @property
     def extra_rows(self) -> int:
-        """How many plain rows of logits take as long as what this asks for beyond one, on a processor. A plain row takes its part
-        of the last product, and one exponential for each logit: 0.16 ms for 49,152 logits on a Zen 4. By that measure penalties
-        take 0.3 rows, top_p 2, top_k 0.1 for 50 and 2 for 1,000, log-probabilities 0.3. A cost model learns what a row takes.
+        """The time that this sampling takes on a processor beyond a plain row of logits, in such rows. A plain row takes its part
+        of the last product, and one exponential per logit: 0.16 ms for 49,152 logits on a Zen 4. In these rows, penalties take 0.3,
+        top_p 2, top_k 0.1 for 50 and 2 for 1,000, log-probabilities 0.3. A cost model learns the time of a row.
         """
         warm = self.temperature >= COLD
         return (
@@ -98,7 +98,7 @@ class Sampling:
         )
 
     def prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
-        """`prompt` as an array, made once for the request that samples so."""
+        """`prompt` as an array, which is made once per request."""
         if not self._prompts or self._prompts[0][0] is not prompt:
             self._prompts[:] = [(prompt, np.fromiter(prompt, np.int64, len(prompt)))]
         return self._prompts[0][1]
@@ -107,18 +107,18 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def to_values(how: Sampling) -> dict[str, Any]:
-    """A sampling in plain numbers and lists, for another process."""
-    values = {f.name: getattr(how, f.name) for f in fields(how) if f.init}
+def to_values(sampling: Sampling) -> dict[str, Any]:
+    """A sampling as plain numbers and lists, for another process."""
+    values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.init}
     return values | {
-        "logit_bias": [list(pair) for pair in how.logit_bias.items()],
-        "seed": how.seed & (2**64 - 1),
-        "stop_ids": list(how.stop_ids),
+        "logit_bias": [list(pair) for pair in sampling.logit_bias.items()],
+        "seed": sampling.seed & (2**64 - 1),
+        "stop_ids": list(sampling.stop_ids),
     }
 
 
 def of_values(values: Mapping[str, Any]) -> Sampling:
-    """The sampling that `to_values` put so. Raises ValueError for what is none."""
+    """The sampling from the result of `to_values`. Raises ValueError if a value is wrong."""
     try:
         numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids")}
         for name, value in numbers.items():
@@ -127,13 +127,13 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
         return Sampling(**numbers, logit_bias=bias, stop_ids=frozenset(int(token) for token in values["stop_ids"]))
     except (AttributeError, TypeError, LookupError, OverflowError) as error:
-        raise ValueError(f"this is no sampling: {error}") from None
+        raise ValueError(f"these values are not a sampling: {error}") from None
 
 
 class TokenLogprob(NamedTuple):
     """Natural logarithms of probabilities under the model's own distribution, before penalties and temperature.
 
-    `logprob` is the chosen token's; `top` the most probable tokens as (token id, log-probability), best first.
+    `logprob`: the chosen token's. `top`: the most probable tokens as (token id, log-probability), best first.
     """
 
     logprob: float
@@ -141,72 +141,72 @@ class TokenLogprob(NamedTuple):
 
 
 def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
-    """One token for each row of `logits` [rows, vocabulary] float32, which is left as it is. Row i belongs to `works[i]`.
+    """One token for each row of `logits` [rows, vocabulary] float32, which it does not change. Row i belongs to `works[i]`.
 
-    Gives the tokens by request id, the log-probabilities of those that asked, and why rows without a token have none: logits that
-    are not finite, and parameters that cannot be applied, fail their own request only. A request without a `Sampling` is greedy.
+    Returns three dicts by request id: the tokens, the log-probabilities that requests want, and why a row has no token. Logits that
+    are not finite and parameters that cannot be applied fail only their own request. A request without a `Sampling` is greedy.
     """
     if len(logits) != len(works):
         raise ValueError(f"{len(logits)} rows of logits for {len(works)} requests")
     tokens: dict[str, tuple[int, ...]] = {}
     details: dict[str, TokenLogprob] = {}
     failed: dict[str, str] = {}
-    asked: list[tuple[int, int, int]] = []
+    logprobs: list[tuple[int, int, int]] = []
     if not works:
         return tokens, details, failed
     best = logits.argmax(axis=1)
-    # argmax stops at the first NaN, so a row with one is seen here at no cost.
+    # argmax stops at the first NaN, so this finds a row with NaN at no cost.
     peaks = logits[np.arange(len(works)), best]
     finite = np.isfinite(peaks)
     for row, work in enumerate(works):
-        how = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
+        sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
         token: int | None = None
         try:
             if finite[row]:
-                token = int(best[row]) if how.plain and how.temperature == 0 else _choose(logits[row], work, how)
+                token = int(best[row]) if sampling.plain and sampling.temperature == 0 else _choose(logits[row], work, sampling)
             if token is None:
                 failed[work.id] = not_finite(work)
                 continue
-            if how.logprobs is not None:
-                asked.append((row, token, how.logprobs))
-        except Exception as error:  # whatever this request asks for, the others get their tokens
+            if sampling.logprobs is not None:
+                logprobs.append((row, token, sampling.logprobs))
+        except Exception as error:  # an error in this request must not fail the others
             failed[work.id] = f"no token can be sampled: {error or type(error).__name__}"
             continue
         tokens[work.id] = (token,)
-    for (row, token, alternatives), total in zip(asked, _totals(logits, peaks, [row for row, _, _ in asked]), strict=True):
+    for (row, token, alternatives), total in zip(logprobs, _totals(logits, peaks, [row for row, _, _ in logprobs]), strict=True):
         details[works[row].id] = _logprob(logits[row], token, alternatives, total)
     return tokens, details, failed
 
 
 def not_finite(work: Work) -> str:
-    """Why a row has no token, in words."""
+    """The reason in words if a row's logits are not finite."""
     return f"no token can be sampled at position {work.start + work.count}: the logits are not finite"
 
 
-def _choose(row: np.ndarray, work: Work, how: Sampling) -> int | None:
-    if not how.plain:
-        row = _adjusted(row, work, how)
+def _choose(row: np.ndarray, work: Work, sampling: Sampling) -> int | None:
+    if not sampling.plain:
+        row = _adjusted(row, work, sampling)
     peak = float(row.max())
     if not np.isfinite(peak):
         return None
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return int(row.argmax())
     ids = None
-    if how.temperature < COLD:
-        ids = np.flatnonzero(row >= peak - NEGLIGIBLE * how.temperature)
+    if sampling.temperature < COLD:
+        ids = np.flatnonzero(row >= peak - NEGLIGIBLE * sampling.temperature)
         row = row[ids]
-    if 0 < how.top_k < len(row):
-        largest = _largest(row, how.top_k)
+    if 0 < sampling.top_k < len(row):
+        largest = _largest(row, sampling.top_k)
         row, ids = row[largest], largest if ids is None else ids[largest]
     # A temperature near 0 is greedy; below this bound the division could overflow.
-    weights = np.exp((row - np.float32(peak)) / np.float32(max(how.temperature, 1e-6)))
-    if how.top_p < 1:
-        kept = _nucleus(weights, how.top_p)
+    weights = np.exp((row - np.float32(peak)) / np.float32(max(sampling.temperature, 1e-6)))
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
         weights, ids = weights[kept], kept if ids is None else ids[kept]
-    if how.min_p > 0:
-        kept = np.flatnonzero(weights >= how.min_p)  # the largest weight is 1
+    if sampling.min_p > 0:
+        kept = np.flatnonzero(weights >= sampling.min_p)  # the largest weight is 1
         weights, ids = weights[kept], kept if ids is None else ids[kept]
-    chosen = _draw(weights, uniform(how.seed, work.start + work.count))
+    chosen = _draw(weights, uniform(sampling.seed, work.start + work.count))
     return chosen if ids is None else int(ids[chosen])
 
 
@@ -214,7 +214,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Indices of the fewest largest weights that hold `top_p` of the sum, in ascending order (Holtzman et al. 2020). The largest
     weight is 1."""
     wanted = top_p * float(weights.sum(dtype=np.float64))
-    # Only what may be in the nucleus is looked at, which is little unless the distribution is flat.
+    # Only tokens that may be in the nucleus are used, which are few unless the distribution is flat.
     for floor in (0.1, 0.01, 0.001, 0.0):
         kept = np.flatnonzero(weights >= floor)
         if floor == 0 or float(weights[kept].sum(dtype=np.float64)) > wanted:
@@ -232,11 +232,11 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, number: float) -> int:
-    """The index at which the cumulative share of `weights` passes `number`, found piece by piece."""
+    """The index at which the cumulative share of `weights` passes `number`, searched piece by piece."""
     whole = len(weights) // PIECE * PIECE
     pieces = np.append(weights[:whole].reshape(-1, PIECE).sum(axis=1), weights[whole:].sum()).cumsum(dtype=np.float64)
     wanted = number * pieces[-1]
-    # Rounding may leave a sum just short of what is wanted: then the last weight above 0 is meant.
+    # Rounding may leave the sum just below `wanted`: then the last weight above 0 is meant.
     piece = min(int(np.searchsorted(pieces, wanted, side="right")), int(np.searchsorted(pieces, pieces[-1])))
     before = pieces[piece - 1] if piece else 0.0
     within = weights[piece * PIECE : (piece + 1) * PIECE if piece * PIECE < whole else None].cumsum(dtype=np.float64)
@@ -245,10 +245,10 @@ def _draw(weights: np.ndarray, number: float) -> int:
     )
 
 
-def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:
-    bias = how.logit_bias
+def _adjusted(row: np.ndarray, work: Work, sampling: Sampling) -> np.ndarray:
+    bias = sampling.logit_bias
     assert isinstance(bias, Bias)
-    stops = np.fromiter(how.stop_ids if how.min_tokens else (), np.int64)
+    stops = np.fromiter(sampling.stop_ids if sampling.min_tokens else (), np.int64)
     for name, ids in (("logit_bias", bias.tokens), ("stop_ids", stops)):
         if ids.size and (ids.min() < 0 or ids.max() >= len(row)):
             wrong = ids[(ids < 0) | (ids >= len(row))][0]
@@ -257,14 +257,14 @@ def _adjusted(row: np.ndarray, work: Work, how: Sampling) -> np.ndarray:
     num_out = work.start + work.count - len(work.prompt)
     row[bias.tokens] += bias.amounts
     out = np.fromiter(work.output[:num_out] if num_out > 0 else (), np.int64)
-    if how.repetition_penalty != 1:
-        seen = np.concatenate([how.prompt_array(work.prompt), out])  # a token that comes twice is written twice, alike
-        penalty = np.float32(how.repetition_penalty)
+    if sampling.repetition_penalty != 1:
+        seen = np.concatenate([sampling.prompt_array(work.prompt), out])  # a repeated token is written again with the same value
+        penalty = np.float32(sampling.repetition_penalty)
         row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    if out.size and (how.presence_penalty or how.frequency_penalty):
+    if out.size and (sampling.presence_penalty or sampling.frequency_penalty):
         seen, counts = np.unique(out, return_counts=True)
-        row[seen] -= (how.presence_penalty + how.frequency_penalty * counts).astype(np.float32)
-    if num_out < how.min_tokens:
+        row[seen] -= (sampling.presence_penalty + sampling.frequency_penalty * counts).astype(np.float32)
+    if num_out < sampling.min_tokens:
         row[stops] = -np.inf
     return row
 
@@ -274,7 +274,7 @@ def _largest(row: np.ndarray, k: int) -> np.ndarray:
     piece = min(PIECE, len(row) // (2 * k))
     ids = None
     if piece > 1:
-        # k pieces have a maximum of at least the k-th largest maximum, so the k-th largest of all is no smaller.
+        # k pieces have a maximum of at least the k-th largest maximum, so the k-th largest logit is not smaller.
         whole = len(row) // piece
         floor = np.partition(row[: whole * piece].reshape(whole, piece).max(axis=1), whole - k)[whole - k]
         ids = np.flatnonzero(row >= floor)
@@ -288,7 +288,7 @@ def _largest(row: np.ndarray, k: int) -> np.ndarray:
 
 
 def _totals(logits: np.ndarray, peaks: np.ndarray, rows: Sequence[int]) -> list[float]:
-    """The logarithms of the sums of exp(logits) of these rows, all in one go."""
+    """The logarithm of the sum of exp(logits) for each of these rows."""
     if not rows:
         return []
     own = peaks[list(rows)]
@@ -306,7 +306,7 @@ def _logprob(row: np.ndarray, token: int, alternatives: int, total: float) -> To
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone (SplitMix64, Steele et al. 2014, over both)."""
+    """A random number in [0, 1) that depends only on the arguments (SplitMix64, Steele et al. 2014, over both)."""
     return (_mix(_mix(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
 
 

@@ -1,5 +1,5 @@
-"""An executor without a model: it sleeps what a cost model says and answers with letters. For a server to try policies, load
-clients and faults on; it knows no tensors, and its tokens depend on nothing but their position.
+"""An executor without a model: it sleeps as long as a cost model says and answers with letters. It serves to try policies, load
+clients and faults. It knows no tensors, and its tokens depend only on their position.
 """
 
 import time
@@ -12,7 +12,7 @@ from stallfree.core.policy import CostModel
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Seconds for an iteration, for each of its tokens, and for each token of context that those before them left."""
+    """A linear cost model: seconds for an iteration, for each of its tokens, and for each token of context before these."""
 
     iteration_s: float = 0.008
     token_s: float = 0.0004
@@ -23,12 +23,12 @@ class Linear:
 
 
 BLOCK_BYTES = 4096
-"""Of a KV block that is handed to another engine: nothing is in them, but they take the time of as many that hold something."""
+"""Bytes of a KV block in a KV transfer. They are empty, but their transfer takes the time of as many real bytes."""
 
 
 class SimulatedExecutor:
-    """Takes `cost.seconds(plan.shape)` seconds an iteration. `letters` are the token ids that it answers with, in turn. `sleep` may
-    be replaced, by what lets another time than the wall's pass.
+    """An iteration takes `cost.seconds(plan.shape)` seconds. `letters`: the token ids that it answers with, in turn. `sleep` may be
+    replaced by a function that passes another time than real time.
     """
 
     layout, block_bytes = "simulated", BLOCK_BYTES

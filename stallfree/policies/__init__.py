@@ -1,7 +1,7 @@
 """Scheduling policies, one file each; this folder is their registry. It does not know what they do.
 
-A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). One from
-elsewhere is named `path/to/file.py:Class`, or `package.module:Class`, also of a module in the current folder.
+A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). A policy from
+elsewhere is named `path/to/file.py:Class`, or `package.module:Class`; the module may be in the current folder.
 """
 
 import importlib
@@ -25,30 +25,29 @@ def names() -> list[str]:
 
 
 def takes(name: str) -> list[str]:
-    """The own options of policy `name`, or of one from elsewhere. Raises ValueError as `load` does."""
+    """The names of the policy's own options. Raises ValueError as `load` does."""
     return list(_parameters(_find(name)))
 
 
 def wants_setup(name: str) -> bool:
-    """Whether the policy is made of a `Setup`, see `Tuned`. Raises ValueError as `load` does."""
+    """Whether the policy is made of a `Setup` (see `Tuned`). Raises ValueError as `load` does."""
     return hasattr(_find(name), "of")
 
 
 def load(name: str, setup: Setup = Setup(), /, **options: object) -> Policy:  # noqa: B008  # it is frozen
-    """Make the policy `name`, or one from elsewhere, of `setup` if it wants that, with those of its own `options` that are not
-    None.
+    """Make the policy `name` of `setup`, if it wants that, and of its own `options`. Options that are None keep their defaults.
 
-    Raises ValueError naming the nearest policy if there is none of that name, the file of one from elsewhere that cannot be used,
-    or the options that it does take.
+    Raises ValueError that names the nearest policy if there is none of this name, the file or module that cannot be used, or the
+    options that the policy takes.
     """
     check(name, **options)
-    found = _find(name)
-    given = {key: value for key, value in options.items() if value is not None}
-    for key, parameter in _parameters(found).items():
-        if parameter.default is parameter.empty and key not in given:
+    cls = _find(name)
+    values = {key: value for key, value in options.items() if value is not None}
+    for key, parameter in _parameters(cls).items():
+        if parameter.default is parameter.empty and key not in values:
             raise ValueError(f"policy {name!r} needs {key}, which was not given (--policy-option {key}=...)")
-    make = getattr(found, "of", None)
-    policy: Policy = found(**given) if make is None else make(setup, **given)
+    make = getattr(cls, "of", None)
+    policy: Policy = cls(**values) if make is None else make(setup, **values)
     for key, known in (("reserve", get_args(Reserve)), ("stall_free", (True, False))):
         if (value := getattr(policy, key)) not in known:
             raise ValueError(f"policy {name!r}: its {key} is {value!r}, expected {' or '.join(map(repr, known))}")
@@ -56,7 +55,7 @@ def load(name: str, setup: Setup = Setup(), /, **options: object) -> Policy:  # 
 
 
 def check(name: str, /, **options: object) -> None:
-    """Raises ValueError as `load` does, but for values, which only the policy itself can judge."""
+    """Raises ValueError as `load` does, but does not check the values, which only the policy can judge."""
     known = takes(name)
     for key in (key for key, value in options.items() if value is not None and key not in known):
         if key == "token_budget" and wants_setup(name):
@@ -65,38 +64,38 @@ def check(name: str, /, **options: object) -> None:
 
 
 def options(name: str, token_budget: int | None, texts: Iterable[str] | None) -> dict[str, object]:
-    """The own options of a policy that were given as `texts`, NAME=VALUE each, with `token_budget` for short. Raises ValueError as
-    `check` does, and for a text or a value that is none.
+    """A policy's own options from `texts`, each NAME=VALUE. `token_budget` is short for the option of this name. Raises ValueError
+    as `check` does, and for a text or a value that cannot be read.
     """
-    given: dict[str, object] = {} if token_budget is None else {"token_budget": token_budget}
-    check(name, **given)
+    values: dict[str, object] = {} if token_budget is None else {"token_budget": token_budget}
+    check(name, **values)
     for text in texts or ():
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals:
             raise ValueError(f"policy option {text!r} is not NAME=VALUE")
-        if key in given:
-            raise ValueError(f"policy option {key} is given twice")
+        if key in values:
+            raise ValueError(f"policy option {key} is given twice; give it once")
         check(name, **{key: value})
-        given[key] = _typed(name, key, value.strip())
-    return given
+        values[key] = _typed(name, key, value.strip())
+    return values
 
 
-def _parameters(found: type) -> Mapping[str, inspect.Parameter]:
-    """What can be given as options: the parameters of `of` but for the setup, or of the class."""
-    of = getattr(found, "of", None)
-    parameters = inspect.signature(found if of is None else of).parameters
+def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
+    """The policy's own options: the parameters of `of` without the setup, or else those of the class."""
+    of = getattr(cls, "of", None)
+    parameters = inspect.signature(cls if of is None else of).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {key: one for key, one in list(parameters.items())[of is not None :] if one.kind in named}
+    return {key: parameter for key, parameter in list(parameters.items())[of is not None :] if parameter.kind in named}
 
 
 def _typed(name: str, key: str, text: str) -> object:
-    """An option's value, of the type that its parameter is annotated with, or that its default has."""
-    found = _find(name)
-    hints = get_type_hints(getattr(found, "of", vars(found).get("__init__", found)))
-    default = _parameters(found)[key].default
+    """An option's value, in the type of its annotation, or else of its default."""
+    cls = _find(name)
+    hints = get_type_hints(getattr(cls, "of", vars(cls).get("__init__", cls)))
+    default = _parameters(cls)[key].default
     hint = hints.get(key, type(default))
-    kinds = [one for one in (get_args(hint) or (hint,)) if one in _READ]
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind in _READ]
     for kind in kinds:
         try:
             return _READ[kind](text)
@@ -117,27 +116,27 @@ def _find(name: str) -> type:
         module = _module(name, place)
         file = module.__file__ or place
         own = [key for key, value in vars(module).items() if isinstance(value, type) and hasattr(value, "plan")]
-        found = getattr(module, attribute, None)
-        if found is None:
+        cls = getattr(module, attribute, None)
+        if cls is None:
             has = f"it has {', '.join(own)}" if own else "it has no class with a method `plan`"
             raise ValueError(f"policy {name!r}: {file} has no {attribute!r}{nearest(attribute, own)}; {has}")
-        if not isinstance(found, type) or not callable(getattr(found, "plan", None)):
+        if not isinstance(cls, type) or not callable(getattr(cls, "plan", None)):
             raise ValueError(f"policy {name!r}: {attribute} in {file} is not a class with a method `plan`")
-        if lacks := [key for key in ("reserve", "stall_free") if not hasattr(found, key)]:
+        if lacks := [key for key in ("reserve", "stall_free") if not hasattr(cls, key)]:
             raise ValueError(f"policy {name!r}: {attribute} in {file} has no {lacks[0]}; see docs/extending.md")
-        return found
+        return cls
     if name.endswith(".py"):
         raise ValueError(f"policy {name!r} is a file; name the class in it: {name}:Class")
     if name not in names():
         known = f"known: {', '.join(names())}; or path/to/file.py:Class, package.module:Class"
         raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; {known}")
-    found = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    cls: type = getattr(found, name.title().replace("-", ""))
-    return cls
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    policy: type = getattr(module, name.title().replace("-", ""))
+    return policy
 
 
 def _module(name: str, place: str) -> ModuleType:
-    """The module at `place` of the policy `name`: a file, or the dotted name of what can be imported."""
+    """The module of the policy `name`; `place` is a file or a dotted module name. Raises ValueError if it cannot be imported."""
     try:
         return _of_file(place) if place.endswith(".py") else _of_name(place)
     except FileNotFoundError:
@@ -149,7 +148,7 @@ def _module(name: str, place: str) -> ModuleType:
             where = f"{place.replace('.', '/')}.py in {Path.cwd()}"
             raise ValueError(f"policy {name!r}: there is no module {error.name}, and no {where}") from None
         raise ValueError(f"policy {name!r}: {_raised(error)}") from error
-    except (Exception, SystemExit) as error:  # what a file does when it is imported is its author's
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"policy {name!r}: {_raised(error)}") from error
 
 
@@ -157,12 +156,12 @@ def _of_name(place: str) -> ModuleType:
     if not all(part.isidentifier() for part in place.split(".")):
         raise ValueError(f"{place!r} is neither a module nor a file that ends in .py")
     if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)  # last, so that no file there is taken for a library
+        sys.path.append(folder)  # last, so that no file there hides a library
     return importlib.import_module(place)
 
 
 def _of_file(place: str) -> ModuleType:
-    """The module of a file, which is run once a process; its name is its path's, so that two of one name are two."""
+    """The module of a file, which runs once per process. Its name has a hash of the path, so that equal file names differ."""
     path = Path(place).expanduser().resolve(strict=True)
     name = f"{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}"
     if name not in sys.modules:
@@ -179,7 +178,7 @@ def _of_file(place: str) -> ModuleType:
 
 
 def _raised(error: BaseException) -> str:
-    """Where and why the import of somebody's module failed."""
+    """Where and why the import of a user's module failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]

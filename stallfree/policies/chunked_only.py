@@ -1,5 +1,5 @@
-"""The paper's ablation without hybrid batches: iterations of prompt chunks and iterations of decodes take turns while there is
-work for both, so a decode waits for one chunk, never for a prompt.
+"""The paper's ablation without hybrid batches: iterations of prompt chunks and of decodes take turns while both have work. So a
+decode waits for one chunk, never for a whole prompt.
 """
 
 from stallfree.core.draft import Draft
@@ -7,7 +7,7 @@ from stallfree.core.policy import Reserve
 
 
 class ChunkedOnly:
-    """`token_budget`: prompt tokens per chunk iteration."""
+    """`token_budget`: the most prompt tokens in an iteration of chunks."""
 
     reserve: Reserve = "prompt"
     stall_free = False

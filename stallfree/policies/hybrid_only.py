@@ -1,5 +1,5 @@
-"""The paper's ablation without chunking: decodes first, then whole prompts in the same iteration, as many as fit. Differs from
-`orca` in that KV is reserved for the prompt alone, so that outputs may have to be preempted.
+"""The paper's ablation without chunking: decodes first, then as many whole prompts as fit in the same iteration. Unlike `orca`, it
+reserves KV for the prompt alone, so growing outputs can cause preemptions.
 """
 
 from stallfree.core.policy import Reserve

@@ -1,5 +1,5 @@
-"""Iteration-level batching (Orca, OSDI'22): decodes and whole prompts share every iteration, unchunked, and KV is reserved for the
-longest output at admission. No decode misses an iteration, but a long prompt makes that iteration long.
+"""Iteration-level batching (Orca, OSDI'22): decodes and whole prompts share iterations. An admission reserves KV for the longest
+output. No decode misses an iteration, but a long prompt makes its iteration long.
 """
 
 from stallfree.core.draft import Draft

@@ -1,4 +1,4 @@
-"""Whole new prompts first, by themselves; decodes run only when no prompt was admitted (vLLM v0's default). Prompts share an
+"""Whole new prompts first, without decodes; decodes run only when no prompt was admitted (vLLM v0's default). Prompts share an
 iteration with prompts, never with decodes, so every arrival stalls every stream.
 """
 

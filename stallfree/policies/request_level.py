@@ -1,5 +1,5 @@
-"""Request-level batching (FasterTransformer): a batch of whole prompts, one iteration for them, then decodes until the last of
-them has finished; only then the next batch.
+"""Request-level batching (FasterTransformer): one iteration computes a batch of whole prompts, then decodes run until the last of
+these requests has finished. Only then does the next batch begin.
 """
 
 from stallfree.core.draft import Draft

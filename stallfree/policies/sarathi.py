@@ -1,5 +1,5 @@
-"""Stall-free batching with chunked prefills (Sarathi-Serve, OSDI'24, algorithm 3): every ready decode goes into every iteration,
-and chunks of prompts fill what is left of one token budget, those begun first. It does not know what an iteration costs.
+"""Stall-free batching with chunked prefills (Sarathi-Serve, OSDI'24, algorithm 3): every ready decode goes into every iteration.
+Chunks of prompts fill the rest of a token budget, begun prompts first. It does not know what an iteration costs.
 """
 
 from stallfree.core.draft import Draft
@@ -7,7 +7,7 @@ from stallfree.core.policy import Reserve
 
 
 class Sarathi:
-    """`token_budget`: tokens per iteration, decodes included."""
+    """`token_budget`: the most tokens in an iteration, including decodes."""
 
     reserve: Reserve = "prompt"
     stall_free = True

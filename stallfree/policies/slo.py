@@ -1,7 +1,7 @@
-"""The latency target in, the token budget out: every ready decode goes into every iteration, and the rest of the time until the
-first of them is due is filled with prefill.
+"""A token budget from a latency target: every ready decode goes into every iteration, and prefill fills the rest of the time until
+the first of their tokens is due.
 
-It takes time from a cost model and from `now`, and learns from its own lateness; it does not know what runs the plans.
+It takes times from a cost model and from `now`, and learns from its own lateness. It does not know what runs the plans.
 """
 
 from collections.abc import Sequence
@@ -21,33 +21,33 @@ from stallfree.perf.fitted import Fitted
 from stallfree.perf.margin import Margin
 
 STRICT = 5
-"""Without a target, TBT at P99 is to be within this many times a decode iteration: the paper's strict SLO (section 5)."""
+"""The default target for TBT at P99, in decode iterations of `SMALL_BATCH`: the paper's strict SLO (section 5)."""
 SMALL_BATCH = [(512, 1)] * 8
-"""The decode iteration that this is counted in: what a few streams take that disturb each other little."""
+"""The decode iteration that is the unit of `STRICT`: so few streams hardly slow each other."""
 
 FLOOR = 0.25
-"""The floor rate of prefill, as a share of the time that decodes take by themselves. It holds whatever the margin says. A stream is
-at most a quarter slower for it, and a lone prompt is computed within five times its own prefill time."""
+"""The floor rate of prefill, as a share of the time of the decodes alone. It holds for any margin. It makes a stream at most a
+quarter slower, and a lone prompt is computed within five times its own prefill time."""
 
 NOTABLE = 0.05
-"""By what share the machine's speed has to change for the default target to follow it."""
+"""The default target follows the machine's speed only if this changes by more than this share."""
 
 LEAST = 16
 """Tokens of the smallest chunk that is worth its fixed costs."""
 
 LOOKAHEAD = 16
-"""Waiting requests that compete for the next prefill, the oldest: ordering all would cost more than it gains."""
+"""How many waiting requests, the oldest, compete for the next prefill. To order all would cost more than it gains."""
 
 EFFICIENT = 1.05
-"""With nobody decoding, an iteration is as small as costs at most this times the least possible time a token."""
+"""Without decodes, an iteration is as small as possible while its time per token is at most this times the least possible."""
 
 
 class Slo:
-    """`slo`: the targets, in words or parsed; what they leave open is the default. `cost` prices iterations, and learns.
+    """`slo`: the targets, in words or parsed, completed by the default TBT. `cost` prices iterations, and learns.
 
-    `follow`: the target for TBT grows while the machine is slower than `cost` says at first, since it is so many decode iterations
-    and no time that somebody asked for; by default if it is the default one. `options`: what of this is to be said to make the same
-    policy of the targets in `slo` again.
+    `follow`: the target for TBT grows while the machine is slower than `cost` says at first. By default, only the default target
+    follows: it is a number of decode iterations, not a time that a user chose. `options`: with the targets in `slo`, these make the
+    same policy again.
 
     Raises ValueError for targets that not even a lone request could meet.
     """
@@ -57,10 +57,10 @@ class Slo:
 
     def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None):
         self.cost = cost or Fitted()
-        given = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
+        targets = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
         default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
-        self.slo = given.within(Targets(tbt=default))
-        self._follows = given.tbt is given.tpot is None if follow is None else follow
+        self.slo = targets.within(Targets(tbt=default))
+        self._follows = targets.tbt is targets.tpot is None if follow is None else follow
         self.options = {"follow": True} if self._follows else {}
         self._least = self.slo.tbt
         possible(self.slo, self.cost)
@@ -92,9 +92,9 @@ class Slo:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
         full, crowd = self._fill(draft, shape, limit, least, alone)
-        if not draft.empty:  # an attempt to plan that finds nothing to run is not in the record, and must change nothing
-            given = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
-            self._account(given, alone, full=full, crowded=crowd > 0)
+        if not draft.empty:  # an empty plan is not recorded, so it must change nothing
+            prefill = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
+            self._account(prefill, alone, full=full, crowded=crowd > 0)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
@@ -104,7 +104,7 @@ class Slo:
         shape, seconds = plan.shape, now - plan.now
         if extra := sum([r.extra_rows for r in requests]):
             shape.append((extra, 0))
-        if seconds <= 0:  # a clock that stood still teaches nothing
+        if seconds <= 0:  # the clock stood still
             return
         score = self.cost.learn(shape, seconds)
         if self._follows:
@@ -115,13 +115,13 @@ class Slo:
         late = sum([at < now for at in due])
         if late and self.margin.stood_still(score):
             alone = self.cost.seconds([(work.start, 1) for work in plan.work if work.decode])
-            if score * alone > plan.limit_s:  # decodes by themselves would have been late: no budget prevents that
+            if score * alone > plan.limit_s:  # the decodes alone would have been late: no budget prevents that
                 return
         withheld = self._passed > 0 or self._kept_out > 0
         self.margin.learn(now, score, late, len(due), filled=len(due) < len(plan.work), withheld=withheld)
 
     def _follow(self) -> None:
-        """Set the default target by what iterations take now."""
+        """Set the default target by the present cost of iterations."""
         least, now = self._least, self.slo.tbt
         if least is None or now is None:
             return
@@ -131,13 +131,13 @@ class Slo:
             self._merged.cache_clear()
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
-        """Seconds that the iteration may take by the cost model, tokens of the smallest chunk that is worth it, and why. Decodes by
-        themselves take `alone` seconds; the first of them is due in `until` seconds.
+        """Seconds that the iteration may take by the cost model, tokens of the smallest useful chunk, and the reason. The decodes
+        alone take `alone` seconds; the first of their tokens is due in `until` seconds.
 
-        That is `until` over the margin, so that as few tokens are late as promised. But nobody starves. While the target leaves
-        credit, those who wait get what they are owed, as long as decodes by themselves are in time; and also where they are not,
-        for then it makes nobody late who is not. After as many iterations without prefill as the target lets pass between two late
-        ones, a chunk of one target's length is due.
+        The limit is `until` over the margin, so that as few tokens are late as promised. But prefill must not starve. While the
+        target leaves credit, waiting requests get the seconds that they are owed, if the decodes alone are in time. They also get
+        them if the decodes alone are late, because then prefill makes no further token late. After `_patience` iterations without
+        prefill, a chunk may take as long as the target.
         """
         margin = self.margin.value
         limit = until / margin
@@ -152,21 +152,20 @@ class Slo:
                 return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
         return limit, 1, f"margin {margin:.2f}"
 
-    def _account(self, given: float, alone: float, *, full: bool, crowded: bool) -> None:
-        """What is owed to those for whom there was no time in this iteration, in which `given` seconds were, and how long requests
-        are kept out."""
-        self._passed = 0 if given or not full else self._passed + 1
-        self._owed = max(0.0, min(self._owed + FLOOR * alone - given, self._gap(self.slo))) if full else 0.0
+    def _account(self, prefill: float, alone: float, *, full: bool, crowded: bool) -> None:
+        """Update the seconds owed to waiting requests, and the iterations without prefill and with requests kept out. This
+        iteration had `prefill` seconds of prefill; `full`: there was no time for more."""
+        self._passed = 0 if prefill or not full else self._passed + 1
+        self._owed = max(0.0, min(self._owed + FLOOR * alone - prefill, self._gap(self.slo))) if full else 0.0
         self._kept_out = self._kept_out + 1 if crowded else self._kept_out if full else 0
 
     def _merge(self, own: Targets) -> Targets:
         return own.within(self.slo)
 
     def _slack(self, draft: Draft, alone: float) -> tuple[float, str]:
-        """Seconds until the first token of this iteration's decodes is due, and whose it is; `alone` is what they take.
-
-        A request whose own target not even the decodes by themselves can meet is held to the server's: one client's impatience
-        must not shut the others out.
+        """Seconds until the first token of this iteration's decodes is due, and its request's id. The decodes alone take `alone`
+        seconds. If these already miss a request's own target, the server's target counts for it: one client's impatience must not
+        keep others out.
         """
         alone *= self.margin.value
         least, first = inf, ""
@@ -183,30 +182,30 @@ class Slo:
         return self.slo if r.slo is None else self._merged(r.slo)
 
     def _dues(self, requests: Sequence[Request]) -> list[float]:
-        """When the next token of each is due; for nearly all this is told without a call."""
+        """When the next token of each request is due. For nearly all requests this needs no call."""
         if self.slo.tbt is None:
             return [self._due(r, self._targets(r)) for r in requests]
         gap = self.slo.tbt.seconds
         return [r.last_token + gap if r.slo is None else self._due(r, self._targets(r)) for r in requests]
 
     def _due(self, r: Request, slo: Targets) -> float:
-        """When by `slo` the next token of a request that has one is due."""
+        """When the next token of a request with output is due by `slo`."""
         tbt = slo.tbt
         if tbt is not None:
             return r.last_token + tbt.seconds
         if slo.tpot is None:
             return inf
         start = r.first_token if slo.ttft is None else max(r.first_token, r.arrival + slo.ttft.seconds)
-        # Whoever is late already, after a standstill, keeps its pace from there: to catch up, nobody else has to stand still.
+        # After a standstill, a late request keeps its pace from there. To catch up, it would stall the others.
         return max(start + len(r.output) * slo.tpot.seconds, r.last_token + slo.tpot.seconds)
 
     def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float, least: int, alone: float) -> tuple[bool, float]:
-        """Add prefill to the draft and to `shape`, the most urgent first.
+        """Add prefill to the draft and to `shape`, the most urgent first. The decodes alone take `alone` seconds.
 
-        No new request comes in where decodes by themselves, which take `alone` seconds now, would then be too slow for the targets:
-        once they are that many, no budget can mend it. A lone request always comes in.
+        A new request is kept out if with it the decodes alone would be too slow for the targets, because no budget helps against
+        too many decodes. A lone request always comes in.
 
-        True if time or tokens were not enough for all; and, if somebody was kept out for that, the seconds that decodes would take.
+        Returns whether time or tokens were short, and the seconds that decodes would take with the request kept out (0.0: none).
         """
         streams: list[Request] = []
         admitting, overdue, crowd = True, False, 0.0
@@ -214,7 +213,7 @@ class Slo:
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
                 continue
-            if waiting and not streams:  # not before somebody wants to join them: most iterations have no time left by then
+            if waiting and not streams:  # only once a request wants to join: most iterations have no time left by then
                 streams = [*draft.decoding, *draft.prefilling]
                 alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
@@ -232,7 +231,7 @@ class Slo:
             if count < min(wanted, least):
                 return True, crowd
             taken = draft.admit(r, count) if waiting else draft.prefill(r, count)
-            if not taken:  # for want of KV
+            if not taken:  # KV is short
                 admitting = admitting and not waiting
                 continue
             shape.append((r.num_planned - taken, taken))
@@ -252,8 +251,8 @@ class Slo:
         return self.cost.seconds([decode, decode, *extra]) - self.cost.seconds([decode])
 
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
-        """Whether an iteration of so many seconds is longer than a gap between tokens may be. A request's own target counts where
-        it asks for less than the server's; where it asks for more, the others need not make room for it."""
+        """Whether an iteration of this many seconds is longer than the gap between tokens may be. A request's own target counts
+        only if it is longer than the server's; for a shorter one, the others need not make room."""
         return seconds > self._gap(self.slo) and seconds > min(self._gap(self._targets(r)) for r in streams)
 
     @staticmethod
@@ -263,13 +262,13 @@ class Slo:
         return inf if target is None else target.seconds
 
     def _by_urgency(self, draft: Draft) -> list[Request]:
-        """Prefills by priority, then by relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due, in
-        prefills of the request. A long prompt does not block short ones, and does not starve: its slack falls as it waits.
-        Without a TTFT target, that is by the ratio of waiting to prefill time.
+        """Prefills by priority, then by relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due,
+        over the request's prefill time. A long prompt does not block short ones, and does not starve, because its slack falls as it
+        waits. Without a TTFT target, this is the order by waiting time over prefill time.
         """
-        several = [*draft.prefilling, *islice(draft.waiting, LOOKAHEAD)]
-        if len(several) < 2:
-            return several
+        requests = [*draft.prefilling, *islice(draft.waiting, LOOKAHEAD)]
+        if len(requests) < 2:
+            return requests
 
         def urgency(r: Request) -> tuple[int, float]:
             start = draft.start(r)
@@ -278,10 +277,10 @@ class Slo:
             due = self._due(r, slo) if r.output else r.arrival + (0.0 if slo.ttft is None else slo.ttft.seconds)
             return r.priority, (due - draft.now - seconds) / seconds
 
-        return sorted(several, key=urgency)
+        return sorted(requests, key=urgency)
 
     def _efficient(self, most: int) -> int:
-        """The smallest power of two of prefill tokens whose time a token is near the least there is; at most `most`."""
+        """The smallest efficient number of prefill tokens (see `EFFICIENT`): a power of two, at most `most`."""
         sizes = [1 << k for k in range(4, most.bit_length())] or [most]
         per_token = {size: self.cost.seconds([(0, size)]) / size for size in sizes}
         enough = EFFICIENT * min(per_token.values())
@@ -289,11 +288,11 @@ class Slo:
 
 
 def possible(slo: Targets, cost: CostModel) -> None:
-    """Raises ValueError for a target that not even a lone request could meet, saying what the least is that can be asked for."""
+    """Raises ValueError for a target that not even a lone request could meet. The message names the lowest possible target."""
     token, prompt = cost.seconds([(1, 1)]), cost.seconds([(0, 2)])
     for name, target, least in (("tbt", slo.tbt, token), ("tpot", slo.tpot, token), ("ttft", slo.ttft, prompt)):
         if target is not None and target.seconds < least:
             raise ValueError(
-                f"{name}={1000 * target.seconds:g}ms cannot be met: with nobody else there it takes {1000 * least:.1f} ms; "
-                f"the least that can be asked for is about {name}={ceil(1200 * least)}ms"
+                f"{name}={1000 * target.seconds:g}ms cannot be met: a lone request already takes {1000 * least:.1f} ms; "
+                f"ask for at least about {name}={ceil(1200 * least)}ms"
             )

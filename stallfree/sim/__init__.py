@@ -1,1 +1,1 @@
-"""The engine's scheduler without an engine: driven by records of a run, or by virtual time."""
+"""The engine's scheduler without an engine: driven by the records of a run, or in virtual time."""

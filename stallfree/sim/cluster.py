@@ -1,5 +1,5 @@
-"""Many replicas, each with a clock of its own, and what arrives. A replica is brought up to the moment when somebody looks at it,
-and no sooner than it likes: what happens in it until then is nobody else's business, and done in one go it is done faster.
+"""Many replicas, each with its own clock, and the requests that arrive. A replica runs up to a moment only when its state at that
+moment is read, because many iterations in one go are faster.
 
 It sends each request to the replica that a router chooses, and knows nothing of what happens there.
 """
@@ -13,7 +13,7 @@ from stallfree.sim.replica import Replica
 
 
 class Cluster:
-    """`replicas` that know nothing of each other."""
+    """`replicas` that know nothing about each other."""
 
     def __init__(self, replicas: Sequence[Replica]):
         self.replicas = replicas
@@ -29,15 +29,15 @@ class Cluster:
 
 
 Router = Callable[[Request, Cluster], int]
-"""Which of the replicas a request goes to at its arrival, by its number."""
+"""Gives the number of the replica that a request goes to at its arrival."""
 
 
 def serve(
     requests: Iterable[Request], replicas: Sequence[Replica], router: Router, leaving: Iterable[tuple[float, str]] = ()
 ) -> None:
-    """Serve `requests`, which have a `Script` and come in the order of their arrivals, to their ends; `leaving`: (moment, id) of
-    those whose clients leave before, in order of the moments. Raises ValueError for one that comes before the one in front of it,
-    or that the policy leaves waiting for ever.
+    """Serve `requests` to their ends. They have a `Script` and come in the order of their arrivals. `leaving`: (moment, id) of
+    requests whose clients leave early, in the order of the moments. Raises ValueError if the order is wrong, or if the policy
+    leaves a request waiting for ever.
     """
     cluster = Cluster(replicas)
     before = -inf
@@ -45,7 +45,7 @@ def serve(
     goes = ((moment, 1, None, id) for moment, id in leaving)
     for moment, _, request, id in heapq.merge(comes, goes, key=lambda event: event[:2]):
         if moment < before:
-            raise ValueError(f"something happens at {moment:g} s, after what happened at {before:g} s; sort by time")
+            raise ValueError(f"an event at {moment:g} s comes after one at {before:g} s; sort them by time")
         before = moment
         if request is not None:
             replicas[router(request, cluster)].take(request)

@@ -1,5 +1,5 @@
-"""What is simulated, in words that fit on a command line, in a file, and through a pipe to another process. What they come to is
-`simulator`'s to know.
+"""What is simulated, in plain values that fit on a command line, in a file, or through a pipe to another process. It does not know
+what they mean; `simulator` does.
 """
 
 from dataclasses import dataclass
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`model`: a built-in name or a config.json; `hardware`: a device's name or its TOML; `tp`, `pp`: devices that share each
-    layer, and pipeline stages; `weights`, `kv`: precisions; `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a
-    file with an engine's fitted times (`perf.profiled`); `node`: devices used of each node (None: all), `network` between nodes
-    (None: the device's first).
+    """`model`: a built-in name or a config.json. `hardware`: a device's name or its TOML. `tp`: devices that share each layer;
+    `pp`: pipeline stages. `weights`, `kv`: precisions. `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a file
+    with an engine's fitted times (`perf.profiled`). `node`: devices used of each node (None: all). `network`: between nodes (None:
+    the device's first).
 
-    `policy` by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short) and the `slo` in words.
-    Limits: `max_seqs` running requests, `max_tokens` in an iteration, `max_model_len` tokens of a request (None: the model's
-    context); KV in blocks of `block_size` tokens, in what the weights leave of `gpu_memory_utilization`, a share of the device's
-    memory, of which admission leaves `watermark` free. `max_output`: the tokens that requests ask for, which matters to policies
-    that reserve KV for them (None: what they get).
-
-    `replicas` of it behind `router`; `prefix_cache` shares the KV of equal beginnings of prompts.
+    `policy`: by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short). `slo`: in words.
+    `max_seqs` requests run at once; an iteration has at most `max_tokens`, a request `max_model_len` tokens (None: the model's
+    context). KV is in blocks of `block_size` tokens; it gets what the weights leave of `gpu_memory_utilization`, a share of the
+    device's memory. An admission leaves the share `watermark` of it free. `max_output`: the tokens that requests ask for, which
+    matters if the policy reserves KV for them (None: the actual output). `prefix_cache`: equal prefixes share KV; `router`: for the
+    `replicas`.
     """
 
     model: str | None = None
@@ -48,9 +47,9 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Two pools: `prefill` replicas compute prompts, `decode` replicas go on with them. `pairing`: who hands over to whom, and when
-    (`sim.pairings`). They are on `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`); `near`: KV stays in its
-    node where a decode replica is there too, which goes over the devices' own links.
+    """Two pools: `prefill` replicas compute prompts, `decode` replicas decode. `pairing`: who computes a prompt and who decodes
+    (`sim.pairings`). They are on `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`). `near`: KV stays in a
+    node that also has a decode replica, and goes over the devices' own links.
     """
 
     prefill: Deployment

@@ -1,6 +1,6 @@
-"""KV on its way between replicas: bytes that flow over shared ports, as fast as those let them.
+"""KV transfers between replicas as bytes that flow through shared ports.
 
-A port is one direction of a node's network or of a replica's own links; whatever passes it at the same time shares its bandwidth
+A port is one direction of a node's network or of a replica's own links. Flows that pass it at the same time share its bandwidth
 evenly. It knows bytes and seconds, not what they are for.
 """
 
@@ -11,7 +11,7 @@ from math import inf
 
 @dataclass(eq=False, slots=True)
 class Port:
-    """`bandwidth` in bytes per second. `moved`: bytes that have passed."""
+    """`bandwidth` in bytes per second. `moved`: bytes that have passed. `flows`: how many flows pass it now."""
 
     bandwidth: float
     moved: float = 0.0
@@ -20,7 +20,7 @@ class Port:
 
 @dataclass(eq=False, slots=True)
 class Flow:
-    """`left` bytes on their way through all of `ports`; `done` is called with the moment when the last is there."""
+    """`left` bytes that pass all of `ports` from `begin` (s) on. `done` is called with the moment of the last byte."""
 
     left: float
     ports: tuple[Port, ...]
@@ -31,7 +31,7 @@ class Flow:
 
 @dataclass(slots=True)
 class Fabric:
-    """All flows. `due`: when one of them begins or ends next, if no other comes; inf without any."""
+    """All flows. `due`: when the next flow begins or ends, if none is added; inf without flows."""
 
     due: float = inf
     _now: float = 0.0
@@ -39,16 +39,16 @@ class Fabric:
     _flowing: list[Flow] = field(default_factory=list)
 
     def send(self, size: float, ports: tuple[Port, ...], begin: float, done: Callable[[float], None]) -> None:
-        """`size` bytes flow from `begin` on, which is not before the moment to which the fabric has run."""
+        """Add a flow of `size` bytes from `begin` on, which must not be before the last `run`."""
         self._coming.append(Flow(size, ports, done, begin))
         self.due = min(self.due, begin)
 
     def run(self) -> None:
-        """Go on to `due`: what is there is told, and what begins shares from now on."""
+        """Go on to `due`. Flows that have ended are reported; flows that begin share bandwidth from now on."""
         now, flowing = self.due, self._flowing
         for flow in flowing:
             part = min(flow.left, flow.rate * (now - self._now))
-            # What is due is due, whatever is left of it by rounding.
+            # A flow that is due has ended, whatever rounding leaves of it.
             if now >= self._now + flow.left / flow.rate:
                 part = flow.left
             flow.left -= part

@@ -1,6 +1,6 @@
-"""Who computes a prompt and who goes on with it: the two published ways, and one between them and co-location.
+"""Pairings: who computes a prompt and who decodes. Two are published; one is between them and co-location.
 
-They see the replicas as they are when asked, and nothing of what is to come.
+A pairing sees the replicas as they are when it is asked. It does not know the future.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from stallfree.sim.transfer import Pools
 
 @dataclass(frozen=True, slots=True)
 class DistServe:
-    """DistServe (OSDI'24): a prompt goes to the shortest prefill queue; when it is computed, the decode replica with the fewest
-    requests pulls its KV, once it has room. `near`: for each prefill replica, the decode replicas that its KV may go to.
+    """DistServe (OSDI'24): a prompt goes to the shortest prefill queue. When it is computed, the decode replica with the fewest
+    requests is chosen, which pulls the KV once it has room. `near`: for each prefill replica, the decode replicas that its KV may
+    go to.
     """
 
     near: Sequence[Sequence[int]]
@@ -32,10 +33,9 @@ class DistServe:
 
 @dataclass(frozen=True, slots=True)
 class Splitwise:
-    """Splitwise (ISCA'24): prompt and token machine are chosen together at the arrival: the prompt machine with the fewest pending
-    tokens, the token machine with the fewest tokens of KV; and KV leaves layer by layer. The mixed pool is whoever takes a whole
-    request: a token machine if every prompt machine has more than `spill` tokens pending, the prompt machine if no token machine
-    has room.
+    """Splitwise (ISCA'24): both machines are chosen at the arrival, the prompt machine with the fewest pending tokens and the token
+    machine with the fewest tokens of KV. KV leaves layer by layer. The mixed pool: a token machine takes a whole request if every
+    prompt machine has more than `spill` tokens pending; the prompt machine takes it if no token machine has room.
     """
 
     spill: ClassVar[int] = 8192
@@ -55,8 +55,8 @@ class Splitwise:
 
 
 class Hybrid(Splitwise):
-    """Chunked replicas in both pools, with a large budget in one and a small one in the other, which takes a whole request as soon
-    as a few prompts are pending: its decodes do not stall for it.
+    """Chunked replicas in both pools, with a large budget for prefill and a small one for decode. A decode replica takes whole
+    requests once a few prompts are pending, because chunks do not stall its decodes.
     """
 
     __slots__ = ()
@@ -72,7 +72,7 @@ PAIRINGS: dict[str, type[DistServe] | type[Splitwise]] = {"distserve": DistServe
 
 
 def load(name: str, near: Sequence[Sequence[int]]) -> DistServe | Splitwise:
-    """Raises ValueError that names the nearest if there is none of that name."""
+    """A pairing by its name. Raises ValueError that names the nearest pairing if there is none."""
     if name not in PAIRINGS:
-        raise ValueError(f"unknown way to pair replicas {name!r}{nearest(name, PAIRINGS)}; known: {', '.join(PAIRINGS)}")
+        raise ValueError(f"unknown pairing {name!r}{nearest(name, PAIRINGS)}; known: {', '.join(PAIRINGS)}")
     return PAIRINGS[name](near)

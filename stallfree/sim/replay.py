@@ -1,8 +1,7 @@
 """A recorded run through the scheduler again: as it was, step by step, or with another policy in virtual time.
 
-The scheduler, its policies and its prefix cache are those that served. The tokens are stand-ins, equal where the recorded
-fingerprints were, so that what was shared is shared again. It does not know what the tokens said, and of the machine only how long
-its iterations took.
+The scheduler, its policies and its prefix cache are those of the live engine. The tokens are stand-ins, equal where the recorded
+fingerprints are, so that the same prefixes are shared. It knows no real tokens, and of the machine only how long iterations took.
 """
 
 from bisect import bisect_right
@@ -30,7 +29,7 @@ from stallfree.workload.prompt import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a replay first leaves the record: `field` of step `step`."""
+    """The first difference between replay and record: in `field` of step `step`."""
 
     step: int
     field: str
@@ -42,16 +41,16 @@ class Difference:
 
 
 def policy_of(run: Run) -> Policy:
-    """The policy as it was when the run began. Raises ValueError if there is no such policy here, or it takes other options."""
+    """The policy as it was when the run began. Raises ValueError if there is no such policy, or if it takes other options."""
     return _policy(run.policy, run.targets, dict(run.options or {}), run.cost)
 
 
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
-    """The records that the scheduler writes now, given the same arrivals, ends and times; it stops where there is no work to do.
+    """The records that the scheduler writes now for the same arrivals, ends and times. It stops if the scheduler plans no work.
     Raises ValueError for a run with requests whose prompts other engines computed.
 
-    In a pipeline it is exact only without a prefix cache: of an attempt to plan that found no KV there is no record, but it has
-    made the prefix that it looked up a recently used one. Where iterations overlap there are no such attempts.
+    With a pipeline, it is exact only without a prefix cache. An attempt to plan that finds no KV is not recorded, but it marks the
+    prefix that it looks up as recently used. With overlap there are no such attempts.
     """
     scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse)
     late = {id for r in records for id in _ended_by_text(r)}
@@ -84,7 +83,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
 
 
 def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:
-    """The first step in which the scheduler would now decide otherwise than recorded; None if it decides the same throughout."""
+    """The first difference between the record and what the scheduler decides now; None if all decisions are the same."""
     count = 0
     for recorded, now in zip(records, replayed(run, records), strict=False):
         count += 1
@@ -102,9 +101,10 @@ def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:
 
 
 class Machine:
-    """How long iterations take: a model fitted to the record, times what the record's iteration at that moment took of its own
-    prediction. So a disturbance hits whatever runs then. `errors`: of the model alone; `between_s`: from an iteration's end to
-    the next one's planning, of which the record has the median. With `overlap` an iteration takes the time since the one before.
+    """How long iterations take: `model`, fitted to the record, times the slowness of the recorded iteration at that moment
+    (measured over expected time). So a disturbance hits any iteration that runs then. `errors`: of the model alone. `between_s`:
+    the median time from an iteration's end to the next planning. With `overlap`, an iteration begins no earlier than the last one
+    ended.
     """
 
     def __init__(self, records: Sequence[StepRecord], *, overlap: bool = False):
@@ -112,7 +112,7 @@ class Machine:
         times = [r.t_end - (max(r.t_plan, end) if overlap else r.t_plan) for r, end in zip(records, ends, strict=False)]
         samples = [(_shape(r), time) for r, time in zip(records, times, strict=True) if r.error is None and time > 0]
         if not samples:
-            raise ValueError("no recorded iteration took time, so there is nothing to tell how long others would take")
+            raise ValueError("no recorded iteration took time, so the time of others is unknown; record a longer run")
         self.model = Fitted.fit(samples)
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
@@ -127,32 +127,32 @@ class Machine:
 def what_if(
     run: Run, records: Sequence[StepRecord], machine: Machine, policy: str, slo: Slo | None, options: Mapping[str, Any]
 ) -> list[StepRecord]:
-    """The recorded arrivals served by another policy, on `machine` in virtual time. Each request ends after as many tokens as it
-    got in the record, and one that was aborted, at the same moment.
+    """The recorded arrivals served by another policy, on `machine` in virtual time. Each request ends after as many tokens as in
+    the record; an aborted request ends at the same moment.
 
-    A policy with a cost model begins with the recorded one, or without it with the machine's. Raises ValueError for a policy or
-    options that there are not, or for an SLO that cannot be met.
+    A policy with a cost model begins with the recorded one, or else with the machine's. Raises ValueError for an unknown policy or
+    option, or for an SLO that cannot be met.
     """
     state = run.cost if run.cost is not None else machine.model.state()
-    # One plan at a time: stages of a pipeline have no times of their own in a record.
+    # One plan at a time, because a record has no times of single pipeline stages.
     scheduler = Scheduler(
         _policy(policy, slo, options, state), replace(run.capacity, depth=1, overlap=False), run.limits, reuse=run.reuse
     )
     lost = {f.id: r.t_plan for r in records for f in r.finished if f.reason in ("abort", "error")}
     served = _served(run, records, {a.id for r in records for a in r.arrived} - lost.keys())
-    made: list[StepRecord] = []
+    written: list[StepRecord] = []
     replica = Replica(
         scheduler,
         machine.model,
-        record=made.append,
+        record=written.append,
         begin=records[0].t_plan,
         between_s=machine.between_s,
         slowness=machine.slowness,
     )
-    coming = [script(one.request, one.answer) for one in served.values()]
-    coming.sort(key=lambda request: request.arrival)
-    serve(coming, [replica], round_robin(), sorted((at, id) for id, at in lost.items()))
-    return made
+    requests = [script(entry.request, entry.answer) for entry in served.values()]
+    requests.sort(key=lambda request: request.arrival)
+    serve(requests, [replica], round_robin(), sorted((at, id) for id, at in lost.items()))
+    return written
 
 
 def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Policy:
@@ -160,12 +160,12 @@ def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mappin
 
 
 STOP = -1
-"""The token that ends a request; no fingerprint is negative, and a request's own token is below it."""
+"""The token that ends a request. Fingerprints are not negative, and a request's own token is lower, so no other token equals it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A request, its tokens, and after how many of output STOP comes (0: never)."""
+    """A request and its tokens. `stop_after`: the number of output tokens of which the last is `STOP` (0: it never comes)."""
 
     request: Request
     tokens: Prompt
@@ -174,29 +174,29 @@ class _Served:
     @property
     def answer(self) -> list[int]:
         length = len(self.tokens)
-        found = [self.tokens.at(length + number) for number in range(self.stop_after or self.request.max_tokens)]
-        return [*found[:-1], STOP] if self.stop_after else found
+        output = [self.tokens.at(length + number) for number in range(self.stop_after or self.request.max_tokens)]
+        return [*output[:-1], STOP] if self.stop_after else output
 
 
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
-    """Every request that arrived, new, by id; those `stopped` end after as many tokens as they got, or before by `max_tokens`."""
+    """A new request for each that arrived, by id. The `stopped` ones end after as many tokens as recorded, or by `max_tokens`."""
     for r in records:
         if r.delivered or r.recalled:
             raise ValueError(
-                f"step {r.step} has requests that were transferred by another engine, and when they came does not follow from this "
-                "record; replay the run of an engine with --role both"
+                f"step {r.step} has requests that were transferred by another engine, and this record does not explain when they "
+                "came; replay the run of an engine with --role both"
             )
     size = run.capacity.block_size
     lengths = Counter(id for r in records for id in r.emitted)
-    behind = {f.id: f.blocks for r in records for f in r.finished}
-    found: dict[str, _Served] = {}
+    outputs = {f.id: f.blocks for r in records for f in r.finished}
+    served: dict[str, _Served] = {}
     extra = dict(pair for r in records for pair in r.extra_rows)
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
-                f"request {a.id} has no fingerprints of its prompt, so what it shared is not known; record the run again"
+                f"request {a.id} has no fingerprints of its prompt, so its shared prefixes are unknown; record the run again"
             )
-        tokens = Prompt(a.prompt_tokens, (*a.blocks, *behind.get(a.id, ())), -number, size)
+        tokens = Prompt(a.prompt_tokens, (*a.blocks, *outputs.get(a.id, ())), -number, size)
         slo = Slo.parse(a.slo) if a.slo else None
         request = Request(
             a.id,
@@ -208,22 +208,22 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             slo=slo,
             extra_rows=extra.get(a.id, 0),
         )
-        found[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
-    return found
+        served[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
+    return served
 
 
 def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]:
-    found: dict[str, tuple[int]] = {}
+    tokens: dict[str, tuple[int]] = {}
     for work in plan.work:
         if work.samples:
-            one, position = served[work.id], work.start + work.count
-            last = position - len(one.tokens) + 1 == one.stop_after
-            found[work.id] = (STOP if last else one.tokens.at(position),)
-    return found
+            request, position = served[work.id], work.start + work.count
+            last = position - len(request.tokens) + 1 == request.stop_after
+            tokens[work.id] = (STOP if last else request.tokens.at(position),)
+    return tokens
 
 
 def _ended_by_text(r: StepRecord) -> list[str]:
-    """Whose end the engine found in the text, after the iteration was complete: those out of turn in the order of its work."""
+    """Ids of requests that their text ended, after the iteration was complete: they are out of the order of its work."""
     order = {id: number for number, (id, _, _) in enumerate(r.work)}
     ids = [f.id for f in r.finished if f.reason != "abort"]
     for number in range(1, len(ids)):

@@ -1,7 +1,7 @@
-"""One engine in virtual time: the scheduler that serves, and iterations that take what a cost model says.
+"""One engine in virtual time: the scheduler that serves, and iterations that take as long as a cost model says.
 
-Requests reach the scheduler between two iterations, as in the live engine. Where the policy is steady, iterations alike are taken
-in one leap, which an arrival cuts short. It does not know where requests come from, nor of other replicas.
+Requests reach the scheduler between two iterations, as in the live engine. If the policy is steady, like iterations are taken in
+one leap, which an arrival cuts short. A replica does not know where requests come from, and knows no other replica.
 """
 
 from bisect import bisect_left
@@ -21,16 +21,15 @@ from stallfree.core.scheduler import Scheduler
 from stallfree.metrics.timeline import Timeline
 
 LEAP = 64
-"""Iterations that are looked ahead at once: a leap that an arrival cuts short was looked at in vain from there on."""
-
+"""The most iterations in one leap. If an arrival cuts a leap short, the rest of its prediction was wasted."""
 
 TOGETHER = 64
-"""Requests that are taken before it goes on: while it does, its state is in the processor's caches, and that of others is not."""
+"""Requests that a replica takes before it runs on. Many iterations in one go keep its state in the processor's caches."""
 
 
 class Script(NamedTuple):
-    """What becomes of a request, as its `sampling`: the tokens of its `answer`, which ends with the last of them by a stop id or by
-    `max_tokens`, and the `line` that is written meanwhile. `ends`: its tokens by then, those of the prompt included.
+    """The course of a request, kept as its `sampling`: the tokens of its `answer`, the last of which ends it (by a stop id or by
+    `max_tokens`), and its timeline `line`. `ends`: its tokens at the end, including the prompt.
     """
 
     answer: Sequence[int]
@@ -39,14 +38,14 @@ class Script(NamedTuple):
 
 
 def script(request: Request, answer: Sequence[int]) -> Request:
-    """`request`, to be answered with `answer`."""
+    """`request`, which will get the tokens `answer`."""
     length = len(request.prompt)
     request.sampling = Script(answer, Timeline(request.id, request.arrival, length), length + len(answer))
     return request
 
 
 class Span(NamedTuple):
-    """An iteration in one stage of the pipeline, from `begin` to `end` (s): how many `decodes`, and tokens of `prefill`."""
+    """An iteration in one stage of the pipeline, from `begin` to `end` (s), with its number of `decodes` and `prefill` tokens."""
 
     step: int
     stage: int
@@ -57,17 +56,16 @@ class Span(NamedTuple):
 
 
 class Replica:
-    """`scheduler` on a machine of as many stages as its plans are deep, each of which takes an equal share of an iteration's time
-    by `cost`.
+    """`scheduler` on a machine with as many stages as its capacity's `depth`. Each stage takes an equal share of an iteration's
+    time by `cost`.
 
-    Nothing is planned before `begin`; `between_s` pass from an iteration's end to the next one's planning; `slowness`: what to
-    multiply the time of an iteration with that is planned at a given moment. `ended` is called with each request that ended,
-    `record` with each record, `span` with each iteration in each stage; without `record` none are made. `leap`: the most
-    iterations at once; 1 is step by step. Step by step, `launched` is called with each plan, its begin and its end before it runs,
-    and `completed` after it has run.
+    Nothing is planned before `begin`. `between_s` pass from an iteration's end to the next planning. `slowness`: the factor on the
+    time of an iteration planned at a given moment. `ended` is called with each request that ended, `record` with each record,
+    `span` with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once; with 1,
+    `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run.
 
-    `due`: when it goes on, inf if it waits for requests. `active_s`: how long any iteration was running; `busy_s`: how
-    long each stage was; what they lack to `active_s` are bubbles. `iterations`: how many have ended.
+    `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
+    each stage ran; the difference are bubbles. `iterations`: how many have ended.
     """
 
     def __init__(
@@ -97,71 +95,71 @@ class Replica:
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
         self._steady = leap > 1 and steady(scheduler.policy) and scheduler.ledger.capacity.depth == 1
-        # Those taken that are still to come, and those that have come and that the scheduler has not heard of.
+        # Requests that were taken and arrive later, and requests that arrived and are not submitted to the scheduler yet.
         self._coming: deque[Request] = deque()
-        self._came: list[Request] = []
+        self._unsubmitted: list[Request] = []
         self._leaving: list[str] = []
         self._arrived: list[Request] = []
         self._gone: list[Request] = []
         self._ready = begin
-        # Step by step: plans in flight, with start, end and bubbles of each, and when each stage is free.
+        # Without leaps: the plans in flight, each with start, end and bubbles (s), and when each stage is free.
         self._out: deque[tuple[Plan, float, float, float]] = deque()
         self._free = [0.0] * scheduler.ledger.capacity.depth
-        # In leaps: the stretch that is under way, its iterations' planning and end; one moment more is the next planning.
+        # With leaps: the stretch under way, when each of its iterations is planned (and the next after it), and when each ends.
         self._stretch: Stretch | None = None
         self._moments: list[float] = []
         self._ends: list[float] = []
 
     @property
     def num_requests(self) -> int:
-        """Requests that are here and have not ended."""
-        return len(self.scheduler.ledger.requests) + len(self._came) + len(self._coming)
+        """Requests that were taken and have not ended."""
+        return len(self.scheduler.ledger.requests) + len(self._unsubmitted) + len(self._coming)
 
     def pending(self, now: float) -> int:
-        """Tokens to be planned before everybody here has a first token, or its next one; a request that is expected counts with its
-        prompt until there is room for it. Counted anew each time: whoever keeps it has to hear of every move.
+        """Tokens to be planned until every request here has its first token, or its next one. An expected request counts with its
+        prompt until it has room. Counted at each call: a running count would have to follow every change.
         """
         tokens = sum([r.num_tokens - r.num_planned for r in self.scheduler.ledger.requests.values()])
-        tokens += sum([len(r.prompt) for r in (*self._came, *self._coming)])
+        tokens += sum([len(r.prompt) for r in (*self._unsubmitted, *self._coming)])
         if self._stretch is not None and self._stretch.draft.chunks:
             begun = bisect_left(self._moments, now, 1)
             tokens -= (begun - 1) * sum(self._stretch.draft.chunks.values())
         return tokens
 
     def take(self, request: Request) -> None:
-        """A request with a `Script` is to come in at its arrival, which is not before that of others taken, nor before the moment
-        to which the replica has run. It may run up to it.
+        """Take a request with a `Script`; it comes in at its arrival. This must not be before the arrivals of requests taken
+        earlier, nor before the moment up to which the replica has run. The replica may run up to it.
         """
         self._coming.append(request)
         if len(self._coming) > TOGETHER:
             self.run(request.arrival)
 
     def drop(self, id: str, now: float) -> None:
-        """A request's client leaves; nothing happens if it has ended, or was never here."""
+        """The client of a request leaves. Nothing happens if the request has ended, or was never here."""
         self._leaving.append(id)
-        self._look(now)
+        self._reschedule(now)
 
     def hold(self, id: str) -> None:
-        """A request that goes on elsewhere gets no more work here, and keeps its KV until it is let go."""
+        """Give a request that goes on elsewhere no more work. It keeps its KV until it is released."""
         transfer.hold(self.scheduler.ledger, id)
 
-    def let_go(self, id: str, now: float) -> None:
-        """A request that was held here goes on elsewhere, and leaves its KV."""
+    def release(self, id: str, now: float) -> None:
+        """A held request goes on elsewhere and leaves its KV."""
         transfer.release(self.scheduler.ledger, id)
-        self._look(now)
+        self._reschedule(now)
 
     def expect(self, request: Request) -> None:
-        """A request whose prompt is computed elsewhere goes on here, once `admit` has given it room."""
+        """Queue a request whose prompt is computed elsewhere. It goes on here once `admit` has reserved blocks."""
         transfer.expect(self.scheduler.ledger, request)
 
     def admit(self) -> Request | None:
-        """The first of the expected, if there is room for it from now on; None if there is none, or nobody is expected."""
+        """Reserve blocks for the first expected request. None if there is no room, or if none is expected."""
         return transfer.admit(self.scheduler.ledger)
 
     def forgo(self, id: str, now: float) -> None:
-        """A request that was expected here does not come: its room is free."""
+        """An expected request will not come. Free its blocks."""
         self.scheduler.abort(id)
-        self._look(now)
+        self._reschedule(now)
 
     def deliver(self, request: Request, token: int, now: float) -> None:
         """The KV of an admitted request is here, and its first token."""
@@ -169,7 +167,7 @@ class Replica:
         if transfer.deliver(self.scheduler.ledger, request, token, now) is not None:
             self._gone.append(request)
             self._end(request, now)
-        self._look(now)
+        self._reschedule(now)
 
     def run(self, until: float) -> None:
         """Go on to just before `until`."""
@@ -178,22 +176,22 @@ class Replica:
             request = coming.popleft()
             while self.due < request.arrival:
                 self._wake()
-            self._came.append(request)
-            self._look(request.arrival)
+            self._unsubmitted.append(request)
+            self._reschedule(request.arrival)
         while self.due < until:
             self._wake()
 
     def _wake(self) -> None:
-        """Go on at `due`: what has ended is completed, who came or went is taken in or let go, and the next iterations begin."""
+        """Go on at `due`: complete the iterations that have ended, submit arrivals, abort departures, and begin iterations."""
         now = self.due
         if self._stretch is not None:
             self._land(self._stretch)
         elif self._out:
             self._complete()
-        for request in self._came:
+        for request in self._unsubmitted:
             self.scheduler.submit(request)
-        self._arrived += self._came
-        self._came = []
+        self._arrived += self._unsubmitted
+        self._unsubmitted = []
         for id in self._leaving:
             gone = self.scheduler.abort(id)
             if gone is not None:
@@ -201,12 +199,12 @@ class Replica:
                 self._gone.append(gone)
         self._leaving.clear()
         if self._steady:
-            self._look_ahead(now)
+            self._plan_stretch(now)
         else:
             self._plan(now)
 
-    def _look(self, now: float) -> None:
-        """Something happened, of which the scheduler is to hear when the iteration that runs has ended."""
+    def _reschedule(self, now: float) -> None:
+        """Set `due` after an event: to the end of the iteration that runs, or to `now` if none does."""
         if self._stretch is not None:
             self.due = self._moments[bisect_left(self._moments, now, 1)]
         elif not self._out:
@@ -219,13 +217,13 @@ class Replica:
         self.due = self._out[0][2] + self._between_s if self._out else inf
 
     def _launch(self, plan: Plan) -> None:
-        """Through the stages one after the other: each begins when the one before it is through and its own last plan is."""
+        """Run a plan through the stages. Each begins when the stage before it has ended this plan, and itself its last plan."""
         seconds = self._cost.seconds(plan.shape)
         if self._slowness is not None:
             seconds *= self._slowness(plan.now)
         share = seconds / len(self._free)
         start = end = max(plan.now, self._free[0])
-        idle = 0.0 if self._out else max(0.0, plan.now - self._free[-1])  # in which nobody wanted anything
+        idle = 0.0 if self._out else max(0.0, plan.now - self._free[-1])  # there was nothing to do
         waited = -len(self._free) * idle
         for stage, free in enumerate(self._free):
             begin = max(end, free)
@@ -250,8 +248,7 @@ class Replica:
         for w in plan.work:
             request = requests.get(w.id)
             if request is not None:  # else its client has left
-                told: Script = request.sampling  # type: ignore[assignment]
-                answer, line, _ = told
+                answer, line, _ = _script(request)
                 if line.scheduled is None:
                     line.scheduled = start
                 if w.samples:
@@ -270,7 +267,7 @@ class Replica:
             self._record(StepRecord.of(plan, result, scheduler.ledger, times, self._arrived, [*self._gone, *done], dropped=dropped))
         self._arrived, self._gone = [], []
 
-    def _look_ahead(self, now: float) -> None:
+    def _plan_stretch(self, now: float) -> None:
         stretch = Stretch(self.scheduler, now, self._leap)
         self.due = inf
         if not stretch.draft.work:
@@ -291,7 +288,7 @@ class Replica:
         self._stretch = stretch
 
     def _seconds(self, stretch: Stretch) -> Iterator[float]:
-        """What each iteration of the stretch takes, and those after it."""
+        """Seconds of each iteration of the stretch, and of iterations after it without end."""
         work = stretch.draft.work
         batch = self._batch
         if batch is None:
@@ -308,7 +305,7 @@ class Replica:
             chunks = [(start + count, count) for start, count in chunks]
 
     def _land(self, stretch: Stretch) -> None:
-        """The iterations of the stretch that were planned before `due` are over."""
+        """Complete the iterations of the stretch that were planned before `due`."""
         scheduler, draft = self.scheduler, stretch.draft
         steps = bisect_left(self._moments, self.due, 1)
         moments, ends = self._moments[:steps], self._ends[:steps]
@@ -321,8 +318,7 @@ class Replica:
             _script(scheduler.ledger.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
-            told: Script = request.sampling  # type: ignore[assignment]
-            answer, line, _ = told
+            answer, line, _ = _script(request)
             had = len(request.output)
             tokens.append(answer[had : had + steps])
             line.tokens += ends
@@ -346,16 +342,16 @@ class Replica:
     def _write(
         self, stretch: Stretch, moments: Sequence[float], ends: Sequence[float], before: tuple[int, int], done: Sequence[Request]
     ) -> None:
-        """The records of the stretch's iterations; `before` the leap so many requests were running, and KV blocks free."""
+        """Write the records of the stretch's iterations. `before`: the running requests and free KV blocks before the leap."""
         draft, chunks, steps = stretch.draft, stretch.draft.chunks, len(ends)
         running, free = before
         sampling = set(stretch.sampling)
         for number, (begin, end) in enumerate(zip(moments, ends, strict=True)):
             first, last = number == 0, number == steps - 1
             free -= 0 if first else stretch.grown[number]
-            behind = steps - number
+            later = steps - number
             work = tuple(
-                Work(r.id, r.num_computed - behind * count, count, r in sampling, r not in chunks, (), (), None, "", (), ())
+                Work(r.id, r.num_computed - later * count, count, r in sampling, r not in chunks, (), (), None, "", (), ())
                 for r, count in draft.work.items()
             )
             plan = Plan(

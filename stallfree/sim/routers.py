@@ -1,5 +1,5 @@
-"""Which replica a request goes to. A router sees the requests as they arrive and what each replica has to do then; it does not know
-what will become of them.
+"""Which replica a request goes to. A router sees each request at its arrival, and the load of each replica then. It does not know
+what happens later.
 """
 
 from stallfree.core.nearest import nearest
@@ -7,13 +7,13 @@ from stallfree.core.request import Request
 from stallfree.sim.cluster import Cluster, Router
 
 PREFIX = 512
-"""Tokens that a prefix is told apart by, as in Mooncake's trace (FAST'25)."""
+"""Tokens of the pieces by which prefixes are compared, as in Mooncake's trace (FAST'25)."""
 UNEVEN = 1.5
-"""So many times the mean number of requests, and two more, a replica may have for the sake of its cache."""
+"""For the sake of its cache, a replica may have this many times the mean number of requests, and two more."""
 
 
 def round_robin() -> Router:
-    """One after the other."""
+    """Each replica in turn."""
     count = -1
 
     def choose(request: Request, cluster: Cluster) -> int:
@@ -25,7 +25,7 @@ def round_robin() -> Router:
 
 
 def least_loaded() -> Router:
-    """The one with the fewest requests that have not ended."""
+    """The replica with the fewest unfinished requests."""
 
     def choose(request: Request, cluster: Cluster) -> int:
         loads = [replica.num_requests for replica in cluster.at(request.arrival)]
@@ -35,7 +35,7 @@ def least_loaded() -> Router:
 
 
 def shortest_queue() -> Router:
-    """The one with the fewest tokens to be computed until everybody there has the next one."""
+    """The replica that has to compute the fewest tokens until each of its requests has its next one."""
 
     def choose(request: Request, cluster: Cluster) -> int:
         loads = [replica.pending(request.arrival) for replica in cluster.at(request.arrival)]
@@ -45,29 +45,29 @@ def shortest_queue() -> Router:
 
 
 def prefix_affinity() -> Router:
-    """The one to which the longest beginning of the prompt went last, in pieces of `PREFIX` tokens, unless it has many more
-    requests than the others; else the least loaded.
+    """The replica that last got the longest prefix of the prompt, in pieces of `PREFIX` tokens; the least loaded replica if there
+    is none, or if that one has many more requests than the others (see `UNEVEN`).
     """
-    # A piece behind others by its number: that of the pieces before it and its own hash; a collision costs a cache miss.
+    # From (number of the prefix before a piece, hash of the piece) to (number with the piece, replica). A collision costs a miss.
     seen: dict[tuple[int, int], tuple[int, int]] = {}
     least = least_loaded()
 
     def choose(request: Request, cluster: Cluster) -> int:
         starts = range(0, len(request.prompt) - PREFIX + 1, PREFIX)
         pieces = [hash(request.tokens(start, start + PREFIX)) for start in starts]
-        piece, found = 0, None
-        for content in pieces:
-            if (piece, content) not in seen:
+        prefix, latest = 0, None
+        for piece in pieces:
+            if (prefix, piece) not in seen:
                 break
-            piece, found = seen[piece, content]
+            prefix, latest = seen[prefix, piece]
         replicas = cluster.at(request.arrival)
         allowed = UNEVEN * sum([replica.num_requests for replica in replicas]) / len(replicas) + 2
-        number = least(request, cluster) if found is None or replicas[found].num_requests > allowed else found
-        piece = 0
-        for content in pieces:
-            behind = seen[piece, content][0] if (piece, content) in seen else len(seen) + 1
-            seen[piece, content] = behind, number
-            piece = behind
+        number = least(request, cluster) if latest is None or replicas[latest].num_requests > allowed else latest
+        prefix = 0
+        for piece in pieces:
+            longer = seen[prefix, piece][0] if (prefix, piece) in seen else len(seen) + 1
+            seen[prefix, piece] = longer, number
+            prefix = longer
         return number
 
     return choose
@@ -77,8 +77,8 @@ NAMES = ("round-robin", "least-loaded", "shortest-queue", "prefix-affinity")
 
 
 def load(name: str) -> Router:
-    """A new router by its name. Raises ValueError that names the nearest if there is none of that name."""
+    """A new router of this name. Raises ValueError that names the nearest router if there is none."""
     if name not in NAMES:
         raise ValueError(f"unknown router {name!r}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
-    made: Router = globals()[name.replace("-", "_")]()
-    return made
+    router: Router = globals()[name.replace("-", "_")]()
+    return router

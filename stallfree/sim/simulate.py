@@ -1,6 +1,6 @@
-"""What a policy, a machine and a load would make of each other: arrivals in, timelines out, with records and spans if wanted.
+"""A simulation of a policy on a machine under a load: arrivals in, timelines out, with records and spans if wanted.
 
-It knows no rates, targets or names of models: what arrives is drawn elsewhere, and what it was worth is judged by `metrics`.
+It knows no rates, targets or model names: arrivals are drawn elsewhere, and `metrics` judges the result.
 """
 
 import gc
@@ -29,8 +29,8 @@ STOP = -1
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """`lines`: the requests' timelines, of each replica in the order in which they ended; none if they were handed on. `records`
-    and `spans`: those of each replica, where they were asked for.
+    """`lines`: the requests' timelines, in the order in which they ended in each replica; empty if `ended` took them. `records`,
+    `spans`: those of each replica, if wanted.
     """
 
     replicas: Sequence[Replica]
@@ -44,7 +44,7 @@ class Simulation:
 
     @property
     def bubbles(self) -> float:
-        """Share of the stages' time, while their replica had an iteration under way, in which they did nothing."""
+        """The share of time in which a stage was idle, while its replica had an iteration under way."""
         active = sum(replica.active_s * len(replica.busy_s) for replica in self.replicas)
         return 1 - sum(sum(replica.busy_s) for replica in self.replicas) / active if active else 0.0
 
@@ -67,30 +67,30 @@ def simulate(
     between_s: float = 0.0,
     scatter: Sequence[float] = (),
 ) -> Simulation:
-    """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (of which `depth` is the number of
-    pipeline stages) and `limits`, each with a policy of its own; `cost` says what a whole iteration takes.
+    """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
+    pipeline stages) and `limits`. Each replica has its own policy. `cost`: the seconds of an iteration, over all stages.
 
-    `reuse` shares the KV of equal beginnings of prompts. Each request gets as many tokens as its arrival says; it asks for these,
-    or for `max_tokens` if that is more and fits, which matters to a policy that reserves KV for them. `ended`: called with the
-    timeline of each request that ended, which then is not kept. `leap` 1 takes every iteration by itself, to the same end.
-    `between_s` pass from each iteration's end to the next one's planning. `scatter`: factors of which each iteration's time gets
-    one, at random by the moment of its planning.
+    With `reuse`, equal prefixes share KV. Each request gets as many tokens as its arrival says. It asks for these, or for
+    `max_tokens` if that is more and fits; this matters if the policy reserves KV for them. `ended`: called with the timeline of
+    each request that ends; then no timelines are kept. `leap` 1 takes the iterations one by one, with the same result. `between_s`
+    pass from an iteration's end to the next planning. `scatter`: factors; each iteration's time is multiplied by one of them,
+    chosen at random by the moment of its planning.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
     if replicas < 1:
-        raise ValueError(f"{replicas} replicas serve nobody; give 1 or more")
+        raise ValueError(f"there cannot be {replicas} replicas; give 1 or more")
     choose = load(router)
     lines: list[Timeline] = []
-    made = Simulation([], lines, [[] for _ in range(replicas)], [[] for _ in range(replicas)])
+    result = Simulation([], lines, [[] for _ in range(replicas)], [[] for _ in range(replicas)])
     end = lines.append if ended is None else ended
-    several = [
+    engines = [
         Replica(
             Scheduler(policy(), capacity, limits, reuse=reuse),
             cost,
             ended=lambda request: end(request.sampling.line),  # type: ignore[attr-defined]
-            record=made.records[number].append if records else None,
-            span=made.spans[number].append if spans else None,
+            record=result.records[number].append if records else None,
+            span=result.spans[number].append if spans else None,
             leap=leap,
             between_s=between_s,
             slowness=scattering(scatter) if scatter else None,
@@ -98,13 +98,13 @@ def simulate(
         for number in range(replicas)
     ]
     with uncollected():
-        serve(scripted(arrivals, several[0].scheduler, max_tokens), several, choose)
-    return Simulation(several, lines, made.records, made.spans)
+        serve(scripted(arrivals, engines[0].scheduler, max_tokens), engines, choose)
+    return Simulation(engines, lines, result.records, result.spans)
 
 
 def scattering(scatter: Sequence[float]) -> Callable[[float], float]:
-    """One of `scatter` for a moment, as if at random. By the moment and not in turn: an iteration gets the same in a leap, also in
-    one that is cut short, as by itself.
+    """Gives one of `scatter` for a moment, as if at random. It depends on the moment alone, so that an iteration gets the same
+    factor in a leap, even one cut short, as by itself.
     """
 
     def slowness(moment: float) -> float:
@@ -115,8 +115,8 @@ def scattering(scatter: Sequence[float]) -> Callable[[float], float]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without looking for cycles of garbage: a simulation makes none, and with hundreds of replicas every look walks through
-    millions of blocks and times again.
+    """Switches the garbage collector off. A simulation makes no reference cycles, and with hundreds of replicas each collection
+    would walk through millions of blocks and times.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -128,15 +128,15 @@ def uncollected() -> Iterator[None]:
 
 
 def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
-    own = STOP
+    own = STOP  # counted down, so that each request has its own token
     for number, arrival in enumerate(arrivals):
         own -= 1
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
         length = arrival.output_tokens
-        asked = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
-        request = Request(str(number), prompt, asked, stop_ids=frozenset({STOP}), arrival=arrival.at)
+        most = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
+        request = Request(str(number), prompt, most, stop_ids=frozenset({STOP}), arrival=arrival.at)
         try:
             scheduler.ledger.validate(request)
         except Refused as refused:
             raise ValueError(f"request {number}, at {arrival.at:g} s, can never be served: {refused}") from None
-        yield script(request, [own] * length if asked == length else [*[own] * (length - 1), STOP])
+        yield script(request, [own] * length if most == length else [*[own] * (length - 1), STOP])

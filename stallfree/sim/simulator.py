@@ -1,5 +1,5 @@
-"""A deployment made ready: its devices priced, its policy calibrated, its limits checked; then run, as often as wanted. It puts
-together what `perf`, `policies`, `core` and `workload` know, and knows nothing itself of how the results are shown.
+"""A deployment ready to simulate: its devices priced, its policy calibrated, its limits checked. It can run many times. It combines
+`perf`, `policies`, `core` and `workload`, and does not know how results are shown.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,9 +27,9 @@ from stallfree.workload.workload import Arrival
 
 
 class Instance(NamedTuple):
-    """What one replica runs on: what an iteration costs there, the KV that it holds, and the price of an hour in US dollars, if it
-    has one. `about` it in words. `between_s`: what passes between two iterations beside that. `scatter`: factors of which each
-    iteration's time gets one at random, as a real machine's do (none: each takes just what it costs).
+    """The machine of one replica. `cost`: of its iterations; `capacity`: its KV; `dollars`: US dollars per hour, if it has a price;
+    `about`: the machine in words; `between_s`: seconds between two iterations. `scatter`: factors, as on a real machine; each
+    iteration's time is multiplied by one at random (none: it takes exactly what it costs).
     """
 
     cost: CostModel
@@ -41,9 +41,9 @@ class Instance(NamedTuple):
 
 
 class Simulator:
-    """A deployment made ready, to be run many times: on the instance `placed`, or on that of the roofline.
+    """A deployment ready to run many times, on the instance `placed`, or else on that of the roofline.
 
-    Raises ValueError for what is not known, does not fit, is not taken by the policy, or cannot be promised.
+    Raises ValueError for unknown names, limits that do not fit, options that the policy does not take, and impossible targets.
     """
 
     def __init__(self, deployment: Deployment, placed: Instance | None = None):
@@ -55,21 +55,21 @@ class Simulator:
             possible(self.targets, self.instance.cost)
         self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
         self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
-        self.policy()  # a mistake is to be told before anything is simulated
+        self.policy()  # report a mistake before anything is simulated
 
     def policy(self) -> Policy:
-        """A policy for one replica. One that wants a cost model gets what a calibration of the instance would find, and learns."""
+        """A new policy for one replica. If it wants a cost model, it gets one as calibrated on the instance, which learns."""
         cost = None if self._prices is None else Fitted.from_state(self._prices)
         return policies.load(self.deployment.policy, Setup(cost, self.targets), **self._own)
 
     @property
     def header(self) -> Run:
-        """What the records of a replica have in common."""
-        told, policy = self.deployment, self.policy()
+        """The run that begins the records of each replica."""
+        deployment, policy = self.deployment, self.policy()
         slo, options = (policy.slo, policy.options) if isinstance(policy, Tuned) else (self.targets, {})
-        options = self._own | dict(options)
-        words = "" if slo is None else str(slo)
-        return Run(told.policy, self.instance.capacity, self.limits, told.prefix_cache, words, options, self._prices)
+        words, options = "" if slo is None else str(slo), self._own | dict(options)
+        reuse = deployment.prefix_cache
+        return Run(deployment.policy, self.instance.capacity, self.limits, reuse, words, options, self._prices)
 
     def run(
         self,
@@ -79,18 +79,18 @@ class Simulator:
         records: bool = False,
         spans: bool = False,
     ) -> Simulation:
-        """Serve `arrivals`: see `simulate`, and for the errors too."""
-        told = self.deployment
+        """Serve `arrivals`. For the arguments and the errors see `simulate`."""
+        deployment = self.deployment
         return simulate(
             arrivals,
             self.policy,
             self.instance.cost,
             self.instance.capacity,
             self.limits,
-            replicas=told.replicas,
-            router=told.router,
-            reuse=told.prefix_cache,
-            max_tokens=told.max_output,
+            replicas=deployment.replicas,
+            router=deployment.router,
+            reuse=deployment.prefix_cache,
+            max_tokens=deployment.max_output,
             ended=ended,
             records=records,
             spans=spans,
@@ -99,51 +99,51 @@ class Simulator:
         )
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
-        """What becomes of `traffic` at `rate`, drawn with `seed`, and how it stands to `slo`."""
+        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
         tally = Tally(slo)
         self.run(traffic.stream(rate, seed), ended=tally.add)
         return tally.report(rate)
 
     def dollars_per_million(self, report: Report) -> float | None:
-        """US dollars for a million output tokens, if the devices have a price."""
+        """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""
         if self.instance.dollars is None or not report.output_tokens_per_s:
             return None
         return self.instance.dollars * self.deployment.replicas / 3600 / report.output_tokens_per_s * 1e6
 
 
-def instance(told: Deployment) -> Instance:
-    """The machine of one replica, by the roofline. Raises ValueError for what is not known or does not fit."""
-    if told.model is None:
+def instance(deployment: Deployment) -> Instance:
+    """The machine of one replica, by the roofline. Raises ValueError for unknown names and for sizes that do not fit."""
+    if deployment.model is None:
         raise ValueError(f"which model? It is one of {', '.join(models.names())}, or the path of a config.json")
-    device, model = devices.load(told.hardware), models.load(told.model)
-    sharded = models.Sharded(model, told.tp, told.pp, told.weights, told.kv)
-    tokens = sharded.kv_tokens(device.memory, told.gpu_memory_utilization)
-    if told.block_size < 1:
-        raise ValueError(f"KV in blocks of {told.block_size} tokens cannot be; give 1 or more")
-    length = model.max_model_len if told.max_model_len is None else told.max_model_len
+    device, model = devices.load(deployment.hardware), models.load(deployment.model)
+    sharded = models.Sharded(model, deployment.tp, deployment.pp, deployment.weights, deployment.kv)
+    tokens = sharded.kv_tokens(device.memory, deployment.gpu_memory_utilization)
+    if deployment.block_size < 1:
+        raise ValueError(f"a KV block cannot have {deployment.block_size} tokens; give a block size of 1 or more")
+    length = model.max_model_len if deployment.max_model_len is None else deployment.max_model_len
     if not 1 < length <= tokens:
         raise ValueError(
-            f"a request of {length:,} tokens cannot be ({'the context' if told.max_model_len is None else 'max_model_len'}): "
-            f"{tokens:,} tokens of KV fit beside the weights; give a max_model_len from 2 to {tokens:,}, more devices "
+            f"a request of {length:,} tokens ({'the context' if deployment.max_model_len is None else 'max_model_len'}) does not "
+            f"fit: {tokens:,} tokens of KV fit beside the weights; give a max_model_len from 2 to {tokens:,}, more devices "
             "(tp, pp), or devices with more memory"
         )
     cost: CostModel
-    if told.engine.endswith(".json"):
-        cost = Profiled(Path(told.engine), model.name, told.tp)  # type: ignore[assignment]  # prices, and neither room nor learning
+    if deployment.engine.endswith(".json"):
+        cost = Profiled(Path(deployment.engine), model.name, deployment.tp)  # type: ignore[assignment]  # it only prices
     else:
-        cost = Roofline(device, sharded, told.engine, node=told.node, network=told.network)
-    number = told.tp * told.pp
+        cost = Roofline(device, sharded, deployment.engine, node=deployment.node, network=deployment.network)
+    number = deployment.tp * deployment.pp
     return Instance(
         cost,
-        Capacity(told.block_size, tokens // told.block_size, length, depth=told.pp),
+        Capacity(deployment.block_size, tokens // deployment.block_size, length, depth=deployment.pp),
         device.price * number,
         f"{model.name} on {number} x {device.name}" if number > 1 else f"{model.name} on {device.name}",
     )
 
 
 def calibrated(instance: Instance) -> Fitted:
-    """The cost model that a calibration of `instance` would make: fitted to some dozen iterations, as on a live machine, and not
-    the truth that the simulation knows.
+    """The cost model that a calibration of `instance` would make: fitted to a few dozen iterations, as on a live machine. It is not
+    the exact cost that the simulation uses.
     """
     if isinstance(instance.cost, Fitted):
         return Fitted.from_state(instance.cost.state())

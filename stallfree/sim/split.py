@@ -1,4 +1,4 @@
-"""A disaggregated deployment made ready: its pools priced, placed on nodes and joined; then run, as often as wanted."""
+"""A disaggregated deployment ready to simulate: its pools priced, placed on nodes and joined. It knows no pairing's rules."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,9 @@ from stallfree.workload.workload import Arrival
 
 @dataclass(frozen=True, slots=True)
 class PoolsResult:
-    """A simulation of two pools: `lines` of the requests in the order in which they ended, unless somebody else took them; what
-    `transfers`; and the share of time, from the first arrival to the last token, in which each pool's devices had nothing to run.
+    """A simulation of two pools. `lines`: the requests' timelines in the order in which they ended; empty if `ended` took them.
+    `transfers`: totals of the KV transfers. `prefill_idle`, `decode_idle`: the share of time, from the first arrival to the last
+    token, in which the pool's devices had nothing to run.
     """
 
     lines: list[Timeline] = field(default_factory=list)
@@ -38,51 +39,50 @@ class PoolsResult:
 
 
 class SplitSimulator:
-    """The deployment `split`, to be run many times; its pools on the instances given, or those of the roofline.
-
-    Raises ValueError for pools that do not fit the nodes, that do not serve the same model with the same KV, and as `Simulator`.
+    """The deployment `split`, ready to run many times. Its pools are on the instances `prefill` and `decode`, or else on those of
+    the roofline. Raises ValueError for pools that do not fit the nodes, or that do not serve the same model with the same KV, and
+    as `Simulator` does.
     """
 
     def __init__(self, split: Split, prefill: Instance | None = None, decode: Instance | None = None):
         self.split = split
-        for what in ("model", "hardware", "kv"):
-            ours, theirs = getattr(split.prefill, what), getattr(split.decode, what)
-            if ours != theirs:
-                raise ValueError(f"the pools transfer KV, but prefill has {what} {ours} and decode {theirs}; give both the same")
+        for name in ("model", "hardware", "kv"):
+            source, target = getattr(split.prefill, name), getattr(split.decode, name)
+            if source != target:
+                raise ValueError(f"the pools transfer KV, but prefill has {name} {source} and decode {target}; give both the same")
         self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)
         self._where = place(split)
         self._network = links.load(split.link)
-        told = split.prefill
-        device, model = devices.load(told.hardware), models.load(told.model or "")
-        whole = models.Sharded(model, 1, 1, told.weights, told.kv)
+        device, model = devices.load(split.prefill.hardware), models.load(split.prefill.model or "")
+        whole = models.Sharded(model, 1, 1, split.prefill.weights, split.prefill.kv)
         self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.num_layers
-        # Between replicas of one node each device sends its part by itself.
+        # Between replicas of one node, each device sends its own part.
         self._within = min(_size(split.prefill), _size(split.decode)) * device.link(2, device.node).bandwidth
         sources, targets = self._where
         near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
-        self._near = [found or list(range(len(targets))) for found in near]
+        self._near = [numbers or list(range(len(targets))) for numbers in near]
         pairings.load(split.pairing, self._near)
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
-        """What becomes of `traffic` at `rate`, drawn with `seed`, and how it stands to `slo`."""
+        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
         tally = Tally(slo)
         self.run(traffic.stream(rate, seed), ended=tally.add)
         return tally.report(rate)
 
     @property
     def dollars(self) -> float | None:
-        """The price of an hour of all devices, in US dollars, if they have one."""
+        """US dollars per hour for all devices; None if one has no price."""
         pools = (self.prefill, self.decode)
         prices = [(pool.instance.dollars, pool.deployment.replicas) for pool in pools]
         return None if any(price is None for price, _ in prices) else sum((price or 0.0) * number for price, number in prices)
 
     def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> PoolsResult:
-        """Serve `arrivals`; `ended` is called with the timeline of each request that ended, which then is not kept."""
-        made = PoolsResult()
-        end = made.lines.append if ended is None else ended
+        """Serve `arrivals`. `ended`: called with the timeline of each request that ends; then no timelines are kept."""
+        result = PoolsResult()
+        end = result.lines.append if ended is None else ended
         begin, last = inf, 0.0
 
-        def told(request: Request) -> None:
+        def note_end(request: Request) -> None:
             nonlocal begin, last
             line: Timeline = request.sampling.line  # type: ignore[attr-defined]
             begin, last = min(begin, line.arrival), max(last, line.tokens[-1])
@@ -97,24 +97,24 @@ class SplitSimulator:
             kv_bytes=self.kv_bytes,
             layers=self._layers,
             latency_s=latency_s,
-            ended=told,
+            ended=note_end,
         )
         with uncollected():
             pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output))
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
-        return PoolsResult(made.lines, pools.transfers, *idle)
+        return PoolsResult(result.lines, pools.transfers, *idle)
 
     def _replicas(self, simulator: Simulator) -> list[Callable[..., Replica]]:
-        told, instance = simulator.deployment, simulator.instance
+        deployment, instance = simulator.deployment, simulator.instance
 
         def make(**hooks: Any) -> Replica:
-            scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=told.prefix_cache)
+            scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=deployment.prefix_cache)
             return Replica(scheduler, instance.cost, leap=1, between_s=instance.between_s, **hooks)
 
-        return [make] * told.replicas
+        return [make] * deployment.replicas
 
     def _paths(self) -> tuple[Callable[[int, int], tuple[Port, ...]], float]:
-        """New ports, and what lies between two replicas: within a node their own links; between nodes those nodes' ports."""
+        """The ports between two replicas (within a node, their own links; else the nodes' ports), and the latency in seconds."""
         sources, targets = self._where
         out, into = ({node: Port(self._network.bandwidth) for node in pool} for pool in (sources, targets))
         leaving, coming = ([Port(self._within) for _ in pool] for pool in (sources, targets))
@@ -127,34 +127,34 @@ class SplitSimulator:
 
 
 class _Free:
-    """Iterations that take next to nothing."""
+    """A cost model with iterations that take almost no time."""
 
     def seconds(self, shape: Shape) -> float:
         return 1e-9
 
 
 def unlimited(like: Instance) -> Instance:
-    """A machine as `like`, but so fast and with so much KV that it keeps nobody waiting: what the other pool can do shows."""
+    """A machine like `like`, but so fast and with so much KV that only the other pool limits the rate."""
     held = like.capacity
     return like._replace(cost=_Free(), capacity=replace(held, num_blocks=20 * held.num_blocks))  # type: ignore[arg-type]
 
 
 def place(split: Split) -> tuple[Sequence[int], Sequence[int]]:
-    """The node, by number, in which each prefill and each decode replica begins: both kinds in turn, each where the fewest of
-    its kind are and it has room, or in nodes of its own. Raises ValueError if they do not fit.
+    """The number of the node in which each prefill and each decode replica begins. Both kinds are placed in turn, each in the node
+    with room that has the fewest of its kind, or in nodes of its own. Raises ValueError if they do not fit.
     """
     free = [split.per_node] * split.nodes
     pools = (split.prefill, split.decode)
-    found: tuple[list[int], list[int]] = ([], [])
+    placed: tuple[list[int], list[int]] = ([], [])
     for _ in range(pools[0].replicas + pools[1].replicas):
-        # The pool that lags behind its share comes next.
-        kind = min((0, 1), key=lambda k: (len(found[k]) + 1) / pools[k].replicas if len(found[k]) < pools[k].replicas else inf)
+        # The pool of which the smaller share is placed comes next.
+        kind = min((0, 1), key=lambda k: (len(placed[k]) + 1) / pools[k].replicas if len(placed[k]) < pools[k].replicas else inf)
         size = _size(pools[kind])
         whole = [node for node, room in enumerate(free) if room >= size]
         if whole:
-            node = min(whole, key=found[kind].count)
+            node = min(whole, key=placed[kind].count)
             free[node] -= size
-            found[kind].append(node)
+            placed[kind].append(node)
             continue
         empty = [node for node, room in enumerate(free) if room == split.per_node]
         nodes = -(-size // split.per_node)
@@ -167,12 +167,12 @@ def place(split: Split) -> tuple[Sequence[int], Sequence[int]]:
         for node in empty[:nodes]:
             free[node] -= min(size, split.per_node)
             size -= split.per_node
-        found[kind].append(empty[0])
-    return found
+        placed[kind].append(empty[0])
+    return placed
 
 
-def _size(told: Deployment) -> int:
-    return told.tp * told.pp
+def _size(deployment: Deployment) -> int:
+    return deployment.tp * deployment.pp
 
 
 def _busy(replica: Replica) -> float:

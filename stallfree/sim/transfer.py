@@ -1,9 +1,9 @@
-"""Prefill here and decode there: replicas of two pools, the same scheduler in each, and the KV that goes from one to the other.
+"""Disaggregation: a prefill pool and a decode pool of replicas with the same scheduler, and the KV transfers between them.
 
-A request is computed in a replica of the prefill pool up to its first token, held there until room for it is reserved in one of the
-decode pool, and goes on when its KV has arrived: then its first token is shown, as the engine's own KV transfer does, since a token
-that nothing follows for seconds would meet any target. A decode pool without room thus holds prefills back, and in the end their
-admission. Who goes where is a `Pairing`'s choice; what moves how fast, the fabric's.
+A prefill replica computes a request up to its first token and holds it until a decode replica has reserved room. The request goes
+on when its KV has arrived. Only then is its first token shown, as in the live engine, because a token that nothing follows for
+seconds would meet any target. So a full decode pool holds back prefills and, in the end, their admission. It does not know who goes
+where (a `Pairing` does) or how fast KV moves (the fabric does).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +17,14 @@ from stallfree.sim.fabric import Fabric, Port
 from stallfree.sim.replica import Replica, Script
 
 MakeReplica = Callable[..., Replica]
-"""A replica step by step, given `launched`, `completed` and `ended`."""
+"""Makes a replica without leaps from the hooks `launched`, `completed` and `ended`."""
 
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """A request that is to change places: from `source` to `target` (None: not chosen yet), by number. `twin` is what goes on
-    there, once it is expected, and `room`: whether blocks are reserved. Tokens of KV: `computed`, and `sent`, some of them in
-    `flows` that are under way. `since`: when its first token was sampled.
+    """One KV transfer of a request, from replica `source` to `target` (None: not chosen yet), by number. `twin`: the request in the
+    target, once it is expected there; `room`: its blocks are reserved. `computed`, `sent`: tokens of KV; `flows` are under way.
+    `since`: when the first token was sampled (s).
     """
 
     request: Request
@@ -39,26 +39,26 @@ class Transfer:
 
 
 class Pairing(Protocol):
-    """Who computes a request's prompt, and who goes on with it. `overlap`: KV leaves while the prompt is still computed, layer by
-    layer; else after it. `early`: who goes on is chosen at the request's arrival; else when it has its first token.
+    """Who computes a request's prompt, and who decodes. `overlap`: KV leaves layer by layer, while the prompt is computed; else
+    after it. `early`: the decode replica is chosen at the request's arrival; else when it has its first token.
     """
 
     overlap: bool
     early: bool
 
     def prefill(self, request: Request, pools: "Pools") -> int | Replica:
-        """The number of the replica that takes the prompt, at the request's arrival; or, if it is not to change places, the replica
-        that takes all of it.
+        """The number of the replica that takes the prompt, at the request's arrival. If there shall be no KV transfer, the replica
+        that takes the whole request.
         """
 
     def decode(self, source: int, pools: "Pools") -> int:
-        """The number of the replica that goes on with what prefill replica `source` computed."""
+        """The number of the replica that decodes after prefill replica `source`."""
 
 
 @dataclass(slots=True)
 class Totals:
-    """What KV transfers came to: how many, `bytes` moved, and seconds between the sampling of first tokens and their KV's arrival
-    (`exposed_s`), beside the seconds from first to last token (`decode_s`). `local`: requests that stayed where they were.
+    """Totals of all KV transfers: `transferred` requests, `bytes` moved, and seconds from a first token's sampling until its KV
+    arrived (`exposed_s`). `decode_s`: seconds from first to last token. `local`: requests that one replica computed entirely.
     """
 
     transferred: int = 0
@@ -69,8 +69,8 @@ class Totals:
 
 
 class Pools:
-    """`prefill` and `decode` replicas, made with hooks that call here. `path` gives the ports between two of them; a token has
-    `kv_bytes` of KV in `layers` layers; each transfer begins after `latency_s`. `ended`: called with each request that ended.
+    """`prefill` and `decode` replicas, made with hooks of this class. `path` gives the ports between two of them. A token has
+    `kv_bytes` of KV in `layers` layers. Each flow begins after `latency_s`. `ended`: called with each request that ended.
     """
 
     def __init__(
@@ -90,18 +90,18 @@ class Pools:
         self._pairing, self._path = pairing, path
         self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
         self._transfers: dict[str, Transfer] = {}
-        self._told = ended
+        self._on_end = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
         self._promised: list[set[Transfer]] = [set() for _ in decode]
         self.decode = [make(ended=self._ended, completed=self._admitting(number)) for number, make in enumerate(decode)]
         self._block_size = self.decode[0].scheduler.ledger.capacity.block_size
 
     def load(self, number: int) -> int:
-        """Requests that decode replica `number` has, expects, or has been promised."""
+        """Requests that decode replica `number` has or expects, or for which it was chosen."""
         return self.decode[number].num_requests + len(self._promised[number])
 
     def kv(self, number: int) -> int:
-        """Blocks of KV that decode replica `number` has in use, or is to fill for requests that it expects or has been promised."""
+        """KV blocks that decode replica `number` has in use, or needs for requests that it expects or for which it was chosen."""
         scheduler = self.decode[number].scheduler
         coming = (*scheduler.ledger.expected, *(transfer.request for transfer in self._promised[number]))
         return (
@@ -111,7 +111,7 @@ class Pools:
         )
 
     def fits(self, number: int, request: Request) -> bool:
-        """Whether decode replica `number` would have room for the prompt of `request`, with all that have been promised to it."""
+        """Whether decode replica `number` has room for the prompt of `request`, after all others for which it was chosen."""
         scheduler = self.decode[number].scheduler
         most = scheduler.ledger.capacity.num_blocks - scheduler.ledger.watermark
         return self.load(number) < scheduler.ledger.limits.max_seqs and self.kv(number) + self._blocks(request) <= most
@@ -120,7 +120,7 @@ class Pools:
         return -(-len(request.prompt) // self._block_size)
 
     def serve(self, requests: Iterable[Request]) -> None:
-        """Serve `requests`, which have a `Script` and come in the order of their arrivals, to their ends. Raises ValueError if any
+        """Serve `requests` to their ends. They have a `Script` and come in the order of their arrivals. Raises ValueError if one
         waits for ever.
         """
         for request in requests:
@@ -131,7 +131,7 @@ class Pools:
             raise ValueError(f"{left} requests wait for ever: no policy plans work for them, or no decode replica has room")
 
     def _run(self, until: float) -> None:
-        """All that happens before `until`, in its order."""
+        """Run all replicas and flows up to `until`, event by event."""
         every = (*self.prefill, *self.decode)
         while True:
             first = min(every, key=_due)
@@ -160,7 +160,7 @@ class Pools:
         replica.run(nextafter(request.arrival, inf))
 
     def _launched(self, plan: Plan, begin: float, end: float) -> None:
-        """An iteration of a prefill replica begins: what it computes leaves layer by layer, if there is room for it."""
+        """An iteration of a prefill replica begins. Its KV leaves layer by layer, if the pairing says so and there is room."""
         if not self._pairing.overlap:
             return
         for work in plan.work:
@@ -168,7 +168,7 @@ class Pools:
             if transfer is None:
                 continue
             self._expect(transfer, begin)
-            # One that was preempted computes again what has been sent.
+            # A preempted request computes KV again that was sent before.
             if transfer.room and (tokens := work.start + work.count - transfer.sent) > 0:
                 transfer.sent += tokens
                 share = 1 / self._layers
@@ -176,7 +176,7 @@ class Pools:
                 self._send(transfer, tokens * share, end)
 
     def _computed(self, plan: Plan, end: float) -> None:
-        """An iteration of a prefill replica is over: those that have their first token wait for their KV to be transferred."""
+        """An iteration of a prefill replica has ended. Requests with their first token now wait for their KV transfer."""
         for work in plan.work:
             transfer = self._transfers.get(work.id)
             if transfer is None:
@@ -190,16 +190,15 @@ class Pools:
                 self._expect(transfer, end)
 
     def _expect(self, transfer: Transfer, now: float) -> None:
-        """The transfer is to go where it goes, once there is room."""
+        """Queue the request in its decode replica, once. It is admitted there when there is room."""
         if transfer.twin is not None:
             return
-        one = transfer.request
+        request = transfer.request
         if transfer.target is None:
             transfer.target = self._pairing.decode(transfer.source, self)
         self._promised[transfer.target].discard(transfer)
-        transfer.twin = Request(
-            one.id, one.prompt, one.max_tokens, stop_ids=one.stop_ids, arrival=one.arrival, sampling=one.sampling
-        )
+        prompt, stop_ids, arrival, sampling = request.prompt, request.stop_ids, request.arrival, request.sampling
+        transfer.twin = Request(request.id, prompt, request.max_tokens, stop_ids=stop_ids, arrival=arrival, sampling=sampling)
         self.decode[transfer.target].expect(transfer.twin)
         self._admit(transfer.target, now)
 
@@ -207,7 +206,7 @@ class Pools:
         return lambda plan, end: self._admit(number, end)
 
     def _admit(self, number: int, now: float) -> None:
-        """Room in a decode replica is given to those that it expects, in their order."""
+        """Give the room in a decode replica to the requests that it expects, in order."""
         while (twin := self.decode[number].admit()) is not None:
             transfer = self._transfers[twin.id]
             transfer.room = True
@@ -215,7 +214,7 @@ class Pools:
                 self._rest(transfer, now)
 
     def _rest(self, transfer: Transfer, now: float) -> None:
-        """The prompt is computed, and there is room: what has not been sent is."""
+        """The prompt is computed, and there is room: send the rest of its KV."""
         tokens = transfer.computed - transfer.sent
         transfer.sent += tokens
         self._send(transfer, tokens, now)
@@ -234,14 +233,14 @@ class Pools:
             return
         assert transfer.target is not None
         assert transfer.twin is not None
-        id, told = transfer.request.id, transfer.twin.sampling
-        assert isinstance(told, Script)
+        id, script = transfer.request.id, transfer.twin.sampling
+        assert isinstance(script, Script)
         del self._transfers[id]
         self.transfers.transferred += 1
         self.transfers.exposed_s += now - transfer.since
-        told.line.tokens[0] = now
-        self.prefill[transfer.source].let_go(id, now)
-        self.decode[transfer.target].deliver(transfer.twin, told.answer[0], now)
+        script.line.tokens[0] = now
+        self.prefill[transfer.source].release(id, now)
+        self.decode[transfer.target].deliver(transfer.twin, script.answer[0], now)
 
     def _ended(self, request: Request) -> None:
         transfer = self._transfers.pop(request.id, None)
@@ -252,7 +251,7 @@ class Pools:
                 self._admit(transfer.target, request.last_token)
         tokens = request.sampling.line.tokens  # type: ignore[attr-defined]
         self.transfers.decode_s += tokens[-1] - tokens[0]
-        self._told(request)
+        self._on_end(request)
 
 
 def _due(replica: Replica) -> float:

@@ -1,5 +1,5 @@
-"""Trials of several simulators in parallel processes, one per core, and capacities found by them. A simulator travels once, to
-every process; a trial is a few words there and a report back.
+"""Trials of several simulators in parallel processes, one per core, and the search for capacities. Each process gets the simulators
+once; a trial then sends a few values and gets a report back. It does not know how a trial is run.
 """
 
 import multiprocessing
@@ -18,27 +18,27 @@ from stallfree.processes import follow_parent
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
-"""The rate, the seed, what came of it, and why that is not enough, if it is not."""
+"""The rate, the seed, the report, and why it misses the SLO (empty: it meets the SLO)."""
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 TICK_S = 0.2
-"""Seconds after which the thread that waits looks up. A signal that comes just before it waits does not wake it."""
+"""Seconds after which a waiting thread checks again, because a signal that comes just before it waits does not wake it."""
 
 
 class Tried(Protocol):
-    """What trials can be made of; it travels to other processes."""
+    """A simulator that can run trials. It is sent to other processes."""
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
-        """What becomes of `traffic` at `rate`, drawn with `seed`, and how it stands to `slo`."""
+        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
 
 
 _simulators: dict[str, Tried] = {}
-"""Those of a process that runs trials."""
+"""The simulators of a process that runs trials, by name."""
 
 
 class Trials:
-    """Processes that run trials of `simulators`, by their names, until this is left; `done` is called after each. Left by an
-    exception, as Ctrl-C, it ends the trials that run.
+    """Processes that run trials of `simulators`, by their names, until the `with` is left. `done` is called after each trial. An
+    exception, such as Ctrl-C, ends the trials that run.
     """
 
     def __init__(self, simulators: Mapping[str, Tried], done: Callable[[], None] = lambda: None):
@@ -63,14 +63,14 @@ class Trials:
             signal.signal(signal.SIGINT, self._handler)
 
     def _interrupt(self, *_: object) -> None:
-        """Ctrl-C counts once, and not while processes are being started: what they share would be left behind."""
+        """Raise KeyboardInterrupt once, and not while processes are being started, because their shared resources would leak."""
         if not self._interrupted:
             self._interrupted = True
             if not self._held:
                 raise KeyboardInterrupt
 
     def _stop(self) -> None:
-        """End the processes, and with them all that waits for a trial."""
+        """End the processes, so that no thread waits for a trial any more."""
         with self._submitting:
             self._stopped = True
         for process in multiprocessing.active_children():
@@ -78,14 +78,14 @@ class Trials:
                 process.terminate()
 
     def reports(self, cases: Mapping[Key, tuple[str, Traffic, float | None, int, Slo]]) -> dict[Key, Report]:
-        """A trial for each case: the simulator's name, and what `Tried.trial` takes."""
+        """Run a trial for each case: a simulator's name, and the arguments of `Tried.trial`."""
         return _results({key: self._submit(*case) for key, case in cases.items()})
 
     def _submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
         main = threading.current_thread() is threading.main_thread()
         with self._submitting:
             if self._stopped:
-                raise RuntimeError("the trials have been stopped")
+                raise RuntimeError("the trials have been stopped; start new ones in a new `Trials`")
             self._held |= main
             try:
                 future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
@@ -107,9 +107,9 @@ class Trials:
         seed: int = 0,
         shortest_s: float = SHORTEST_S,
     ) -> dict[str, Capacity]:
-        """For each case, a simulator's name with its traffic, targets and the rate to try first, the capacity; all are searched
-        side by side. Drawn arrivals last `shortest_s` at least, however few were asked for. `tell` hears of each trial. For the
-        rest, and the errors, see `metrics.capacity.search`.
+        """The capacity of each case, searched in parallel. `cases`: by a simulator's name, its traffic, its targets and the rate to
+        try first. Drawn arrivals last at least `shortest_s`, even if fewer were wanted. `tell` is called with each trial. For the
+        other arguments and the errors see `metrics.capacity.search`.
         """
 
         def find(name: str) -> Capacity:

@@ -121,7 +121,7 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
         (["simulate", *LLAMA], "how many requests a second?"),
         (["simulate", "--rate", "1"], "which model?"),
         (["simulate", *LLAMA, "--rate", "0"], "a rate of 0 requests"),
-        (["simulate", *LLAMA, "--rate", "1", "--slo", "tbt=2ms"], "the least that can be asked for is about"),
+        (["simulate", *LLAMA, "--rate", "1", "--slo", "tbt=2ms"], "ask for at least about"),
         (["simulate", *LLAMA, "--rate", "1", "--lengths", "9000/10"], "can never be served"),
         (["simulate", *LLAMA, "--rate", "1", "--lengths", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
         (["simulate", *LLAMA, "--rate", "1", "--router", "randm"], "unknown router 'randm'"),

@@ -66,7 +66,7 @@ def test_a_request_whose_text_raises_ends_alone(monkeypatch, cls, method, depth)
     monkeypatch.setattr(cls, "__init__", remember)
     own = getattr(cls, method)
     monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is made[0] else own(self, *a, **k))
-    assert_only_the_bad_one_failed(served(depth=depth), error="its tokens cannot be made text (Trouble: out of order)")
+    assert_only_the_bad_one_failed(served(depth=depth), error="its tokens cannot be turned into text (Trouble: out of order)")
 
 
 @pytest.mark.parametrize("late", [0, 1, 5])

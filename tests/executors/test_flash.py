@@ -142,7 +142,7 @@ def times(ours, theirs):
 def test_flashinfer_is_taken_if_it_is_faster(made, caplog, ours, theirs, taken):
     assert taken == isinstance(choose(4, torch.bfloat16, KEYS, {0}, 256, times(ours, theirs)), Flash)
     best = "FlashInfer" if taken else "Triton"
-    assert [f"attention by {best}; at the trial Triton took {ours:.3f} ms, FlashInfer took {theirs:.3f} ms"] == caplog.messages
+    assert [f"attention by {best}; in a trial Triton took {ours:.3f} ms, FlashInfer took {theirs:.3f} ms"] == caplog.messages
 
 
 def test_a_model_shorter_than_the_trial_has_a_shorter_one(made):
@@ -156,7 +156,7 @@ def test_flashinfer_is_passed_over_if_it_raises(made, monkeypatch, caplog, where
 
     monkeypatch.setattr(Wrapper, where, broken)
     assert choose(4, torch.bfloat16, KEYS, {0}, 256, times(2.0, 1.0)) is None
-    assert ["FlashInfer is installed, and not used: RuntimeError: no nvcc"] == caplog.messages
+    assert ["FlashInfer is installed, but not used: RuntimeError: no nvcc"] == caplog.messages
 
 
 def test_flashinfer_is_passed_over_if_something_that_it_needs_is_not_there(monkeypatch, caplog, tmp_path):

@@ -228,7 +228,7 @@ def test_the_slo_policy_runs_in_a_simulation():
     [
         ([Arrival(0.0, 9000, 5)], "request 0, at 0 s, can never be served: the prompt has 9000 tokens"),
         ([Arrival(0.0, 8000, 500)], "request 0.*more than the 8192"),
-        ([Arrival(5.0, 8, 5), Arrival(2.0, 8, 5)], "at 2 s, after what happened at 5 s"),
+        ([Arrival(5.0, 8, 5), Arrival(2.0, 8, 5)], "at 2 s comes after one at 5 s"),
     ],
 )
 def test_what_cannot_be_simulated_is_named(arrivals, says):

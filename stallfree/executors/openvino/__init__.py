@@ -1,4 +1,4 @@
-"""The default executor: OpenVINO on the CPU, one call for a hybrid batch."""
+"""The default executor: OpenVINO on the CPU, with one call of the model per hybrid batch."""
 
 from stallfree.executors.openvino.executor import OpenVINOExecutor
 

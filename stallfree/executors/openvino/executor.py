@@ -1,6 +1,6 @@
-"""Runs plans on the CPU: packs an iteration's work into the graph's inputs, checks it, calls the model once, samples.
+"""Runs plans on the CPU: packs an iteration's work into the graph's inputs, checks it, calls the model once, and samples.
 
-It keeps KV tensors and nothing about requests.
+It keeps KV tensors and knows nothing about requests between plans.
 """
 
 import mmap
@@ -23,18 +23,18 @@ from stallfree.executors.sampling import sample
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
-"""Compiled operators that the runtime keeps for shapes it has seen. With its default of 5,000 a server's memory grew by a tenth
-over its first thousands of iterations. With 500 it is level, and iterations take as long (docs/performance.md)."""
+"""The most compiled operators that the runtime keeps for shapes it has seen. With its default of 5,000, a server's memory grew by a
+tenth over its first thousands of iterations. With 500 it stays level, and iterations take as long (docs/performance.md)."""
 
 
 class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1).
 
-    `weights`: how matrices are stored, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for each
-    group of activations; all else in bf16 where the CPU has it. `kv`: how keys and values are stored, u8, bf16 or f32.
-    `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None leaves it to the runtime.
+    `weights`: the format of stored matrices, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for
+    each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, bf16 or f32;
+    `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose.
 
-    Raises ValueError for a bad option and MemoryError, before anything is allocated, where the KV cache does not fit.
+    Raises ValueError for a bad option and MemoryError, before anything is allocated, if the KV cache does not fit.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class OpenVINOExecutor:
         compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
-        # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised ones have their
-        # scales in further columns.
+        # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised caches have their
+        # scales in extra columns.
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
         types = [i.get_element_type() for i in cache]
         self.block_bytes = block_bytes = sum(int(np.prod(tail)) * type.size for tail, type in zip(tails, types, strict=True))
@@ -93,7 +93,7 @@ class OpenVINOExecutor:
         self._warm_up()
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan, without work that cannot be run. Raises ValueError, with no harm done, if none can."""
+        """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
         started = time.perf_counter()
         work, refused, feed = sift(plan.work, self._packed)
         ends = np.cumsum([w.count for w in work], dtype=np.int32)
@@ -106,12 +106,12 @@ class OpenVINOExecutor:
         return self._results.pop(0)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
-        """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
+        """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""
         return self._forward(self._packed(work), np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
-            np.take(cache, blocks, axis=0, out=piece, mode="clip")  # the default mode would go by a copy
+            np.take(cache, blocks, axis=0, out=piece, mode="clip")  # the default mode would make a copy
 
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
@@ -121,16 +121,16 @@ class OpenVINOExecutor:
         del self._request, self._cache
 
     def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each tensor of the cache, [blocks, bytes], beside its part of `memory`."""
-        given, at = np.frombuffer(memory, np.uint8), 0
+        """Each tensor of the cache, [blocks, bytes], with its part of `memory`."""
+        values, at = np.frombuffer(memory, np.uint8), 0
         for cache in self._cache:
             each = len(cache) // self.capacity.num_blocks
-            yield cache.reshape(-1, each), given[at : at + len(blocks) * each].reshape(-1, each)
+            yield cache.reshape(-1, each), values[at : at + len(blocks) * each].reshape(-1, each)
             at += len(blocks) * each
 
     def _warm_up(self) -> None:
-        """The first runs compile kernels, for half a second: nobody's first token should wait for that. What they write into the
-        cache is written over before it is read."""
+        """The first runs compile kernels, which takes half a second, so no request should wait for them. The KV that they write is
+        written over before it is read."""
         size, longest = self.capacity.block_size, self.capacity.max_model_len
         for count in {1, min(64, longest, size * self.capacity.num_blocks)}:
             blocks = tuple(range(-(-count // size)))
@@ -138,7 +138,7 @@ class OpenVINOExecutor:
             self._forward(self._packed([work]), np.array([count - 1], np.int32))
 
     def _forward(self, feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-        """Logits of `rows` of work that was packed, valid until the next call."""
+        """Logits of `rows` of packed work, valid until the next call."""
         for name, values in (feed | {"sampled_rows": rows}).items():
             self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
         self._request.infer()
@@ -146,7 +146,7 @@ class OpenVINOExecutor:
         return logits
 
     def _packed(self, work: Sequence[Work]) -> dict[str, np.ndarray]:
-        """The graph's inputs. Everything is checked here: the runtime would follow a wrong block number out of its memory."""
+        """The graph's inputs. Checks everything, because the runtime would follow a wrong block number outside of its memory."""
         if not work:
             raise ValueError("a plan without work cannot be run")
         tables = [w.blocks[: needed_blocks(w, self.capacity)] for w in work]
@@ -181,8 +181,8 @@ def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
 def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dict[str, object]:
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
-        # A thread that is bound to a core which another process keeps busy waits its turn there in each of hundreds of operators,
-        # and the others for it: a decode takes ten times as long. Unbound, it goes where there is room.
+        # If another process keeps a core busy, a thread bound to this core waits in each of hundreds of operators, and the other
+        # threads wait for it: a decode takes ten times as long. An unbound thread moves to a free core.
         "ENABLE_CPU_PINNING": False,
         "KV_CACHE_PRECISION": KV_FORMATS[kv],
         "INFERENCE_PRECISION_HINT": compute,
@@ -190,7 +190,7 @@ def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dic
         "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
     }
     if kv == "u8":
-        # Keys are quantised by token like values: by channel, the scales of a block would change as it fills, and logits with them.
+        # Keys are quantised by token, like values. By channel, a block's scales would change as it fills, and the logits, too.
         settings["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -198,7 +198,7 @@ def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dic
 
 
 def _compute_type(weights: str, kv: str) -> ov.Type:
-    """What the graph computes in: what keys and values are stored in; beside u8, bfloat16 where the CPU has it, or float32."""
+    """The number format in which the graph computes: that of keys and values; with u8, bfloat16 if the CPU has it, or float32."""
     if weights == "f32" and kv == "bf16":
         raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
     if weights == "f32" or kv == "f32":
@@ -216,8 +216,8 @@ def has_bf16() -> bool:
 
 
 def _huge_pages(num_bytes: int) -> np.ndarray:
-    """Zeroed memory in pages of 2 MiB where the system has them: blocks lie scattered, and small pages would make attention a
-    third slower. Pages are taken when first written."""
+    """Zeroed memory, in pages of 2 MiB if the system has them. A request's blocks are scattered, so small pages would make
+    attention a third slower. The system allocates a page when it is first written."""
     memory = mmap.mmap(-1, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,6 +1,6 @@
-"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the number format that was asked for.
+"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the wanted number format.
 
-It knows number formats and nothing of transformers. Tensors pass one at a time, so that the float32 model is never whole in memory.
+Tensors pass one at a time, so the whole float32 model is never in memory. It knows number formats and nothing of transformers.
 """
 
 import numpy as np
@@ -17,17 +17,17 @@ GROUPS = (64, 96, 32)
 
 
 def quantisation_group(config: ModelConfig) -> int:
-    """How many inputs of an int8 matrix, and activations before it, share a scale: a width that divides every matrix's. 0 if none
-    of `GROUPS` does: then a scale is an output channel's, and products are float."""
+    """How many inputs of an int8 matrix, and of the activations before it, share a scale: the first of `GROUPS` that divides the
+    width of every matrix. 0 if none does: then each output channel has one scale, and products are float."""
     widths = (config.hidden_size, config.num_heads * config.head_dim, config.ffn_size)
     return next((group for group in GROUPS if not any(width % group for width in widths)), 0)
 
 
 class Weights:
-    """The tensors of `checkpoint` as graph nodes of type float32; matrices are stored as `form`, vectors as float32.
+    """The tensors of `checkpoint` as graph nodes of type float32. Matrices are stored as `form`, vectors as float32.
 
-    int8 is symmetric, with one scale s = max|w| / 127 for each `group` of an output channel's weights, or for all of them (0):
-    round(w / s).
+    int8 is symmetric: round(w / s), with one scale s = max|w| / 127 for each `group` of an output channel's weights, or for all of
+    them (`group` 0).
     """
 
     def __init__(self, checkpoint: Checkpoint, form: str, group: int) -> None:
@@ -39,7 +39,7 @@ class Weights:
         return constant(np.concatenate([self._checkpoint.read(name) for name in names]))
 
     def matrix(self, *names: str) -> ov.Node:
-        """The rows of several matrices under each other, [out, in]. The same names give the same node."""
+        """The rows of several matrices, one below the other, [out, in]. The same names give the same node."""
         if names not in self._shared:
             self._shared[names] = self._stored(np.concatenate([self._checkpoint.read(name) for name in names]))
         return self._shared[names]
@@ -61,5 +61,5 @@ class Weights:
 
 
 def constant(values: ArrayLike, kind: DTypeLike | None = None) -> ov.Node:
-    """A graph constant with its own copy of `values`: one that aliases numpy's memory would outlive it."""
+    """A graph constant with its own copy of `values`, because it may live longer than numpy's memory."""
     return ov.op.Constant(np.asarray(values, kind, order="C"), shared_memory=False)

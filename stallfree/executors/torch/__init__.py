@@ -1,6 +1,6 @@
 """The torch executor: any supported model, on a processor or GPUs, in one process or several. Needs the extra `torch`.
 
-One process needs torch alone: what several say to each other, and msgpack for it, is imported where it is asked for.
+One process needs only torch. The messages between several processes, and msgpack for them, are imported on demand.
 """
 
 from typing import TYPE_CHECKING
@@ -20,17 +20,17 @@ PLACES = ("local", "ray")
 
 
 def usual_device() -> str:
-    """cuda where there is a GPU, else cpu."""
+    """cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(device: str) -> str:
-    """What the speed of `device` depends on."""
+    """The name of the GPU, or else `device`: it decides the speed."""
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
 
 
 def workers(place: str) -> "Workers":
-    """Who places ranks, by name. Raises ValueError for one that is not known, or not installed."""
+    """The `Workers` that place ranks, by name. Raises ValueError if the name is unknown or its package is not installed."""
     if place not in PLACES:
         raise ValueError(f"workers {place!r} are unknown; known are {', '.join(PLACES)}")
     try:

@@ -1,4 +1,4 @@
-"""A rank as a process of its own: `python -m stallfree.executors.torch HOST PORT RANK LOCAL`, as the driver starts it."""
+"""The process of one rank, as the driver starts it: `python -m stallfree.executors.torch HOST PORT RANK LOCAL`."""
 
 import os
 import sys

@@ -1,8 +1,8 @@
 """Attention over a paged KV cache for a hybrid batch: chunks of prompts with cached context, and decodes, in one call.
 
-One function, with what computes it chosen by the device: on CUDA the kernel in `kernels`, or what the batch was planned for
-(`flash`); elsewhere torch's own attention, which is also the reference that the others are held against. Each token attends to
-itself and what is before it, with a window to the last so many of these.
+The device decides what computes it: on CUDA the kernel in `kernels`, or FlashInfer (`flash`) if the batch was planned for it;
+elsewhere torch's own attention, which is also the reference for the others. Each token attends to itself and the tokens before it;
+with a window, only to the last `window` of these. It knows batches and caches, and no model.
 """
 
 import torch
@@ -12,13 +12,13 @@ from stallfree.executors.torch.batch import Batch
 
 
 def write(cache: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
-    """Put the keys or values [tokens, KV heads, head size] of a batch where they belong in `cache` [blocks, block size, ...]."""
+    """Write the keys or values of a batch, [tokens, KV heads, head size], to their places in `cache` [blocks, block size, ...]."""
     _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, batch.slots, _raw(values.to(cache.dtype)))
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
-    """[tokens, heads, head size], of `query` of that shape over the caches [blocks, block size, KV heads, head size], in which the
-    batch's own keys and values are already. `window` 0: no limit.
+    """The attention of `query` over the caches, [tokens, heads, head size] like `query`. The caches, [blocks, block size, KV heads,
+    head size], already hold the batch's own keys and values. `window` 0: no limit.
     """
     if batch.planned is not None:
         return batch.planned(query, keys, values, window)
@@ -30,7 +30,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
 
 
 def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
-    """All decodes in one padded call, each chunk in one of its own."""
+    """Attention by torch: all decodes in one padded call, each chunk in its own call."""
     out = torch.empty_like(query)
     ones = [i for i, count in enumerate(batch.counts) if count == 1]
     if ones:
@@ -43,8 +43,8 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bat
         seen = at < lengths[:, None]
         if window:
             seen &= at >= lengths[:, None] - window
-        found = _attention(query[rows][:, None], _gather(keys, tables), _gather(values, tables), seen[:, None, None])
-        out[rows] = found[:, 0]
+        decoded = _attention(query[rows][:, None], _gather(keys, tables), _gather(values, tables), seen[:, None, None])
+        out[rows] = decoded[:, 0]
     begin = 0
     for i, (count, end) in enumerate(zip(batch.counts, batch.ends, strict=True)):
         if count > 1:
@@ -61,17 +61,17 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bat
 
 
 def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """[pieces, tokens of the longest, KV heads, head size] of the blocks in `tables`."""
-    found = _raw(cache)[tables].view(cache.dtype)
-    return found.view(found.shape[0], -1, *found.shape[3:])
+    """The contents of the blocks in `tables`, [pieces, tokens of the longest, KV heads, head size]."""
+    blocks = _raw(cache)[tables].view(cache.dtype)
+    return blocks.view(blocks.shape[0], -1, *blocks.shape[3:])
 
 
 def _raw(values: torch.Tensor) -> torch.Tensor:
-    """fp8 as bytes: torch moves those on every device."""
+    """fp8 as bytes, because torch can move bytes on every device."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Of tensors [pieces, tokens, heads, head size]."""
+    """torch's attention for tensors [pieces, tokens, heads, head size]; `seen` is its mask."""
     q, k, v = (x.transpose(1, 2) for x in (query, key.to(query.dtype), value.to(query.dtype)))
     return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -1,5 +1,5 @@
-"""An iteration as tensors: the tokens of all requests end to end, where each lies in the KV cache, and what each may attend to. It
-knows plans, and nothing of models.
+"""An iteration as tensors: the tokens of all requests end to end, their places in the KV cache, and what each may attend to. It
+knows plans, and nothing about models.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,18 +13,17 @@ from stallfree.core.plan import UNKNOWN, Capacity, Work
 from stallfree.executors.checks import needed_blocks
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Attention of queries over keys and values, with a window: see `attention.attend`."""
+"""Computes attention of queries over keys and values, with a window; see `attention.attend`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """For N pieces of work with T tokens in all, on one device.
+    """N pieces of work with T tokens in all, on one device.
 
-    `tokens`, `positions` [T]; `slots` [T]: where each token's KV goes, block x block size + place in it; `begins` [N + 1]: the
-    first row of each piece; `lengths` [N]: tokens of KV that each has once this iteration is done; `tables` [N, blocks of the
-    longest]: block numbers, 0 behind a piece's own; `rows`: the rows to compute logits of. `counts` and `ends` are `begins` and
-    `lengths` for the host: tokens of each piece, and its KV. `planned`: what computes the batch's attention; None:
-    our own.
+    `tokens`, `positions` [T]. `slots` [T]: where each token's KV goes, block x block size + place in the block. `begins` [N + 1]:
+    the first row of each piece. `lengths` [N]: tokens of KV of each piece after this iteration. `tables` [N, blocks of the
+    longest]: block numbers, filled up with 0. `rows`: the rows to compute logits of. `counts`, `ends`: tokens and `lengths` of each
+    piece, on the host. `planned`: computes the batch's attention; None: our own does.
     """
 
     tokens: torch.Tensor
@@ -45,21 +44,21 @@ class Batch:
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Numbers on `device`, behind what it has to do already; nobody waits for that."""
+    """Copy numbers to `device`, after the work that it already has. The host does not wait."""
     return pinned(values, device, dtype).to(device, non_blocking=True)
 
 
 def pinned(values: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers on the host, where `device` can copy them from while the host goes on."""
-    found = torch.tensor(values, dtype=dtype)
-    return found.pin_memory() if device.type == "cuda" else found
+    """Numbers on the host, from where `device` can copy them while the host goes on."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def pack(
     work: Sequence[Work], rows: Sequence[int], capacity: Capacity, device: torch.device, ahead: torch.Tensor | None = None
 ) -> Batch:
-    """The tensors of `work`, which was checked. One transfer carries them all, but for the tokens that are `UNKNOWN`: these are
-    `ahead`, in their order.
+    """The tensors of `work`, which the caller has checked. One copy to the device carries them all. Only the tokens that are
+    `UNKNOWN` come from `ahead`, in order.
     """
     size = capacity.block_size
     counts, ends = tuple(w.count for w in work), tuple(w.start + w.count for w in work)
@@ -86,8 +85,8 @@ def pack(
 
 
 def check(work: Sequence[Work], capacity: Capacity, vocab_size: int) -> None:
-    """Raises ValueError for work that would read or write outside of the model's tensors. A token may be `UNKNOWN` where iterations
-    overlap.
+    """Raises ValueError for work that would read or write outside of the model's tensors. With overlap, a token may be
+    `UNKNOWN`.
     """
     if not work:
         raise ValueError("a plan without work cannot be run")

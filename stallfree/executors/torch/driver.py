@@ -1,9 +1,9 @@
-"""Runs plans on several ranks: processes of this machine, or Ray's actors. Each gets every plan as a short message; the last stage
-answers, the others say how long they waited. With P pipeline stages P plans are out at once, so the stages overlap.
-Blocks of KV are gathered from the ranks' parts, and handed out to them.
+"""Runs plans on several ranks: processes of this machine, or Ray's actors. Each rank gets every plan as a short message. The last
+stage answers with the result; the others report how long they waited. With P pipeline stages, P plans are in flight at once, so the
+stages overlap. KV blocks are put together from the ranks' parts, and split into these.
 
-A rank that dies, or does not answer in time, loses its KV, and with it the whole model's: all ranks are started anew, and the
-caller is told by `Lost`. It does not know what becomes of the requests.
+If a rank dies or does not answer in time, its KV is lost, and so the model's. Then all ranks are started again, and `Lost` is
+raised. It does not know what happens to the requests.
 """
 
 import os
@@ -21,7 +21,7 @@ from math import inf
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, and not in the list of exports
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in the list of exports
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.core.plan import Capacity, Plan, StepResult
@@ -32,27 +32,27 @@ from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages
 
 START_S = 600.0
-"""Seconds in which all ranks must have loaded the model."""
+"""Seconds within which all ranks must load the model."""
 ANSWER_S = 120.0
-"""Seconds in which an iteration must have ended."""
+"""Seconds within which an iteration must end."""
 
 
 class Workers(Protocol):
-    """Processes that run `worker.work`, wherever they are."""
+    """Processes that run `worker.work`, on any machine."""
 
     host: str
-    """The address at which they find the driver."""
+    """The address of the driver for these processes."""
 
     def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
-        """Start `tp` x `pp` of them, the `tp` of a stage near each other, each with a `device`, which connect to `port`. Raises
-        RuntimeError if there is no room for them.
+        """Start `tp` x `pp` processes, the `tp` of a stage near each other, each with a `device`. They connect to `port` and show
+        `token`. Raises RuntimeError if there is no room for them.
         """
 
     def alive(self) -> bool:
-        """Whether none has ended."""
+        """Whether all processes still run."""
 
     def stop(self) -> None:
-        """End all of them, now."""
+        """End all processes now."""
 
 
 class Local:
@@ -67,7 +67,7 @@ class Local:
         command = [sys.executable, "-m", "stallfree.executors.torch", self.host, str(port)]
         environment = os.environ | {worker.TOKEN: token}
         self._processes = [
-            # In process groups of their own: Ctrl-C is for the server, which ends them.
+            # In their own process groups, so that Ctrl-C reaches only the server, which ends them.
             subprocess.Popen([*command, str(rank), str(rank)], env=environment, stdin=subprocess.DEVNULL, process_group=0)
             for rank in range(tp * pp)
         ]
@@ -84,8 +84,8 @@ class Local:
 
 
 class Bubbles:
-    """What `stages` of a pipeline wait while there is work in it: what they say they waited, less what they waited while there was
-    none. Each measures with its own clock, and messages take their time, so what one iteration has too little is the next one's.
+    """The seconds that the `stages` of a pipeline wait while it has work: the waits that they report, less the time without work.
+    Each stage has its own clock, and messages take time, so a negative rest is carried over to the next iteration.
     """
 
     def __init__(self, stages: int):
@@ -100,18 +100,18 @@ class Bubbles:
         self._out += 1
 
     def collected(self, waited_s: float, now: float) -> float:
-        """The bubbles of the oldest iteration, before which all stages together waited so long, in seconds."""
+        """The bubbles of the oldest iteration in seconds. `waited_s`: the sum of the stages' waits before it."""
         self._out -= 1
         self._empty_since = now
         self._balance += waited_s
-        found = max(0.0, self._balance) if self._stages > 1 else 0.0
+        bubble_s = max(0.0, self._balance) if self._stages > 1 else 0.0
         self._balance = min(0.0, self._balance)
-        return found
+        return bubble_s
 
 
 class Parts:
-    """Which part of the whole model's KV each of `tp` x `pp` ranks has: its stage's layers, its heads; where there are fewer KV
-    heads than ranks, neighbours have the same. `owners`: ranks that have it all together, each of them something of its own.
+    """The part of the whole model's KV on each of `tp` x `pp` ranks: its stage's layers and its heads. If there are fewer KV heads
+    than ranks, neighbours have the same. `owners`: ranks that together have all KV, each a different part.
     """
 
     def __init__(self, config: ModelConfig, itemsize: int, tp: int, pp: int):
@@ -128,16 +128,16 @@ class Parts:
         self.block_bytes = 2 * config.num_layers * BLOCK * pieces * each
 
     def of(self, memory: memoryview, rank: int) -> np.ndarray:
-        """What of blocks in `memory` is this rank's: [keys and values of its layers, tokens, bytes of its heads], a view."""
+        """This rank's part of the blocks in `memory`, a view: [keys and values of its layers, tokens, bytes of its heads]."""
         return np.frombuffer(memory, np.uint8).reshape(self._shape)[self._parts[rank]]
 
 
 class ParallelExecutor:
-    """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank; None, on GPUs: what is
-    left there. An iteration that takes longer than `answer_s` is lost.
+    """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank (None, only on GPUs:
+    the rest of their memory). An iteration that takes longer than `answer_s` seconds is lost.
 
-    Raises ValueError for what does not divide or is not there, MemoryError for what does not fit, RuntimeError for ranks that do
-    not come up, each with what the rank said.
+    Raises ValueError for sizes that do not divide or devices that are missing, MemoryError if something does not fit, RuntimeError
+    for ranks that do not start; each with the rank's own message.
     """
 
     def __init__(
@@ -168,16 +168,16 @@ class ParallelExecutor:
         self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, pp)
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
         self._socks: list[socket.socket] = []
-        self._said: list[deque[dict[str, Any]]] = []
+        self._messages: list[deque[dict[str, Any]]] = []
         self._refused: deque[dict[str, str]] = deque()
-        """For each plan that is out: why requests were left out of it."""
+        """For each plan in flight: why requests were left out of it, by id."""
         self._kv: dict[int, bytes] = {}
         self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
         self.capacity = Capacity(BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
 
     def submit(self, plan: Plan) -> None:
-        """Work that cannot be run is left out. Raises ValueError, with no harm done, if none can."""
+        """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
         work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
         self._refused.append(refused)
         message = wire.of_plan(replace(plan, work=tuple(work)))
@@ -198,20 +198,20 @@ class ParallelExecutor:
         return replace(result, failed={**result.failed, **self._refused.popleft()})
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
-        """Raises ConnectionError if a rank is gone; that all KV is, the next plan tells by `Lost`."""
+        """Raises ConnectionError if a rank is gone. The next plan then raises `Lost`, because all KV is gone, too."""
         self._kv = {}
-        with self._whole():
+        with self._moving_kv():
             for rank in self._parts.owners:
                 wire.send(self._socks[rank], {"read": list(blocks)})
             while len(self._kv) < len(self._parts.owners):
-                self._hear()
+                self._receive()
             for rank, kv in self._kv.items():
                 part = self._parts.of(memory, rank)
                 part[:] = np.frombuffer(kv, np.uint8).reshape(part.shape)
 
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         """Raises as `read_blocks` does."""
-        with self._whole():
+        with self._moving_kv():
             for rank, sock in enumerate(self._socks):
                 wire.send(sock, {"write": list(blocks), "kv": self._parts.of(memory, rank).tobytes()})
 
@@ -222,12 +222,12 @@ class ParallelExecutor:
         self._workers.stop()
 
     def _start(self) -> int:
-        """Start all ranks; the blocks of KV that each has."""
+        """Start all ranks. Returns the number of KV blocks that each has."""
         token, host = secrets.token_hex(16), self._workers.host
-        self._said = [deque() for _ in range(self._pp)]
+        self._messages = [deque() for _ in range(self._pp)]
         self._refused.clear()
         self._bubbles = Bubbles(self._pp)
-        # Where the ranks find each other. It listens here from now on, so that nobody else can take the port.
+        # Where the ranks meet. It listens from now on, so that no other process can take the port.
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._setup |= {"host": host, "port": self._store.port}
         with socket.create_server((host, 0)) as server:
@@ -237,22 +237,22 @@ class ParallelExecutor:
                 return self._set_up()
             except ConnectionError as error:
                 self.close()
-                raise RuntimeError(f"the ranks did not come up: {error}") from None
+                raise RuntimeError(f"the ranks did not start: {error}") from None
             except BaseException:
                 self.close()
                 raise
 
     def _accept(self, server: socket.socket, token: str) -> list[socket.socket]:
-        end, found, number = time.monotonic() + START_S, dict[int, socket.socket](), self._tp * self._pp
+        end, socks, number = time.monotonic() + START_S, dict[int, socket.socket](), self._tp * self._pp
         host, port = server.getsockname()[:2]
         server.settimeout(1)
-        while len(found) < number:
+        while len(socks) < number:
             try:
                 sock, _ = server.accept()
             except TimeoutError:
                 if time.monotonic() < end and self._workers.alive():
                     continue
-                missing = ", ".join(str(rank) for rank in range(number) if rank not in found)
+                missing = ", ".join(str(rank) for rank in range(number) if rank not in socks)
                 raise RuntimeError(f"rank {missing} did not connect to {host}:{port}, or ended before it did") from None
             sock.settimeout(10)
             try:
@@ -264,8 +264,8 @@ class ParallelExecutor:
                 continue
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            found[int(hello["rank"])] = sock
-        return [found[rank] for rank in range(number)]
+            socks[int(hello["rank"])] = sock
+        return [socks[rank] for rank in range(number)]
 
     def _set_up(self) -> int:
         for rank, sock in enumerate(self._socks):
@@ -277,34 +277,34 @@ class ParallelExecutor:
         return int(num_blocks)
 
     def _answers(self) -> list[dict[str, Any]]:
-        """What each rank says next. Raises what a rank says is wrong; a rank with nothing to say waits for one that failed."""
-        end, found = time.monotonic() + START_S, dict[int, dict[str, Any]]()
-        while len(found) < len(self._socks):
-            waiting = [sock for rank, sock in enumerate(self._socks) if rank not in found]
+        """The next message of each rank. Raises the error that a rank reports; other ranks may then wait for the failed one."""
+        end, answers = time.monotonic() + START_S, dict[int, dict[str, Any]]()
+        while len(answers) < len(self._socks):
+            waiting = [sock for rank, sock in enumerate(self._socks) if rank not in answers]
             ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 raise ConnectionError(f"rank {self._socks.index(waiting[0])} did not answer within {START_S:g} s")
             for sock in ready:
                 rank = self._socks.index(sock)
                 try:
-                    answer = found[rank] = wire.receive(sock)
+                    answer = answers[rank] = wire.receive(sock)
                 except ConnectionError:
-                    raise ConnectionError(f"rank {rank} ended; what it printed says why") from None
+                    raise ConnectionError(f"rank {rank} ended; its output above says why") from None
                 if "error" in answer:
                     kinds: dict[str, Callable[[str], Exception]] = {"ValueError": ValueError, "MemoryError": MemoryError}
                     raise kinds.get(answer["kind"], RuntimeError)(f"rank {rank}: {answer['error']}")
-        return [found[rank] for rank in range(len(found))]
+        return [answers[rank] for rank in range(len(answers))]
 
     def _next(self) -> list[dict[str, Any]]:
-        """What each stage says of the oldest plan; the last one, its result. Raises ConnectionError if a rank is gone, says what is
-        wrong, or if nothing comes in time.
+        """The messages of all stages about the oldest plan; the last stage's is the result. Raises ConnectionError if a rank is
+        gone, if it reports an error, or if none answers in time.
         """
-        while not all(self._said):
-            self._hear()
-        return [messages.popleft() for messages in self._said]
+        while not all(self._messages):
+            self._receive()
+        return [messages.popleft() for messages in self._messages]
 
-    def _hear(self) -> None:
-        """Take what ranks say next, of plans or of KV. Raises ConnectionError as `_next` does."""
+    def _receive(self) -> None:
+        """Sort the next messages of ranks, about plans or with KV. Raises ConnectionError as `_next` does."""
         ready, _, _ = select.select(self._socks, [], [], self._answer_s)
         if not ready:
             raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
@@ -317,13 +317,13 @@ class ParallelExecutor:
             if "kv" in message:
                 self._kv[rank] = message["kv"]
             elif "step" in message:
-                self._said[rank // self._tp].append(message)
+                self._messages[rank // self._tp].append(message)
             else:
                 raise ConnectionError(f"rank {rank}: {message['error']}")
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Ranks that were told in part, or of which one is gone, are told nothing more: the next plan finds them gone."""
+    def _moving_kv(self) -> Iterator[None]:
+        """If a rank is gone, or only some got a message, close all connections, so that the next plan finds the ranks gone."""
         try:
             yield
         except OSError as error:
@@ -333,7 +333,7 @@ class ParallelExecutor:
             raise ConnectionError(f"KV could not be moved: {error}") from None
 
     def _lost(self, why: str) -> NoReturn:
-        """Start anew, and say so."""
+        """Start all ranks again and raise `Lost`."""
         self.close()
         self._start()
         raise Lost(f"{why}; all ranks were started again, and the KV that they held is lost")

@@ -1,7 +1,7 @@
-"""Runs plans with torch in this process, on the processor or one GPU: one model, one iteration at a time. A GPU is given the next
-one while it runs one, with decodes whose tokens nobody knows but itself.
+"""Runs plans with torch in this process, on the processor or one GPU: one model, one iteration at a time. A GPU gets the next plan
+while it runs one; only the GPU knows the tokens of its decodes.
 
-It keeps KV tensors, and of requests only the tokens that were sampled last.
+It keeps KV tensors, and of requests only the tokens sampled last.
 """
 
 import time
@@ -25,10 +25,10 @@ OUT_OF_MEMORY = "out of GPU memory in an iteration; lower --max-tokens or --gpu-
 
 
 class TorchExecutor:
-    """The model of `checkpoint`. `kv_bytes` of memory for keys and values; None, on a GPU: what is left. `overlap`: see `Capacity`;
-    None: on a GPU.
+    """The model of `checkpoint`. `kv_bytes`: memory for keys and values (None, only on a GPU: the rest of its memory). `overlap`:
+    see `Capacity` (None: only on a GPU).
 
-    Raises ValueError for a bad option, and MemoryError where the weights or not one block of KV fit.
+    Raises ValueError for a bad option, and MemoryError if the weights or a single KV block do not fit.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None, *, overlap: bool | None = None) -> None:
@@ -47,8 +47,8 @@ class TorchExecutor:
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
     def submit(self, plan: Plan) -> None:
-        """Runs the plan, without work that cannot be run; a GPU goes on doing so afterwards. Raises ValueError, with no harm done,
-        if none can; MemoryError if the GPU's does not do.
+        """Run the plan, except work that cannot run; a GPU runs on after this returns. Raises ValueError, and changes nothing, if
+        no work can run; MemoryError if the GPU's memory is too small.
         """
         started = time.perf_counter()
         work, refused, _ = sift(plan.work, self._check)
@@ -64,15 +64,15 @@ class TorchExecutor:
     def collect(self) -> StepResult:
         step, started, draw, refused = self._out.popleft()
         tokens, details, failed = draw.result
-        # It began when it was there, or when the one before it had ended.
+        # The plan began when it was submitted, or when the plan before it had ended.
         began, self._ended = max(started, self._ended), time.perf_counter()
         return StepResult(step, tokens, self._ended - began, details=details, failed=refused | failed)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
-        """Runs `work` and gives the logits of all its tokens, [tokens, vocabulary] float32, unsampled: to measure quality with."""
+        """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""
         check(work, self._runner.capacity, self._vocab_size)
-        found: np.ndarray = self._runner.run(work, range(sum(w.count for w in work))).cpu().numpy()
-        return found
+        logits: np.ndarray = self._runner.run(work, range(sum(w.count for w in work))).cpu().numpy()
+        return logits
 
     def close(self) -> None:
         self._runner.close()
@@ -81,12 +81,12 @@ class TorchExecutor:
         check(work, self.capacity, self._vocab_size)
         for w in work:
             if w.tokens == (UNKNOWN,) and (self._last is None or w.id not in self._last.ids):
-                found = "there is none" if self._last is None else "it samples none"
-                raise ValueError(f"request {w.id}: its token is to be that of the plan before, and {found}")
+                reason = "there is none" if self._last is None else "it samples none"
+                raise ValueError(f"request {w.id}: its token must come from the plan before, but {reason}")
 
 
 def blocks(kv_bytes: int, block_bytes: int) -> int:
-    """Blocks of KV that `kv_bytes` hold. Raises MemoryError if they hold none."""
+    """The number of KV blocks that `kv_bytes` hold. Raises MemoryError if they hold none."""
     if kv_bytes < block_bytes:
         raise MemoryError(f"{max(0, kv_bytes):,} bytes hold no block of KV, which takes {block_bytes:,}; give it more memory")
     return kv_bytes // block_bytes

@@ -1,7 +1,7 @@
-"""What lies between a layer's matrix products: norms, rotary positions, activations.
+"""The steps between a layer's matrix products: norms, rotary positions, activations. It knows no layers or models.
 
-On a GPU each is one Triton kernel, as every tensor that goes to memory and back costs as much as a small product; elsewhere it is
-the torch that the kernel is held against.
+On a GPU each is one Triton kernel, because a tensor's way to memory and back costs as much as a small product. Elsewhere torch
+computes it, which is also the reference for the kernel.
 """
 
 import torch
@@ -18,7 +18,7 @@ Turns = tuple[torch.Tensor, torch.Tensor]
 
 
 def add_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + delta, and that in RMSNorm, both [tokens, hidden]."""
+    """x + delta, and the RMSNorm of this sum, both [tokens, hidden]."""
     if x.is_cuda:
         return _add_norm(x, delta, weight, eps)
     whole = x + delta
@@ -26,7 +26,7 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: fl
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu of the first half of [tokens, 2 x channels], times the second."""
+    """silu of the first half of `x` [tokens, 2 x channels], times the second half."""
     if x.is_cuda:
         return _swiglu(x)
     gate, other = x.chunk(2, -1)
@@ -34,7 +34,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, turns: Turns) -> torch.Tensor:
-    """Rotary positions on [tokens, heads, head size], the pairs half a head apart; in float32."""
+    """Rotary positions on `x` [tokens, heads, head size], computed in float32. The two of a pair are half a head apart."""
     if x.is_cuda:
         return _rotate(x, turns)
     cos, sin = (table[:, None] for table in turns)

@@ -1,7 +1,7 @@
-"""Decode iterations as CUDA graphs: what launches their hundreds of kernels is recorded once for each of some sizes, and a batch is
-padded to the next of these. The padding decodes one token of a block of its own, which nobody reads.
+"""Decode iterations as CUDA graphs: the launches of their hundreds of kernels are recorded once for each of some sizes. A batch is
+padded to the next size. The padding decodes one token of a spare block, which nobody reads.
 
-It knows no model. Prompts, and batches larger than the largest size, go without.
+It knows no model. Prompts, and batches larger than the largest size, run without graphs.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from stallfree.core.plan import Capacity
 from stallfree.executors.torch.batch import Batch
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
-"""Decodes of a recorded iteration."""
+"""The numbers of decodes for which an iteration is recorded."""
 
 Call = Callable[[Batch, torch.Tensor | None], torch.Tensor]
-"""A model with its KV cache: from a batch, and what the stage before made of it, to logits or what the next begins with."""
+"""A model with its KV cache: from a batch and the previous stage's output to logits, or to the next stage's input."""
 
 
 class Graphs:
-    """Recorded iterations of `call`, whose padding may write into block `spare`. `hidden` is what the stage before makes of a
-    token, None for the first stage.
+    """Recorded iterations of `call`. Their padding writes into block `spare`. `hidden`: the previous stage's output for one token
+    (None: this is the first stage).
     """
 
     def __init__(self, call: Call, capacity: Capacity, spare: int, hidden: torch.Tensor | None, device: torch.device):
@@ -30,7 +30,7 @@ class Graphs:
         self._batch = empty(SIZES[-1], capacity, spare, device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         pool = None
-        for size in reversed(SIZES):  # the largest first: the others find room in its memory
+        for size in reversed(SIZES):  # the largest first: the others fit into its memory
             batch, before = first(self._batch, size), None if self._hidden is None else self._hidden[:size]
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
@@ -44,11 +44,11 @@ class Graphs:
             self._graphs[size] = graph, out
 
     def takes(self, batch: Batch) -> bool:
-        """Whether an iteration like this was recorded."""
+        """Whether an iteration of this kind and size was recorded."""
         return batch.decodes and len(batch.counts) <= SIZES[-1] and batch.rows.shape[0] == len(batch.counts)
 
     def __call__(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        """What `call` gives; it is written over by the next of its size."""
+        """The result of `call`. The next iteration of the same size writes over it."""
         number = len(batch.counts)
         size = next(size for size in SIZES if size >= number)
         put(batch, self._batch, size, self._spare, self._block_size)
@@ -60,7 +60,7 @@ class Graphs:
 
 
 def empty(size: int, capacity: Capacity, spare: int, device: torch.device) -> Batch:
-    """A batch of `size` decodes that is all padding, with room for the block tables of the longest requests."""
+    """A batch of `size` decodes, all padding, with room for the block tables of the longest requests."""
 
     def numbers(*shape: int, of: int = 0) -> torch.Tensor:
         return torch.full(shape, of, dtype=torch.int64, device=device)
@@ -83,7 +83,7 @@ def first(batch: Batch, size: int) -> Batch:
 
 
 def put(batch: Batch, into: Batch, size: int, spare: int, block_size: int) -> None:
-    """Write decodes into the memory of a larger batch, and padding behind them, up to `size`."""
+    """Write decodes into the memory of a larger batch, and padding after them, up to `size`."""
     number, width = batch.tables.shape
     for name in ("tokens", "positions", "slots", "lengths"):
         getattr(into, name)[:number] = getattr(batch, name)

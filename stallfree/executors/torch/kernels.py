@@ -1,9 +1,9 @@
-"""Paged attention for ragged hybrid batches in Triton: flash attention (Dao, arXiv 2307.08691) whose keys and values are looked up
-in block tables, with prompt chunks and decodes in one launch.
+"""Paged attention for ragged hybrid batches in Triton: flash attention (Dao, arXiv 2307.08691) that finds keys and values by block
+tables, with prompt chunks and decodes in one launch.
 
-A program computes a few queries of one piece of work for all heads that share a KV head, so that keys and values are read once for
-all of these. Where there are few programs, as with decodes at long contexts, the context is split among several, and a second
-kernel adds up what they found (flash decoding). It runs in Triton's interpreter too, without a GPU.
+A program computes a few queries of one piece of work for all heads that share a KV head, so keys and values are read only once for
+these. If there are few programs, as with decodes at long contexts, several share a context, and a second kernel combines their
+results (flash decoding). It also runs in Triton's interpreter, without a GPU. It knows no model.
 """
 
 import torch
@@ -15,9 +15,9 @@ from stallfree.executors.torch.batch import Batch, upload
 ROWS = 16
 """The fewest rows of a tile that tensor cores take."""
 QUERIES = 64
-"""Rows of a program where chunks are long enough."""
+"""Rows of a program if a batch has chunks."""
 TILE = 64
-"""Keys that a program looks at together."""
+"""Keys that a program reads at once."""
 MOST_SPLITS = 32
 
 
@@ -53,12 +53,12 @@ def _attend(
     sums = tl.zeros([MOST, WIDTH], tl.float32)
     for tile in range(split * each, tl.minimum((split + 1) * each, tiles)):
         at = begin_at + tile * TILE + tl.arange(0, TILE)
-        there = at < last
-        block = tl.load(tables + piece * table_width + at // BLOCK, mask=there, other=0)
+        valid = at < last
+        block = tl.load(tables + piece * table_width + at // BLOCK, mask=valid, other=0)
         place = block * cache_block + (at % BLOCK) * cache_token + head * cache_head
-        k = tl.load(keys + place[None, :] + number[:, None], mask=there[None, :] & inside[:, None], other=0.0).to(q.dtype)
-        v = tl.load(values + place[:, None] + number[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(q.dtype)
-        seen = there[None, :] & (at[None, :] <= position[:, None])
+        k = tl.load(keys + place[None, :] + number[:, None], mask=valid[None, :] & inside[:, None], other=0.0).to(q.dtype)
+        v = tl.load(values + place[:, None] + number[None, :], mask=valid[:, None] & inside[None, :], other=0.0).to(q.dtype)
+        seen = valid[None, :] & (at[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= at[None, :] > position[:, None] - WINDOW
         score = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
@@ -70,8 +70,8 @@ def _attend(
         sums = sums * less[:, None] + tl.dot(share.to(q.dtype), v, input_precision="ieee")
         peak = higher
     if SPLITS == 1:
-        found = sums / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + q_at, found.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+        mean = sums / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + q_at, mean.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
     else:
         heads = tl.num_programs(1) * GROUP
         slot = ((begin + which) * heads + own_head) * SPLITS + split
@@ -85,7 +85,7 @@ def _merge(
     partial, state, out, out_token, out_head,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One token and head: the parts that the splits found, as if they had been one."""
+    """One token and head: combine the results of the splits, as if there had been one."""
     token, head = tl.program_id(0), tl.program_id(1)
     slot = (token * tl.num_programs(1) + head) * SPLITS
     split, number = tl.arange(0, PADDED), tl.arange(0, WIDTH)
@@ -94,18 +94,18 @@ def _merge(
     total = tl.load(state + (slot + split) * 2 + 1, mask=real, other=0.0)
     weight = tl.exp(peak - tl.max(peak, 0))
     sums = tl.load(partial + (slot + split)[:, None] * WIDTH + number[None, :], mask=real[:, None], other=0.0)
-    found = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out + token * out_token + head * out_head + number, found.to(out.dtype.element_ty), mask=number < SIZE)
+    mean = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(out + token * out_token + head * out_head + number, mean.to(out.dtype.element_ty), mask=number < SIZE)
 
 
 def paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
-    """See `attention.attend`. `query` is contiguous in its last dimension; keys and values are alike in their strides."""
+    """See `attention.attend`. `query` is contiguous in its last dimension; keys and values have the same strides."""
     tokens, heads, size = query.shape
     kv_heads, block = keys.shape[2], keys.shape[1]
     group = heads // kv_heads
     most = max(ROWS, triton.next_power_of_2(group), QUERIES if max(batch.counts) > 1 else 0)
     count = most // group
-    if batch.decodes:  # nothing comes from the host, so that it can be recorded in a graph
+    if batch.decodes:  # nothing comes from the host, so a CUDA graph can record it
         pieces, firsts = torch.arange(tokens, device=query.device), torch.zeros(tokens, dtype=torch.int64, device=query.device)
     else:
         blocks = [(piece, first) for piece, length in enumerate(batch.counts) for first in range(0, length, count)]
@@ -129,7 +129,7 @@ def paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
 
 
 def _splits(programs: int, longest: int, device: torch.device) -> int:
-    """How many parts of the context make enough programs for the device, without parts of less than a few tiles."""
+    """The number of parts of the context that makes enough programs for the device. Each part has at least a few tiles."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, longest // (4 * TILE), MOST_SPLITS))

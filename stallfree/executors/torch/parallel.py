@@ -1,4 +1,4 @@
-"""The ranks among which a layer is split: sums and parts of tensors, over torch.distributed or over nobody."""
+"""The ranks that share a layer: sums and parts of tensors, over torch.distributed or in one rank. It knows no model."""
 
 from typing import Protocol
 
@@ -16,11 +16,11 @@ class Ranks(Protocol):
         """The sum of all ranks' values, on every rank."""
 
     def join(self, values: torch.Tensor, width: int) -> torch.Tensor:
-        """All ranks' values side by side in the last dimension, `width` in all, on every rank; the last ranks' may be narrower."""
+        """All ranks' values side by side in the last dimension, `width` in all, on every rank. The last ranks may have fewer."""
 
 
 class Alone:
-    """One rank, which has it all."""
+    """One rank, which has the whole layer."""
 
     rank, size = 0, 1
 

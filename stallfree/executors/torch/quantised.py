@@ -1,8 +1,8 @@
-"""Products with weights of int8, fp8 or int4 in Triton: what is read from memory is a byte or half of one, which becomes a number
-of the activations' type in the tile.
+"""Products with weights of int8, fp8 or int4 in Triton: a weight is a byte or half a byte in memory, and becomes a number of the
+activations' type in the tile. It knows no layers.
 
-Decodes are bound by reading weights, so half or a quarter of the bytes is half or a quarter of the time; prompts are bound by the
-product, which is in the activations' type either way.
+Decodes are bound by reading weights, so half or a quarter of the bytes takes half or a quarter of the time. Prompts are bound by
+the product, which is in the activations' type in any case.
 """
 
 import torch
@@ -15,9 +15,9 @@ def _product(
     x, weight, scale, low, out, rows, outs, ins,
     INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `out` [rows, outs]: x [rows, ins] times weight, int8 or fp8 [outs, ins], or int4 [outs, ins / 2] with two
-    neighbours in a byte, the first in the lower bits. The former have a scale for each output; int4 a scale and an offset for each
-    `GROUP` inputs of it.
+    """A tile of `out` [rows, outs]: x [rows, ins] times weight. The weight is int8 or fp8 [outs, ins] with a scale for each output,
+    or int4 [outs, ins / 2] with two neighbours in a byte, the first in the lower bits, and a scale and an offset for each `GROUP`
+    inputs of an output.
     """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     real, wanted = row < rows, column < outs
@@ -37,10 +37,10 @@ def _product(
             sums += part * s[None, :] + total[:, None] * o[None, :]
         else:
             at = group * GROUP + tl.arange(0, GROUP)
-            there = at < ins
-            values = tl.load(w_at + at[:, None], mask=there[:, None] & wanted[None, :], other=0.0)
-            given = tl.load(x_at + at[None, :], mask=real[:, None] & there[None, :], other=0.0)
-            sums += tl.dot(given, values.to(given.dtype), input_precision="ieee")
+            inside = at < ins
+            values = tl.load(w_at + at[:, None], mask=inside[:, None] & wanted[None, :], other=0.0)
+            inputs = tl.load(x_at + at[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            sums += tl.dot(inputs, values.to(inputs.dtype), input_precision="ieee")
     if not INT4:
         sums *= tl.load(scale + column, mask=wanted, other=0.0)[None, :]
     to = out + row.to(tl.int64)[:, None] * outs + column[None, :]
@@ -48,7 +48,7 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, low: torch.Tensor | None, group: int) -> torch.Tensor:
-    """[rows, outs] of x [rows, ins] and a weight as `weights.Matrix` stores it; `low` is int4's offset, else None."""
+    """The product [rows, outs] of x [rows, ins] and a weight as `weights.Matrix` stores it. `low`: int4's offset, else None."""
     x = x.contiguous()
     rows, ins = x.shape
     outs = len(weight)

@@ -1,5 +1,5 @@
-"""Ranks placed by Ray: one bundle of a placement group for each pipeline stage, so that the ranks of a stage lie within one node
-and the stages where there is room. Plans do not pass through Ray: an actor runs the same loop as a local process.
+"""Ranks placed by Ray: one bundle of a placement group for each pipeline stage. So all ranks of a stage are on one node, and stages
+go where resources is room. Plans do not pass through Ray: an actor runs the same loop as a local process. It knows no model.
 """
 
 from typing import Any
@@ -9,11 +9,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 PLACED_S = 60.0
-"""Seconds in which Ray must have found room."""
+"""Seconds within which Ray must find room."""
 
 
 class RayWorkers:
-    """Actors of the cluster at `RAY_ADDRESS`, or of one on this machine alone, which is started if there is none."""
+    """Actors of the cluster at `RAY_ADDRESS`. If resources is none, it starts a cluster on this machine alone."""
 
     def __init__(self) -> None:
         if not ray.is_initialized():
@@ -28,12 +28,12 @@ class RayWorkers:
         bundle = {name: tp * number for name, number in each.items()}
         self._group = placement_group([bundle] * pp, strategy="PACK")
         if not self._group.wait(PLACED_S):
-            there = {name: int(ray.cluster_resources().get(name, 0)) for name in each}
+            resources = {name: int(ray.cluster_resources().get(name, 0)) for name in each}
             wanted = " and ".join(f"{int(number)} {name}" for name, number in bundle.items())
             self.stop()
             raise RuntimeError(
                 f"Ray found no room within {PLACED_S:g} s for {pp} stages of {wanted}, each on one node; "
-                f"the cluster has {there} in all"
+                f"the cluster has {resources} in all; lower --tp or --pp, or add nodes"
             )
         actor = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_restarts=0)(_Worker)
         for rank in range(tp * pp):
@@ -58,4 +58,4 @@ class _Worker:
     def work(self, host: str, port: int, token: str, rank: int) -> None:
         from stallfree.executors.torch.worker import work
 
-        work(host, port, token, rank, 0)  # Ray shows it only the GPU that is its own
+        work(host, port, token, rank, 0)  # Ray shows each actor only its own GPU

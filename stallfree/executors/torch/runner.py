@@ -1,5 +1,5 @@
-"""One rank: its part of the model and of the KV cache on one device, and iterations run on them. It knows neither the other ranks'
-processes nor who sends the plans.
+"""One rank: its part of the model and of the KV cache on one device, and the iterations that run on them. It does not know the
+other ranks' processes, or who sends the plans.
 """
 
 import os
@@ -32,10 +32,9 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`weights`: how matrices are stored, one of `FORMATS`; where they are quantised the rest is bf16 on a GPU, f32 elsewhere.
-    `kv`: how keys and values are, one of `TYPES`. `max_model_len`: at most the model's own, which None is. `threads` of a
-    processor, all ranks together; None: all cores. On a GPU weights, KV and an iteration of `max_tokens` take the share `memory`
-    of it.
+    """`weights`: the format of stored matrices, one of `FORMATS`; if it is quantised, all else is bf16 on a GPU, f32 elsewhere.
+    `kv`: the format of keys and values, one of `TYPES`. `max_model_len`: at most the model's own, the default. `threads`: of all
+    ranks together (None: all cores). `memory`: the share of a GPU's memory for weights, KV and an iteration of `max_tokens`.
     """
 
     weights: str = "bf16"
@@ -47,30 +46,30 @@ class Options:
     max_tokens: int = 8192
 
     def length(self, config: ModelConfig) -> int:
-        """Tokens of the longest request."""
+        """The most tokens of a request."""
         return self.max_model_len or config.max_model_len
 
     def check(self, config: ModelConfig, ranks: int = 1) -> None:
-        """Raises ValueError for options that cannot be, or not with so many `ranks` here."""
-        for what, value, known in (("weights", self.weights, FORMATS), ("kv", self.kv, TYPES), ("device", self.device, DEVICES)):
+        """Raises ValueError for wrong options, and for options that do not allow `ranks` ranks on this machine."""
+        for name, value, known in (("weights", self.weights, FORMATS), ("kv", self.kv, TYPES), ("device", self.device, DEVICES)):
             if value not in known:
-                raise ValueError(f"{what} {value!r} is unknown; known are {', '.join(known)}")
+                raise ValueError(f"{name} {value!r} is unknown; known are {', '.join(known)}")
         longest = config.max_model_len
         if self.max_model_len is not None and not 0 < self.max_model_len <= longest:
             raise ValueError(f"max_model_len {self.max_model_len} is not between 1 and the model's {longest} tokens")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}, expected at least 1")
         if not 0 < self.memory <= 1:
-            raise ValueError(f"a share of {self.memory:g} of the GPU's memory cannot be; give one above 0 and at most 1")
+            raise ValueError(f"a share of {self.memory:g} of the GPU's memory is impossible; give one above 0 and at most 1")
         if self.device == "cuda":
             self._check_gpus(ranks)
 
     def _check_gpus(self, ranks: int) -> None:
-        there = torch.cuda.device_count()
-        if not there:
-            raise ValueError("device 'cuda' is not there: torch finds no GPU; take --device cpu")
-        if there < ranks:
-            raise ValueError(f"{ranks} ranks need {ranks} GPUs, and torch finds {there}; take a smaller TP and PP, or --device cpu")
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            raise ValueError("device 'cuda' is missing: torch finds no GPU; take --device cpu")
+        if gpus < ranks:
+            raise ValueError(f"{ranks} ranks need {ranks} GPUs, and torch finds {gpus}; take a smaller TP and PP, or --device cpu")
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < (8, 0) and "bf16" in (self.weights, self.kv):
             raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights fp16 --kv fp16")
@@ -82,8 +81,8 @@ class Options:
 
 
 class Runner:
-    """The `layers` of `checkpoint` that this of `ranks` holds a part of, on `device`. Raises ValueError for what does not divide,
-    MemoryError for weights that do not fit.
+    """This rank's part of the `layers` of `checkpoint`, on `device`. Raises ValueError if the ranks cannot share them, MemoryError
+    if the weights do not fit.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: Options, ranks: Ranks, layers: range, device: torch.device):
@@ -109,7 +108,7 @@ class Runner:
         self.capacity = Capacity(BLOCK, 0, self._length)
 
     def room(self) -> int:
-        """Bytes of the GPU's memory that are left for KV, by a trial: what the largest iteration needs beside the weights."""
+        """Bytes of the GPU's memory that are left for KV. A trial shows what weights and the largest iteration need."""
         torch.cuda.reset_peak_memory_stats(self._device)
         tokens = min(self._options.max_tokens, self._length)
         blocks = -(-tokens // BLOCK)
@@ -128,7 +127,7 @@ class Runner:
         return int(total * self._options.memory) - others - needed
 
     def allocate(self, num_blocks: int, depth: int = 1) -> None:
-        """Take the memory of so many blocks of KV. Raises MemoryError if there is not as much."""
+        """Allocate this many KV blocks. Raises MemoryError if they do not fit."""
         size = num_blocks * self.block_bytes
         if self._device.type == "cpu":
             check_memory(size)
@@ -139,7 +138,7 @@ class Runner:
         self.capacity = Capacity(BLOCK, num_blocks, self._length, depth)
 
     def record(self) -> None:
-        """On a GPU: choose what computes attention, and record decode iterations as CUDA graphs, for models that can be."""
+        """On a GPU: choose the attention, and record decode iterations as CUDA graphs if the model allows it."""
         if self._device.type != "cuda":
             return
         with torch.inference_mode():
@@ -156,8 +155,8 @@ class Runner:
         hidden: torch.Tensor | None = None,
         ahead: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [rows, vocabulary] float32 of `rows`, or what the next stage begins with, [tokens, hidden]; of `work` that whoever
-        took the plan in has checked (`batch.check`), with `ahead` for the tokens that it does not know.
+        """Run `work`, which the caller has checked (`batch.check`). Returns the logits of `rows`, [rows, vocabulary] float32, or
+        the input of the next stage, [tokens, hidden]. `hidden`: the input of this stage; `ahead`: values of the unknown tokens.
         """
         with torch.inference_mode():
             batch = pack(work, rows, self.capacity, self._device, ahead)
@@ -179,29 +178,29 @@ class Runner:
         self._graphs, self._flash, self._cache = None, None, []
 
     def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each tensor of the cache, [blocks, bytes], beside its part of `memory`."""
-        given, at = torch.frombuffer(memory, dtype=torch.uint8), 0
-        for tensor in (one for layer in self._cache for one in layer):
+        """Each tensor of the cache, [blocks, bytes], with its part of `memory`."""
+        values, at = torch.frombuffer(memory, dtype=torch.uint8), 0
+        for tensor in (tensor for layer in self._cache for tensor in layer):
             cache = tensor.view(torch.uint8).flatten(1)
             size = len(blocks) * cache.shape[1]
-            yield cache, given[at : at + size].view(len(blocks), -1)
+            yield cache, values[at : at + size].view(len(blocks), -1)
             at += size
 
     def _call(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         return self._model(batch, hidden, self._cache)
 
     def _blocks(self, number: int) -> torch.Tensor:
-        """Memory for so many blocks, and one that nobody is given: what pads recorded iterations is written there."""
+        """Memory for `number` blocks, and a spare one that no request gets: padding of recorded iterations is written there."""
         return torch.zeros(number + 1, *self._shape, dtype=self._kv, device=self._device)
 
 
 def layout(config: ModelConfig, kv: str) -> str:
-    """How the bytes of the whole model's blocks are to be read: the same on every device, whatever ranks they are spread over."""
+    """The layout of the whole model's blocks (see `MovesKV`). It is the same for all devices and numbers of ranks."""
     return f"torch {kv}: {2 * config.num_layers} x ({BLOCK}, {config.num_kv_heads}, {config.head_dim})"
 
 
 def use_threads(options: Options, ranks: int = 1) -> None:
-    """This process is one of `ranks` that share the processor."""
+    """Set the threads of this process, one of `ranks` that share the processor."""
     if options.device == "cpu":
         torch.set_num_threads(max(1, (options.threads or os.cpu_count() or 1) // ranks))
 
@@ -216,13 +215,14 @@ def check_split(config: ModelConfig, tp: int, weights: str) -> None:
             f"it could be {', '.join(map(str, fits))}"
         )
     if weights == "int4" and (config.hidden_size % GROUP or ffn // tp % GROUP or heads * config.head_dim // tp % GROUP):
-        raise ValueError(f"int4 needs widths that {GROUP} divides, which are not the case for this model at TP {tp}; take int8")
+        raise ValueError(f"int4 needs widths that {GROUP} divides; this model's are not at TP {tp}; take int8")
 
 
 def stages(layers: int, pp: int) -> list[range]:
-    """The layers of each pipeline stage, the first stages one more if they do not come out even. Raises ValueError for too many."""
+    """The layers of each pipeline stage. If they do not divide, the first stages get one more. Raises ValueError for a wrong
+    `pp`."""
     if not 1 <= pp <= layers:
-        raise ValueError(f"PP {pp} does not give each stage a layer of the {layers} there are; take 1 to {layers}")
+        raise ValueError(f"PP {pp} cannot share the model's {layers} layers; take 1 to {layers}")
     each, more = divmod(layers, pp)
     begins = [stage * each + min(stage, more) for stage in range(pp + 1)]
     return [range(a, b) for a, b in pairwise(begins)]

@@ -1,7 +1,7 @@
-"""What the driver and its workers say to each other: msgpack over a socket, each message behind its length.
+"""The messages between the driver and its workers: msgpack over a socket, each message after its length.
 
-A plan goes as numbers, without prompts; whoever samples with a look at what came before gets that too. No pickle. It knows nothing
-of who sends and why.
+A plan is sent as numbers, without prompts. Only a sampling that depends on earlier tokens sends these, too. No pickle. It does not
+know who sends a message, or why.
 """
 
 import socket
@@ -15,7 +15,7 @@ from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, of_values, to_values
 
 MOST = 256 << 20
-"""Bytes of the longest message."""
+"""The longest message that is accepted, in bytes."""
 
 
 def send(sock: socket.socket, message: dict[str, Any]) -> None:
@@ -24,17 +24,17 @@ def send(sock: socket.socket, message: dict[str, Any]) -> None:
 
 
 def receive(sock: socket.socket) -> dict[str, Any]:
-    """The next message. Raises ConnectionError if the other side is gone, or says what is none."""
+    """The next message. Raises ConnectionError if the other side is gone, or sends something else."""
     (length,) = struct.unpack("<I", _read(sock, 4))
     if length > MOST:
-        raise ConnectionError(f"a message of {length:,} bytes is longer than the {MOST:,} that can be")
+        raise ConnectionError(f"a message of {length:,} bytes is longer than the {MOST:,} that are allowed")
     try:
-        found = msgpack.unpackb(_read(sock, length))
+        message = msgpack.unpackb(_read(sock, length))
     except ValueError as error:
         raise ConnectionError(f"a message could not be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ConnectionError(f"a message is {type(found).__name__}, expected a table")
-    return found
+    if not isinstance(message, dict):
+        raise ConnectionError(f"a message is {type(message).__name__}, expected a table")
+    return message
 
 
 def _read(sock: socket.socket, length: int) -> bytes:
@@ -67,16 +67,16 @@ def to_plan(message: dict[str, Any]) -> Plan:
     rows = zip(
         *(message[key] for key in ("ids", "starts", "counts", "samples", "tables", "sampling")), strict=True
     )  # fmt: skip
-    for id, start, count, samples, table, sampling in rows:
-        how, prompt, output = _to_sampling(sampling)
+    for id, start, count, samples, table, values in rows:
+        sampling, prompt, output = _to_sampling(values)
         own = tuple(tokens[at : at + count])
         at += count
-        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), how, "", prompt, output))
+        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), sampling, "", prompt, output))
     return Plan(message["step"], 0.0, tuple(work))
 
 
 def of_result(result: StepResult) -> dict[str, Any]:
-    details = {id: [found.logprob, found.top] for id, found in result.details.items() if isinstance(found, TokenLogprob)}
+    details = {id: [detail.logprob, detail.top] for id, detail in result.details.items() if isinstance(detail, TokenLogprob)}
     return {
         "step": result.step,
         "tokens": {id: list(tokens) for id, tokens in result.tokens.items()},
@@ -92,17 +92,17 @@ def to_result(message: dict[str, Any], bubble_s: float) -> StepResult:
         id: TokenLogprob(logprob, tuple((token, value) for token, value in top))
         for id, (logprob, top) in message["details"].items()
     }
-    tokens = {id: tuple(found) for id, found in message["tokens"].items()}
+    tokens = {id: tuple(numbers) for id, numbers in message["tokens"].items()}
     step, seconds, error, failed = (message[key] for key in ("step", "seconds", "error", "failed"))
     return StepResult(step, tokens, seconds, error, details=details, failed=failed, bubble_s=bubble_s)
 
 
 def _of_sampling(work: Work) -> list[Any]:
-    how = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
+    sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
     number = work.start + work.count - len(work.prompt)
-    seen = not how.plain
+    seen = not sampling.plain
     return [
-        to_values(how),
+        to_values(sampling),
         _packed(work.prompt) if seen else b"",
         _packed(work.output[: max(0, number)]) if seen else b"",
     ]
@@ -120,5 +120,5 @@ def _packed(numbers: Any) -> bytes:
 
 
 def _unpacked(numbers: bytes) -> list[int]:
-    found: list[int] = np.frombuffer(numbers, dtype="<i4").tolist()
-    return found
+    values: list[int] = np.frombuffer(numbers, dtype="<i4").tolist()
+    return values

@@ -1,6 +1,6 @@
-"""A worker process: one rank of the model, told by the driver over a socket what to run, and which KV to give or take. The first
-rank of each stage answers for an iteration: how long the stage had waited, and, in the last stage, what was sampled; the others
-only say that they are ready, or what is wrong.
+"""A worker process: one rank of the model. The driver tells it over a socket what to run, and which KV to read or write. The first
+rank of each stage answers each iteration with the time that the stage waited, and, in the last stage, with the sampled tokens. The
+others only report that they are ready, or an error. It does not know who sends requests.
 """
 
 import socket
@@ -21,11 +21,11 @@ from stallfree.executors.torch.runner import Options, Runner, stages, use_thread
 from stallfree.executors.torch.sampler import sample
 
 TOKEN = "STALLFREE_WORKER_TOKEN"
-"""The environment variable with which the driver tells a process that it is to be let in."""
+"""The environment variable with the token by which the driver knows its own processes."""
 
 
 class Waits:
-    """What a stage waits from one iteration's end to the next one's begin."""
+    """The seconds that a stage waits between the end of one iteration and the beginning of the next."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -33,11 +33,11 @@ class Waits:
         self._ended: Any = None
 
     def begin(self) -> None:
-        """What the iteration begins with is there."""
+        """The input of the iteration is here."""
         self._began = self._now()
 
     def end(self) -> float:
-        """The stage's part of it is done, or queued on the GPU; the seconds that were waited before it, once it has begun there."""
+        """The stage's part is done, or queued on the GPU. Returns the seconds waited before it; on a GPU, once it has begun."""
         before, self._ended = self._ended, self._now()
         if before is None:
             return 0.0
@@ -47,7 +47,7 @@ class Waits:
         return float(before.elapsed_time(self._began)) / 1000
 
     def _now(self) -> Any:
-        """This moment, or where in its queue the GPU is told to note it."""
+        """This moment; on a GPU, an event in its queue that notes the moment."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -56,7 +56,7 @@ class Waits:
 
 
 class Rank:
-    """The part of `setup`'s model that rank `setup["rank"]` holds, joined with the others; `local`: its GPU's number here."""
+    """The part of `setup`'s model that rank `setup["rank"]` holds, joined with the other ranks. `local`: the number of its GPU."""
 
     def __init__(self, setup: dict[str, Any], local: int):
         rank, tp, pp = setup["rank"], setup["tp"], setup["pp"]
@@ -79,7 +79,7 @@ class Rank:
         self._kv_bytes: int | None = setup["kv_bytes"]
 
     def room(self) -> int:
-        """How many blocks of KV there is room for."""
+        """The number of KV blocks that fit."""
         return blocks(self._runner.room() if self._kv_bytes is None else self._kv_bytes, self._runner.block_bytes)
 
     def allocate(self, num_blocks: int) -> None:
@@ -87,7 +87,7 @@ class Rank:
         self._runner.record()
 
     def run(self, plan: Plan) -> dict[str, Any] | None:
-        """Its stage of the plan's iteration; what it has to say of it."""
+        """Run this rank's part of the plan's iteration. Returns its message to the driver, if this rank sends one."""
         started = time.perf_counter()
         hidden = None
         if self._stage:
@@ -95,20 +95,20 @@ class Rank:
             hidden = torch.empty(shape, dtype=self._runner.dtype, device=self._device)
             dist.recv(hidden, self._rank - self._tp)
         self._waits.begin()
-        found = self._runner.run(plan.work, last_rows(plan.work), hidden)
+        out = self._runner.run(plan.work, last_rows(plan.work), hidden)
         message: dict[str, Any] = {"step": plan.step}
         if self._stage < self._pp - 1:
             message["waited_s"] = self._waits.end()
-            dist.send(found.contiguous(), self._rank + self._tp)
+            dist.send(out.contiguous(), self._rank + self._tp)
         elif self._rank % self._tp == 0:
-            tokens, details, failed = sample(found, [w for w in plan.work if w.samples])
+            tokens, details, failed = sample(out, [w for w in plan.work if w.samples])
             seconds = time.perf_counter() - started
             message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed))
             message["waited_s"] = self._waits.end()
         return message if self._rank % self._tp == 0 else None
 
     def read(self, blocks: list[int]) -> dict[str, Any]:
-        """Its part of what these blocks hold."""
+        """This rank's part of the KV in these blocks."""
         kv = bytearray(len(blocks) * self._runner.block_bytes)
         self._runner.read_blocks(blocks, memoryview(kv))
         return {"kv": kv}
@@ -118,18 +118,18 @@ class Rank:
 
 
 def join(setup: dict[str, Any], backend: str) -> None:
-    """Meet the other ranks at the driver's store. Raises RuntimeError naming its address if that cannot be reached in time."""
+    """Meet the other ranks at the driver's store. Raises RuntimeError, which names its address, if that takes too long."""
     host, port, seconds = setup["host"], setup["port"], timedelta(seconds=setup["timeout_s"])
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=seconds)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=setup["rank"], world_size=setup["tp"] * setup["pp"], timeout=seconds)
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise RuntimeError(f"rank {setup['rank']} could not meet the others at {host}:{port} within {seconds}: {said}") from None
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"rank {setup['rank']} could not meet the others at {host}:{port} within {seconds}: {reason}") from None
 
 
 def work(host: str, port: int, token: str, rank: int, local: int) -> None:
-    """Serve the driver that listens at `host`:`port` and knows `token`, until it is gone. `local`: see `Rank`."""
+    """Serve the driver that listens at `host`:`port` and knows `token`, until the connection ends. `local`: see `Rank`."""
     with socket.create_connection((host, port), timeout=60) as sock:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -164,9 +164,9 @@ def _serve(sock: socket.socket, own: Rank) -> None:
                 own.write(message["write"], message["kv"])
             else:
                 answer = own.run(wire.to_plan(message))
-        except Exception as error:  # whatever it was, the other ranks wait for this one's part: the driver starts them all anew
-            said = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
-            wire.send(sock, {"error": said})
+        except Exception as error:  # the other ranks wait for this one's part, so the driver starts them all again
+            reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+            wire.send(sock, {"error": reason})
             return
         if answer is not None:
             wire.send(sock, answer)
