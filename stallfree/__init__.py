@@ -14,7 +14,7 @@ __all__ = ["LLM", "__version__", "extra"]
 
 
 def extra(name: str) -> str:
-    """What installs the optional dependencies `name`, in words. The package is on no index: its checkout is what is installed."""
+    """The command that installs the optional dependencies `name`. The package is on no index, so it is run in the checkout."""
     return f"pip install -e '.[{name}]' in the checkout"
 
 

@@ -1,5 +1,5 @@
-"""Helper processes: Ctrl-C in a terminal reaches them too, and is not for them; and none outlives the process that made it, however
-that one ended.
+"""Rules for helper processes: they ignore Ctrl-C, which a terminal sends to them too, and none outlives its parent, however that
+ended. It does not know what they do.
 """
 
 import multiprocessing
@@ -9,8 +9,8 @@ import threading
 
 
 def follow_parent() -> None:
-    """Call it first thing in a helper process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever made this process ends it
+    """Make a helper process ignore Ctrl-C and end with its parent. Call it before all else in the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

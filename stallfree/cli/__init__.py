@@ -1,6 +1,6 @@
-"""The `stallfree` command: one file per command here, and one place where errors become a line for the user.
+"""The `stallfree` command. Each command has a file in this folder; errors become one line for the user here.
 
-Commands import what they need when they run, so that `--help` is quick.
+Commands import what they need when they run, so that `--help` is quick. This module does not know what they do.
 """
 
 import sys
@@ -32,7 +32,7 @@ from stallfree.cli import (
 
 
 class Commands(TyperGroup):
-    """The commands; what is wrong with an option's value is said with that value."""
+    """The group of all commands. It adds the value to an error about an option's value."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -77,37 +77,37 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "route": (route.route, "One address in front of several servers."),
     "chat": (chat.chat, "Talk to a model in the terminal."),
     "generate": (generate.generate, "Complete one prompt."),
-    "models": (models.app, "The models that are cached, and fetching more."),
+    "models": (models.app, "List the cached models, or fetch one."),
     "calibrate": (calibrate.calibrate, "Time what iterations cost on this machine."),
     "explain": (explain.explain, "A recorded run in words: what was late, and why."),
-    "replay": (replay.replay, "A recorded run again, or what if."),
+    "replay": (replay.replay, "Replay a recorded run, unchanged or changed."),
     "bench": (bench.app, "Measure servers under load."),
-    "perf": (perf.app, "What an iteration costs on GPUs."),
-    "simulate": (simulate.simulate, "A load on GPUs that need not be there."),
+    "perf": (perf.app, "The price of an iteration on GPUs."),
+    "simulate": (simulate.simulate, "Simulate a load on GPUs that you need not have."),
     "capacity": (simulate.capacity, "The highest rate of each configuration, simulated."),
     "compare": (simulate.compare, "Configurations side by side, simulated."),
-    "plan": (plan.plan, "Co-locate or disaggregate, for a load of yours."),
-    "reproduce": (reproduce.app, "A paper's evaluation beside what was published."),
+    "plan": (plan.plan, "Co-locate or disaggregate, for your load."),
+    "reproduce": (reproduce.app, "Simulate a paper's evaluation beside its results."),
     "deploy": (deploy.deploy, "Replicas on a Ray cluster."),
     "demo": (demo.demo, "A burst against a fixed budget and a target, live."),
     "list": (listing.listing, "Policies, executors, hardware, models."),
 }
-"""Each command, or group of commands, with its line in the list of all."""
+"""Each command, or group of commands, with its line in the list of all commands."""
 
-for name, (what, line) in COMMANDS.items():
-    if isinstance(what, typer.Typer):
-        for each in what.registered_commands:
+for name, (command, line) in COMMANDS.items():
+    if isinstance(command, typer.Typer):
+        for each in command.registered_commands:
             each.callback = words.everywhere(each.callback)  # type: ignore[arg-type]  # a command has one
-        alone = what.registered_callback
-        if alone is not None and alone.callback is not None and what.info.invoke_without_command is True:
+        alone = command.registered_callback
+        if alone is not None and alone.callback is not None and command.info.invoke_without_command is True:
             alone.callback = words.everywhere(alone.callback)
-        app.add_typer(what, name=name, short_help=line)
+        app.add_typer(command, name=name, short_help=line)
     else:
-        app.command(name, short_help=line)(words.everywhere(what))
+        app.command(name, short_help=line)(words.everywhere(command))
 
 
 def main() -> None:
-    """Run the command line. What the user can mend ends in one line on standard error and exit code 1; a bug in a traceback."""
+    """Run the command line. An error that the user can mend becomes one line and exit code 1; a bug, a traceback."""
     try:
         app()
     except (ValueError, MemoryError, OSError) as error:

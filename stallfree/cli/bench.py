@@ -1,4 +1,4 @@
-"""`stallfree bench`: load on a server, its capacity, and servers or policies side by side."""
+"""`stallfree bench`: measures servers over HTTP: one load, a capacity, or several side by side. It knows no engine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from stallfree.cli.measuring import Place
     from stallfree.workload.workload import Arrival
 
-app = typer.Typer(help="Measure servers under load, any that speak OpenAI's API.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure servers under load. They must have OpenAI's API.", no_args_is_help=True, rich_markup_mode=None)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
 Targets = Annotated[str | None, typer.Option("--slo", help="Latency targets: ttft=2s@p90,tbt=100ms@p99.", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Its name there.", show_default="the first that is listed")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="The server's name of the model.", show_default="its first")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Sent as a bearer token.", show_envvar=True, show_default=False)
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds that a request may take, its output included.")]
+Timeout = Annotated[float, typer.Option(help="Most seconds of a request, output included.")]
 
 REQUESTS = 200
 LONGEST_S = 1800.0
-"""Seconds of arrivals in a trial, at the most: rates so low that they take longer are not searched."""
+"""Most seconds of arrivals in a trial: lower rates would take longer, and are not searched."""
 
 
-@app.command(short_help="Requests at a rate: latencies, stalls, the SLO.")
+@app.command(short_help="Latencies, stalls and the SLO at one rate.")
 @words.spread()
 def load(
     traffic: Traffic,
@@ -46,9 +46,9 @@ def load(
     as_json: options.Json = False,
     html: options.Html = None,
 ) -> None:
-    """Send requests at a rate, whether or not earlier ones have ended, and report latencies, stalls and the SLO.
+    """Send requests at a rate, without waiting for earlier ones, and report latencies, stalls and the SLO.
 
-    Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or nothing was completed.
+    Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or no request completed.
     """
     from stallfree.cli import measuring, outputs
     from stallfree.core.slo import Slo
@@ -56,9 +56,9 @@ def load(
     targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
     outputs.check_rows(requests_out, "--requests-out")
-    coming, facts = _draw(words.traced(traffic, trace))
+    arrivals, facts = _draw(words.traced(traffic, trace))
     access = measuring.Access(model, api_key, timeout)
-    results, error = measuring.measure([measuring.Place(url, url)], access, coming, targets, traffic.rate)
+    results, error = measuring.measure([measuring.Place(url, url)], access, arrivals, targets, traffic.rate)
     if requests_out is not None:
         outputs.write_rows(requests_out, (line for run, _ in results.values() for line in run.lines))
     if html is not None:
@@ -74,19 +74,19 @@ def load(
 @app.command(short_help="Policies, or servers, side by side.")
 @words.spread()
 def compare(
-    them: Annotated[
+    servers: Annotated[
         list[str],
         typer.Argument(
             metavar="WHAT",
-            help="Policies, each served in its turn by this project's own server, as slo or sarathi:128 (tokens per iteration); "
-            "and servers that are there already, as theirs=http://127.0.0.1:8001.",
+            help="Policies, such as slo or sarathi:128 (tokens per iteration), each served by `stallfree serve` in turn; "
+            "and servers that already run, such as theirs=http://127.0.0.1:8001.",
         ),
     ],
     traffic: Traffic,
     slo: Targets = None,
     serve: Annotated[
         str,
-        typer.Option(help="What else `stallfree serve` is to be told for policies: 'model.gguf --threads 2'.", show_default=False),
+        typer.Option(help="More arguments of `stallfree serve` for policies: 'model.gguf --threads 2'.", show_default=False),
     ] = "",
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -94,27 +94,27 @@ def compare(
     as_json: options.Json = False,
     html: options.Html = None,
 ) -> None:
-    """Put the same load on several policies or servers, one after another, and report them side by side, as in
+    """Put the same load on several policies or servers, one after another, and report them side by side.
 
     stallfree bench compare sarathi:64 slo --rate 2 --slo tbt=100ms
 
-    For a policy `stallfree serve` is started with the SLO, and ended afterwards. Exit code 1 if a run is not valid.
+    For each policy the command starts `stallfree serve` with the SLO, and stops it afterwards. Exit code 1 if a run is not valid.
     """
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
 
     targets = Slo() if slo is None else Slo.parse(slo)
     measuring.check_page(html)
-    places = [_place(text, slo, serve) for text in them]
+    places = [_place(text, slo, serve) for text in servers]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
         raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
-    coming, facts = _draw(words.traced(traffic, trace))
-    results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), coming, targets, traffic.rate)
+    arrivals, facts = _draw(words.traced(traffic, trace))
+    results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), arrivals, targets, traffic.rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
     if as_json:
-        servers = {name: run.as_dict(report) for name, (run, report) in results.items()}
-        typer.echo(json.dumps({"workload": facts, "servers": servers}))
+        runs = {name: run.as_dict(report) for name, (run, report) in results.items()}
+        typer.echo(json.dumps({"workload": facts, "servers": runs}))
     else:
         measuring.show(results)
     measuring.end(results, error)
@@ -123,13 +123,13 @@ def compare(
 @app.command(short_help="The highest rate that meets a latency target.")
 @words.spread("rate", "duration")
 def capacity(
-    slo: Annotated[str, typer.Option(help="Latency targets that make the capacity: ttft=2s@p90,tbt=100ms@p99.")],
+    slo: Annotated[str, typer.Option(help="Latency targets that define the capacity: ttft=2s@p90,tbt=100ms@p99.")],
     traffic: Traffic,
     url: Url = "http://127.0.0.1:8000",
-    start: Annotated[float, typer.Option(help="Requests per second to try first.")] = 1.0,
-    tolerance: Annotated[float, typer.Option(help="Share of the capacity to which it is found.")] = 0.05,
-    trials: Annotated[int, typer.Option(help="Most trials at one rate; they end once one verdict leads by two.")] = 5,
-    shortest: Annotated[float, typer.Option(help="Seconds of arrivals in a trial, at least, by more requests.")] = SHORTEST_S,
+    start: Annotated[float, typer.Option(help="The first rate to try, in requests per second.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")] = 0.05,
+    trials: Annotated[int, typer.Option(help="Most trials at one rate. They end once one verdict leads by two.")] = 5,
+    shortest: Annotated[float, typer.Option(help="Minimum seconds of arrivals per trial; requests are added.")] = SHORTEST_S,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -139,7 +139,7 @@ def capacity(
     """Find the highest request rate at which the server meets an SLO, by bisection over repeated trials.
 
     A trial passes if every target is met, the median TTFT is at most 2 s (unless the SLO has a target for it) and at most 1 % of
-    the requests fail. Exit code 1 if it was interrupted, or if the client was too slow to tell.
+    the requests fail. Exit code 1 if it was interrupted, or if the client was too slow for a verdict.
     """
 
     from stallfree.cli import measuring
@@ -150,9 +150,9 @@ def capacity(
     traffic = words.traced(traffic, trace)
     requests = REQUESTS if traffic.requests is None else traffic.requests
     traffic, targets = replace(traffic, requests=requests), Slo.parse(slo)
-    workload = traffic.lasting(shortest, 1.0).workload  # a mistake is to be told before the first trial
+    workload = traffic.lasting(shortest, 1.0).workload  # raises for a mistake before the first trial
     client = measuring.Access(model, api_key, timeout).client(url)
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     behind: dict[float, str] = {}
 
     @cache
@@ -160,8 +160,8 @@ def capacity(
         return measuring.probe(client, model)
 
     def trial(rate: float, seed: int) -> bool:
-        coming = workload.draw(rate, seed, requests=traffic.lasting(shortest, rate).requests)
-        run = measuring.follow(client, dialect(), coming, f"{rate:.4g}/s")
+        arrivals = workload.draw(rate, seed, requests=traffic.lasting(shortest, rate).requests)
+        run = measuring.follow(client, dialect(), arrivals, f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt
         result = report(run.lines, targets, rate)
@@ -170,33 +170,33 @@ def capacity(
             behind[rate] = run.behind
             why.append(run.behind)
         typer.echo(f"{rate:.4g} requests/s, seed {seed}: {'; '.join(why) or 'passed'}", err=True)
-        made.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
+        rows.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
         return not why
 
-    found, problems = Capacity(0.0, None, ()), []
+    highest, problems = Capacity(0.0, None, ()), []
     try:
         lowest = requests / LONGEST_S
-        found = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
+        highest = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
     except KeyboardInterrupt:
-        problems.append(f"interrupted after {len(made)} trials")
-    if found.above in behind:
-        problems.append(f"the server may be capable of more: at {found.above:.4g} requests/s {behind[found.above]}")
+        problems.append(f"interrupted after {len(rows)} trials")
+    if highest.above in behind:
+        problems.append(f"the server may be capable of more: at {highest.above:.4g} requests/s {behind[highest.above]}")
     if as_json:
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": traffic.facts(requests)}
-        answer |= {"capacity": found.rate if found.decisions else None, "above": found.above}
-        answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in found.decisions]}
-        typer.echo(json.dumps(answer | {"trials": made}))
+        answer |= {"capacity": highest.rate if highest.decisions else None, "above": highest.above}
+        answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in highest.decisions]}
+        typer.echo(json.dumps(answer | {"trials": rows}))
     else:
-        measuring.print_grid(_trials(made))
-        if found.rate:
-            above = "no rate missed it" if found.above is None else f"missed at {found.above:.4g}"
-            typer.echo(f"capacity {found.rate:.4g} requests/s for {targets} ({above})")
-        elif found.decisions:
-            typer.echo(f"no capacity: {targets} is missed at {found.above:.4g} requests/s, the lowest rate tried")
-        for decision in found.decisions:
+        measuring.print_grid(_trials(rows))
+        if highest.rate:
+            above = "no rate missed it" if highest.above is None else f"missed at {highest.above:.4g}"
+            typer.echo(f"capacity {highest.rate:.4g} requests/s for {targets} ({above})")
+        elif highest.decisions:
+            typer.echo(f"no capacity: {targets} is missed at {highest.above:.4g} requests/s, the lowest rate tried")
+        for decision in highest.decisions:
             if trials > 1 and not decision.sure:
                 counts = f"{decision.passed} trials passed and {decision.failed} failed"
-                typer.echo(f"{decision.rate:.4g} requests/s is not certain: {counts}; more --trials tell better", err=True)
+                typer.echo(f"{decision.rate:.4g} requests/s is not certain: {counts}; raise --trials", err=True)
     for problem in problems:
         typer.echo(f"not valid: {problem}", err=True)
     if problems:
@@ -204,13 +204,13 @@ def capacity(
 
 
 def _draw(traffic: Traffic) -> tuple[list[Arrival], dict[str, Any]]:
-    """What arrives, and how that was drawn."""
-    coming = traffic.ending(REQUESTS).draw()
-    return coming, traffic.facts(len(coming))
+    """The arrivals of `traffic`, and the facts that describe how they were drawn."""
+    arrivals = traffic.ending(REQUESTS).draw()
+    return arrivals, traffic.facts(len(arrivals))
 
 
 def _place(text: str, slo: str | None, serve: str) -> Place:
-    """A server that is there, NAME=URL, or a policy for which one is to be started, with its budget if that is a number."""
+    """The server in `text`: NAME=URL for one that runs, or a policy (with a budget, if a number follows) for one to start."""
     import shlex
 
     from stallfree import policies
@@ -224,19 +224,19 @@ def _place(text: str, slo: str | None, serve: str) -> Place:
             raise ValueError(f"{text!r} is neither a policy nor a named server; write theirs=http://127.0.0.1:8001")
         return Place(name, url)
     policy, budget = words.policy(text)
-    policies.load(policy, token_budget=budget)  # a mistake is to be told before the first run
+    policies.load(policy, token_budget=budget)  # raises for a mistake before the first run
     try:
-        told = shlex.split(serve)
+        arguments = shlex.split(serve)
     except ValueError as error:
         raise ValueError(f"--serve {serve!r}: {error}") from None
     chosen = {"--policy": policy, "--slo": slo, "--token-budget": budget}
-    return Place(text, None, (*told, *(str(word) for item in chosen.items() if item[1] is not None for word in item)))
+    return Place(text, None, (*arguments, *(str(word) for item in chosen.items() if item[1] is not None for word in item)))
 
 
-def _trials(made: list[dict[str, Any]]) -> list[list[str]]:
-    """Trials as rows of a table, by their rate."""
+def _trials(trials: list[dict[str, Any]]) -> list[list[str]]:
+    """Trials as rows of a table, in the order of their rates."""
     rows = [["requests/s", "seed", "TTFT p50, s", "TBT p99, ms", "output tokens/s", "verdict"]]
-    for t in sorted(made, key=lambda t: (t["rate"], t["seed"])):
+    for t in sorted(trials, key=lambda t: (t["rate"], t["seed"])):
         ttft, tbt = t["ttft_s"], t["tbt_s"]
         figures = [f"{ttft['p50']:.3g}" if ttft else "-", f"{tbt['p99'] * 1e3:.3g}" if tbt else "-"]
         verdict = "passed" if t["passed"] else "failed"

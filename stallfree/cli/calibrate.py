@@ -1,4 +1,4 @@
-"""`stallfree calibrate`: times iterations on this machine again, and shows what they cost and how well the model of them fits."""
+"""`stallfree calibrate`: times iterations on this machine, and prints their prices and the cost model's error. It fits no model."""
 
 import json
 
@@ -21,7 +21,7 @@ def calibrate(
     gpu_memory_utilization: options.GpuMemory = 0.9,
     as_json: options.Json = False,
 ) -> None:
-    """Time iterations of a model on this machine, and remember what they cost for `serve`."""
+    """Time iterations of a model on this machine, and keep their prices for `serve`."""
     from stallfree.engine.assemble import Options, recalibrate
     from stallfree.perf.fitted import FEATURES, SCALE
 
@@ -40,9 +40,9 @@ def calibrate(
     )
     fitted, errors, file = recalibrate(chosen, lambda line: typer.echo(line, err=True), options.progress("calibrating"))
     if as_json:
-        found = {"file": str(file), "prices_s": fitted.prices, "scale": SCALE, "quantum": fitted.quantum}
-        found |= {"error_median": errors.median, "error_p90": errors.p90, "error_largest": errors.largest}
-        typer.echo(json.dumps(found))
+        result = {"file": str(file), "prices_s": fitted.prices, "scale": SCALE, "quantum": fitted.quantum}
+        result |= {"error_median": errors.median, "error_p90": errors.p90, "error_largest": errors.largest}
+        typer.echo(json.dumps(result))
         return
     for name, price, scale in zip(FEATURES, fitted.prices, SCALE, strict=True):
         typer.echo(f"{name:<18}{1000 * price:8.2f} ms for {scale:,.0f}")

@@ -1,4 +1,4 @@
-"""`stallfree chat`: a conversation in the terminal."""
+"""`stallfree chat`: a conversation in the terminal. It uses the engine in this process, and no server."""
 
 from typing import Annotated
 

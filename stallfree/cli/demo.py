@@ -1,6 +1,6 @@
-"""`stallfree demo`: the same burst against a fixed token budget and against the SLO policy, drawn while it happens.
+"""`stallfree demo`: the same burst under a fixed token budget and under the SLO policy, drawn live. It opens no port.
 
-Both run in this process and on one model, iteration by iteration in turns, so that they have the same machine.
+Both run in this process and on one model. They take turns, an iteration each, so that they have the same machine.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 STREAMS, STREAM_PROMPT, STREAM_TOKENS = 8, 64, 250
 PROMPTS, LONG_PROMPT, LONG_TOKENS = 4, 1500, 16
 FIRST_S, EVERY_S = 2.0, 1.0
-"""When the first long prompt comes, and how long after it each of the others."""
+"""Seconds until the first long prompt arrives, and between two of them."""
 LAST_S = 20.0
-"""Seconds of its own after which a run ends, finished or not: a slow machine too is to need less than a minute."""
+"""Seconds on a run's own clock after which it ends, even unfinished: a slow machine must also need less than a minute."""
 REDRAW_S = 0.125
 BESIDE = 76
-"""Columns of a terminal on which two charts stand beside each other."""
+"""Terminal columns from which on two charts stand beside each other."""
 HEAD = f"""\
 {STREAMS} streams; from {FIRST_S:g} s on {PROMPTS} prompts of {LONG_PROMPT:,} tokens arrive. One model, in turns.
 Above: longest wait for a token, ms (dashed: SLO). Below: tokens an iteration."""
@@ -43,12 +43,12 @@ Above: longest wait for a token, ms (dashed: SLO). Below: tokens an iteration.""
 def demo(
     model: options.Model = None,
     slo: Annotated[str, typer.Option(help="The latency target of the slo policy.")] = "tbt=100ms",
-    token_budget: Annotated[int, typer.Option(help="The fixed token budget beside it.")] = 512,
+    token_budget: Annotated[int, typer.Option(help="The fixed token budget to compare with.")] = 512,
     executor: options.Executor = "openvino",
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Watch streams while long prompts arrive, under a fixed token budget and under the SLO policy. Takes less than a minute."""
+    """Watch streams while long prompts arrive, under a fixed token budget and under the SLO policy. It takes under a minute."""
     from rich.console import Console
     from rich.live import Live
 
@@ -92,7 +92,7 @@ def demo(
 
 
 def burst(vocabulary: int) -> list[Request]:
-    """Streams that decode, and meanwhile one long prompt after another; the same tokens every time."""
+    """Requests for streams, and for long prompts that arrive while these decode. Every call draws the same tokens."""
     from stallfree.core.request import Request
     from stallfree.executors.sampling import GREEDY
 
@@ -104,15 +104,15 @@ def burst(vocabulary: int) -> list[Request]:
 
 
 def play(players: Sequence[Player], watch: Callable[[], None]) -> None:
-    """Let all play to their end, whoever is behind the others next; `watch` is called between turns, when every clock stands."""
+    """Play all to their end. The player whose clock is furthest behind is next. `watch` is called between turns."""
     while going := [player for player in players if not player.done and player.clock() < LAST_S]:
         min(going, key=lambda player: player.clock()).turn()
         watch()
 
 
 class Lane:
-    """What of one player is drawn, for each of its iterations: when it ended (s), the longest wait for a token that it ended (ms),
-    and its tokens. `late` of `tokens`: those that came after they were due.
+    """One player's data for its charts. For each iteration: its end (s), the longest wait for a token in it (ms), and its tokens.
+    `late`: how many of the `tokens` came after they were due.
     """
 
     def __init__(self, name: str, player: Player, slo: Slo):
@@ -123,11 +123,11 @@ class Lane:
         self.waits: list[float] = [0.0]
         self.sizes: list[float] = [0.0]
         self.tokens = self.late = 0
-        self._coming = player.records
+        self._records = player.records
         self._account = StallAccount(slo)
 
     def catch_up(self) -> None:
-        for record in self._coming[len(self.ends) - 1 :]:
+        for record in self._records[len(self.ends) - 1 :]:
             self.late += sum(stall.kind == "late" for stall in self._account.record(record))
             self.tokens += len(self._account.gaps)
             self.ends.append(record.t_end)
@@ -144,7 +144,7 @@ class Lane:
 
 
 class Picture:
-    """All lanes on the same scales, side by side where the terminal is wide enough."""
+    """All lanes on the same scales; side by side if the terminal is wide enough."""
 
     def __init__(self, console: Console, players: Mapping[str, Player], slo: Slo):
         self._console = console
@@ -175,7 +175,7 @@ class Picture:
         return Group(Text(HEAD, no_wrap=True, overflow="ellipsis"), grid)
 
     def _draw(self, lane: Lane, width: int, height: int, seconds: float) -> RenderableType:
-        """`height` lines: three of text, and the two charts of which the lower is the smaller."""
+        """`height` lines: three of text, and two charts, the lower one smaller."""
         from rich.console import Group
         from rich.text import Text
 
@@ -186,19 +186,19 @@ class Picture:
         above = min(height - 3 - below, 14)
         longest = max(max(lane.waits) for lane in self._lanes)
         most = max(max(lane.sizes) for lane in self._lanes)
-        said = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {max(lane.waits):.0f} ms"
+        figures = f"late {lane.late / max(1, lane.tokens):.1%}, longest wait {max(lane.waits):.0f} ms"
         axis = f"{'':{LABEL}}0 s{f'{seconds:.0f} s':>{number - 3}}"
         return Group(
             Text(lane.name, "bold", no_wrap=True, overflow="ellipsis"),
             chart(lane.bars(lane.waits, number, seconds), above, max(2 * (line or 1.0), longest), line),
             chart(lane.bars(lane.sizes, number, seconds), below, max(1.0, most)),
             Text(axis, "dim", no_wrap=True),
-            Text(said, no_wrap=True, overflow="ellipsis"),
+            Text(figures, no_wrap=True, overflow="ellipsis"),
         )
 
 
 def _reports(player: Player, slo: Slo) -> tuple[Report, Report]:
-    """Of all requests, and of the long prompts by themselves."""
+    """The reports of all requests, and of the long prompts alone."""
     from stallfree.metrics.report import report
     from stallfree.metrics.timeline import timelines
 
@@ -211,9 +211,9 @@ def _table(results: Mapping[str, tuple[Report, Report]]) -> Table:
 
     table = Table("", *(Column(name, justify="right") for name in results), box=None)
     for name in next(iter(results.values()))[0].slo_attainment:
-        found = [every.slo_attainment[name] for every, _ in results.values()]
-        late = ("-" if a.in_time is None else f"{1 - a.in_time:.1%}" for a in found)
-        table.add_row(f"tokens late for {name} {found[0].target}", *late)
+        attained = [every.slo_attainment[name] for every, _ in results.values()]
+        late = ("-" if a.in_time is None else f"{1 - a.in_time:.1%}" for a in attained)
+        table.add_row(f"tokens late for {name} {attained[0].target}", *late)
     for name, which in (("p50", "p50"), ("p99", "p99"), ("longest", "max")):
         table.add_row(f"TBT {name}, ms", *(_ms(every.tbt_s, which) for every, _ in results.values()))
     table.add_row("TTFT p50, ms", *(_ms(every.ttft_s, "p50") for every, _ in results.values()))
@@ -224,12 +224,12 @@ def _table(results: Mapping[str, tuple[Report, Report]]) -> Table:
     return table
 
 
-def _ms(found: Quantiles | None, which: str) -> str:
-    return "-" if found is None else f"{1e3 * getattr(found, which):.0f}"
+def _ms(seconds: Quantiles | None, which: str) -> str:
+    return "-" if seconds is None else f"{1e3 * getattr(seconds, which):.0f}"
 
 
 def _clock(executor: Executor) -> Callable[[], float]:
-    """Seconds; for the simulated executor, what it would have slept, at once."""
+    """A clock in seconds. With the simulated executor, sleeping advances the clock at once."""
     from stallfree.executors.simulated import SimulatedExecutor
 
     if not isinstance(executor, SimulatedExecutor):

@@ -1,4 +1,4 @@
-"""`stallfree deploy`: replicas of the server on a Ray cluster, as many as their load asks for."""
+"""`stallfree deploy`: replicas of the server on a Ray cluster, as many as their load needs. It knows no route."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def deploy(
     api_key: options.ServersKey = None,
     served_name: options.ServedName = None,
     sanitize_control_tokens: options.Sanitize = False,
-    replicas: Annotated[str, typer.Option(help="How many, or from how many to how many, as 1-4.")] = "1",
-    max_queue: Annotated[int, typer.Option(help="Most requests waiting at a replica; one more gets 429.", min=1)] = 1024,
+    replicas: Annotated[str, typer.Option(help="How many, such as 2; or the fewest and the most, such as 1-4.")] = "1",
+    max_queue: Annotated[int, typer.Option(help="Most waiting requests at a replica; one more gets status 429.", min=1)] = 1024,
 ) -> None:
-    """Serve a model by replicas on a Ray cluster (RAY_ADDRESS, or this machine), behind one address, until Ctrl-C.
+    """Serve a model with replicas on a Ray cluster (RAY_ADDRESS, or this machine), at one address, until Ctrl-C.
 
-    Between the bounds of --replicas there are as many as keep each used to 70 % of what its latency targets allow.
+    The number of replicas, within --replicas, keeps each replica at 70 % of what its latency targets allow.
     """
     from stallfree import extra
 
@@ -51,11 +51,11 @@ def deploy(
 
 
 def bounds(text: str) -> tuple[int, int]:
-    """ "2" or "1-4" as the fewest and the most. Raises ValueError for what is neither."""
+    """The fewest and the most replicas in "2" or "1-4". Raises ValueError for other text."""
     low, dash, high = text.partition("-")
     if not (low.isdecimal() and (high.isdecimal() or not dash)):
-        raise ValueError(f"--replicas {text!r} is no number of replicas; write 2, or 1-4 for as many as are needed")
+        raise ValueError(f"--replicas {text!r} is not a number of replicas; write 2, or 1-4 for as many as the load needs")
     least, most = int(low), int(high or low)
     if not 1 <= least <= most:
-        raise ValueError(f"--replicas {text} cannot be; write a number from 1 on, or the smaller one first")
+        raise ValueError(f"--replicas {text} cannot be; write numbers from 1 on, the smaller one first")
     return least, most

@@ -1,4 +1,4 @@
-"""`stallfree explain`: a recorded run in words."""
+"""`stallfree explain`: prints a recorded run in words. `metrics.explain` writes the words."""
 
 from typing import Annotated
 
@@ -11,10 +11,10 @@ def explain(
     file: options.Recorded,
     step: Annotated[int | None, typer.Option(help="Explain this iteration.", show_default=False)] = None,
     request: Annotated[
-        str | None, typer.Option(help="Explain this request's life; its answer's id, or the beginning of it.", show_default=False)
+        str | None, typer.Option(help="Explain this request: the id of its answer, or the beginning of the id.", show_default=False)
     ] = None,
 ) -> None:
-    """Say what the scheduler did and why: on the whole, in one step, or to one request."""
+    """Tell what the scheduler did and why: in the whole run, in one step, or to one request."""
     from stallfree.engine.recording import load
     from stallfree.metrics.explain import Explained
 
@@ -24,7 +24,7 @@ def explain(
     lines = (
         explained.step(step)
         if step is not None
-        else explained.request(request.rpartition("cmpl-")[2])  # as answers give it: chatcmpl-... or cmpl-...
+        else explained.request(request.rpartition("cmpl-")[2])  # answers have chatcmpl-... or cmpl-...
         if request is not None
         else explained.on_the_whole()
     )

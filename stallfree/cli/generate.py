@@ -1,4 +1,4 @@
-"""`stallfree generate`: complete one prompt, here and now."""
+"""`stallfree generate`: completes one prompt with an engine in this process, and no server."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ def generate(
     model: options.ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: options.Temperature = None,
-    seed: Annotated[int | None, typer.Option(help="For the same tokens again.", show_default="random")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same tokens.", show_default="random")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output. May be given several times.")] = None,
     weights: options.Weights = None,
     kv: options.Kv = None,
     threads: options.Threads = None,
@@ -24,12 +24,12 @@ def generate(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Complete PROMPT and print the text as it comes, or with --json the whole result at the end."""
+    """Complete PROMPT, and print the text as it comes. With --json: the whole result at the end."""
     from stallfree.engine.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    given = {"temperature": temperature, "seed": seed}
-    sampling = {"max_tokens": max_tokens, "stop": stop or ()} | {key: value for key, value in given.items() if value is not None}
+    chosen = {"temperature": temperature, "seed": seed}
+    sampling = {"max_tokens": max_tokens, "stop": stop or ()} | {key: value for key, value in chosen.items() if value is not None}
     with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
         if not as_json:
             for piece in llm.stream(text, **sampling):

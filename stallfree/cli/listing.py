@@ -1,4 +1,4 @@
-"""`stallfree list`: what there is to choose from."""
+"""`stallfree list`: the names that options can have. It has no list of its own: each package knows its names."""
 
 import json
 from enum import StrEnum
@@ -16,7 +16,7 @@ class What(StrEnum):
 
 
 def listing(what: What, as_json: options.Json = False) -> None:
-    """List policies, executors, or the hardware and models that `stallfree perf` has prices for, each with what it is."""
+    """List policies, executors, or the hardware and models that `stallfree perf` can price, each with a description."""
     if what is What.policies:
         import importlib
 

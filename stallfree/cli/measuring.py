@@ -1,6 +1,6 @@
-"""The same load on one server after another, as somebody at a terminal follows it: a bar, a table, what went wrong, and a page.
+"""Puts one load on one server after another, and shows it at a terminal: a bar, a table, the errors, and a page.
 
-It knows servers by their URL or by what starts them; what arrives, and what its commands are called, is others'.
+It knows a server by its URL or by the arguments that start it. It does not know how arrivals are drawn.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from stallfree.metrics.report import Report, report, table
 from stallfree.workload.workload import Arrival
 
 Results = Mapping[str, tuple[Load, Report]]
-"""Of each server, by its name."""
+"""Each server's run and report, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A server to be measured: the one at `url`; or, without one, one that `stallfree serve` with the arguments `serve` starts when
-    its turn comes.
+    """A server to be measured: the one at `url`. Without a `url`, `stallfree serve` with the arguments `serve` starts it when its
+    turn comes.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a server is asked: for which `model` (None: the first that it lists), with which key, and for how long at the most."""
+    """How to call a server: for which `model` (None: the first that it lists), with which key, and at most how many seconds."""
 
     model: str | None
     api_key: str | None
@@ -57,19 +57,19 @@ class Access:
 
 
 def measure(
-    places: Sequence[Place], access: Access, coming: Sequence[Arrival], slo: Slo, rate: float | None
+    places: Sequence[Place], access: Access, arrivals: Sequence[Arrival], slo: Slo, rate: float | None
 ) -> tuple[Results, ValueError | None]:
-    """`coming` on every server in turn, after an interruption on no more; and the error of the one that ended it, with which what
-    was measured before is not lost. Raises ValueError if the first does not answer.
+    """Put `arrivals` on every server in turn; an interruption ends the measurement. Returns the results, and the error of a server
+    that failed after others were measured. Raises ValueError if the first server fails.
     """
-    # Those that are there are asked before the first run: a mistake in the last address must not cost the first run's time.
+    # Running servers are probed before the first run: a mistake in the last address must not cost the first run's time.
     dialects = {place.name: probe(access.client(place.url), access.model) for place in places if place.url is not None}
     results: dict[str, tuple[Load, Report]] = {}
     for place in places:
         try:
             with server(place.serve) if place.url is None else nullcontext(place.url) as url:
                 client = access.client(url)
-                run = follow(client, dialects.get(place.name) or probe(client, access.model), coming, place.name)
+                run = follow(client, dialects.get(place.name) or probe(client, access.model), arrivals, place.name)
         except ValueError as error:
             if results:
                 return results, error
@@ -81,7 +81,7 @@ def measure(
 
 
 def probe(client: Client, model: str | None) -> Dialect:
-    """How the server is to be asked, which is said."""
+    """Find the server's dialect, and print it."""
 
     async def ask() -> Dialect:
         async with client:
@@ -92,32 +92,32 @@ def probe(client: Client, model: str | None) -> Dialect:
     return dialect
 
 
-def follow(client: Client, dialect: Dialect, coming: Sequence[Arrival], name: str) -> Load:
-    """One run, with a bar on a terminal. Ctrl-C ends it with what there is."""
+def follow(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], name: str) -> Load:
+    """One run, with a bar on a terminal. Ctrl-C ends it; the result holds the requests so far."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[running]} running"))
-    # The bar is drawn by a thread that holds up the client while it does: seldom.
+    # The thread that draws the bar holds up the client, so it draws only twice a second.
     progress = Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=2, disable=not console.is_terminal)
-    bar = progress.add_task(name, total=len(coming), running=0)
+    bar = progress.add_task(name, total=len(arrivals), running=0)
 
     def tick(run: Load) -> None:
         progress.update(bar, completed=run.ended, running=len(run.lines) - run.ended)
 
     async def run() -> Load:
         async with client:
-            return await load(client, dialect, coming, tick)
+            return await load(client, dialect, arrivals, tick)
 
     with progress:
         return asyncio.run(run())
 
 
 def show(results: Results) -> None:
-    """The table of the runs, for people."""
+    """Print the runs as a table."""
     print_grid(table({name: report for name, (_, report) in results.items()}))
 
 
 def end(results: Results, error: ValueError | None) -> None:
-    """What went wrong, and exit code 1 if a run does not count for it. Raises the `error` that ended the measurement."""
+    """Print what went wrong; exit code 1 if a run is not valid. Raises the `error` that ended the measurement."""
     for name, (run, _) in results.items():
         for message in run.messages.values():
             typer.echo(f"{name}: {message}", err=True)
@@ -132,7 +132,7 @@ def end(results: Results, error: ValueError | None) -> None:
 
 
 def check_page(file: Path | None) -> None:
-    """Raises ValueError for a page that cannot be written, before the run of which it is to be."""
+    """Raises ValueError if the page cannot be written. Call it before the run that it shows."""
     if file is None:
         return
     plot.require()
@@ -140,23 +140,23 @@ def check_page(file: Path | None) -> None:
 
 
 def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo) -> None:
-    said = [", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)]
-    said += [f"{name}: {run.server}" for name, (run, _) in results.items()]
-    said.append(f"SLO {slo}" if slo != Slo() else "no SLO")
+    about = [", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)]
+    about += [f"{name}: {run.server}" for name, (run, _) in results.items()]
+    about.append(f"SLO {slo}" if slo != Slo() else "no SLO")
     problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
     runs = {name: (report, run.lines) for name, (run, report) in results.items()}
-    outputs.write(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", said, problems, runs, slo))
+    outputs.write(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", about, problems, runs, slo))
     typer.echo(f"table and plots are in {file}", err=True)
 
 
 def print_grid(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
-    """Print rows, the first of which are names, as a table with its `numbers` to the right, or its words to the left; nothing of it
-    is cut, however narrow the terminal, or what is written to instead of one.
+    """Print rows as a table; the first row has the columns' names. `numbers` are aligned to the right, words to the left. No cell
+    is cut, however narrow the terminal.
     """
-    made = Table(box=None)
+    grid = Table(box=None)
     for number, name in enumerate(rows[0]):
-        made.add_column(name, justify="right" if number and numbers else "left", no_wrap=True)
+        grid.add_column(name, justify="right" if number and numbers else "left", no_wrap=True)
     for row in rows[1:]:
-        made.add_row(*row)
+        grid.add_row(*row)
     needed = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
-    Console(width=max(needed, Console().width)).print(made)
+    Console(width=max(needed, Console().width)).print(grid)

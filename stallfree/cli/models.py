@@ -1,4 +1,4 @@
-"""`stallfree models`: what is cached, and `stallfree models pull` to fetch more."""
+"""`stallfree models`: lists cached models; `stallfree models pull` fetches one. `checkpoint.fetch` knows the cache."""
 
 import json
 from typing import Annotated
@@ -17,24 +17,24 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
         return
     from stallfree.checkpoint.fetch import cached
 
-    found = cached()
+    models = cached()
     if as_json:
-        typer.echo(json.dumps([{"name": c.name, "bytes": c.bytes, "path": str(c.path)} for c in found]))
+        typer.echo(json.dumps([{"name": c.name, "bytes": c.bytes, "path": str(c.path)} for c in models]))
         return
-    if not found:
+    if not models:
         typer.echo("no model is cached; `stallfree models pull` fetches the embedded one")
         return
     from stallfree.cli.measuring import print_grid
 
-    print_grid([("model", "size", "path"), *((c.name, f"{c.bytes / 1e6:.0f} MB", str(c.path)) for c in found)], numbers=False)
+    print_grid([("model", "size", "path"), *((c.name, f"{c.bytes / 1e6:.0f} MB", str(c.path)) for c in models)], numbers=False)
 
 
 @app.command()
 def pull(
-    model: Annotated[str | None, typer.Argument(help="Hub id; without one, the embedded model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Hub id. Without one: the embedded model.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fetch a model into the cache and print where it is."""
+    """Fetch a model into the cache, and print its path."""
     from stallfree.checkpoint.fetch import locate
 
     path = locate(model, lambda line: typer.echo(line, err=True))

@@ -1,4 +1,4 @@
-"""The options that several commands share. It knows their names and units, not what they do."""
+"""Options that several commands share. This module knows their names and units, not what they do."""
 
 import re
 import sys
@@ -10,48 +10,48 @@ from typing import Annotated, Literal
 import typer
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts that only this machine reaches."""
+"""Hosts that only this machine can reach."""
 
 
 def warn_if_open(host: str, api_key: str | None) -> None:
-    """Say so if others than this machine reach `host` and need no key."""
+    """Print a warning if other machines can reach `host` without a key."""
     if api_key is None and host not in LOOPBACK:
-        way = "set STALLFREE_API_KEY (or --api-key)"
-        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {way}", err=True)
+        remedy = "set STALLFREE_API_KEY (or --api-key)"
+        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {remedy}", err=True)
 
 
 def memory(text: str | int) -> int:
-    """Bytes of "2GiB", "512 MiB", "1.5g" or a plain number of bytes."""
+    """The bytes in "2GiB", "512 MiB", "1.5g" or a plain number of bytes. Raises BadParameter for other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise typer.BadParameter(f"{text!r} is not an amount of memory; write 512MiB or 2GiB")
     return int(float(match[1]) * 1024 ** ("", "k", "m", "g", "t").index(match[2].lower()))
 
 
-def progress(what: str) -> Callable[[int, int], None]:
-    """Shows how far `what` is, in one line on a terminal, and nothing elsewhere."""
+def progress(label: str) -> Callable[[int, int], None]:
+    """A function that shows the percentage done after `label`, in one line. It prints only on a terminal."""
 
-    def show(done: int, of: int) -> None:
+    def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{what}: {100 * done // of} %", end="\n" if done == of else "", file=sys.stderr, flush=True)
+            print(f"\r{label}: {100 * done // total} %", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 
 
 def addresses(text: str, option: str) -> list[tuple[str, int]]:
-    """(host, port) of each in "host:port,host:port", which was given as `option`. Raises ValueError for what is none."""
-    found = []
-    for one in text.split(","):
-        match = re.fullmatch(r"\s*(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]]+)):(\d{1,5})\s*", one)
+    """The (host, port) pairs of "host:port,host:port", the value of `option`. Raises ValueError for text that is no address."""
+    pairs = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]]+)):(\d{1,5})\s*", part)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise ValueError(f"{option} {one!r} is no address; write 127.0.0.1:9000, several with commas between")
-        found.append((match[1] or match[2], int(match[3])))
-    return found
+            raise ValueError(f"{option} {part!r} is no address; write 127.0.0.1:9000, with commas between several")
+        pairs.append((match[1] or match[2], int(match[3])))
+    return pairs
 
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="The model, as an argument; the same as --model."),
+    typer.Argument(help="The model; the same as --model."),
 ]
 ModelOption = Annotated[
     str | None,
@@ -62,7 +62,7 @@ ModelOption = Annotated[
 
 
 def one_model(argument: str | None, option: str | None) -> str | None:
-    """The model, which may be named in either way. Raises ValueError if both name different ones."""
+    """The model that the argument or the option names. Raises ValueError if they name different ones."""
     if None not in (argument, option) and argument != option:
         raise ValueError(f"{argument} and --model {option} name two models; give one of them")
     return argument or option
@@ -78,7 +78,7 @@ TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
 ]
 PolicyOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the policy's own; as often as it has any.")
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the policy. May be given several times.")
 ]
 Weights = Annotated[
     Literal["int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
@@ -89,24 +89,24 @@ Kv = Annotated[
     typer.Option(help="Precision of the KV cache.", show_default="u8; executor torch: bf16"),
 ]
 Device = Annotated[
-    Literal["cpu", "cuda"] | None, typer.Option(help="Where executor torch runs.", show_default="cuda where there is a GPU")
+    Literal["cpu", "cuda"] | None, typer.Option(help="Where executor torch runs.", show_default="cuda if there is a GPU")
 ]
 Tp = Annotated[int, typer.Option(help="Tensor parallelism: ranks that share each layer (executor torch).", min=1)]
 Pp = Annotated[int, typer.Option(help="Pipeline parallelism: stages that share the layers (executor torch).", min=1)]
-Workers = Annotated[Literal["local", "ray"], typer.Option(help="Who places ranks: this machine, or a Ray cluster.")]
+Workers = Annotated[Literal["local", "ray"], typer.Option(help="Where ranks run: on this machine, or on a Ray cluster.")]
 GpuMemory = Annotated[
     float, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory for weights, KV and iterations.")
 ]
 OnWorkerLoss = Annotated[
-    Literal["fail", "restart"], typer.Option(help="What becomes of running requests if a rank is lost: an error, or once more.")
+    Literal["fail", "restart"], typer.Option(help="After a rank is lost, running requests fail, or start again.")
 ]
 KvMemory = Annotated[
     int | None,
     typer.Option(
         parser=memory,
         metavar="SIZE",
-        help="Memory for the KV cache, as 2GiB.",
-        show_default="a quarter of what is free, at most 4GiB",
+        help="Memory for the KV cache, such as 2GiB.",
+        show_default="a quarter of the free memory, at most 4GiB",
     ),
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's")]
@@ -115,27 +115,27 @@ MaxTokens = Annotated[int, typer.Option(help="Most tokens in one iteration, what
 Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="all cores")]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal prompt beginnings.")]
 Recorded = Annotated[
-    Path, typer.Argument(metavar="RUN.jsonl", help="What `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
+    Path, typer.Argument(metavar="RUN.jsonl", help="A file that `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
 ]
 ServersKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
 ]
 ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
 Sanitize = Annotated[
-    bool, typer.Option("--sanitize-control-tokens", help="Take control tokens that clients write as text (<|im_start|>).")
+    bool, typer.Option("--sanitize-control-tokens", help="Read control tokens that clients write (<|im_start|>) as text.")
 ]
 Html = Annotated[Path | None, typer.Option(help="Write table and plots to this new file; needs matplotlib.", show_default=False)]
 RequestsOut = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write a row for each request to this new .csv or .jsonl.", show_default=False),
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0, show_default="what the model's makers recommend")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0, show_default="the model's recommendation")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the commands that serve make an engine of: the fields of `engine.assemble.Options`, with a server's defaults."""
+    """The engine's options in commands that serve: the fields of `engine.assemble.Options`, with a server's defaults."""
 
     model: Model = None
     slo: Slo = None

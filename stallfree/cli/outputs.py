@@ -1,4 +1,4 @@
-"""The files that commands write. None is written over: what is there may be somebody's trace, and the next run's name is cheap."""
+"""Writes the output files of commands. It replaces no file: an existing one may be a trace, and a new name is cheap."""
 
 import csv
 import io
@@ -10,23 +10,23 @@ from stallfree.metrics.requests import COLUMNS, row
 from stallfree.metrics.timeline import Timeline
 
 SUFFIXES = (".csv", ".jsonl")
-"""Of files with a row for each request."""
+"""Endings of files with a row for each request."""
 
 
 def check(file: Path | None, option: str) -> None:
-    """Raises ValueError, before the work, if `file`, which was given as `option`, cannot be written or is there already."""
+    """Raises ValueError if `file`, the value of `option`, cannot be written or exists. Call it before the work."""
     if file is None:
         return
     if file.is_dir():
         raise ValueError(f"{option} {file}: {file} is a folder; name a file in it")
     if not file.parent.is_dir():
-        raise ValueError(f"{option} {file}: there is no folder {file.parent}; name a file in a folder that is there")
+        raise ValueError(f"{option} {file}: there is no folder {file.parent}; name a file in an existing folder")
     if file.is_file():
         raise ValueError(f"{option} {file}: {file} exists, and is not written over; name another file, or remove it")
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Make `folder`, in which nothing may be. Raises ValueError if that fails."""
+    """Make `folder` if it does not exist. Raises ValueError if that fails, or if files are in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -36,14 +36,14 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def check_rows(file: Path | None, option: str) -> None:
-    """`check`, and ValueError for a format that is not written."""
+    """As `check`. Also raises ValueError for a file that ends in none of `SUFFIXES`."""
     check(file, option)
     if file is not None and file.suffix not in SUFFIXES:
         raise ValueError(f"{option} {file}: rows are written as {' or '.join(SUFFIXES)}; name a file that ends so")
 
 
 def write(file: Path, text: str) -> None:
-    """Raises ValueError if a file has come to be there since it was checked, and OSError."""
+    """Write `text` to a new `file`. Raises ValueError if one was made since `check`, and OSError."""
     try:
         with file.open("w" if file.exists() and not file.is_file() else "x", encoding="utf-8") as out:
             out.write(text)
@@ -52,10 +52,10 @@ def write(file: Path, text: str) -> None:
 
 
 def write_rows(file: Path, lines: Iterable[Timeline]) -> None:
-    """A row for each request, in order of arrival, as .csv or .jsonl."""
+    """Write a row for each request, in order of arrival, as .csv or .jsonl."""
     rows = [row(line) for line in sorted(lines, key=lambda line: line.arrival)]
     if file.suffix == ".jsonl":
-        write(file, "".join(f"{json.dumps(dict(zip(COLUMNS, one, strict=True)))}\n" for one in rows))
+        write(file, "".join(f"{json.dumps(dict(zip(COLUMNS, cells, strict=True)))}\n" for cells in rows))
         return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,5 +1,5 @@
-"""`stallfree perf`: what an iteration costs on a device, kernel by kernel, and `stallfree perf check`: how far that can be
-believed."""
+"""`stallfree perf`: the price of an iteration on a device, kernel by kernel; `stallfree perf check`: the error of such prices. It
+runs no model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from stallfree.perf.shape import Sharded
 
 app = typer.Typer(
-    invoke_without_command=True, help="Price an iteration, or hold the prices against measured kernels.", rich_markup_mode=None
+    invoke_without_command=True, help="Price an iteration, or compare prices with measured kernels.", rich_markup_mode=None
 )
 
 THIS_CPU = "this-cpu"
 _PART = re.compile(r"(?:(?P<decodes>\d+)@(?P<context>\d+)|(?:(?P<start>\d+)\+)?(?P<count>\d+))")
 _GRAMMAR = (
-    "write 32@2048 for 32 decodes with 2,048 tokens before each, 512 for a first chunk, 4096+512 for one after 4,096; 32@2048,512"
+    "write 32@2048 for 32 decodes after 2,048 tokens each, 512 for a first chunk, 4096+512 for one after 4,096, or 32@2048,512"
 )
 
 
@@ -34,22 +34,22 @@ _GRAMMAR = (
 def perf(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A built-in name, or a config.json of Hugging Face's.", show_default=False)
+        str | None, typer.Option("--model", "-m", help="A built-in name, or a Hugging Face config.json.", show_default=False)
     ] = None,
-    hardware: Annotated[str, typer.Option(help="A device, the path of a .toml, or this-cpu as it was calibrated.")] = "a100-80g",
+    hardware: Annotated[str, typer.Option(help="A device, the path of a .toml, or this-cpu, as calibrated.")] = "a100-80g",
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallelism.")] = 1,
     shape: Annotated[
-        str, typer.Option(help="32@2048: 32 decodes at 2,048 tokens; 512: a first chunk; 4096+512: one after 4,096 tokens.")
+        str, typer.Option(help="32@2048: 32 decodes after 2,048 tokens each; 512: a first chunk; 4096+512: one after 4,096.")
     ] = "32@2048,512",
     weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8 or int4.")] = "fp16",
     kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
     engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
-    node: Annotated[int | None, typer.Option(help="Devices used of each node.", show_default="all it has")] = None,
+    node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Price one iteration, operator by operator, beside what holds each up: compute, bandwidth, link or launch."""
+    """Price one iteration, operator by operator, each with its limit: compute, bandwidth, link or launch."""
     if context.invoked_subcommand is not None:
         return
     with mistakes():
@@ -62,15 +62,15 @@ def perf(
         from stallfree.perf.roofline import Roofline
 
         if model is None:
-            raise ValueError(f"which model? --model takes one of {', '.join(models.names())}, or the path of a config.json")
+            raise ValueError(f"which model? give --model one of {', '.join(models.names())}, or the path of a config.json")
         device = devices.load(hardware)
         sharded = models.Sharded(models.load(model), tp, pp, weights, kv)
         cost = Roofline(device, sharded, engine, node=node, network=network)
         room = sharded.kv_tokens(device.memory)
-        held = sum(start + count for start, count in work)
-        if held > room:
+        tokens = sum(start + count for start, count in work)
+        if tokens > room:
             raise ValueError(
-                f"the KV of {held:,} tokens does not fit beside the weights, {room:,} do; give fewer with --shape (now {shape}), "
+                f"the KV of {tokens:,} tokens does not fit beside the weights, {room:,} do; give fewer with --shape (now {shape}), "
                 "or --kv fp8"
             )
     longest = max(start + count for start, count in work)
@@ -89,9 +89,9 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
             | {"limit": op.cost.limit[0] if op.cost.limit[1] else None, "limit_seconds": op.count * op.cost.limit[1]}
             for op in operators
         ]
-        found = {"seconds": seconds, "stages": cost.stages(work), "tokens": tokens, "dollars_per_million_tokens": dollars}
-        found |= {"weight_bytes": sharded.weight_bytes, "kv_bytes_per_token": sharded.kv_bytes_per_token, "kv_tokens": room}
-        typer.echo(json.dumps(found | {"operators": rows}))
+        totals = {"seconds": seconds, "stages": cost.stages(work), "tokens": tokens, "dollars_per_million_tokens": dollars}
+        totals |= {"weight_bytes": sharded.weight_bytes, "kv_bytes_per_token": sharded.kv_bytes_per_token, "kv_tokens": room}
+        typer.echo(json.dumps(totals | {"operators": rows}))
         return
 
     from stallfree.cli.measuring import print_grid
@@ -115,14 +115,13 @@ def check(
     folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
     as_json: options.Json = False,
 ) -> None:
-    """Hold the model against measured kernels: the error of each operator in each file, and of each kind of operator over all
-    files."""
+    """Compare prices with measured kernels: the error of each operator in each file, and of each kind of operator in all."""
     from stallfree.perf.profiles import KINDS, Error, by, read
 
     with mistakes():
         points, others = read(folder)
-        files = {key: Error.of(found) for key, found in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
-        kinds = {kind: Error.of(found) for kind, found in by(points, lambda point: KINDS[point.operator]).items()}
+        files = {key: Error.of(group) for key, group in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
+        kinds = {kind: Error.of(group) for kind, group in by(points, lambda point: KINDS[point.operator]).items()}
     if as_json:
         rows = [dict(zip(("file", "operator"), key.split("\t"), strict=True)) | asdict(error) for key, error in files.items()]
         typer.echo(json.dumps({"operators": rows, "kinds": {kind: asdict(error) for kind, error in kinds.items()}}))
@@ -138,11 +137,11 @@ def check(
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
     print_grid(lines)
     for file in others:
-        typer.echo(f"not looked at, since its columns are of no profile: {file}", err=True)
+        typer.echo(f"not looked at, because its columns are of no profile: {file}", err=True)
 
 
 def parse(text: str) -> list[tuple[int, int]]:
-    """(start, count) of each piece of work in words such as 32@2048,512,4096+512. Raises ValueError that says what to write."""
+    """The (start, count) of each piece of work in text such as 32@2048,512,4096+512. Raises ValueError that says what to write."""
     work: list[tuple[int, int]] = []
     for part in text.split(","):
         match = _PART.fullmatch(part.strip())
@@ -158,17 +157,17 @@ def parse(text: str) -> list[tuple[int, int]]:
 
 
 def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> None:
-    """What the calibration of this machine says: prices of what an iteration has, not of kernels."""
+    """Print the prices of this machine's calibration: of an iteration's features, not of kernels."""
     from stallfree.checkpoint.fetch import cache_folder
     from stallfree.engine.calibrate import latest
     from stallfree.perf.fitted import FEATURES, features
 
-    fitted, name, _, _ = latest(cache_folder() / "calibration", model)
-    rows = {what: price * amount for what, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
+    fitted, model_name, _, _ = latest(cache_folder() / "calibration", model)
+    rows = {name: price * amount for name, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
     seconds = fitted.seconds(work)
     if as_json:
-        typer.echo(json.dumps({"seconds": seconds, "model": name, "features": rows}))
+        typer.echo(json.dumps({"seconds": seconds, "model": model_name, "features": rows}))
         return
-    for what, took in rows.items():
-        typer.echo(f"{what:<18}{1000 * took:9.2f} ms {took / seconds:6.1%}")
-    typer.echo(f"{name} on this machine, as calibrated: {1000 * seconds:.2f} ms, {sum(count for _, count in work):,} tokens")
+    for name, took in rows.items():
+        typer.echo(f"{name:<18}{1000 * took:9.2f} ms {took / seconds:6.1%}")
+    typer.echo(f"{model_name} on this machine, as calibrated: {1000 * seconds:.2f} ms, {sum(count for _, count in work):,} tokens")

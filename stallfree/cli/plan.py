@@ -1,4 +1,4 @@
-"""`stallfree plan`: co-locate or disaggregate, with which split of the devices, for this model, load and targets."""
+"""`stallfree plan`: co-locate or disaggregate, and how to split the devices, for a model, load and targets. It starts no server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from stallfree.planner.search import Ranked
 
 REQUESTS = 128
-"""In a trial, at least; more if fewer seconds would pass than `planner.search.SECONDS`."""
+"""Least requests in a trial; more are added until arrivals last `planner.search.SECONDS`."""
 OF_TRACE, FEWEST = 512, 64
-"""Requests from the beginning of a trace that are simulated, as many as it has; and how many it must have."""
+"""At most this many requests, from the beginning of a trace, are simulated; and the fewest that it must have."""
 RATES = (0.6, 0.8, 0.95, 1.1, 1.3)
-"""Of the winner's capacity: where attainments are compared."""
+"""Rates at which attainments are compared, as shares of the winner's capacity."""
 
 
 @words.spread("rate", "duration", "requests")
@@ -30,7 +30,7 @@ RATES = (0.6, 0.8, 0.95, 1.1, 1.3)
 def plan(
     site: Site,
     traffic: Traffic,
-    slo: Annotated[str, typer.Option(help="Latency targets, as ttft=2s@p90,tbt=100ms@p99.")],
+    slo: Annotated[str, typer.Option(help="Latency targets, such as ttft=2s@p90,tbt=100ms@p99.")],
     trace: words.Trace = None,
     as_json: options.Json = False,
     html: options.Html = None,
@@ -52,26 +52,26 @@ def plan(
     traffic = words.traced(traffic, trace)
     targets = Slo.parse(slo)
     if targets.ttft is None:
-        raise ValueError(f"a KV transfer delays first tokens, and {slo} has no target for them; add one, as ttft=2s@p90,{slo}")
-    there = Candidates(site)
-    longest = min(one.capacity.max_model_len for one in there.shapes.values())
+        raise ValueError(f"a KV transfer delays first tokens, and {slo} has no target for them; add one: ttft=2s@p90,{slo}")
+    candidates = Candidates(site)
+    longest = min(shape.capacity.max_model_len for shape in candidates.shapes.values())
     if traffic.max_total is None:
         traffic = replace(traffic, max_total=longest)
     traffic = replace(traffic, requests=_requests(traffic))
     traffic.workload.lengths.check(longest)
-    answer = search(there, traffic, targets, running, lambda line: typer.echo(line, err=True))
-    told = verdict(site, answer, traffic, targets)
+    answer = search(candidates, traffic, targets, running, lambda line: typer.echo(line, err=True))
+    advice = verdict(site, answer, traffic, targets)
     rates = [share * answer.best.rate for share in RATES]
     points = attainments(answer.whole, rates, traffic, targets, running) if html is not None or as_json else {}
     load = f"{traffic.lengths} tokens, {traffic.arrivals} arrivals" if trace is None else f"{traffic.requests} requests of {trace}"
     planned = f"{site.model} on {site.gpus} x {site.hardware}, {site.nodes} nodes"
-    asked = f"{planned}, {site.link}; {load}; {targets}."
+    question = f"{planned}, {site.link}; {load}; {targets}."
     rows = [["", "GPUs", "requests/s", "a GPU", "TTFT p90, s", "TBT p99, ms", "goodput share", "missed above that"]]
-    rows += [_row(one, site) for one in answer.ranked]
-    said = ["In the table: units, times how many there is room for. The answer: the best of both kinds, simulated on all GPUs."]
-    said += [told.headline, told.binds]
-    if told.dollars is not None:
-        said.append(f"${told.dollars:.2f} per million output tokens at capacity.")
+    rows += [_row(unit, site) for unit in answer.ranked]
+    lines = ["Rows extrapolate one unit to all GPUs. Only the best of each kind was simulated on all GPUs."]
+    lines += [advice.headline, advice.binds]
+    if advice.dollars is not None:
+        lines.append(f"${advice.dollars:.2f} per million output tokens at capacity.")
     if as_json:
         typer.echo(
             json.dumps(
@@ -79,56 +79,56 @@ def plan(
                     "site": asdict(site),
                     "workload": traffic.facts(traffic.requests or 0),
                     "slo": str(targets),
-                    "verdict": asdict(told),
-                    "units": [_facts(one, site) for one in answer.ranked],
-                    "all_gpus": [_facts(one, site) for one in answer.whole],
+                    "verdict": asdict(advice),
+                    "units": [_facts(unit, site) for unit in answer.ranked],
+                    "all_gpus": [_facts(whole, site) for whole in answer.whole],
                     "attainment": {
-                        name: [{"rate": rate} | asdict(report) for rate, report in several] for name, several in points.items()
+                        name: [{"rate": rate} | asdict(report) for rate, report in pairs] for name, pairs in points.items()
                     },
                 }
             )
         )
     if html is not None:
-        facts = [time.strftime("%Y-%m-%d %H:%M"), asked, *said, *told.commands]
+        facts = [time.strftime("%Y-%m-%d %H:%M"), question, *lines, *advice.commands]
         outputs.write(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
         typer.echo(f"table and plot are in {html}", err=True)
     if not as_json:
-        typer.echo(asked)
+        typer.echo(question)
         measuring.print_grid(rows)
-        for line in (*said, *told.commands):
+        for line in (*lines, *advice.commands):
             typer.echo(line)
 
 
 def _requests(traffic: Traffic) -> int:
-    """How many a trial has. Raises ValueError for a trace with too few that fit."""
+    """How many requests a trial has. Raises ValueError for a trace with fewer than `FEWEST` that fit."""
     if traffic.arrivals != "trace":
         return REQUESTS
-    there = sum(1 for _ in islice(replace(traffic, requests=None).stream(1.0), OF_TRACE))
-    if there < FEWEST:
-        raise ValueError(f"the trace {traffic.lengths} has {there} requests that fit; a plan needs {FEWEST} at least")
-    return there
+    number = sum(1 for _ in islice(replace(traffic, requests=None).stream(1.0), OF_TRACE))
+    if number < FEWEST:
+        raise ValueError(f"the trace {traffic.lengths} has {number} requests that fit; a plan needs at least {FEWEST}")
+    return number
 
 
-def _row(one: Ranked, site: Site) -> list[str]:
+def _row(ranked: Ranked, site: Site) -> list[str]:
     from stallfree.planner.candidates import size
 
-    report = one.at
+    report = ranked.at
     figures = ["-", "-", "-"]
     if report is not None and report.ttft_s is not None and report.tbt_s is not None and report.goodput is not None:
         figures = [f"{report.ttft_s.p90:.3g}", f"{1000 * report.tbt_s.p99:.3g}", f"{report.goodput.share:.1%}"]
-    name = f"{one.units} x {one.name}" if one.units > 1 else one.name
-    gpus, each = str(one.units * size(one.deployed)), one.total / site.gpus
-    return [name, gpus, f"{one.total:.3g}", f"{each:.3g}", *figures, "; ".join(one.why)]
+    name = f"{ranked.units} x {ranked.name}" if ranked.units > 1 else ranked.name
+    gpus, each = str(ranked.units * size(ranked.deployed)), ranked.total / site.gpus
+    return [name, gpus, f"{ranked.total:.3g}", f"{each:.3g}", *figures, "; ".join(ranked.why)]
 
 
-def _facts(one: Ranked, site: Site) -> dict[str, Any]:
+def _facts(ranked: Ranked, site: Site) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "units": one.units,
-        "capacity": one.rate,
-        "requests_per_s": one.total,
-        "goodput_per_gpu": one.total / site.gpus,
-        "deployed": asdict(one.deployed),
-        "at_capacity": None if one.at is None else asdict(one.at),
-        "missed_above": list(one.why),
+        "name": ranked.name,
+        "units": ranked.units,
+        "capacity": ranked.rate,
+        "requests_per_s": ranked.total,
+        "goodput_per_gpu": ranked.total / site.gpus,
+        "deployed": asdict(ranked.deployed),
+        "at_capacity": None if ranked.at is None else asdict(ranked.at),
+        "missed_above": list(ranked.why),
     }

@@ -1,4 +1,4 @@
-"""`stallfree reproduce`: a paper's evaluation in the simulator, beside what the paper published."""
+"""`stallfree reproduce`: a paper's evaluation in the simulator, beside the published results. It knows no experiment's details."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from stallfree.cli import options, words
 if TYPE_CHECKING:
     from stallfree.papers.sarathi_serve import Row
 
-app = typer.Typer(
-    help="Simulate a paper's evaluation, and put what was published beside it.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Simulate a paper's evaluation, beside its published results.", no_args_is_help=True, rich_markup_mode=None)
 
 
 class Part(StrEnum):
@@ -38,9 +36,9 @@ def reproduce() -> None:
 @words.mistakes()
 def sarathi(
     only: Annotated[
-        list[Part] | None, typer.Option(help="This part alone; may be given several times.", show_default="all of them")
+        list[Part] | None, typer.Option(help="Only this part. May be given several times.", show_default="all of them")
     ] = None,
-    requests: Annotated[int, typer.Option(help="Requests in a trial of capacity; the paper's had 2,048.", min=1)] = 2048,
+    requests: Annotated[int, typer.Option(help="Requests in a trial of capacity; the paper had 2,048.", min=1)] = 2048,
     engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
     plots: Annotated[
         Path | None, typer.Option(help="Draw the results into this new or empty folder; needs matplotlib.", show_default=False)
@@ -49,7 +47,7 @@ def sarathi(
 ) -> None:
     """Sarathi-Serve (OSDI'24): capacities of four models, the ablation, the price of chunks, pipelines, SLOs, and stalls.
 
-    Takes about a quarter of an hour on two cores; `--requests 256` is a quick look.
+    It takes about a quarter of an hour on two cores. `--requests 256` is faster, for a first look.
     """
 
     from stallfree.cli import outputs

@@ -1,4 +1,4 @@
-"""`stallfree route`: one address in front of several decode servers, which says for each request who is to prefill it."""
+"""`stallfree route`: one address for several decode servers, which also chooses each request's prefill engine. It has no engine."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from stallfree.cli import options
 
 
 def route(
-    decode: Annotated[str, typer.Option(metavar="URL,...", help="Servers that requests go to: of role decode, or any.")],
+    decode: Annotated[str, typer.Option(metavar="URL,...", help="Servers that get the requests: of role decode, or any.")],
     prefill: Annotated[
         str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines; each decode server must have them as --prefill.")
     ] = None,
@@ -16,7 +16,7 @@ def route(
         int | None,
         typer.Option(
             metavar="TOKENS",
-            help="While every prefill engine has more tokens of prompts waiting, decode servers compute prompts.",
+            help="While every prefill engine has more prompt tokens than this to compute, decode servers compute prompts.",
             min=0,
             show_default="never",
         ),
@@ -25,16 +25,16 @@ def route(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
 ) -> None:
-    """Pass requests on to the decode server with the fewest, until SIGTERM or Ctrl-C. An API key is the servers' to check."""
+    """Pass each request on to the decode server with the fewest, until SIGTERM or Ctrl-C. The servers check API keys."""
     from stallfree.server.route import Router, create_router
     from stallfree.server.run import bind, run
     from stallfree.transfer.terms import address
 
     peers = [] if prefill is None else options.addresses(prefill, "--prefill")
     if spill is not None and not peers:
-        raise ValueError("--spill is for when prefill engines are busy; give them as --prefill HOST:PORT")
+        raise ValueError("--spill needs prefill engines; give them as --prefill HOST:PORT")
     if host not in options.LOOPBACK:
-        warning = f"whoever reaches --host {host} reaches the servers; give them an API key, which is theirs to check"
+        warning = f"who can reach --host {host} can reach the servers; give them an API key, because they check it"
         typer.echo(f"warning: {warning}", err=True)
     router = Router(decode.split(","), [address(*peer) for peer in peers], spill)
     sock = bind(host, port)

@@ -1,4 +1,4 @@
-"""`stallfree serve`: a model behind an OpenAI-compatible HTTP server."""
+"""`stallfree serve`: puts a server together from its options. It knows no routes and no scheduling."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ ROLES = {"prefill": "asked at", "decode": "asks"}
 
 @dataclass(frozen=True)
 class Front:
-    """What clients see of a server."""
+    """The options of a server that clients notice."""
 
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000
     api_key: options.ServersKey = None
     served_name: options.ServedName = None
     sanitize_control_tokens: options.Sanitize = False
-    max_queue: Annotated[int, typer.Option(help="Most requests waiting; one more gets 429.", min=1)] = 1024
+    max_queue: Annotated[int, typer.Option(help="Most waiting requests; one more gets status 429.", min=1)] = 1024
 
 
 @dataclass(frozen=True)
 class Peering:
-    """The other engines that this one exchanges prompts with."""
+    """The options for KV transfers with other engines."""
 
-    role: Annotated[Role, typer.Option(help="Prefill for other engines, have others prefill, or both oneself.")] = "both"
+    role: Annotated[Role, typer.Option(help="Prefill for others, let others prefill (decode), or neither (both).")] = "both"
     prefill: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turns.")
+        str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turn.")
     ] = None
     peer_port: Annotated[
         int | None,
-        typer.Option(help="Port at which decode engines ask one of role prefill; 0 is any.", min=0, max=65535),
+        typer.Option(help="Port at which decode engines ask an engine of role prefill; 0 is any free one.", min=0, max=65535),
     ] = None
-    peer_host: Annotated[str, typer.Option(help="Address of that port; any but 127.0.0.1 needs a --peer-key.")] = "127.0.0.1"
+    peer_host: Annotated[str, typer.Option(help="Address of --peer-port; any but 127.0.0.1 needs a --peer-key.")] = "127.0.0.1"
     peer_key: Annotated[
-        str, typer.Option(envvar="STALLFREE_PEER_KEY", help="Secret that engines prove to each other.", show_envvar=True)
+        str, typer.Option(envvar="STALLFREE_PEER_KEY", help="Secret that engines must share.", show_envvar=True)
     ] = ""
 
     def addresses(self) -> list[tuple[str, int]]:
-        """Those of the prefill engines to ask, if what is given makes sense. Raises ValueError."""
+        """The addresses of the prefill engines to ask. Raises ValueError for options that contradict each other."""
         if self.role == "decode" and self.prefill is None:
             raise ValueError("--role decode needs the prefill engines that it asks; give --prefill HOST:PORT")
         if self.role == "prefill" and self.peer_port is None:
@@ -61,8 +61,8 @@ class Peering:
         if self.role != "prefill" and self.peer_port is not None:
             raise ValueError(f"--peer-port is for --role prefill, not {self.role}")
         if self.peer_host not in options.LOOPBACK and not self.peer_key:
-            way = "set STALLFREE_PEER_KEY (or --peer-key)"
-            raise ValueError(f"--peer-host {self.peer_host} lets others than this machine's engines in; {way}")
+            remedy = "set STALLFREE_PEER_KEY (or --peer-key)"
+            raise ValueError(f"--peer-host {self.peer_host} lets in engines of other machines; {remedy}")
         return [] if self.prefill is None else options.addresses(self.prefill, "--prefill")
 
 
@@ -74,7 +74,7 @@ def serve(
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
-        str | None, typer.Option(help="OpenTelemetry collector that gets a trace of every request, as http://127.0.0.1:4318.")
+        str | None, typer.Option(help="OpenTelemetry collector that gets a trace of every request, such as http://127.0.0.1:4318.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
@@ -91,7 +91,7 @@ def serve(
     addresses = peering.addresses()
     outputs.check(record, "--record")
     options.warn_if_open(front.host, front.api_key)
-    sock, peer_sock = _bound(front, peering)  # first: a port in use should not cost the loading of a model
+    sock, peer_sock = _bound(front, peering)  # before the model loads, so that a port in use costs no time
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     with ExitStack() as stack:
         file = None if record is None else stack.enter_context(closing(RecordFile(record)))
@@ -128,7 +128,7 @@ def serve(
 
 
 def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket | None]:
-    """The sockets for clients, and for other engines if they are to ask this one."""
+    """The socket for clients, and one for other engines if this one prefills for them."""
     from stallfree.server.run import PortError, bind
 
     sock = bind(front.host, front.port)
@@ -142,7 +142,7 @@ def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket
 def _card(
     assembled: Assembled, service: Service, peering: Peering, sock: socket.socket, peer_sock: socket.socket | None
 ) -> dict[str, Any]:
-    """What there is to say of a server, once."""
+    """Facts about a server, which it prints when it starts."""
     from stallfree.transfer.terms import address
 
     capacity, ledger = service.engine.executor.capacity, service.engine.scheduler.ledger
@@ -188,6 +188,6 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
     }
     body = "\n".join(f"[bold]{key:<11}[/bold]{value}" for key, value in lines.items())
     console = Console()
-    if not console.is_terminal:  # what reads a pipe finds each line whole
+    if not console.is_terminal:  # a program that reads a pipe gets unbroken lines
         console.width = max(console.width, 16 + max(map(len, lines.values())))
     console.print(Panel(body, title="stallfree", title_align="left", expand=False))

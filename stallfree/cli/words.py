@@ -1,5 +1,5 @@
-"""A dataclass of words as the options of a command: its fields, their types and defaults, with their own help or that from here;
-and the same from a TOML file. It knows how options come in, not what they mean.
+"""Turns a dataclass into the options of a command: each field's type, default and help (its own, or that of `HELP`). It also reads
+the same options from a TOML file. It knows how options come in, not what they mean.
 """
 
 from __future__ import annotations
@@ -26,51 +26,51 @@ if TYPE_CHECKING:
 HELP: dict[str, tuple[str, str | None]] = {
     # Traffic
     "arrivals": (
-        "poisson, gamma:cv=2 (burstier with a larger cv), bursts:on=10s,off=50s, diurnal:period=24h,swing=0.8, or trace: the times "
-        "in the file.",
+        "poisson, gamma:cv=2 (a larger cv is burstier), bursts:on=10s,off=50s, diurnal:period=24h,swing=0.8, or trace: the file's "
+        "times.",
         None,
     ),
     "lengths": (
         "Prompt/output tokens: 512/128, median=200,p90=800/median=60,p90=150, uniform=16..256/zipf=16..256,s=1.1; openchat or "
-        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and perhaps arrived_at, or BurstGPT's; or "
-        "Mooncake's FILE.jsonl. Others may be mixed in: 512/128 + 5%:2000/64.",
+        "arxiv, the paper's datasets; a FILE.csv with prompt_tokens, output_tokens and optionally arrived_at, or BurstGPT's; or "
+        "Mooncake's FILE.jsonl. Several may be mixed: 512/128 + 5%:2000/64.",
         None,
     ),
-    "max_total": ("Most tokens of a request, prompt and output; longer ones are drawn again.", "no limit"),
-    "rate": ("Requests per second, on average; only a trace has its own.", "none"),
-    "requests": ("How many requests.", "200, simulated 2,048, or a trace's all"),
+    "max_total": ("Most tokens of a request, prompt and output. Longer ones are drawn again.", "no limit"),
+    "rate": ("Mean requests per second. A trace has its own rate.", "none"),
+    "requests": ("How many requests.", "200; simulated 2,048; all of a trace"),
     "duration": ("Seconds of arrivals, instead of a number of requests.", "none"),
-    "seed": ("Draws the same arrivals and lengths again.", None),
+    "seed": ("The same seed draws the same arrivals and lengths.", None),
     # Deployment
-    "model": ("A name of `stallfree list models`, or a config.json of Hugging Face's.", "none"),
-    "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu as it was calibrated.", None),
+    "model": ("A name of `stallfree list models`, or a Hugging Face config.json.", "none"),
+    "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu, as calibrated.", None),
     "tp": ("Tensor parallelism.", None),
     "pp": ("Pipeline parallelism.", None),
     "weights": ("Precision of the weights: bf16, fp16, fp8, int8 or int4.", None),
     "kv": ("Precision of the KV cache: bf16, fp16 or fp8.", None),
-    "engine": ("What launches the kernels: graph, eager-2024; or a profile of DistServe's, a .json.", None),
-    "node": ("Devices used of each node.", "all it has"),
+    "engine": ("What launches the kernels: graph, eager-2024; or a DistServe profile, a .json.", None),
+    "node": ("Devices used on each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),
     "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),
-    "policy_option": ("An option of the policy's own, as NAME=VALUE; as often as it has any.", "none"),
+    "policy_option": ("An option of the policy, as NAME=VALUE. May be given several times.", "none"),
     "token_budget": ("Tokens per iteration, for policies that take a budget.", "the policy's"),
-    "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; for policy slo 5 small decode iterations"),
+    "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; with policy slo, 5 small decode iterations"),
     "max_seqs": ("Most requests running at once.", None),
     "max_tokens": ("Most tokens in one iteration, whatever the policy.", None),
     "max_model_len": ("Longest request, in tokens, prompt and output.", "the model's context"),
     "block_size": ("Tokens of a KV block.", None),
     "gpu_memory_utilization": ("Share of the devices' memory for weights and KV.", None),
     "watermark": ("Share of the KV blocks that an admission leaves free.", None),
-    "max_output": ("Output tokens that requests ask for, whatever they get.", "what they get"),
+    "max_output": ("The max_tokens that each request declares; the actual output may be shorter.", "the actual output"),
     # Site
-    "gpus": ("Devices there are, evenly on the nodes.", None),
-    "nodes": ("Nodes that they are on.", None),
-    "link": ("What joins the nodes, one port each: ib-400g, ib-200g, ib-100g, eth-100g, eth-25g, eth-10g.", None),
-    "replicas": ("Copies of the engine, each on devices of its own.", None),
+    "gpus": ("All devices, evenly spread over the nodes.", None),
+    "nodes": ("Nodes with these devices.", None),
+    "link": ("Link between nodes, one port each: ib-400g, ib-200g, ib-100g, eth-100g, eth-25g, eth-10g.", None),
+    "replicas": ("Copies of the engine, each on its own devices.", None),
     "router": ("Which replica a request goes to: round-robin, least-loaded, shortest-queue, prefix-affinity.", None),
     "prefix_cache": ("Share the KV of equal prompt beginnings.", None),
 }
-"""For each field its help, and what to show as its default where that is None."""
+"""The help of each field, and the words that --help shows for a default of None."""
 
 _IN_TOML: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
@@ -80,28 +80,28 @@ _IN_TOML: dict[type, tuple[tuple[type, ...], str]] = {
     list: ((list,), "a list of texts in quotes"),
 }
 _kinds: dict[str, type] = {}
-"""Of the parameters that are options of some command, or the model, by their names."""
+"""The types of all commands' options, and of the model, by their names."""
 _CONFIGURATIONS = "configurations"
 
 
 def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turns a command's parameters that are dataclasses into options for their fields, but for those `without`, which keep their
-    defaults.
+    """A decorator that replaces a command's dataclass parameters by options, one for each field. The fields `without` get no
+    option; they keep their defaults.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
         parameters: list[inspect.Parameter] = []
-        made: dict[str, tuple[type, list[str]]] = {}
+        spreads: dict[str, tuple[type, list[str]]] = {}
         for parameter in inspect.signature(command).parameters.values():
             hint = hints[parameter.name]
             if not hasattr(hint, "__dataclass_fields__"):
                 parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
                 continue
             types = get_type_hints(hint, include_extras=True)
-            told = [field for field in fields(hint) if field.name not in without]
-            made[parameter.name] = hint, [field.name for field in told]
-            for field in told:
+            shown_fields = [field for field in fields(hint) if field.name not in without]
+            spreads[parameter.name] = hint, [field.name for field in shown_fields]
+            for field in shown_fields:
                 annotation: Any = types[field.name]
                 if get_origin(annotation) is not Annotated:
                     help, shown = HELP[field.name]
@@ -111,9 +111,9 @@ def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]
                 )
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            whole = {name: cls(**{field: given.pop(field) for field in told}) for name, (cls, told) in made.items()}
-            command(**whole, **given)
+        def run(**values: Any) -> None:
+            whole = {name: cls(**{field: values.pop(field) for field in names}) for name, (cls, names) in spreads.items()}
+            command(**whole, **values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -124,7 +124,7 @@ def spread(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """What was asked for and cannot be is the asker's mistake: one line, and exit code 2."""
+    """A ValueError inside is a mistake of the user: print it in one line and end with exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -133,27 +133,27 @@ def mistakes() -> Iterator[None]:
 
 
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
-    """The values of `file` as defaults of the command's options, each of the type that the option has."""
+    """Take the values in `file` as defaults of the command's options. Each must have the option's type."""
     if file is None:
         return None
     with mistakes():
         try:
-            found = tomllib.loads(file.read_text())
+            table = tomllib.loads(file.read_text())
         except OSError as error:
             raise ValueError(f"--config {file} cannot be read: {error.strerror}; name a .toml") from None
         except ValueError as error:
             raise ValueError(f"--config {file} is no TOML: {error}") from None
-        several = _several(found.pop(_CONFIGURATIONS, {}), context, file)
-        if several and "policies" not in {parameter.name for parameter in context.command.params}:
+        tables = _tables(table.pop(_CONFIGURATIONS, {}), context, file)
+        if tables and "policies" not in {parameter.name for parameter in context.command.params}:
             raise ValueError(f"{file}: this command takes one configuration; the simulated `capacity` and `compare` take several")
-        context.meta[_CONFIGURATIONS] = several
-        context.default_map = _checked(found, context, str(file))
+        context.meta[_CONFIGURATIONS] = tables
+        context.default_map = _checked(table, context, str(file))
     return file
 
 
-def _several(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[str, Any]]:
+def _tables(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        raise ValueError(f"{file}: configurations are tables with names of their own, as [configurations.relaxed]")
+        raise ValueError(f"{file}: configurations are tables with names, such as [configurations.relaxed]")
     return {name: _checked(table, context, f"{file}, [configurations.{name}]") for name, table in tables.items()}
 
 
@@ -179,14 +179,14 @@ Config = Annotated[
         "--config",
         is_eager=True,
         callback=_configure,
-        help="A TOML file with any of these options, by their names; what is on the command line comes before it.",
+        help="A TOML file with any of these options, by name. Options on the command line override it.",
         show_default=False,
     ),
 ]
 
 
 def everywhere(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command what all have: --config; and --model, where the model is an argument that may be left out."""
+    """Adds the options that all commands have: --config; also --model, if the model is an optional argument."""
     hints = get_type_hints(command, include_extras=True)
     parameters = [
         parameter.replace(annotation=hints.get(parameter.name, parameter.annotation), kind=inspect.Parameter.KEYWORD_ONLY)
@@ -204,13 +204,13 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @wraps(command)
-    def run(**given: Any) -> None:
-        given.pop("config")
+    def run(**values: Any) -> None:
+        values.pop("config")
         if both:
-            named, context = given.pop("named"), given.pop("context_")
+            named, context = values.pop("named"), values.pop("context_")
             in_file = getattr(context.get_parameter_source("named"), "name", "") == "DEFAULT_MAP"
-            given["model"] = options.one_model(given["model"], None if in_file and given["model"] else named)
-        command(**given)
+            values["model"] = options.one_model(values["model"], None if in_file and values["model"] else named)
+        command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -218,28 +218,28 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_argument(annotation: Any) -> bool:
-    return any(isinstance(one, ArgumentInfo) for one in getattr(annotation, "__metadata__", ()))
+    return any(isinstance(part, ArgumentInfo) for part in getattr(annotation, "__metadata__", ()))
 
 
 def _kind(annotation: Any) -> type:
-    """What TOML has for a parameter's type; text for what is read from text, as paths and choices are."""
+    """TOML's type for a parameter; text for those that are parsed from text, such as paths and choices."""
     type_ = annotation.__origin__ if get_origin(annotation) is Annotated else annotation
-    if any(getattr(one, "parser", None) for one in getattr(annotation, "__metadata__", ())):
+    if any(getattr(part, "parser", None) for part in getattr(annotation, "__metadata__", ())):
         return str
-    members = [one for one in (type_, *get_args(type_)) if (get_origin(one) or one) in _IN_TOML]
+    members = [member for member in (type_, *get_args(type_)) if (get_origin(member) or member) in _IN_TOML]
     return (get_origin(members[0]) or members[0]) if members else str
 
 
 Trace = Annotated[
     Path | None,
     typer.Option(
-        help="Read arrivals and lengths from this trace, a .csv or .jsonl; a rate stretches its times.", show_default=False
+        help="Read arrivals and lengths from this trace, a .csv or .jsonl. A rate stretches its times.", show_default=False
     ),
 ]
 
 
 def traced(traffic: Traffic, trace: Path | None) -> Traffic:
-    """`traffic` with the arrivals and lengths of `trace`, if there is one. Raises ValueError if it has some of its own."""
+    """`traffic` with the arrivals and lengths of `trace`, if there is one. Raises ValueError if `traffic` sets them too."""
     if trace is None:
         return traffic
     usual = Traffic()
@@ -249,26 +249,26 @@ def traced(traffic: Traffic, trace: Path | None) -> Traffic:
 
 
 def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:
-    """`deployment` with each of the `policies` (as sarathi:512), and with what each of the file's configurations has of its own; it
-    itself if there is neither. Raises ValueError for a name that is there twice.
+    """Deployments by name: `deployment` with each of the `policies` (such as sarathi:512), and with the values of each
+    configuration in the file; without either, `deployment` alone. Raises ValueError for a name that is there twice.
     """
-    found: dict[str, Deployment] = {}
+    deployments: dict[str, Deployment] = {}
     for text in policies:
         name, budget = policy(text)
-        if text in found:
+        if text in deployments:
             raise ValueError(f"{text!r} is there twice; name each policy once")
-        found[text] = replace(deployment, policy=name, token_budget=budget)
+        deployments[text] = replace(deployment, policy=name, token_budget=budget)
     for name, own in context.meta.get(_CONFIGURATIONS, {}).items():
-        if name in found:
-            raise ValueError(f"{name!r} is there twice, as a policy and as a configuration; rename the latter")
+        if name in deployments:
+            raise ValueError(f"{name!r} is there twice, as a policy and as a configuration; rename the configuration")
         alien = sorted(own.keys() - {f.name for f in fields(deployment)})
         if alien:
             raise ValueError(f"[configurations.{name}]: {alien[0]} is the same for all; set it above the tables")
-        found[name] = replace(deployment, **own)
-    return found or {deployment.policy: deployment}
+        deployments[name] = replace(deployment, **own)
+    return deployments or {deployment.policy: deployment}
 
 
 def policy(text: str) -> tuple[str, int | None]:
-    """A policy, and its budget if a number follows: sarathi:128."""
+    """A policy's name, and its token budget if a number follows, as in sarathi:128."""
     name, colon, number = text.rpartition(":")
     return (name, int(number)) if colon and number.isdecimal() else (text, None)

@@ -1,1 +1,1 @@
-"""What a run was worth: records or a client's times in, latencies and stalls out. It knows no engine and no clock."""
+"""Measures a run: latencies and stalls from records, or from a client's times. It knows no engine and no clock."""

@@ -1,8 +1,8 @@
-"""Capacity: the highest rate at which a server meets its SLO, found by trials that may err. It knows no server and no clock.
+"""Searches the capacity, the highest rate at which a server meets its SLO, by trials that may err. It knows no server and no clock.
 
-At a rate near capacity one trial passes and the next fails, by the luck of its arrivals. So a rate is tried with one seed after
-another until one verdict leads by two, and only then decided. A trial passes as in the paper (Sarathi-Serve, OSDI'24, section 5):
-the SLO is met, and requests do not wait ever longer for their turn.
+Near capacity one trial passes and the next fails, by the luck of its arrivals. So a rate is tried with one seed after another,
+until one verdict leads by two. A trial passes as in the paper (Sarathi-Serve, OSDI'24, section 5): the SLO is met, and the queue
+does not grow without bound.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report
 
 LEAD = 2
-"""How many trials more must say the same before a rate is decided."""
+"""Trials by which one verdict must lead before a rate is decided."""
 DOUBLINGS = 20
-"""How often the first rate is doubled before the search ends: no server is that much faster than anybody expects."""
+"""At most so many doublings of the first rate: no server is a million times faster than expected."""
 MEDIAN_TTFT_S = 2.0
-"""Without a target for TTFT: what the median delay of scheduling may be at most, the paper's limit; or, where only a client looked
-and cannot tell it, the median TTFT. In a queue that grows without bound it is beyond any limit."""
+"""Seconds that the median scheduling delay may be at most, without a target for TTFT: the paper's limit. A client cannot see that
+delay; then the limit is for the median TTFT. A queue that grows without bound exceeds any limit."""
 MOST_FAILED = 0.01
-"""Share of the requests that may end in an error. Whoever refuses half of them can be quick with the others."""
+"""Share of requests that may end with an error: a server that refuses half of them can be quick with the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the trials at one rate came to. `sure`: one verdict led by `LEAD`; if not, the majority was taken."""
+    """The result of the trials at one rate. `sure`: one verdict led by `LEAD`; otherwise the majority decided."""
 
     rate: float
     passed: int
@@ -41,8 +41,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """`rate`: the highest found to meet the SLO, 0 if none did; `above`: the lowest found to miss it, None if none did.
-    `decisions` in the order in which they were made.
+    """The result of a search. `rate`: the highest that met the SLO, 0 if none did. `above`: the lowest that missed it, None if none
+    did. `decisions`: in the order in which they were made.
     """
 
     rate: float
@@ -59,17 +59,17 @@ def search(
     most_trials: int = 5,
     seed: int = 0,
 ) -> Capacity:
-    """The capacity by `trial(rate, seed)`, to a share of `tolerance`: doubling or halving from `start`, then bisection.
+    """Find the capacity by `trial(rate, seed)`: doubling or halving from `start`, then bisection to a share of `tolerance`.
 
-    No rate below `lowest` is tried: the lower it is, the longer a trial takes. A rate gets `most_trials` trials at the most, with
-    the same seeds as every other. Raises ValueError for options that cannot be.
+    No rate below `lowest` is tried: the lower the rate, the longer a trial. Each rate gets at most `most_trials` trials, with the
+    same seeds as every other. Raises ValueError for invalid options.
     """
     if not 0 < start < float("inf"):
         raise ValueError(f"a search cannot start at {start:g} requests per second; give a rate above 0")
     if not 0.001 <= tolerance < 1:
-        raise ValueError(f"a tolerance of {tolerance:g} cannot be reached; give a share from 0.001 to below 1, as 0.05")
+        raise ValueError(f"a tolerance of {tolerance:g} cannot be reached; give a share from 0.001 to below 1, such as 0.05")
     if most_trials < 1 or most_trials % 2 == 0:
-        raise ValueError(f"of {most_trials} trials there may be no majority; give an odd number")
+        raise ValueError(f"{most_trials} trials may have no majority; give an odd number")
     decisions: list[Decision] = []
 
     def met(rate: float) -> bool:
@@ -102,7 +102,7 @@ def search(
 
 
 def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, seed: int) -> Decision:
-    """Trials at `rate` with the seeds from `seed` on, until one verdict leads by `LEAD` or `most_trials` were made."""
+    """Run trials at `rate` with the seeds from `seed` on, until one verdict leads by `LEAD` or `most_trials` have run."""
     passed = failed = 0
     while passed + failed < most_trials and abs(passed - failed) < LEAD:
         if trial(rate, seed + passed + failed):
@@ -113,16 +113,16 @@ def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, s
 
 
 def shortfalls(report: Report, slo: Slo) -> list[str]:
-    """Why a trial fails, in words; nothing if it passes."""
-    found = [
+    """The reasons why a trial fails, in words; empty if it passes."""
+    reasons = [
         f"{target.in_time or 0:.2%} within {name}={target.target}"
         for name, target in report.slo_attainment.items()
         if not target.met
     ]
     name, delay = ("TTFT", report.ttft_s) if report.scheduling_s is None else ("delay of scheduling", report.scheduling_s)
     if slo.ttft is None and (delay is None or delay.p50 > MEDIAN_TTFT_S):
-        found.append(f"median {name} {'none' if delay is None else f'{delay.p50:.3g} s'}, of {MEDIAN_TTFT_S:g} s at the most")
+        reasons.append(f"median {name} {'none' if delay is None else f'{delay.p50:.3g} s'}, of at most {MEDIAN_TTFT_S:g} s")
     failed = sum(report.errors.values())
     if failed > MOST_FAILED * (failed + report.completed):
-        found.append(f"{failed} of {failed + report.completed} requests failed")
-    return found
+        reasons.append(f"{failed} of {failed + report.completed} requests failed")
+    return reasons

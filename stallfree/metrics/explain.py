@@ -1,7 +1,7 @@
-"""A recorded run in words: what happened in a step, to a request, or on the whole, and why.
+"""Tells a recorded run in words: what happened in a step, to a request, or in the whole run, and why.
 
-It says what the records and the account of stalls say, and adds no judgement of its own. Times are seconds of the run, from its
-first arrival.
+It repeats what the records and the account of stalls say, and judges nothing itself. Times are seconds since the run's first
+arrival.
 """
 
 import re
@@ -14,27 +14,27 @@ from stallfree.core.record import Arrived, Run, StepRecord
 from stallfree.metrics.stalls import Stall, StallAccount, Wait
 
 WORST = 5
-"""Of a long list, how many are shown."""
+"""At most so many items of a list are shown."""
 
 VARYING = re.compile(r"until \S+ is due|[0-9]+(\.[0-9]+)?")
-"""What differs in reasons of one kind: numbers, and who is due."""
+"""The parts that differ between reasons of one kind: numbers, and the request that is due."""
 
 
 class Explained:
-    """`run` and `records`, judged by the run's SLO and what requests asked for themselves. Raises ValueError if nothing ran."""
+    """`run` and `records`, judged by the SLO of the run and by the requests' own targets. Raises ValueError without records."""
 
     def __init__(self, run: Run, records: Sequence[StepRecord]):
         if not records:
-            raise ValueError("the record holds no iterations; nothing was asked of the engine while it was written")
+            raise ValueError("the record holds no iterations: the engine got no request while it was recorded")
         self.run, self.records = run, records
         self.arrived = {a.id: a for r in records for a in r.arrived}
         account = StallAccount(run.targets)
         self.stalls: list[list[Stall]] = []
-        """Those of each record, in the same order."""
+        """The stalls of each record, in the records' order."""
         self.waits: list[Wait] = []
-        """First tokens that were waited for long."""
+        """First tokens with long waits, in their order."""
         self.prefills: list[dict[str, int]] = []
-        """Tokens by request, of each record in the same order; all else in its work are decodes."""
+        """The prefill tokens by request, of each record in the records' order; all else in its work are decodes."""
         for r in records:
             self.stalls.append(account.record(r))
             self.waits += account.waits
@@ -42,8 +42,8 @@ class Explained:
         self.origin = min([records[0].t_plan, *(a.arrival for a in self.arrived.values())])
 
     def on_the_whole(self) -> Iterator[str]:
-        """The run: what was served, how well, what was late, why, and because of whom."""
-        records, stalls = self.records, [s for some in self.stalls for s in some]
+        """The whole run: what was served, how well, which tokens were late, why, and because of which requests."""
+        records, stalls = self.records, [s for of_record in self.stalls for s in of_record]
         seconds = records[-1].t_end - self.origin
         emitted = sum(len(r.emitted) + len(r.delivered) for r in records)
         reasons = Counter(f.reason for r in records for f in r.finished)
@@ -51,9 +51,9 @@ class Explained:
         yield f"{len(records)} iterations in {seconds:.1f} s under policy {self.run.policy}, {self.run.slo or 'with no SLO'}."
         yield f"{len(self.arrived)} requests arrived and got {emitted} tokens; ended: {ends}."
         yield f"{_of_all(records, 'budget')} tokens of budget an iteration; {_of_all(records, 'num_waiting')} requests waited."
-        came, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
-        if came or recalled:
-            yield f"{_number(came, 'prompt')} computed by other engines, {recalled} that did not come from there computed here."
+        delivered, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
+        if delivered or recalled:
+            yield f"{_number(delivered, 'prompt')} computed by other engines; {recalled} computed here after a KV transfer failed."
         margins = [r.margin for r in records if r.margin is not None]
         if margins:
             spread = f"{min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median"
@@ -72,13 +72,13 @@ class Explained:
         for s in worst:
             yield f"  {self._at(s.t)}, step {s.step}: {s.id} waited {_ms(s.gap_s)}; {s.words()}"
         if self.waits:
-            yield f"{_number(len(self.waits), 'first token')} waited for long, the longest:"
+            yield f"{_number(len(self.waits), 'first token')} waited for long. The longest waits:"
         for w in sorted(self.waits, key=lambda w: -w.seconds)[:WORST]:
             yield f"  {self._at(w.t)}, step {w.step}: {w.id} waited {_ms(w.seconds)}; {w.words()}"
 
     def step(self, number: int) -> Iterator[str]:
-        """One iteration: what it computed and for whom, how long it took, what limited it, and who was late. Raises ValueError for
-        a step that is not in the record.
+        """One iteration: its work, its time, what limited it, and which requests were late. Raises ValueError for a step that is
+        not in the record.
         """
         first = self.records[0].step
         index = number - first
@@ -88,7 +88,7 @@ class Explained:
         prefills = self.prefills[index]
         decoded = [id for id, _, _ in r.work if id not in prefills]
         began = r.t_plan
-        if self.run.capacity.overlap and index:  # planned ahead, it waited for the one before
+        if self.run.capacity.overlap and index:  # it was planned ahead, and waited for the step before
             began = max(began, self.records[index - 1].t_end)
         took = r.t_end - began
         yield f"Step {r.step}, {self._at(r.t_plan)}: {_ms(r.t_end - r.t_start)} on the executor, {_ms(took)} with its planning."
@@ -102,26 +102,26 @@ class Explained:
                 yield f"{chunk}{self._admission(r, id, cached)}."
         yield f"The budget was {_number(r.budget, 'token')}, {sum(count for _, _, count in r.work)} of them used: {r.reason}."
         if r.limit_s is not None and r.margin is not None:
-            verdict = "within it" if took <= r.limit_s else f"{_ms(took - r.limit_s)} too long"
-            expected = f"{_ms(r.limit_s / r.margin)} by the cost model with its margin of {r.margin:.2f}"
-            yield f"It was to take at most {_ms(r.limit_s)}, {expected}; it was {verdict}."
+            verdict = "stayed within it" if took <= r.limit_s else f"took {_ms(took - r.limit_s)} longer"
+            expected = f"{_ms(r.limit_s / r.margin)} by the cost model, times the margin {r.margin:.2f}"
+            yield f"The limit was {_ms(r.limit_s)}: {expected}. The step {verdict}."
         if r.preempted:
-            yield f"Preempted for want of KV blocks since the step before{_list(r.preempted)}."
+            yield f"Preempted since the step before, because KV blocks ran out{_list(r.preempted)}."
         if r.stalled:
-            yield f"Left out though ready{_list(r.stalled)}."
+            yield f"Ready, but left out{_list(r.stalled)}."
         for s in self.stalls[index]:
             yield f"{s.id} {'waited' if s.kind == 'left out' else 'was late'}: {_ms(s.gap_s)} since its token before; {s.words()}."
         if r.delivered:
-            yield f"Since the step before prompts came computed{_list([d.id for d in r.delivered])}."
+            yield f"KV transfers delivered since the step before{_list([d.id for d in r.delivered])}."
         if r.recalled:
-            yield f"Since the step before, KV transfers failed; their prompts are computed here{_list(r.recalled)}."
+            yield f"KV transfers failed since the step before; these prompts are computed here{_list(r.recalled)}."
         for f in r.finished:
             yield f"{f.id} ended: {f.reason}."
-        yield f"After it {r.num_running} requests were running, {r.num_waiting} waiting, {r.free_blocks} KV blocks free."
+        yield f"After it {r.num_running} requests were running and {r.num_waiting} waiting; {r.free_blocks} KV blocks were free."
 
     def request(self, id: str) -> Iterator[str]:
-        """One request's life: what it waited for, how it was prefilled, each stall with its cause, and whom it delayed. `id` may be
-        cut short. Raises ValueError if none begins so, or several do.
+        """One request's life: its waits, its prefill, each stall with its cause, and the requests that it delayed. `id` may be the
+        beginning of an id. Raises ValueError if no request begins so, or several do.
         """
         a = self._find(id)
         scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
@@ -130,11 +130,11 @@ class Explained:
         wanted = f", own targets {a.slo}" if a.slo else ""
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
         if any(a.id in r.recalled for r in self.records):
-            yield "Its prompt was to come from another engine and did not, so that it was left to this one."
+            yield "Its KV transfer failed, so this engine computed its prompt."
         if delivered:
-            came = delivered[0]
-            moved = f"{came.num_bytes:,} bytes of KV, {_ms(came.seconds)} of copying and sending"
-            yield f"Its prompt was computed by another engine, asked {self._at(came.asked)}; {moved}."
+            transfer = delivered[0]
+            moved = f"{transfer.num_bytes:,} bytes of KV, {_ms(transfer.seconds)} of copying and sending"
+            yield f"Its prompt was computed by another engine, asked {self._at(transfer.asked)}; {moved}."
         elif not scheduled:
             yield "It was never scheduled."
         else:
@@ -144,18 +144,20 @@ class Explained:
             paces = f"; TBT {_ms(median(gaps))} at the median, {_ms(max(gaps))} at most" if gaps else ""
             first = f"First token {self._at(tokens[0])}, TTFT {_ms(tokens[0] - a.arrival)}"
             yield f"{first}; {_number(len(tokens), 'token')} in all{paces}."
-        own = [s for some in self.stalls for s in some if s.id == a.id]
+        own = [s for of_record in self.stalls for s in of_record if s.id == a.id]
         yield f"{_number(len(own), 'stalled or late token')}{':' if own else '.'}"
         for s in own:
             yield f"  {self._at(s.t)}, step {s.step}: {s.kind}, {_ms(s.gap_s)} since its token before; {s.words()}"
-        blamed = Counter(s.id for some in self.stalls for s in some for other, _ in s.culprits if other == a.id)
+        blamed = Counter(s.id for of_record in self.stalls for s in of_record for other, _ in s.culprits if other == a.id)
         if blamed:
             yield f"Its own prompt delayed {_number(blamed.total(), 'token')} of {_number(len(blamed), 'other')}{_list(blamed)}."
         ends = [(r, f) for r in self.records for f in r.finished if f.id == a.id]
-        yield f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record did."
+        yield (
+            f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record ended."
+        )
 
     def _beginning(self, a: Arrived, scheduled: Sequence[int]) -> Iterator[str]:
-        """`scheduled`: the records that it was in."""
+        """How the request `a` waited and was prefilled. `scheduled`: the indices of the records with its work."""
         first = self.records[scheduled[0]]
         waited = [index for index, r in enumerate(self.records[: scheduled[0]]) if a.arrival <= r.t_end]
         others = Counter[str]()
@@ -169,20 +171,20 @@ class Explained:
         yield f"It waited {_ms(first.t_plan - a.arrival)}, {_number(len(waited), 'iteration')}, until step {first.step}{ahead}."
         yield from self._withheld(waited)
         cached = [count for r in self.records for id, count in r.cached if id == a.id]
-        found = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
+        hit = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
         mine = [index for index in scheduled if a.id in self.prefills[index]]
         seconds = self.records[mine[-1]].t_end - first.t_start if mine else 0.0
-        yield f"Its prompt was computed in {_number(len(mine), 'chunk')} over {_ms(seconds)}{found}."
+        yield f"Its prompt was computed in {_number(len(mine), 'chunk')} over {_ms(seconds)}{hit}."
         between = sorted({*range(mine[0], mine[-1])} - {*mine}) if mine else []
         if between:
             yield f"Between its chunks {_number(len(between), 'iteration')} computed nothing of it."
             yield from self._withheld(between)
         preempted = [r.step for r in self.records if a.id in r.preempted]
         if preempted:
-            yield f"It was preempted for want of KV blocks before step{_list(map(str, preempted))}, and its KV computed again."
+            yield f"It was preempted, because KV blocks ran out, before step{_list(map(str, preempted))}; KV was computed again."
 
     def _withheld(self, indices: Iterable[int]) -> Iterator[str]:
-        """Of these records, those in which nobody got prefill: how many, for each kind of reason that the policy gave."""
+        """How many of these records held no prefill at all, for each kind of reason that the policy gave."""
         kinds: dict[str, list[StepRecord]] = {}
         for index in indices:
             if not self.prefills[index]:
@@ -190,20 +192,18 @@ class Explained:
                 kinds.setdefault(VARYING.sub("", r.reason), []).append(r)
         for alike in sorted(kinds.values(), key=len, reverse=True)[:WORST]:
             last = alike[-1]
-            yield f"  {_number(len(alike), 'iteration')} held no prefill of anybody, the last one step {last.step}: {last.reason}."
+            yield f"  {_number(len(alike), 'iteration')} held no prefill at all, the last one step {last.step}: {last.reason}."
 
     def _find(self, id: str) -> Arrived:
-        found = [a for a in self.arrived if a.startswith(id)]
+        ids = [a for a in self.arrived if a.startswith(id)]
         if id in self.arrived:
             return self.arrived[id]
-        if len(found) != 1:
-            several = f"{len(found)} requests begin with {id!r}: {', '.join(found[:WORST])}; give more of one"
-            raise ValueError(
-                several
-                if found
-                else f"no request in the record begins with {id!r}; the first is {next(iter(self.arrived), 'none')}"
-            )
-        return self.arrived[found[0]]
+        if not ids:
+            first = next(iter(self.arrived), "none")
+            raise ValueError(f"no request in the record begins with {id!r}; the first is {first}")
+        if len(ids) > 1:
+            raise ValueError(f"{len(ids)} requests begin with {id!r}: {', '.join(ids[:WORST])}; give more of one id")
+        return self.arrived[ids[0]]
 
     def _length(self, id: str) -> str:
         return f"{self.arrived[id].prompt_tokens}" if id in self.arrived else "an unknown number"
@@ -214,8 +214,8 @@ class Explained:
     def _admission(self, r: StepRecord, id: str, cached: dict[str, int]) -> str:
         if id not in cached or id not in self.arrived:
             return ""
-        found = f", {cached[id]} found in the prefix cache" if cached[id] else ""
-        return f"; admitted here after {_ms(r.t_plan - self.arrived[id].arrival)}{found}"
+        hit = f", {cached[id]} found in the prefix cache" if cached[id] else ""
+        return f"; admitted here after {_ms(r.t_plan - self.arrived[id].arrival)}{hit}"
 
     def _at(self, t: float) -> str:
         return f"at {t - self.origin:.3f} s"
@@ -224,7 +224,7 @@ class Explained:
 CAUSES = {
     "prefill": "a prefill beside them",
     "decodes": "the decodes alone",
-    "left out": "having been left out before",
+    "left out": "an earlier step that left them out",
     "preempted": "preemption",
     "unexpected": "time between iterations",
 }

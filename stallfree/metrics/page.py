@@ -1,4 +1,4 @@
-"""Runs as one HTML file that can be sent to somebody: the table of their reports and the plots, with nothing to be fetched."""
+"""Writes runs as one HTML file that needs no other: the table of their reports, and the plots. It measures nothing."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,13 +22,13 @@ svg { width: 100%; max-width: 48em; height: auto }
 def page(
     title: str, facts: Sequence[str], problems: Sequence[str], runs: Mapping[str, tuple[Report, Sequence[Timeline]]], slo: Slo
 ) -> str:
-    """The file's text. `facts`: lines on how the runs came about; `problems`: why they do not count, if they do not."""
+    """The file's text. `facts`: lines on how the runs were made. `problems`: why they are not valid, if they are not."""
     rows = table({name: report for name, (report, _) in runs.items()})
     return _page(title, facts, problems, rows, latencies({name: lines for name, (_, lines) in runs.items()}, slo))
 
 
 def loads_page(title: str, facts: Sequence[str], rows: Sequence[Sequence[str]], reports: Mapping[tuple[str, float], Report]) -> str:
-    """The text of a file on several configurations at several loads: `rows` of a table, the first of which are names, and plots of
+    """The text of a file on several configurations at several rates: a table of `rows`, the first of which are names, and plots of
     the `reports`, by configuration and requests per second.
     """
     return _page(title, facts, [], rows, loads(reports))
@@ -41,7 +41,7 @@ def plan_page(
     points: Mapping[str, Sequence[tuple[float, Report]]],
     slo: Slo,
 ) -> str:
-    """The text of a file on deployments that were searched: `rows` as in `loads_page`, and their attainments at several rates."""
+    """The text of a file on searched deployments: `rows` as in `loads_page`, and their attainments at several rates."""
     return _page(title, facts, [], rows, attainment(points, slo))
 
 

@@ -1,6 +1,6 @@
-"""Pictures of runs: from records, who got a token when, and who waited for whose prompt; from timelines, latencies and load.
+"""Draws runs: from records, the tokens of each stream and the prompts they waited for; from timelines, latencies and load.
 
-It needs matplotlib (the extra `plot`) and knows nothing of how a run came about.
+It needs matplotlib (the extra `plot`). It does not know how a run was made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,20 +20,20 @@ from stallfree.metrics.timeline import Timeline, timelines
 
 MARKS = "osD^vP*X"
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-"""Of the sides of a picture, in turn: see `_style`."""
+"""Marks and dashes for the sides of a picture, in turn: see `_style`."""
 
 NONE_LATE = 0.01
-"""Per cent of tokens. Runs without late tokens have no place on a logarithmic axis: they are drawn below this, others above."""
+"""Per cent of late tokens. A logarithmic axis has no 0, so runs without late tokens are drawn below this, and others above."""
 
 
 def require() -> None:
-    """Raises ValueError, saying how to get it, if matplotlib is not installed: to be known before a run, not after it."""
+    """Raises ValueError, with the command that installs it, if matplotlib is missing. Call it before a run, not after."""
     if find_spec("matplotlib") is None:
         raise ValueError(f"plots need matplotlib, which is not installed: {extra('plot')}")
 
 
 def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tuple[float, float], long_prompt: int = 1000) -> None:
-    """One panel per run: a row of dots for each stream, a dot for each token, and shading where an iteration computes a prompt of
+    """Draw a panel per run: a row for each stream, with a dot for each token, and shading while an iteration computes a prompt of
     at least `long_prompt` tokens, as dark as its share of the iteration's tokens. `window_s`: from and to, in seconds after the
     first token.
     """
@@ -64,9 +64,9 @@ def streams(runs: Mapping[str, Sequence[StepRecord]], file: Path, window_s: tupl
 
 
 def late_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], file: Path, allowed: float = 0.01) -> None:
-    """A panel for each target: for each side, the share of late tokens over the request rate, and the share that is `allowed`. A
-    rate without late tokens is drawn in the band below, where each side has a level of its own. One legend serves all panels, so
-    a side keeps its place in each; what follows the first word of `slo ...` is in the titles.
+    """Draw a panel for each target: each side's share of late tokens over the request rate, and the share that is `allowed`. A rate
+    without late tokens is in the band below, where each side has its own level. All panels share a legend, so a side has the same
+    place in each. The legend shows only the first word of `slo ...`; the titles have the rest.
     """
     from matplotlib.figure import Figure
 
@@ -74,11 +74,11 @@ def late_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, sides) in zip(axes, panels.items(), strict=True):
         for number, (name, points) in enumerate(sides.items()):
-            ours = name.startswith("slo")
-            style = _style(number, len(sides)) | ({"color": "black", "linewidth": 2.5, "zorder": 3} if ours else {})
+            is_slo = name.startswith("slo")
+            style = _style(number, len(sides)) | ({"color": "black", "linewidth": 2.5, "zorder": 3} if is_slo else {})
             rates, shares = zip(*sorted(points), strict=True)
             drawn = [max(100 * share, NONE_LATE) if share else NONE_LATE * 0.8 ** (number + 1) for share in shares]
-            axis.plot(rates, drawn, label="slo" if ours else name, **style)
+            axis.plot(rates, drawn, label="slo" if is_slo else name, **style)
         axis.axhline(100 * allowed, color="tab:red", linestyle="--", linewidth=0.8)
         axis.set(title=title, xlabel="requests per second", ylabel="late tokens, %")
         _logarithmic(axis, "y")
@@ -92,13 +92,13 @@ def late_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
 
 
 def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
-    """Runs side by side as SVG elements: how TTFT and TBT are distributed, with the targets of `slo`; and for each run every TBT
-    when it happened, and how many requests were there.
+    """Runs side by side as SVG elements: the distributions of TTFT and TBT, with the targets of `slo`; and for each run every TBT
+    and the number of requests over time.
     """
     ttfts = {name: [line.ttft for line in lines if line.ttft is not None] for name, lines in runs.items()}
     gaps = {name: [gap for line in lines for gap in line.gaps] for name, lines in runs.items()}
     panels = [_distribution("TTFT", ttfts, slo.ttft), _distribution("TBT", gaps, slo.tbt)]
-    highest = max((1e3 * gap for told in gaps.values() for gap in told), default=0.0)
+    highest = max((1e3 * gap for of_run in gaps.values() for gap in of_run), default=0.0)
     for number, (name, lines) in enumerate(runs.items()):
         end = max((t for line in lines for t in (line.arrival, line.finished or 0.0)), default=0.0)
         over_time, load = _panel(f"{name}: every TBT", "seconds of the run"), _panel(f"{name}: requests", "seconds of the run")
@@ -116,7 +116,7 @@ def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
 
 
 def loads(reports: Mapping[tuple[str, float], Report]) -> str:
-    """Configurations side by side as SVG elements: TTFT, TBT and throughput over the requests per second. `reports` by both."""
+    """Configurations as SVG elements: TTFT, TBT and throughput over the request rate. `reports`: by configuration and rate (1/s)."""
     values: dict[str, Callable[[Report], float | None]] = {
         "TTFT p50, s": lambda r: r.ttft_s.p50 if r.ttft_s else None,
         "TTFT p99, s": lambda r: r.ttft_s.p99 if r.ttft_s else None,
@@ -139,19 +139,19 @@ def loads(reports: Mapping[tuple[str, float], Report]) -> str:
 
 
 def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -> str:
-    """As SVG elements: for each deployment, the share of first tokens in time over the request rate, and that of the tokens after
-    them. Dashes show what shares the `slo` wants.
+    """As SVG elements: for each deployment, the share of first tokens in time over the request rate, and that of later tokens.
+    Dashes show the shares that `slo` wants.
     """
     pace, paced = ("tpot", slo.tpot) if slo.tpot else ("tbt", slo.tbt)
     panels = []
-    for what, name, target in (("first tokens", "ttft", slo.ttft), ("tokens", pace, paced)):
-        axis = _panel(f"{what} within {name}, %", "requests per second")
-        for number, (deployment, told) in enumerate(points.items()):
-            shares = [100 * _in_time(report, name) for _, report in told]
-            axis.plot([rate for rate, _ in told], shares, label=deployment, **_style(number, len(points)))
+    for tokens, name, target in (("first tokens", "ttft", slo.ttft), ("tokens", pace, paced)):
+        axis = _panel(f"{tokens} within {name}, %", "requests per second")
+        for number, (deployment, pairs) in enumerate(points.items()):
+            shares = [100 * _in_time(report, name) for _, report in pairs]
+            axis.plot([rate for rate, _ in pairs], shares, label=deployment, **_style(number, len(points)))
         if target is not None:
             axis.axhline(target.percentile, color="black", linestyle="--", linewidth=0.8, label=str(target))
-            # At least three times as far below 100 % as the target: a hundredth of a percent is not to fill the panel.
+            # At least three times as far below 100 % as the target: a hundredth of a percent must not fill the panel.
             axis.set_ylim(bottom=min(axis.get_ylim()[0], 100 - 3 * (100 - target.percentile)))
         _legend(axis)
         panels.append(axis)
@@ -159,14 +159,14 @@ def attainment(points: Mapping[str, Sequence[tuple[float, Report]]], slo: Slo) -
 
 
 def published(rows: Sequence[tuple[str, float, float]], title: str, file: Path) -> None:
-    """Bars in pairs: what was published and what was simulated, by name."""
+    """Draw a pair of bars for each name: the published value and the simulated one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 0.5 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(rows))
-    for side, what, color in ((-0.2, "published", "tab:gray"), (0.2, "simulated", "tab:blue")):
-        bars = axis.barh(places + side, [row[1 if side < 0 else 2] for row in rows], 0.4, label=what, color=color)
+    for side, label, color in ((-0.2, "published", "tab:gray"), (0.2, "simulated", "tab:blue")):
+        bars = axis.barh(places + side, [row[1 if side < 0 else 2] for row in rows], 0.4, label=label, color=color)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=7)
     axis.margins(x=0.08)
     axis.set_yticks(places, [name for name, _, _ in rows])
@@ -187,8 +187,8 @@ def lines(
     log: str = "",
     even: float | None = None,
 ) -> None:
-    """A line for each side, through its points. `log`: which axes are logarithmic, as "xy"; a logarithmic x is marked at the values
-    that were looked at. `even`: where neither of two is ahead.
+    """Draw a line for each side through its points. `log`: which axes are logarithmic, such as "xy"; a logarithmic x axis has ticks
+    at the points. `even`: the value at which two sides are equal.
     """
     axis = _panel(title, across, width=8.5, height=4)
     for number, (name, points) in enumerate(sides.items()):
@@ -216,8 +216,8 @@ def dots(
     log: bool = False,
     even: float | None = None,
 ) -> None:
-    """A row for each name, and in it a dot for each side, one under the other; names have no order, so nothing joins them. `across`
-    names the values, `log` says whether their axis is logarithmic, and `even` where neither of two is ahead.
+    """Draw a row for each name, with a dot for each side, one under the other. Names have no order, so no line joins the dots.
+    `across`: the name of the values. `log`: whether their axis is logarithmic. `even`: the value at which two sides are equal.
     """
     names = list(dict.fromkeys(name for points in sides.values() for name, _ in points))
     apart = 0.7 / len(sides)
@@ -240,7 +240,7 @@ def dots(
 
 
 def _panel(title: str, across: str, *, width: float = 6, height: float = 3.3) -> Any:
-    """The axes of a picture of their own, in inches: on a narrow page panels go under each other."""
+    """The axes of a separate picture, with its size in inches: on a narrow page, panels stand under each other."""
     from matplotlib.figure import Figure
 
     axis = Figure(figsize=(width, height), layout="constrained").subplots()
@@ -250,12 +250,12 @@ def _panel(title: str, across: str, *, width: float = 6, height: float = 3.3) ->
     return axis
 
 
-def _style(number: int, of: int) -> dict[str, Any]:
-    """How side `number` of several is drawn, so that all show where they have the same points: each with a mark of its own, open,
-    and smaller than those under it, and with dashes that let the lines under them through.
+def _style(number: int, sides: int) -> dict[str, Any]:
+    """How side `number` of so many `sides` is drawn. All show where their points coincide: each has its own mark, open and smaller
+    than those under it, and dashes that show the lines under them.
     """
     mark, dashes = MARKS[number % len(MARKS)], DASHES[number % len(DASHES)]
-    size = 9 - 5 * number / max(of - 1, 1)
+    size = 9 - 5 * number / max(sides - 1, 1)
     return {
         "color": f"C{number % 10}", "linestyle": dashes, "linewidth": 1.3,
         "marker": mark, "markersize": size, "markerfacecolor": "none",
@@ -263,20 +263,20 @@ def _style(number: int, of: int) -> dict[str, Any]:
 
 
 def _logarithmic(axis: Any, which: str) -> None:
-    """Make an axis logarithmic, with plain numbers on it, as many as have room. Its points are there already."""
+    """Make an axis logarithmic, with as many plain numbers as have room. Call it after its points are drawn."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     getattr(axis, f"set_{which}scale")("log")
     low, high = getattr(axis, f"get_{which}lim")()
     line = getattr(axis, f"{which}axis")
-    several = LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12)
-    line.set_major_locator(several if high / low > 10 else MaxNLocator(5))
+    decades = LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=12)
+    line.set_major_locator(decades if high / low > 10 else MaxNLocator(5))
     line.set_major_formatter("{x:,g}")
     line.set_minor_formatter(NullFormatter())
 
 
 def _legend(axis: Any) -> None:
-    """The names of what is drawn, beside the axes, so that they hide nothing; none for a single one."""
+    """Draw the names of the sides beside the axes, where they hide nothing; no legend for a single side."""
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         below = axis.figure.get_figwidth() <= 6
@@ -285,7 +285,7 @@ def _legend(axis: Any) -> None:
 
 
 def _in_time(report: Report, target: str) -> float:
-    """The share within a target; all of them, if there is no such target."""
+    """The share of cases within a target; 1 if there is no such target."""
     return report.slo_attainment[target].in_time or 0.0 if target in report.slo_attainment else 1.0
 
 

@@ -1,7 +1,7 @@
-"""Timelines into a report: latencies, rates, stalls, and what share of an SLO was met. The numbers that users feel.
+"""Reduces timelines to a report: latencies, rates, stalls, and the share of an SLO that was met. The numbers that users feel.
 
-It needs each request's arrival and the times of its tokens, and knows nothing of where they were measured: by a client over HTTP,
-by the engine's records, or by a simulator. Times in seconds.
+It needs each request's arrival and the times of its tokens. It does not know who measured them: a client over HTTP, the engine's
+records, or a simulator. Times are in seconds.
 """
 
 import math
@@ -18,9 +18,9 @@ from stallfree.metrics.stalls import LONG_WAIT_S
 from stallfree.metrics.timeline import Timeline
 
 COMPLETED = ("stop", "length")
-"""Reasons for which a request ends that has got all it asked for; any other is an error."""
+"""Reasons of requests that ended with their whole output; any other reason is an error."""
 STALL = 5.0
-"""Without a target for TBT a gap is a stall from so many median gaps on: the paper's strict SLO in decode iterations."""
+"""Median gaps from which on a gap is a stall, without a target for TBT: the paper's strict SLO, in decode iterations."""
 
 QUANTILES = (50, 90, 99, 100)
 
@@ -37,7 +37,7 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True)
 class Stalls:
-    """Gaps between two tokens of a request of more than `after_s` seconds: how many, and their share of all gaps."""
+    """Gaps of more than `after_s` seconds between two tokens of a request: their number, and their share of all gaps."""
 
     after_s: float
     count: int
@@ -46,7 +46,7 @@ class Stalls:
 
 @dataclass(frozen=True, slots=True)
 class LongWaits:
-    """Requests that waited more than `after_s` seconds for their first token, whether it came or not: how many, and the longest."""
+    """Requests that waited more than `after_s` seconds for a first token, even in vain: their number, and the longest wait."""
 
     after_s: float
     count: int
@@ -55,7 +55,7 @@ class LongWaits:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Requests per second: `nominal` as they were wanted, `actual` as they arrived. None if not known, or for a single request."""
+    """Requests per second: `nominal`, the rate that was set, and `actual`, as they arrived. None if unknown, or for one request."""
 
     nominal: float | None
     actual: float | None
@@ -63,7 +63,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Attainment:
-    """`in_time`: the share of the cases within the target; None, and not met, if there was no case."""
+    """How a target was met. `in_time`: the share of cases within it; None, and not met, without a case."""
 
     target: str
     in_time: float | None
@@ -72,8 +72,8 @@ class Attainment:
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """Requests that meet every target by themselves: the `share` of all that ended, and how many `requests_per_s`, from the first
-    arrival to the last token. Of a request's own tokens as many may be late as the target's percentile leaves, rounded up.
+    """Requests that each meet every target: their `share` of all that ended, and their `requests_per_s`, from the first arrival to
+    the last token. As many of a request's tokens may be late as the target's percentile allows, rounded up.
     """
 
     share: float
@@ -82,13 +82,13 @@ class Goodput:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A run in numbers. `completed`: requests that got all they asked for; `errors`: how many ended otherwise, by kind;
-    `unfinished`: how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` over these.
+    """A run in numbers. `completed`: requests with their whole output. `errors`: how many ended otherwise, by kind. `unfinished`:
+    how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` is over these seconds.
 
-    Over the requests: `ttft_s` (with a first token), `tpot_s` (mean gap, of those with two), `e2e_s` (arrival to last token, of the
-    completed), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s` over the gaps of all requests,
-    pooled. `long_waits` by the target for TTFT, or `LONG_WAIT_S` without one. `slo_attainment` by the target's name, and all of the
-    targets together in `goodput`. None: there was no case, or no target.
+    Over requests: `ttft_s` (with a first token), `tpot_s` (mean gap, with two tokens), `e2e_s` (arrival to last token, completed
+    only), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s`: over the gaps of all requests, pooled.
+    `long_waits`: by the target for TTFT, or `LONG_WAIT_S` without one. `slo_attainment`: by the target's name; `goodput`: by all
+    targets together. None: there was no case, or no target.
     """
 
     completed: int
@@ -111,7 +111,7 @@ class Report:
 
 
 class Tally:
-    """Timelines on their way into a report, one after another and kept no longer: a million of them need no room."""
+    """Adds timelines to a report one by one and keeps none, so that a million of them need little memory."""
 
     def __init__(self, slo: Slo | None = None):
         self._slo = slo or Slo()
@@ -159,7 +159,7 @@ class Tally:
         self._good += good
 
     def report(self, nominal_rate: float | None = None) -> Report:
-        """What they amount to."""
+        """The report of all timelines so far."""
         slo, gaps, firsts = self._slo, self._gaps, np.array(self._firsts)
         arrivals = np.sort(self._arrivals)
         seconds = self._last - float(arrivals[0]) if self._output_tokens else 0.0
@@ -194,8 +194,8 @@ class Tally:
 
 
 def report(lines: Iterable[Timeline], slo: Slo | None = None, nominal_rate: float | None = None) -> Report:
-    """What `lines` amount to. A request that ended before its first token is late for `ttft`, however soon it ended. Under `tpot`
-    the token after i others is due i times the target after the first was due: by `ttft`, or when it came if that is no target.
+    """The report of `lines`. A request that ended before its first token is late for `ttft`, however soon it ended. Under `tpot`
+    the token after i others is due i times the target after the first one was due by `ttft`; without `ttft`, after it came.
     """
     tally = Tally(slo)
     for line in lines:
@@ -204,7 +204,7 @@ def report(lines: Iterable[Timeline], slo: Slo | None = None, nominal_rate: floa
 
 
 def table(reports: Mapping[str, Report]) -> list[list[str]]:
-    """Reports side by side as text: a row of their names, then a row for each figure. Times in milliseconds."""
+    """Reports side by side as text: a row of their names, then a row for each figure. Times are in milliseconds."""
     each = list(reports.values())
     rows = [
         ["", *reports],
@@ -216,9 +216,9 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
         ["output tokens/s", *(_number(r.output_tokens_per_s) for r in each)],
     ]
     for name in ("ttft", "tbt", "tpot", "e2e"):
-        found = [getattr(r, f"{name}_s") for r in each]
+        quantiles = [getattr(r, f"{name}_s") for r in each]
         for f in fields(Quantiles):
-            values = (None if q is None else getattr(q, f.name) * 1e3 for q in found)
+            values = (None if q is None else getattr(q, f.name) * 1e3 for q in quantiles)
             rows.append([f"{name.upper()} {f.name}, ms", *map(_number, values)])
     rows.append(["stalls", *("-" if r.stalls is None else f"{r.stalls.count} (> {r.stalls.after_s * 1e3:.4g} ms)" for r in each)])
     waits = (r.long_waits for r in each)
@@ -252,7 +252,7 @@ def _quantiles(values: Floats) -> Quantiles | None:
 def _stalls(gaps: "_Pool", target: Target | None) -> Stalls | None:
     if not gaps.size:
         return None
-    # Tokens that come together leave gaps of 0; their share says nothing about the pace, and the median must not become 0.
+    # Tokens that come together have gaps of 0. Their share says nothing about the pace, and they must not make the median 0.
     apart = gaps.above(0.0)
     after = target.seconds if target else STALL * gaps.percentiles([50], apart)[0] if apart else 0.0
     count = gaps.above(after)
@@ -265,7 +265,7 @@ def _long_waits(waits: Floats, target: Target | None) -> LongWaits:
 
 
 def _may_be_late(target: Target, tokens: int) -> int:
-    """Of so many tokens of one request."""
+    """How many of one request's `tokens` may be late."""
     return math.ceil(target.late_share * tokens - 1e-9)
 
 
@@ -276,7 +276,7 @@ def _attainment(target: Target, late: int, cases: int) -> Attainment:
 
 
 class _Pool:
-    """Many numbers, each kept once with how often it came: all that decode in one iteration have the same gap. `size`: of all."""
+    """A multiset of numbers, each kept once with its count: all decodes of an iteration have the same gap. `size`: of all."""
 
     BUFFER = 1 << 20
 
@@ -295,12 +295,12 @@ class _Pool:
             self._sort()
 
     def above(self, limit: float) -> int:
-        """How many are above `limit`."""
+        """How many numbers are above `limit`."""
         self._sort()
         return int(self._counts[np.searchsorted(self._values, limit, side="right") :].sum())
 
     def percentiles(self, percents: Sequence[float], largest: int | None = None) -> list[float]:
-        """Of all, or of the `largest` so many of them; between two of them linear, as numpy's."""
+        """Percentiles of all numbers, or of the `largest` so many; linear between two numbers, as numpy's."""
         self._sort()
         size = self.size if largest is None else largest
         upto = np.cumsum(self._counts)
@@ -308,13 +308,13 @@ class _Pool:
         def at(rank: int) -> float:
             return float(self._values[np.searchsorted(upto, self.size - size + rank, side="right")])
 
-        found = []
+        values = []
         for percent in percents:
             place = (size - 1) * (percent / 100)
             low, share = int(place), place % 1
             a, b = at(low), at(min(low + 1, size - 1))
-            found.append(a + (b - a) * share if share < 0.5 else b - (b - a) * (1 - share))
-        return found
+            values.append(a + (b - a) * share if share < 0.5 else b - (b - a) * (1 - share))
+        return values
 
     def _sort(self) -> None:
         if not self._new:

@@ -1,6 +1,6 @@
-"""Which decode tokens were stalled or late, in which iteration, why, and whose prefill was in the way.
+"""Finds the decode tokens that were stalled or late, in which iteration, why, and whose prefill was the cause.
 
-It is fed records one by one, so it serves a file and a live server alike. It knows no clock and draws nothing.
+It takes records one by one, so it serves a file and a live server alike. It knows no clock and draws nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,14 +16,14 @@ NEVER = float("inf")
 TARGETS = ("ttft", "tbt", "tpot")
 CAUSES: tuple[str, ...] = get_args(Cause)
 LONG_WAIT_S = 10.0
-"""Without a target for TTFT a first token is waited for long from so many seconds on: as long as a person's attention stays with a
-dialogue (Nielsen, Usability Engineering, 1993, section 5.5)."""
+"""Seconds from which on a wait for a first token is long, without a target for TTFT: a person's attention stays with a dialogue for
+so long (Nielsen, Usability Engineering, 1993, section 5.5)."""
 FAIR_SHARE = 0.9
-"""Of the time between two tokens, what an iteration may take whose policy set it no limit; the rest is for all else."""
+"""Share of the time between two tokens that an iteration may take if its policy set no limit; the rest is for all else."""
 
 
 class Iteration(NamedTuple):
-    """What an iteration did: its `seconds` on the executor, how many `decodes`, and (id, tokens) of its prefills, largest first."""
+    """An iteration's work: `seconds` on the executor, the number of `decodes`, and (id, tokens) of its prefills, largest first."""
 
     step: int
     seconds: float
@@ -34,12 +34,12 @@ class Iteration(NamedTuple):
 class Stall(NamedTuple):
     """A ready decode that iteration `step` left out, or a token that came late in it, at `t` (s, the run's).
 
-    `gap_s`: since the request's token before, or at least that if its time is not in the records. `late_s`: after the token was
-    due; 0 for one left out, which may still be in time. `blamed`: the iteration at fault, `step` itself or one before it.
+    `gap_s`: seconds since the request's last token; if that is not in the records, a lower bound. `late_s`: seconds after the token
+    was due; 0 for a decode left out, which may still be in time. `blamed`: the iteration at fault, `step` itself or an earlier one.
 
-    `cause` of one left out: "prefill" if others' prompts were computed instead, else "left out". Of one late: "preempted" or
-    "left out" since the token before; "prefill" or "decodes" if the iteration was too long, by what it held; "unexpected" if
-    it was not, and the time went by between two iterations.
+    `cause` of a decode left out: "prefill" if other prompts were computed instead, else "left out". Of a late token: "preempted" or
+    "left out" since the token before; "prefill" or "decodes" if the iteration was too long, by its work; "unexpected" if the time
+    passed between two iterations.
     """
 
     step: int
@@ -53,18 +53,18 @@ class Stall(NamedTuple):
 
     @property
     def culprits(self) -> tuple[tuple[str, int], ...]:
-        """(id, tokens) of the prefills in the blamed iteration, the largest first; none where no prefill is the cause."""
+        """(id, tokens) of the prefills in the blamed iteration, largest first; empty if prefill is not the cause."""
         return () if self.cause in ("decodes", "unexpected", "preempted") else self.blamed.prefills
 
     def words(self, name: Callable[[str], str] = str) -> str:
-        """The cause in words; `name` makes a request's name of its id."""
+        """The cause in words. `name` turns a request's id into its name."""
         step, seconds, decodes, prefills = self.blamed
-        held = [f"{decodes} decode{'s' * (decodes != 1)}"] if decodes else []
+        work = [f"{decodes} decode{'s' * (decodes != 1)}"] if decodes else []
         if prefills:
             others = f" and {len(prefills) - 1} more" if len(prefills) > 1 else ""
             tokens = sum(count for _, count in prefills)
-            held.append(f"{tokens} prefill token{'s' * (tokens != 1)} of {name(prefills[0][0])}{others}")
-        took = f"{seconds * 1e3:.0f} ms for {' and '.join(held) or 'nothing'}"
+            work.append(f"{tokens} prefill token{'s' * (tokens != 1)} of {name(prefills[0][0])}{others}")
+        took = f"{seconds * 1e3:.0f} ms for {' and '.join(work) or 'nothing'}"
         match self.cause:
             case "preempted":
                 return f"preempted in step {step}; its KV was computed again"
@@ -77,9 +77,9 @@ class Stall(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A first token that was waited for longer than the target for TTFT, or than `LONG_WAIT_S` without one. It came in iteration
-    `step`, at `t` (s, the run's), `seconds` after the request `id` had arrived. Of the `iterations` in between, `unserved` held no
-    prefill of anybody; `reason`: what the policy said of the last one of these.
+    """A first token that came later than the target for TTFT, or than `LONG_WAIT_S` without one. It came in iteration `step`, at
+    `t` (s, the run's), `seconds` after the request `id` arrived. Of the `iterations` in between, `unserved` held no prefill at all;
+    `reason`: the policy's reason for the last of these.
     """
 
     step: int
@@ -91,16 +91,16 @@ class Wait(NamedTuple):
     reason: str
 
     def words(self) -> str:
-        """What kept it waiting."""
+        """The reason of the wait, in words."""
         if not self.unserved:
             return f"in all of the {self.iterations} iterations until then, others or a part of it got prefill"
         return f"{self.unserved} of the {self.iterations} iterations until then held no prefill at all; the last: {self.reason}"
 
 
 class Ended(NamedTuple):
-    """A request that ended at `t`, in the run's seconds: its `arrival`, when it was first `scheduled`, when its `first` and its
-    `last` token came (None for what never did). `in_time`: whether it met its targets: the first token came in time, and of the
-    others no greater share was late than the target's percentile leaves; None without a target.
+    """A request that ended at `t`, with the times (s, the run's) of its `arrival`, when it was first `scheduled`, and of its
+    `first` and `last` token (None if that never happened). `in_time`: whether it met its targets: the first token was in time, and
+    no more of the others were late than the target's percentile allows; None without a target.
     """
 
     id: str
@@ -126,8 +126,8 @@ class Ended(NamedTuple):
 
 
 class _Stream:
-    """A request: the `pace` (s) it was promised, when its `last` token came, and when its next one is `due`. `met`: how many
-    iterations there had been when it arrived, and how many of these without prefill."""
+    """A request: its target `pace` (s between tokens), when its `last` token came, and when the next one is `due`. `met`: how many
+    iterations there had been when it arrived, and how many of them had no prefill."""
 
     __slots__ = (
         "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met", "pace",
@@ -155,17 +155,16 @@ class _Stream:
 
 
 class StallAccount:
-    """Judges records in their order by `slo`, and by what requests asked for themselves; with neither, nothing is late.
+    """Judges records in their order, by `slo` and by the requests' own targets. Without any target nothing is late.
 
-    Under `tbt` a token is due that long after the one before; under `tpot` token i is due i times that after the first one was
+    Under `tbt` a token is due that long after the one before. Under `tpot` token i is due i times that after the first token was
     due or came, whichever is later. Ids that did not arrive, such as those of aborted requests still in flight, are not judged.
 
-    Of the latest record: `stalls`; `iteration`, what it did; `gaps`, the TBT of the decode tokens in it, and `ttfts`, both in
-    seconds; `due` and `late`, how many tokens had a deadline by each of the targets, and missed it; `first_late_s`, the lateness
-    of the first tokens among those, all together; `slack`, seconds from planning until the first of its decodes was due (None if
-    none was); `looked_up`, tokens of the requests admitted, looked for in the prefix cache; `ended`, the requests that ended;
-    `waits`, the first tokens in it that were waited for long; `waiting`, the arrivals of requests without a first token, in the
-    order in which they came.
+    Of the latest record: `stalls`. `iteration`: its work. `gaps`: the TBT of its decode tokens, and `ttfts`, both in seconds. `due`
+    and `late`: by target, how many tokens had a deadline, and missed it. `first_late_s`: the total lateness of first tokens.
+    `slack`: seconds from planning until its first decode was due (None if none was). `looked_up`: prompt and output tokens of
+    admitted requests, looked up in the prefix cache. `ended`: the requests that ended. `waits`: first tokens with long waits.
+    `waiting`: the arrivals of requests that have no first token, in order.
     """
 
     def __init__(self, slo: Slo | None = None):
@@ -187,11 +186,11 @@ class StallAccount:
 
     @property
     def oldest(self) -> tuple[str, float] | None:
-        """The id and the arrival of the first request in `waiting`."""
+        """The id and arrival of the first request in `waiting`; None if none waits."""
         return next(iter(self.waiting.items()), None)
 
     def record(self, step: StepRecord) -> list[Stall]:
-        """The stalls of one iteration."""
+        """Judge one iteration. Returns its stalls."""
         stalls = self.stalls = []
         self.waits = []
         self._meet(step.arrived)
@@ -205,15 +204,15 @@ class StallAccount:
         earliest = NEVER
         reached: dict[str, int] = {}
         self.looked_up = 0
-        for came in step.delivered:
-            if came.id in streams:
-                self._deliver(came, streams[came.id])
-        for id, found in step.cached:
+        for transfer in step.delivered:
+            if transfer.id in streams:
+                self._deliver(transfer, streams[transfer.id])
+        for id, cached in step.cached:
             if id in streams:
                 admitted = streams[id]
                 self.looked_up += admitted.prompt_tokens + admitted.tokens
                 if admitted.scheduled is None:
-                    admitted.scheduled, admitted.cached = step.t_start, found
+                    admitted.scheduled, admitted.cached = step.t_start, cached
         for id in step.preempted:
             if id in streams:
                 streams[id].waited = ("preempted", self.iteration)
@@ -260,8 +259,8 @@ class StallAccount:
         self._counts = iterations + 1, unserved + (not self.iteration.prefills)
 
     def _iteration(self, step: StepRecord) -> Iteration:
-        """A decode is one token behind the prompt, or of one that had ended meanwhile; all else is prefill, what is computed again
-        after a preemption included."""
+        """A decode is one token after the prompt, or one of a request that has ended. All else is prefill, also tokens that are
+        computed again after a preemption."""
         prefills: list[tuple[str, int]] = []
         streams = self._streams
         for id, start, count in step.work:
@@ -271,7 +270,7 @@ class StallAccount:
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))
 
     def _begin(self, id: str, stream: _Stream, t: float, reached: int | None) -> None:
-        """The first token seen, sampled behind the token `reached`; the request's first if that was the prompt's last."""
+        """The first token in the records, sampled after `reached` tokens; the request's first if these are its whole prompt."""
         stream.first = t
         self.waiting.pop(id, None)
         if reached == stream.prompt_tokens:
@@ -288,17 +287,17 @@ class StallAccount:
                     self.first_late_s += ttft - stream.ttft.seconds
         stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
 
-    def _deliver(self, came: Delivered, stream: _Stream) -> None:
-        stream.scheduled, stream.cached, stream.tokens = came.asked, came.cached, 1
+    def _deliver(self, transfer: Delivered, stream: _Stream) -> None:
+        stream.scheduled, stream.cached, stream.tokens = transfer.asked, transfer.cached, 1
         self.looked_up += stream.prompt_tokens
-        self._begin(came.id, stream, came.t, stream.prompt_tokens)
-        stream.last = came.t
+        self._begin(transfer.id, stream, transfer.t, stream.prompt_tokens)
+        stream.last = transfer.t
 
     def _end(self, id: str, reason: str, t: float) -> Ended:
         stream = self._streams.pop(id)
         self.waiting.pop(id, None)
         if reason not in ("abort", "error") and stream.last is not None:
-            t = stream.last  # an earlier one than the iteration's, if a token that was delivered was the last
+            t = stream.last  # before the iteration's end, if a KV transfer delivered the last token
         in_time = None
         if stream.ttft is not None or stream.pace < NEVER:
             in_time = not stream.late_first and stream.late <= stream.late_share * max(0, stream.tokens - 1)
@@ -327,7 +326,7 @@ class StallAccount:
         return Stall(step.step, step.t_end, id, "left out", cause, step.t_end - since, 0.0, now)
 
     def _late(self, step: StepRecord, id: str, stream: _Stream, gap_s: float) -> Stall:
-        if stream.blame is None or gap_s > stream.pace:  # else it is behind its envelope since before, by no fault of this step
+        if stream.blame is None or gap_s > stream.pace:  # else an earlier step made it late for its envelope
             stream.blame = stream.waited or (self._fault(step, stream), self.iteration)
         cause, blamed = stream.blame
         return Stall(step.step, step.t_end, id, "late", cause, gap_s, step.t_end - stream.due, blamed)

@@ -1,6 +1,6 @@
-"""One timeline per request: when it arrived, and when each of its tokens came; and how records become timelines.
+"""One timeline per request: when it arrived, and when each of its tokens came. It makes timelines from records.
 
-It reads StepRecords and nothing else, so a live run and a simulated one are measured by the same lines.
+It reads StepRecords and nothing else, so the same lines of code measure a live run and a simulated one.
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from stallfree.core.record import StepRecord
 
 @dataclass(slots=True)
 class Timeline:
-    """One request's life, in the run's seconds: `arrival`, when it was first `scheduled`, when each output token came (`tokens`),
-    when it `finished` and why (`reason`); sizes in tokens. None for what has not happened. `stalls`: iterations that left it out as
-    a ready decode, which only records can tell.
+    """One request's life, in the run's seconds: its `arrival`, when it was first `scheduled`, when each output token came
+    (`tokens`), when it `finished` and why (`reason`). None: it has not happened. `stalls`: iterations that left it out as a ready
+    decode; only records can tell them.
     """
 
     id: str
@@ -37,23 +37,23 @@ class Timeline:
 
 
 def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
-    """Every request that arrived in these records, by id."""
-    found: dict[str, Timeline] = {}
+    """The timelines of all requests that arrived in these records, by id."""
+    lines: dict[str, Timeline] = {}
     for r in records:
         for request in r.arrived:
-            found[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
+            lines[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
         for d in r.delivered:
-            found[d.id].scheduled = d.asked
-            found[d.id].tokens.append(d.t)
+            lines[d.id].scheduled = d.asked
+            lines[d.id].tokens.append(d.t)
         for id, _, _ in r.work:
-            if found[id].scheduled is None:
-                found[id].scheduled = r.t_start
+            if lines[id].scheduled is None:
+                lines[id].scheduled = r.t_start
         for id in r.emitted:
-            found[id].tokens.append(r.t_end)
+            lines[id].tokens.append(r.t_end)
         for id in r.stalled:
-            found[id].stalls += 1
+            lines[id].stalls += 1
         for id, reason, _ in r.finished:
-            came = found[id].tokens
-            found[id].finished = r.t_end if reason in ("abort", "error") or not came else came[-1]
-            found[id].reason = reason
-    return found
+            tokens = lines[id].tokens
+            lines[id].finished = r.t_end if reason in ("abort", "error") or not tokens else tokens[-1]
+            lines[id].reason = reason
+    return lines

@@ -1,1 +1,1 @@
-"""The engine over HTTP, as OpenAI's API: what comes in is checked here, what goes out is shaped here, and nothing is scheduled."""
+"""The engine over HTTP, with OpenAI's API. It checks requests and writes answers; it schedules nothing."""

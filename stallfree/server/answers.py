@@ -1,7 +1,7 @@
-"""The two dialects of OpenAI's API, chat and completions: how text and log-probabilities are put, as a whole and in chunks.
+"""The two dialects of OpenAI's API, chat and completions: the JSON of texts and log-probabilities, whole and in chunks.
 
-A `Call` is one HTTP request that has been admitted; it knows how to describe what came, not how it is sent. JSON is written while
-tokens come, piece by piece: a long answer is joined in the end, and holds nobody up.
+A `Call` is one HTTP request whose prompts the engine has taken. It describes outputs; it does not know how they are sent. JSON is
+written piece by piece as tokens come, and joined at the end, so that a long answer delays no other.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from stallfree.executors.sampling import TokenLogprob
 from stallfree.server.errors import ApiError
 
 LEAST = -9999.0
-"""Stands for the logarithm of 0, which JSON cannot say."""
+"""Written for the logarithm of 0, which JSON cannot express."""
 
 Columns = tuple[str, ...]
 """JSON of an output's log-probabilities: an entry for each of a dialect's lists."""
 
 
 class Choice:
-    """One request of a call: how many tokens it has got, and where in its text that of the next one begins."""
+    """One request of a call: how many tokens it has, and at which character of its text the next token begins."""
 
     __slots__ = ("_detokenizer", "_offset", "echo", "index", "num_tokens", "request")
 
@@ -40,25 +40,25 @@ class Choice:
         self._detokenizer: Detokenizer | None = None
 
     def offset(self, text: Text, token: int) -> int:
-        """Characters before `token`, the next one. One that goes on with a character begins where that does."""
+        """Characters before `token`, the next one. A token that continues a character begins where that character does."""
         if self._detokenizer is None:
             self._detokenizer = Detokenizer(text.pieces, self.request.prompt)
         first = text.pieces[token][:1]
         if first and not (b"\x80" <= first < b"\xc0" or text.pieces.special(token)):
-            self._offset += len(self._detokenizer.flush())  # it does not go on with the character before it
+            self._offset += len(self._detokenizer.flush())  # it does not continue the character before it
         offset, self._offset = self._offset, self._offset + len(self._detokenizer.push(token))
         return offset
 
 
 class Call:
-    """An admitted HTTP request: its `choices` by request id, and their `outputs`. `n` choices share a prompt."""
+    """An HTTP request in the engine: its `choices` by request id, and their `outputs`. `n` choices share a prompt."""
 
     prefix: str
     object: str
     chunk_object: str
     operation: str
     lists: tuple[str, ...]
-    beside_lists: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
     def __init__(self, model: str, text: Text, outputs: Outputs, choices: Sequence[Choice], n: int):
         self.id = f"{self.prefix}-{choices[0].request.id}"
@@ -69,8 +69,8 @@ class Call:
         self._text = text
         self._prompts = [choice.request for choice in choices[::n]]
 
-    def took(self, output: Output) -> Choice:
-        """The choice to which an output belongs, with its tokens counted. ApiError if it ended in an error."""
+    def count(self, output: Output) -> Choice:
+        """Count the output's tokens, and return its choice. Raises ApiError if the choice ended in an error."""
         if output.error is not None:
             shutting_down = output.finish_reason == "abort"
             raise ApiError(503 if shutting_down else 500, output.error, code="unavailable" if shutting_down else "engine_error")
@@ -89,13 +89,13 @@ class Call:
         }
 
     async def whole(self) -> bytes:
-        """The answer, JSON, once all choices have ended. ApiError if one failed, or if the outputs were closed before."""
+        """The answer as JSON, after all choices have ended. Raises ApiError if one failed, or if the outputs were closed before."""
         texts = {id: [choice.echo] for id, choice in self.choices.items()}
         logprobs: dict[str, list[Columns]] = {id: [] for id in self.choices}
         last: dict[str, Output] = {}
-        async for came in self.outputs:
-            for output in came:
-                choice = self.took(output)
+        async for batch in self.outputs:
+            for output in batch:
+                choice = self.count(output)
                 texts[output.id].append(output.text)
                 if output.details is not None:
                     logprobs[output.id].append(self.logprobs(choice, output))
@@ -106,53 +106,53 @@ class Call:
         choices = []
         for id, choice in self.choices.items():
             end = last[id]
-            said, found = self.said("".join(texts[id])), self.joined(logprobs[id])
+            text, columns = self.text("".join(texts[id])), self.joined(logprobs[id])
             ending = f'"finish_reason": "{end.finish_reason}", "stop_reason": {json.dumps(end.stop_reason)}'
-            choices.append(f'{{"index": {choice.index}, {said}, "logprobs": {found}, {ending}}}')
+            choices.append(f'{{"index": {choice.index}, {text}, "logprobs": {columns}, {ending}}}')
             await asyncio.sleep(0)
         head = json.dumps(self._envelope(self.object))[:-1]
         return f'{head}, "choices": [{", ".join(choices)}], "usage": {json.dumps(self.usage())}}}'.encode()
 
     def chunk_head(self) -> str:
-        """The beginning that all chunks of this call share, up to the list of choices."""
+        """The JSON that begins every chunk of this call, up to the list of choices."""
         return json.dumps(self._envelope(self.chunk_object))[:-1] + ', "choices": ['
 
     def _envelope(self, object: str) -> dict[str, Any]:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
-    def said(self, text: str) -> str:
-        """A choice's text in a whole answer, as JSON members of it."""
+    def text(self, text: str) -> str:
+        """A choice's text in a whole answer, as JSON members of the choice."""
         raise NotImplementedError
 
     def opening(self, choice: Choice) -> str | None:
-        """The first chunk's part of a choice as JSON members; None if there is no need for one."""
+        """JSON members of a choice in the first chunk; None if it needs no first chunk."""
         raise NotImplementedError
 
     def delta(self, text: str) -> str:
-        """New text as JSON members of a choice."""
+        """New text, as JSON members of a choice."""
         raise NotImplementedError
 
     def closing(self) -> str:
-        """The last chunk's part, next to the finish reason."""
+        """JSON members of a choice in the last chunk, next to the finish reason."""
         raise NotImplementedError
 
     def logprobs(self, choice: Choice, output: Output) -> Columns:
-        """The log-probabilities of an output's tokens."""
+        """The log-probabilities of an output's token, an entry for each of `lists`."""
         raise NotImplementedError
 
     def joined(self, parts: Sequence[Columns]) -> str:
-        """Those of several outputs in one, JSON; null if none were asked for."""
+        """The log-probabilities of several outputs as one JSON value; null if none were requested."""
         if not parts:
             return "null"
         lists = (f'"{name}": [{", ".join(column)}]' for name, column in zip(self.lists, zip(*parts, strict=True), strict=True))
-        return "{" + ", ".join([*lists, *self.beside_lists]) + "}"
+        return "{" + ", ".join([*lists, *self.constants]) + "}"
 
 
 class Chat(Call):
     prefix, object, chunk_object, operation = "chatcmpl", "chat.completion", "chat.completion.chunk", "chat"
-    lists, beside_lists = ("content",), ('"refusal": null',)
+    lists, constants = ("content",), ('"refusal": null',)
 
-    def said(self, text: str) -> str:
+    def text(self, text: str) -> str:
         return f'"message": {{"role": "assistant", "content": {json.dumps(text)}, "refusal": null}}'
 
     def opening(self, choice: Choice) -> str | None:
@@ -170,15 +170,15 @@ class Chat(Call):
         return (f'{{{self._entry(output.tokens[0], details.logprob)}, "top_logprobs": [{top}]}}',)
 
     def _entry(self, id: int, logprob: float) -> str:
-        token, given = spelt(self._text.pieces, id)
-        return f'"token": {token}, "logprob": {max(logprob, LEAST)!r}, "bytes": {given}'
+        token, raw = spelt(self._text.pieces, id)
+        return f'"token": {token}, "logprob": {max(logprob, LEAST)!r}, "bytes": {raw}'
 
 
 class Completions(Call):
     prefix, object, chunk_object, operation = "cmpl", "text_completion", "text_completion", "text_completion"
     lists = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
-    def said(self, text: str) -> str:
+    def text(self, text: str) -> str:
         return self.delta(text)
 
     def opening(self, choice: Choice) -> str | None:
@@ -197,7 +197,7 @@ class Completions(Call):
         for id, logprob in details.top:
             top.setdefault(
                 spelt(self._text.pieces, id)[0], max(logprob, LEAST)
-            )  # of equal pieces, halves of characters, the best stays
+            )  # several halves of characters have the same text: the first, the likeliest, stays
         return (
             spelt(self._text.pieces, token)[0],
             repr(max(details.logprob, LEAST)),
@@ -208,5 +208,5 @@ class Completions(Call):
 
 @lru_cache(KNOWN)
 def spelt(pieces: Pieces, id: int) -> tuple[str, str]:
-    """A token as JSON: its text, in which half a character is U+FFFD, and its bytes."""
+    """A token's text and its bytes, both as JSON. Half a character is U+FFFD in the text."""
     return json.dumps(pieces[id].decode(errors="replace")), json.dumps(list(pieces[id]))

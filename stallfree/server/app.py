@@ -1,4 +1,4 @@
-"""The HTTP app over a service: its routes, its errors, and the door that all requests come through."""
+"""The HTTP app over a service: its routes, its errors, and the door that all requests pass. It knows no engine."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,8 +16,8 @@ MAX_BODY_BYTES = 4 << 20
 
 
 def create_app(service: Service, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """An app that serves `service`, and owns it: it starts with the app and is closed with it. With an `api_key`, every route wants
-    it but /health and the page's own files, which say nothing of this server.
+    """The app that serves `service` and owns it: the service starts and closes with the app. With an `api_key`, every route
+    requires it except /health and the page's own files, which tell nothing about this server.
     """
 
     @asynccontextmanager
@@ -31,7 +31,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body_bytes: 
         version=stallfree.__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        docs_url=None,  # their pages load scripts from elsewhere; /openapi.json is all there is to them
+        docs_url=None,  # these pages load scripts from other sites; /openapi.json has all that they show
         redoc_url=None,
         responses=errors.RESPONSES,
         separate_input_output_schemas=False,

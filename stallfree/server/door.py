@@ -1,6 +1,6 @@
-"""What every request passes before a route sees it: its id, the API key, and a body that is neither too large nor too slow.
+"""Checks every request before a route sees it: its id, the API key, and a body that is neither too large nor too slow.
 
-Pure ASGI, around the app; it knows no route but those that need no key. Whatever escapes a route ends here as a 500.
+Pure ASGI, around the app. It knows only the routes that need no key. An exception that no route handles becomes a 500 here.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from stallfree.server.errors import ApiError
 log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 30.0
-"""Seconds in which a body must have arrived."""
+"""Seconds within which a whole body must arrive."""
 
 
 class Door:
@@ -45,7 +45,7 @@ class Door:
             self._check_key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 body = await self._read(scope, receive)
-                # Every body is JSON here, whatever its type says: curl says form unless told otherwise.
+                # Every body is read as JSON, whatever its Content-Type: curl sends that of a form by default.
                 MutableHeaders(scope=scope)["Content-Type"] = "application/json"
                 receive = _again(body, receive)
             await self._app(scope, receive, send_with_id)
@@ -53,7 +53,7 @@ class Door:
             pass
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # by the server that shuts down, which would log it with a traceback
+        except asyncio.CancelledError:  # the server shuts down; uvicorn would log this with a traceback
             if not started:
                 await ApiError(503, "the server is shutting down", code="unavailable").response()(scope, receive, send_with_id)
         except Exception:
@@ -68,16 +68,16 @@ class Door:
         path = scope["path"]
         if self._authorization is None or path in ("/", "/health") or path.startswith("/live/"):  # the page's files, not its data
             return
-        given = dict(scope["headers"]).get(b"authorization")
-        if given is None or not hmac.compare_digest(given, self._authorization):
-            what = "missing: send `Authorization: Bearer <key>`" if given is None else "wrong"
-            raise ApiError(401, f"the API key is {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        authorization = dict(scope["headers"]).get(b"authorization")
+        if authorization is None or not hmac.compare_digest(authorization, self._authorization):
+            fault = "missing: send `Authorization: Bearer <key>`" if authorization is None else "wrong"
+            raise ApiError(401, f"the API key is {fault}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body. Its length is believed if it is said to be too large, and counted as it arrives in any case."""
-        said = dict(scope["headers"]).get(b"content-length", b"")
+        """The body. Too large is one whose Content-Length says so, or that grows too large as it arrives."""
+        length = dict(scope["headers"]).get(b"content-length", b"")
         body = bytearray()
-        size = int(said) if said.isdigit() else 0
+        size = int(length) if length.isdigit() else 0
         more = True
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -93,23 +93,23 @@ class Door:
                 408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", headers={"Connection": "close"}
             ) from None
         if size > self._max_body_bytes:
-            # The connection stays open: what the client is still sending is dropped as it comes, so that it can read the answer.
+            # The connection stays open, so that the client can read the answer; the rest of its body is dropped as it arrives.
             message = f"the body is larger than the {self._max_body_bytes} bytes that are accepted"
             raise ApiError(413, message, code="body_too_large")
         return bytes(body)
 
 
 class _Gone(Exception):
-    """The client went away before its request was whole."""
+    """The client disconnected before its whole request arrived."""
 
 
-def request_id(given: bytes) -> str:
-    """The client's own, without what is not printable ASCII and after 128 characters; a new one if nothing is left."""
-    return "".join(chr(byte) for byte in given if 0x21 <= byte <= 0x7E)[:128] or secrets.token_hex(16)
+def request_id(header: bytes) -> str:
+    """The client's id: the first 128 printable ASCII characters of the `header`. A new id if it has none."""
+    return "".join(chr(byte) for byte in header if 0x21 <= byte <= 0x7E)[:128] or secrets.token_hex(16)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body` first, and then what comes after it: the news that the client has gone."""
+    """A `receive` that returns `body` first, then the messages after it: that the client has disconnected."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,6 +1,6 @@
-"""Every error leaves as OpenAI's error object: `{"error": {"message", "type", "param", "code"}}` with the status that fits.
+"""Every error is answered with OpenAI's error object, `{"error": {"message", "type", "param", "code"}}`, and the fitting status.
 
-It knows HTTP and the exceptions of those below; it does not know what the routes do.
+It knows HTTP and the exceptions of the layers below; it does not know what the routes do.
 """
 
 import json
@@ -17,7 +17,7 @@ from stallfree.engine.text import TextError
 from stallfree.engine.thread import Unavailable
 
 UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER = "unknown_parameter", "unsupported_parameter"
-"""Codes of errors for fields that nobody knows, and for OpenAI's that are not served here."""
+"""Error codes for unknown fields, and for OpenAI's fields that this server does not serve."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -41,7 +41,7 @@ _MEANINGS: dict[int | str, str] = {
     404: "No such route or model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full; try again after the seconds in `Retry-After`.",
     500: "The engine failed this request.",
     503: "The server is shutting down, or its engine has failed.",
     "default": "Any other error.",
@@ -49,11 +49,11 @@ _MEANINGS: dict[int | str, str] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
 }
-"""What every route may answer, for the OpenAPI schema."""
+"""Error answers that every route may give, for the OpenAPI schema."""
 
 
 class ApiError(Exception):
-    """An error on its way to the client: the HTTP `status`, and the field `param` that is at fault, if one is."""
+    """An error for the client: its HTTP `status`, and the field `param` that is at fault, if one is."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ApiError(Exception):
         return _api_error, (self.status, self.message, self.param, self.code, self.headers)
 
     def body(self) -> bytes:
-        """The error object. ASCII, so that half a surrogate pair in a client's field name cannot break it."""
+        """The error object as JSON. It is ASCII, so that half a surrogate pair in a client's field name cannot break it."""
         type_ = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": type_, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
@@ -85,12 +85,12 @@ class ApiError(Exception):
 
 
 def _api_error(status: int, message: str, param: str | None, code: str | None, headers: Mapping[str, str] | None) -> ApiError:
-    """One that comes from another process."""
+    """Unpickle an error that was raised in another process."""
     return ApiError(status, message, param=param, code=code, headers=headers)
 
 
 def shown(value: object) -> str:
-    """A client's value in an error message: short, however long it is, and printable."""
+    """A client's value for an error message: printable, and shortened to about 80 characters."""
     return _short.repr(value)
 
 
@@ -101,7 +101,7 @@ def unavailable(error: Unavailable) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every exception that is a client's doing, or a passing state of the engine, with an error object."""
+    """Make `app` answer with an error object when a client is at fault, or the engine is unavailable for a while."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -121,7 +121,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        path = shown(request.scope["path"])  # not request.url, which fails for a Host header that is none
+        path = shown(request.scope["path"])  # not request.url, which fails if the Host header is invalid
         message = {
             404: f"there is no route {path}",
             405: f"{request.method} is not allowed on {path}",
@@ -131,7 +131,7 @@ def install(app: FastAPI) -> None:
 
 
 def path(*steps: str | int) -> str:
-    """Where in a body a value is, as in messages[2].content[0].type or logit_bias["12"]."""
+    """The place of a value in a body, such as messages[2].content[0].type or logit_bias["12"]."""
     written = ""
     for step in steps:
         if isinstance(step, int):
@@ -144,11 +144,11 @@ def path(*steps: str | int) -> str:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The first field at fault, with all that it might have been (a union fails once for each of its members)."""
+    """The error for the first field at fault, with all that would be valid there (a union fails once for each member)."""
     first = errors[0]
     if not isinstance(body, dict) and first["loc"] == ("body",):
         return ApiError(400, "the body is empty or not a JSON object", code="invalid_json")
-    error, steps = _nearest([_Found.of(error, body) for error in errors])
+    error, steps = _nearest([_Fault.of(error, body) for error in errors])
     where, type_ = path(*steps), error["type"]
     if type_ in (UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER):
         name, near = error["ctx"]["name"], error["ctx"].get("near")
@@ -158,15 +158,15 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         return ApiError(400, message, param=where, code=type_)
     if type_ == "missing":
         return ApiError(400, f"{where} is missing", param=where)
-    own = [e for e in errors if _Found.of(e, body).steps == steps]
-    fitting = [e for e in own if not str(e["type"]).endswith("_type")] or own  # of a union, the members whose type it has
+    own = [e for e in errors if _Fault.of(e, body).steps == steps]
+    fitting = [e for e in own if not str(e["type"]).endswith("_type")] or own  # in a union, members of the value's type
     messages = [str(e["msg"]).removeprefix("Value error, ") for e in fitting]
     reasons = dict.fromkeys(message[:1].lower() + message[1:] for message in messages)
     return ApiError(400, f"{where}: {' or '.join(list(reasons)[:4])}, not {shown(error['input'])}", param=where)
 
 
-class _Found(NamedTuple):
-    """A validation error: the steps into the body to its place, and the names that pydantic puts between them for the member of a
+class _Fault(NamedTuple):
+    """A validation error. `steps`: its place in the body. `member`: the names that pydantic adds to the place for the member of a
     union that was tried. `union`: the steps to the first union on the way.
     """
 
@@ -193,15 +193,15 @@ class _Found(NamedTuple):
         return cls(error, tuple(steps), tuple(member), tuple(steps) if union is None else union)
 
 
-def _nearest(errors: Sequence[_Found]) -> tuple[Mapping[str, Any], tuple[str | int, ...]]:
-    """The first error, and its place; in a union that of the member that fits best, which holds further down and fails least."""
+def _nearest(errors: Sequence[_Fault]) -> tuple[Mapping[str, Any], tuple[str | int, ...]]:
+    """The first error and its place. In a union that of the member that fits best: deepest in the body, with fewest errors."""
     first = errors[0]
-    members: dict[tuple[str, ...], list[_Found]] = {}
+    members: dict[tuple[str, ...], list[_Fault]] = {}
     for error in errors:
         if error.union == first.union and bool(error.member) == bool(first.member):
             members.setdefault(error.member, []).append(error)
 
-    def misfit(own: list[_Found]) -> tuple[int, int, int]:
+    def misfit(own: list[_Fault]) -> tuple[int, int, int]:
         last = own[0].steps[-1] if own[0].steps else 0
         return -max(len(error.steps) for error in own), len(own), -last if isinstance(last, int) else 0
 

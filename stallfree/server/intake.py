@@ -1,6 +1,6 @@
-"""From a body that was read to the engine's requests: fields left out get their defaults, and fields at odds are refused.
+"""Makes the engine's requests from a body: missing fields get their defaults, and contradicting fields are refused.
 
-What bodies look like is `schema`'s, and how they are read `reading`'s; what fits in at all, the scheduler says.
+`schema` defines the bodies and `reading` reads them. Whether a request fits, the scheduler decides.
 """
 
 import re
@@ -14,60 +14,60 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo, Target
 from stallfree.engine.engine import Engine
 from stallfree.server.errors import ApiError, shown
-from stallfree.server.reading import Asked, check_ids
+from stallfree.server.reading import Query, check_ids
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation
 
 COMPLETION_TOKENS = 16
-"""OpenAI's default `max_tokens` for completions; a chat's is all that fits."""
+"""OpenAI's default `max_tokens` for completions; for a chat it is all that fits."""
 
 PREFILL = "x-stallfree-prefill"
-"""The header with which a router says which prefill engine, as host:port, is to compute a request's prompt, or `HERE`."""
+"""Header in which a router names the prefill engine (host:port) that computes a request's prompt, or `HERE`."""
 HERE = "none"
-"""In that header: no other engine, the server itself."""
+"""Value of that header: the server itself computes the prompt."""
 
 TARGET_HEADERS = ("x-slo", "x-llm-d-slo")
-"""Beginnings of the headers with a request's latency targets: this server's, and those of llm-d's gateway."""
+"""Prefixes of the headers with a request's latency targets: this server's, and that of llm-d's gateway."""
 
 
 def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
-    """The latency targets of this request alone, from `slo` and from headers; None without any. They are held to the percentiles
-    of `default`. ApiError, naming the place, for what is no time, and for two that contradict each other.
+    """A request's own latency targets, from `slo` in its body and from its headers; None without any. Their percentiles are those
+    of `default`. Raises ApiError, with the place, for a value that is no time, and for two that contradict each other.
     """
-    given: dict[str, tuple[float, str]] = {}
+    times: dict[str, tuple[float, str]] = {}
     for name in ("ttft", "tbt", "tpot"):
         own = None if body.slo is None else getattr(body.slo, f"{name}_ms")
-        found = [] if own is None else [(float(own), f"slo.{name}_ms")]
+        values = [] if own is None else [(float(own), f"slo.{name}_ms")]
         for header in (f"{prefix}-{name}-ms" for prefix in TARGET_HEADERS):
-            found += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
-        for value, place in found:
-            first, where = given.setdefault(name, (value, place))
+            values += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
+        for value, place in values:
+            first, where = times.setdefault(name, (value, place))
             if value != first:
                 raise ApiError(
                     400, f"{place} asks for {name} {value:g} ms, {where} for {first:g} ms; give one of them", param=place
                 )
-    if not given:
+    if not times:
         return None
-    if "tbt" in given and "tpot" in given:
+    if "tbt" in times and "tpot" in times:
         message = "tbt_ms and tpot_ms both say when the next token is due; give one of them"
-        raise ApiError(400, message, param=given["tpot"][1])
+        raise ApiError(400, message, param=times["tpot"][1])
     usual = {"ttft": default.ttft or Target(1, 90), "tbt": default.tbt or default.tpot or Target(1, 99)}
     usual["tpot"] = usual["tbt"]
-    return Slo(**{name: Target(value / 1000, usual[name].percentile) for name, (value, _) in given.items()})
+    return Slo(**{name: Target(value / 1000, usual[name].percentile) for name, (value, _) in times.items()})
 
 
 def _milliseconds(text: str, header: str) -> float:
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not LEAST_TARGET_MS <= float(text) <= MOST_TARGET_MS:
         limits = f"from {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:,}"
-        message = f"{header}: {shown(text)} is no number of milliseconds {limits}; write {header}: 100"
+        message = f"{header}: {shown(text)} is not a number of milliseconds {limits}; write {header}: 100"
         raise ApiError(400, message, param=header)
     return float(text)
 
 
-def requests(engine: Engine, asked: Asked, slo: Slo | None) -> list[Request]:
-    """`n` requests for each prompt that is `asked` for, with targets `slo`; choice k of a prompt samples with `seed` + k. What the
-    body leaves open of sampling is the engine's. ApiError for fields at odds.
+def requests(engine: Engine, query: Query, slo: Slo | None) -> list[Request]:
+    """`n` requests for each prompt of `query`, with targets `slo`. Choice k of a prompt samples with `seed` + k. Sampling that the
+    body leaves open is the engine's default. Raises ApiError for fields that contradict each other.
     """
-    body = asked.body
+    body = query.body
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
         raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
@@ -79,22 +79,22 @@ def requests(engine: Engine, asked: Asked, slo: Slo | None) -> list[Request]:
         raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
     check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
     stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
-    given = {
+    fields = {
         name: value
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         if (value := getattr(body, name)) is not None
     }
-    given |= {"logit_bias": asked.bias, "logprobs": _logprobs(body)}
-    given |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
+    fields |= {"logit_bias": query.bias, "logprobs": _logprobs(body)}
+    fields |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
-    samplings = [replace(engine.sampling, seed=seed + k, **given) for k in range(n)]
+    samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
     arrival = engine.clock()
-    made = []
-    for prompt, _ in asked.prompts:
+    requests = []
+    for prompt, _ in query.prompts:
         room = max(1, engine.scheduler.ledger.max_len - len(prompt))
         default = min(COMPLETION_TOKENS, room) if isinstance(body, CompletionRequest) else room
         for sampling in samplings:
-            made.append(
+            requests.append(
                 Request(
                     secrets.token_hex(12),
                     prompt,
@@ -108,7 +108,7 @@ def requests(engine: Engine, asked: Asked, slo: Slo | None) -> list[Request]:
                     sampling=sampling,
                 )
             )
-    return made
+    return requests
 
 
 def stops(body: Generation) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def stops(body: Generation) -> tuple[str, ...]:
 
 
 def refused(refusal: Refused, body: Generation, prompts: Sequence[Sequence[int]]) -> ApiError:
-    """The scheduler's refusal in the words of the body, which may say `messages` where the scheduler says `prompt`."""
+    """The scheduler's refusal with the body's names of fields: a chat has `messages` where the scheduler has `prompt`."""
     code = "context_length_exceeded" if refusal.field == "prompt" and all(prompts) else None
     field = refusal.field
     if isinstance(body, ChatRequest):

@@ -1,7 +1,7 @@
-"""What the live page shows: records reduced to rows, percentiles and stalls, but only while somebody looks.
+"""The live page's data: records reduced to rows, percentiles and stalls, but only while a page is open.
 
-The engine's thread leaves each record here, with what the account of stalls found in it, and that is all it pays; a look takes
-what has come since the last one, a bounded amount at a time. It knows neither HTTP nor the engine.
+The engine's thread only queues each record with what the account of stalls found. A look reduces the records since the last look, a
+bounded amount at a time. It knows neither HTTP nor the engine.
 """
 
 import math
@@ -17,23 +17,23 @@ from stallfree.core.slo import Slo
 from stallfree.metrics.stalls import LONG_WAIT_S, Iteration, Stall, StallAccount, Wait
 
 KEPT = 512
-"""Records that are kept for a look to come; whoever opens the page sees that many iterations back."""
+"""Records kept for the next look: a page that is opened shows that many past iterations."""
 PIECES = 4096
-"""Gaps and stalls that one look reduces, about 2 ms: a page that is opened must not make tokens late."""
+"""Gaps and stalls that one look reduces, in about 2 ms: opening a page must not make tokens late."""
 ROWS = 2000
-"""Iterations that can be asked for again, by another page or after a lost answer."""
+"""Rows of iterations kept for another page, or for the same one after a lost answer."""
 ROWS_AT_ONCE = 500
 STALLS = 20
 WINDOW_S = 60
-"""Seconds that percentiles reach back."""
+"""Percentiles cover this many seconds before a look."""
 ID_CHARS = 8
 FAULT, GAP = attrgetter("kind", "cause", "blamed"), attrgetter("gap_s")
 FINENESS = 50
-"""Buckets of the percentiles per factor e: each is 2 % wide, so a percentile is right to 1 %."""
+"""Buckets of the percentiles per factor e. Each is 2 % wide, so a percentile's error is at most 1 %."""
 
 
 class Judged(NamedTuple):
-    """A record, and what the account of stalls found in it."""
+    """A record, and the account of stalls for its iteration."""
 
     step: StepRecord
     iteration: Iteration
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 
 
 class Live:
-    """`record` is for the engine's thread; `look` is for one other. `slo`: what first tokens are judged by; `policy` is a name."""
+    """The engine's thread calls `record`; one other thread calls `look`. `slo`: the target of first tokens. `policy`: its name."""
 
     def __init__(self, policy: str, slo: Slo | None = None):
         self.policy = policy
@@ -58,19 +58,19 @@ class Live:
         self._oldest: tuple[str, float] | None = None
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
-        """Keep one iteration, which `account` has just judged. Called in the engine's thread, after each."""
+        """Keep one iteration, which `account` has judged. The engine's thread calls it after each."""
         self._unseen.append(Judged(step, account.iteration, account.gaps, account.ttfts, account.stalls, account.waits))
         self._oldest = account.oldest
 
     def look(self, now: float, since: int = -1) -> dict[str, Any]:
-        """What is new behind step `since` at `now` (s, the run's), as JSON values, times in seconds:
+        """All that is new after step `since` at `now` (s, the run's), as JSON values; times in seconds.
 
-        `run`, another for each server; `rows`, oldest first: (step, t_start, t_end, decodes, prefill tokens, limit_s, budget,
-        margin, running, waiting, free KV blocks); `more`, whether to ask again at once; `ttft` and `tbt` of the last minute:
-        null, or count, p50, p90, p99 and the share that was late; `stalls`, the last ones, newest first: what one iteration is to
-        blame for is one of them, with the `count` of tokens and the `id` of the one that waited longest; `waits`, the last first
-        tokens that were waited for long, newest first, with what kept them in `words`; `longest_wait`, of those that still wait for
-        a first token the longest, as `id` and `seconds`, or null; `long_wait_s`: how many seconds are long.
+        `run`: another id for each server. `rows`, oldest first: (step, t_start, t_end, decodes, prefill tokens, limit_s, budget,
+        margin, running, waiting, free KV blocks). `more`: whether to call again at once. `ttft` and `tbt` of the last minute: null,
+        or count, p50, p90, p99 and the late share. `stalls`, the last ones, newest first: one for each iteration at fault, with the
+        `count` of tokens and the `id` of the request that waited longest. `waits`: the last long waits for first tokens, newest
+        first, with their reasons in `words`. `longest_wait`: the longest that still lasts, as `id` and `seconds`, or null.
+        `long_wait_s`: from how many seconds a wait is long.
         """
         pieces = 0
         while self._unseen and pieces < PIECES:
@@ -122,7 +122,7 @@ class Live:
         self._waits += [wait._replace(id=wait.id[:ID_CHARS]) for wait in waits]
 
     def _note(self, key: tuple[str, str, int], same: list[Stall]) -> None:
-        """One line for all that one iteration is to blame for in the same way: a long one makes everybody late."""
+        """Keep one line for all stalls of one cause that one iteration is to blame for: a long one makes all decodes late."""
         worst = max(same, key=GAP)
         line = self._stalls.pop(key, {"count": 0, "gap_s": -1.0})
         if worst.gap_s > line["gap_s"]:
@@ -135,7 +135,7 @@ class Live:
 
 
 class _Times:
-    """How many times fell in each bucket, and how many were late."""
+    """How many latencies fall in each bucket, and how many are late."""
 
     __slots__ = ("buckets", "late")
 
@@ -144,13 +144,13 @@ class _Times:
         self.late = 0
 
     def add(self, seconds: Iterable[float], late: int) -> None:
-        for value, number in Counter(seconds).items():  # most tokens of an iteration waited equally long: one logarithm for all
+        for value, number in Counter(seconds).items():  # most tokens of an iteration waited equally long: they share a logarithm
             self.buckets[round(FINENESS * math.log(max(value, 1e-6)))] += number
         self.late += late
 
 
 class _Second:
-    """The latencies of one second, `at`."""
+    """The latencies of one second of the run, `at`."""
 
     __slots__ = ("at", "tbt", "ttft")
 
@@ -160,19 +160,19 @@ class _Second:
 
 
 def _summary(times: Iterable[_Times]) -> dict[str, float] | None:
-    """Null if there are none. A percentile is the least value that so many per cent do not exceed."""
+    """Count, late share, percentiles; None without times. A percentile is the least value that so many per cent do not exceed."""
     buckets, late = Counter[int](), 0
-    for some in times:
-        buckets.update(some.buckets)
-        late += some.late
+    for each in times:
+        buckets.update(each.buckets)
+        late += each.late
     count = buckets.total()
     if not count:
         return None
-    found: dict[str, float] = {"count": count, "late": late / count}
+    summary: dict[str, float] = {"count": count, "late": late / count}
     left = [50, 90, 99]
     below = 0
     for bucket in sorted(buckets):
         below += buckets[bucket]
         while left and 100 * below >= left[0] * count:
-            found[f"p{left.pop(0)}"] = math.exp(bucket / FINENESS)
-    return found
+            summary[f"p{left.pop(0)}"] = math.exp(bucket / FINENESS)
+    return summary

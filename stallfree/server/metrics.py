@@ -1,7 +1,7 @@
-"""Prometheus metrics, read off the engine's StepRecords: plain numbers, made into families when somebody asks for them.
+"""Prometheus metrics from the engine's StepRecords: plain numbers, which become families when a client reads /metrics.
 
-`record` is paid for in every iteration, so it touches a histogram once for all tokens that waited equally long. It knows records
-and the ledger's gauges, nothing of the engine; the names of others for the same numbers are `vllm_names`.
+`record` costs time in every iteration, so it updates a histogram once for all tokens that waited equally long. It knows records and
+the ledger's gauges, and nothing of the engine. vLLM's names of these metrics are in `vllm_names`.
 """
 
 import threading
@@ -24,12 +24,12 @@ from stallfree.metrics.stalls import CAUSES, TARGETS, Ended, StallAccount
 from stallfree.server.vllm_names import Aliases
 
 REASONS = ("policy", "deadline", "engine")
-"""What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record has it in
-words, but words with times and ids in them would make a series each."""
+"""What set the token budget: the policy's own rule, the time until a token was due, or the engine's limit. A record's reason has
+times and ids in its words, and each would make a series of its own."""
 FINISHED = ("stop", "length", "abort", "error")
 OUTCOMES = ("delivered", "recomputed")
 
-# vLLM's bounds, so that its dashboards find the `le` that they ask for, and finer ones below, for iterations of a few ms.
+# vLLM's bounds, so that its dashboards find each `le` that they query; also finer ones below, for iterations of a few ms.
 GAPS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TTFT_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
@@ -44,7 +44,7 @@ REQUEST_TOKENS = tuple(digit * 10**exponent for exponent in range(6) for digit i
 
 
 class Metrics(Collector):
-    """What `model`, held to `slo`, has done. `record` is for the engine's thread, `expose` for any other."""
+    """Counts the iterations of `model`, held to `slo`. The engine's thread calls `record`, any other `expose`."""
 
     def __init__(self, model: str, slo: Slo | None = None) -> None:
         self._slo = slo or Slo()
@@ -61,7 +61,7 @@ class Metrics(Collector):
         self._judged = dict.fromkeys(TARGETS, 0)
         self._in_time = dict.fromkeys(TARGETS, 0)
         self._first_late_s = self._bubble_s = 0.0
-        self._errors = self._preemptions = self._left_out = self._prompt = self._long_waits = self._looked_up = self._found = (
+        self._errors = self._preemptions = self._left_out = self._prompt = self._long_waits = self._looked_up = self._cached = (
             self._generated
         ) = 0
         self._judged_requests = self._requests_in_time = 0
@@ -76,7 +76,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
-        """Count one iteration, which `account` has just judged. Called in the engine's thread, after each."""
+        """Count one iteration, which `account` has judged. The engine's thread calls it after each."""
         with self._lock:
             self._prompt += sum(request.prompt_tokens for request in step.arrived)
             self._last, self._slack, self._oldest = step, account.slack, account.oldest
@@ -92,12 +92,12 @@ class Metrics(Collector):
             self._preemptions += len(step.preempted)
             self._left_out += len(step.stalled)
             self._looked_up += account.looked_up
-            self._found += sum(found for _, found in step.cached) + sum(came.cached for came in step.delivered)
+            self._cached += sum(tokens for _, tokens in step.cached) + sum(transfer.cached for transfer in step.delivered)
             self._generated += len(step.emitted) + len(step.delivered)
             self._transfers["delivered"] += len(step.delivered)
             self._transfers["recomputed"] += len(step.recalled)
-            self._transfer_bytes += sum(came.num_bytes for came in step.delivered)
-            self._transfer_s += sum(came.seconds for came in step.delivered)
+            self._transfer_bytes += sum(transfer.num_bytes for transfer in step.delivered)
+            self._transfer_s += sum(transfer.seconds for transfer in step.delivered)
             self._tbt.observe_all(account.gaps)
             self._ttft.observe_all(account.ttfts)
             for target in TARGETS:
@@ -112,8 +112,8 @@ class Metrics(Collector):
             self._end(account.ended)
 
     def expose(self, ledger: Ledger, now: float, prefill_engines: tuple[int, int] | None = None) -> bytes:
-        """The text format, with the gauges as they are at `now` (s, the run's): the last record may be old, since an idle engine
-        writes none. `prefill_engines`: of an engine that asks others, how many are connected, and how many there should be.
+        """Prometheus' text format, with the gauges at `now` (s, the run's): the last record may be old, because an idle engine
+        writes none. `prefill_engines`: how many are connected and how many are configured, for an engine with KV transfers.
         """
         with self._lock:
             oldest = self._oldest
@@ -131,7 +131,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every family under its own name, then under those of vLLM."""
+        """Every family under its own name, then all under vLLM's names."""
         with self._lock:
             families = list(self._families())
         yield from families
@@ -165,26 +165,26 @@ class Metrics(Collector):
         yield self._step_tokens.family("tokens_per_step", "Tokens of an iteration, prefill and decode.")
         yield self._step_s.family("step_seconds", "Time of an iteration on the executor.")
         yield _counter("step_errors", "Iterations that failed.", self._errors)
-        yield _counter("pipeline_bubble_seconds", "What pipeline stages waited while there was work.", self._bubble_s)
+        yield _counter("pipeline_bubble_seconds", "Time that pipeline stages waited while there was work.", self._bubble_s)
         yield _counter("steps", "Iterations, by what set their token budget.", self._reasons, "reason")
         yield _gauge("budget_tokens", "Token budget of the last iteration.", None if step is None else step.budget)
         yield _gauge("limit_seconds", "Time that the policy allowed the last iteration.", None if step is None else step.limit_s)
-        yield _gauge("margin_ratio", "What the policy multiplies expected times with.", None if step is None else step.margin)
-        slack = "From the planning of the last iteration until the first of its decodes was due; below 0: too late already."
+        yield _gauge("margin_ratio", "Factor by which the policy multiplies expected times.", None if step is None else step.margin)
+        slack = "Time from the planning of the last iteration until its first decode was due; below 0: it was already late."
         yield _gauge("slack_seconds", slack, self._slack)
-        yield _counter("decode_stall_seconds", "Lateness of the tokens that came after they were due.", self._late_s, "cause")
-        yield _counter("late_tokens", "Tokens that came after they were due, but for first ones.", self._late, "cause")
+        yield _counter("decode_stall_seconds", "Lateness of tokens that came after they were due.", self._late_s, "cause")
+        yield _counter("late_tokens", "Tokens that came after they were due, without first tokens.", self._late, "cause")
         yield _counter("first_token_late_seconds", "Lateness of first tokens.", self._first_late_s)
-        yield _counter("long_waits", "First tokens that came after their target, or after 10 s without one.", self._long_waits)
+        yield _counter("long_waits", "First tokens later than their target, or than 10 s without one.", self._long_waits)
         yield _counter("stalled_decodes", "Ready decodes that got no token in an iteration.", self._left_out)
-        yield _counter("slo_tokens", "Tokens that a target said when were due.", self._judged, "target")
-        yield _counter("slo_tokens_in_time", "Of those, the ones that came in time.", self._in_time, "target")
-        yield _counter("slo_requests", "Requests with a target that ended by themselves.", self._judged_requests)
-        yield _counter("slo_requests_in_time", "Of those, the ones that met all their targets.", self._requests_in_time)
+        yield _counter("slo_tokens", "Tokens with a deadline, by target.", self._judged, "target")
+        yield _counter("slo_tokens_in_time", "Tokens with a deadline that came in time, by target.", self._in_time, "target")
+        yield _counter("slo_requests", "Requests with a target that were neither aborted nor failed.", self._judged_requests)
+        yield _counter("slo_requests_in_time", "Requests that met all their targets.", self._requests_in_time)
         seconds = {name: target.seconds for name, target in targets.items()}
         yield _gauge("slo_target_seconds", "The server's targets.", seconds, "target")
         shares = {name: target.percentile / 100 for name, target in targets.items()}
-        yield _gauge("slo_target_ratio", "Share of the tokens that is to be in time.", shares, "target")
+        yield _gauge("slo_target_ratio", "Share of tokens that should be in time.", shares, "target")
         yield self._ttft.family("time_to_first_token_seconds", "From a request's arrival to its first token.")
         yield self._tbt.family("inter_token_seconds", "Between consecutive tokens of a request.")
         yield self._tpot.family("request_tpot_seconds", "Mean time between the tokens of a request.")
@@ -196,16 +196,16 @@ class Metrics(Collector):
         yield self._prompts.family("request_prompt_tokens", "Prompt tokens of a request.")
         yield self._outputs.family("request_output_tokens", "Tokens sampled for a request.")
         yield _counter("requests", "Requests that ended, by reason.", self._finished, "reason")
-        yield _counter("preemptions", "Running requests whose KV was given to others.", self._preemptions)
+        yield _counter("preemptions", "Running requests whose KV was taken back.", self._preemptions)
         yield _counter("prompt_tokens", "Prompt tokens of the requests that arrived.", self._prompt)
         yield _counter("generation_tokens", "Tokens sampled.", self._generated)
-        yield _counter("prefix_lookup_tokens", "Tokens that were looked for in the prefix cache.", self._looked_up)
-        yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._found)
-        yield _counter("kv_transfers", "Prompts asked of prefill engines, by what became of them.", self._transfers, "outcome")
-        yield _counter("kv_transfer_bytes", "Bytes of KV that came from prefill engines.", self._transfer_bytes)
-        yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving these.", self._transfer_s)
+        yield _counter("prefix_lookup_tokens", "Tokens that were looked up in the prefix cache.", self._looked_up)
+        yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._cached)
+        yield _counter("kv_transfers", "KV transfers from prefill engines, by outcome.", self._transfers, "outcome")
+        yield _counter("kv_transfer_bytes", "Bytes of KV received from prefill engines.", self._transfer_bytes)
+        yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving this KV.", self._transfer_s)
         share = self._transfer_s / self._decode_s if self._decode_s else None
-        yield _gauge("kv_transfer_ratio", "That time over the time from first tokens to the ends of all requests.", share)
+        yield _gauge("kv_transfer_ratio", "KV transfer seconds over the seconds from first tokens to ends of all requests.", share)
         for name, text in GAUGES.items():
             yield _gauge(name, text, self._gauges.get(name))
 
@@ -213,17 +213,17 @@ class Metrics(Collector):
 GAUGES = {
     "running_requests": "Requests admitted.",
     "waiting_requests": "Requests that wait for admission.",
-    "kv_blocks": "KV blocks there are.",
-    "free_kv_blocks": "KV blocks that are free, or hold only what the prefix cache can drop.",
+    "kv_blocks": "All KV blocks of the engine.",
+    "free_kv_blocks": "KV blocks that are free, or hold only KV that the prefix cache can drop.",
     "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
     "longest_wait_seconds": "How long the oldest request without a first token has waited for it.",
     "prefill_engines": "Prefill engines that are connected.",
-    "prefill_engines_configured": "Prefill engines that were configured.",
+    "prefill_engines_configured": "Prefill engines that are configured.",
 }
 
 
 class _Histogram:
-    """How many values were at most each of `bounds`, and their sum."""
+    """Counts values by the first of `bounds` that they do not exceed, and sums them."""
 
     def __init__(self, bounds: tuple[float, ...]):
         self._bounds = (*bounds, inf)
@@ -253,7 +253,7 @@ def _counter(name: str, text: str, values: float | Mapping[str, float], label: s
 
 
 def _gauge(name: str, text: str, values: float | Mapping[str, float] | None, label: str = "") -> Metric:
-    """Without a sample where there is no value."""
+    """A gauge; without a sample if `values` is None."""
     return _filled(GaugeMetricFamily(f"stallfree_{name}", text, labels=[label] if label else []), {} if values is None else values)
 
 

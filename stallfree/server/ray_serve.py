@@ -1,9 +1,9 @@
-"""Replicas of the server behind Ray Serve's HTTP proxy: each is an engine with the same app as `stallfree serve`, and there are as
-many as their slack asks for. It knows Ray Serve; what a replica does is the server's.
+"""Replicas of the server under Ray Serve's HTTP proxy. Each is an engine with the app of `stallfree serve`; their utilisation
+decides their number. It knows Ray Serve, and nothing of how a replica serves.
 
-Utilisation is what is left of slack: the time that a replica spends in iterations, each weighted by the share of its limit that it
-used, over all time; and where requests wait, how long the first of them has waited over what a first token may take, if that is
-more. Of `n` replicas that are used `u` on average, n x u / `TARGET` would be used as wanted.
+Utilisation is the share of time that a replica spends in iterations, each weighted by the share of its limit that it used. If the
+oldest waiting request has waited for a larger share of the target for TTFT, utilisation is that share. `n` replicas with a mean
+utilisation `u` become n x u / `TARGET` replicas.
 """
 
 import math
@@ -22,13 +22,13 @@ from stallfree.server.app import create_app
 from stallfree.server.service import Service
 
 TARGET = 0.7
-"""Utilisation that is aimed at."""
+"""Mean utilisation that scaling aims at."""
 WINDOW_S = 10.0
-"""Seconds over which a replica's utilisation is taken."""
+"""Seconds between two measurements of a replica's utilisation."""
 
 
 class Utilisation:
-    """How much a replica is used, from its iterations. `record` is for the engine's thread."""
+    """A replica's utilisation, from its iterations. The engine's thread calls `record`."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -39,7 +39,7 @@ class Utilisation:
         self._used += seconds * (min(1.0, seconds / step.limit_s) if step.limit_s else 1.0)
 
     def read(self, oldest_s: float, ttft_s: float) -> float:
-        """The share since it was last read; `oldest_s`: how long the first of those that wait has waited."""
+        """The utilisation since the last call. `oldest_s`: how long the oldest waiting request has waited."""
         now = self._clock()
         share = self._used / max(now - self._since, 1e-9)
         self._since, self._used = now, 0.0
@@ -47,11 +47,10 @@ class Utilisation:
 
 
 def wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """How many replicas there should be: for Ray Serve's controller."""
-    told = (context.aggregated_metrics or {}).get("utilisation") or {}
-    now = context.current_num_replicas
-    mean = sum(told.values()) / len(told) if told else TARGET
-    return max(1, math.ceil(now * mean / TARGET - 0.05)), {}
+    """How many replicas Ray Serve's controller should run."""
+    used = (context.aggregated_metrics or {}).get("utilisation") or {}
+    mean = sum(used.values()) / len(used) if used else TARGET
+    return max(1, math.ceil(context.current_num_replicas * mean / TARGET - 0.05)), {}
 
 
 def application(
@@ -63,11 +62,11 @@ def application(
     api_key: str | None,
     sanitize_control_tokens: bool = False,
 ) -> serve.Application:
-    """What `serve.run` takes: from `least` to `most` replicas of an engine made of `options`."""
-    held: dict[str, Any] = {}
+    """The application for `serve.run`: from `least` to `most` replicas of an engine made of `options`."""
+    parts: dict[str, Any] = {}
 
     def app() -> FastAPI:
-        """Made where a replica runs, once."""
+        """Ray Serve calls this once in each replica's process."""
         assembled = assemble(options, say=print)
         service = Service(
             assembled.engine,
@@ -79,20 +78,20 @@ def application(
         )
         utilisation = Utilisation(assembled.engine.clock)
         service.observers.append(utilisation.record)
-        held.update(service=service, utilisation=utilisation, slo=assembled.slo)
+        parts.update(service=service, utilisation=utilisation, slo=assembled.slo)
         return create_app(service, api_key=api_key)
 
     class Replica:
         def record_autoscaling_stats(self) -> dict[str, float]:
-            engine, slo = held["service"].engine, held["slo"]
+            engine, slo = parts["service"].engine, parts["slo"]
             head = engine.scheduler.ledger.queue.head()
             oldest = 0.0 if head is None else engine.clock() - head[2].arrival
             ttft = slo.ttft.seconds if slo is not None and slo.ttft is not None else MEDIAN_TTFT_S
-            return {"utilisation": held["utilisation"].read(oldest, ttft)}
+            return {"utilisation": parts["utilisation"].read(oldest, ttft)}
 
         def check_health(self) -> None:
-            if held["service"].thread.failure is not None:
-                raise RuntimeError(held["service"].thread.failure)
+            if parts["service"].thread.failure is not None:
+                raise RuntimeError(parts["service"].thread.failure)
 
     scaling = AutoscalingConfig(
         min_replicas=least,

@@ -1,5 +1,5 @@
-"""Raw bodies into checked requests with token ids. Small bodies are read at once; large ones in processes of their own, so that
-neither the event loop nor the interpreter's lock is held while somebody's long text is parsed, rendered and tokenised.
+"""Reads raw bodies into checked queries with token ids. Small bodies are read at once, large ones in separate processes: parsing,
+rendering and tokenising a long text must hold neither the event loop nor the interpreter's lock.
 
 It knows the shapes of bodies and the model's text, and nothing of the engine.
 """
@@ -37,18 +37,18 @@ AnyBody = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
 """The bodies that are read."""
 
 LARGE = 8192
-"""Bytes of body from which a process reads it. Below, reading takes at most 2 ms; the way to the process and back takes 1 ms."""
+"""Bytes from which a process reads a body. Reading a smaller one takes at most 2 ms; going through a process takes 1 ms."""
 
 PROCESSES = 2
-"""So that one long text does not hold up the next."""
+"""Processes that read large bodies: two, so that one long text does not delay the next."""
 
 NICE = 10
-"""Steps of priority below the model's threads: on a machine that is busy a long text gets a tenth of a core, not half of one."""
+"""Steps of priority below the model's threads: on a busy machine a long text gets a tenth of a core, not half of one."""
 
 
-class Terms(NamedTuple):
-    """What bodies are read by: the name of the `model` that is served; prompts of at most `max_len` - 1 tokens, at most
-    `max_choices` choices; `sanitized`: whether control tokens that a client writes are text where its request does not say."""
+class BodyLimits(NamedTuple):
+    """Limits of bodies: the name of the served `model`; at most `max_len` - 1 tokens a prompt, and `max_choices` choices.
+    `sanitized`: whether control tokens that a client writes are read as text, unless its request says otherwise."""
 
     model: str
     max_len: int
@@ -56,9 +56,9 @@ class Terms(NamedTuple):
     sanitized: bool
 
 
-class Asked(NamedTuple):
-    """A request for tokens: its `body` without prompts and biases; each prompt's token ids, with its text if that is to be echoed;
-    and what is added to logits."""
+class Query(NamedTuple):
+    """A body that asks for tokens: the `body` without prompts and biases; each prompt's token ids, with its text if the answer
+    echoes it; and what is added to logits."""
 
     body: Generation
     prompts: list[tuple[list[int], str]]
@@ -66,21 +66,21 @@ class Asked(NamedTuple):
 
 
 class Reader:
-    """Reads bodies for a model with `text`."""
+    """Reads bodies for a model with `text`, within `limits`."""
 
-    def __init__(self, text: Text, terms: Terms):
-        self._text, self._terms = text, terms
+    def __init__(self, text: Text, limits: BodyLimits):
+        self._text, self._limits = text, limits
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self) -> None:
-        """Begin to make the processes, which takes a second; without it, the first large body waits for that."""
+        """Start the processes, which takes a second. Without this call, the first large body waits for them."""
         for _ in range(PROCESSES):
             self._processes().submit(os.getpid)
 
     async def read(self, kind: type[AnyBody], raw: bytes) -> Any:
-        """As `read` does. ApiError, too, if the process that read a large body has died."""
+        """As the function `read`. Also raises ApiError if the process that read a large body has died."""
         if len(raw) < LARGE:
-            return read(self._text, self._terms, kind, raw)
+            return read(self._text, self._limits, kind, raw)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._processes(), _read, kind, raw)
         except BrokenProcessPool:
@@ -95,48 +95,48 @@ class Reader:
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that the engine's threads hold
-            self._pool = ProcessPoolExecutor(PROCESSES, spawn, _settle, (self._text, self._terms))
+            self._pool = ProcessPoolExecutor(PROCESSES, spawn, _settle, (self._text, self._limits))
         return self._pool
 
 
-_settled: list[tuple[Text, Terms]] = []
-"""In a process that reads: what it reads with."""
+_settled: list[tuple[Text, BodyLimits]] = []
+"""In a process that reads: the text and limits that it reads with."""
 
 
-def _settle(text: Text, terms: Terms) -> None:
+def _settle(text: Text, limits: BodyLimits) -> None:
     follow_parent()
     with suppress(OSError):
         os.nice(NICE)
-    _settled.append((text, terms))
+    _settled.append((text, limits))
 
 
 def _read(kind: type[AnyBody], raw: bytes) -> Any:
-    text, terms = _settled[0]
-    return read(text, terms, kind, raw)
+    text, limits = _settled[0]
+    return read(text, limits, kind, raw)
 
 
-def read(text: Text, terms: Terms, kind: type[AnyBody], raw: bytes) -> Any:
-    """What a `raw` body of that `kind` asks for: an `Asked`, or the answer, JSON, to a question about the text alone.
+def read(text: Text, limits: BodyLimits, kind: type[AnyBody], raw: bytes) -> Any:
+    """Read a `raw` body of that `kind`: a `Query`, or the answer (JSON) to a question about text alone.
 
-    Raises ApiError for what is no such body, for content that is no text, for token ids that the model does not have, and for
+    Raises ApiError for another kind of body, for content that is no text, for token ids that the model does not have, and for
     prompts that are certain to be too long; TextError if the chat template refuses the messages.
     """
     body = _checked(kind, raw)
-    check_model(body.model, terms.model)
+    check_model(body.model, limits.model)
     match body:
         case ChatRequest():
-            control = _recognised(body.sanitize_control_tokens, terms)
+            control = _recognised(body.sanitize_control_tokens, limits)
             rendered = text.render(_plain(body.messages), control=control)
-            _check_length(text, rendered, "messages", terms)
+            _check_length(text, rendered, "messages", limits)
             ids = text.encode_rendered(rendered, control=control)
-            check_ids(ids, text, "messages", given=False)
-            return Asked(body.model_copy(update={"messages": [], "logit_bias": None}), [(ids, "")], _bias(body, text))
+            check_ids(ids, text, "messages", from_text=True)
+            return Query(body.model_copy(update={"messages": [], "logit_bias": None}), [(ids, "")], _bias(body, text))
         case CompletionRequest():
-            prompts = _prompts(text, body, terms)
-            return Asked(body.model_copy(update={"prompt": "", "logit_bias": None}), prompts, _bias(body, text))
+            prompts = _prompts(text, body, limits)
+            return Query(body.model_copy(update={"prompt": "", "logit_bias": None}), prompts, _bias(body, text))
         case TokenizeRequest():
-            ids = _tokens(text, body, terms)
-            return Tokens(count=len(ids), max_model_len=terms.max_len, tokens=ids).model_dump_json().encode()
+            ids = _tokens(text, body, limits)
+            return Tokens(count=len(ids), max_model_len=limits.max_len, tokens=ids).model_dump_json().encode()
         case DetokenizeRequest():
             check_ids(body.tokens, text, "tokens")
             return Prompt(prompt=text.decode(body.tokens, skip_special=False)).model_dump_json().encode()
@@ -159,62 +159,62 @@ def _checked(kind: type[AnyBody], raw: bytes) -> AnyBody:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=True)
-        raise of_validation([{**each, "loc": ("body", *each["loc"])} for each in found], values) from None
+        errors = error.errors(include_url=False, include_context=True)
+        raise of_validation([{**each, "loc": ("body", *each["loc"])} for each in errors], values) from None
 
 
 def check_model(name: str | None, served: str) -> None:
-    """ApiError for another model than the one that is `served`."""
+    """Raises ApiError if `name` is not the `served` model."""
     if name not in (None, served):
         raise ApiError(404, f"the model {shown(name)} is not served here; {served!r} is", param="model", code="model_not_found")
 
 
-def _recognised(sanitized: bool | None, terms: Terms) -> bool:
-    """Whether control tokens that the client has written are control tokens."""
-    return not (terms.sanitized if sanitized is None else sanitized)
+def _recognised(sanitized: bool | None, limits: BodyLimits) -> bool:
+    """Whether control tokens that the client writes count as such, not as text."""
+    return not (limits.sanitized if sanitized is None else sanitized)
 
 
-def _prompts(text: Text, body: CompletionRequest, terms: Terms) -> list[tuple[list[int], str]]:
-    given: Any = body.prompt
-    several: list[Any] = [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
-    if len(several) * (body.n or 1) > terms.max_choices:
-        message = f"{len(several)} prompts and n = {body.n or 1} make more choices than the queue holds ({terms.max_choices})"
-        raise ApiError(400, message, param="prompt" if len(several) > terms.max_choices else "n")
-    names = ["prompt"] if several is not given else [path("prompt", at) for at in range(len(several))]
-    control = _recognised(body.sanitize_control_tokens, terms)
-    return [_prompt(text, one, bool(body.echo), control, name, terms) for name, one in zip(names, several, strict=True)]
+def _prompts(text: Text, body: CompletionRequest, limits: BodyLimits) -> list[tuple[list[int], str]]:
+    field: Any = body.prompt
+    prompts: list[Any] = [field] if isinstance(field, str) or not field or isinstance(field[0], int) else field
+    if len(prompts) * (body.n or 1) > limits.max_choices:
+        message = f"{len(prompts)} prompts and n = {body.n or 1} make more choices than the queue holds ({limits.max_choices})"
+        raise ApiError(400, message, param="prompt" if len(prompts) > limits.max_choices else "n")
+    names = ["prompt"] if prompts is not field else [path("prompt", at) for at in range(len(prompts))]
+    control = _recognised(body.sanitize_control_tokens, limits)
+    return [_prompt(text, prompt, bool(body.echo), control, name, limits) for name, prompt in zip(names, prompts, strict=True)]
 
 
-def _prompt(text: Text, given: str | list[int], echo: bool, control: bool, name: str, terms: Terms) -> tuple[list[int], str]:
-    _check_length(text, given, name, terms)
+def _prompt(text: Text, prompt: str | list[int], echo: bool, control: bool, name: str, limits: BodyLimits) -> tuple[list[int], str]:
+    _check_length(text, prompt, name, limits)
     try:
-        ids = text.encode(given, control=control) if isinstance(given, str) else given
+        ids = text.encode(prompt, control=control) if isinstance(prompt, str) else prompt
     except TextError as error:
         raise ApiError(400, f"{name}: {error}", param=name) from None
-    check_ids(ids, text, name, given=not isinstance(given, str))
-    return ids, (given if isinstance(given, str) else text.decode(given)) if echo else ""
+    check_ids(ids, text, name, from_text=isinstance(prompt, str))
+    return ids, (prompt if isinstance(prompt, str) else text.decode(prompt)) if echo else ""
 
 
-def _tokens(text: Text, body: TokenizeRequest, terms: Terms) -> list[int]:
+def _tokens(text: Text, body: TokenizeRequest, limits: BodyLimits) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
-    control = _recognised(body.sanitize_control_tokens, terms)
+    control = _recognised(body.sanitize_control_tokens, limits)
     if body.prompt is not None:
         return text.encode(body.prompt, special=body.add_special_tokens is not False, control=control)
     rendered = text.render(_plain(body.messages or ()), generation_prompt=body.add_generation_prompt is not False, control=control)
     ids = text.encode_rendered(rendered, control=control)
-    check_ids(ids, text, "messages", given=False)
+    check_ids(ids, text, "messages", from_text=True)
     return ids
 
 
-def _check_length(text: Text, given: str | Sequence[int], field: str, terms: Terms) -> None:
-    """Refuses what is certain to be too long before time is spent on it; what only may be is found out when it is tokens."""
-    if len(given) < terms.max_len:
+def _check_length(text: Text, prompt: str | Sequence[int], field: str, limits: BodyLimits) -> None:
+    """Refuses a prompt that is certain to be too long, before time is spent on it. Others are checked once they are tokens."""
+    if len(prompt) < limits.max_len:
         return
-    least = text.least_tokens(given) if isinstance(given, str) else len(given)
-    if least >= terms.max_len:
-        number = f"at least {least}" if isinstance(given, str) else f"{least}"
-        message = f"the prompt has {number} tokens; with room for one more, at most {terms.max_len - 1} fit"
+    least = text.least_tokens(prompt) if isinstance(prompt, str) else len(prompt)
+    if least >= limits.max_len:
+        number = f"at least {least}" if isinstance(prompt, str) else f"{least}"
+        message = f"the prompt has {number} tokens; with room for one more, at most {limits.max_len - 1} fit"
         raise ApiError(400, message, param=field, code="context_length_exceeded")
 
 
@@ -243,19 +243,19 @@ def _plain_one(index: int, message: Message) -> dict[str, str]:
 
 
 def _bias(body: Generation, text: Text) -> Bias:
-    given: Mapping[str, float] = body.logit_bias or {}
-    for key in given:
+    biases: Mapping[str, float] = body.logit_bias or {}
+    for key in biases:
         if not re.fullmatch(r"[0-9]{1,10}", key):
             raise ApiError(400, f"logit_bias: {shown(key)} is not a token id", param=path("logit_bias", key))
-    bias = Bias({int(key): value for key, value in given.items()})
+    bias = Bias({int(key): value for key, value in biases.items()})
     check_ids(list(bias), text, "logit_bias")
     return bias
 
 
-def check_ids(ids: Sequence[int], text: Text, field: str, *, given: bool = True) -> None:
-    """ApiError for an id that the model does not have, though its tokenizer may. `given`: by the client, not made of a text."""
+def check_ids(ids: Sequence[int], text: Text, field: str, *, from_text: bool = False) -> None:
+    """Raises ApiError for an id that the model does not have, though its tokenizer may. `from_text`: not the client's own ids."""
     if (wrong := text.lacks(ids)) is not None:
-        where = path(field, str(wrong) if field == "logit_bias" else ids.index(wrong)) if given else field
+        where = path(field, str(wrong) if field == "logit_bias" else ids.index(wrong)) if not from_text else field
         name = f" ({shown(token)})" if (token := text.pieces.token(wrong)) else ""
         message = f"{where}: token id {shown(wrong)}{name} is outside the vocabulary (0 to {text.vocab_size - 1})"
         raise ApiError(400, message, param=where)

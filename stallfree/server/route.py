@@ -1,8 +1,8 @@
-"""A router: passes each request on to the server with the fewest of them, and names the prefill engine with the fewest prompt
-tokens still to compute, as far as the router knows, or none while all have too many.
+"""A router. It passes each request on to the decode server with the fewest requests, and names the prefill engine with the fewest
+prompt tokens to compute, as far as the router knows. It names none while all have too many.
 
-It reads of a body only how long its prompt is, and of a stream only whether its first token has come; all else goes through as it
-is, the API key too. A server that is down is left out until its /health says otherwise.
+It reads only the length of a prompt, and whether a stream has its first token. All else passes unchanged, the API key too. It sends
+nothing to a server that is down, until its /health answers 200.
 """
 
 import asyncio
@@ -33,36 +33,35 @@ from stallfree.server.schema import Health
 log = logging.getLogger(__name__)
 
 HEALTH_S = 2.0
-"""Seconds between two looks at a server's health, and for its answer."""
+"""Seconds between two health checks of a server, and the longest that one may take."""
 CHARACTERS = 4
-"""Of a text make a token, about; both candidates are guessed alike."""
+"""Characters per token, a rough guess. It only ranks engines, so its error is the same for all of them."""
 GENERATING = ("/v1/completions", "/v1/chat/completions")
-ASKING = (*GENERATING, "/tokenize", "/detokenize")
-READING = ("/v1/models", "/v1/models/{name:path}", "/version")
+POST_PATHS = (*GENERATING, "/tokenize", "/detokenize")
+GET_PATHS = ("/v1/models", "/v1/models/{name:path}", "/version")
 KEPT_BACK = {"host", "content-length", "connection", "transfer-encoding", "accept-encoding", "expect", PREFILL}
-"""Headers of a request that are not passed on."""
+"""Request headers that the router does not pass on."""
 PASSED = ("content-type", "cache-control", "retry-after", "www-authenticate")
-"""Headers of an answer that are."""
-
+"""Response headers that the router passes on."""
 
 OUTCOMES = ("answered", "refused", "failed", "broken", "left")
-"""What becomes of a request at a server: an answer; one with a status from 400 to 499; none, or one with a status from 500 on; one
-that broke off; or its client went away, or the router shut down, before the end."""
+"""How a request ends at a server. `answered`: in full. `refused`: with a status from 400 to 499. `failed`: without an answer, or
+with a status from 500. `broken`: in the middle. `left`: its client went away, or the router shut down."""
 ENDING = ApiError(503, "the router is shutting down", code="unavailable")
 
 
-def _last(error: ApiError) -> bytes:
-    """The end of a stream that breaks off."""
+def _ending(error: ApiError) -> bytes:
+    """The last events of a stream that breaks off with `error`."""
     return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
 
 
 class _Server:
-    """A decode server: whether it is `up`, how many requests it has from here, and what became of the others, by `OUTCOMES`."""
+    """A decode server: whether it is `up`, how many `outstanding` requests of this router it has, and how the others ended."""
 
     def __init__(self, url: str):
         parts = urlsplit(url.strip())
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--decode {url!r} is not a server's URL; write http://127.0.0.1:8001, several with commas between")
+            raise ValueError(f"--decode {url!r} is not a server's URL; write http://127.0.0.1:8001, with commas between several")
         self.url = url.strip().rstrip("/").removesuffix("/v1")
         self.up = True
         self.outstanding = 0
@@ -70,8 +69,8 @@ class _Server:
 
 
 class Router:
-    """Passes on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any; or nobody, while each of these has
-    more than `spill` tokens of prompts to compute: the decode server computes the prompt then.
+    """Passes requests on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any. While each of these has
+    more than `spill` prompt tokens to compute, it names none, and the decode server computes the prompt.
     """
 
     def __init__(self, decodes: Sequence[str], prefills: Sequence[str] = (), spill: int | None = None):
@@ -85,7 +84,7 @@ class Router:
     async def open(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=HEALTH_S)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False)
-        await asyncio.gather(*map(self._look, self.servers))
+        await asyncio.gather(*map(self._check_health, self.servers))
         self._watching = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     async def shut(self) -> None:
@@ -94,7 +93,7 @@ class Router:
         await self.session.close()
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, and let those there are finish for a while; then end the others in an error."""
+        """Take no new requests. Give the others `drain_timeout_s` to finish, then end them with an error."""
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(drain_timeout_s):
@@ -104,7 +103,7 @@ class Router:
 
     @property
     def unfinished(self) -> int:
-        """Requests that have not ended."""
+        """How many requests have not ended."""
         return sum(server.outstanding for server in self.servers)
 
     @property
@@ -114,11 +113,11 @@ class Router:
         return self._session
 
     async def pass_on(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer of the server with the fewest requests, or of the next one if it gives none. ApiError if nobody does."""
+        """Send the answer of the server with the fewest requests; if it gives none, of the next. ApiError if no server answers."""
         if self.draining:
             raise ENDING
         failures = []
-        for server in sorted((one for one in self.servers if one.up), key=lambda one: one.outstanding):
+        for server in sorted((server for server in self.servers if server.up), key=lambda server: server.outstanding):
             server.outstanding += 1
             outcome = "left"
             prompt = _Prompt(self.pending, self.spill, request.url.path, body)
@@ -133,25 +132,25 @@ class Router:
                 outcome = "failed"
                 log.warning("decode server %s did not answer: %s", server.url, error or type(error).__name__)
                 failures.append(f"{server.url} did not answer ({type(error).__name__})")
-                await self._look(server)
+                await self._check_health(server)
             finally:
                 prompt.computed()
                 server.outstanding -= 1
                 server.outcomes[outcome] += 1
-        down = [f"{one.url} is down" for one in self.servers if not one.up and not any(one.url in said for said in failures)]
+        down = [f"{s.url} is down" for s in self.servers if not s.up and not any(s.url in failure for failure in failures)]
         raise ApiError(503, "no decode server answers: " + ", ".join(failures + down), code="unavailable")
 
     async def _through(
         self, server: _Server, prompt: "_Prompt", request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> str:
-        """Send the server's answer; which of `OUTCOMES` it is."""
+        """Send the server's answer. Returns its outcome, one of `OUTCOMES`."""
         headers = {name: value for name, value in request.headers.items() if name not in KEPT_BACK}
         if prompt.named is not None:
             headers[PREFILL] = prompt.named
         url = server.url + request.url.path
         async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
             if answer.status == 503:
-                raise aiohttp.ClientError("it takes no requests")
+                raise aiohttp.ClientError("status 503: it takes no requests")
             passed = {name: answer.headers[name] for name in PASSED if name in answer.headers}
             if answer.content_type != "text/event-stream":
                 await Response(await answer.read(), answer.status, passed)(scope, receive, send)
@@ -160,26 +159,26 @@ class Router:
             await send(start | {"headers": [(name.encode(), value.encode("latin-1")) for name, value in passed.items()]})
             try:
                 async for events in answer.content.iter_any():
-                    prompt.saw(events)
+                    prompt.receive(events)
                     await send({"type": "http.response.body", "body": events, "more_body": True})
                 outcome, last = "answered", b""
-            except (aiohttp.ClientError, OSError) as error:  # too late for another server: some of it is with the client
+            except (aiohttp.ClientError, OSError) as error:  # too late for another server: the client has some of it
                 log.warning("decode server %s broke off: %s", server.url, error)
                 outcome = "broken"
-                last = _last(ApiError(502, "the decode server broke off in the middle of the answer", code="engine_error"))
+                last = _ending(ApiError(502, "the decode server broke off in the middle of the answer", code="engine_error"))
             except asyncio.CancelledError:
                 if not self.ending.is_set():
                     raise
-                outcome, last = "left", _last(ENDING)
+                outcome, last = "left", _ending(ENDING)
             await send({"type": "http.response.body", "body": last, "more_body": False})
             return outcome
 
     async def _watch(self, server: _Server) -> None:
         while True:
             await asyncio.sleep(HEALTH_S)
-            await self._look(server)
+            await self._check_health(server)
 
-    async def _look(self, server: _Server) -> None:
+    async def _check_health(self, server: _Server) -> None:
         up = False
         with suppress(aiohttp.ClientError, TimeoutError, OSError):
             timeout = aiohttp.ClientTimeout(total=HEALTH_S)
@@ -191,7 +190,7 @@ class Router:
 
 
 class _Prompt:
-    """A request's prompt, pending at the prefill engine `named` until its first token is seen, or it ends."""
+    """A request's prompt. It is pending at the prefill engine `named` until its first token passes, or the request ends."""
 
     def __init__(self, pending: dict[str, int], spill: float, path: str, body: bytes):
         self._pending = pending
@@ -204,8 +203,8 @@ class _Prompt:
             self._is_pending = True
             pending[self.named] += self._tokens
 
-    def saw(self, events: bytes) -> None:
-        """Some of the answer's stream. Its first events may be openings, without a token."""
+    def receive(self, events: bytes) -> None:
+        """Count `events` of the stream. The first ones may be openings, without a token."""
         if self._is_pending:
             self._openings -= events.count(b"data: ")
             if self._openings < 0:
@@ -218,20 +217,21 @@ class _Prompt:
 
 
 def _size(path: str, body: bytes) -> tuple[int, int]:
-    """About how many tokens a body's prompt has, and how many events of its stream come before the first token."""
-    with suppress(ValueError, TypeError, AttributeError):  # what is malformed is for the server to refuse
-        given: dict[str, Any] = json.loads(body)
+    """About how many tokens a body's prompts have, and how many events of its stream come before the first token."""
+    with suppress(ValueError, TypeError, AttributeError):  # the server refuses a malformed body
+        fields: dict[str, Any] = json.loads(body)
+        n = fields.get("n") or 1
         if path == "/v1/chat/completions":
-            return sum(len(json.dumps(message.get("content"))) for message in given["messages"]) // CHARACTERS, given.get("n") or 1
-        prompt = given.get("prompt") or ""
-        several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-        tokens = sum(len(one) // CHARACTERS if isinstance(one, str) else len(one) for one in several)
-        return tokens, len(several) * (given.get("n") or 1) if given.get("echo") else 0
+            return sum(len(json.dumps(message.get("content"))) for message in fields["messages"]) // CHARACTERS, n
+        field = fields.get("prompt") or ""
+        prompts = [field] if isinstance(field, str) or isinstance(field[0], int) else field
+        tokens = sum(len(prompt) // CHARACTERS if isinstance(prompt, str) else len(prompt) for prompt in prompts)
+        return tokens, len(prompts) * n if fields.get("echo") else 0
     return 0, 0
 
 
 class _PassedOn(Response):
-    """The answer to `request`, by whichever server gives one; given up when the client goes."""
+    """The answer to `request`, of the first server that gives one. It is given up when the client disconnects."""
 
     def __init__(self, router: Router, request: Request, body: bytes):
         super().__init__()
@@ -248,7 +248,7 @@ class _PassedOn(Response):
         try:
             await asyncio.wait({passing, leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
             if ending.done() and not passing.done():
-                passing.cancel()  # it still says why
+                passing.cancel()  # it still sends the reason
                 await asyncio.wait({passing})
             if passing.done():
                 await passing
@@ -259,7 +259,7 @@ class _PassedOn(Response):
 
 
 class _Metrics(Collector):
-    """What a router knows, for Prometheus."""
+    """A router's state as Prometheus metrics."""
 
     def __init__(self, router: Router):
         self._router = router
@@ -285,7 +285,7 @@ class _Metrics(Collector):
 
 
 def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """An app that is `router`, opened with it."""
+    """The app that serves `router`. It opens and closes the router with itself."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
@@ -311,9 +311,9 @@ def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
     async def pass_on(request: Request) -> Response:
         return _PassedOn(router, request, await request.body())
 
-    for path in ASKING:
+    for path in POST_PATHS:
         app.add_api_route(path, pass_on, methods=["POST"], response_model=None)
-    for path in READING:
+    for path in GET_PATHS:
         app.add_api_route(path, pass_on, methods=["GET"], response_model=None)
 
     @app.get("/metrics")
@@ -322,7 +322,7 @@ def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
 
     @app.get("/health")
     async def health() -> Health:
-        """200 while some decode server is up; 503 otherwise."""
+        """200 while at least one decode server is up; else 503."""
         if router.draining or not any(server.up for server in router.servers):
             raise ApiError(503, "no decode server is up", code="unavailable")
         return Health()

@@ -1,6 +1,6 @@
-"""From an app to a process: a port of its own, connections that must make progress, and an end that lets streams finish.
+"""Runs an app as a process: a port, connections that must make progress, and a shutdown that lets streams finish.
 
-It knows uvicorn and signals; what is served is the app's.
+It knows uvicorn and signals; it does not know what the app serves.
 """
 
 import asyncio
@@ -17,37 +17,37 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 WRITE_TIMEOUT_S = 60.0
-"""Seconds in which a client that has fallen behind must read something."""
+"""Seconds within which a slow client must read something."""
 HEAD_TIMEOUT_S = 30.0
-"""Seconds in which a new connection must have sent a request's head."""
+"""Seconds within which a new connection must send a request's head."""
 KEEP_ALIVE_S = 30
 """Seconds that a connection may idle between two requests."""
 FLUSH_S = 5
-"""Seconds for the last bytes of answers to leave after the engine has stopped."""
+"""Seconds to send the last bytes of answers after the engine has stopped."""
 
 
 class Drains(Protocol):
-    """What is behind an app: an engine, or a router."""
+    """What an app serves and drains at shutdown: an engine, or a router."""
 
     @property
     def unfinished(self) -> int:
         """How many requests have not ended."""
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take no more requests, let those there are finish for a while, then end the others in an error, and stop. While it waits
+        """Take no new requests. Give the others `drain_timeout_s` to finish, end the rest with an error, and stop. While it waits,
         it may be cancelled and called again.
         """
 
 
 class PortError(OSError):
-    """The address cannot be listened on; the message names it and the way out."""
+    """The server cannot listen on an address; the message names it and the way out."""
 
 
 def bind(host: str, port: int, kind: str = "") -> socket.socket:
-    """A socket that listens on `host`:`port` (0: any free port), before anything costly is loaded. Raises PortError, in which the
-    options are --host and --port, or, with the `kind` "peer-", --peer-host and --peer-port.
+    """A socket that listens on `host`:`port` (0: any free port). Call it before anything costly is loaded. Raises PortError, which
+    names the options --host and --port; with the `kind` "peer-", --peer-host and --peer-port.
 
-    Nobody is answered before `run` has it.
+    Clients can connect at once; they get answers after `run` takes the socket.
     """
     try:
         family, type_, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -70,13 +70,13 @@ def bind(host: str, port: int, kind: str = "") -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, behind: Drains, sock: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until SIGTERM or SIGINT; then take no new requests, let those there are finish, and return.
+def run(app: FastAPI, served: Drains, sock: socket.socket, *, drain_timeout_s: float) -> None:
+    """Serve until SIGTERM or SIGINT. Then take no new requests, let the others finish, and return. `served`: see `Drains`.
 
-    Requests that are unfinished after `drain_timeout_s`, or at a second signal, end in an error; after a second signal
-    SystemExit is raised. A third one ends the process where it is.
+    Requests that are unfinished after `drain_timeout_s`, or at a second signal, end with an error. Raises SystemExit after a second
+    signal. A third one ends the process at once.
     """
-    server = _Server(configure(app), behind, drain_timeout_s)
+    server = _Server(configure(app), served, drain_timeout_s)
     server.run(sockets=[sock])
     if server.hurried:
         raise SystemExit(128 + server.hurried)
@@ -98,11 +98,11 @@ def configure(app: FastAPI) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that drains what is behind it before it closes its port. `hurried`: the second signal, 0 without."""
+    """A uvicorn server that drains its engine or router before it closes its port. `hurried`: the second signal, else 0."""
 
-    def __init__(self, config: uvicorn.Config, behind: Drains, drain_timeout_s: float):
+    def __init__(self, config: uvicorn.Config, served: Drains, drain_timeout_s: float):
         super().__init__(config)
-        self._behind = behind
+        self._served = served
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -120,16 +120,16 @@ class _Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_to_drain if self._signals == 1 else partial(self._hurry, sig))
 
     def _begin_to_drain(self) -> None:
-        if number := self._behind.unfinished:
-            has = "1 request has" if number == 1 else f"{number} requests have"
+        if number := self._served.unfinished:
+            unfinished = "1 request has" if number == 1 else f"{number} requests have"
             limit = f"up to {self._drain_timeout_s:g} s to finish; Ctrl-C again (or a second SIGTERM) ends them at once"
-            self._say(f"shutting down: no new requests are taken, {has} {limit}")
+            self._say(f"shutting down: no new requests are taken, {unfinished} {limit}")
         self._draining = asyncio.create_task(self._drain(self._drain_timeout_s))
 
     def _hurry(self, sig: int) -> None:
         self.hurried = sig
         if self._draining is not None and not self._draining.done():
-            self._say(f"ending the unfinished requests ({self._behind.unfinished}); a third signal ends the process where it is")
+            self._say(f"ending the unfinished requests ({self._served.unfinished}); a third signal ends the process where it is")
             self._draining.cancel()
             self._draining = asyncio.create_task(self._drain(0))
 
@@ -137,20 +137,20 @@ class _Server(uvicorn.Server):
         print(line, file=sys.stderr, flush=True)
 
     async def _drain(self, timeout_s: float) -> None:
-        await self._behind.close(timeout_s)
+        await self._served.close(timeout_s)
         self.should_exit = True
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that is closed when its client sends no request, or does not read what it asked for."""
+    """An HTTP connection that closes if its client sends no request, or does not read its answer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
         super().connection_made(transport)
-        self._unread: asyncio.TimerHandle | None = None
-        self._unsaid: asyncio.TimerHandle | None = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._unread, self._unsaid):
+        for timer in (self._read_timer, self._head_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -158,19 +158,19 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self._unsaid is None and not self.transport.is_closing():
-            self._unsaid = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-        elif not waiting and self._unsaid is not None:
-            self._unsaid.cancel()
-            self._unsaid = None
+        if waiting and self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+        elif not waiting and self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def pause_writing(self) -> None:
-        """The client has fallen behind. `close` would wait for it to read; `abort` does not."""
+        """The client reads too slowly. `close` would wait for it to read; `abort` does not."""
         super().pause_writing()
-        self._unread = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+        self._read_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
         super().resume_writing()

@@ -1,8 +1,8 @@
-"""The shapes of OpenAI's API, in and out, and nothing of what is done with them.
+"""The bodies and answers of OpenAI's API. It does not know what is done with them.
 
-A field is served, refused or unknown, and the answer says which. What is served is declared here. What OpenAI's API has and this
-server does not (`UNSUPPORTED`) is refused unless it holds a value that asks for nothing, or another field forbids its use
-(`FORBIDDEN_BY`). What only concerns OpenAI's own service (`WITHOUT_EFFECT`) is accepted, for it changes no token. Any other name is
+A field is served, refused or unknown, and the answer says which. Served fields are declared here. A field of OpenAI's API that this
+server lacks (`UNSUPPORTED`) is refused, unless its value requests nothing, or another field forbids its use (`FORBIDDEN_BY`). A
+field that concerns only OpenAI's own service (`WITHOUT_EFFECT`) is accepted, because it changes no token. Any other name is
 refused: a misspelt `max_token` must not become a completion of unlimited length. `null` is the same as leaving a field out.
 """
 
@@ -37,10 +37,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""Names that are refused, with the values that ask for nothing and so are not."""
+"""Names of refused fields, each with the values that request nothing and are accepted."""
 
 FORBIDDEN_BY = {"functions": "function_call", "tools": "tool_choice"}
-"""Names that ask for nothing either if the field named here is "none": what may be called, and that nothing may."""
+"""Names of fields that are also accepted if the field named here is "none": it says that none of them may be called."""
 
 WITHOUT_EFFECT = frozenset(
     {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store"}
@@ -62,27 +62,27 @@ class Body(BaseModel):
     def _known(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        given = {}
+        fields = {}
         for name, value in values.items():
             if name in cls.model_fields:
-                given[name] = value
-            elif value is None or name in WITHOUT_EFFECT or _asks_for_nothing(name, value, values):
+                fields[name] = value
+            elif value is None or name in WITHOUT_EFFECT or _requests_nothing(name, value, values):
                 continue
             elif name in UNSUPPORTED:
                 raise PydanticCustomError(UNSUPPORTED_PARAMETER, "not supported by this server", {"name": name})
             else:
                 near = difflib.get_close_matches(name, cls.model_fields, 1)
-                whole = name[:80].encode(errors="backslashreplace").decode()  # without halves of surrogate pairs
-                raise PydanticCustomError(UNKNOWN_PARAMETER, "unknown field", {"name": whole, "near": near})
-        return given
+                printable = name[:80].encode(errors="backslashreplace").decode()  # without halves of surrogate pairs
+                raise PydanticCustomError(UNKNOWN_PARAMETER, "unknown field", {"name": printable, "near": near})
+        return fields
 
 
-def _asks_for_nothing(name: str, value: Any, values: dict[str, Any]) -> bool:
+def _requests_nothing(name: str, value: Any, values: dict[str, Any]) -> bool:
     return value in UNSUPPORTED.get(name, ()) or (name in FORBIDDEN_BY and values.get(FORBIDDEN_BY[name]) == "none")
 
 
 def _encodable(text: str) -> str:
-    """JSON can say half a surrogate pair; no encoding, and so no tokenizer, can."""
+    """Refuse half a surrogate pair: JSON can express it, but no encoding can, so no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -102,7 +102,7 @@ Stop = Annotated[Text, Field(max_length=MAX_STOP_CHARS), AfterValidator(_not_emp
 
 
 class StreamOptions(Body):
-    """`include_obfuscation` is accepted and without effect: no padding is added to events."""
+    """Options of a stream. `include_obfuscation` has no effect: no padding is added to events."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -113,8 +113,8 @@ Milliseconds = Annotated[float, Field(ge=LEAST_TARGET_MS, le=MOST_TARGET_MS, all
 
 
 class LatencyTargets(Body):
-    """What this request wants instead of what the server promises everybody: from arrival to the first token (`ttft_ms`), and
-    either between any two tokens (`tbt_ms`) or as an envelope (`tpot_ms`).
+    """A request's own targets, in place of the server's: from arrival to the first token (`ttft_ms`), and either between any two
+    tokens (`tbt_ms`) or as an envelope (`tpot_ms`).
     """
 
     ttft_ms: Milliseconds | None = None
@@ -123,9 +123,9 @@ class LatencyTargets(Body):
 
 
 class Generation(Body):
-    """What chat and completions have in common. Numbers out of OpenAI's ranges are refused; `top_k`, `min_p`,
-    `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output` and `priority` (lower is
-    served first) are vLLM's; `sanitize_control_tokens` is named as in `transformers`; `slo` is ours.
+    """Fields of both chat and completions. Numbers out of OpenAI's ranges are refused. vLLM's fields are `top_k`, `min_p`,
+    `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output` and `priority` (lower is served
+    first). `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
     """
 
     model: str | None = None
@@ -155,7 +155,7 @@ class Generation(Body):
 
 
 class Part(BaseModel):
-    """A part of a message's content. Of all types only "text" is served; the others' fields are not looked at."""
+    """A part of a message's content. Only the type "text" is served; fields of other types are ignored."""
 
     model_config = ConfigDict(strict=True)
     type: str
@@ -163,7 +163,7 @@ class Part(BaseModel):
 
 
 class Message(Body):
-    """`developer` is `system` by a newer name. An assistant's content may be null."""
+    """A message of a chat. `developer` is a newer name of `system`. Only an assistant's content may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part] | None = None

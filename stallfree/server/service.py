@@ -1,7 +1,6 @@
-"""A server put together, in the one way that all who serve use: an engine in a thread of its own, those who watch its iterations,
-and the other engines that it exchanges prompts with. The app over it is `app.py`'s.
+"""The parts of a server: an engine in its own thread, the observers of its iterations, and its KV transfers with other engines.
 
-Each iteration is judged once, by one account of stalls; every observer gets the record and that account.
+It does not know HTTP: the app over it is in `app.py`. One account of stalls judges each iteration; every observer gets both.
 """
 
 import socket
@@ -15,8 +14,7 @@ from stallfree.engine.thread import EngineThread
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
-from stallfree.server.reading import Reader
-from stallfree.server.reading import Terms as ReadingTerms
+from stallfree.server.reading import BodyLimits, Reader
 from stallfree.server.traces import Traces
 from stallfree.transfer.asking import Asking
 from stallfree.transfer.serving import Serving
@@ -28,14 +26,15 @@ if TYPE_CHECKING:
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Observer = Callable[[StepRecord, StallAccount], None]
-"""Called in the engine's thread after each iteration, with its record and the account that has just judged it."""
+"""Called in the engine's thread after each iteration, with the record and the account of stalls that has judged it."""
 
 
 class Service:
-    """`engine` served under `name`. `policy` is a name; `slo`: what tokens are judged by; at most `max_queue` requests wait.
+    """Serves `engine` under `name`, and owns it. `policy`: its name. `slo`: the targets that judge tokens. `max_queue`: waiting
+    requests.
 
-    `exporter` sends a trace of every request. `sanitize_control_tokens`: whether control tokens that clients write are text where a
-    request does not say. It owns the engine, which starts with `start` and is closed by `close`; until then `observers` may join.
+    `exporter` sends a trace of every request. `sanitize_control_tokens`: whether control tokens that clients write are read as
+    text, unless a request says otherwise. `start` starts the engine and `close` closes it; until then `observers` may be added.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Service:
         self.engine = engine
         self.name = name
         self.thread = EngineThread(engine, max_queue)
-        self.reader = Reader(engine.text, ReadingTerms(name, engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens))
+        self.reader = Reader(engine.text, BodyLimits(name, engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens))
         self.metrics = Metrics(name, slo)
         self.live = Live(policy, slo)
         self.traces = None if exporter is None else Traces(name, engine.clock, exporter)
@@ -66,12 +65,12 @@ class Service:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """What a request gets that leaves its sampling open, as far as a model's makers may recommend it."""
+        """Sampling defaults of a request, by name: those that a model's authors may recommend."""
         return {name: getattr(self.engine.sampling, name) for name in RECOMMENDED}
 
     def ask(self, addresses: Sequence[tuple[str, int]], terms: Terms, key: str) -> None:
-        """Have prompts computed by the engines at `addresses` (host, port), in turns. Raises Refusal for one that is there and
-        cannot work with this engine.
+        """Let the engines at `addresses` (host, port) compute prompts, in turn. Raises Refusal if one of them answers but cannot
+        work with this engine.
         """
         self.asking = Asking(self.thread, terms, addresses, key)
         self.asking.check()
@@ -81,14 +80,14 @@ class Service:
         self.serving = Serving(self.thread, terms, sock, key)
 
     def start(self) -> None:
-        """Call it in the event loop that serves."""
+        """Start the engine and the transfers. Call it in the event loop that serves."""
         self.thread.start()
         for peers in (self.asking, self.serving):
             if peers is not None:
                 peers.start()
 
     async def close(self) -> None:
-        """End the requests that are unfinished, and all that was started."""
+        """End the unfinished requests, the transfers, the engine and the reader."""
         for peers in (self.asking, self.serving):
             if peers is not None:
                 peers.close()

@@ -1,7 +1,7 @@
-"""A call's outputs as server-sent events, with one write for all that one iteration brought.
+"""A call's outputs as server-sent events: one write for all outputs of one iteration. It does not know the two dialects' JSON.
 
 The constant beginning of a chunk is made once per stream, so that a token costs one `json.dumps` of its text. A client that goes
-away aborts its requests; one that reads slowly is waited for by `send`, while its outputs pile up: at most `max_tokens` of them.
+away aborts its requests. For one that reads slowly `send` waits, while its outputs pile up: at most `max_tokens` of them.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ DONE = b"data: [DONE]\n\n"
 
 @asynccontextmanager
 async def watching(outputs: Outputs, receive: Receive) -> AsyncIterator[None]:
-    """Close `outputs` when the client goes away, and at the end in any case."""
+    """Close `outputs` when the client disconnects, and in any case at the end."""
 
     async def wait() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -38,7 +38,7 @@ async def watching(outputs: Outputs, receive: Receive) -> AsyncIterator[None]:
 
 
 class EventStream(Response):
-    """Streams `call`, with the usage in a last chunk of its own (`include_usage`) or in every one (`continuous_usage`)."""
+    """Streams `call`. The usage is in an extra last chunk (`include_usage`), or in every chunk (`continuous_usage` too)."""
 
     media_type = "text/event-stream"
 
@@ -64,9 +64,9 @@ class EventStream(Response):
             await write("".join(self._chunk(choice, opening) for choice, opening in openings if opening is not None))
             unfinished = len(call.choices)
             try:
-                async for came in call.outputs:
-                    unfinished -= sum(output.finish_reason is not None for output in came)
-                    await write("".join(map(self._events, came)))
+                async for batch in call.outputs:
+                    unfinished -= sum(output.finish_reason is not None for output in batch)
+                    await write("".join(map(self._events, batch)))
             except ApiError as error:
                 await write(b"data: " + error.body() + b"\n\n" + DONE, more=False)
                 return
@@ -76,7 +76,7 @@ class EventStream(Response):
             await write(usage.encode() + DONE, more=False)
 
     def _events(self, output: Output) -> str:
-        choice = self._call.took(output)
+        choice = self._call.count(output)
         events = ""
         if output.text or output.details is not None:
             logprobs = "null"

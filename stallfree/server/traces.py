@@ -1,7 +1,7 @@
-"""A span for every request, sent to an OpenTelemetry collector: when it waited, was prefilled and decoded, and what stalled it.
+"""Sends a span for every request to an OpenTelemetry collector: when it waited, was prefilled and decoded, and what stalled it.
 
-The engine's thread only notes what ended; spans are made and sent in a thread of its own, and dropped while a collector that is
-slow or down holds it up. It knows sizes and times of a request, never its prompt, text or key.
+The engine's thread only queues ended requests; a separate thread makes and sends the spans. While the collector is slow or down,
+requests that find the queue full are dropped. It knows sizes and times of a request, never its prompt, text or key.
 """
 
 import logging
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAITING = 2048
-"""Ended requests that wait to be sent; more are dropped."""
+"""At most this many ended requests wait to be sent; more are dropped."""
 AT_ONCE = 128
 CALLS = 4096
-"""Requests whose operation and parent are remembered: more than can be in the server by default."""
+"""The calls of at most this many requests are remembered: more than the server takes by default."""
 STALLS = 32
-"""Stalls of one request that become events."""
+"""At most this many stalls of one request become events."""
 TIMEOUT_S = 5.0
-"""For one attempt to send, and for the last one when the server stops."""
+"""Seconds for one attempt to send, and for the last one when the server stops."""
 
 
-class Told(NamedTuple):
-    """What the HTTP side knows of a request: its `operation`, by OpenTelemetry's name, and the W3C headers of its caller."""
+class HttpCall(NamedTuple):
+    """The HTTP side of a request: its `operation`, by OpenTelemetry's name, and its caller's W3C trace headers."""
 
     operation: str
     headers: Mapping[str, str]
 
 
 class Traces:
-    """`told` is for the event loop's thread, `record` for the engine's. `clock` is the engine's (s), `exporter` sends."""
+    """Sends spans by `exporter`. The event loop calls `note_call`, the engine's thread `record`. `clock` (s) is the engine's."""
 
     def __init__(self, model: str, clock: Callable[[], float], exporter: "SpanExporter"):
         from opentelemetry.sdk.resources import Resource
@@ -55,23 +55,23 @@ class Traces:
         self._tracer = TracerProvider(resource=resource, shutdown_on_exit=False).get_tracer("stallfree")
         self._propagator = TraceContextTextMapPropagator()
         self._model, self._clock, self._exporter = model, clock, exporter
-        self._calls: OrderedDict[str, Told] = OrderedDict()
+        self._calls: OrderedDict[str, HttpCall] = OrderedDict()
         self._stalls: dict[str, list[Stall]] = {}
         self._ended: queue.Queue[tuple[Ended, list[Stall]] | None] = queue.Queue(WAITING)
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
         self._thread.start()
 
-    def told(self, ids: Sequence[str], operation: str, headers: Mapping[str, str]) -> None:
-        """What there is to know of the requests `ids` beside their records. Call it before they are submitted."""
-        about = Told(operation, {name: headers[name] for name in ("traceparent", "tracestate") if name in headers})
+    def note_call(self, ids: Sequence[str], operation: str, headers: Mapping[str, str]) -> None:
+        """Remember the HTTP call that made the requests `ids`. Call it before they are submitted."""
+        call = HttpCall(operation, {name: headers[name] for name in ("traceparent", "tracestate") if name in headers})
         for id in ids:
-            self._calls[id] = about
-        while len(self._calls) > CALLS:  # those refused never end
+            self._calls[id] = call
+        while len(self._calls) > CALLS:  # refused requests never end
             self._calls.popitem(last=False)
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
-        """Note what the iteration `step`, which `account` has just judged, stalled and ended."""
+        """Note the stalls and ended requests of the iteration `step`, which `account` has judged."""
         for stall in account.stalls:
             kept = self._stalls.setdefault(stall.id, [])
             if len(kept) < STALLS:
@@ -84,7 +84,7 @@ class Traces:
                 self._calls.pop(ended.id, None)
 
     def close(self) -> None:
-        """Send what is there, but wait no longer than a while for it."""
+        """Send the requests that are queued. It waits twice, each time at most `TIMEOUT_S`."""
         try:
             self._ended.put(None, timeout=TIMEOUT_S)
         except queue.Full:
@@ -112,13 +112,13 @@ class Traces:
         except Exception:
             failed = True
         if failed and not self._failing:
-            log.warning("the OpenTelemetry collector takes no traces; is it there, and its port that of OTLP over HTTP (4318)?")
+            log.warning("the OpenTelemetry collector takes no traces; does it run, and is its port that of OTLP over HTTP (4318)?")
         elif self._failing and not failed:
             log.warning("the OpenTelemetry collector takes traces again")
         self._failing = failed
 
     def _spans(self, ended: Ended, stalls: Sequence[Stall]) -> "list[ReadableSpan]":
-        """The request's span and those of its phases; none if its caller does not sample."""
+        """The spans of a request and of its phases; none if its caller does not sample."""
         from opentelemetry.sdk.trace import ReadableSpan
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
@@ -127,31 +127,31 @@ class Traces:
         def at(t: float) -> int:
             return origin + int(t * 1e9)
 
-        told = self._calls.pop(ended.id, Told("text_completion", {}))
-        context = self._propagator.extract(told.headers)
-        name = f"{told.operation} {self._model}"
+        call = self._calls.pop(ended.id, HttpCall("text_completion", {}))
+        context = self._propagator.extract(call.headers)
+        name = f"{call.operation} {self._model}"
         span = self._tracer.start_span(name, context, SpanKind.SERVER, start_time=at(ended.arrival))
         if not isinstance(span, ReadableSpan):
             return []
-        attributes = self._attributes(ended) | {"gen_ai.operation.name": told.operation}
+        attributes = self._attributes(ended) | {"gen_ai.operation.name": call.operation}
         span.set_attributes({name: value for name, value in attributes.items() if value is not None})
         for stall in stalls:
             span.add_event("stall", _of(stall), timestamp=at(stall.t))
         if ended.reason == "error":
             span.set_status(StatusCode.ERROR)
-        made: list[Span] = [span]
+        spans: list[Span] = [span]
         phases = {"queue": ended.arrival, "prefill": ended.scheduled, "decode": ended.first}
         begun = [(phase, since) for phase, since in phases.items() if since is not None]
         until = [since for _, since in begun[1:]] + [ended.t]
         for (phase, since), to in zip(begun, until, strict=True):
             child = self._tracer.start_span(phase, set_span_in_context(span), start_time=at(since))
             child.end(at(to))
-            made.append(child)
+            spans.append(child)
         span.end(at(ended.t))
-        return [one for one in made if isinstance(one, ReadableSpan)]
+        return [span for span in spans if isinstance(span, ReadableSpan)]
 
     def _attributes(self, ended: Ended) -> dict[str, str | int | float | bool | list[str] | None]:
-        """OpenTelemetry's names, then vLLM's for what has none there or had another."""
+        """Attributes by OpenTelemetry's names, then by vLLM's where OpenTelemetry has no name or had another."""
 
         def between(since: float | None, to: float | None) -> float | None:
             return None if since is None or to is None else to - since
@@ -183,27 +183,27 @@ class Traces:
 
 
 def exporter_to(endpoint: str) -> "SpanExporter":
-    """Sends to the collector at `endpoint`, by OTLP over HTTP. ValueError for what is no such address, or without the extra."""
+    """An exporter to the collector at `endpoint`, by OTLP over HTTP. ValueError for an invalid address, or without the extra."""
     address = _address(endpoint)
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
         raise ValueError(f"--otlp-endpoint needs OpenTelemetry: {extra('otel')}") from None
-    # Its own lines would come with every batch; ours comes once.
+    # It would log a warning with every batch; this module logs one per outage.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
     return OTLPSpanExporter(endpoint=address, timeout=TIMEOUT_S)
 
 
 def _address(endpoint: str) -> str:
-    """The URL that takes traces: a collector's address has no path of its own."""
-    wrong = f"--otlp-endpoint {endpoint!r} is not the address of a collector; write http://127.0.0.1:4318"
+    """The URL that takes traces. OTLP's path is added to an address that has none."""
+    message = f"--otlp-endpoint {endpoint!r} is not the address of a collector; write http://127.0.0.1:4318"
     try:
         parts = urlsplit(endpoint)
         port = parts.port
     except ValueError:
-        raise ValueError(wrong) from None
+        raise ValueError(message) from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError(wrong)
+        raise ValueError(message)
     return endpoint if parts.path.strip("/") else endpoint.rstrip("/") + "/v1/traces"
 
 

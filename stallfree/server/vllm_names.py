@@ -1,7 +1,7 @@
-"""Our metrics under the names that vLLM gives to the same things, so that dashboards and load tools made for it work here.
+"""This server's metrics under vLLM's names for the same things, so that dashboards and load tools made for vLLM work here.
 
-It renames families that are there already: nothing is counted for it. Names, labels and bounds are those of vLLM's
-`vllm/v1/metrics/loggers.py`; both names of what it has renamed are there.
+It counts nothing: it copies finished families under other names. Names, labels and bounds are those of vLLM's
+`vllm/v1/metrics/loggers.py`. Where vLLM has renamed a metric, both of its names are here.
 """
 
 from collections.abc import Iterator
@@ -31,18 +31,18 @@ NAMES = {
     "request_output_tokens": ("request_generation_tokens",),
     "requests": ("request_success",),
 }
-"""Our name -> vLLM's, without `stallfree_`, `vllm:` and the `_total` of counters."""
+"""This server's name -> vLLM's names, without `stallfree_`, `vllm:` and the `_total` of counters."""
 LABELS = {"reason": "finished_reason"}
 
 
 class Aliases:
-    """Labels every series with the served `model`, as vLLM does, and with the number of the engine: there is one."""
+    """Labels every series as vLLM does: with the served `model`, and with the engine's number, which is always 0."""
 
     def __init__(self, model: str):
         self._labels = {"model_name": model, "engine": "0"}
 
     def of(self, family: Metric) -> Iterator[Metric]:
-        """`family`, one of ours, under each of the names it has in vLLM."""
+        """`family`, once under each of its names in vLLM."""
         for name in NAMES.get(family.name.removeprefix("stallfree_"), ()):
             alias = Metric(f"vllm:{name}", f"{family.documentation} vLLM's name of {family.name}.", family.type)
             for sample in family.samples:

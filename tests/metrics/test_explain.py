@@ -39,7 +39,7 @@ def test_a_step_says_what_it_computed_and_whom_it_left_out(stopped):
     said = "\n".join(stopped.step(max(r.step for r in stopped.records if r.stalled)))
     assert "0 decodes." in said
     assert "1000 tokens of prefill of long: 0 to 1000 of 1000; admitted here after" in said
-    assert "Left out though ready: short-0, short-1, short-2." in said
+    assert "Ready, but left out: short-0, short-1, short-2." in said
     assert "short-1 waited: 410 ms since its token before; left out of step" in said
 
 
@@ -47,7 +47,7 @@ def test_a_step_of_the_slo_policy_says_its_limit_and_whether_it_was_kept():
     told = explained(Slo("tbt=50ms"), "tbt=50ms@p99")
     step = next(r.step for r in told.records if r.limit_s is not None)
     said = "\n".join(told.step(step))
-    assert "It was to take at most" in said
+    assert "The limit was" in said
     assert "of them used:" in said
 
 
@@ -89,12 +89,12 @@ def kept_waiting() -> Explained:
 
 def test_a_request_says_what_kept_its_prompt_waiting(kept_waiting):
     said = "\n".join(kept_waiting.request("patient"))
-    assert "iterations held no prefill of anybody, the last one step" in said
+    assert "iterations held no prefill at all, the last one step" in said
     assert "until stream-" in said
 
 
 def test_the_whole_names_the_longest_waits_for_a_first_token(kept_waiting):
     said = "\n".join(kept_waiting.on_the_whole())
-    assert "waited for long, the longest:" in said
+    assert "waited for long. The longest waits:" in said
     assert "patient waited" in said
     assert "iterations until then held no prefill at all; the last:" in said

@@ -13,12 +13,12 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.text import Text
 from stallfree.server import reading
 from stallfree.server.errors import ApiError
-from stallfree.server.reading import Reader, Terms, read
+from stallfree.server.reading import BodyLimits, Reader, read
 from stallfree.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.engine.tokenizers import byte_level, sentencepiece
 
 TEXT = bytes_as_text()
-TERMS = Terms("toy", 512, 64, False)
+LIMITS = BodyLimits("toy", 512, 64, False)
 COMPLETION = {"model": "toy", "prompt": "Hello", "max_tokens": 3, "logit_bias": {"5": 1.5}, "stop": ["a"]}
 
 
@@ -54,7 +54,7 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def reader():
-    made = Reader(TEXT, TERMS)
+    made = Reader(TEXT, LIMITS)
     yield made
     made.close()
 
@@ -62,14 +62,14 @@ def reader():
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_a_process_reads_what_is_read_here(reader, monkeypatch, kind, body):
     raw = json.dumps(body).encode()
-    here = outcome(lambda: read(TEXT, TERMS, kind, raw))
+    here = outcome(lambda: read(TEXT, LIMITS, kind, raw))
     monkeypatch.setattr(reading, "LARGE", 0)
     there = outcome(lambda: asyncio.run(reader.read(kind, raw)))
     assert here == there
 
 
 def test_a_small_body_needs_no_process():
-    alone = Reader(TEXT, TERMS)
+    alone = Reader(TEXT, LIMITS)
     asked = asyncio.run(alone.read(CompletionRequest, json.dumps(COMPLETION).encode()))
     assert ([(TEXT.encode("Hello"), "")], {5: 1.5}) == (asked.prompts, asked.bias)
     assert alone._pool is None
@@ -83,7 +83,7 @@ def test_what_was_read_of_a_body_does_not_come_back_with_it(reader, monkeypatch)
 
 def test_a_process_that_dies_fails_its_request_and_the_next_one_gets_another(monkeypatch):
     monkeypatch.setattr(reading, "LARGE", 0)
-    mortal = Reader(TEXT, TERMS)
+    mortal = Reader(TEXT, LIMITS)
     raw = json.dumps(COMPLETION).encode()
 
     async def die():
@@ -108,13 +108,13 @@ def test_a_process_that_dies_fails_its_request_and_the_next_one_gets_another(mon
     "raw", [b"", b"  ", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}", b"null"]
 )
 def test_what_is_no_json_object_is_a_400(raw):
-    assert 400 == outcome(lambda: read(TEXT, TERMS, CompletionRequest, raw))[0]
+    assert 400 == outcome(lambda: read(TEXT, LIMITS, CompletionRequest, raw))[0]
 
 
 def test_a_text_that_is_certain_to_be_too_long_is_not_tokenised(monkeypatch):
     monkeypatch.setattr(Text, "encode", lambda *_, **__: pytest.fail("tokenised"))
     status, message, param, code = outcome(
-        lambda: read(TEXT, TERMS, CompletionRequest, json.dumps({"prompt": "a" * 5000}).encode())
+        lambda: read(TEXT, LIMITS, CompletionRequest, json.dumps({"prompt": "a" * 5000}).encode())
     )
     assert (400, "prompt", "context_length_exceeded") == (status, param, code)
     assert "at least" in message

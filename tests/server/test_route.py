@@ -264,9 +264,9 @@ def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
     assert ["a:1", "b:1", "b:1"] == [one.named for one in (long, *short)]
     assert {"a:1": 100, "b:1": 40} == pending
     for one in (long, *short):
-        one.saw(b"data: {}\n\ndata: {}\n\n")
+        one.receive(b"data: {}\n\ndata: {}\n\n")
     assert {"a:1": 0, "b:1": 40} == pending
-    short[0].saw(b"data: {}\n\n")
+    short[0].receive(b"data: {}\n\n")
     short[1].computed()
     short[1].computed()
     assert {"a:1": 0, "b:1": 0} == pending

@@ -43,7 +43,7 @@ def spans(*records: StepRecord, headers=None):
     """Of the requests that end in `records`, by name; the clock stands at 10 s."""
     exporter, account = InMemorySpanExporter(), StallAccount(Slo.parse("tbt=1s"))
     traces = Traces("toy", lambda: 10.0, exporter)
-    traces.told(["a"], "chat", headers or {})
+    traces.note_call(["a"], "chat", headers or {})
     for record in records:
         account.record(record)
         traces.record(record, account)
@@ -139,7 +139,7 @@ def test_a_collector_that_hangs_holds_up_nobody_and_is_logged_once(monkeypatch, 
 def test_calls_that_never_end_are_forgotten(monkeypatch):
     monkeypatch.setattr(module, "CALLS", 2)
     traces = Traces("toy", lambda: 0.0, InMemorySpanExporter())
-    traces.told(["a", "b", "c"], "chat", {})
+    traces.note_call(["a", "b", "c"], "chat", {})
     assert ["b", "c"] == list(traces._calls)
     traces.close()
 

@@ -43,13 +43,13 @@ def test_it_is_explained(records):
     told = Explained(RUN, records)
     whole = "\n".join(told.on_the_whole())
     assert "2 requests arrived and got 12 tokens" in whole
-    assert "2 prompts computed by other engines, 0 that did not come from there computed here." in whole
+    assert "2 prompts computed by other engines; 0 computed here after a KV transfer failed." in whole
     said = "\n".join(told.request("r0"))
     assert "Its prompt was computed by another engine" in said
     assert "640 bytes of KV" in said
     assert "6 tokens in all" in said
     first = next(r for r in records if r.delivered)
-    assert "prompts came computed: r0" in "\n".join(told.step(first.step)).replace("r1, r0", "r0")
+    assert "KV transfers delivered since the step before: r0" in "\n".join(told.step(first.step)).replace("r1, r0", "r0")
 
 
 def test_a_prompt_that_did_not_come_is_explained():
@@ -61,9 +61,9 @@ def test_a_prompt_that_did_not_come_is_explained():
 
     asyncio.run(run())
     told = Explained(RUN, lines)
-    assert "0 prompts computed by other engines, 1 that did not come from there computed here." in list(told.on_the_whole())
+    assert "0 prompts computed by other engines; 1 computed here after a KV transfer failed." in list(told.on_the_whole())
     said = list(told.request("r0"))
-    at = said.index("Its prompt was to come from another engine and did not, so that it was left to this one.")
+    at = said.index("Its KV transfer failed, so this engine computed its prompt.")
     assert said[at + 1].startswith("It waited")
 
 

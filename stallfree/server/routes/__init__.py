@@ -1,1 +1,1 @@
-"""The routes, in groups: each says what it takes and gives; checking, translating, answering and failing are done elsewhere."""
+"""The routes, in groups. Each declares its inputs and answers; other modules check, translate, answer and handle errors."""

@@ -1,4 +1,4 @@
-"""What the OpenAPI schema says of bodies and streams that the routes read and write themselves."""
+"""OpenAPI schemas of the bodies and streams that routes read and write without FastAPI. It knows no values, only types."""
 
 from typing import Any, get_args
 
@@ -12,13 +12,13 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 
 def asks(body: type[AnyBody]) -> dict[str, Any]:
-    """A route's body for the OpenAPI schema."""
+    """The part of a route's OpenAPI schema that says it takes a `body`."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def describe(app: FastAPI) -> None:
-    """Have the OpenAPI schema of `app` hold the bodies that its routes ask for."""
+    """Add the bodies that the routes of `app` take to its OpenAPI schema."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

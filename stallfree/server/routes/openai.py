@@ -1,4 +1,4 @@
-"""OpenAI's routes: chat, completions, and the model that is served."""
+"""OpenAI's routes: chat, completions, and the model that is served. They know no policy and no executor."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from stallfree.server import intake, schema
 from stallfree.server.answers import Call, Chat, Choice, Completions
 from stallfree.server.errors import ApiError
 from stallfree.server.intake import HERE, PREFILL
-from stallfree.server.reading import AnyBody, Asked, check_model
+from stallfree.server.reading import AnyBody, Query, check_model
 from stallfree.server.routes.bodies import STREAMS, asks
 from stallfree.server.service import Service
 from stallfree.server.sse import EventStream, watching
@@ -26,14 +26,14 @@ def routes(service: Service) -> APIRouter:
         "/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAMS, openapi_extra=asks(schema.ChatRequest)
     )
     async def chat_completions(request: Request) -> Response:
-        """The next message of a conversation; with `stream`, as server-sent events that end in `data: [DONE]`."""
+        """The next message of a conversation. With `stream`: as server-sent events that end with `data: [DONE]`."""
         return await _answer(service, Chat, schema.ChatRequest, request)
 
     @router.post(
         "/v1/completions", response_model=schema.Completion, responses=STREAMS, openapi_extra=asks(schema.CompletionRequest)
     )
     async def completions(request: Request) -> Response:
-        """The continuation of one or more prompts; with `stream`, as server-sent events that end in `data: [DONE]`."""
+        """The continuation of one or more prompts. With `stream`: as server-sent events that end with `data: [DONE]`."""
         return await _answer(service, Completions, schema.CompletionRequest, request)
 
     @router.get("/v1/models")
@@ -43,7 +43,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models/{name:path}")
     async def model_named(name: str) -> schema.Model:
-        """The model of that name, if it is served."""
+        """The model of that name. 404 if it is not served."""
         check_model(name, service.name)
         return served
 
@@ -51,13 +51,13 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, kind: type[Call], shape: type[AnyBody], request: Request) -> Response:
-    asked: Asked = await service.reader.read(shape, await request.body())
-    body, prompts = asked.body, asked.prompts
+    query: Query = await service.reader.read(shape, await request.body())
+    body, prompts = query.body, query.prompts
     ids = [ids for ids, _ in prompts]
-    requests = intake.requests(service.engine, asked, intake.targets(body, request.headers, service.live.slo))
+    requests = intake.requests(service.engine, query, intake.targets(body, request.headers, service.live.slo))
     n = len(requests) // len(prompts)
     if service.traces is not None:
-        service.traces.told([r.id for r in requests], kind.operation, request.headers)
+        service.traces.note_call([r.id for r in requests], kind.operation, request.headers)
     try:
         outputs = service.thread.submit(
             requests,
@@ -78,9 +78,9 @@ async def _answer(service: Service, kind: type[Call], shape: type[AnyBody], requ
 
 
 def _transfers(service: Service, name: str | None) -> Callable[[], Transfer | None]:
-    """What makes each request's KV transfer; `name`: the prefill engine that the router chose."""
+    """A function that makes each request's KV transfer, or None. `name`: the prefill engine that the router chose."""
     if service.asking is not None and name != HERE:
         return service.asking.transfers(name)
     if name not in (None, HERE):
-        raise ApiError(400, f"{PREFILL}: this server asks no other engine for prompts; it is not of --role decode", param=PREFILL)
+        raise ApiError(400, f"{PREFILL}: this server computes its prompts itself; it is not of --role decode", param=PREFILL)
     return lambda: None

@@ -1,4 +1,4 @@
-"""Routes for whoever operates the server: is it well, which version is it, and its metrics."""
+"""Routes for operators: the server's health, version and metrics. They start and change nothing."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,7 +14,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> schema.Health:
-        """200 while requests are taken; 503 when the engine has failed or is shutting down."""
+        """200 while the server takes requests; 503 after the engine has failed, or while the server shuts down."""
         if service.thread.failure is not None or service.thread.draining:
             raise ApiError(503, service.thread.failure or "the server is shutting down", code="unavailable")
         return schema.Health()

@@ -1,4 +1,4 @@
-"""The live page, its files, and what it draws."""
+"""Routes of the live page: its files, and the data that it draws. They compute none of that data."""
 
 from dataclasses import asdict
 
@@ -15,7 +15,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/live")
     async def look(since: int = -1) -> Response:
-        """What the page at / draws: `Live.look` behind step `since`, and what there is to say of the server."""
+        """The data of the page at /: `Live.look` after step `since`, and facts about the server."""
         ledger, now = engine.scheduler.ledger, engine.clock()
         about = {
             "model": service.name,

@@ -1,4 +1,4 @@
-"""Routes about text alone, named as vLLM's: to token ids and back."""
+"""Routes from text to token ids and back, named as vLLM's. They compute nothing with the model."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -12,7 +12,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize", response_model=schema.Tokens, openapi_extra=asks(schema.TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        """The token ids of a prompt, or of messages in the model's chat template."""
+        """The token ids of a prompt, or of messages after the model's chat template."""
         return Response(await service.reader.read(schema.TokenizeRequest, await request.body()), media_type="application/json")
 
     @router.post("/detokenize", response_model=schema.Prompt, openapi_extra=asks(schema.DetokenizeRequest))
