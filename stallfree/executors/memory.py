@@ -1,10 +1,6 @@
-"""The memory of this machine: how much of it a KV cache may take, and how threads allocate theirs."""
+"""How much of this machine's memory an executor may take for its KV cache."""
 
-import ctypes
 from pathlib import Path
-
-M_ARENA_MAX = -8
-"""The option of `mallopt` that bounds the arenas (glibc, malloc/malloc.h)."""
 
 
 def available_bytes() -> int | None:
@@ -26,14 +22,3 @@ def check_memory(needed: int) -> None:
             f"the KV cache needs {needed / 2**30:.2f} GiB and {available / 2**30:.2f} GiB of memory is available; "
             f"give a smaller kv_bytes (--kv-memory on the command line), or store KV in fewer bits"
         )
-
-
-def use_one_arena() -> None:
-    """Makes threads that begin from now on allocate from one arena, where the C library is glibc.
-
-    By default each thread has an arena of its own. Large temporary arrays of several threads then leave holes in each of them: a
-    server of the embedded model grew by 9 % in a soak of 5,000 requests, and by 2 % with one arena (docs/performance.md).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_ARENA_MAX, 1)
