@@ -23,8 +23,8 @@ from stallfree.executors.sampling import sample
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
-"""The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process grew
-to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
+"""The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
+grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
 
 
 class OpenVINOExecutor:
