@@ -68,7 +68,7 @@ def one_model(argument: str | None, option: str | None) -> str | None:
     return argument or option
 
 
-Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated.")]
+Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torch, simulated, or ./file.py:Class.")]
 Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or ./file.py:Class.")]
 Slo = Annotated[
     str | None,

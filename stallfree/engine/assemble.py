@@ -2,6 +2,7 @@
 knows them all. It does not know how they work.
 """
 
+import inspect
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stallfree import __version__, extra, policies
+from stallfree import __version__, elsewhere, extra, policies
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
@@ -110,9 +111,11 @@ def assemble(
     if not tuned:
         policies.load(options.policy, Setup(), **own)
     limits = Limits(options.max_seqs, options.max_tokens)
-    if options.executor not in EXECUTORS:
+    if ":" in options.executor:
+        elsewhere.find("executor", options.executor, method="submit")
+    elif options.executor not in EXECUTORS:
         near = nearest(options.executor, EXECUTORS)
-        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}")
+        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}; or {elsewhere.FORMS}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     executor, text, name, weights, key, model_identity, sampling = _parts(options, say)
@@ -196,7 +199,7 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     path = checkpoint.path
     size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
-    make, weights, kv = (_torch, "bf16", "bf16") if options.executor == "torch" else (_openvino, "int8", "u8")
+    make, weights, kv = FORMATS.get(options.executor, (_own, None, None))
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
@@ -212,9 +215,9 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
         "max_model_len": executor.capacity.max_model_len,
         "release": __version__,
     }
-    words = f"{options.weights} weights, {options.kv} KV"
-    whole = f"{identity(checkpoint)} with {options.weights} weights"
-    return executor, text, name, words, key | depends, whole, sampling
+    weights, kv = options.weights or "its own", options.kv or "its own"
+    whole = f"{identity(checkpoint)} with {weights} weights"
+    return executor, text, name, f"{weights} weights, {kv} KV", key | depends, whole, sampling
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
@@ -256,6 +259,31 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
     workers = executors.workers(options.workers)
     executor = executors.ParallelExecutor(checkpoint, torch_options, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
     return executor, depends | {"tp": options.tp, "pp": options.pp, "workers": options.workers}
+
+
+def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
+    """An executor from elsewhere: its class gets the checkpoint, and those of these options that its parameters name."""
+    cls, name = elsewhere.find("executor", options.executor, method="submit"), options.executor
+    parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
+    taken = ", ".join(parameters) or "no options"
+    values = {key: getattr(options, key) for key in ("weights", "kv", "max_model_len", "threads", "device")}
+    values = {key: value for key, value in values.items() if value is not None}
+    for key in values:
+        if key not in parameters:
+            raise ValueError(f"executor {name!r} takes no {key}; it takes {taken}")
+    if (options.tp, options.pp, options.workers) != (1, 1, "local"):
+        raise ValueError(f"executor {name!r} is one process; --executor torch takes tp, pp and workers")
+    if "kv_bytes" in parameters:
+        values["kv_bytes"] = options.kv_memory or _kv_bytes()
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in values:
+            raise ValueError(f"executor {name!r} needs {key}, which was not given (--{key.replace('_', '-')})")
+    loading()
+    return cls(checkpoint, **values), {"file": Path(inspect.getfile(cls)).stat().st_mtime_ns, "threads": options.threads}
+
+
+FORMATS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf16")}
+"""What makes an executor, and its default formats of weights and KV."""
 
 
 def _kv_bytes() -> int:

@@ -1,20 +1,16 @@
 """Scheduling policies, one file each; this folder is their registry. It does not know what they do.
 
-A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). A policy from
-elsewhere is named `path/to/file.py:Class`, or `package.module:Class`; the module may be in the current folder.
+A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). Others are from
+elsewhere (`stallfree/elsewhere.py`).
 """
 
 import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping
-from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import get_args, get_type_hints
 
+from stallfree import elsewhere
 from stallfree.core.nearest import nearest
 from stallfree.core.policy import Policy, Reserve, Setup
 
@@ -111,77 +107,13 @@ _READ: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": Fals
 
 
 def _find(name: str) -> type:
-    place, colon, attribute = name.rpartition(":")
-    if colon:
-        module = _module(name, place)
-        file = module.__file__ or place
-        own = [key for key, value in vars(module).items() if isinstance(value, type) and hasattr(value, "plan")]
-        cls = getattr(module, attribute, None)
-        if cls is None:
-            has = f"it has {', '.join(own)}" if own else "it has no class with a method `plan`"
-            raise ValueError(f"policy {name!r}: {file} has no {attribute!r}{nearest(attribute, own)}; {has}")
-        if not isinstance(cls, type) or not callable(getattr(cls, "plan", None)):
-            raise ValueError(f"policy {name!r}: {attribute} in {file} is not a class with a method `plan`")
-        if lacks := [key for key in ("reserve", "stall_free") if not hasattr(cls, key)]:
-            raise ValueError(f"policy {name!r}: {attribute} in {file} has no {lacks[0]}; see docs/extending.md")
-        return cls
+    if ":" in name:
+        return elsewhere.find("policy", name, method="plan", attributes=("reserve", "stall_free"))
     if name.endswith(".py"):
         raise ValueError(f"policy {name!r} is a file; name the class in it: {name}:Class")
     if name not in names():
-        known = f"known: {', '.join(names())}; or path/to/file.py:Class, package.module:Class"
+        known = f"known: {', '.join(names())}; or {elsewhere.FORMS}"
         raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; {known}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     policy: type = getattr(module, name.title().replace("-", ""))
     return policy
-
-
-def _module(name: str, place: str) -> ModuleType:
-    """The module of the policy `name`; `place` is a file or a dotted module name. Raises ValueError if it cannot be imported."""
-    try:
-        return _of_file(place) if place.endswith(".py") else _of_name(place)
-    except FileNotFoundError:
-        folder = Path(place).parent
-        near = nearest(Path(place).name, (file.name for file in folder.glob("*.py")))
-        raise ValueError(f"policy {name!r}: there is no file {place}{near}") from None
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
-            where = f"{place.replace('.', '/')}.py in {Path.cwd()}"
-            raise ValueError(f"policy {name!r}: there is no module {error.name}, and no {where}") from None
-        raise ValueError(f"policy {name!r}: {_raised(error)}") from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise ValueError(f"policy {name!r}: {_raised(error)}") from error
-
-
-def _of_name(place: str) -> ModuleType:
-    if not all(part.isidentifier() for part in place.split(".")):
-        raise ValueError(f"{place!r} is neither a module nor a file that ends in .py")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)  # last, so that no file there hides a library
-    return importlib.import_module(place)
-
-
-def _of_file(place: str) -> ModuleType:
-    """The module of a file, which runs once per process. Its name has a hash of the path, so that equal file names differ."""
-    path = Path(place).expanduser().resolve(strict=True)
-    name = f"{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{path} cannot be imported")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
-def _raised(error: BaseException) -> str:
-    """Where and why the import of a user's module failed."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: {error.msg}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    frames = [frame for frame in frames if frame.filename != __file__]
-    where = f"{frames[0].filename}, line {frames[0].lineno}: " if frames else ""
-    return f"{where}{type(error).__name__}: {error}" if frames else str(error)
