@@ -126,10 +126,10 @@ def capacity(
     slo: Annotated[str, typer.Option(help="Latency targets that define the capacity: ttft=2s@p90,tbt=100ms@p99.")],
     traffic: Traffic,
     url: Url = "http://127.0.0.1:8000",
-    start: Annotated[float, typer.Option(help="The first rate to try, in requests per second.")] = 1.0,
-    tolerance: Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")] = 0.05,
-    trials: Annotated[int, typer.Option(help="Most trials at one rate. They end once one verdict leads by two.")] = 5,
-    shortest: Annotated[float, typer.Option(help="Minimum seconds of arrivals per trial; requests are added.")] = SHORTEST_S,
+    start: options.Start = 1.0,
+    tolerance: options.Tolerance = 0.05,
+    trials: options.Trials = 5,
+    shortest: options.Shortest = SHORTEST_S,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -184,8 +184,7 @@ def capacity(
     if as_json:
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": traffic.facts(requests)}
         answer |= {"capacity": highest.rate if highest.decisions else None, "above": highest.above}
-        answer |= {"decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in highest.decisions]}
-        typer.echo(json.dumps(answer | {"trials": rows}))
+        typer.echo(json.dumps(answer | {"decisions": measuring.decisions(highest), "trials": rows}))
     else:
         measuring.print_grid(_trials(rows))
         if highest.rate:
@@ -193,10 +192,7 @@ def capacity(
             typer.echo(f"capacity {highest.rate:.4g} requests/s for {targets} ({above})")
         elif highest.decisions:
             typer.echo(f"no capacity: {targets} is missed at {highest.above:.4g} requests/s, the lowest rate tried")
-        for decision in highest.decisions:
-            if trials > 1 and not decision.sure:
-                counts = f"{decision.passed} trials passed and {decision.failed} failed"
-                typer.echo(f"{decision.rate:.4g} requests/s is not certain: {counts}; raise --trials", err=True)
+        measuring.print_uncertain(highest, trials)
     for problem in problems:
         typer.echo(f"not valid: {problem}", err=True)
     if problems:

@@ -124,6 +124,10 @@ ServedName = Annotated[str | None, typer.Option(help="Name of the model in the A
 Sanitize = Annotated[
     bool, typer.Option("--sanitize-control-tokens", help="Read control tokens that clients write (<|im_start|>) as text.")
 ]
+Start = Annotated[float, typer.Option(help="The first rate to try, in requests per second.")]
+Tolerance = Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")]
+Trials = Annotated[int, typer.Option(help="Most trials at one rate. They end once one verdict leads by two.")]
+Shortest = Annotated[float, typer.Option(help="Minimum seconds of arrivals per trial; requests are added.")]
 Html = Annotated[Path | None, typer.Option(help="Write table and plots to this new file; needs matplotlib.", show_default=False)]
 RequestsOut = Annotated[
     Path | None,

@@ -122,10 +122,10 @@ def capacity(
     deployment: Deployment,
     traffic: Traffic,
     policies: Policies = None,
-    start: Annotated[float, typer.Option(help="The first rate to try, in requests per second.")] = 1.0,
-    tolerance: Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")] = 0.05,
-    trials: Annotated[int, typer.Option(help="Most trials at one rate. They end once one verdict leads by two.")] = 5,
-    shortest: Annotated[float, typer.Option(help="Minimum seconds of arrivals per trial; requests are added.")] = SHORTEST_S,
+    start: options.Start = 1.0,
+    tolerance: options.Tolerance = 0.05,
+    trials: options.Trials = 5,
+    shortest: options.Shortest = SHORTEST_S,
     trace: words.Trace = None,
     as_json: options.Json = False,
 ) -> None:
@@ -164,7 +164,7 @@ def capacity(
                 "slo": deployments[name].slo,
                 "capacity": highest.rate,
                 "above": highest.above,
-                "decisions": [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in highest.decisions],
+                "decisions": measuring.decisions(highest),
                 "trials": rows_of[name],
             }
             for name, highest in capacities.items()
@@ -178,10 +178,7 @@ def capacity(
         failed = [trial["why"] for trial in rows_of[name] if trial["rate"] == highest.above and not trial["passed"]]
         if failed:
             typer.echo(f"{name} at {highest.above:.4g} requests/s: {'; '.join(failed[0])}")
-        for decision in highest.decisions:
-            if trials > 1 and not decision.sure:
-                counts = f"{decision.passed} trials passed and {decision.failed} failed"
-                typer.echo(f"{name}: {decision.rate:.4g} requests/s is not certain: {counts}; raise --trials", err=True)
+        measuring.print_uncertain(highest, trials, f"{name}: ")
 
 
 @words.spread("rate", "duration")
