@@ -17,7 +17,7 @@ def warn_if_open(host: str, api_key: str | None) -> None:
     """Print a warning if other machines can reach `host` without a key."""
     if api_key is None and host not in LOOPBACK:
         remedy = "set STALLFREE_API_KEY (or --api-key)"
-        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {remedy}", err=True)
+        typer.echo(f"warning: --host {host} without an API key lets in all who can reach it; {remedy}", err=True)
 
 
 def memory(text: str | int) -> int:

@@ -112,7 +112,7 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
     typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and the KV of {room:,} tokens in 90 % of its memory")
 
 
-@app.command(short_help="The model beside measured kernels.")
+@app.command(short_help="Compare prices with measured kernels.")
 def check(
     folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
     as_json: options.Json = False,

@@ -160,7 +160,7 @@ def _tables(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[s
 def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> dict[str, Any]:
     known = [name for parameter in context.command.params if (name := parameter.name) in _kinds and name not in ("named", "config")]
     names = [name.replace("_", "-") for name in known]
-    both = any(parameter.name == "named" for parameter in context.command.params)
+    either_way = any(parameter.name == "named" for parameter in context.command.params)
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -169,7 +169,7 @@ def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> di
         types, words = _IN_TOML[_kinds[name]]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"{where}: {key} is {value!r}, expected {words}")
-        values["named" if name == "model" and both else name] = value
+        values["named" if name == "model" and either_way else name] = value
     return values
 
 
@@ -196,8 +196,8 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in parameters:
         if parameter.name == "model" or (parameter.name not in arguments and parameter.annotation is not typer.Context):
             _kinds[parameter.name] = _kind(parameter.annotation)
-    both = "model" in arguments
-    more = {"named": options.ModelOption, "context_": typer.Context} if both else {}
+    either_way = "model" in arguments
+    more = {"named": options.ModelOption, "context_": typer.Context} if either_way else {}
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (more | {"config": Config}).items()
@@ -206,7 +206,7 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:
         values.pop("config")
-        if both:
+        if either_way:
             named, context = values.pop("named"), values.pop("context_")
             in_file = getattr(context.get_parameter_source("named"), "name", "") == "DEFAULT_MAP"
             values["model"] = options.one_model(values["model"], None if in_file and values["model"] else named)

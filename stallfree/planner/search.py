@@ -55,9 +55,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate: the unit `deployed`, how many `units` the devices hold, and the highest `rate` (requests/s) at which one meets
-    the SLO. `at`, `above`: reports at that rate and at the lowest that failed, None if not tried. `why`: the reasons of the
-    failure.
+    """A candidate: the unit `deployed`, how many `units` the devices hold, and the highest `rate` (1/s) at which one meets the SLO.
+    `at`, `above`: reports at that rate and at the lowest that failed, None if not tried. `why`: the reasons of the failure.
     """
 
     deployed: Deployed
@@ -220,11 +219,11 @@ def _estimate(candidates: Candidates, shape: tuple[int, int], prompt: float, out
     """The estimated capacity (requests per second) of a replica that always runs as many decodes as KV and the target allow."""
     cost, capacity = candidates.shapes[shape].cost, candidates.shapes[shape].capacity
     middle = int(prompt + output / 2)
-    most = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
+    decodes = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
     pace = slo.tbt or slo.tpot
-    while most > 1 and pace is not None and cost.seconds([(middle, 1)] * most) > pace.seconds:
-        most = most * 3 // 4
-    return 1 / (cost.seconds([(0, int(prompt))]) + output * cost.seconds([(middle, 1)] * most) / most)
+    while decodes > 1 and pace is not None and cost.seconds([(middle, 1)] * decodes) > pace.seconds:
+        decodes = decodes * 3 // 4
+    return 1 / (cost.seconds([(0, int(prompt))]) + output * cost.seconds([(middle, 1)] * decodes) / decodes)
 
 
 def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:

@@ -248,9 +248,9 @@ class _Transfer:
         token = whole(header, "token", self._engine.text.vocab_size - 1)
         if self._next != self._blocks:
             raise Broken(f"the first token came after {self._next} blocks of {self._blocks}")
-        details, there = _details(header.get("details")), header.get("seconds")
+        details, copying = _details(header.get("details")), header.get("seconds")
         self._drop()
-        seconds = self._seconds + (there if isinstance(there, float) and 0 <= there < math.inf else 0.0)
+        seconds = self._seconds + (copying if isinstance(copying, float) and 0 <= copying < math.inf else 0.0)
         self._engine.prefetch.deliver(self._request, token, details, self._num_bytes, seconds)
 
     def failed(self, why: str) -> None:

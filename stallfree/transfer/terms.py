@@ -46,8 +46,8 @@ class Terms:
         values = other if isinstance(other, dict) else {}
         names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
         pairs = [(names[f.name], str(getattr(self, f.name)), str(values.get(f.name))[:400]) for f in fields(self)]
-        differ = [(name, here, there) for name, here, there in pairs if here != there]
-        reasons = [f"{name}: {here} at the prefill engine, {there} at the decode engine" for name, here, there in differ]
+        differ = [(name, prefill, decode) for name, prefill, decode in pairs if prefill != decode]
+        reasons = [f"{name}: {prefill} at the prefill engine, {decode} at the decode engine" for name, prefill, decode in differ]
         return "; ".join([*reasons, WAY_OUT]) if reasons else ""
 
 
