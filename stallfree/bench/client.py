@@ -40,7 +40,7 @@ class Client:
         if not _is_url(url):
             raise ValueError(f"{url!r} is not a server's URL; write http://127.0.0.1:8000")
         if not 0 < timeout_s < float("inf"):
-            raise ValueError(f"a timeout of {timeout_s:g} s cannot be; give seconds above 0")
+            raise ValueError(f"a timeout of {timeout_s:g} s is invalid; give seconds above 0")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}

@@ -44,7 +44,7 @@ def addresses(text: str, option: str) -> list[tuple[str, int]]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]]+)):(\d{1,5})\s*", part)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise ValueError(f"{option} {part!r} is no address; write 127.0.0.1:9000, with commas between several")
+            raise ValueError(f"{option} {part!r} is not an address; write 127.0.0.1:9000, with commas between several")
         pairs.append((match[1] or match[2], int(match[3])))
     return pairs
 

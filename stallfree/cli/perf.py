@@ -139,7 +139,7 @@ def check(
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
     print_grid(lines)
     for file in others:
-        typer.echo(f"not looked at, because its columns are of no profile: {file}", err=True)
+        typer.echo(f"ignored, because its columns are not those of a profile: {file}", err=True)
 
 
 def parse(text: str) -> list[tuple[int, int]]:

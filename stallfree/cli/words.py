@@ -142,7 +142,7 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
         except OSError as error:
             raise ValueError(f"--config {file} cannot be read: {error.strerror}; name a .toml") from None
         except ValueError as error:
-            raise ValueError(f"--config {file} is no TOML: {error}") from None
+            raise ValueError(f"--config {file} is not TOML: {error}") from None
         tables = _tables(table.pop(_CONFIGURATIONS, {}), context, file)
         if tables and "policies" not in {parameter.name for parameter in context.command.params}:
             raise ValueError(f"{file}: this command takes one configuration; the simulated `capacity` and `compare` take several")
@@ -256,11 +256,11 @@ def configurations(context: typer.Context, deployment: Deployment, policies: lis
     for text in policies:
         name, budget = policy(text)
         if text in deployments:
-            raise ValueError(f"{text!r} is there twice; name each policy once")
+            raise ValueError(f"{text!r} is named twice; name each policy once")
         deployments[text] = replace(deployment, policy=name, token_budget=budget)
     for name, own in context.meta.get(_CONFIGURATIONS, {}).items():
         if name in deployments:
-            raise ValueError(f"{name!r} is there twice, as a policy and as a configuration; rename the configuration")
+            raise ValueError(f"{name!r} is named twice, as a policy and as a configuration; rename the configuration")
         alien = sorted(own.keys() - {f.name for f in fields(deployment)})
         if alien:
             raise ValueError(f"[configurations.{name}]: {alien[0]} is the same for all; set it above the tables")

@@ -29,7 +29,7 @@ class Candidates:
     def __init__(self, site: Site):
         for unit, number in (("GPUs", site.gpus), ("nodes", site.nodes)):
             if number < 1:
-                raise ValueError(f"{number} {unit} cannot be; give at least 1")
+                raise ValueError(f"{number} {unit} are too few; give at least 1")
         if site.gpus % site.nodes:
             raise ValueError(f"{site.gpus} GPUs are not evenly on {site.nodes} nodes; give a number of nodes that divides them")
         most = devices.load(site.hardware).node

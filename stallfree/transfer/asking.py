@@ -88,7 +88,7 @@ class Asking:
             return
         self._unknown.add(name)
         known = ", ".join(peer.name for peer in self.peers)
-        log.warning("%r, named by a router, is no prefill engine of this server; it asks in turns: %s", name, known)
+        log.warning("%r, named by a router, is not a prefill engine of this server; it asks in turn: %s", name, known)
 
 
 class _Peer:

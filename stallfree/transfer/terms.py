@@ -83,7 +83,7 @@ def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
     """The decode side of a meeting. Returns the memory that both share, if they are on one machine. Raises OSError or Refusal."""
     hello = receive(sock, 0)[0]
     if hello.get("stallfree") != PROTOCOL:
-        raise Refusal(f"the server at that address is no prefill engine of KV transfer protocol {PROTOCOL}")
+        raise Refusal(f"the server at that address is not a prefill engine of KV transfer protocol {PROTOCOL}")
     own = secrets.token_hex(16)
     nonces = f"{hello.get('nonce')} {own}"
     ring = Ring()

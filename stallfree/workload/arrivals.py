@@ -64,7 +64,7 @@ class Bursts:
 
     def __post_init__(self) -> None:
         if not (0 < self.on < math.inf and 0 < self.off < math.inf):
-            raise ValueError(f"bursts of {self.on:g} s with {self.off:g} s between them cannot be; give seconds above 0")
+            raise ValueError(f"bursts of {self.on:g} s with {self.off:g} s between them are invalid; give seconds above 0")
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:
         gaps, lengths = rng.spawn(2)
@@ -90,7 +90,7 @@ class Diurnal:
     def __post_init__(self) -> None:
         if not (0 < self.period < math.inf and 0 < self.swing <= 1):
             raise ValueError(
-                f"a swing of {self.swing:g} times the rate every {self.period:g} s cannot be; give a swing above 0 and at most 1"
+                f"a swing of {self.swing:g} times the rate every {self.period:g} s is invalid; give a swing above 0 and at most 1"
             )
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:

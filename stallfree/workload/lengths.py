@@ -42,7 +42,7 @@ class Spread:
     def __post_init__(self) -> None:
         if not 0 < self.median <= self.p90:
             raise ValueError(
-                f"median={self.median},p90={self.p90} is no spread of lengths: the median is above 0, p90 not below it"
+                f"median={self.median},p90={self.p90} is not a spread of lengths: the median is above 0, p90 not below it"
             )
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -197,7 +197,7 @@ class Lengths:
 
 def _check_range(low: int, high: int, name: str) -> None:
     if not 0 < low <= high:
-        raise ValueError(f"{name}={low}..{high} is no range of tokens; begin above 0, and do not end below that")
+        raise ValueError(f"{name}={low}..{high} is not a range of tokens; begin above 0, and do not end below that")
 
 
 @lru_cache(8)
@@ -213,7 +213,7 @@ def _share(text: str, spec: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise ValueError(f"{text}% in {spec!r} is no share of the requests; {_EXAMPLE}")
+        raise ValueError(f"{text}% in {spec!r} is not a share of the requests; {_EXAMPLE}")
     return share
 
 

@@ -50,7 +50,7 @@ class Traffic:
         ValueError for invalid seconds.
         """
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"a trial of at least {seconds:g} s cannot be; give seconds, 0 or more")
+            raise ValueError(f"a trial of at least {seconds:g} s is invalid; give seconds from 0 on")
         if self.arrivals == "trace" or self.requests is None or self.requests < 1:
             return self
         return replace(self, requests=max(self.requests, math.ceil(seconds * rate)))

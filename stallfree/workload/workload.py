@@ -67,13 +67,13 @@ class Workload:
         or kept if it is None. Raises ValueError at once for invalid arguments, and at the end if none or too few arrived.
         """
         if rate is not None and not 0 < rate < float("inf"):
-            raise ValueError(f"a rate of {rate:g} requests per second cannot be; give one above 0")
+            raise ValueError(f"a rate of {rate:g} requests per second is invalid; give one above 0")
         if seed < 0:
             raise ValueError(f"the seed {seed} is negative; give 0 or more")
         if requests is not None and requests < 1:
-            raise ValueError(f"{requests} requests are no workload; ask for at least 1")
+            raise ValueError(f"{requests} requests are not a workload; ask for at least 1")
         if duration_s is not None and not 0 < duration_s < float("inf"):
-            raise ValueError(f"a duration of {duration_s:g} s cannot be; give seconds above 0")
+            raise ValueError(f"a duration of {duration_s:g} s is invalid; give seconds above 0")
         if self.arrivals is not None and (requests is None) == (duration_s is None):
             raise ValueError("drawn arrivals have no end; give either a number of requests or a duration")
         timing, sizes = np.random.default_rng(seed).spawn(2)
