@@ -1,1 +1,1 @@
-"""Load on any OpenAI-compatible server, and what became of it: one run, a search for capacity, servers side by side."""
+"""Puts load on any OpenAI-compatible server and measures its answers. It knows no engine, only HTTP."""

@@ -1,7 +1,7 @@
-"""A client of one OpenAI-compatible server: sends a completion and notes when its tokens come. What to ask, and when, is others'.
+"""A client of one OpenAI-compatible server: it sends completions and notes when tokens come. It chooses neither what nor when.
 
-Written for little work per token, for what the client takes of a shared machine the server lacks: bytes are read as they come, and
-a token costs one `json.loads`.
+It does little work per token, because on a shared machine it takes time from the server: it reads bytes as they come, and a token
+costs one `json.loads`.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from stallfree.bench.events import Events, said
+from stallfree.bench.events import Events, message
 
 KEEP_ALIVE_S = 2.0
-"""A connection that idles for longer is not used again. Servers close theirs after 5 s or more, and a request sent at that moment
-has to be sent once more."""
+"""Seconds of idling after which a connection is not used again. Servers close theirs after 5 s or more; a request that is sent at
+that moment must be sent again."""
 
 
 class Failed(Exception):
-    """A request that got no whole answer. `kind` is one of few: timeout, connection, HTTP 429, cut short, ..."""
+    """A request got no whole answer. `kind` is one of a few words: timeout, connection, HTTP 429, cut short, ..."""
 
     def __init__(self, kind: str, message: str, status: int | None = None):
         super().__init__(f"{kind}: {message}")
@@ -30,17 +30,17 @@ class Failed(Exception):
 
 
 class Client:
-    """For use with `async with`. `url` with or without /v1; `timeout_s` for each request, from its sending to its last token.
+    """A client for use with `async with`. `url`: with or without /v1. `timeout_s`: for a request, from sending to its last token.
 
-    A request whose connection ends before the first byte of an answer is sent once more, on a new connection: some servers close
-    connections that they said they would keep. After that byte it never is, so that no server answers a request twice.
+    If a connection ends before the first byte of an answer, the request is sent once more on a new one, because some servers close
+    connections that they promised to keep. After that byte it is never sent again, so that no server answers a request twice.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0):
         if not _is_url(url):
             raise ValueError(f"{url!r} is not a server's URL; write http://127.0.0.1:8000")
         if not 0 < timeout_s < float("inf"):
-            raise ValueError(f"a timeout of {timeout_s:g} s cannot be; give seconds above 0")
+            raise ValueError(f"a timeout of {timeout_s:g} s is invalid; give seconds above 0")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -61,8 +61,8 @@ class Client:
         await self._new.close()
 
     async def stream(self, body: bytes, most: int, times: list[float]) -> Events:
-        """Send a completion of at most `most` tokens that `body` says to stream; `times` becomes the loop's times at which they
-        came, as far as they came. Raises Failed.
+        """Send `body`, a streamed completion of at most `most` tokens. Fills `times` with the loop's times of the tokens that came,
+        also if it fails. Raises Failed.
         """
         events, now = Events(most), asyncio.get_running_loop().time
         try:
@@ -81,7 +81,7 @@ class Client:
         return events
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What is at `path`, or what is answered to `body`. Raises Failed."""
+        """The JSON at `path`; with a `body`, the answer to it. Raises Failed."""
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
         try:
             async with self._answer(method, path, data) as response:
@@ -91,13 +91,13 @@ class Client:
 
     @asynccontextmanager
     async def _answer(self, method: str, path: str, data: str | bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer that is no refusal, of which the head has come."""
+        """An answer with status 200, after its head has come. Raises Failed for another status."""
         request = method, f"{self.url}/v1/{path}"
         async with asyncio.timeout(self._timeout_s):
             try:
                 response = await self._kept.request(*request, data=data)
             except aiohttp.ClientConnectionError as error:
-                if isinstance(error, aiohttp.ClientConnectorError):  # nobody is there
+                if isinstance(error, aiohttp.ClientConnectorError):  # no server listens
                     raise
                 response = await self._new.request(*request, data=data)
             async with response:
@@ -109,7 +109,7 @@ def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in text
-    except ValueError:  # such as a port that cannot be
+    except ValueError:  # such as an invalid port
         return False
 
 
@@ -117,8 +117,8 @@ async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
     text = (await response.read()).decode(errors="replace")
-    with suppress(ValueError, LookupError, TypeError):  # not OpenAI's error object: what came will do
-        text = said(json.loads(text)["error"])
+    with suppress(ValueError, LookupError, TypeError):  # not OpenAI's error object: keep the text
+        text = message(json.loads(text)["error"])
     raise Failed(f"HTTP {response.status}", " ".join(text.split())[:500], response.status)
 
 

@@ -1,7 +1,7 @@
-"""What a server takes, found out by asking it, and prompts of any length in its way. It knows no arrivals and no measurements.
+"""Probes which requests a server takes, and writes such requests of any length. It knows no arrivals and no measurements.
 
-Prompts mean nothing and are new in every run: with the same ones as in the last run, a server with a prefix cache would compute
-next to nothing.
+Prompts are random and new in every run: with the prompts of the last run, a server with a prefix cache would compute almost
+nothing.
 """
 
 import json
@@ -14,19 +14,19 @@ from stallfree.bench.client import Client, Failed
 from stallfree.bench.events import Events
 
 REFUSALS = (400, 422, 500, 501)
-"""Statuses with which servers answer to what they do not know; 500 is those that do not check what they get."""
+"""Statuses with which servers answer unknown fields; 500 comes from servers that do not check them."""
 ID_RANGES = ((1000, 30_000), (32, 250))
-"""Token ids that are ordinary tokens: in vocabularies of real size, above those for bytes and control; in toy ones."""
+"""Ranges of ordinary token ids: in real vocabularies, above the ids of bytes and control tokens; and in toy vocabularies."""
 OPTIONS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("ignore_eos", True, ("every", "end", "")),
     ("stream_options", {"include_usage": True, "continuous_usage_stats": True}, ("every",)),
     ("stream_options", {"include_usage": True}, ("every", "end")),
 )
-"""What is asked beyond the plain request if the server takes it, the best form first, and `Events.usage` as it must be then: a
-server may accept what it then ignores."""
+"""Optional fields of requests, the best form first, each with the values of `Events.usage` that show that the server obeys it: a
+server may accept a field and ignore it."""
 PROBE_TOKENS = 32
-"""Tokens of the probes' prompts, enough that ids which are not in the vocabulary are among them."""
-# As long as one another and each, with its space, a single token in most vocabularies.
+"""Tokens of the probes' prompts: enough that some ids are outside a small vocabulary."""
+# All equally long. Each is, with its space, a single token in most vocabularies.
 WORDS = (
     "time year work life hand part home name book word side kind head room case week city fact idea body face door line game "
     "team town road mind back four five nine blue cold dark deep easy fast fine free full good hard high kept last late left"
@@ -35,8 +35,8 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Requests as a server takes them: prompts of token ids in the range `ids`, or of words, of which a text of n has
-    `words[0] + n * words[1]` tokens; `options` as fields of the body.
+    """The requests that a server takes. Prompts are token ids in the range `ids`, or words: a text of n words has about `words[0] +
+    n * words[1]` tokens. `options`: more fields of the body.
     """
 
     model: str | None
@@ -46,8 +46,8 @@ class Dialect:
 
     @classmethod
     async def probe(cls, client: Client, model: str | None = None) -> Self:
-        """Ask with a few short requests. `model` None: the first that the server lists. Raises ValueError if it does not answer to
-        the plainest of them, saying why.
+        """Find the dialect with a few short requests. `model` None: the first that the server lists. Raises ValueError, with the
+        reason, if the server does not answer the plainest request.
         """
         try:
             model = model or (await client.ask("models"))["data"][0]["id"]
@@ -60,8 +60,8 @@ class Dialect:
         try:
             await client.stream(plain.body(np.random.default_rng(), 4, 2), 2, [])
         except Failed as failed:
-            way = {401: "; give its API key", 404: "; give the name of a model that it serves"}.get(failed.status or 0, "")
-            raise ValueError(f"{client.url} does not complete a plain prompt ({failed}){way}") from failed
+            remedy = {401: "; give its API key", 404: "; give the name of a model that it serves"}.get(failed.status or 0, "")
+            raise ValueError(f"{client.url} does not complete a plain prompt ({failed}){remedy}") from failed
         options: dict[str, Any] = {}
         for name, value, usage in OPTIONS:
             if name in options:
@@ -70,14 +70,14 @@ class Dialect:
             if events is not None and events.usage in usage:
                 options[name] = value
         for ids in ID_RANGES:
-            events = await _taken(client, found := cls(model, ids, (0.0, 1.0), options))
-            # A token for the beginning of the text may come on top.
+            events = await _taken(client, with_ids := cls(model, ids, (0.0, 1.0), options))
+            # The server may add a token for the beginning of the text.
             if events is not None and (events.prompt_tokens is None or events.prompt_tokens - PROBE_TOKENS in (0, 1)):
-                return found
+                return with_ids
         return cls(model, None, await _tokens_of_words(client, plain), options)
 
     def body(self, rng: np.random.Generator, prompt_tokens: int, output_tokens: int) -> bytes:
-        """A streamed request of these lengths. A text's length is what `words` leads to expect."""
+        """The body of a streamed request of these lengths. A text's length is estimated by `words`."""
         return json.dumps(self._fields(rng, prompt_tokens, output_tokens) | {"stream": True} | self.options).encode()
 
     def _fields(self, rng: np.random.Generator, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Dialect:
 
 
 async def _taken(client: Client, dialect: Dialect) -> Events | None:
-    """The answer to a short request; None if it is refused."""
+    """The answer to a short request; None if the server refuses it. Raises ValueError for other failures."""
     try:
         return await client.stream(dialect.body(np.random.default_rng(), PROBE_TOKENS, 2), 2, [])
     except Failed as failed:
@@ -109,13 +109,13 @@ async def _taken(client: Client, dialect: Dialect) -> Events | None:
 
 
 async def _tokens_of_words(client: Client, plain: Dialect) -> tuple[float, float]:
-    """Tokens of an empty text, and of each word, from two texts; a token a word if the server does not tell its usage."""
-    few, many, told = 20, 120, []
+    """The tokens of an empty text and of each word, from two texts; 0 and 1 if the server does not report its usage."""
+    few, many, counts = 20, 120, []
     for words in (few, many):
         try:
             answer = await client.ask("completions", plain._fields(np.random.default_rng(), words, 1))
-            told.append(int(answer["usage"]["prompt_tokens"]))
+            counts.append(int(answer["usage"]["prompt_tokens"]))
         except (Failed, LookupError, TypeError, ValueError):
             return 0.0, 1.0
-    each = (told[1] - told[0]) / (many - few)
-    return (told[0] - few * each, each) if each > 0 else (0.0, 1.0)
+    each = (counts[1] - counts[0]) / (many - few)
+    return (counts[0] - few * each, each) if each > 0 else (0.0, 1.0)

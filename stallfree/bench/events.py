@@ -1,9 +1,9 @@
-"""A streamed completion's bytes, as they come, into the times of the tokens they bring. It knows neither clock nor connection.
+"""Turns the bytes of a streamed completion into the times of its tokens. It knows neither clock nor connection.
 
-Servers differ in what an event is. If it tells the usage so far, it brings what was not told before. Without usage it is as many
-tokens as it has `token_ids`, or else one, unless it only closes the stream. A usage that is told in the end alone is shared by all
-events: those without text are tokens only if it has room for them, and what it has beyond one token an event goes to the longest.
-An event without text before the first text, such as one that only says whose turn it is, is no token unless the usage says so.
+Servers differ in what an event is. If it has the usage so far, it brings the tokens since the last usage. Without usage it counts
+as many tokens as it has `token_ids`; without these, one, unless it only closes the stream. A usage at the end alone is shared among
+all events: events without text get tokens only if some are left, and more than one token an event goes to the longest. An event
+without text before the first text, such as one that only names the role, is no token unless the usage says so.
 """
 
 import json
@@ -12,11 +12,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 TEXTS = ("text", "content", "reasoning_content", "reasoning")
-"""What holds text, in a choice or in its delta."""
+"""Names of the fields with text, in a choice or in its delta."""
 
 
 class _Event(NamedTuple):
-    """When it came; its characters or, if these are more, its token ids; the number of its token ids, if it has any."""
+    """An event: when it came; its number of characters, or of token ids if that is larger; its token ids' number, if it has any."""
 
     at: float
     size: int
@@ -24,11 +24,11 @@ class _Event(NamedTuple):
 
 
 class Events:
-    """One stream, of a request for `most` tokens. `prompt_tokens`, if told; `finished`: it was ended as streams should be; `error`:
-    the server's message, if it sent one instead.
+    """One stream, of a request for at most `most` tokens. `prompt_tokens`: if the server reported them. `finished`: the stream
+    ended properly. `error`: the server's message, if it sent an error.
     """
 
-    __slots__ = ("_bare", "_most", "_rest", "_times", "_told", "_untold", "error", "finished", "prompt_tokens")
+    __slots__ = ("_bare", "_most", "_rest", "_times", "_uncounted", "_usage", "error", "finished", "prompt_tokens")
 
     def __init__(self, most: int) -> None:
         self.prompt_tokens: int | None = None
@@ -36,33 +36,33 @@ class Events:
         self.error: str | None = None
         self._most = most
         self._rest = b""
-        self._times: list[float] = []  # of the tokens that a usage has told
-        self._told = 0  # the last usage
-        self._untold: list[_Event] = []  # since then
+        self._times: list[float] = []  # of the tokens that a usage has counted
+        self._usage = 0  # the last usage, in tokens
+        self._uncounted: list[_Event] = []  # events since then
         self._bare = False  # an event had text and no usage
 
     @property
     def usage(self) -> str:
-        """Whether the usage came in "every" event with text, in the "end", or not at all: ""."""
-        return "" if not self._told else "end" if self._bare else "every"
+        """Whether the usage came in "every" event with text, at the "end", or not at all ("")."""
+        return "" if not self._usage else "end" if self._bare else "every"
 
     def times(self) -> list[float]:
-        """When each token came, of those so far."""
-        first = next((i for i, event in enumerate(self._untold) if event.size), len(self._untold))
-        events = self._untold[first:]
-        if self._told + len(events) > self._most:
+        """The times of the tokens so far."""
+        first = next((i for i, event in enumerate(self._uncounted) if event.size), len(self._uncounted))
+        events = self._uncounted[first:]
+        if self._usage + len(events) > self._most:
             events = [event for event in events if event.size]
         return self._times + [event.at for event in events for _ in range(1 if event.ids is None else event.ids)]
 
     def feed(self, data: bytes, now: float) -> None:
-        """Take what came at `now`. Raises ValueError for an event that is no completion's."""
+        """Take bytes that came at `now`. Raises ValueError for an event that is no completion's."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:") and (event := line[5:].strip()):
                 self._event(event, now)
 
     def end(self, now: float) -> None:
-        """The connection has ended, perhaps within a line."""
+        """Take the end of the connection, perhaps within a line."""
         self.feed(b"\n", now)
 
     def _event(self, data: bytes, now: float) -> None:
@@ -72,16 +72,16 @@ class Events:
         try:
             event = json.loads(data)
             if error := event.get("error"):
-                self.error = said(error)
+                self.error = message(error)
                 return
             usage = event.get("usage")
             choices = (event.get("choices") or ()) if usage else event["choices"]
-            self._untold += (found for choice in choices if (found := self._choice(choice, now)) is not None)
+            self._uncounted += (new for choice in choices if (new := self._choice(choice, now)) is not None)
             if usage:
                 self.prompt_tokens = usage["prompt_tokens"]
-                self._tell(usage["completion_tokens"], len(choices), now)
+                self._count(usage["completion_tokens"], len(choices), now)
             else:
-                self._bare |= any(event.size for event in self._untold[-1:])
+                self._bare |= any(event.size for event in self._uncounted[-1:])
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"an event is not a completion's: {data[:200].decode(errors='replace')}") from None
 
@@ -97,19 +97,19 @@ class Events:
             raise LookupError("text")
         return _Event(now, size, None if ids is None else len(ids))
 
-    def _tell(self, tokens: int, own: int, now: float) -> None:
-        """A usage of `tokens` so far came at `now`, in an event with `own` choices."""
-        number, events = tokens - self._told, self._untold
+    def _count(self, tokens: int, choices: int, now: float) -> None:
+        """Count the tokens of a usage: `tokens` so far, at `now`, in an event with `choices` choices."""
+        number, events = tokens - self._usage, self._uncounted
         if number > 0:
-            self._times += [now] * number if len(events) <= own else _shared(events, number)
-        self.finished |= not own and tokens > 0
-        self._told = max(tokens, self._told)
-        # A usage of nothing says nothing of texts; some servers send it first, and the true one last.
-        self._untold = [] if self._told else [event for event in events if event.size]
+            self._times += [now] * number if len(events) <= choices else _shared(events, number)
+        self.finished |= not choices and tokens > 0
+        self._usage = max(tokens, self._usage)
+        # A usage of 0 tells nothing about texts: some servers send it first, and the true one last.
+        self._uncounted = [] if self._usage else [event for event in events if event.size]
 
 
 def _shared(events: Sequence[_Event], number: int) -> list[float]:
-    """The times of `number` tokens that came in `events`."""
+    """The times of `number` tokens, shared among the `events` that brought them."""
     ids = [event.ids for event in events]
     if number == sum(count or 0 for count in ids):
         return [event.at for event, count in zip(events, ids, strict=True) for _ in range(count or 0)]
@@ -126,6 +126,6 @@ def _shared(events: Sequence[_Event], number: int) -> list[float]:
     return [events[i].at for i, begin, end in zip(chosen, [0, *ends], ends, strict=False) for _ in range(1 + end - begin)]
 
 
-def said(error: Any) -> str:
-    """The message of an `error` as OpenAI and others put it."""
+def message(error: Any) -> str:
+    """The message in an `error` field, in the form of OpenAI or of others."""
     return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -1,7 +1,7 @@
-"""Open-loop load: each request is sent when it is due, whatever became of those before, as users do who do not know one another.
+"""Open-loop load: each request is sent when it is due, whatever happened to earlier ones, as independent users do.
 
-Times count from when a request was due, so that a wait in the client would not be hidden. A client that is often late has not made
-the load it was to make; its run is not valid. It knows neither what was drawn nor what is wanted of the latencies.
+Times count from when a request was due, so that no wait in the client is hidden. A client that is often late did not make the
+planned load, so its run is not valid. It knows neither how arrivals were drawn nor the targets of the latencies.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from stallfree.metrics.timeline import Timeline
 from stallfree.workload.workload import Arrival
 
 MOST_LATE_S = 0.05
-"""How late the client may send 1 request in 100: far below a TTFT that anyone would set a target for."""
+"""Seconds that the client may send 1 request in 100 late: far below any sensible target for TTFT."""
 
 
 @dataclass(slots=True)
 class Load:
-    """A run as its client saw it, in seconds from its start: `lines` of the requests sent, of which `ended` have. `late_s`: from
-    when each was due until it was sent. `short`, `long`: completed ones with fewer tokens than asked for, or more. `cpu_share`:
-    what the client took of one core. `messages`: the first of each kind of error.
+    """A run as its client saw it, in seconds from its start. `lines`: the requests sent, of which `ended` have ended. `late_s`:
+    from when each was due until it was sent. `short`, `long`: completed requests with fewer or more tokens than requested.
+    `cpu_share`: of one core, by the client. `messages`: the first of each kind of error.
     """
 
     server: str
@@ -43,36 +43,36 @@ class Load:
 
     @property
     def behind(self) -> str | None:
-        """That the client was late, in words, if it was."""
+        """The error in words if the client was too late; else None."""
         late = _percentile(self.late_s, 99)
         if late <= MOST_LATE_S:
             return None
         return (
             f"the client fell behind its own schedule: 1 request in 100 was sent {late * 1e3:.0f} ms late or more, "
-            f"{MOST_LATE_S * 1e3:.0f} ms are allowed; lower the rate or give the client a machine of its own"
+            f"{MOST_LATE_S * 1e3:.0f} ms are allowed; lower the rate, or give the client its own machine"
         )
 
     @property
     def problems(self) -> list[str]:
-        """Why the run does not count; nothing if it does."""
-        found = []
+        """The reasons why the run is not valid; empty if it is."""
+        problems = []
         if self.interrupted:
-            found.append(f"interrupted after {len(self.lines)} of {self.planned} requests were sent")
+            problems.append(f"interrupted after {len(self.lines)} of {self.planned} requests were sent")
         if self.behind:
-            found.append(self.behind)
+            problems.append(self.behind)
         if lost := sum(line.reason == "connection" for line in self.lines):
-            found.append(f"{lost} requests found no server: {self.messages['connection']}")
+            problems.append(f"{lost} requests found no server: {self.messages['connection']}")
         if self.long:
-            found.append(
-                f"{self.long} requests got more tokens than they asked for, so this server's events are no tokens, and it tells no "
-                "usage that says how many they are"
+            problems.append(
+                f"{self.long} requests got more tokens than they asked for, so this server's events are no tokens, and it reports "
+                "no usage that counts them"
             )
         if not any(line.reason in COMPLETED for line in self.lines):
-            found.append(f"no request was completed: {'; '.join(self.messages.values()) or 'none had ended'}")
-        return found
+            problems.append(f"no request was completed: {'; '.join(self.messages.values()) or 'none had ended'}")
+        return problems
 
     def as_dict(self, report: Report) -> dict[str, Any]:
-        """For programs: the report, whether it is valid, and what else the client knows."""
+        """The run as JSON values: its validity, the `report`, and the client's own figures."""
         client = {
             "late_p99_s": _percentile(self.late_s, 99),
             "late_max_s": _percentile(self.late_s, 100),
@@ -83,8 +83,8 @@ class Load:
 
 
 async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], tick: Callable[[Load], None]) -> Load:
-    """Send `arrivals` when they are due, and wait for their ends. `tick` is called whenever one is sent or has ended. Cancelled, it
-    leaves the requests that run and returns what there is.
+    """Send `arrivals` when they are due, and wait for their ends. It calls `tick` when a request is sent and when it has ended. If
+    it is cancelled, it cancels the running requests and returns the run so far.
     """
     _allow_connections(len(arrivals))
     loop, rng = asyncio.get_running_loop(), np.random.default_rng()
@@ -136,7 +136,7 @@ def _percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _allow_connections(most: int) -> None:
-    """A request that runs is an open file, of which a process may by default have too few."""
+    """Raise the limit of open files: each running request needs one, and the default may be too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,5 +1,5 @@
-"""A server of this project in a process of its own, there for as long as it is measured. It knows how `stallfree serve` begins and
-ends, and nothing of what is asked of it.
+"""Runs a server of this project in its own process while it is measured. It knows how `stallfree serve` starts and ends, and
+nothing of the requests to it.
 """
 
 import json
@@ -11,21 +11,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 END_S = 10.0
-"""Seconds in which a server must have ended after SIGTERM; then it is killed."""
+"""Seconds that a server has to end after SIGTERM, before it is killed."""
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that would end this process without a word, and leave the server behind."""
+"""Signals that would end this process at once, and leave its server running."""
 
 
 @contextmanager
 def server(arguments: Sequence[str]) -> Iterator[str]:
-    """The URL of a `stallfree serve` with `arguments`, on a free port, which ends when this is left, however that comes about.
+    """Run `stallfree serve` with `arguments` on a free port, and yield its URL. The server always ends with the context.
 
-    Its port listens before the URL is known, so that the first request waits until it is served. What it says goes to standard
+    Its port listens before the URL is known, so the first request waits until the server is ready. Its messages go to standard
     error. Raises ValueError if it ends before it serves.
     """
     command = [sys.executable, "-m", "stallfree", "serve", *arguments, "--port", "0", "--drain-timeout", "0", "--json"]
     with _ending():
-        # In a process group of its own: Ctrl-C is for the one who measures, who then ends the server.
+        # In its own process group: Ctrl-C must reach only this process, which then ends the server.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0)
         try:
             card = process.stdout.readline() if process.stdout else ""
@@ -51,7 +51,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """Signals that end this process do so by way of SystemExit meanwhile, so that what is left is cleaned up."""
+    """Turn the signals that end this process into SystemExit, so that its server is ended too."""
 
     def leave(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -73,7 +73,7 @@ def stallfree(
 
 
 COMMANDS: dict[str, tuple[Any, str]] = {
-    "serve": (serve.serve, "A model behind an OpenAI-compatible HTTP server."),
+    "serve": (serve.serve, "Serve a model over HTTP, OpenAI-compatible."),
     "route": (route.route, "One address in front of several servers."),
     "chat": (chat.chat, "Talk to a model in the terminal."),
     "generate": (generate.generate, "Complete one prompt."),

@@ -107,7 +107,7 @@ def compare(
     measuring.check_page(html)
     places = [_place(text, slo, serve) for text in servers]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
-        raise ValueError(f"{sorted(twice)[0]!r} is there twice; give each server its own name, and each policy once")
+        raise ValueError(f"{sorted(twice)[0]!r} is named twice; give each server its own name, and each policy once")
     arrivals, facts = _draw(words.traced(traffic, trace))
     results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), arrivals, targets, traffic.rate)
     if html is not None:

@@ -83,7 +83,7 @@ def demo(
         engine.close()
     results = {name: _reports(player, targets) for name, player in players.items()}
     if as_json:
-        runs = ({"all": asdict(every), "long_prompts": asdict(prompts)} for every, prompts in results.values())
+        runs = ({"all": asdict(overall), "long_prompts": asdict(prompts)} for overall, prompts in results.values())
         typer.echo(
             json.dumps({"target": str(targets), "token_budget": token_budget} | dict(zip(("fixed", "slo"), runs, strict=True)))
         )
@@ -211,16 +211,16 @@ def _table(results: Mapping[str, tuple[Report, Report]]) -> Table:
 
     table = Table("", *(Column(name, justify="right") for name in results), box=None)
     for name in next(iter(results.values()))[0].slo_attainment:
-        attained = [every.slo_attainment[name] for every, _ in results.values()]
+        attained = [overall.slo_attainment[name] for overall, _ in results.values()]
         late = ("-" if a.in_time is None else f"{1 - a.in_time:.1%}" for a in attained)
         table.add_row(f"tokens late for {name} {attained[0].target}", *late)
     for name, which in (("p50", "p50"), ("p99", "p99"), ("longest", "max")):
-        table.add_row(f"TBT {name}, ms", *(_ms(every.tbt_s, which) for every, _ in results.values()))
-    table.add_row("TTFT p50, ms", *(_ms(every.ttft_s, "p50") for every, _ in results.values()))
+        table.add_row(f"TBT {name}, ms", *(_ms(overall.tbt_s, which) for overall, _ in results.values()))
+    table.add_row("TTFT p50, ms", *(_ms(overall.ttft_s, "p50") for overall, _ in results.values()))
     table.add_row("TTFT p50 of the long prompts, ms", *(_ms(prompts.ttft_s, "p50") for _, prompts in results.values()))
-    table.add_row("output tokens/s", *(f"{every.output_tokens_per_s:.0f}" for every, _ in results.values()))
-    if any(every.unfinished for every, _ in results.values()):
-        table.add_row(f"unfinished after {LAST_S:g} s", *(str(every.unfinished) for every, _ in results.values()))
+    table.add_row("output tokens/s", *(f"{overall.output_tokens_per_s:.0f}" for overall, _ in results.values()))
+    if any(overall.unfinished for overall, _ in results.values()):
+        table.add_row(f"unfinished after {LAST_S:g} s", *(str(overall.unfinished) for overall, _ in results.values()))
     return table
 
 

@@ -57,5 +57,5 @@ def bounds(text: str) -> tuple[int, int]:
         raise ValueError(f"--replicas {text!r} is not a number of replicas; write 2, or 1-4 for as many as the load needs")
     least, most = int(low), int(high or low)
     if not 1 <= least <= most:
-        raise ValueError(f"--replicas {text} cannot be; write numbers from 1 on, the smaller one first")
+        raise ValueError(f"--replicas {text} is invalid; write numbers from 1 on, the smaller one first")
     return least, most

@@ -17,7 +17,7 @@ def warn_if_open(host: str, api_key: str | None) -> None:
     """Print a warning if other machines can reach `host` without a key."""
     if api_key is None and host not in LOOPBACK:
         remedy = "set STALLFREE_API_KEY (or --api-key)"
-        typer.echo(f"warning: --host {host} without an API key lets in everybody who reaches it; {remedy}", err=True)
+        typer.echo(f"warning: --host {host} without an API key lets in all who can reach it; {remedy}", err=True)
 
 
 def memory(text: str | int) -> int:
@@ -44,7 +44,7 @@ def addresses(text: str, option: str) -> list[tuple[str, int]]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]]+)):(\d{1,5})\s*", part)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise ValueError(f"{option} {part!r} is no address; write 127.0.0.1:9000, with commas between several")
+            raise ValueError(f"{option} {part!r} is not an address; write 127.0.0.1:9000, with commas between several")
         pairs.append((match[1] or match[2], int(match[3])))
     return pairs
 

@@ -22,7 +22,7 @@ def check(file: Path | None, option: str) -> None:
     if not file.parent.is_dir():
         raise ValueError(f"{option} {file}: there is no folder {file.parent}; name a file in an existing folder")
     if file.is_file():
-        raise ValueError(f"{option} {file}: {file} exists, and is not written over; name another file, or remove it")
+        raise ValueError(f"{option} {file}: {file} exists, and is not overwritten; name another file, or remove it")
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -30,7 +30,7 @@ def check_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ValueError(f"{option} {folder}: there are files in it, and none is written over; name a new or empty folder")
+            raise ValueError(f"{option} {folder}: there are files in it, and none is overwritten; name a new or empty folder")
     except OSError as error:
         raise ValueError(f"{option} {folder} cannot be made: {error.strerror}; name another folder") from None
 
@@ -48,7 +48,7 @@ def write(file: Path, text: str) -> None:
         with file.open("w" if file.exists() and not file.is_file() else "x", encoding="utf-8") as out:
             out.write(text)
     except FileExistsError:
-        raise ValueError(f"{file} exists, and is not written over") from None
+        raise ValueError(f"{file} exists, and is not overwritten") from None
 
 
 def write_rows(file: Path, lines: Iterable[Timeline]) -> None:

@@ -110,7 +110,7 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
     typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and the KV of {room:,} tokens in 90 % of its memory")
 
 
-@app.command(short_help="The model beside measured kernels.")
+@app.command(short_help="Compare prices with measured kernels.")
 def check(
     folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
     as_json: options.Json = False,
@@ -137,7 +137,7 @@ def check(
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
     print_grid(lines)
     for file in others:
-        typer.echo(f"not looked at, because its columns are of no profile: {file}", err=True)
+        typer.echo(f"ignored, because its columns are not those of a profile: {file}", err=True)
 
 
 def parse(text: str) -> list[tuple[int, int]]:

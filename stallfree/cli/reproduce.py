@@ -71,13 +71,13 @@ def sarathi(
             tables["Capacity over vLLM, the most"] = capacities.over_vllm(tables["Capacity"])
         if curve:
             tables["Capacity over the SLO: Yi-34B, openchat"] = curve.rows(trials)
-    alone = {
+    parts = {
         Part.ablation: ("Ablation: Yi-34B", paper.ablation),
         Part.chunking: ("The price of chunks: Yi-34B", paper.chunking),
         Part.parallelism: ("TP8 and TP4-PP2: Falcon-180B on two nodes", paper.parallelism),
         Part.stalls: ("Stalls: Yi-34B, openchat", paper.stalls),
     }
-    for part, (title, run) in alone.items():
+    for part, (title, run) in parts.items():
         if part in wanted:
             tables[title] = run(engine)
     seconds = time.monotonic() - began
@@ -120,9 +120,9 @@ def _draw(tables: dict[str, list[Row]], folder: Path) -> None:
                 plot.published(pairs, "Capacity of Sarathi-Serve over Orca's", file)
         elif title.startswith("Ablation"):
             pairs = [
-                (f"{row['dataset']}, {row['policy']}: {what}", row[f"published {what}"], row[f"{what} {percentile}, s"])
+                (f"{row['dataset']}, {row['policy']}: {metric}", row[f"published {metric}"], row[f"{metric} {percentile}, s"])
                 for row in rows
-                for what, percentile in (("TTFT", "p50"), ("TBT", "p99"))
+                for metric, percentile in (("TTFT", "p50"), ("TBT", "p99"))
             ]
             plot.published(pairs, "Yi-34B: TTFT P50 and TBT P99, s", file)
         elif title.startswith("The price"):

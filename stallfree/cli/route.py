@@ -34,7 +34,7 @@ def route(
     if spill is not None and not peers:
         raise ValueError("--spill needs prefill engines; give them as --prefill HOST:PORT")
     if host not in options.LOOPBACK:
-        warning = f"who can reach --host {host} can reach the servers; give them an API key, because they check it"
+        warning = f"all who can reach --host {host} can use the servers; start these with an API key, which they check"
         typer.echo(f"warning: {warning}", err=True)
     router = Router(decode.split(","), [address(*peer) for peer in peers], spill)
     sock = bind(host, port)

@@ -288,7 +288,7 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
-        raise ValueError(f"--rates {text!r} are no different rates above 0; write 0.5,1,2")
+        raise ValueError(f"--rates {text!r} are not different rates above 0; write 0.5,1,2")
     return rates
 
 

@@ -142,7 +142,7 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
         except OSError as error:
             raise ValueError(f"--config {file} cannot be read: {error.strerror}; name a .toml") from None
         except ValueError as error:
-            raise ValueError(f"--config {file} is no TOML: {error}") from None
+            raise ValueError(f"--config {file} is not TOML: {error}") from None
         tables = _tables(table.pop(_CONFIGURATIONS, {}), context, file)
         if tables and "policies" not in {parameter.name for parameter in context.command.params}:
             raise ValueError(f"{file}: this command takes one configuration; the simulated `capacity` and `compare` take several")
@@ -160,7 +160,7 @@ def _tables(tables: Any, context: typer.Context, file: Path) -> dict[str, dict[s
 def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> dict[str, Any]:
     known = [name for parameter in context.command.params if (name := parameter.name) in _kinds and name not in ("named", "config")]
     names = [name.replace("_", "-") for name in known]
-    both = any(parameter.name == "named" for parameter in context.command.params)
+    either_way = any(parameter.name == "named" for parameter in context.command.params)
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -169,7 +169,7 @@ def _checked(table: Mapping[str, Any], context: typer.Context, where: str) -> di
         types, words = _IN_TOML[_kinds[name]]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"{where}: {key} is {value!r}, expected {words}")
-        values["named" if name == "model" and both else name] = value
+        values["named" if name == "model" and either_way else name] = value
     return values
 
 
@@ -196,8 +196,8 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in parameters:
         if parameter.name == "model" or (parameter.name not in arguments and parameter.annotation is not typer.Context):
             _kinds[parameter.name] = _kind(parameter.annotation)
-    both = "model" in arguments
-    more = {"named": options.ModelOption, "context_": typer.Context} if both else {}
+    either_way = "model" in arguments
+    more = {"named": options.ModelOption, "context_": typer.Context} if either_way else {}
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (more | {"config": Config}).items()
@@ -206,7 +206,7 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:
         values.pop("config")
-        if both:
+        if either_way:
             named, context = values.pop("named"), values.pop("context_")
             in_file = getattr(context.get_parameter_source("named"), "name", "") == "DEFAULT_MAP"
             values["model"] = options.one_model(values["model"], None if in_file and values["model"] else named)
@@ -256,11 +256,11 @@ def configurations(context: typer.Context, deployment: Deployment, policies: lis
     for text in policies:
         name, budget = policy(text)
         if text in deployments:
-            raise ValueError(f"{text!r} is there twice; name each policy once")
+            raise ValueError(f"{text!r} is named twice; name each policy once")
         deployments[text] = replace(deployment, policy=name, token_budget=budget)
     for name, own in context.meta.get(_CONFIGURATIONS, {}).items():
         if name in deployments:
-            raise ValueError(f"{name!r} is there twice, as a policy and as a configuration; rename the configuration")
+            raise ValueError(f"{name!r} is named twice, as a policy and as a configuration; rename the configuration")
         alien = sorted(own.keys() - {f.name for f in fields(deployment)})
         if alien:
             raise ValueError(f"[configurations.{name}]: {alien[0]} is the same for all; set it above the tables")

@@ -127,8 +127,8 @@ class Explained:
         scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
         delivered = [d for r in self.records for d in r.delivered if d.id == a.id]
         tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
-        wanted = f", own targets {a.slo}" if a.slo else ""
-        yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{wanted}."
+        targets = f", own targets {a.slo}" if a.slo else ""
+        yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{targets}."
         if any(a.id in r.recalled for r in self.records):
             yield "Its KV transfer failed, so this engine computed its prompt."
         if delivered:
@@ -172,10 +172,10 @@ class Explained:
         yield from self._withheld(waited)
         cached = [count for r in self.records for id, count in r.cached if id == a.id]
         hit = f", {cached[0]} tokens of it found in the prefix cache" if cached and cached[0] else ""
-        mine = [index for index in scheduled if a.id in self.prefills[index]]
-        seconds = self.records[mine[-1]].t_end - first.t_start if mine else 0.0
-        yield f"Its prompt was computed in {_number(len(mine), 'chunk')} over {_ms(seconds)}{hit}."
-        between = sorted({*range(mine[0], mine[-1])} - {*mine}) if mine else []
+        chunks = [index for index in scheduled if a.id in self.prefills[index]]
+        seconds = self.records[chunks[-1]].t_end - first.t_start if chunks else 0.0
+        yield f"Its prompt was computed in {_number(len(chunks), 'chunk')} over {_ms(seconds)}{hit}."
+        between = sorted({*range(chunks[0], chunks[-1])} - {*chunks}) if chunks else []
         if between:
             yield f"Between its chunks {_number(len(between), 'iteration')} computed nothing of it."
             yield from self._withheld(between)
@@ -239,8 +239,8 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _list(ids: Iterable[str]) -> str:

@@ -149,8 +149,8 @@ class Tally:
             self._paces.append(float(gaps.mean()))
             if slo.tpot:
                 due = line.arrival + slo.ttft.seconds if slo.ttft else line.tokens[0]
-                behind = tokens[1:] - due - slo.tpot.seconds * np.arange(1, len(tokens))
-                late = int((behind + slo.tpot.seconds > slo.tpot.seconds).sum())
+                late_s = tokens[1:] - due - slo.tpot.seconds * np.arange(1, len(tokens))
+                late = int((late_s + slo.tpot.seconds > slo.tpot.seconds).sum())
                 self._due += len(gaps)
                 self._late += late
                 good = good and late <= _may_be_late(slo.tpot, len(gaps))

@@ -1,1 +1,1 @@
-"""Published evaluations: what was deployed, what arrived, what was found; and the same in the simulator, beside it."""
+"""Published evaluations, their deployments, loads and results, beside the same in the simulator. It knows no command line."""

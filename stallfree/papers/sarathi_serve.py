@@ -1,7 +1,7 @@
-"""Sarathi-Serve's evaluation (OSDI'24, arXiv 2403.02310) in the simulator: its deployments, traffic, limits and criteria, from the
-paper and from the configurations of its artifact (microsoft/sarathi-serve, osdi-experiments), beside the figures that it published.
+"""Sarathi-Serve's evaluation (OSDI'24, arXiv 2403.02310) in the simulator, beside its published figures. Deployments, traffic,
+limits and criteria are from the paper, and from the configurations of its artifact (microsoft/sarathi-serve, osdi-experiments).
 
-It knows no terminal and no files. Nothing in the cost model was fitted to a figure that is here.
+It knows no terminal and no files. The cost model was fitted to none of these figures.
 """
 
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ from stallfree.workload.traffic import Traffic
 Row = dict[str, Any]
 
 ENGINE = "graph"
-"""The paper's strict SLOs are five times a decode iteration of 32 requests with 4,096 tokens, 20 ms for Mistral-7B and 40 for
-Yi-34B: this engine takes 25 and 42. The one that its artifact's figure 2 describes, `eager-2024`, takes twice as long
-(docs/fidelity.md)."""
+"""The default engine. The paper's strict SLOs are five times a decode iteration of 32 requests with 4,096 tokens: 20 ms for
+Mistral-7B and 40 ms for Yi-34B. This engine takes 25 and 42 ms. `eager-2024`, which the artifact's figure 2 describes, takes twice
+as long (docs/fidelity.md)."""
 LIMITS = {"openchat": 8192, "arxiv": 16384}
 """Most tokens of a request, prompt and output, by dataset."""
 REQUESTS = 2048
 TOLERANCE = 0.025
 SERVED = {"sarathi": "sarathi", "vllm": "prefill-first", "orca": "orca"}
-"""The paper's schedulers, and the policies that are them."""
+"""The paper's schedulers, and the policies that implement them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A model as the paper served it. `strict`, `relaxed`: P99 TBT in seconds, and Sarathi's token budget under it; `orca_seqs`:
-    the batch that its reservations left Orca; `start`: requests per second to search from.
+    """A model as the paper served it. `strict`, `relaxed`: P99 TBT in seconds, and Sarathi's token budget under it. `orca_seqs`:
+    the largest batch that Orca's reservations allow. `start`: the search's first rate, in requests per second.
     """
 
     deployment: Deployment
@@ -64,7 +64,7 @@ RATIOS = {
     ("arxiv", "llama2-70b"): (4.60, 3.00),
 }
 MOST_OVER_VLLM = {("mistral-7b", None): 2.6, ("yi-34b", "strict"): 3.7, ("yi-34b", "relaxed"): 1.65, ("llama2-70b", None): 4.3}
-"""The largest published ratio to vLLM, over datasets, and over both SLOs where none is named."""
+"""The largest published ratio to vLLM: over all datasets, and over both SLOs if none is named."""
 
 ABLATION = {
     # P50 TTFT and P99 TBT in seconds; Yi-34B, 128 requests, 1 a second of openchat, 0.5 of arxiv, 512 tokens.
@@ -77,7 +77,7 @@ ABLATION = {
 }
 ABLATION_RATES = {"openchat": 1.0, "arxiv": 0.5}
 ABLATION_SEEDS = 15
-"""Runs of 128 requests are short: the median of so many is taken, where the paper had one."""
+"""Runs whose median is taken, because runs of 128 requests are short. The paper had one run."""
 
 CHUNKING = {
     # Prefill time in chunks of 512, 1,024 and 2,048 over that in one piece, by prompt tokens; Yi-34B (artifact, figure 9).
@@ -95,12 +95,12 @@ BATCHES = (8, 16, 32, 64, 128)
 
 
 def traffic(dataset: str, requests: int = REQUESTS) -> Traffic:
-    """Their requests: Poisson, but with no gap above three mean ones, which makes the load 1.052 times the nominal one."""
+    """The paper's requests: Poisson, but no gap is above three mean gaps, so the load is 1.052 times the nominal one."""
     return Traffic("poisson:cut=3", dataset, requests=requests)
 
 
 def deployment(model: str, dataset: str, scheduler: str, budget: int | None = None) -> Deployment:
-    """One of `SETUPS` for one of `LIMITS`, under one of `SERVED`."""
+    """The deployment of a `model` in `SETUPS`, for a `dataset` in `LIMITS`, under a `scheduler` in `SERVED`."""
     setup, longest = SETUPS[model], LIMITS[dataset]
     return replace(
         setup.deployment,
@@ -114,8 +114,8 @@ def deployment(model: str, dataset: str, scheduler: str, budget: int | None = No
 
 
 class Capacities:
-    """The capacity table: each of `SETUPS`, dataset, SLO and scheduler. A trial passes if the P99 of all TBTs is within the SLO,
-    and the median delay of scheduling within 2 s.
+    """The capacity table: every model, dataset, SLO and scheduler. A trial passes if the P99 of all TBTs is within the SLO, and the
+    median scheduling delay is within 2 s.
     """
 
     def __init__(self, models: tuple[str, ...] = tuple(SETUPS), requests: int = REQUESTS, engine: str = ENGINE):
@@ -130,7 +130,7 @@ class Capacities:
         }
 
     def find(self, trials: Trials) -> dict[str, Capacity]:
-        """Each case's capacity, searched side by side."""
+        """The capacities of all cases, searched at the same time."""
 
         cases = {
             name: (
@@ -140,11 +140,11 @@ class Capacities:
         }  # fmt: skip
         return trials.capacities(cases, lowest=0.005, tolerance=TOLERANCE)
 
-    def rows(self, found: Mapping[str, Capacity]) -> list[Row]:
-        """A row for each model, dataset and SLO, with the ratios beside the published ones where there are such."""
+    def rows(self, capacities: Mapping[str, Capacity]) -> list[Row]:
+        """A row for each model, dataset and SLO, with the ratios, and the published ones if there are any."""
         rows = []
         for model, dataset, slo in dict.fromkeys((model, dataset, slo) for model, dataset, slo, _ in self.cases.values()):
-            rates = {scheduler: found[f"{model} {dataset} {slo} {scheduler}"].rate for scheduler in SERVED}
+            rates = {scheduler: capacities[f"{model} {dataset} {slo} {scheduler}"].rate for scheduler in SERVED}
             published = RATIOS.get((dataset, model))
             over_orca = rates["sarathi"] / rates["orca"] if rates["orca"] else None
             expected = None if published is None else published[slo == "relaxed"]
@@ -158,8 +158,8 @@ class Capacities:
 
     @staticmethod
     def over_vllm(rows: list[Row]) -> list[Row]:
-        """The largest ratio to vLLM of each model for which one is published."""
-        made = []
+        """The largest ratio to vLLM of each model that has a published one."""
+        largest = []
         for (model, slo), expected in MOST_OVER_VLLM.items():
             ratios = [
                 row["sarathi/vllm"]
@@ -168,7 +168,7 @@ class Capacities:
             ]
             if ratios:
                 most = max(ratios)
-                made.append(
+                largest.append(
                     {
                         "model": model,
                         "SLO": slo or "any",
@@ -177,20 +177,20 @@ class Capacities:
                         "error": error(most, expected),
                     }
                 )
-        return made
+        return largest
 
 
 def error(simulated: float | None, published: float | None) -> float | None:
-    """Relative error, if there are both."""
+    """The relative error; None unless both values are known."""
     return None if simulated is None or published is None else simulated / published - 1
 
 
 def ablation(engine: str = ENGINE) -> list[Row]:
-    """Yi-34B with one of the two techniques, and with both."""
+    """Rows for Yi-34B with each of the two techniques alone, and with both."""
     rows = []
     for (dataset, policy), published in ABLATION.items():
-        made = replace(deployment("yi-34b", dataset, "sarathi"), policy=policy, engine=engine)
-        simulator = Simulator(made if policy == "hybrid-only" else replace(made, token_budget=512))
+        whole = replace(deployment("yi-34b", dataset, "sarathi"), policy=policy, engine=engine)
+        simulator = Simulator(whole if policy == "hybrid-only" else replace(whole, token_budget=512))
         reports = [simulator.trial(traffic(dataset, 128), ABLATION_RATES[dataset], seed, Slo()) for seed in range(ABLATION_SEEDS)]
         ttft, tbt = median(_p50_ttft(report) for report in reports), median(_p99_tbt(report) for report in reports)
         rows.append(
@@ -202,7 +202,7 @@ def ablation(engine: str = ENGINE) -> list[Row]:
 
 
 def chunking(engine: str = ENGINE) -> list[Row]:
-    """The price of prefilling a prompt of Yi-34B in chunks, over that of doing it in one piece."""
+    """Rows for Yi-34B: the time to prefill a prompt in chunks, over the time in one piece."""
     cost = Simulator(replace(deployment("yi-34b", "arxiv", "orca"), engine=engine)).instance.cost
     rows: list[Row] = []
     for tokens, published in CHUNKING.items():
@@ -218,17 +218,17 @@ def chunking(engine: str = ENGINE) -> list[Row]:
 
 
 def parallelism(engine: str = ENGINE, requests: int = 256) -> list[Row]:
-    """Falcon-180B over two nodes of four: the median TBT with TP8, whose all-reduces cross the Ethernet, and with TP4-PP2, by
-    batch.
+    """Rows for Falcon-180B on two nodes of four devices: the median TBT by batch with TP8, whose all-reduces cross the Ethernet,
+    and with TP4-PP2.
 
-    The paper published it as a plot. 0.75 requests a second are more than either serves, so batches are full.
+    The paper published it as a plot. 0.75 requests per second are more than either serves, so batches are full.
     """
     rows = []
     for batch in BATCHES:
         row: Row = {"batch": batch}
         for name, tp, pp in (("TP8", 8, 1), ("TP4-PP2", 4, 2)):
-            made = replace(deployment("falcon-180b", "openchat", "sarathi", 512), tp=tp, pp=pp, max_seqs=batch, engine=engine)
-            report = Simulator(made).trial(traffic("openchat", requests), 0.75, 0, Slo())
+            split = replace(deployment("falcon-180b", "openchat", "sarathi", 512), tp=tp, pp=pp, max_seqs=batch, engine=engine)
+            report = Simulator(split).trial(traffic("openchat", requests), 0.75, 0, Slo())
             row[f"{name} TBT p50, s"] = report.tbt_s.p50 if report.tbt_s else None
         row["TP8 / TP4-PP2"] = row["TP8 TBT p50, s"] / row["TP4-PP2 TBT p50, s"]
         rows.append(row)
@@ -236,13 +236,13 @@ def parallelism(engine: str = ENGINE, requests: int = 256) -> list[Row]:
 
 
 def stalls(engine: str = ENGINE) -> list[Row]:
-    """Yi-34B, 128 openchat requests: the tail of TBT over the load, prefills first and stall-free with 1,536 tokens."""
+    """Rows for Yi-34B with 128 openchat requests: the tail of TBT by rate, prefills first and stall-free with 1,536 tokens."""
     rows = []
     for rate in STALL_RATES:
         row: Row = {"requests/s": rate}
         for scheduler in ("vllm", "sarathi"):
-            made = replace(deployment("yi-34b", "openchat", scheduler, 1536), max_seqs=256, engine=engine)
-            report = Simulator(made).trial(traffic("openchat", 128), rate, 0, Slo())
+            served = replace(deployment("yi-34b", "openchat", scheduler, 1536), max_seqs=256, engine=engine)
+            report = Simulator(served).trial(traffic("openchat", 128), rate, 0, Slo())
             row |= {
                 f"{scheduler} TBT p99, s": _p99_tbt(report),
                 f"{scheduler} longest, s": report.tbt_s.max if report.tbt_s else None,
@@ -252,7 +252,7 @@ def stalls(engine: str = ENGINE) -> list[Row]:
 
 
 class Curve:
-    """Capacity of Yi-34B over the SLO, openchat: one sweep of rates for each scheduler, read for every SLO."""
+    """The capacity of Yi-34B by SLO, with openchat: one sweep of rates for each scheduler, which is read for every SLO."""
 
     def __init__(self, requests: int = REQUESTS, engine: str = ENGINE):
         self.requests = requests

@@ -1,1 +1,1 @@
-"""Which deployment serves a load best: searched by simulation, and said in words."""
+"""Finds the deployment that serves a load best, by simulation, and explains it. It starts no server."""

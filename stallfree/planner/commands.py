@@ -1,4 +1,4 @@
-"""The commands that run what was simulated, with the same policies and limits. Where the hosts are is for the reader to fill in."""
+"""Writes the commands that run a simulated deployment, with the same policies and limits. It does not know the hosts' addresses."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,11 @@ from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.pairings import PAIRINGS
 
 ANYWHERE = "0.0.0.0"
-"""What a server listens on that other hosts are to reach."""
+"""The address to listen on for servers that other hosts must reach."""
 
 
 def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
-    """What to type for `deployed` on `site`, each with how often, if that is not once; or, in a comment, that there is nothing."""
+    """The commands for `deployed` on `site`, with how often to run each; or a comment that the engine cannot serve the model."""
     model = load(site.model or "")
     if model.positions:
         return [f"# no command: this engine does not serve {model.name}, whose positions are learned; it can only be simulated"]
@@ -33,28 +33,28 @@ def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
         f"stallfree route --decode http://HOST:8002,... --prefill HOST:9001,...{more}",
     ]
     if spill is not None:
-        lines.append("# simulated too, and not done by these servers: a prefill engine keeps what no decode engine has room for")
+        lines.append("# simulated, but not done by these servers: a prefill engine keeps requests while decode engines are full")
     return lines
 
 
-def _engine(site: Site, told: Deployment, slo: Slo) -> str:
+def _engine(site: Site, deployment: Deployment, slo: Slo) -> str:
     model = Path(site.model or "")
     served = str(model.parent if model.suffix == ".json" else repository(site.model or ""))
-    return " ".join((served, "--executor torch", *_options(site, told), f"--slo {slo}"))
+    return " ".join((served, "--executor torch", *_options(site, deployment), f"--slo {slo}"))
 
 
-def _options(site: Site, told: Deployment) -> Iterator[str]:
-    """What differs from the defaults, which simulated and real engines share."""
+def _options(site: Site, deployment: Deployment) -> Iterator[str]:
+    """The options that differ from the defaults, which simulated and real engines share."""
     usual = Deployment()
     for name in ("tp", "pp", "policy", "token_budget", "max_tokens", "weights", "kv", "max_model_len"):
-        value = getattr(told, name)
+        value = getattr(deployment, name)
         if value != getattr(usual, name):
             yield f"--{name.replace('_', '-')} {value}"
-    if told.tp * told.pp > site.per_node:
+    if deployment.tp * deployment.pp > site.per_node:
         yield "--workers ray"
 
 
 def _times(pool: Deployment) -> str:
     gpus = pool.tp * pool.pp
-    often = "once, with" if pool.replicas == 1 else f"{pool.replicas} times, each with ports of its own, and"
+    often = "once, with" if pool.replicas == 1 else f"{pool.replicas} times, each with its own ports and"
     return f"{often} {gpus} GPU{'s' if gpus > 1 else ''} of its own (CUDA_VISIBLE_DEVICES)"

@@ -1,8 +1,8 @@
-"""From candidates to a ranking: the capacity of each by simulation, the likely ones first found from what their parts can do.
+"""Ranks candidates by their capacity in simulation. It simulates only the likely ones, which it finds by their parts' capacities.
 
-Each part is searched by itself: a co-located replica; prompts alone; decodes alone. From these follows how many prefill and decode
-replicas go together, and only the best of each way are simulated whole. Then the best co-located and the best split ones are
-simulated on all devices. It runs what it is given in the processes it is given, and prints nothing.
+It searches each part alone: a co-located replica, prompts only, decodes only. These capacities give the best ratios of prefill to
+decode replicas. It simulates only the best pairs of each way whole, and the best of both kinds on all devices. It does not know how
+processes start, and prints nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,25 +24,25 @@ from stallfree.workload.traffic import Traffic
 
 Deployed = Deployment | Split
 Open = Callable[[Mapping[str, Tried]], AbstractContextManager[Trials]]
-"""Processes for trials of what is in the mapping."""
+"""Opens processes for trials of the named simulators."""
 
 BUDGETS = (512, 2048)
-"""Budgets at which co-located `sarathi` is tried: the paper's."""
+"""Token budgets of the co-located `sarathi` candidates: the paper's."""
 ROUGH, FINE = 0.08, 0.04
-"""Share of a capacity to which that of a unit, and of all devices, is found."""
+"""Tolerances of the capacity searches, as shares of the capacity: of a unit, and of all devices."""
 SECONDS = 30.0
-"""Of arrivals in a trial, at least."""
+"""Minimum seconds of arrivals in a trial."""
 ROOM = 1.05
-"""Above what was seen almost without load is a target that can be met."""
+"""A target that can be met is so many times the latency seen almost without load."""
 SHAPES = 3
-"""Splits of a model that are tried co-located, the best by what they could do at most."""
+"""At most this many splits of a model are tried co-located: the best by their estimated capacity."""
 FINALISTS = 2
-"""Units of each way of disaggregating that are simulated whole, and so many more that lie within a node; and of the best of all
-those, how many are run on all devices."""
+"""At most this many pairs of each way are simulated whole, and at most so many more that fit in a node. Of all these, at most so
+many are simulated on all devices."""
 
 
 class Prompts:
-    """A deployment that computes prompts up to the first token, and nothing after it."""
+    """Simulates a deployment that computes prompts up to the first token, and nothing after it."""
 
     def __init__(self, deployment: Deployment):
         self._simulator = Simulator(deployment)
@@ -55,8 +55,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate: the unit `deployed`, how many of them there is room for, and the highest `rate` (requests per second) at which
-    one meets the SLO; `at` that rate, and `above` it, a report of a trial (None: not tried), with why that failed.
+    """A candidate: the unit `deployed`, how many `units` the devices hold, and the highest `rate` (1/s) at which one meets the SLO.
+    `at`, `above`: reports at that rate and at the lowest that failed, None if not tried. `why`: the reasons of the failure.
     """
 
     deployed: Deployed
@@ -78,8 +78,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Answer:
-    """`ranked`, the best first; `whole`: the best co-located one and the best split ones, each on all devices together, its units
-    one cluster; the best first too.
+    """The result of a search. `ranked`: all candidates. `whole`: the best co-located and the best split ones, each simulated with
+    its units as one cluster on all devices. Both have the best first.
     """
 
     ranked: list[Ranked]
@@ -87,82 +87,82 @@ class Answer:
 
     @property
     def best(self) -> Ranked:
-        return max(self.whole, key=lambda one: one.total)
+        return max(self.whole, key=lambda ranked: ranked.total)
 
 
-def search(there: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda line: None) -> Answer:
-    """Those `there` for `traffic`, whose rate is not looked at, and `slo`. Raises ValueError if none of them meets it,
-    saying what comes nearest.
+def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda _: None) -> Answer:
+    """Rank `candidates` for `traffic`, without its rate, and `slo`. Raises ValueError if none meets the SLO, with the nearest
+    targets that can be met.
     """
-    coming = list(replace(traffic, requests=300, duration=None, arrivals="poisson").stream(1.0, 0))
-    prompt, output = (fmean(getattr(a, what) for a in coming) for what in ("prompt_tokens", "output_tokens"))
-    guess = {shape: _most(there, shape, prompt, output, slo) for shape in there.shapes}
+    arrivals = list(replace(traffic, requests=300, duration=None, arrivals="poisson").stream(1.0, 0))
+    prompt, output = (fmean(getattr(a, field) for a in arrivals) for field in ("prompt_tokens", "output_tokens"))
+    guess = {shape: _estimate(candidates, shape, prompt, output, slo) for shape in candidates.shapes}
     shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
-    alone = dict(islice(_possible(there, shapes, slo).items(), SHAPES))
+    alone = dict(islice(_possible(candidates, shapes, slo).items(), SHAPES))
     first_token = Slo(ttft=slo.ttft)
     tell(f"{len(shapes)} splits of the model over devices; each part by itself")
     cases: dict[str, tuple[Tried, Slo, float]] = {}
     for shape in shapes:
         if shape in alone:
             cases[f"slo {shape}"] = alone[shape], slo, guess[shape]
-        if 2 * shape[0] * shape[1] > there.site.gpus:
+        if 2 * shape[0] * shape[1] > candidates.site.gpus:
             continue
-        cases[f"prompts {shape}"] = Prompts(there.prefill(shape, "distserve")), first_token, 2 * guess[shape]
-        pair = there.split("distserve", shape, shape, (1, 1))
-        cases[f"decodes {shape}"] = SplitSimulator(pair, prefill=unlimited(there.shapes[shape])), slo, 2 * guess[shape]
-    parts = {what: rate for what, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
+        cases[f"prompts {shape}"] = Prompts(candidates.prefill(shape, "distserve")), first_token, 2 * guess[shape]
+        pair = candidates.split("distserve", shape, shape, (1, 1))
+        cases[f"decodes {shape}"] = SplitSimulator(pair, prefill=unlimited(candidates.shapes[shape])), slo, 2 * guess[shape]
+    parts = {key: rate for key, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
     best = max(alone, key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
     units: dict[str, Deployed] = {}
     starts: dict[str, float] = {}
     for shape in alone:
-        # Whole prompts first are better where the first token is urgent and those after it are not.
-        for one in (there.replica(*shape, "slo", slo=str(slo)), there.replica(*shape, "prefill-first")):
-            units[name(one)], starts[name(one)] = one, parts[f"slo {shape}"]
+        # Whole prompts first are better if the first token is urgent and later tokens are not.
+        for unit in (candidates.replica(*shape, "slo", slo=str(slo)), candidates.replica(*shape, "prefill-first")):
+            units[name(unit)], starts[name(unit)] = unit, parts[f"slo {shape}"]
     for budget in BUDGETS:
-        one = there.replica(*best, "sarathi", budget)
-        units[name(one)], starts[name(one)] = one, parts[f"slo {best}"]
+        unit = candidates.replica(*best, "sarathi", budget)
+        units[name(unit)], starts[name(unit)] = unit, parts[f"slo {best}"]
     pools = [shape for shape in shapes if f"prompts {shape}" in parts]
     pairs: list[tuple[float, float, bool, Split]] = []
     for p, d in product(pools, pools):
-        for numbers in there.ratios(p, d):
+        for numbers in candidates.ratios(p, d):
             rate = min(numbers[0] * parts[f"prompts {p}"], numbers[1] * parts[f"decodes {d}"])
-            pair = there.split(WAYS[0], p, d, numbers)
-            number, inside = there.site.gpus // size(pair), there.site.per_node % size(pair) == 0
-            if rate and _fits(_repeated(there, pair, number)):
+            pair = candidates.split(WAYS[0], p, d, numbers)
+            number, inside = candidates.site.gpus // size(pair), candidates.site.per_node % size(pair) == 0
+            if rate and _fits(_repeated(candidates, pair, number)):
                 pairs.append((rate * number, rate, inside, pair))
-    pairs.sort(key=lambda one: -one[0])
+    pairs.sort(key=lambda row: -row[0])
     for way in WAYS:
-        for _, rate, _, pair in [*pairs[:FINALISTS], *[one for one in pairs if one[2]][:FINALISTS]]:
-            pair = there.like(pair, way)
+        for _, rate, _, pair in [*pairs[:FINALISTS], *[row for row in pairs if row[2]][:FINALISTS]]:
+            pair = candidates.like(pair, way)
             units[name(pair)], starts[name(pair)] = pair, rate
     tell(f"{len(units)} candidates, each a unit of few devices")
-    ranked = _ranked(there, units, starts, traffic, slo, run, ROUGH)
-    if not any(one.rate for one in ranked):
+    ranked = _ranked(candidates, units, starts, traffic, slo, run, ROUGH)
+    if not any(each.rate for each in ranked):
         raise ValueError(_nearest(ranked, slo))
-    co_located = [one for one in ranked if isinstance(one.deployed, Deployment)][:1]
-    split = [one for one in ranked if isinstance(one.deployed, Split)][:FINALISTS]
+    co_located = [each for each in ranked if isinstance(each.deployed, Deployment)][:1]
+    split = [each for each in ranked if isinstance(each.deployed, Split)][:FINALISTS]
     tell("the best of both kinds on all devices together")
-    finalists = [one for one in co_located + split if one.rate]
-    all_of_it = {one.name: _repeated(there, one.deployed, one.units) for one in finalists}
-    whole = _ranked(there, all_of_it, {one.name: one.total for one in finalists}, traffic, slo, run, FINE)
+    finalists = [each for each in co_located + split if each.rate]
+    clusters = {each.name: _repeated(candidates, each.deployed, each.units) for each in finalists}
+    whole = _ranked(candidates, clusters, {each.name: each.total for each in finalists}, traffic, slo, run, FINE)
     return Answer(ranked, whole)
 
 
 def attainments(
     whole: Iterable[Ranked], rates: Iterable[float], traffic: Traffic, slo: Slo, run: Open
 ) -> dict[str, list[tuple[float, Report]]]:
-    """For each of `whole`, reports at `rates`."""
-    simulators = {one.name: _simulator(one.deployed) for one in whole}
+    """(rate, report) at each of `rates`, by the names of `whole`."""
+    simulators = {each.name: _simulator(each.deployed) for each in whole}
     with run(simulators) as pool:
         cases = {
-            (what, rate): (what, traffic.lasting(SECONDS, rate), rate, traffic.seed, slo) for rate in rates for what in simulators
+            (name, rate): (name, traffic.lasting(SECONDS, rate), rate, traffic.seed, slo) for rate in rates for name in simulators
         }
         reports = pool.reports(cases)
-        return {what: [(rate, report) for (of, rate), report in reports.items() if of == what] for what in simulators}
+        return {name: [(rate, report) for (other, rate), report in reports.items() if other == name] for name in simulators}
 
 
 def _ranked(
-    there: Candidates,
+    candidates: Candidates,
     units: Mapping[str, Deployed],
     starts: Mapping[str, float],
     traffic: Traffic,
@@ -170,76 +170,76 @@ def _ranked(
     run: Open,
     tolerance: float,
 ) -> list[Ranked]:
-    cases = {what: (_simulator(one), slo, max(starts[what], 1e-3)) for what, one in units.items()}
-    found = []
-    for what, (rate, at, above, why) in _capacities(cases, traffic, run, tolerance).items():
-        found.append(Ranked(units[what], there.site.gpus // size(units[what]), rate, at, above, why))
-    return sorted(found, key=lambda one: -one.total)
+    cases = {key: (_simulator(unit), slo, max(starts[key], 1e-3)) for key, unit in units.items()}
+    ranked = []
+    for key, (rate, at, above, why) in _capacities(cases, traffic, run, tolerance).items():
+        ranked.append(Ranked(units[key], candidates.site.gpus // size(units[key]), rate, at, above, why))
+    return sorted(ranked, key=lambda each: -each.total)
 
 
 def _capacities(
     cases: Mapping[str, tuple[Tried, Slo, float]], traffic: Traffic, run: Open, tolerance: float
 ) -> dict[str, tuple[float, Report | None, Report | None, tuple[str, ...]]]:
-    """For each case its capacity, the report at it, and that of the lowest rate that failed, with why."""
-    tried: dict[str, list[Trial]] = {what: [] for what in cases}
-    with run({what: simulator for what, (simulator, _, _) in cases.items()}) as pool:
-        searched: dict[str, Capacity] = pool.capacities(
-            {what: (traffic, slo, start) for what, (_, slo, start) in cases.items()},
-            lambda what, trial: tried[what].append(trial),
+    """For each case its capacity, the report at it, the report at the lowest rate that failed, and the reasons of that."""
+    trials: dict[str, list[Trial]] = {key: [] for key in cases}
+    with run({key: simulator for key, (simulator, _, _) in cases.items()}) as pool:
+        capacities: dict[str, Capacity] = pool.capacities(
+            {key: (traffic, slo, start) for key, (_, slo, start) in cases.items()},
+            lambda key, trial: trials[key].append(trial),
             lowest=1e-3,
             tolerance=tolerance,
             seed=traffic.seed,
             shortest_s=SECONDS,
         )
-    found = {}
-    for what, most in searched.items():
-        reports = {rate: (report, tuple(why)) for rate, _, report, why in tried[what]}
-        above, why = reports[most.above] if most.above is not None else (None, ())
-        found[what] = most.rate, reports[most.rate][0] if most.rate else None, above, why
-    return found
+    results = {}
+    for key, capacity in capacities.items():
+        reports = {rate: (report, tuple(why)) for rate, _, report, why in trials[key]}
+        above, why = reports[capacity.above] if capacity.above is not None else (None, ())
+        results[key] = capacity.rate, reports[capacity.rate][0] if capacity.rate else None, above, why
+    return results
 
 
-def _possible(there: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> dict[tuple[int, int], Simulator]:
-    """Those of `shapes` with which a request by itself meets `slo`, co-located. Raises ValueError if there are none, with what the
-    fastest takes.
+def _possible(candidates: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> dict[tuple[int, int], Simulator]:
+    """Simulators of the `shapes` with which a lone request, co-located, meets `slo`. Raises ValueError if there are none, with the
+    fastest shape's reason.
     """
-    found, why = {}, {}
+    simulators, why = {}, {}
     for shape in shapes:
         try:
-            found[shape] = Simulator(there.replica(*shape, "slo", slo=str(slo)))
+            simulators[shape] = Simulator(candidates.replica(*shape, "slo", slo=str(slo)))
         except ValueError as error:
             why[shape] = str(error)
-    if not found:
-        fastest = min(why, key=lambda shape: there.shapes[shape].cost.seconds([(1, 1)]))
-        raise ValueError(f"nothing here meets {slo}: with {name(there.replica(*fastest, 'slo'))}, the fastest, {why[fastest]}")
-    return found
+    if not simulators:
+        fastest = min(why, key=lambda shape: candidates.shapes[shape].cost.seconds([(1, 1)]))
+        raise ValueError(f"nothing here meets {slo}: with {name(candidates.replica(*fastest, 'slo'))}, the fastest, {why[fastest]}")
+    return simulators
 
 
-def _most(there: Candidates, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
-    """Requests per second of a replica that is always busy with as many decodes as KV and the target for tokens allow."""
-    cost, capacity = there.shapes[shape].cost, there.shapes[shape].capacity
+def _estimate(candidates: Candidates, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
+    """The estimated capacity (requests per second) of a replica that always runs as many decodes as KV and the target allow."""
+    cost, capacity = candidates.shapes[shape].cost, candidates.shapes[shape].capacity
     middle = int(prompt + output / 2)
-    most = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
+    decodes = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
     pace = slo.tbt or slo.tpot
-    while most > 1 and pace is not None and cost.seconds([(middle, 1)] * most) > pace.seconds:
-        most = most * 3 // 4
-    return 1 / (cost.seconds([(0, int(prompt))]) + output * cost.seconds([(middle, 1)] * most) / most)
+    while decodes > 1 and pace is not None and cost.seconds([(middle, 1)] * decodes) > pace.seconds:
+        decodes = decodes * 3 // 4
+    return 1 / (cost.seconds([(0, int(prompt))]) + output * cost.seconds([(middle, 1)] * decodes) / decodes)
 
 
 def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:
     return Simulator(deployed) if isinstance(deployed, Deployment) else SplitSimulator(deployed)
 
 
-def _repeated(there: Candidates, unit: Deployed, number: int) -> Deployed:
-    """So many units as one cluster."""
+def _repeated(candidates: Candidates, unit: Deployed, number: int) -> Deployed:
+    """`number` units as one cluster."""
     if isinstance(unit, Deployment):
         return replace(unit, replicas=number, router="shortest-queue")
     prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
-    return replace(unit, prefill=prefill, decode=decode, nodes=there.site.nodes)
+    return replace(unit, prefill=prefill, decode=decode, nodes=candidates.site.nodes)
 
 
 def _fits(deployed: Deployed) -> bool:
-    """Whether its replicas can be placed on the nodes, none in pieces."""
+    """Whether the replicas of a split can be placed on the nodes, each one whole."""
     try:
         return isinstance(deployed, Deployment) or bool(place(deployed))
     except ValueError:
@@ -247,17 +247,17 @@ def _fits(deployed: Deployed) -> bool:
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:
-    """What comes nearest to an SLO that nobody meets: of the candidate that exceeds its targets by the least."""
+    """The error for an SLO that no candidate meets, with the targets that the nearest candidate can meet."""
     nearest: tuple[float, list[str]] = inf, []
-    for report in (one.above for one in ranked if one.above is not None):
+    for report in (each.above for each in ranked if each.above is not None):
         worst, words = 0.0, []
-        for what in ("ttft", "tbt", "tpot"):
-            target, found = getattr(slo, what), getattr(report, f"{what}_s")
-            if target is None or found is None:
+        for metric in ("ttft", "tbt", "tpot"):
+            target, quantiles = getattr(slo, metric), getattr(report, f"{metric}_s")
+            if target is None or quantiles is None:
                 continue
             label = "p90" if target.percentile <= 90 else "p99"
-            seconds = max(target.seconds, ROOM * getattr(found, label))
+            seconds = max(target.seconds, ROOM * getattr(quantiles, label))
             worst = max(worst, seconds / target.seconds)
-            words.append(f"{what}={ceil(1000 * seconds)}ms@{label}")
+            words.append(f"{metric}={ceil(1000 * seconds)}ms@{label}")
         nearest = min(nearest, (worst, words))
     return f"nothing here meets {slo}, not even almost without load; the nearest that can be met is about {','.join(nearest[1])}"

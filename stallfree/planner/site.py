@@ -1,12 +1,12 @@
-"""What there is to deploy on, in words that fit on a command line. What can be made of it is for `candidates` to know."""
+"""The devices to deploy on, in words that fit on a command line. `candidates` knows the deployments that fit them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """`gpus` devices of `hardware`, evenly on `nodes` nodes that `link` joins (`perf.links`); and what is to be served there, as in
-    `sim.deployment.Deployment`.
+    """`gpus` devices of `hardware`, evenly on `nodes` nodes that `link` joins (`perf.links`). The other fields say what is served
+    there, as in `sim.deployment.Deployment`.
     """
 
     model: str | None = None

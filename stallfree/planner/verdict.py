@@ -1,4 +1,4 @@
-"""What the search found, in words: who wins, by how much, what keeps the winner from more, what it costs and how to run it."""
+"""A search's result in words: the winner, its lead, its limit, its price and the commands that run it. It ranks nothing."""
 
 from dataclasses import dataclass, replace
 
@@ -12,20 +12,19 @@ from stallfree.sim.split import PoolsResult, SplitSimulator
 from stallfree.workload.traffic import Traffic
 
 CLOSE = 0.12
-"""A lead below this is no lead: the cost model's own error on the ratios between policies (docs/fidelity.md)."""
+"""A lead of this share or less is too close to call: it is the cost model's error of ratios between policies (docs/fidelity.md)."""
 BUSY = 0.1
-"""A pool that idles less than this is what the others wait for."""
-
+"""A pool that idles less than this share of time is full."""
 DELAY = 0.3
-"""KV transfers bind when they take more than this share of the target for first tokens."""
+"""KV transfers are the limit if they take more than this share of the target for TTFT."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`headline`: whether to disaggregate; `margin`: the best split deployment over the best co-located one, less 1 (None if there
-    is only one kind); `binds`: the constraint that keeps the one to take from more; `dollars`: its price of a million output tokens
-    at capacity, if devices have one; `commands` that run it. `pools`: of the best split deployment at its capacity, the share of
-    time that each pool idles, seconds that a KV transfer delays first tokens on average, and their share of decode time.
+    """The advice. `headline`: whether to disaggregate. `margin`: the rate of the best split deployment over that of the best
+    co-located one, less 1 (None with one kind only). `binds`: the limit of the chosen one. `dollars`: its price of a million output
+    tokens at capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity, the
+    share of time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
     """
 
     headline: str
@@ -37,9 +36,9 @@ class Verdict:
 
 
 def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
-    """What `answer` comes to. The simpler co-located deployment is the one to take unless two pools lead by more than `CLOSE`."""
-    co_located = next((one for one in answer.whole if isinstance(one.deployed, Deployment) and one.rate), None)
-    split = next((one for one in answer.whole if isinstance(one.deployed, Split) and one.rate), None)
+    """The advice that follows from `answer`: co-location, which is simpler, unless two pools lead by more than `CLOSE`."""
+    co_located = next((each for each in answer.whole if isinstance(each.deployed, Deployment) and each.rate), None)
+    split = next((each for each in answer.whole if isinstance(each.deployed, Split) and each.rate), None)
     margin = split.rate / co_located.rate - 1 if split and co_located else None
     take = co_located if co_located and (margin is None or margin <= CLOSE) else split
     if take is None:
@@ -52,13 +51,13 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
 
 
 def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
-    """From one more run at its capacity."""
+    """Figures of both pools, from one more run at capacity."""
     assert isinstance(split.deployed, Split)
-    made: PoolsResult = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, traffic.seed))
-    transfers = made.transfers
+    result: PoolsResult = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, traffic.seed))
+    transfers = result.transfers
     return {
-        "prefill_idle": made.prefill_idle,
-        "decode_idle": made.decode_idle,
+        "prefill_idle": result.prefill_idle,
+        "decode_idle": result.decode_idle,
         "transfer_s": transfers.exposed_s / max(1, transfers.transferred),
         "transfer_share_of_decode": transfers.exposed_s / transfers.decode_s if transfers.decode_s else 0.0,
         "kv_bytes": transfers.bytes,
@@ -67,37 +66,37 @@ def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
 
 
 def _headline(site: Site, co_located: Ranked | None, split: Ranked | None, margin: float | None) -> str:
-    def told(one: Ranked) -> str:
-        number = "" if isinstance(one.deployed, Split) else f"{one.deployed.replicas} x "
-        return f"{number}{one.name} ({one.rate:.3g} requests/s, {one.rate / site.gpus:.3g} a GPU)"
+    def words(ranked: Ranked) -> str:
+        number = "" if isinstance(ranked.deployed, Split) else f"{ranked.deployed.replicas} x "
+        return f"{number}{ranked.name} ({ranked.rate:.3g} requests/s, {ranked.rate / site.gpus:.3g} a GPU)"
 
     if co_located is None or split is None or margin is None:
         only = co_located or split
         if only is None:
             return "Nothing meets the targets."
         if site.gpus == 1:
-            return f"One GPU cannot be two pools: {told(only)}."
-        return f"{'Do not disaggregate' if only is co_located else 'Disaggregate'}: only {told(only)} meets the targets."
+            return f"One GPU cannot be two pools: {words(only)}."
+        return f"{'Do not disaggregate' if only is co_located else 'Disaggregate'}: only {words(only)} meets the targets."
     if margin > CLOSE:
-        return f"Disaggregate: {told(split)} serves {margin:.0%} more than the best co-located, {told(co_located)}."
+        return f"Disaggregate: {words(split)} serves {margin:.0%} more than the best co-located, {words(co_located)}."
     if margin < -CLOSE:
         lead = 1 / (1 + margin) - 1
-        return f"Do not disaggregate: {told(co_located)} serves {lead:.0%} more than the best two pools, {told(split)}."
+        return f"Do not disaggregate: {words(co_located)} serves {lead:.0%} more than the best two pools, {words(split)}."
     more = f"{abs(margin):.0%} {'more' if margin > 0 else 'less'}"
     return (
-        f"Do not disaggregate for this: {told(split)} serves {more} than {told(co_located)}, too close to call "
-        f"(within {CLOSE:.0%}, the error of such a comparison), and co-location is the simpler one."
+        f"Do not disaggregate: it is too close to call, and co-location is simpler. {words(split)} serves {more} than "
+        f"{words(co_located)}; the error of such a comparison is {CLOSE:.0%}."
     )
 
 
 def _binds(take: Ranked, pools: dict[str, float] | None, slo: Slo) -> str:
-    """What it runs into, from why it failed above its capacity."""
+    """The limit of the deployment `take`, from the reasons why it failed above its capacity."""
     missed = "; ".join(take.why) or "nothing that was tried"
     if isinstance(take.deployed, Deployment) or pools is None:
-        words = "decodes, and what is computed beside them, take longer than the target allows"
+        words = "decodes, and the prefill beside them, take longer than the target allows"
         if _ttft(take):
-            words = "prompts wait: they get what the targets of the decodes leave them"
-        return f"Beyond that it misses: {missed}: {words}."
+            words = "prompts wait for the time that the decodes' targets leave"
+        return f"At higher rates it misses: {missed}. Reason: {words}."
     wait = pools["transfer_s"]
     idle = f"{pools['prefill_idle']:.0%} of the time, the decode pool {pools['decode_idle']:.0%}"
     kv = f"a KV transfer delays the first token by {1000 * wait:.0f} ms, {pools['transfer_share_of_decode']:.1%} of decode time"
@@ -106,17 +105,17 @@ def _binds(take: Ranked, pools: dict[str, float] | None, slo: Slo) -> str:
     elif slo.ttft is not None and wait > DELAY * slo.ttft.seconds:
         words = "KV waits for the link, or for room in the decode pool"
     else:
-        words = "the prefill pool is full" if pools["prefill_idle"] < BUSY else "prompts queue behind each other in bursts"
-    return f"Beyond that it misses: {missed}: {words}; at capacity the prefill pool idles {idle}; {kv}."
+        words = "the prefill pool is full" if pools["prefill_idle"] < BUSY else "prompts queue in bursts"
+    return f"At higher rates it misses: {missed}. Reason: {words}. At capacity the prefill pool idles {idle}; {kv}."
 
 
-def _ttft(one: Ranked) -> bool:
-    return any("ttft" in why.lower() or "scheduling" in why for why in one.why)
+def _ttft(ranked: Ranked) -> bool:
+    return any("ttft" in why.lower() or "scheduling" in why for why in ranked.why)
 
 
-def _dollars(one: Ranked) -> float | None:
-    """The price of an hour."""
-    if isinstance(one.deployed, Split):
-        return SplitSimulator(one.deployed).dollars
-    each = Simulator(replace(one.deployed, replicas=1)).instance.dollars
-    return None if each is None else each * one.deployed.replicas
+def _dollars(ranked: Ranked) -> float | None:
+    """The price of an hour of the deployment."""
+    if isinstance(ranked.deployed, Split):
+        return SplitSimulator(ranked.deployed).dollars
+    each = Simulator(replace(ranked.deployed, replicas=1)).instance.dollars
+    return None if each is None else each * ranked.deployed.replicas

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 HEALTH_S = 2.0
 """Seconds between two health checks of a server, and the longest that one may take."""
 CHARACTERS = 4
-"""Characters per token, a rough guess. It only ranks engines, so its error is the same for all of them."""
+"""Characters per token, a rough guess. Its error is the same for all engines."""
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 POST_PATHS = (*GENERATING, "/tokenize", "/detokenize")
 GET_PATHS = ("/v1/models", "/v1/models/{name:path}", "/version")

@@ -1,9 +1,8 @@
-"""The side that decodes: it has blocks reserved, asks a prefill engine for a prompt, writes the blocks that come into its own
-cache, and lets the request decode once all are there.
+"""The side that decodes. It reserves blocks, asks a prefill engine for a prompt, writes the blocks that arrive into its own cache,
+and lets the request decode once all have arrived. It does not know how the prefill engine schedules.
 
-Everything that becomes of a transfer happens in the engine's thread, between two iterations, so a block is written only while
-it is reserved for the request that it is for. A transfer that fails goes to the next peer; if there is none, the prompt is computed
-here: the side that decodes is a whole engine.
+All steps of a transfer happen in the engine's thread, between two iterations, so a block is written only while it is reserved for
+its request. A transfer that fails goes to the next peer. Without one, the prompt is computed here: this side is a whole engine.
 """
 
 import logging
@@ -28,16 +27,16 @@ from stallfree.transfer.terms import Refusal, Terms, address, connect
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-"""Seconds between two attempts to connect."""
+"""Seconds between two attempts to connect to a peer."""
 CONNECT_S = 5.0
 STALE_S = 60.0
-"""Seconds without a block after which a prompt is asked of somebody else."""
+"""Seconds without a block after which the next peer is asked for the prompt."""
 MOST_UNKNOWN = 64
-"""Names of prefill engines that this one does not have, of which the log says so; a caller can make up any number."""
+"""At most this many unknown names of prefill engines are logged, because a client can make up any number."""
 
 
 class Asking:
-    """Asks the prefill engines at `addresses` (host, port), in turns, for `thread`'s engine. See `Serving` for the rest."""
+    """Asks the prefill engines at `addresses` (host, port), in turn, for `thread`'s engine. `terms` and `key`: as in `Serving`."""
 
     def __init__(self, thread: EngineThread, terms: Terms, addresses: Sequence[tuple[str, int]], key: str):
         self.thread, self.terms = thread, terms
@@ -47,15 +46,15 @@ class Asking:
         self._unknown: set[str] = set()
 
     def check(self) -> None:
-        """Raise Refusal for a peer that is there and cannot work with this engine. One that is not there may come yet."""
+        """Raise Refusal for a peer that answers but cannot work with this engine. One that does not answer may start later."""
         for peer in self.peers:
             try:
                 connect(peer.host, peer.port, self.terms, peer.key, CONNECT_S)[0].close()
             except Refusal as refusal:
                 raise Refusal(f"prefill engine {peer.name}: {refusal}") from None
             except OSError as error:
-                peer.said = str(error)
-                log.warning("prefill engine %s: %s; until it is there, prompts are computed here", peer.name, error)
+                peer.trouble = str(error)
+                log.warning("prefill engine %s: %s; until it answers, prompts are computed here", peer.name, error)
 
     def start(self) -> None:
         for peer in self.peers:
@@ -66,20 +65,20 @@ class Asking:
             peer.close()
 
     def transfers(self, name: str | None) -> Callable[[], Transfer]:
-        """What makes the `Transfer` of a request; `name`: the peer, as host:port, that is to be asked first. It is a hint: for one
-        that was not configured they are asked in turns, and the log says so once.
+        """A function that makes the `Transfer` of a request. `name`: the peer (host:port) to ask first. It is a hint: for an
+        unknown name the peers are asked in turn, and the log says so once.
         """
-        found = next((peer for peer in self.peers if peer.name == name), None)
-        if name is not None and found is None:
+        named = next((peer for peer in self.peers if peer.name == name), None)
+        if name is not None and named is None:
             self._warn_of(name[:80])
-        return lambda: _Transfer(self, found)
+        return lambda: _Transfer(self, named)
 
     @property
     def num_connected(self) -> int:
         return sum(peer.link is not None for peer in self.peers)
 
     def order(self, first: "_Peer | None") -> "list[_Peer]":
-        """All peers, `first` first, else whoever's turn it is."""
+        """All peers, from `first` on; if that is None, from the one whose turn it is."""
         begin = self._turn % len(self.peers) if first is None else self.peers.index(first)
         self._turn += 1
         return self.peers[begin:] + self.peers[:begin]
@@ -89,12 +88,12 @@ class Asking:
             return
         self._unknown.add(name)
         known = ", ".join(peer.name for peer in self.peers)
-        log.warning("%r, named by a router, is no prefill engine of this server; it asks in turns: %s", name, known)
+        log.warning("%r, named by a router, is not a prefill engine of this server; it asks in turn: %s", name, known)
 
 
 class _Peer:
-    """A prefill engine: the connection to it, made again and again, and what was asked of it. `link`, `ring` and `transfers` are
-    the engine's thread's; `said` is the trouble with it that the log told of last.
+    """A prefill engine: the connection to it, which is renewed after each loss, and its `transfers`. Only the engine's thread uses
+    `link`, `ring` and `transfers`. `trouble`: the connection error that was logged last.
     """
 
     def __init__(self, asking: Asking, host: str, port: int, key: str):
@@ -103,30 +102,30 @@ class _Peer:
         self.link: Link | None = None
         self.ring: memoryview | None = None
         self.transfers: dict[int, _Transfer] = {}
-        self.said = ""
+        self.trouble = ""
         self._asking = asking
         self._over = threading.Event()
         self._closed = threading.Event()
 
     def run(self) -> None:
-        """Stay connected, until `close`."""
+        """Connect, and connect again after each loss, until `close`."""
         again = ""
         while not self._closed.is_set():
             try:
                 sock, ring = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
             except (OSError, Refusal) as error:
-                if str(error) != self.said:
-                    self.said = str(error)
-                    log.warning("prefill engine %s: %s; trying again", self.name, self.said)
+                if str(error) != self.trouble:
+                    self.trouble = str(error)
+                    log.warning("prefill engine %s: %s; trying again", self.name, self.trouble)
                 self._closed.wait(RETRY_S)
                 continue
-            way = "by TCP" if ring is None else "by shared memory"
-            level = logging.WARNING if self.said or again else logging.INFO  # as loud as what it takes back
-            log.log(level, "prefill engine %s is connected%s, %s", self.name, again, way)
-            self.said, again, link = "", " again", Link(sock)
+            medium = "by TCP" if ring is None else "by shared memory"
+            level = logging.WARNING if self.trouble or again else logging.INFO  # the level of the message that it corrects
+            log.log(level, "prefill engine %s is connected%s, %s", self.name, again, medium)
+            self.trouble, again, link = "", " again", Link(sock)
             self._over.clear()
             self._asking.thread.call(partial(self._begin, link, ring))
-            link.start(partial(self._came, link), partial(self._ended, link))
+            link.start(partial(self._pass_frame, link), partial(self._pass_end, link))
             while not self._over.wait(RETRY_S):
                 if self._closed.is_set():
                     link.close()
@@ -135,10 +134,10 @@ class _Peer:
     def close(self) -> None:
         self._closed.set()
 
-    def _came(self, link: Link, header: Header, body: bytearray, seconds: float) -> None:
+    def _pass_frame(self, link: Link, header: Header, body: bytearray, seconds: float) -> None:
         self._asking.thread.call(partial(self._received, link, header, body, seconds))
 
-    def _ended(self, link: Link, why: str) -> None:
+    def _pass_end(self, link: Link, why: str) -> None:
         self._asking.thread.call(partial(self._end, link, why))
         self._over.set()
 
@@ -153,7 +152,7 @@ class _Peer:
                 transfer.failed(why)
 
     def _received(self, link: Link, header: Header, body: bytearray, seconds: float) -> None:
-        """A frame, in the engine's thread. One that cannot be ends the connection, and with it all that was asked."""
+        """Take a frame, in the engine's thread. An invalid one ends the connection, and with it all its transfers."""
         if self.link is not link:
             return
         try:
@@ -167,7 +166,7 @@ class _Peer:
         if kind == "alive":
             self._give_up_stale()
             return
-        transfer = self.transfers.get(whole(header, "number", 2**63))  # None: it was cancelled, so what comes is dropped
+        transfer = self.transfers.get(whole(header, "number", 2**63))  # None: it was cancelled, and its frames are dropped
         match kind:
             case "blocks":
                 memory = memoryview(body)
@@ -189,7 +188,7 @@ class _Peer:
             case "done" | "failed":
                 pass
             case other:
-                raise Broken(f"a frame of type {str(other)[:80]!r}, which there is not")
+                raise Broken(f"a frame of unknown type {str(other)[:80]!r}")
 
     def _give_up_stale(self) -> None:
         for transfer in list(self.transfers.values()):
@@ -199,10 +198,10 @@ class _Peer:
 
 
 class _Transfer:
-    """One request's prompt on its way, a `Transfer`: whom it was asked of, and which blocks have come. In the engine's thread."""
+    """One request's KV transfer, a `Transfer`: the peer that was asked, and the blocks so far. Only the engine's thread uses it."""
 
-    def __init__(self, asking: Asking, wanted: _Peer | None):
-        self._asking, self._wanted = asking, wanted
+    def __init__(self, asking: Asking, preferred: _Peer | None):
+        self._asking, self._preferred = asking, preferred
         self._engine = asking.thread.engine
         self._executor = cast(MovesKV, self._engine.executor)
         self._peer: _Peer | None = None
@@ -214,27 +213,27 @@ class _Transfer:
         size = self._asking.terms.block_size
         self._request = request
         self._first, self._blocks = request.num_cached // size, -(-len(request.prompt) // size)
-        self._left = self._asking.order(self._wanted)
+        self._left = self._asking.order(self._preferred)
         self._ask()
 
     def cancel(self) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """Want no more of it from whom it was asked."""
+        """Cancel the transfer at the peer that was asked."""
         peer, self._peer = self._peer, None
         if peer is not None and peer.transfers.pop(self._number, None) is not None and peer.link is not None:
             peer.link.send({"type": "cancel", "number": self._number})
 
     def write(self, first: int, memory: memoryview, seconds: float) -> None:
-        """Blocks from `first` on have come, in `seconds`. Raises Broken for others than the next ones."""
+        """Write the blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
         number = len(memory) // self._asking.terms.block_bytes
         if first != self._next or not number or first + number > self._blocks:
             raise Broken(f"blocks {first} to {first + number} came, expected {self._next} to at most {self._blocks}")
         began = time.perf_counter()
         try:
             self._executor.write_blocks(self._request.blocks[first : first + number], memory)
-        except Exception as error:  # it must not take the engine along
+        except Exception as error:  # it must not end the engine
             log.exception("KV could not be written")
             self.stop()
             self.failed(f"its KV could not be written: {type(error).__name__}")
@@ -245,18 +244,18 @@ class _Transfer:
         self.heard = time.monotonic()
 
     def done(self, header: Header) -> None:
-        """All has come, with the first token. Raises Broken if it has not."""
+        """Deliver the request with its first token. Raises Broken if blocks are missing."""
         token = whole(header, "token", self._engine.text.vocab_size - 1)
         if self._next != self._blocks:
-            raise Broken(f"the first token came behind {self._next} blocks of {self._blocks}")
-        details, there = _details(header.get("details")), header.get("seconds")
+            raise Broken(f"the first token came after {self._next} blocks of {self._blocks}")
+        details, copying = _details(header.get("details")), header.get("seconds")
         self._drop()
-        seconds = self._seconds + (there if isinstance(there, float) and 0 <= there < math.inf else 0.0)
+        seconds = self._seconds + (copying if isinstance(copying, float) and 0 <= copying < math.inf else 0.0)
         self._engine.prefetch.deliver(self._request, token, details, self._num_bytes, seconds)
 
     def failed(self, why: str) -> None:
-        """Try the next peer, or compute it here."""
-        log.warning("request %s: its prompt did not come: %s", self._request.id, why)
+        """Ask the next peer, or have the prompt computed here."""
+        log.warning("request %s: its KV transfer failed: %s", self._request.id, why)
         self._drop()
         self._ask()
 
@@ -278,12 +277,12 @@ class _Transfer:
 
     def _header(self) -> Header:
         request = self._request
-        how = request.sampling if isinstance(request.sampling, Sampling) else GREEDY
+        sampling = request.sampling if isinstance(request.sampling, Sampling) else GREEDY
         return {
             "type": "prefill",
             "number": self._number,
             "first": self._first,
-            "sampling": to_values(how),
+            "sampling": to_values(sampling),
             "priority": request.priority,
             "slo": "" if request.slo is None else str(request.slo),
         }
@@ -296,11 +295,11 @@ def _packed(tokens: Sequence[int]) -> bytes:
     return numbers.tobytes()
 
 
-def _details(said: object) -> TokenLogprob | None:
-    if said is None:
+def _details(field: object) -> TokenLogprob | None:
+    if field is None:
         return None
     try:
-        logprob, top = cast(tuple[float, list[tuple[int, float]]], said)
+        logprob, top = cast(tuple[float, list[tuple[int, float]]], field)
         return TokenLogprob(float(logprob), tuple((int(token), float(value)) for token, value in top))
     except (TypeError, ValueError):
         raise Broken("log-probabilities that cannot be read") from None

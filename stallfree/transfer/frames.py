@@ -1,5 +1,5 @@
-"""What two engines say to each other: a header of a few words as JSON, and bytes behind it, over a connection that is alive as long
-as something comes. No pickle; what is too long, or is no frame, ends the connection. It knows no meaning of any frame.
+"""Frames between two engines: a short JSON header, and bytes after it. A connection is alive while frames arrive. Nothing is
+pickled; a frame that is too long or malformed ends the connection. It knows no meaning of any frame.
 """
 
 import json
@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 MOST_HEADER = 1 << 20
 MOST_BODY = 256 << 20
-"""Bytes. A frame that says it is longer is refused before anything of it is read."""
+"""Most bytes of a frame's header and of its body. A frame that declares more is refused before its header is read."""
 ALIVE_S = 1.0
-"""Seconds of silence after which a side says that it is alive."""
+"""Seconds without a frame after which a side sends `ALIVE`."""
 SILENCE_S = 5.0
-"""Seconds of silence after which the other side is given up."""
+"""Seconds without a frame after which the other side counts as lost."""
 ALIVE = {"type": "alive"}
 
 Header = dict[str, Any]
 
 
 class Broken(ConnectionError):
-    """The other side is gone, silent, or says what it must not."""
+    """The other side is gone, is silent, or sent something invalid."""
 
 
 def send(sock: socket.socket, header: Header, body: bytes | bytearray = b"") -> None:
@@ -45,19 +45,19 @@ def receive(sock: socket.socket, most_body: int = MOST_BODY) -> tuple[Header, by
     began = time.perf_counter()
     head, size = struct.unpack("<II", first)
     if head > MOST_HEADER or size > most_body:
-        raise Broken(f"a frame of {head:,} and {size:,} bytes is longer than the {MOST_HEADER:,} and {most_body:,} that can be")
+        raise Broken(f"a frame of {head:,} and {size:,} bytes is longer than the {MOST_HEADER:,} and {most_body:,} allowed")
     try:
         header = json.loads(_read(sock, head))
     except ValueError:
-        raise Broken("a frame without a header that can be read") from None
+        raise Broken("a frame whose header is not JSON") from None
     if not isinstance(header, dict):
-        raise Broken(f"a header is {type(header).__name__}, expected a table")
+        raise Broken(f"a header is {type(header).__name__}, expected a JSON object")
     body = _read(sock, size)
     return header, body, time.perf_counter() - began
 
 
 def whole(header: Header, name: str, most: int) -> int:
-    """A whole number from 0 to `most` out of a header. Raises Broken."""
+    """The header's field `name`, a whole number from 0 to `most`. Raises Broken for any other value."""
     value = header.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
         raise Broken(f"{name} is {str(value)[:80]!r}, expected a whole number from 0 to {most}")
@@ -65,8 +65,8 @@ def whole(header: Header, name: str, most: int) -> int:
 
 
 def _read(sock: socket.socket, length: int) -> bytearray:
-    found = bytearray(length)
-    view, at = memoryview(found), 0
+    frame = bytearray(length)
+    view, at = memoryview(frame), 0
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while at < length:
@@ -79,18 +79,18 @@ def _read(sock: socket.socket, length: int) -> bytearray:
         if not number:
             raise Broken("the other side closed the connection")
         at += number
-    return found
+    return frame
 
 
 def shut(sock: socket.socket) -> None:
-    """Wake whoever waits for `sock`, in any thread: nothing more comes or goes."""
+    """End both directions of `sock`. This wakes every thread that waits for it."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
 class Link:
-    """An open connection. From `start` to its end `received(header, body, seconds)` is called for each frame, and then `ended(why)`
-    once, both in a thread of the link. A Broken that `received` raises ends it.
+    """An open connection. After `start` it calls `received(header, body, seconds)` for each frame, and at its end `ended(why)`
+    once, both in its own thread. A Broken that `received` raises ends it.
     """
 
     def __init__(self, sock: socket.socket):
@@ -104,11 +104,11 @@ class Link:
         threading.Thread(target=self._receive, args=(received, ended), name="transfer-in", daemon=True).start()
 
     def send(self, header: Header, body: bytes | bytearray = b"") -> None:
-        """Never waits, from any thread; dropped if the connection has ended."""
+        """Queue a frame. It never waits, and may be called in any thread. After the connection's end the frame is dropped."""
         self._outgoing.put((header, body))
 
     def close(self) -> None:
-        """End it; `ended` is called. From any thread, as often as you like."""
+        """End the connection; `ended` is called. It may be called in any thread, and more than once."""
         shut(self._sock)
 
     def _send(self) -> None:

@@ -1,7 +1,7 @@
-"""Memory that two engines of one machine share: the decode side makes it, the prefill side writes KV into it piece by piece, and
-each piece is free again, in the same order, when the decode side has taken it.
+"""Memory that two engines on one machine share. The decode side makes it. The prefill side writes KV into it piece by piece. The
+decode side frees the pieces in the same order, after it has taken them.
 
-A file in memory that loses its name as soon as both have it open, so that nothing is left behind by a crash. It knows no blocks.
+It is a file in memory that loses its name once both sides have it open, so that a crash leaves nothing. It knows no blocks.
 """
 
 import mmap
@@ -16,13 +16,13 @@ from typing import Any
 
 FOLDER = Path("/dev/shm")
 SIZE = 64 << 20
-"""Bytes of a ring: at most, and at most half of what is free there (a container may have 64 MB in all)."""
+"""Most bytes of a ring. It also takes at most half of the free bytes in `FOLDER`: a container may have 64 MB in all."""
 _NAME = re.compile(r"stallfree-[0-9a-f]{32}")
 _MARK = 16
 
 
 class Ring:
-    """The decode side's: `memory`, and `offer`, what is to be told to the other side (None where there is no shared memory)."""
+    """The decode side's ring: its `memory`, and the `offer` to send to the other side (None if there is no shared memory)."""
 
     def __init__(self, size: int = SIZE) -> None:
         self.memory = memoryview(b"")
@@ -33,7 +33,7 @@ class Ring:
             size = min(size, room.f_bavail * room.f_frsize // 2)
             file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(file, 0, size)  # or a write could find no room, which would be the end of the process
+                os.posix_fallocate(file, 0, size)  # else a write without room would kill the process
                 self.memory = memoryview(mmap.mmap(file, size))
             finally:
                 os.close(file)
@@ -43,13 +43,13 @@ class Ring:
             self.offer = {"name": self._path.name, "size": size, "mark": mark.hex()}
 
     def unlink(self) -> None:
-        """Take its name away: nobody else finds it."""
+        """Remove the file's name, so that no other process can open it."""
         with suppress(OSError):
             self._path.unlink()
 
 
 def attach(offer: object) -> memoryview | None:
-    """The prefill side's view of what was offered; None if it is not on this machine, or not ours to open."""
+    """The prefill side's view of the offered memory; None if it is on another machine, or of another user."""
     if not isinstance(offer, dict) or not _NAME.fullmatch(str(offer.get("name"))):
         return None
     try:
@@ -57,10 +57,10 @@ def attach(offer: object) -> memoryview | None:
     except OSError:
         return None
     try:
-        about = os.fstat(file)
-        if about.st_uid != os.geteuid() or about.st_size != offer.get("size") or about.st_size < _MARK:
+        status = os.fstat(file)
+        if status.st_uid != os.geteuid() or status.st_size != offer.get("size") or status.st_size < _MARK:
             return None
-        memory = memoryview(mmap.mmap(file, about.st_size))
+        memory = memoryview(mmap.mmap(file, status.st_size))
     except OSError:
         return None
     finally:
@@ -69,7 +69,7 @@ def attach(offer: object) -> memoryview | None:
 
 
 class Room:
-    """Which of `size` bytes are free: taken piece by piece, given back in the same order. For several threads."""
+    """Keeps track of which of `size` bytes are free. Pieces are freed in the order in which they were taken. It is thread-safe."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -78,11 +78,11 @@ class Room:
         self._lock = threading.Lock()
 
     def take(self, number: int) -> int | None:
-        """Where `number` bytes in one piece are free, which are taken now; None if they are not."""
+        """Take `number` bytes in one piece. Returns where they begin; None if no such piece is free."""
         with self._lock:
             first, end = (self._taken[0], self._end) if self._taken else (self._size, 0)
             if self._taken and end > first and self._size - end < number:
-                end = 0  # they do not fit before the ring's end, so from its beginning on
+                end = 0  # the piece does not fit before the ring's end, so try at its beginning
             limit = self._size if end > first else first
             if limit - end < number or number < 1:
                 return None
@@ -91,6 +91,6 @@ class Room:
             return end
 
     def free(self) -> None:
-        """The oldest piece is free again. IndexError if none is taken."""
+        """Free the oldest piece. Raises IndexError if none is taken."""
         with self._lock:
             self._taken.popleft()

@@ -1,9 +1,9 @@
-"""The side that prefills: decode engines connect, ask for prompts, and get the blocks of KV as iterations fill them, then the first
-token. To its own engine each is a request of one token.
+"""The side that prefills. Decode engines connect and ask for prompts. They get the KV blocks as iterations fill them, then the
+first token. For its own engine each prompt is a request of one token. It does not know how the other side reserves blocks.
 
-Blocks are copied in the engine's thread, right behind an iteration, while they are the request's, before anybody can write over
-them: into the memory shared with the decode engine if there is room, else into a frame. What is asked for at once is bounded by the
-other side, which asks only for what it has reserved blocks for.
+Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. They go into the memory
+shared with the decode engine if it has room, else into a frame. The other side bounds the work: it asks only for prompts that it
+has reserved blocks for.
 """
 
 import asyncio
@@ -33,34 +33,34 @@ from stallfree.transfer.terms import Refusal, Terms, address, welcome
 log = logging.getLogger(__name__)
 
 FRAME = 4 << 20
-"""Bytes of KV that go in one frame, if a block is not larger. Before a prompt's end only whole ones go: on one machine each wakes
-four threads, in two processes, beside the iteration that computes the next chunk.
+"""Bytes of KV in one frame; more if a block is larger. Before a prompt's end only full frames are sent: on one machine each wakes
+four threads, in two processes, during the iteration that computes the next chunk.
 """
 CALLERS = 64
-"""Decode engines that may be connected at once, and that may be about to."""
+"""At most this many decode engines may be connected, and at most this many may be meeting."""
 MEETING_S = 15.0
-"""Seconds in which a decode engine must have introduced itself."""
+"""Seconds within which a decode engine must introduce itself."""
 MOST_NUMBER = 2**63
 
 
 class Serving:
-    """Serves decode engines that connect to `sock`, agree to `terms` and know `key` ("" if there is none), on `thread`'s engine."""
+    """Serves decode engines that connect to `sock`, have the same `terms` and know `key` ("": none), on `thread`'s engine."""
 
     def __init__(self, thread: EngineThread, terms: Terms, sock: socket.socket, key: str):
         self._thread, self._terms, self._sock, self._key = thread, terms, sock, key
         self._callers: set[_Caller] = set()
         self._meetings = threading.BoundedSemaphore(CALLERS)
         self._refused: dict[str, str] = {}
-        """Why each host was not let in last, at most CALLERS of them: they try every second, and the log tells it once."""
+        """The last refusal of each host, of at most CALLERS: a host tries every second, and the log has each reason once."""
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Call it in the event loop in which the engine's thread was started."""
+        """Accept connections. Call it in the event loop in which the engine's thread was started."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._accept, name="transfer-door", daemon=True).start()
 
     def close(self) -> None:
-        """Let nobody in any more, and everybody go."""
+        """Accept no more connections, and close all."""
         shut(self._sock)
         self._sock.close()
         for caller in list(self._callers):
@@ -90,7 +90,7 @@ class Serving:
             ring = welcome(sock, self._terms, self._key)
         except (OSError, Refusal) as error:
             if self._is_news(host, str(error)):
-                log.warning("%s was not let in to fetch prompts: %s", address(host, port), error)
+                log.warning("the decode engine at %s was refused: %s", address(host, port), error)
             sock.close()
             return
         finally:
@@ -103,7 +103,7 @@ class Serving:
         caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
 
     def _is_news(self, host: str, why: str) -> bool:
-        """Whether `host` was refused for another reason before, or let in, or not there."""
+        """Note the refusal of `host`. Returns whether its reason differs from the last one."""
         with self._lock:
             last = self._refused.pop(host, None)
             self._refused[host] = why
@@ -118,7 +118,7 @@ class Serving:
 
 
 class _Caller:
-    """A decode engine that is connected by `link`, and the prompts that it has asked for."""
+    """A decode engine that is connected by `link`, and the prompts it asked for."""
 
     def __init__(self, thread: EngineThread, loop: asyncio.AbstractEventLoop, link: Link, ring: memoryview | None):
         self.link = link
@@ -128,7 +128,7 @@ class _Caller:
         self._answers: set[asyncio.Task[None]] = set()
 
     def received(self, header: Header, body: bytearray, _: float) -> None:
-        """A frame from the decode engine, in the link's thread. Raises Broken for what it must not say."""
+        """Take a frame from the decode engine, in the link's thread. Raises Broken for an invalid one."""
         match header.get("type"):
             case "prefill":
                 request = self._request(header, body)
@@ -140,11 +140,11 @@ class _Caller:
                 try:
                     self._room.free()
                 except IndexError:
-                    raise Broken("a piece of memory was given back that was not taken") from None
+                    raise Broken("a piece of memory was freed that was not taken") from None
             case "alive":
                 pass
             case other:
-                raise Broken(f"a frame of type {str(other)[:80]!r}, which there is not")
+                raise Broken(f"a frame of unknown type {str(other)[:80]!r}")
 
     def ended(self) -> None:
         self._do(self._cancel_all)
@@ -190,8 +190,8 @@ class _Caller:
 
     async def _answer(self, number: int, outputs: Outputs, blocks: "_Blocks") -> None:
         with outputs:
-            async for came in outputs:
-                for output in came:
+            async for batch in outputs:
+                for output in batch:
                     self.link.send(_last(number, output, blocks))
         self._outputs.pop(number, None)
 
@@ -206,7 +206,7 @@ class _Caller:
 
 
 class _Blocks:
-    """Copies the blocks of prompt `number` out and sends them, from block `first` on. `seconds`: spent on the copying."""
+    """Copies the blocks of prompt `number`, from block `first` on, and sends them. `seconds`: spent on copying."""
 
     def __init__(self, thread: EngineThread, link: Link, ring: memoryview | None, room: Room | None, number: int, first: int):
         self._executor = cast(MovesKV, thread.engine.executor)
@@ -218,15 +218,15 @@ class _Blocks:
         self.error: str | None = None
 
     def watch(self, work: Work) -> None:
-        """Send what `work` and those before it filled, in whole frames; with the first token, all, the last block as it is. In the
-        engine's thread.
+        """Send the blocks that `work` and earlier work filled, in full frames. With the first token, send all, also a part-filled
+        last block. The engine's thread calls it.
         """
         end = work.start + work.count
         upto = -(-end // self._block_size) if work.samples else end // self._block_size
         try:
             while (left := upto - self._next) > 0 and (work.samples or left >= self._at_once) and self.error is None:
                 self._send(work.blocks[self._next : self._next + min(left, self._at_once)])
-        except Exception as error:  # it must not take the engine along
+        except Exception as error:  # it must not end the engine
             log.exception("KV could not be read")
             self.error = f"its KV could not be read: {type(error).__name__}"
 
@@ -247,7 +247,7 @@ class _Blocks:
 
 
 def _last(number: int, output: Output, blocks: _Blocks) -> Header:
-    """The frame that ends a prompt: its first token, or why there is none."""
+    """The last frame of a prompt: its first token, or the reason why there is none."""
     why = output.error or blocks.error
     if why is not None or not output.tokens:
         return {"type": "failed", "number": number, "why": why or "it was ended"}

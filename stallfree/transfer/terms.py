@@ -1,5 +1,5 @@
-"""How two engines meet: each proves that it knows the key, without saying it, and both hold model, block size and layout of KV
-against each other. What differs is refused with both sides' values. It does not know what is sent afterwards.
+"""How two engines meet. Each proves that it knows the key, without sending it. The prefill side compares the models, block sizes
+and KV layouts; a difference is refused with both values. It does not know what is sent afterwards.
 """
 
 import hmac
@@ -16,13 +16,13 @@ WAY_OUT = "give both the same model, --executor, --weights and --kv, and the sam
 
 
 class Refusal(ValueError):
-    """Two engines that cannot work together, and why."""
+    """Two engines cannot work together; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What both engines must have in common: the `model` and its number formats, `block_size` in tokens, `block_bytes`, and the
-    `layout` of these bytes.
+    """The facts that both engines must have in common: the `model` and its number formats, `block_size` (tokens), `block_bytes`,
+    and the `layout` of these bytes.
     """
 
     model: str
@@ -32,33 +32,33 @@ class Terms:
 
     @classmethod
     def of(cls, executor: Executor, model: str) -> "Terms":
-        """Those of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be moved."""
+        """The terms of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be transferred."""
         if not isinstance(executor, MovesKV):
             raise ValueError(f"{type(executor).__name__} has no KV that can be transferred; take another executor, or --role both")
         if executor.block_bytes > MOST_BODY:
-            raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large to be transferred; {MOST_BODY:,} can be")
+            raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large for a KV transfer; at most {MOST_BODY:,}")
         return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)
 
-    def against(self, theirs: object) -> str:
-        """What of a decode engine's terms differs from these, a prefill engine's, in words that are read at either, and the way
-        out; nothing if all is the same.
+    def against(self, other: object) -> str:
+        """How these terms, a prefill engine's, differ from a decode engine's `other` terms, and the way out, in words for both;
+        empty if they are the same.
         """
-        given = theirs if isinstance(theirs, dict) else {}
+        values = other if isinstance(other, dict) else {}
         names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
-        pairs = [(names[f.name], str(getattr(self, f.name)), str(given.get(f.name))[:400]) for f in fields(self)]
-        differ = [(what, own, other) for what, own, other in pairs if own != other]
-        said = [f"{what}: {own} at the prefill engine, {other} at the decode engine" for what, own, other in differ]
-        return "; ".join([*said, WAY_OUT]) if said else ""
+        pairs = [(names[f.name], str(getattr(self, f.name)), str(values.get(f.name))[:400]) for f in fields(self)]
+        differ = [(name, prefill, decode) for name, prefill, decode in pairs if prefill != decode]
+        reasons = [f"{name}: {prefill} at the prefill engine, {decode} at the decode engine" for name, prefill, decode in differ]
+        return "; ".join([*reasons, WAY_OUT]) if reasons else ""
 
 
 def address(host: str, port: int) -> str:
-    """host:port, an IPv6 address in brackets."""
+    """host:port, with an IPv6 address in brackets."""
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
-    """The prefill side of a meeting; the memory that both share, if they are on one machine. Raises OSError, or Refusal after
-    having told it.
+    """The prefill side of a meeting. Returns the memory that both share, if they are on one machine. Raises OSError, or Refusal
+    after it has sent the reason.
     """
     own = secrets.token_hex(16)
     send(sock, {"stallfree": PROTOCOL, "nonce": own})
@@ -80,10 +80,10 @@ def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
 
 
 def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
-    """The decode side of a meeting; the memory that both share, if they are on one machine. Raises OSError or Refusal."""
+    """The decode side of a meeting. Returns the memory that both share, if they are on one machine. Raises OSError or Refusal."""
     hello = receive(sock, 0)[0]
     if hello.get("stallfree") != PROTOCOL:
-        raise Refusal(f"what listens there is no prefill engine of KV transfer protocol {PROTOCOL}")
+        raise Refusal(f"the server at that address is not a prefill engine of KV transfer protocol {PROTOCOL}")
     own = secrets.token_hex(16)
     nonces = f"{hello.get('nonce')} {own}"
     ring = Ring()
@@ -101,8 +101,8 @@ def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
 
 
 def connect(host: str, port: int, terms: Terms, key: str, timeout_s: float) -> tuple[socket.socket, memoryview | None]:
-    """A connection to the prefill engine at `host`:`port`, introduced, and the memory that both share. Raises OSError if nobody
-    answers there as one should, and Refusal.
+    """Connect to the prefill engine at `host`:`port`, and meet it. Returns the socket, and the memory that both share. Raises
+    OSError if no prefill engine answers there, and Refusal.
     """
     sock = socket.create_connection((host, port), timeout_s)
     try:
@@ -117,5 +117,5 @@ def _proof(side: str, nonces: str, key: str) -> str:
     return hmac.new(key.encode(), f"{side} {nonces}".encode(), "sha256").hexdigest()
 
 
-def _knows(said: Header, side: str, nonces: str, key: str) -> bool:
-    return hmac.compare_digest(str(said.get("proof")).encode(), _proof(side, nonces, key).encode())
+def _knows(header: Header, side: str, nonces: str, key: str) -> bool:
+    return hmac.compare_digest(str(header.get("proof")).encode(), _proof(side, nonces, key).encode())

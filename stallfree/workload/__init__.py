@@ -1,1 +1,1 @@
-"""What arrives when: requests and their lengths, drawn from a seed or read from a trace. It knows no engine and no clock."""
+"""Requests and their lengths and arrivals, drawn from a seed or read from a trace. It knows no engine and no clock."""

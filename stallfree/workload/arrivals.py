@@ -1,7 +1,7 @@
 """When requests arrive, in words: `poisson`, `gamma:cv=2`, `bursts:on=10s,off=50s`, `diurnal:period=24h,swing=0.8`. It knows
 nothing of their lengths.
 
-Gaps are drawn with mean 1 and divided by the rate. Bursts and days then bend time, the same way at any rate, so that at another
+Gaps are drawn with mean 1 and divided by the rate. Bursts and days then stretch time, in the same way at any rate. So at another
 rate the same requests come in the same order, only closer.
 """
 
@@ -23,15 +23,15 @@ class Arrivals(Protocol):
     """A process of arrivals."""
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds from the start of the run at which requests arrive, without end; `rate`: their mean number per second."""
+        """An endless series of arrivals, in seconds from the start of the run. `rate`: their mean number per second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gamma:
-    """Gaps that are gamma-distributed with coefficient of variation `cv`: 1 is Poisson, more is burstier.
+    """Gamma-distributed gaps with coefficient of variation `cv`: 1 is Poisson, more is burstier.
 
-    `cut`: no gap is longer than so many mean gaps; None is no limit. Sarathi-Serve's artifact (OSDI'24) cuts at 3, by which its
-    real load is 1 / (1 - exp(-3)) = 1.052 times the nominal one; only a comparison with it has a use for this.
+    `cut`: the longest gap, in mean gaps; None is no limit. Sarathi-Serve's artifact (OSDI'24) cuts at 3, so its real load is 1 / (1
+    - exp(-3)) = 1.052 times the nominal one. Only a comparison with it needs this.
     """
 
     cv: float = 1.0
@@ -41,7 +41,7 @@ class Gamma:
         if not 0 < self.cv <= 100:
             raise ValueError(f"a coefficient of variation of {self.cv:g} is not above 0 and at most 100; 1 is Poisson")
         if self.cut is not None and not self.cut > 0:
-            raise ValueError(f"gaps cut at {self.cut:g} times their mean leave none; cut=3 is the paper's")
+            raise ValueError(f"a cut at {self.cut:g} times the mean gap leaves no gaps; cut=3 is the paper's")
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:
         shape = self.cv**-2
@@ -55,8 +55,8 @@ class Gamma:
 
 @dataclass(frozen=True, slots=True)
 class Bursts:
-    """Poisson arrivals for a while, then none for a while, by turns: exponential times with the means `on` and `off` (s), the first
-    of them on (an interrupted Poisson process). The rate while it is on is such that over all it is the one asked for.
+    """Poisson arrivals for a while, then none for a while (an interrupted Poisson process). These times are exponential with means
+    `on` and `off` (s); the first is on. The rate while on makes the mean over all time the given one.
     """
 
     on: float
@@ -64,7 +64,7 @@ class Bursts:
 
     def __post_init__(self) -> None:
         if not (0 < self.on < math.inf and 0 < self.off < math.inf):
-            raise ValueError(f"bursts of {self.on:g} s with {self.off:g} s between them cannot be; give seconds above 0")
+            raise ValueError(f"bursts of {self.on:g} s with {self.off:g} s between them are invalid; give seconds above 0")
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:
         gaps, lengths = rng.spawn(2)
@@ -80,8 +80,8 @@ class Bursts:
 
 @dataclass(frozen=True, slots=True)
 class Diurnal:
-    """Poisson arrivals whose rate goes up and down as a cosine with `period` (s), by `swing` times the mean rate either way; the
-    run begins where it is lowest.
+    """Poisson arrivals whose rate follows a cosine with `period` (s), up and down by `swing` times the mean rate. The run begins at
+    the lowest rate.
     """
 
     period: float
@@ -90,14 +90,14 @@ class Diurnal:
     def __post_init__(self) -> None:
         if not (0 < self.period < math.inf and 0 < self.swing <= 1):
             raise ValueError(
-                f"a swing of {self.swing:g} times the rate every {self.period:g} s cannot be; give a swing above 0 and at most 1"
+                f"a swing of {self.swing:g} times the rate every {self.period:g} s is invalid; give a swing above 0 and at most 1"
             )
 
     def times(self, rate: float, rng: np.random.Generator) -> Iterator[float]:
         return (self._when(steady) for steady in Gamma().times(rate, rng))
 
     def _when(self, steady: float) -> float:
-        """The moment by which as many arrive as do in `steady` seconds at the mean rate, by bisection."""
+        """The time until which as many requests arrive as in `steady` seconds at the mean rate, by bisection."""
         reach = self.swing * self.period / (2 * math.pi)
         low, high = steady - reach, steady + reach
         while True:
@@ -114,20 +114,20 @@ KINDS: dict[str, type] = {"poisson": Gamma, "gamma": Gamma, "bursts": Bursts, "d
 
 
 def parse(text: str) -> Arrivals:
-    """Arrivals from words: a name, and after a colon what it is to be told. Raises ValueError that says what to write."""
+    """Arrivals from words: a name, and after a colon its options. Raises ValueError that says what to write."""
     name, colon, rest = text.partition(":")
-    wrong = f"unknown arrivals {text!r}; write {_EXAMPLES}"
+    message = f"unknown arrivals {text!r}; write {_EXAMPLES}"
     if name not in KINDS or (colon and not rest):
-        raise ValueError(wrong)
+        raise ValueError(message)
     known = {"poisson": ["cut"], "gamma": ["cv"]}.get(name) or [f.name for f in fields(KINDS[name])]
-    told: dict[str, float] = {}
+    options: dict[str, float] = {}
     for item in rest.split(",") if rest else []:
         key, _, value = item.partition("=")
         match = _NUMBER.fullmatch(value.strip())
-        if key.strip() not in known or key.strip() in told or match is None:
-            raise ValueError(wrong)
-        told[key.strip()] = float(match[1]) * _UNITS[match[2]]
-    if name != "poisson" and told.keys() != set(known):
-        raise ValueError(f"{text!r} lacks {', '.join(sorted(set(known) - told.keys()))}; write {_EXAMPLES}")
-    made: Arrivals = KINDS[name](**told)
-    return made
+        if key.strip() not in known or key.strip() in options or match is None:
+            raise ValueError(message)
+        options[key.strip()] = float(match[1]) * _UNITS[match[2]]
+    if name != "poisson" and options.keys() != set(known):
+        raise ValueError(f"{text!r} lacks {', '.join(sorted(set(known) - options.keys()))}; write {_EXAMPLES}")
+    arrivals: Arrivals = KINDS[name](**options)
+    return arrivals

@@ -20,7 +20,7 @@ from stallfree.workload.trace import Row, Trace
 
 Z90 = NormalDist().inv_cdf(0.9)
 MOST_REDRAWS = 1000
-"""Lengths above the limit that are drawn again, one after another, before the limit is taken for a mistake."""
+"""Draws in a row above the limit, after which the limit counts as a mistake."""
 _EXAMPLE = (
     "write prompt/output, each of them 512, median=200,p90=800, uniform=16..256 or zipf=16..256,s=1.1; "
     "or openchat, arxiv, a FILE.csv or .jsonl; or a mix: 512/128 + 5%:2000/64"
@@ -34,7 +34,7 @@ _ZIPF = re.compile(r"zipf=([0-9]+)\.\.([0-9]+)\s*,\s*s=([0-9]+\.?[0-9]*)")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Log-normal numbers of tokens, given by their median and 90th percentile; where these are equal, always that number."""
+    """Log-normal numbers of tokens, by their median and 90th percentile. If these are equal, always that number."""
 
     median: int
     p90: int
@@ -42,7 +42,7 @@ class Spread:
     def __post_init__(self) -> None:
         if not 0 < self.median <= self.p90:
             raise ValueError(
-                f"median={self.median},p90={self.p90} is no spread of lengths: the median is above 0, p90 not below it"
+                f"median={self.median},p90={self.p90} is not a spread of lengths: the median is above 0, p90 not below it"
             )
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Every number of tokens from `low` to `high` is as likely as the others."""
+    """Numbers of tokens from `low` to `high`, all equally likely."""
 
     low: int
     high: int
@@ -70,7 +70,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Numbers of tokens from `low` to `high`, the k-th of them with a probability in proportion to k to the power of -`s`."""
+    """Numbers of tokens from `low` to `high`. The probability of the k-th is proportional to k to the power of -`s`."""
 
     low: int
     high: int
@@ -92,7 +92,7 @@ class Zipf:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Numbers of tokens by the quantiles of some that were measured: (share below, tokens), and straight lines between them."""
+    """Numbers of tokens by measured quantiles: (share below, tokens), with straight lines between them."""
 
     quantiles: tuple[tuple[float, int], ...]
 
@@ -114,7 +114,7 @@ Side = Spread | Uniform | Zipf | Measured
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt's length and, independent of it, an output's; `max_total` limits their sum."""
+    """The lengths of a prompt and, independent of it, of an output. `max_total` limits their sum (tokens)."""
 
     prompt: Side
     output: Side
@@ -123,15 +123,15 @@ class Pair:
     def __post_init__(self) -> None:
         usual = self.prompt.median + self.output.median
         if self.max_total is not None and usual > self.max_total:
-            raise ValueError(f"requests of {usual} tokens as a rule do not fit a limit of {self.max_total}; raise the limit")
+            raise ValueError(f"requests with a median of {usual} tokens do not fit a limit of {self.max_total}; raise the limit")
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:
-        """What is above the limit is drawn again, so that the lengths below it keep their proportions."""
+        """Draw both lengths, again if they exceed the limit, so that lengths below it keep their proportions."""
         for _ in range(MOST_REDRAWS):
             prompt, output = self.prompt.draw(rng), self.output.draw(rng)
             if self.max_total is None or prompt + output <= self.max_total:
                 return prompt, output
-        raise ValueError(f"of {MOST_REDRAWS} requests none had at most {self.max_total} tokens; raise the limit")
+        raise ValueError(f"none of {MOST_REDRAWS} requests had at most {self.max_total} tokens; raise the limit")
 
 
 DATASETS = {
@@ -147,19 +147,19 @@ DATASETS = {
         ),
         8192,
     ),
-    # arxiv_summarization: median and P90 of Sarathi-Serve (OSDI'24, table 2), ends such that the standard deviation is its too.
+    # arxiv_summarization: median and P90 of Sarathi-Serve (OSDI'24, table 2); the ends are chosen to match its standard deviation.
     "arxiv": Pair(
         Measured(((0.0, 2443), (0.5, 7059), (0.9, 12985), (1.0, 16000))),
         Measured(((0.0, 76), (0.5, 208), (0.9, 371), (1.0, 450))),
         16384,
     ),
 }  # fmt: skip
-"""The paper's datasets, with the limits that it put on them."""
+"""The paper's datasets, with its limits of tokens per request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Most requests are as `base` says; each is, with the probability beside it, one of `mixed` instead."""
+    """The lengths of requests: of `base`, or of one of `mixed`, each with its probability."""
 
     base: Pair | Trace
     mixed: tuple[tuple[float, Pair | Trace], ...] = ()
@@ -167,19 +167,19 @@ class Lengths:
     def __post_init__(self) -> None:
         share = sum(share for share, _ in self.mixed)
         if not 0 <= share < 1:
-            raise ValueError(f"{share:.0%} of the requests are mixed in; leave some of the others")
+            raise ValueError(f"{share:.0%} of the requests are mixed in; mix in less than 100 %")
 
     @classmethod
     def parse(cls, text: str, max_total: int | None = None) -> Self:
-        """Lengths from words, see the top; of at most `max_total` tokens, prompt and output together. Raises ValueError that says
-        what to write.
+        """Lengths from words, as at the top of this module, of at most `max_total` tokens, prompt and output together. Raises
+        ValueError that says what to write.
         """
         base, *more = _MORE.split(text)
         shares = [_share(share, text) for share in more[::2]]
         return cls(_part(base, text, max_total), tuple(zip(shares, (_part(p, text, max_total) for p in more[1::2]), strict=True)))
 
     def draws(self, rng: np.random.Generator, *, in_order: bool = False) -> Iterator[Row]:
-        """The lengths of one request after another, without end; `in_order`: a base trace's rows once, as they are."""
+        """An endless series of requests' lengths. `in_order`: the rows of a base trace once, in their order."""
         edges = list(accumulate(share for share, _ in self.mixed))
         rows: Iterable[Row] = (
             self.base.lengths if in_order and isinstance(self.base, Trace) else (self.base.draw(rng) for _ in count())
@@ -189,7 +189,7 @@ class Lengths:
             yield lengths if at == len(edges) else self.mixed[at][1].draw(rng)
 
     def check(self, context: int) -> None:
-        """Raises ValueError naming the line if a trace in them has a request of more than `context` tokens, prompt and output."""
+        """Raises ValueError, with the line, if a trace has a request of more than `context` tokens, prompt and output."""
         for part in (self.base, *(part for _, part in self.mixed)):
             if isinstance(part, Trace):
                 part.check(context)
@@ -197,7 +197,7 @@ class Lengths:
 
 def _check_range(low: int, high: int, name: str) -> None:
     if not 0 < low <= high:
-        raise ValueError(f"{name}={low}..{high} is no range of tokens: it begins above 0 and does not end before")
+        raise ValueError(f"{name}={low}..{high} is not a range of tokens; begin above 0, and do not end below that")
 
 
 @lru_cache(8)
@@ -213,7 +213,7 @@ def _share(text: str, spec: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise ValueError(f"{text}% in {spec!r} is no share of the requests; {_EXAMPLE}")
+        raise ValueError(f"{text}% in {spec!r} is not a share of the requests; {_EXAMPLE}")
     return share
 
 
@@ -223,8 +223,8 @@ def _part(text: str, spec: str, max_total: int | None) -> Pair | Trace:
         trace = Trace.read(Path(text).expanduser())
         return trace if max_total is None else trace.within(max_total)
     if text in DATASETS:
-        found = DATASETS[text]
-        return found if max_total is None else replace(found, max_total=max_total)
+        pair = DATASETS[text]
+        return pair if max_total is None else replace(pair, max_total=max_total)
     prompt, slash, output = text.partition("/")
     if not slash:
         raise ValueError(f"{text!r} in {spec!r} is neither prompt/output nor a .csv; {_EXAMPLE}")

@@ -1,4 +1,4 @@
-"""A prompt of which only the length is known, and perhaps what it shares with others: stand-ins for its tokens, made when asked."""
+"""A stand-in for a prompt of unknown text: its length, and the blocks that it shares with others. It makes tokens on demand."""
 
 from collections.abc import Sequence
 from typing import overload
@@ -8,7 +8,7 @@ BLOCK = 512
 
 
 class Prompt(Sequence[int]):
-    """`length` tokens: in each of its `blocks` of `size` tokens that block's number, which is 0 or more, behind them `own`."""
+    """`length` tokens. A token in one of its `blocks`, of `size` tokens, is that block's number, at least 0; later ones: `own`."""
 
     __slots__ = ("_blocks", "_length", "_own", "_size")
 
@@ -19,7 +19,7 @@ class Prompt(Sequence[int]):
         return self._length
 
     def at(self, position: int) -> int:
-        """The token there, also behind the prompt's end, where a block reaches beyond it."""
+        """The token at `position`, also after the prompt's end, if a block reaches beyond it."""
         block = position // self._size
         return self._blocks[block] if block < len(self._blocks) else self._own
 
@@ -33,10 +33,10 @@ class Prompt(Sequence[int]):
         start, stop, step = index.indices(self._length)
         if step != 1:
             return [self.at(position) for position in range(start, stop, step)]
-        found: list[int] = []
+        tokens: list[int] = []
         while start < stop:
             block = start // self._size
             end = min(stop, (block + 1) * self._size) if block < len(self._blocks) else stop
-            found += [self.at(start)] * (end - start)
+            tokens += [self.at(start)] * (end - start)
             start = end
-        return found
+        return tokens

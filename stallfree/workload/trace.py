@@ -1,8 +1,8 @@
-"""A trace: requests that were once served somewhere, read from a file. It knows the files' columns and nothing of their use.
+"""Reads a trace, the requests that some server once got, from a file. It knows the files' columns and nothing of their use.
 
 A .csv has a header: this project's own columns, or those of BurstGPT (HPMLL/BurstGPT), of Azure's LLM inference traces
 (Azure/AzurePublicDataset) or of vidur (microsoft/vidur). A .jsonl is Mooncake's (kvcache-ai/Mooncake, FAST'25): requests with the
-numbers of their prompts' prefix blocks, which are equal where all before them is. Blank lines are passed over in both.
+numbers of their prompts' prefix blocks. Equal numbers mean an equal prompt up to the block's end. Blank lines are skipped in both.
 """
 
 import csv
@@ -20,11 +20,11 @@ from stallfree.workload.prompt import BLOCK
 
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
-"""The same three, in seconds and tokens; no response tokens is a request that failed there."""
+"""The same three columns in BurstGPT, in seconds and tokens. A request with 0 response tokens failed there."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-"""The same three, the first a date and time of day, as 2023-11-16 18:17:03.9799600."""
+"""The same three columns in Azure's traces; the first is a date and time, such as 2023-11-16 18:17:03.9799600."""
 VIDUR = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
-"""The same three, in seconds and tokens."""
+"""The same three columns in vidur's traces, in seconds and tokens."""
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 _HEADER = (
     f"a trace's first line names its columns: {','.join(COLUMNS)}, or those of Azure, BurstGPT or vidur; the time may be left out"
@@ -36,8 +36,8 @@ Row = tuple[int, int] | tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """`lengths` of each request. `times`: seconds of their arrivals from the first one's, in order; None if the file does not say.
-    `name` of the file, and the `lines` of the requests in it.
+    """The requests of a file. `lengths`: of each request. `times`: seconds from the first arrival to each, in order; None if the
+    file has none. `name`: of the file. `lines`: the numbers of the requests' lines in it.
     """
 
     lengths: Sequence[Row]
@@ -49,15 +49,15 @@ class Trace:
     def rate(self) -> float:
         """Mean arrivals per second. Raises ValueError if there are no times, or all are the same."""
         if self.times is None or self.times[-1] == 0:
-            raise ValueError("the trace has no times from which a rate could be told; give it a column arrived_at")
+            raise ValueError("the trace has no times that give a rate; add a column arrived_at")
         return (len(self.times) - 1) / self.times[-1]
 
     def draw(self, rng: np.random.Generator) -> Row:
-        """The lengths of any of its requests."""
+        """The lengths of a request, drawn at random."""
         return self.lengths[int(rng.integers(len(self.lengths)))]
 
     def within(self, max_total: int) -> Self:
-        """Only the requests with at most `max_total` tokens, prompt and output together. Raises ValueError if there are none."""
+        """The trace of only the requests with at most `max_total` tokens, prompt and output. Raises ValueError without any."""
         kept = [i for i, row in enumerate(self.lengths) if row[0] + row[1] <= max_total]
         if not kept:
             raise ValueError(f"no request of the trace has at most {max_total} tokens; raise the limit")
@@ -66,7 +66,7 @@ class Trace:
         return type(self)(tuple(self.lengths[i] for i in kept), times, self.name, lines)
 
     def check(self, context: int) -> None:
-        """Raises ValueError naming the first line of which the request has more than `context` tokens, prompt and output."""
+        """Raises ValueError, with the line, for the first request of more than `context` tokens, prompt and output."""
         for number, row in enumerate(self.lengths):
             if row[0] + row[1] > context:
                 where = f"line {self.lines[number]}" if self.lines else f"request {number + 1}"
@@ -77,14 +77,14 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """A .csv or .jsonl; what else its columns say is not looked at. Raises ValueError naming file, line and column."""
+        """Read a .csv or .jsonl; its other columns are ignored. Raises ValueError with file, line and column."""
         lengths: list[Row] = []
         times: list[float] = []
         lines: list[int] = []
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                found = _mooncake(file) if path.suffix == ".jsonl" else _csv(file)
-                for line, row, at in found:
+                requests = _mooncake(file) if path.suffix == ".jsonl" else _csv(file)
+                for line, row, at in requests:
                     if at is not None:
                         if times and at < times[-1]:
                             raise ValueError(
@@ -101,22 +101,22 @@ class Trace:
             raise ValueError(f"{path}: {error}") from None
         if not lengths:
             raise ValueError(f"{path}: no request follows the header" if path.suffix == ".csv" else f"{path} holds no request")
-        whole = range(lines[0], lines[0] + len(lines))
+        unbroken = range(lines[0], lines[0] + len(lines))
         since = tuple(at - times[0] for at in times) or None
-        return cls(tuple(lengths), since, path.name, whole if lines == list(whole) else lines)
+        return cls(tuple(lengths), since, path.name, unbroken if lines == list(unbroken) else lines)
 
 
 def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
     """(line, lengths, seconds) of each request."""
     reader = csv.reader(file)
     rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
-    whole = (row for row in rows if any(row[1]))
-    first, names = next(whole, (1, []))
+    filled = (row for row in rows if any(row[1]))
+    first, names = next(filled, (1, []))
     known = (columns for columns in (COLUMNS, BURSTGPT, AZURE, VIDUR) if set(columns[1:]) <= set(names))
     if (columns := next(known, None)) is None:
         raise ValueError(f"line {first} is {','.join(names)[:80]!r}; {_HEADER}")
     arrived_at, prompt, output = columns
-    for line, cells in whole:
+    for line, cells in filled:
         row = dict(zip_longest(names, cells[: len(names)], fillvalue=""))
         if columns is BURSTGPT and row[output] == "0":
             continue
@@ -138,8 +138,8 @@ def _mooncake(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
         timestamp, prompt, output, blocks = (row[name] for name in MOONCAKE)
         at = _seconds(timestamp, "timestamp", line) / 1e3
         tokens = _count(prompt, "input_length", line)
-        whole = isinstance(blocks, list) and all(type(block) is int and block >= 0 for block in blocks)
-        if not whole or len(blocks) > -(-tokens // BLOCK):
+        numbers = isinstance(blocks, list) and all(type(block) is int and block >= 0 for block in blocks)
+        if not numbers or len(blocks) > -(-tokens // BLOCK):
             raise ValueError(
                 f"line {line}: hash_ids are the numbers of at most {-(-tokens // BLOCK)} blocks of {BLOCK} tokens, from 0 on"
             )
@@ -154,7 +154,7 @@ def _count(value: Any, column: str, line: int) -> int:
 
 
 def _seconds(value: Any, column: str, line: int) -> float:
-    """A number of seconds as it is; of a date and time of day, those since 1970."""
+    """Seconds in a column: a number as it is, or a date and time as seconds since 1970."""
     text = str(value).strip()
     try:
         time = _since_1970(text) if "-" in text[1:] and ":" in text else float(text)
@@ -166,6 +166,6 @@ def _seconds(value: Any, column: str, line: int) -> float:
 
 
 def _since_1970(text: str) -> float:
-    """Of an ISO 8601 date and time; without a zone it is UTC. What is below a microsecond is left out."""
+    """Seconds since 1970 of an ISO 8601 date and time; without a zone it is UTC. Digits below a microsecond are dropped."""
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

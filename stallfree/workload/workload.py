@@ -1,6 +1,6 @@
-"""A workload: arrivals and lengths in words, drawn from a seed. What is drawn is the same for the same seed, on any machine.
+"""A workload: arrivals and lengths in words, drawn from a seed. The same seed draws the same requests on any machine.
 
-Arrivals are drawn apart from the lengths: at another rate the same requests come in the same order, only closer. Comparisons of
+Arrivals are drawn apart from lengths, so at another rate the same requests come in the same order, only closer. Comparisons of
 rates then differ in the rate and not in luck.
 """
 
@@ -17,12 +17,12 @@ from stallfree.workload.lengths import Lengths
 from stallfree.workload.trace import Trace
 
 MOST_REQUESTS = 1_000_000
-"""More in one list are taken for a mistake: they would be drawn, and a file opened for each, before the first is sent."""
+"""Most requests in one list. More count as a mistake: all are drawn, and a file is opened for each, before the first is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to come: `at` in seconds from the start of the run, its sizes in tokens, and the numbers of its prompt's prefix
+    """A request that arrives `at` (s from the start of the run), with its sizes in tokens, and the numbers of its prompt's prefix
     blocks (see `Prompt`), if the trace has them.
     """
 
@@ -34,7 +34,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`arrivals` that are drawn; None: at the times of the trace that is the lengths' base, in its order."""
+    """`lengths`, and the `arrivals` to draw; None: the times of the trace that is the base of `lengths`, in its order."""
 
     lengths: Lengths
     arrivals: Arrivals | None
@@ -45,53 +45,52 @@ class Workload:
 
     @classmethod
     def parse(cls, arrivals: str, lengths: str, max_total: int | None = None) -> Self:
-        """`arrivals`: trace, or see `arrivals.parse`; `lengths`, `max_total`: see `Lengths.parse`, and the errors too."""
-        drawn = Lengths.parse(lengths, max_total)
-        return cls(drawn, None if arrivals == "trace" else processes.parse(arrivals))
+        """`arrivals`: "trace", or as in `arrivals.parse`. `lengths`, `max_total`, and the errors: as in `Lengths.parse`."""
+        parsed = Lengths.parse(lengths, max_total)
+        return cls(parsed, None if arrivals == "trace" else processes.parse(arrivals))
 
     def draw(self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None) -> list[Arrival]:
-        """As `stream`, all at once, and no more than `MOST_REQUESTS`. Raises ValueError for what cannot be drawn."""
-        coming = self.stream(rate, seed, requests=requests, duration_s=duration_s)
-        asked = requests if duration_s is None or rate is None else rate * duration_s
-        if self.arrivals is not None and asked is not None and asked > MOST_REQUESTS:
-            raise ValueError(f"about {asked:,.0f} requests are more than the {MOST_REQUESTS:,} that can be; ask for fewer")
-        return list(coming)
+        """As `stream`, all in one list. Raises ValueError as it does, and for more than `MOST_REQUESTS`."""
+        arrivals = self.stream(rate, seed, requests=requests, duration_s=duration_s)
+        number = requests if duration_s is None or rate is None else rate * duration_s
+        if self.arrivals is not None and number is not None and number > MOST_REQUESTS:
+            raise ValueError(f"about {number:,.0f} requests are more than the limit of {MOST_REQUESTS:,}; ask for fewer")
+        return list(arrivals)
 
     def stream(
         self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None
     ) -> Iterator[Arrival]:
-        """`requests` arrivals, or those of the first `duration_s` seconds; a trace's whole if neither is given. They are drawn one
-        after another, so that many need no room.
+        """`requests` arrivals, or those of the first `duration_s` seconds; without either, a whole trace. They are drawn one by
+        one, so that many need no memory.
 
-        `rate`: mean arrivals per second; a trace's times are stretched to it, or kept if it is None. The rate is that of the
-        distribution, so a run's own differs by chance. Raises ValueError for what cannot be drawn, at once, and at the end if
-        nothing arrived, or less than asked for.
+        `rate`: mean arrivals per second, of the distribution; a run's own differs by chance. A trace's times are stretched to it,
+        or kept if it is None. Raises ValueError at once for invalid arguments, and at the end if none or too few arrived.
         """
         if rate is not None and not 0 < rate < float("inf"):
-            raise ValueError(f"a rate of {rate:g} requests per second cannot be; give one above 0")
+            raise ValueError(f"a rate of {rate:g} requests per second is invalid; give one above 0")
         if seed < 0:
             raise ValueError(f"the seed {seed} is negative; give 0 or more")
         if requests is not None and requests < 1:
-            raise ValueError(f"{requests} requests are no workload; ask for at least 1")
+            raise ValueError(f"{requests} requests are not a workload; ask for at least 1")
         if duration_s is not None and not 0 < duration_s < float("inf"):
-            raise ValueError(f"a duration of {duration_s:g} s cannot be; give seconds above 0")
+            raise ValueError(f"a duration of {duration_s:g} s is invalid; give seconds above 0")
         if self.arrivals is not None and (requests is None) == (duration_s is None):
-            raise ValueError("arrivals that are drawn have no end of their own; give either a number of requests or a duration")
+            raise ValueError("drawn arrivals have no end; give either a number of requests or a duration")
         timing, sizes = np.random.default_rng(seed).spawn(2)
         rows = self.lengths.draws(sizes, in_order=self.arrivals is None)
-        coming = (Arrival(at, *row) for at, row in zip(self._times(rate, timing), rows, strict=False))
-        return self._some(coming, requests, duration_s)
+        arrivals = (Arrival(at, *row) for at, row in zip(self._times(rate, timing), rows, strict=False))
+        return self._first(arrivals, requests, duration_s)
 
     @staticmethod
-    def _some(coming: Iterator[Arrival], requests: int | None, duration_s: float | None) -> Iterator[Arrival]:
+    def _first(arrivals: Iterator[Arrival], requests: int | None, duration_s: float | None) -> Iterator[Arrival]:
         if duration_s is not None:
-            coming = takewhile(lambda arrival: arrival.at < duration_s, coming)
+            arrivals = takewhile(lambda arrival: arrival.at < duration_s, arrivals)
         number = 0
-        for arrival in islice(coming, requests):
+        for arrival in islice(arrivals, requests):
             number += 1
             yield arrival
         if not number:
-            raise ValueError(f"nothing arrives in the first {duration_s:g} seconds; take a longer duration or a higher rate")
+            raise ValueError(f"nothing arrives in the first {duration_s:g} seconds; give a longer duration or a higher rate")
         if requests is not None and duration_s is None and number < requests:
             raise ValueError(f"the trace has {number} requests that fit, fewer than {requests}; ask for that many or fewer")
 
@@ -100,5 +99,5 @@ class Workload:
             stretch = 1.0 if rate is None else self.lengths.base.rate / rate
             return (t * stretch for t in self.lengths.base.times or ())
         if rate is None or self.arrivals is None:
-            raise ValueError("arrivals that are drawn need a rate; give requests per second")
+            raise ValueError("drawn arrivals need a rate; give requests per second")
         return self.arrivals.times(rate, rng)

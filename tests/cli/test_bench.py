@@ -185,7 +185,7 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
         (["compare", "sarathi:0", "--rate", "1"], "token_budget is 0"),
         (["compare", "http://127.0.0.1:8000", "--rate", "1"], "theirs=http://127.0.0.1:8000"),
         (["compare", "ours=", "--rate", "1"], "'ours='"),
-        (["compare", "a=http://x", "a=http://y", "--rate", "1"], "'a' is there twice"),
+        (["compare", "a=http://x", "a=http://y", "--rate", "1"], "'a' is named twice"),
         (["compare", "sarathi", "--rate", "1", "--serve", "'"], "--serve"),
         (["capacity", "--slo", "tbt"], "'tbt' is not a latency target"),
         (["capacity", "--slo", "tbt=1s", "--start", "0", "--url", NOBODY], "start at 0"),

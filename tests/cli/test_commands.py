@@ -114,7 +114,7 @@ def test_two_models_are_refused(stallfree):
         (("bench", "load"), 'rate = 1\nurl = "localhost"', "'localhost' is not a server's URL"),
         (("bench", "load"), 'rate = "1"', "rate is '1', expected a number"),
         (("plan",), 'slo = "tbt"\nmodel = "llama2-7b"', "'tbt' is not a latency target"),
-        (("compare", "slo"), 'model = "llama3-8b"\nrates = "2,x"', "are no different rates above 0"),
+        (("compare", "slo"), 'model = "llama3-8b"\nrates = "2,x"', "are not different rates above 0"),
         (("perf",), 'model = "llama9"', "unknown model 'llama9'"),
         (("route",), 'decode = "nowhere"', "'nowhere' is not a server's URL"),
         (("reproduce", "sarathi"), "only = 3", "only is 3, expected a list of texts in quotes"),

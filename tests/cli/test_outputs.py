@@ -95,12 +95,12 @@ def test_no_command_writes_over_a_file(stallfree, tmp_path, command):
 def test_plots_go_into_an_empty_folder_only(stallfree, tmp_path):
     (tmp_path / "mine.png").write_text("mine")
     code, _, err = stallfree("reproduce", "sarathi", "--only", "chunking", "--plots", str(tmp_path))
-    assert (2, True) == (code, "there are files in it, and none is written over" in err)
+    assert (2, True) == (code, "there are files in it, and none is overwritten" in err)
 
 
 def test_a_file_that_has_come_to_be_there_is_not_written_over(tmp_path):
     outputs.write(tmp_path / "file", "first")
-    with pytest.raises(ValueError, match="exists, and is not written over"):
+    with pytest.raises(ValueError, match="exists, and is not overwritten"):
         outputs.write(tmp_path / "file", "second")
     assert "first" == (tmp_path / "file").read_text()
 

@@ -91,7 +91,7 @@ def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
         (["--slo", "tbt=50ms"], "add one: ttft=2s@p90,tbt=50ms"),
         (["--slo", "ttft=1s,tbt=1ms"], "with slo TP2, the fastest, tbt=1ms cannot be met: a lone request already takes"),
         (["--slo", "ttft=40ms,tbt=50ms"], "nothing here meets"),
-        (["--slo", "ttft=1s,tbt=50ms", "--gpus", "0"], "0 GPUs cannot be; give at least 1"),
+        (["--slo", "ttft=1s,tbt=50ms", "--gpus", "0"], "0 GPUs are too few; give at least 1"),
         (["--slo", "ttft=1s,tbt=50ms", "--model", "llama9"], "error: unknown model 'llama9'"),
         (["--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv"], "--trace has arrivals and lengths of its own"),
         (["--slo", "ttft=1s,tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),

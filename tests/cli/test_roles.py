@@ -21,9 +21,9 @@ from tests.waiting import PATIENCE_S, until
         (["--role", "prefill", "--peer-port", "0", "--prefill", "a:1"], "--prefill is for --role decode, not prefill"),
         (["--role", "decode", "--prefill", "a:1", "--peer-port", "0"], "--peer-port is for --role prefill, not decode"),
         (["--role", "prefill", "--peer-port", "0", "--peer-host", "0.0.0.0"], "set STALLFREE_PEER_KEY"),
-        (["--role", "decode", "--prefill", "127.0.0.1"], "'127.0.0.1' is no address"),
-        (["--role", "decode", "--prefill", "a:1,,b:2"], "'' is no address"),
-        (["--role", "decode", "--prefill", "a:99999"], "'a:99999' is no address"),
+        (["--role", "decode", "--prefill", "127.0.0.1"], "'127.0.0.1' is not an address"),
+        (["--role", "decode", "--prefill", "a:1,,b:2"], "'' is not an address"),
+        (["--role", "decode", "--prefill", "a:99999"], "'a:99999' is not an address"),
     ],
 )
 def test_roles_and_addresses_that_cannot_be(stallfree, arguments, says):
@@ -51,7 +51,7 @@ def test_a_peer_port_in_use_is_named_with_its_option():
     ("arguments", "says"),
     [
         (["--decode", "nowhere"], "'nowhere' is not a server's URL"),
-        (["--decode", "http://a:1", "--prefill", "b"], "--prefill 'b' is no address"),
+        (["--decode", "http://a:1", "--prefill", "b"], "--prefill 'b' is not an address"),
     ],
 )
 def test_a_route_to_nowhere(stallfree, arguments, says):

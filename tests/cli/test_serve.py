@@ -56,4 +56,4 @@ def test_a_line_of_the_card_is_whole_in_a_pipe():
     ],
 )
 def test_a_server_that_is_open_to_all_says_so(arguments, warns):
-    assert warns == ("lets in everybody who reaches it; set STALLFREE_API_KEY" in begun(*arguments)[1])
+    assert warns == ("lets in all who can reach it; set STALLFREE_API_KEY" in begun(*arguments)[1])

@@ -58,7 +58,7 @@ def test_options_come_from_a_file_and_the_command_line_before_it(stallfree, tmp_
         ("rate = 'two'", "rate is 'two', expected a number"),
         ("model = 7", "model is 7, expected text in quotes"),
         ("prefix-cache = 1", "prefix-cache is 1, expected true or false"),
-        ("tp = ", "is no TOML"),
+        ("tp = ", "is not TOML"),
         ("configurations = 3", "configurations are tables"),
         (
             "[configurations.one]\ntp = 2",
@@ -129,10 +129,10 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
         (["simulate", *LLAMA, "--rate", "1", "--replicas", "2", "--record", "x"], "a record is of one replica"),
         (["simulate", *LLAMA, "--rate", "1", "--html", "nowhere/x.html"], "there is no folder nowhere"),
         (["capacity", *LLAMA], "which targets make the capacity of slo?"),
-        (["capacity", "slo", "slo", *LLAMA], "is there twice"),
+        (["capacity", "slo", "slo", *LLAMA], "is named twice"),
         (["capacity", *LLAMA, "--slo", "tbt=40ms", "--trials", "2"], "give an odd number"),
-        (["compare", *LLAMA, "--rates", "2,x"], "are no different rates above 0"),
-        (["compare", *LLAMA, "--rates", "2,2"], "are no different rates above 0"),
+        (["compare", *LLAMA, "--rates", "2,x"], "are not different rates above 0"),
+        (["compare", *LLAMA, "--rates", "2,2"], "are not different rates above 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(stallfree, arguments, says):

@@ -46,7 +46,7 @@ def test_a_prefill_batch_of_distserve_saturates():
     ("told", "says"),
     [
         ({"gpus": 6, "nodes": 4}, "6 GPUs are not evenly on 4 nodes"),
-        ({"gpus": 0}, "0 GPUs cannot be"),
+        ({"gpus": 0}, "0 GPUs are too few"),
         ({"gpus": 32, "nodes": 2}, "16 GPUs in a node are more than the 8"),
         ({"link": "ib-201g"}, "did you mean 'ib-200g'"),
         ({"hardware": "a100"}, "unknown hardware 'a100'"),

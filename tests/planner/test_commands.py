@@ -60,7 +60,7 @@ def test_two_pools_run_the_policies_that_were_simulated():
     ]
     assert [None, 512] == [one["token_budget"] for one in told]
     assert str(SLO) == told[0]["slo"]
-    assert "2 times, each with ports of its own, and 1 GPU of its own" in prefill
+    assert "2 times, each with its own ports and 1 GPU of its own" in prefill
     assert "once, with 2 GPUs of its own" in decode
     assert 3 == len({8000, parsed(prefill)["port"], parsed(decode)["port"]})
     assert 8192 == parsed(route)["spill"]

@@ -155,7 +155,7 @@ def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, capl
         async with prefilling(engine()) as (host, port):
             with pytest.raises(Refusal, match="prefill engine 127.0.0.1:[0-9]+: ") as refusal:
                 await asyncio.to_thread(Asking(None, other, [(host, port)], "").check)
-            await comes(lambda: "was not let in" in caplog.text)
+            await comes(lambda: "was refused" in caplog.text)
             return str(refusal.value)
 
     assert says in asyncio.run(run())
@@ -266,7 +266,7 @@ def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let
                 listen(sock)
 
     asyncio.run(run())
-    assert ["a", "b", "b"] == [text.split(", ")[1][0] for text in caplog.messages if "was not let in" in text]
+    assert ["a", "b", "b"] == [text.split(", ")[1][0] for text in caplog.messages if "was refused" in text]
     monkeypatch.setattr(serving, "CALLERS", 2)
     side = serving.Serving(None, own, None, "")
     assert [True] * 4 == [side._is_news(host, "why") for host in ("a", "b", "c", "a")]

@@ -130,7 +130,7 @@ def test_long_prompts_can_be_mixed_into_a_trace_without_moving_its_arrivals(trac
         ("gamma", "lacks cv"),
         ("poisson:cv=2", "'poisson:cv=2'"),
         ("poisson:", "'poisson:'"),
-        ("poisson:cut=0", "leave none"),
+        ("poisson:cut=0", "leaves no gaps"),
         ("bursts:on=10s", "lacks off"),
         ("bursts:on=0s,off=5s", "bursts of 0 s"),
         ("diurnal:period=1h,swing=2", "swing of 2"),
