@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,8 +12,10 @@ from stallfree.cli import options, words
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 if TYPE_CHECKING:
+    from stallfree.bench.client import Client
     from stallfree.bench.dialect import Dialect
     from stallfree.cli.measuring import Place
+    from stallfree.core.slo import Slo
     from stallfree.workload.workload import Arrival
 
 app = typer.Typer(help="Measure servers under load. They must have OpenAI's API.", no_args_is_help=True, rich_markup_mode=None)
@@ -144,49 +145,26 @@ def capacity(
 
     from stallfree.cli import measuring
     from stallfree.core.slo import Slo
-    from stallfree.metrics.capacity import Capacity, search, shortfalls
-    from stallfree.metrics.report import report
+    from stallfree.metrics.capacity import Capacity, search
 
     traffic = words.traced(traffic, trace)
     requests = REQUESTS if traffic.requests is None else traffic.requests
     traffic, targets = replace(traffic, requests=requests), Slo.parse(slo)
-    workload = traffic.lasting(shortest, 1.0).workload  # raises for a mistake before the first trial
-    client = measuring.Access(model, api_key, timeout).client(url)
-    rows: list[dict[str, Any]] = []
-    behind: dict[float, str] = {}
-
-    @cache
-    def dialect() -> Dialect:
-        return measuring.probe(client, model)
-
-    def trial(rate: float, seed: int) -> bool:
-        arrivals = workload.draw(rate, seed, requests=traffic.lasting(shortest, rate).requests)
-        run = measuring.follow(client, dialect(), arrivals, f"{rate:.4g}/s")
-        if run.interrupted:
-            raise KeyboardInterrupt
-        result = report(run.lines, targets, rate)
-        why = shortfalls(result, targets)
-        if run.behind:
-            behind[rate] = run.behind
-            why.append(run.behind)
-        typer.echo(f"{rate:.4g} requests/s, seed {seed}: {'; '.join(why) or 'passed'}", err=True)
-        rows.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
-        return not why
-
+    trial = _Trial(measuring.Access(model, api_key, timeout).client(url), model, traffic, shortest, targets)
     highest, problems = Capacity(0.0, None, ()), []
     try:
         lowest = requests / LONGEST_S
         highest = search(trial, start, lowest=lowest, tolerance=tolerance, most_trials=trials, seed=traffic.seed)
     except KeyboardInterrupt:
-        problems.append(f"interrupted after {len(rows)} trials")
-    if highest.above in behind:
-        problems.append(f"the server may be capable of more: at {highest.above:.4g} requests/s {behind[highest.above]}")
+        problems.append(f"interrupted after {len(trial.rows)} trials")
+    if highest.above in trial.behind:
+        problems.append(f"the server may be capable of more: at {highest.above:.4g} requests/s {trial.behind[highest.above]}")
     if as_json:
         answer = {"valid": not problems, "problems": problems, "slo": str(targets), "workload": traffic.facts(requests)}
         answer |= {"capacity": highest.rate if highest.decisions else None, "above": highest.above}
-        typer.echo(json.dumps(answer | {"decisions": measuring.decisions(highest), "trials": rows}))
+        typer.echo(json.dumps(answer | {"decisions": measuring.decisions(highest), "trials": trial.rows}))
     else:
-        measuring.print_grid(_trials(rows))
+        measuring.print_grid(_trials(trial.rows))
         if highest.rate:
             above = "no rate missed it" if highest.above is None else f"missed at {highest.above:.4g}"
             typer.echo(f"capacity {highest.rate:.4g} requests/s for {targets} ({above})")
@@ -197,6 +175,39 @@ def capacity(
         typer.echo(f"not valid: {problem}", err=True)
     if problems:
         raise typer.Exit(1)
+
+
+class _Trial:
+    """The trials of a search. `rows`: their results. `behind`: the rates at which the client was too slow, and why."""
+
+    def __init__(self, client: Client, model: str | None, traffic: Traffic, shortest: float, targets: Slo):
+        self.rows: list[dict[str, Any]] = []
+        self.behind: dict[float, str] = {}
+        self._client, self._model, self._targets = client, model, targets
+        self._traffic, self._shortest = traffic, shortest
+        self._workload = traffic.lasting(shortest, 1.0).workload  # raises for a mistake before the first trial
+        self._dialect: Dialect | None = None
+
+    def __call__(self, rate: float, seed: int) -> bool:
+        """Whether the server meets the targets at `rate`. Raises KeyboardInterrupt if the user interrupts the trial."""
+        from stallfree.cli import measuring
+        from stallfree.metrics.capacity import shortfalls
+        from stallfree.metrics.report import report
+
+        if self._dialect is None:
+            self._dialect = measuring.probe(self._client, self._model)
+        arrivals = self._workload.draw(rate, seed, requests=self._traffic.lasting(self._shortest, rate).requests)
+        run = measuring.follow(self._client, self._dialect, arrivals, f"{rate:.4g}/s")
+        if run.interrupted:
+            raise KeyboardInterrupt
+        result = report(run.lines, self._targets, rate)
+        why = shortfalls(result, self._targets)
+        if run.behind:
+            self.behind[rate] = run.behind
+            why.append(run.behind)
+        typer.echo(f"{rate:.4g} requests/s, seed {seed}: {'; '.join(why) or 'passed'}", err=True)
+        self.rows.append({"rate": rate, "seed": seed, "passed": not why, "why": why} | run.as_dict(result))
+        return not why
 
 
 def _draw(traffic: Traffic) -> tuple[list[Arrival], dict[str, Any]]:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from stallfree.bench.server import server
 from stallfree.cli import outputs
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
+from stallfree.metrics.capacity import Capacity
 from stallfree.metrics.page import page
 from stallfree.metrics.report import Report, report, table
 from stallfree.workload.workload import Arrival
@@ -131,6 +132,19 @@ def end(results: Results, error: ValueError | None) -> None:
         raise typer.Exit(1)
 
 
+def decisions(highest: Capacity) -> list[dict[str, Any]]:
+    """The decisions of a search, for JSON."""
+    return [asdict(decision) | {"met": decision.met, "sure": decision.sure} for decision in highest.decisions]
+
+
+def print_uncertain(highest: Capacity, trials: int, before: str = "") -> None:
+    """Say, after the words `before`, which decisions up to `trials` trials left open."""
+    for decision in highest.decisions:
+        if trials > 1 and not decision.sure:
+            counts = f"{decision.passed} trials passed and {decision.failed} failed"
+            typer.echo(f"{before}{decision.rate:.4g} requests/s is not certain: {counts}; raise --trials", err=True)
+
+
 def check_page(file: Path | None) -> None:
     """Raises ValueError if the page cannot be written. Call it before the run that it shows."""
     if file is None:
@@ -145,8 +159,7 @@ def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo)
     about.append(f"SLO {slo}" if slo != Slo() else "no SLO")
     problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
     runs = {name: (report, run.lines) for name, (run, report) in results.items()}
-    outputs.write(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", about, problems, runs, slo))
-    typer.echo(f"table and plots are in {file}", err=True)
+    outputs.write_page(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", about, problems, runs, slo))
 
 
 def print_grid(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:

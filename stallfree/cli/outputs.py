@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import typer
+
 from stallfree.metrics.requests import COLUMNS, row
 from stallfree.metrics.timeline import Timeline
 
@@ -49,6 +51,12 @@ def write(file: Path, text: str) -> None:
             out.write(text)
     except FileExistsError:
         raise ValueError(f"{file} exists, and is not overwritten") from None
+
+
+def write_page(file: Path, html: str) -> None:
+    """Write a page, and tell the user."""
+    write(file, html)
+    typer.echo(f"table and plots are in {file}", err=True)
 
 
 def write_rows(file: Path, lines: Iterable[Timeline]) -> None:

@@ -73,25 +73,14 @@ def plan(
     if advice.dollars is not None:
         lines.append(f"${advice.dollars:.2f} per million output tokens at capacity.")
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "site": asdict(site),
-                    "workload": traffic.facts(traffic.requests or 0),
-                    "slo": str(targets),
-                    "verdict": asdict(advice),
-                    "units": [_facts(unit, site) for unit in answer.ranked],
-                    "all_gpus": [_facts(whole, site) for whole in answer.whole],
-                    "attainment": {
-                        name: [{"rate": rate} | asdict(report) for rate, report in pairs] for name, pairs in points.items()
-                    },
-                }
-            )
-        )
+        result = {"site": asdict(site), "workload": traffic.facts(traffic.requests or 0), "slo": str(targets)}
+        result |= {"verdict": asdict(advice), "units": [_facts(unit, site) for unit in answer.ranked]}
+        result |= {"all_gpus": [_facts(whole, site) for whole in answer.whole]}
+        attained = {name: [{"rate": rate} | asdict(report) for rate, report in pairs] for name, pairs in points.items()}
+        typer.echo(json.dumps(result | {"attainment": attained}))
     if html is not None:
         facts = [time.strftime("%Y-%m-%d %H:%M"), question, *lines, *advice.commands]
-        outputs.write(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
-        typer.echo(f"table and plot are in {html}", err=True)
+        outputs.write_page(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
     if not as_json:
         typer.echo(question)
         measuring.print_grid(rows)

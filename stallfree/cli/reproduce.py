@@ -51,7 +51,6 @@ def sarathi(
     """
 
     from stallfree.cli import outputs
-    from stallfree.cli.measuring import print_grid
     from stallfree.cli.simulate import running
     from stallfree.metrics import plot
     from stallfree.papers import sarathi_serve as paper
@@ -88,13 +87,19 @@ def sarathi(
         typer.echo(json.dumps({"engine": engine, "requests": requests, "seconds": seconds, "tables": tables}))
         return
     for title, rows in tables.items():
-        typer.echo(f"\n{title}")
-        print_grid([list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)])
-        errors = [abs(value) for row in rows for key, value in row.items() if "error" in key and value is not None]
-        if errors:
-            middle = sorted(errors)[len(errors) // 2]
-            typer.echo(f"errors: median {middle:.0%}, largest {max(errors):.0%}")
+        _print(title, rows)
     typer.echo(f"\n{seconds:.0f} s; engine {engine}, {requests:,} requests in a trial of capacity")
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    from stallfree.cli.measuring import print_grid
+
+    typer.echo(f"\n{title}")
+    print_grid([list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)])
+    errors = [abs(value) for row in rows for key, value in row.items() if "error" in key and value is not None]
+    if errors:
+        middle = sorted(errors)[len(errors) // 2]
+        typer.echo(f"errors: median {middle:.0%}, largest {max(errors):.0%}")
 
 
 def _cell(name: str, value: Any) -> str:

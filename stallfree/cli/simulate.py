@@ -20,6 +20,7 @@ from stallfree.workload.traffic import SHORTEST_S, Traffic
 if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
+    from stallfree.sim.simulate import Simulation
     from stallfree.sim.simulator import Instance, Simulator
     from stallfree.sim.trials import Trial, Trials, Tried
     from stallfree.workload.workload import Arrival
@@ -28,6 +29,13 @@ REQUESTS = 2048
 """Requests in a trial, as in the paper (Sarathi-Serve, OSDI'24, section 5)."""
 
 
+Record = Annotated[
+    Path | None,
+    typer.Option(help="Write a line for every iteration to this new file, as `serve --record` does.", show_default=False),
+]
+ChromeTrace = Annotated[
+    Path | None, typer.Option(help="Write iterations to this new file, for chrome://tracing and Perfetto.", show_default=False)
+]
 Policies = Annotated[
     list[str] | None,
     typer.Argument(
@@ -45,13 +53,8 @@ def simulate(
     deployment: Deployment,
     traffic: Traffic,
     trace: words.Trace = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(help="Write a line for every iteration to this new file, as `serve --record` does.", show_default=False),
-    ] = None,
-    chrome_trace: Annotated[
-        Path | None, typer.Option(help="Write iterations to this new file, for chrome://tracing and Perfetto.", show_default=False)
-    ] = None,
+    record: Record = None,
+    chrome_trace: ChromeTrace = None,
     requests_out: options.RequestsOut = None,
     as_json: options.Json = False,
     html: options.Html = None,
@@ -77,11 +80,11 @@ def simulate(
     traffic = words.traced(traffic, trace).ending(REQUESTS)
     simulator = _simulator(deployment, traffic)
     targets = simulator.targets or Slo()
-    tally, lines = Tally(targets), list[Timeline]()
+    tally, lines, keeps = Tally(targets), list[Timeline](), html is not None or requests_out is not None
 
     def ended(line: Timeline) -> None:
         tally.add(line)
-        if html is not None or requests_out is not None:
+        if keeps:
             lines.append(line)
 
     run = simulator.run(_counted(traffic), ended=ended, records=record is not None, spans=chrome_trace is not None)
@@ -89,9 +92,8 @@ def simulate(
     requests = report.completed + sum(report.errors.values())
     name = deployment.policy if deployment.token_budget is None else f"{deployment.policy}:{deployment.token_budget}"
     if record is not None:
-        (records,) = run.records
-        lines_of_text = [simulator.header.to_json(), *(step.to_json() for step in records)]
-        outputs.write(record, "".join(f"{text}\n" for text in lines_of_text))
+        texts = [simulator.header.to_json(), *(step.to_json() for step in run.records[0])]
+        outputs.write(record, "".join(f"{text}\n" for text in texts))
     if chrome_trace is not None:
         outputs.write(chrome_trace, json.dumps(chrome.trace(run.spans)))
     if requests_out is not None:
@@ -99,20 +101,14 @@ def simulate(
     if html is not None:
         facts = [simulator.instance.about, _words(_settings(deployment)), _words(traffic.facts(requests))]
         title = f"stallfree simulate, {time.strftime('%Y-%m-%d %H:%M')}"
-        outputs.write(html, page(title, facts, [], {name: (report, lines)}, targets))
-        typer.echo(f"table and plots are in {html}", err=True)
+        outputs.write_page(html, page(title, facts, [], {name: (report, lines)}, targets))
     dollars = simulator.dollars_per_million(report)
     if as_json:
         more = {"iterations": run.iterations, "bubbles": run.bubbles, "dollars_per_million_tokens": dollars}
         typer.echo(json.dumps({"deployment": _settings(deployment), "workload": traffic.facts(requests)} | more | asdict(report)))
         return
     measuring.print_grid(table({name: report}))
-    kv = simulator.instance.capacity
-    typer.echo(
-        f"{simulator.instance.about}, room for {kv.num_blocks * kv.block_size:,} tokens of KV: {run.iterations:,} iterations"
-        f"{f', bubbles {run.bubbles:.1%}' if kv.depth > 1 else ''}"
-        f"{'' if dollars is None else f', ${dollars:.2f} per million output tokens'}"
-    )
+    typer.echo(_summary(simulator, run, dollars))
 
 
 @words.spread("rate", "duration")
@@ -159,14 +155,8 @@ def capacity(
         capacities = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, seed=traffic.seed, shortest_s=shortest)
     if as_json:
         answers = {
-            name: {
-                "deployment": _settings(deployments[name]),
-                "slo": deployments[name].slo,
-                "capacity": highest.rate,
-                "above": highest.above,
-                "decisions": measuring.decisions(highest),
-                "trials": rows_of[name],
-            }
+            name: {"deployment": _settings(deployments[name]), "slo": deployments[name].slo, "capacity": highest.rate}
+            | {"above": highest.above, "decisions": measuring.decisions(highest), "trials": rows_of[name]}
             for name, highest in capacities.items()
         }
         typer.echo(json.dumps({"workload": traffic.facts(traffic.requests or 0), "configurations": answers}))
@@ -222,10 +212,18 @@ def compare(
     rows += [[name, f"{rate:g}", *_figures(report)] for (name, rate), report in reports.items()]
     if html is not None:
         about = [_words(facts), *(f"{name}: {_words(_settings(each))}" for name, each in deployments.items())]
-        outputs.write(html, loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", about, rows, reports))
-        typer.echo(f"table and plots are in {html}", err=True)
+        outputs.write_page(html, loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", about, rows, reports))
     if not as_json:
         measuring.print_grid(rows)
+
+
+def _summary(simulator: Simulator, run: Simulation, dollars: float | None) -> str:
+    """One line about a run; `dollars`: US dollars per million output tokens, if the hardware has a price."""
+    kv = simulator.instance.capacity
+    bubbles = f", bubbles {run.bubbles:.1%}" if kv.depth > 1 else ""
+    price = "" if dollars is None else f", ${dollars:.2f} per million output tokens"
+    room = f"{simulator.instance.about}, room for {kv.num_blocks * kv.block_size:,} tokens of KV"
+    return f"{room}: {run.iterations:,} iterations{bubbles}{price}"
 
 
 def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
