@@ -103,5 +103,5 @@ class Model(ABC):
             return self._embedding.rows(tokens, self._dtype)
         height = -(-self.config.vocab_size // self._ranks.size)
         local = tokens - self._ranks.rank * height
-        mine = (local >= 0) & (local < height)
-        return self.add(self._embedding.rows(local.where(mine, 0), self._dtype) * mine[:, None])
+        is_local = (local >= 0) & (local < height)
+        return self.add(self._embedding.rows(local.where(is_local, 0), self._dtype) * is_local[:, None])
