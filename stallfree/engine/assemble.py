@@ -106,10 +106,10 @@ def assemble(
     user. `progress` is called during a calibration, if one is needed.
     """
     targets = None if options.slo is None else Slo.parse(options.slo)
-    own = policies.options(options.policy, options.token_budget, options.policy_option)
+    policy_options = policies.options(options.policy, options.token_budget, options.policy_option)
     tuned = policies.wants_setup(options.policy)
     if not tuned:
-        policies.load(options.policy, Setup(), **own)
+        policies.load(options.policy, Setup(), **policy_options)
     limits = Limits(options.max_seqs, options.max_tokens)
     if ":" in options.executor:
         elsewhere.find("executor", options.executor, method="submit")
@@ -124,7 +124,7 @@ def assemble(
         cost = _cost(executor, key, say, progress)
         if targets is None or targets.tbt is targets.tpot is None:
             basis = _basis(cost, key)
-    policy = policies.load(options.policy, Setup(cost, targets), **own)
+    policy = policies.load(options.policy, Setup(cost, targets), **policy_options)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
     restart = options.on_worker_loss == "restart"
@@ -145,7 +145,7 @@ def assemble(
         limits,
         options.prefix_cache,
         "" if slo is None else str(slo),
-        own | dict(policy.options if isinstance(policy, Tuned) else {}),
+        policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
     )
     return Assembled(engine, name, weights, slo, basis if slo is not None else "", run, model_identity)
@@ -204,8 +204,8 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
-    own = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
-    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else own
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
+    name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else stem
     stat = path.stat()
     key = calibrate.machine() | {
         "executor": options.executor,

@@ -106,11 +106,11 @@ class Vocabulary:
             at = merge.find(" ", 1)
             left, right = merge[:at], merge[at + 1 :]
             if at < 0 or not right:
-                what = f"{KEY}merges[{number}] is {merge!r}, expected two tokens with a space between them"
-                raise TextError(f"{what}; the file is damaged, fetch it again")
+                message = f"{KEY}merges[{number}] is {merge!r}, expected two tokens with a space between them"
+                raise TextError(f"{message}; the file is damaged, fetch it again")
             if missing := [part for part in (left, right, left + right) if part not in self._ids]:
-                what = f"{KEY}merges[{number}] is {merge!r}, and {missing[0]!r} is not a token"
-                raise TextError(f"{what}; the file is damaged, fetch it again")
+                message = f"{KEY}merges[{number}] is {merge!r}, and {missing[0]!r} is not a token"
+                raise TextError(f"{message}; the file is damaged, fetch it again")
             merges.append((left, right))
         model = models.BPE(vocab=self._ids, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=pre in WHOLE)
         tokenizer = Tokenizer(model)

@@ -82,11 +82,11 @@ class Streams:
         self.forget(id)
         return Output(id, "", (), finish_reason="error", error=error)
 
-    def fail(self, id: str, what: str, error: BaseException) -> Output:
+    def fail(self, id: str, message: str, error: BaseException) -> Output:
         """End a request because of its own error. Returns its last output."""
-        log.error("request %s: %s", id, what, exc_info=error)
+        log.error("request %s: %s", id, message, exc_info=error)
         self._end(id, "error")
-        return self.ended(id, f"{what} ({type(error).__name__}: {error})")
+        return self.ended(id, f"{message} ({type(error).__name__}: {error})")
 
     def output(self, id: str, tokens: tuple[int, ...], details: object) -> Output:
         """The output of a request that has a reader, for its new tokens."""

@@ -74,8 +74,10 @@ class Text:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise TextError(f"{file}: {error}") from error
-        own, *configs = [_json(folder / n) for n in ("tokenizer_config.json", "generation_config.json", "config.json")]
-        named = _json(folder / "special_tokens_map.json") | own
+        tokenizer_config, *configs = [
+            _json(folder / n) for n in ("tokenizer_config.json", "generation_config.json", "config.json")
+        ]
+        named = _json(folder / "special_tokens_map.json") | tokenizer_config
         specials = {name: text for name in SPECIALS if (text := _content(named.get(name)))}
         eos_ids: set[int] = set()
         for config in configs:
@@ -83,7 +85,7 @@ class Text:
             eos_ids |= {id for id in (ids if isinstance(ids, list) else [ids]) if isinstance(id, int)}
         if (id := tokenizer.token_to_id(specials.get("eos_token", ""))) is not None:
             eos_ids.add(id)
-        return cls(tokenizer, _templates(folder, own.get("chat_template")), eos_ids, specials, vocab_size)
+        return cls(tokenizer, _templates(folder, tokenizer_config.get("chat_template")), eos_ids, specials, vocab_size)
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
         """Token ids of `text`. `special` adds the tokens that the tokenizer puts around a text (BOS). Control tokens in the text

@@ -140,8 +140,8 @@ class EngineThread:
         self._idle.clear()
         for request in requests:
             self._streams[request.id] = outputs
-            how = {"include_stop": include_stop, "continues": continues}
-            submit = partial(self.engine.submit, request, stop, **how, transfer=transfer(), watch=watch)
+            options = {"include_stop": include_stop, "continues": continues}
+            submit = partial(self.engine.submit, request, stop, **options, transfer=transfer(), watch=watch)
             self.call(partial(self._submit, request.id, submit))
         return outputs
 

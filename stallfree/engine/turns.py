@@ -75,19 +75,19 @@ class Player:
     ):
         self.clock = Clock(clock)
         self.records: list[StepRecord] = []
-        self._coming = deque(requests)
+        self._requests = deque(requests)
         self._engine = Engine(executor, text, policy, reuse=False, record=self.records.append, clock=self.clock)
 
     @property
     def done(self) -> bool:
-        return not (self._coming or self._engine.busy)
+        return not (self._requests or self._engine.busy)
 
     def turn(self) -> None:
         """Run one iteration. If there is nothing to run, jump to the next arrival first. Raises Refused if a request cannot fit."""
         self.clock.go()
-        if not self._engine.busy and self._coming:
-            self.clock.jump(self._coming[0].arrival)
-        while self._coming and self._coming[0].arrival <= self.clock():
-            self._engine.submit(self._coming.popleft())
+        if not self._engine.busy and self._requests:
+            self.clock.jump(self._requests[0].arrival)
+        while self._requests and self._requests[0].arrival <= self.clock():
+            self._engine.submit(self._requests.popleft())
         self._engine.step()
         self.clock.stand()

@@ -252,8 +252,8 @@ class Replica:
                 if line.scheduled is None:
                     line.scheduled = start
                 if w.samples:
-                    had = len(request.output)
-                    tokens[w.id] = answer[had : had + 1]
+                    position = len(request.output)
+                    tokens[w.id] = answer[position : position + 1]
                     line.tokens.append(end)
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done, dropped = scheduler.complete(plan, result, end)
@@ -319,8 +319,8 @@ class Replica:
         tokens = []
         for request in stretch.sampling:
             answer, line, _ = _script(request)
-            had = len(request.output)
-            tokens.append(answer[had : had + steps])
+            position = len(request.output)
+            tokens.append(answer[position : position + steps])
             line.tokens += ends
         before = len(scheduler.ledger.running), scheduler.ledger.pool.num_free
         done = stretch.leap(steps, tokens, ends[-1])

@@ -22,16 +22,16 @@ INPUTS = {
     "max_context_len": np.int32,
     "sampled_rows": np.int32,
 }
-"""The graph's inputs beside the KV cache, all vectors but the scalar `max_context_len`. For N sequences of T tokens in all:
-`past_lens` [N] tokens already in the cache; `subsequence_begins` [N + 1] first row of each sequence; `block_indices` all block
-tables end to end, `block_indices_begins` [N + 1] where each begins; `sampled_rows` the rows to compute logits of."""
+"""The graph's inputs without the KV cache; all are vectors except the scalar `max_context_len`. For N sequences of T tokens in all:
+`past_lens` [N]: tokens already in the cache. `subsequence_begins` [N + 1]: the first row of each sequence. `block_indices`: all
+block tables end to end. `block_indices_begins` [N + 1]: where each begins. `sampled_rows`: the rows to compute logits of."""
 
 OPENVINO = "2026.4.1"
-"""The version that the paged-attention operator's inputs below are written for: it is internal to the runtime, and grows."""
+"""The version for which the inputs of the paged-attention operator are written: it is internal to the runtime, and grows."""
 
 
 def build(source: Weights, config: ModelConfig, max_model_len: int) -> ov.Model:
-    """The graph: logits [sampled rows, vocabulary] float32. Positions up to `max_model_len`."""
+    """The graph, whose output is logits [sampled rows, vocabulary] float32. `max_model_len`: the most positions."""
     inputs = {name: _input(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
     cache: list[ov.op.Parameter] = []
     tables = _rotary_tables(config, inputs["position_ids"], max_model_len)
@@ -78,7 +78,7 @@ def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) 
 
 
 def _rotate(x: ov.Node, tables: tuple[ov.Node, ov.Node], half: int) -> ov.Node:
-    """Rotary positions on [tokens, heads, 1, head_dim], the pairs half a head apart."""
+    """Rotary positions on `x` [tokens, heads, 1, head_dim]. The two of a pair are half a head apart."""
     cos, sin = tables
     first, second = ops.variadic_split(x, constant(3, np.int64), constant([half, half], np.int64)).outputs()
     turned = ops.concat([ops.multiply(second, _f32(-1)), first], -1)

@@ -1,5 +1,5 @@
-"""Falcon: attention and FFN read the same input side by side (arXiv 2311.16867), LayerNorm, GELU. Its file holds queries, keys and
-values of each KV head together; they are put in order when loaded.
+"""Falcon: attention and FFN read the same input (arXiv 2311.16867), with LayerNorm and GELU. Its file holds the queries, keys and
+values of each KV head together; loading puts them in order. It knows nothing of ranks or KV.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from stallfree.executors.torch.model import Cache, Model
 from stallfree.executors.torch.weights import Matrix, Weights
 
 Norm = tuple[torch.Tensor, torch.Tensor]
-"""Weight and bias."""
+"""Weight and bias of a LayerNorm."""
 
 
 @dataclass(slots=True)
 class Layer:
-    """`norms`: before attention, before the FFN; the same if there is one."""
+    """The weights of a layer. `norms`: before attention and before the FFN; twice the same if the model has only one."""
 
     norms: tuple[Norm, Norm]
     qkv: Matrix
@@ -47,9 +47,9 @@ class Falcon(Model):
         self, layer: Layer, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch, turns: Turns, cache: Cache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = hidden if delta is None else hidden + delta
-        found = self.attention(layer.qkv(self.normed(hidden, layer.norms[0])), batch, turns, cache)
+        attended = self.attention(layer.qkv(self.normed(hidden, layer.norms[0])), batch, turns, cache)
         fed = layer.down(gelu(layer.up(self.normed(hidden, layer.norms[1]))))
-        return hidden, self.add(layer.output(found) + fed)
+        return hidden, self.add(layer.output(attended) + fed)
 
     def norm(self, weights: Weights) -> Norm:
         return self._norm_of(weights, "transformer.ln_f")

@@ -16,8 +16,8 @@ from stallfree.executors.torch.weights import Matrix, Weights
 
 @dataclass(slots=True)
 class Layer:
-    """`norms`: before attention, before the FFN; `heads`: of queries and keys, where they are normalised; `ffn` in whatever form
-    the family has it."""
+    """The weights of a layer. `norms`: before attention and before the FFN. `heads`: the norms of queries and keys, if there are
+    any. `ffn`: in the family's own form."""
 
     norms: tuple[torch.Tensor, torch.Tensor]
     heads: tuple[torch.Tensor, torch.Tensor] | None
@@ -49,8 +49,8 @@ class Llama(Model):
             x = self.normed(hidden, layer.norms[0])
         else:
             hidden, x = add_norm(hidden, delta, layer.norms[0], self.config.norm_eps)
-        found = self.attention(layer.qkv(x), batch, turns, cache, layer.window, layer.heads)
-        hidden, x = add_norm(hidden, self.add(layer.output(found)), layer.norms[1], self.config.norm_eps)
+        attended = self.attention(layer.qkv(x), batch, turns, cache, layer.window, layer.heads)
+        hidden, x = add_norm(hidden, self.add(layer.output(attended)), layer.norms[1], self.config.norm_eps)
         return hidden, self.add(self.fed_forward(x, layer.ffn))
 
     def norm(self, weights: Weights) -> torch.Tensor:
@@ -60,13 +60,13 @@ class Llama(Model):
         return rms_norm(x, norm.shape, norm, self.config.norm_eps)
 
     def feed_forward(self, weights: Weights, at: str) -> object:
-        """What `fed_forward` needs of the layer whose tensors' names begin with `at`."""
+        """The FFN of the layer whose tensor names begin with `at`, for `fed_forward`."""
         whole, bias = weights.tp, self.config.mlp_bias
         up = weights.outputs((f"{at}mlp.gate_proj", whole), (f"{at}mlp.up_proj", whole), bias=bias)
         return up, weights.inputs(f"{at}mlp.down_proj", bias=bias)
 
     def fed_forward(self, x: torch.Tensor, ffn: Any) -> torch.Tensor:
-        """This rank's part of the FFN of [tokens, hidden]."""
+        """This rank's part of the FFN's output for `x` [tokens, hidden]."""
         up, down = ffn
         result: torch.Tensor = down(swiglu(up(x)))
         return result

@@ -1,5 +1,5 @@
-"""Mixtral: a Llama whose FFN is a mixture of experts, of which each token passes the best few (arXiv 2401.04088). Each rank has a
-part of every expert.
+"""Mixtral: a Llama whose FFN is a mixture of experts; each token passes through the best few (arXiv 2401.04088). Each rank has a
+part of every expert. It knows nothing of KV.
 """
 
 from typing import Any

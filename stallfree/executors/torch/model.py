@@ -1,5 +1,5 @@
-"""What the model families have in common: embedding, rotary positions, layers over a paged KV cache, head; for one rank's part of
-some of the layers. What a layer is, is the family's file's business; who adds up the parts is `parallel`'s.
+"""The common part of the model families: embedding, rotary positions, layers over a paged KV cache, head; for one rank's part of
+some of the layers. It does not know what is in a layer (the family's file does), or how ranks add their parts (`parallel` does).
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +19,12 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 
 class Model(ABC):
-    """`layers` of a model of `config`, with the embedding if the first is among them, and the head if the last is."""
+    """The `layers` of a model of `config`, with the embedding if the first layer is among them, and the head if the last is."""
 
     embedding = "model.embed_tokens.weight"
-    """The tensor's name in the checkpoint."""
+    """The name of the embedding's tensor in the checkpoint."""
     recordable = True
-    """Whether an iteration launches the same kernels whatever is in the tensors."""
+    """Whether an iteration launches the same kernels for any values in the tensors."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ranks: Ranks, layers: range, max_model_len: int):
         self.config, self.layers = config, layers
@@ -47,25 +47,25 @@ class Model(ABC):
 
     @abstractmethod
     def layer(self, weights: Weights, number: int) -> Any:
-        """What `block` needs of layer `number`."""
+        """The weights of layer `number`, for `block`."""
 
     @abstractmethod
     def block(
         self, layer: Any, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch, turns: Turns, cache: Cache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`hidden` and `delta` after a layer, [tokens, hidden], whose sum is what goes on: the next norm adds them up."""
+        """`hidden` and `delta` after a layer, both [tokens, hidden]. Their sum is the layer's output; the next norm adds them."""
 
     @abstractmethod
     def norm(self, weights: Weights) -> Any:
-        """What `normed` needs of the norm before the head."""
+        """The weights of the norm before the head, for `normed`."""
 
     @abstractmethod
     def normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         """`x` normalised in its last dimension."""
 
     def __call__(self, batch: Batch, hidden: torch.Tensor | None, caches: list[Cache]) -> torch.Tensor:
-        """From tokens, or what the stage before made of them [tokens, hidden], to the logits [rows, vocabulary] float32 of the rows
-        that are asked for, or to what the next stage begins with.
+        """From tokens, or the previous stage's output [tokens, hidden], to the logits [rows, vocabulary] float32 of the batch's
+        `rows`, or to the next stage's input.
         """
         if hidden is None:
             hidden = self._embed(batch.tokens)
@@ -81,8 +81,8 @@ class Model(ABC):
     def attention(
         self, qkv: torch.Tensor, batch: Batch, turns: Turns, cache: Cache, window: int = 0, norms: Any = None
     ) -> torch.Tensor:
-        """[tokens, heads x head size], of queries, keys and values side by side; queries and keys are normalised by `norms`, if
-        there are any.
+        """The attention's output, [tokens, heads x head size]. `qkv`: queries, keys and values side by side. `norms`: of queries
+        and keys, if there are any.
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
         q, k, v = qkv.view(len(qkv), -1, self.config.head_dim).split([heads, kv_heads, kv_heads], 1)
@@ -98,10 +98,10 @@ class Model(ABC):
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self._embedding is None:
-            raise ValueError("the stage that has no embedding begins with what the one before it made")
+            raise ValueError("this stage has no embedding; pass the output of the previous stage as `hidden`")
         if self._ranks.size == 1:
             return self._embedding.rows(tokens, self._dtype)
         height = -(-self.config.vocab_size // self._ranks.size)
         local = tokens - self._ranks.rank * height
-        mine = (local >= 0) & (local < height)
-        return self.add(self._embedding.rows(local.where(mine, 0), self._dtype) * mine[:, None])
+        is_local = (local >= 0) & (local < height)
+        return self.add(self._embedding.rows(local.where(is_local, 0), self._dtype) * is_local[:, None])

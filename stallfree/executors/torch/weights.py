@@ -1,6 +1,6 @@
-"""From a checkpoint's tensors to this rank's part of them, on its device, in the number format that was asked for.
+"""From a checkpoint's tensors to this rank's part of them, on its device, in the wanted number format.
 
-Tensors pass one at a time, so that the model is never in memory twice. It knows number formats, and nothing of transformers.
+Tensors pass one at a time, so the model is never in memory twice. It knows number formats, and nothing of transformers.
 """
 
 import torch
@@ -10,13 +10,13 @@ from stallfree.checkpoint import Checkpoint
 
 FORMATS = ("f32", "bf16", "fp16", "fp8", "int8", "int4")
 QUANTISED = {"fp8", "int8", "int4"}
-"""Formats in which nobody computes: the product is in the activations' type."""
+"""Formats for storage only: products are computed in the activations' type."""
 GROUP = 64
-"""Weights of a row that share a scale, and an offset, in int4."""
+"""How many weights of a row share a scale and an offset in int4."""
 
 
 class Matrix:
-    """[out, in], stored as `form` says; applied to activations it gives their type."""
+    """A matrix [out, in], stored as `form` says. Applied to activations, it returns their type."""
 
     def __init__(self, values: torch.Tensor, form: str, bias: torch.Tensor | None):
         self.bias = bias
@@ -43,18 +43,18 @@ class Matrix:
         if x.is_cuda and self._form in QUANTISED:
             from stallfree.executors.torch.quantised import product
 
-            found = product(x, self._values, self._scale, self._low, GROUP)
-            return found if self.bias is None else found + self.bias
+            out = product(x, self._values, self._scale, self._low, GROUP)
+            return out if self.bias is None else out + self.bias
         return linear(x, self.dense(x.dtype), self.bias)
 
     def rows(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of these numbers: a matrix of embeddings is looked up by them."""
+        """The rows for these tokens, if this is a matrix of embeddings."""
         if self._form in QUANTISED:
             raise ValueError("embeddings are not quantised")
         return self._values[tokens].to(dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values that it stands for."""
+        """The values for which the stored numbers stand."""
         if self._form in ("int8", "fp8"):
             return self._values.to(dtype) * self._scale.to(dtype)
         if self._form == "int4":
@@ -64,7 +64,7 @@ class Matrix:
 
 
 class Weights:
-    """The tensors of `checkpoint` on `device`, matrices in `form`, the rest in `dtype`; `tp` ranks share them, and this one is
+    """The tensors of `checkpoint` on `device`: matrices in `form`, all else in `dtype`. `tp` ranks share them; this one is
     `rank`."""
 
     def __init__(self, checkpoint: Checkpoint, form: str, dtype: torch.dtype, device: torch.device, rank: int = 0, tp: int = 1):
@@ -72,52 +72,52 @@ class Weights:
         self.dtype, self.device, self.rank, self.tp = dtype, device, rank, tp
 
     def vector(self, name: str) -> torch.Tensor:
-        """All of a vector."""
+        """A whole vector."""
         return self._read(name).to(self.device, self.dtype)
 
     def outputs(self, *parts: tuple[str, int], bias: bool = False) -> Matrix:
-        """Matrices under each other of which each rank has some outputs: (name, in how many parts it is cut). Where these are fewer
-        than the ranks, several ranks have the same.
+        """Matrices, one below the other, of which each rank has some outputs. `parts`: (name, number of parts in which it is cut).
+        If there are fewer parts than ranks, several ranks have the same part.
         """
         values = torch.cat([self._share(f"{name}.weight", pieces) for name, pieces in parts])
         added = torch.cat([self._share(f"{name}.bias", pieces) for name, pieces in parts]) if bias else None
         return self._stored(values, added)
 
     def whole(self, name: str) -> Matrix:
-        """A small matrix that every rank has all of, and that is not quantised."""
+        """A small matrix, not quantised, of which every rank has all."""
         return Matrix(self._read(f"{name}.weight").to(self.device, self.dtype), "", None)
 
     def fused(self, name: str, heads: int, kv_heads: int, size: int, *, bias: bool = False) -> Matrix:
-        """As `outputs`, of one matrix that holds, for each KV head, the rows of its queries, its keys and its values."""
+        """As `outputs`, for one matrix that holds, for each KV head, the rows of its queries, its keys and its values."""
 
         def share(values: torch.Tensor) -> torch.Tensor:
             grouped = values.view(kv_heads, heads // kv_heads + 2, size, -1)
             parts = grouped[:, :-2].reshape(heads * size, -1), grouped[:, -2].reshape(kv_heads * size, -1), grouped[:, -1]
-            found = [
+            shares = [
                 self._cut(part.reshape(-1, part.shape[-1]), cut)
                 for part, cut in zip(parts, (heads, kv_heads, kv_heads), strict=True)
             ]
-            return torch.cat(found)
+            return torch.cat(shares)
 
         weight = share(self._read(f"{name}.weight"))
         added = share(self._read(f"{name}.bias")).view(-1) if bias else None
         return self._stored(weight, added)
 
     def inputs(self, name: str, *, bias: bool = False) -> Matrix:
-        """A matrix of which each rank has some inputs: the ranks' products are to be added up. The first rank has the bias."""
+        """A matrix of which each rank has some inputs, so the ranks' products must be added. Only the first rank has the bias."""
         whole = self._read(f"{name}.weight")
         width = whole.shape[1] // self.tp
         added = self._read(f"{name}.bias") if bias and self.rank == 0 else None
         return self._stored(whole[:, self.rank * width : (self.rank + 1) * width], added)
 
     def vocabulary(self, name: str) -> Matrix:
-        """A matrix with a row for each token, of which each rank has as many; the last one's may be fewer. Not quantised."""
+        """A matrix with a row for each token, not quantised. Ranks have equally many rows; the last one may have fewer."""
         whole = self._read(name)
         height = -(-len(whole) // self.tp)
         return Matrix(whole[self.rank * height : (self.rank + 1) * height].to(self.device, self.dtype), "", None)
 
     def _read(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint. One that a benchmark makes on the device stays there."""
+        """A tensor of the checkpoint. If a benchmark made it on the device, it stays there."""
         return torch.as_tensor(self._checkpoint.read(name))
 
     def _share(self, name: str, pieces: int) -> torch.Tensor:

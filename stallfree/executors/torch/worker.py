@@ -135,9 +135,9 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire.send(sock, {"token": token, "rank": rank})
         try:
-            own = Rank(wire.receive(sock), local)
-            wire.send(sock, {"num_blocks": own.room()})
-            own.allocate(wire.receive(sock)["num_blocks"])
+            member = Rank(wire.receive(sock), local)
+            wire.send(sock, {"num_blocks": member.room()})
+            member.allocate(wire.receive(sock)["num_blocks"])
             wire.send(sock, {"ready": True})
         except ConnectionError:
             return
@@ -145,7 +145,7 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
             wire.send(sock, {"error": str(error), "kind": type(error).__name__})
             return
         try:
-            _serve(sock, own)
+            _serve(sock, member)
         except ConnectionError:
             return
         finally:
@@ -153,17 +153,17 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
                 dist.destroy_process_group()
 
 
-def _serve(sock: socket.socket, own: Rank) -> None:
+def _serve(sock: socket.socket, rank: Rank) -> None:
     while True:
         message = wire.receive(sock)
         try:
             answer = None
             if "read" in message:
-                answer = own.read(message["read"])
+                answer = rank.read(message["read"])
             elif "write" in message:
-                own.write(message["write"], message["kv"])
+                rank.write(message["write"], message["kv"])
             else:
-                answer = own.run(wire.to_plan(message))
+                answer = rank.run(wire.to_plan(message))
         except Exception as error:  # the other ranks wait for this one's part, so the driver starts them all again
             reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             wire.send(sock, {"error": reason})
