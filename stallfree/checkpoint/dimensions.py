@@ -50,7 +50,7 @@ FAMILIES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimensions:
     """A model's sizes. `max_model_len`: tokens of its context. Of `experts` FFNs each token passes `active_experts`. `parallel`:
-    attention and FFN read the same input. `name`: what messages call the model.
+    attention and FFN read the same input. `name`: what the simulator's messages call the model.
     """
 
     family: str

@@ -214,7 +214,6 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
     bos, eos = (_special(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size, source) for name in ("bos", "eos"))
     first = "model.layers.0."
     config = ModelConfig(
-        name=path.stem,
         family=family,
         vocab_size=vocab_size,
         num_layers=num_layers,

@@ -60,7 +60,7 @@ def _config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(served)}")
     if values.get("quantization_config"):
         raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
-    sizes, bos = dimensions(values, source, path.name), values.get("bos_token_id")
+    sizes, bos = dimensions(values, source), values.get("bos_token_id")
     config = ModelConfig(
         **asdict(sizes)
         | (_falcon(values, source) if sizes.family == "falcon" else _llama(values, sizes.family, source))

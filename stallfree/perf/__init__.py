@@ -1,1 +1,1 @@
-"""What an iteration costs, in seconds: models of it, for policies to plan with and simulators to run on."""
+"""Cost models: the seconds of an iteration, for policies that plan and for simulators."""

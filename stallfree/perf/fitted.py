@@ -1,8 +1,7 @@
-"""An iteration's time as a sum of a few named features, with prices fitted to iterations that were timed.
+"""An iteration's time as a sum of a few named features, with prices fitted to timed iterations.
 
-The prices say what things cost relative to each other, which the model and the machine decide; they are learned slowly. `pace` says
-how fast the machine is just now, whatever else it does; it is learned within some ten iterations. The model knows shapes and
-seconds, not who ran them.
+The prices are costs relative to each other. The model and the machine decide them, and they are learned slowly. `pace` is the
+machine's speed at present; it is learned within about ten iterations. This cost model knows shapes and seconds, not who ran them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +12,20 @@ from typing import Any, Self
 from stallfree.core.plan import Shape, parts
 
 FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
-"""1; the iteration's tokens; tokens of KV that its decodes read, and its prefill chunks; pairs of query and key in those chunks;
-its pieces of work, of which each yields at most one row of logits, and the plain rows that sampling counts for beyond these."""
+"""In this order: 1; the iteration's tokens; tokens of KV that its decodes read; tokens of KV that its prefill chunks read; pairs of
+query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as."""
 
 SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0)
-"""What a feature is counted in, so that all are of one order and the sums well conditioned."""
+"""The unit of each feature. With these units all prices have one order of magnitude, and the least squares are well conditioned."""
 
 ANCHOR = 50.0
-"""Iterations that the calibration counts for, against those seen while serving: what traffic never shows stays as calibrated."""
+"""The weight of the calibration, in iterations seen while serving. Prices that traffic never shows stay as calibrated."""
 
 FORGET = 0.99
-"""Weight of an iteration against the next: about a hundred count."""
+"""The weight of an iteration relative to the next one: about a hundred count."""
 
 HASTE = 0.1
-"""Weight of the newest iteration in `pace`: after ten iterations, two thirds of a change of speed are in it."""
+"""The weight of the newest iteration in `pace`, which has two thirds of a change of speed after ten iterations."""
 
 Row = list[float]
 Sample = tuple[Shape, float]
@@ -35,8 +34,8 @@ Sample = tuple[Shape, float]
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How well a model describes iterations: relative errors |predicted / measured - 1|, and the shape with the largest. `scatter`:
-    measured over predicted, of each iteration.
+    """How well a cost model describes iterations: relative errors |predicted / measured - 1|, and the shape with the largest.
+    `scatter`: measured over predicted time of each iteration.
     """
 
     iterations: int
@@ -48,11 +47,11 @@ class Errors:
 
 
 class Fitted:
-    """A cost model with `prices` in seconds for each of `FEATURES`, counted in `SCALE`; none is negative.
+    """A cost model with `prices`: seconds for each of `FEATURES`, in units of `SCALE`. None is negative.
 
-    `quantum`: executors work in tiles, and an iteration whose tokens fill whole ones wastes nothing; `room` keeps to its multiples.
-    Least squares on relative errors (a millisecond matters more in a short iteration), recursive with forgetting (Ljung, System
-    Identification, chapter 11), and solved for prices that are not negative by coordinate descent from where they stood.
+    `quantum`: tokens of an executor's tile. An iteration that fills whole tiles wastes nothing, so `room` keeps to multiples of it.
+    The fit is least squares on relative errors, because a millisecond matters more in a short iteration. It is recursive with
+    forgetting (Ljung, System Identification, chapter 11). Coordinate descent from the present prices keeps them above or at 0.
     """
 
     def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1):
@@ -64,13 +63,13 @@ class Fitted:
         self.quantum = quantum
         self.pace = 1.0
         self.error = 0.0
-        # Uncalibrated, each price stands for itself.
+        # Without a calibration, each price is anchored by itself.
         size = len(prices)
         self._anchor_to([[ANCHOR / size / p**2 if i == j and p else 0.0 for j in range(size)] for i, p in enumerate(prices)])
 
     @classmethod
     def fit(cls, samples: Sequence[Sample], quantum: int = 1) -> Self:
-        """The model that describes `samples` best. Raises ValueError without any, or for times that are not above 0."""
+        """The cost model that describes `samples` best. Raises ValueError if there are none, or for times that are not above 0."""
         if not samples or not all(0 < seconds < inf for _, seconds in samples):
             raise ValueError(f"a fit needs iterations that took time; these are {len(samples)}")
         size = len(FEATURES)
@@ -86,7 +85,7 @@ class Fitted:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The model that `state` was taken of, as it was before it learned. Raises ValueError for anything else."""
+        """The cost model with this `state`, as it was before it learned. Raises ValueError if `state` is not one."""
         try:
             model = cls(state["prices"], state["quantum"])
             anchor = [[float(value) for value in row] for row in state["anchor"]]
@@ -98,7 +97,7 @@ class Fitted:
         return model
 
     def state(self) -> dict[str, Any]:
-        """What the model starts from, for JSON. What it has learned while serving is not in it."""
+        """The state before any learning, for JSON."""
         return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor}
 
     def seconds(self, shape: Shape) -> float:
@@ -139,13 +138,15 @@ class Fitted:
         return ratio
 
     def errors(self, samples: Sequence[Sample]) -> Errors:
-        """How well `samples` are described. Raises ValueError without any."""
+        """How well the cost model describes `samples`. Raises ValueError if there are none."""
         if not samples:
-            raise ValueError("errors are of iterations; there are none")
+            raise ValueError("errors need at least one iteration; there is none")
         scatter = tuple(seconds / self.seconds(shape) for shape, seconds in samples)
-        found = sorted(((abs(1 / s - 1), tuple(shape)) for s, (shape, _) in zip(scatter, samples, strict=True)), key=lambda e: e[0])
-        size = len(found)
-        return Errors(size, found[size // 2][0], found[min(size - 1, size * 9 // 10)][0], *found[-1], scatter)
+        errors = sorted(
+            ((abs(1 / s - 1), tuple(shape)) for s, (shape, _) in zip(scatter, samples, strict=True)), key=lambda e: e[0]
+        )
+        size = len(errors)
+        return Errors(size, errors[size // 2][0], errors[min(size - 1, size * 9 // 10)][0], *errors[-1], scatter)
 
     def _anchor_to(self, anchor: list[Row]) -> None:
         self._start = list(self.prices)
@@ -156,7 +157,7 @@ class Fitted:
 
 
 def features(shape: Shape) -> Row:
-    """The `FEATURES` of an iteration, counted in `SCALE`."""
+    """The `FEATURES` of an iteration, in units of `SCALE`."""
     return list(_row(*parts(shape)))
 
 
@@ -179,7 +180,7 @@ def _product(a: Iterable[float], b: Iterable[float]) -> float:
 
 
 def _add(matrix: list[Row], target: Row, row: Row) -> None:
-    """One more equation, `row` times prices = 1."""
+    """Add one equation: `row` times prices is 1."""
     for i, value in enumerate(row):
         target[i] += value
         line = matrix[i]
@@ -188,7 +189,7 @@ def _add(matrix: list[Row], target: Row, row: Row) -> None:
 
 
 def _improve(prices: Row, matrix: list[Row], target: Row) -> None:
-    """One sweep of coordinate descent towards the least squares, in which no price is negative."""
+    """One sweep of coordinate descent towards the least squares; no price becomes negative."""
     for i, line in enumerate(matrix):
         if line[i] > 0:
             prices[i] = max(0.0, prices[i] + (target[i] - _product(line, prices)) / line[i])

@@ -1,7 +1,7 @@
-"""What one kernel takes on one device: the peak rates of its data sheet, less the few ways in which kernels fall short of them.
+"""The time of one kernel on one device: the peak rates of its data sheet, and the few ways in which kernels fall short of them.
 
-A matrix product is cut into tiles; processors take them in waves, and the last wave may be nearly empty. Attention reads the KV
-once per head that it belongs to. A message takes its latency and its bytes. What runs when, and how often, is others'.
+A matrix product is cut into tiles. Processors take them in waves, and the last wave may be nearly empty. Attention reads the KV
+once per KV head. A message takes its latency and the time of its bytes. This module does not know which kernels run, nor how often.
 """
 
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ from stallfree.perf.hardware import Hardware, Link
 from stallfree.perf.shape import WEIGHT_BYTES, Matrix
 
 SPLITS = (1, 2, 4)
-"""Into how many parts a tile's sum may be split, when the tiles alone do not occupy the processors."""
+"""The parts into which a tile's sum may be split, if the tiles alone do not occupy the processors."""
 
 EDGE = 0.2 * 64
-"""How much slower a tile is for its edges: a tile of r x c reads (r + c) / (r c) numbers an operation from the cache. Fitted on the
-visible profiles of three devices together; 0.15 to 0.25 describes each about as well."""
+"""How much its edges slow a tile: a tile of r x c reads (r + c) / (r c) numbers per operation from the cache. Fitted on the
+profiles of three devices together; 0.15 to 0.25 describes each about as well."""
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-"""Rows (tokens) and columns (outputs) of the tiles that a library's matrix product chooses from; the best one is taken to be
-chosen."""
+"""Rows (tokens) and columns (outputs) of the tiles that a library's matrix product chooses from. The model assumes that it chooses
+the best."""
 
 LOW = ((16, 64), (32, 64), *TILES)
-"""The same for weights in fewer bits, whose kernels are made for few tokens (Marlin, arXiv 2408.11743)."""
+"""Tiles for weights in fewer bits, whose kernels are made for few tokens (Marlin, arXiv 2408.11743)."""
 
 OVERLAP = 3.0
-"""Computing and reading overlap, but not wholly: a kernel takes the norm of this order of both. 2.5 to 4 describes profiles
-alike."""
+"""Computing and reading overlap, but not completely: a kernel's time is the norm of this order of both. 2.5 to 4 describes profiles
+equally well."""
 
 STEP = 32
-"""Numbers that the inner loop of a matrix product takes at once."""
+"""Columns that the inner loop of a matrix product takes at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A kernel on rows: `passes` over them, at `bytes_per_clock` for each processor at the most, in no less than `floor_s`.
+    """A kernel on rows: `passes` over them, at most `bytes_per_clock` per processor, and at least `floor_s` in all.
 
-    Fitted on the profiles of an A100, H100 and A40 together; median error 8 %, P90 22 %, of times that are mostly a few
-    microseconds.
+    Fitted on the profiles of an A100, H100 and A40 together. The median error is 8 % and the P90 22 %, of times that are mostly a
+    few microseconds.
     """
 
     passes: int
@@ -57,9 +57,8 @@ ELEMENTWISE = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`seconds` that a kernel takes, and what it would take if one thing alone held it up: arithmetic, memory or link at their peak
-    rates, or its launch.
-    """
+    """`seconds` of a kernel, and the seconds of each limit alone: arithmetic, memory and link at their peak rates, and its
+    launch."""
 
     seconds: float
     compute_s: float = 0.0
@@ -69,18 +68,18 @@ class Cost:
 
     @property
     def limit(self) -> tuple[str, float]:
-        """What holds it up most, and the seconds of that alone."""
+        """The largest of the limits, and its seconds."""
         limits = {"compute": self.compute_s, "bandwidth": self.bandwidth_s, "link": self.link_s, "launch": self.launch_s}
         return max(limits.items(), key=lambda item: item[1])
 
 
 def arithmetic(device: Hardware, precision: str) -> str:
-    """The precision in which weights of `precision` are multiplied: their own if the device has a rate for it, else fp16."""
+    """The precision of the arithmetic for weights of `precision`: the same if the device has a rate for it, else fp16."""
     return precision if precision in device.peak else "fp16"
 
 
 def matmul(device: Hardware, tokens: int, matrix: Matrix) -> Cost:
-    """`tokens` rows of activations times `matrix`. Of a mixture of experts, those that are expected to be met by a token."""
+    """`tokens` rows of activations times `matrix`. Of a mixture of experts, the expected number that at least one token meets."""
     copies, rows, columns = matrix.copies, matrix.rows, matrix.columns
     met = copies * (1 - (1 - matrix.active / copies) ** tokens)
     each = tokens * matrix.active / met
@@ -119,8 +118,8 @@ def elementwise(device: Hardware, name: str, tokens: int, width: float) -> Cost:
 class Attention:
     """Attention of one layer on one device: `heads` query heads, `kv_heads` heads with `kv_bytes` of KV for each token.
 
-    `masked`: the share of the masked half of a chunk's own square that the kernel computes all the same: 1 for kernels of early
-    2024, 0 for later ones, which skip it but for the tiles on the diagonal.
+    `masked`: the share of the masked half of a chunk's own square that the kernel computes. It is 1 for kernels of early 2024. It
+    is 0 for later ones, which compute only the tiles on the diagonal.
     """
 
     def __init__(self, device: Hardware, heads: int, kv_heads: int, head_dim: int, kv_bytes: float, masked: float):
@@ -132,18 +131,19 @@ class Attention:
         self._enough = device.processors // kv_heads * TALL * kv_heads / heads
 
     def decodes(self, context: int) -> float:
-        """Seconds of requests of one token each, with `context` tokens of KV before them in total: reading the KV once."""
+        """Seconds of decodes with `context` tokens of KV before them in total: the KV is read once."""
         return self._split_s + context * self._token_s
 
     def chunks(self, tokens: int, cached: int, pairs: float) -> float:
-        """Seconds of chunks of `tokens` in total, with `cached` tokens of KV before them in total; `pairs` of query and key, as
-        `pairs` says. Too few of them to occupy the processors are split along their KV, as decodes always are.
+        """Seconds of chunks with `tokens` in total, and `cached` tokens of KV before them in total. `pairs`: the sum of
+        `self.pairs`. Chunks too small to occupy the processors are split along their KV, as decodes always are.
         """
         split = self._split_s if cached and tokens < self._enough else 0.0
         return self._launch_s + split + max(pairs * self._pair_s, (cached + tokens) * self._token_s)
 
     def pairs(self, start: int, count: int) -> float:
-        """Pairs of query and key that a chunk's kernel computes: all of those before it, and its own that are not skipped."""
+        """Pairs of query and key that a chunk's kernel computes: all with the KV before it, and those of its own that it does not
+        skip."""
         own = count * (count + min(count, TALL)) / 2
         return count * start + own + self.masked * (count * count - own)
 
@@ -161,14 +161,14 @@ TALL = 128
 
 
 TREE = 700_000
-"""Bytes for each rank below which a sum over nodes of 4 devices and more goes along a tree, through one network card, and not
-around rings through all of them: as measured on 2 nodes of 4 and of 8 A100."""
+"""Bytes per rank below which a sum over nodes of at least 4 devices takes a tree, through one network card. Larger ones take rings
+through all cards. Measured on 2 nodes of 4 and of 8 A100."""
 
 
 def all_reduce(link: Link, devices: int, per_node: int, size: float, in_step: bool) -> Cost:
-    """A sum over `devices`, `per_node` of them in each node, of `size` bytes: a ring, in which each device sends its part of the
-    data twice but for its own (Patarasuk and Yuan 2009), or a tree, which moves all of it up and down at once. `in_step`: the
-    ranks are launched together, as from one CUDA graph. Between nodes the latency grows with the ranks.
+    """A sum of `size` bytes over `devices`, `per_node` of them in each node. In a ring each device sends all parts but its own,
+    twice (Patarasuk and Yuan 2009). A tree moves all bytes up and down at once. `in_step`: the ranks start together, as from one
+    CUDA graph. Between nodes the latency grows with the number of ranks.
     """
     latency = link.step_s if in_step else link.collective_s
     moved, ring = 2 * (devices - 1) / devices * size, link.ring

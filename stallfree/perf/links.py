@@ -1,5 +1,5 @@
-"""Links between nodes, for KV that moves from one to another. A node has one port of such a link for all its devices; it does not
-know what shares it.
+"""Links between nodes, for KV transfers. A node has one port of a link for all its devices. This module does not know what shares a
+port.
 """
 
 import tomllib
@@ -20,8 +20,8 @@ class Network:
 
 @cache
 def _known() -> dict[str, Network]:
-    found = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    return {name: Network(told["gbit_s"] * 1e9 / 8, told["latency_us"] * 1e-6) for name, told in found.items()}
+    rows = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    return {name: Network(row["gbit_s"] * 1e9 / 8, row["latency_us"] * 1e-6) for name, row in rows.items()}
 
 
 def names() -> list[str]:

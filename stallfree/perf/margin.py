@@ -1,46 +1,48 @@
-"""By how much iterations take longer than a cost model expects, as a factor that is exceeded as often as a target allows.
+"""The margin: a factor on expected times that iterations exceed only as often as a target allows.
 
-It sees scores (measured over expected time) and late tokens, and knows neither requests nor shapes.
+It sees scores (measured over expected time) and late tokens. It knows neither requests nor shapes.
 """
 
 from collections import deque
 from math import exp
 
 AIM = 0.75
-"""Share of the allowed late tokens that the margin aims at. An aim at all of them would miss the target half of the time."""
+"""The share of the allowed late tokens that the margin aims at. If it aimed at all of them, it would miss the target half of the
+time."""
 
 STEP = 0.1
-"""A late iteration raises the margin by a tenth; the iterations in time that the target allows between two late ones lower it by
+"""A late iteration raises the margin by a tenth. The iterations in time that the target allows between two late ones lower it by
 as much."""
 
 REACH = 1.25
-"""The margin is at most this times the largest score in memory: what has not been seen for a while is not guarded against."""
+"""The margin is at most this times the largest score in memory: it does not guard against what it has not seen for a while."""
 
 MEMORY_S, MEMORY = 4.0, 160
-"""A score is remembered for so many seconds and so many iterations, whichever ends first. Then a burst of slow iterations is over
-for the margin: with the 5 s and 200 iterations in which the budget is to be back, a fifth remains to refill it."""
+"""How long a score is remembered: in seconds and in iterations, whichever ends first. After that a burst of slow iterations is over
+for the margin. The budget has to be back within 5 s and 200 iterations, so a fifth of that remains to refill it."""
 
 STILL = 2.0
-"""A machine that takes more than this times the margin has stood still: usual scatter and wrong prices do not do that at once."""
+"""An iteration with a score above this times the margin: the machine stood still. Scatter and wrong prices alone do not reach
+it."""
 
 MOST = 3.0
-"""Iterations with prefill may be late up to this times as often as the target allows, if few tokens come out of such iterations.
-More, and what quiet hours saved up would be spent at once."""
+"""How often iterations with prefill may be late, in multiples of what the target allows, if few tokens come from such iterations. A
+larger factor would spend at once what quiet hours have saved."""
 
 LEAST_CREDIT, MOST_CREDIT = -2.0, 1.0
-"""Iterations. Bounded, so that neither a bad hour nor a good one counts for long."""
+"""The bounds of the credit, in iterations. With them neither a bad hour nor a good one counts for long."""
 
 HABIT = 0.01
-"""Weight of the newest iteration in what is usual: a hundred iterations."""
+"""The weight of the newest iteration in running means: they cover about a hundred iterations."""
 
 
 class Margin:
-    """`value`: what to multiply an expected time with, so that at most `late_share` of all tokens are late in the long run.
+    """`value`: the factor on expected times with which at most `late_share` of all tokens are late in the long run.
 
     Quantile tracking (Gibbs and Candes, NeurIPS 2021; Angelopoulos, Candes and Tibshirani, arXiv 2307.16895): an iteration above
-    the margin raises it, one below lowers it a little, whatever the scores are distributed like.
+    the margin raises it, one below lowers it a little. This holds for any distribution of the scores.
 
-    `credit`: what the target leaves, in iterations that may be late: tokens in time earn it, late ones cost it.
+    `credit`: iterations that may still be late. Tokens in time earn it, late ones cost it.
     """
 
     def __init__(self, late_share: float):
@@ -60,16 +62,17 @@ class Margin:
 
     @property
     def broken(self) -> bool:
-        """Whether decodes are late too often by themselves: no margin keeps the promise then."""
+        """Whether decodes alone are late too often: then no margin can keep the promise."""
         return self._lone_late > 2 * self.late_share
 
     def stood_still(self, score: float) -> bool:
         return score > STILL * self.value
 
     def learn(self, now: float, score: float, late: int, tokens: int, *, filled: bool, withheld: bool = False) -> None:
-        """An iteration that ended at `now` (s) had this `score`; of the `tokens` of its decodes `late` were late. The margin had a
-        say in how long it took if it was `filled`, holding prefill too, or if prefill was `withheld` from it. Iterations in which
-        the machine stood still are not to be told.
+        """Learn from an iteration that ended at `now` (s) with this `score`. Its decodes had `tokens`, of which `late` were late.
+
+        `filled`: it had prefill. `withheld`: prefill was left out of it. In both cases the margin decided how long it took. Do not
+        call this for iterations in which the machine stood still.
         """
         over = score > self.value
         self._remember(now, score)
@@ -86,7 +89,7 @@ class Margin:
             self._lone_late += self.late_share * (late_size - self._lone_late)
 
     def _remember(self, now: float, score: float) -> None:
-        """Keeps the scores of which none later is larger: the first is the largest in memory."""
+        """Keep only scores that no later score exceeds, so the first is the largest in memory."""
         recent = self._recent
         while recent and recent[-1][2] <= score:
             recent.pop()

@@ -1,9 +1,9 @@
-"""An iteration's time as DistServe's simulator has it: formulas fitted to its engine, or to vLLM, from a JSON file.
+"""An iteration's time by the formulas of DistServe's simulator, which are fitted to its engine or to vLLM, from a JSON file.
 
-Milliseconds: a batch of prompts a + b x tokens + c x (sum of squared lengths); decodes a + b x context + c x batch, with other
-coefficients from a batch of `decoding_large_small_bs_threshold` on (LLMServe/DistServe, simdistserve). Those engines run prompts or
-decodes, never both: both together are said here to take the larger constant and what each adds to its own. It knows the models in
-the file and no others.
+In milliseconds, prompts take a + b x tokens + c x (sum of squared lengths), and decodes take a + b x context + c x batch. From a
+batch of `decoding_large_small_bs_threshold` on, decodes have other coefficients (LLMServe/DistServe, simdistserve). Those engines
+run prompts or decodes, never both. Here an iteration with both takes the larger constant and the variable parts of both. It knows
+only the models in the file.
 """
 
 import json
@@ -16,7 +16,7 @@ from stallfree.core.plan import Shape, parts
 
 
 class Profiled:
-    """The engine in `file` for `model`, by the last part of its name, at `tp`. Raises ValueError for what is not in the file."""
+    """The engine in `file` for `model` (the last part of its name) at `tp`. Raises ValueError for what the file lacks."""
 
     def __init__(self, file: Path, model: str, tp: int):
         self._prefill, self._small, self._large, self._threshold = _read(file, model, tp)
@@ -29,7 +29,7 @@ class Profiled:
         constant = more = 0.0
         if chunks:
             constant = first
-            # A chunk is what the prompt up to its end takes more than the prompt up to its begin.
+            # A chunk takes the time of the prompt up to its end, less that of the prompt up to its begin.
             more = sum([per_token * n + per_pair * ((start + n) ** 2 - start**2) for start, n in chunks])
         if decodes:
             base, per_context, per_request = self._large if decodes >= self._threshold else self._small
@@ -40,21 +40,21 @@ class Profiled:
 
 def _read(file: Path, model: str, tp: int) -> tuple[Sequence[float], Sequence[float], Sequence[float], int]:
     try:
-        found: Mapping[str, Mapping[str, Any]] = json.loads(file.read_text())
-        models = {name.rpartition("/")[2].lower(): told for name, told in found.items()}
+        profiles: Mapping[str, Mapping[str, Any]] = json.loads(file.read_text())
+        models = {name.rpartition("/")[2].lower(): profile for name, profile in profiles.items()}
         if model.lower() not in models:
             raise ValueError(f"it has no {model}{nearest(model, models)}; it has {', '.join(models)}")
         split = models[model.lower()]
         if str(tp) not in split:
             raise ValueError(f"it has {model} at TP {', '.join(split)}, not at {tp}")
-        told = split[str(tp)]
-        rows = [[float(value) for value in told[key]] for key in ("prefill", "decoding_smallbs", "decoding_largebs")]
+        profile = split[str(tp)]
+        rows = [[float(value) for value in profile[key]] for key in ("prefill", "decoding_smallbs", "decoding_largebs")]
         if any(len(row) != 3 for row in rows):
-            raise ValueError(f"{model} at TP {tp} has not three coefficients each")
-        return rows[0], rows[1], rows[2], int(told["decoding_large_small_bs_threshold"])
+            raise ValueError(f"{model} at TP {tp} needs three coefficients in each list")
+        return rows[0], rows[1], rows[2], int(profile["decoding_large_small_bs_threshold"])
     except OSError as error:
         raise ValueError(f"the engine {file} cannot be read: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the engine {file} is no profile of DistServe's: {error!r}") from None
+        raise ValueError(f"the engine {file} is no DistServe profile: {error!r}") from None
     except ValueError as error:
         raise ValueError(f"the engine {file}: {error}") from None

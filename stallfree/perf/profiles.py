@@ -1,8 +1,8 @@
-"""Measured kernels, read from a folder, beside what the model says of them.
+"""Measured kernels from a folder of profiles, each with the price that the roofline gives it. It does not know what they are for.
 
-A compute profile (DEVICE_MODEL.csv) has the milliseconds of each operator of a layer by tokens and TP degree, and the model's
-dimensions in each row; a network profile (NODE_all_reduce.csv, NODE_send_recv.csv) those of a message by its bytes and ranks; an
-attention profile names device and model in each row. The format is that of microsoft/vidur's profiles, reduced to medians.
+A compute profile (DEVICE_MODEL.csv) has the milliseconds of each operator of a layer by tokens and TP degree, with the model's
+dimensions in each row. A network profile (NODE_all_reduce.csv, NODE_send_recv.csv) has those of a message by its bytes and ranks.
+An attention profile names device and model in each row. The format is that of microsoft/vidur's profiles, reduced to medians.
 """
 
 import csv
@@ -31,12 +31,11 @@ KINDS = {
     "decode": "attention",
     "prefill": "attention",
 }
-"""What an operator of a profile is counted among."""
+"""The group of each operator of a profile."""
 
 
 class Point(NamedTuple):
-    """One measurement: its file's name, device and operator, the `seconds` measured, and what gives those that a device should
-    take."""
+    """One measurement: the name of its file, device, operator, measured `seconds`, and `price`: the seconds by the roofline."""
 
     file: str
     device: Hardware
@@ -57,35 +56,35 @@ class Error:
 
     @classmethod
     def of(cls, points: Iterable[Point]) -> "Error":
-        """Raises ValueError without any."""
+        """The errors of `points`. Raises ValueError if there are none."""
         signed = sorted(point.price(point.device) / point.seconds - 1 for point in points)
         if not signed:
-            raise ValueError("errors are of measurements; there are none")
-        found, size = sorted(abs(error) for error in signed), len(signed)
-        return cls(size, found[size // 2], found[min(size - 1, size * 9 // 10)], signed[size // 2])
+            raise ValueError("errors need at least one measurement; there is none")
+        errors, size = sorted(abs(error) for error in signed), len(signed)
+        return cls(size, errors[size // 2], errors[min(size - 1, size * 9 // 10)], signed[size // 2])
 
 
 def read(folder: Path) -> tuple[list[Point], list[Path]]:
-    """The measurements in all profiles below `folder`, and the csv files that are none. Raises ValueError naming file, line and
-    column, or the nearest device known.
+    """The measurements in all profiles below `folder`, and the csv files that are no profiles. Raises ValueError that names file,
+    line and column, or the nearest known device.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with profiles, as DEVICE_MODEL.csv or NODE_all_reduce.csv")
     points: list[Point] = []
     others: list[Path] = []
     for file in sorted(folder.rglob("*.csv")):
-        found = _file(file)
-        if found is None:
+        measured = _file(file)
+        if measured is None:
             others.append(file)
         else:
-            points += found
+            points += measured
     if not points:
         raise ValueError(f"{folder} holds no profile; one is a csv with the columns {','.join(COMPUTE)} and times in OPERATOR_ms")
     return points, others
 
 
 def _file(file: Path) -> list[Point] | None:
-    """The measurements of one file; None if its columns are of nothing that is known here."""
+    """The measurements of one file; None if it has no column of a profile."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines, restval="")
         columns = rows.fieldnames or ()
@@ -104,7 +103,7 @@ def _file(file: Path) -> list[Point] | None:
 
 
 class _Row:
-    """A line of a csv, whose cells are asked for by what they have to be."""
+    """A line of a csv. Its methods read a cell as what it has to be, and raise ValueError with `where` otherwise."""
 
     def __init__(self, cells: Mapping[str, str], where: str):
         self.cells, self.where = cells, where
@@ -123,7 +122,7 @@ class _Row:
         return int(self.number(column, least))
 
     def measured(self, column: str) -> float | None:
-        """Seconds in a column of milliseconds; None in an empty cell, or where the clock saw no time pass."""
+        """Seconds in a column of milliseconds; None for an empty cell or a time of 0."""
         return self.number(column) / 1000 or None if self.cells.get(column, "").strip() else None
 
 
@@ -197,7 +196,7 @@ def _attention(file: Path, row: _Row) -> Iterator[Point]:
         return
 
     def price(device: Hardware) -> float:
-        # These profiles are of early 2024, and so are their kernels.
+        # These profiles, and their kernels, are of early 2024.
         kernel = Attention(device, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, masked=1.0)
         if kind == "decode":
             return kernel.decodes(batch * cached)
@@ -207,8 +206,8 @@ def _attention(file: Path, row: _Row) -> Iterator[Point]:
 
 
 def by(points: Sequence[Point], key: Callable[[Point], str]) -> dict[str, list[Point]]:
-    """The measurements under what `key` says of each, in the order in which they come."""
-    found: dict[str, list[Point]] = {}
+    """The measurements by their `key`, in their order."""
+    groups: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(key(point), []).append(point)
-    return found
+        groups.setdefault(key(point), []).append(point)
+    return groups

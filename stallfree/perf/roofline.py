@@ -1,8 +1,8 @@
-"""What an iteration takes, from the device's data sheet and the model's dimensions: the sum of its kernels, and the engine around
+"""The time of an iteration from the device's data sheet and the model's dimensions: the sum of its kernels, and the engine around
 them.
 
-The linear part of a layer depends on the iteration's tokens alone and is remembered by their number; attention on a few sums over
-the shape. It knows no clock and no requests, and learns nothing: a model of another machine cannot be corrected by this one.
+The linear part of a layer depends only on the number of tokens, and is remembered by it. Attention depends on a few sums over the
+shape. It knows no clock and no requests, and it learns nothing: this machine cannot correct a model of another one.
 """
 
 from bisect import bisect_left
@@ -18,15 +18,15 @@ from stallfree.perf.kernels import Attention, Cost
 from stallfree.perf.shape import Sharded
 
 QUANTUM = 64
-"""Tokens to whose multiples `room` keeps an iteration: the height of the smallest tile of matrix products."""
+"""`room` fills an iteration to a multiple of these tokens: the height of the smallest tile of matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` for each piece of work,
-    and `workers_s` for messages to more than one device. Launching a layer's kernels: `layer_s`, and `layer_sequence_s` for each
-    piece of work; a layer whose kernels are quicker waits for that. `in_step`: collectives start together on all ranks; `masked`:
-    see `Attention`.
+    """The time that an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` per piece of
+    work, and `workers_s` for messages to several devices. To launch a layer's kernels: `layer_s`, and `layer_sequence_s` per piece
+    of work; a layer with quicker kernels waits for that. `in_step`: collectives start together on all ranks. `masked`: see
+    `Attention`.
     """
 
     about: str
@@ -70,7 +70,7 @@ ENGINES = {
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A kernel of an iteration: its name, how many times it runs one after the other, and what each time costs."""
+    """A kernel of an iteration: its name, how many times it runs in sequence, and the cost of each run."""
 
     name: str
     count: int
@@ -78,8 +78,8 @@ class Operator:
 
 
 class Sums(NamedTuple):
-    """What the price of an iteration depends on: pieces of work, tokens; decodes and the KV before them; tokens in chunks, the KV
-    before them, and their pairs of query and key.
+    """The quantities that the price of an iteration depends on: pieces of work, and tokens; decodes, and the tokens of KV before
+    them; tokens in chunks, the tokens of KV before them, and their pairs of query and key.
     """
 
     requests: int
@@ -92,10 +92,10 @@ class Sums(NamedTuple):
 
 
 class Roofline:
-    """The cost model of `sharded` on `device`s; `engine` is one of `ENGINES`. `node`: devices of a node that are used, None for
-    all it has; `network`: the link between nodes, None for the device's first. Raises ValueError for what cannot be joined.
+    """The cost model of `sharded` on `device`s, with one of `ENGINES`. `node`: devices used on each node, None for all. `network`:
+    the link between nodes, None for the device's first. Raises ValueError if no link joins the devices.
 
-    Tensor-parallel groups lie within a node where they fit; pipeline stages follow each other in the same node while it has room.
+    A tensor-parallel group lies within a node if it fits. Pipeline stages follow each other in the same node while it has room.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Roofline:
         used = node or device.node
         self._per_node = min(tp, used)
         self._ring = device.link(tp, self._per_node, network) if tp > 1 else None
-        # From each stage to the next: in one node if the last device of the next is in the node of the first of this.
+        # A stage and the next are in one node if the first device of the one and the last of the other are.
         same = [(stage + 2) * tp <= (stage * tp // used + 1) * used for stage in range(sharded.pp - 1)]
         self._sends = [device.link(2 * tp, used) if here else device.link(used + 1, used, network) for here in same]
         self._attention = Attention(
@@ -118,33 +118,32 @@ class Roofline:
         )
         self._num_layers = model.num_layers
         self._host_s = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
-        # By the iteration's tokens: what a layer takes without attention, and what comes before the layers; by its rows of
-        # logits: after.
+        # Seconds of a layer without attention, and before the layers, by the iteration's tokens; after them, by its rows of logits.
         self._layers: dict[int, float] = {}
         self._befores: dict[int, float] = {}
         self._afters: dict[int, float] = {}
 
     def seconds(self, shape: Shape) -> float:
-        """From the first stage's begin to the last one's end, the host's part before them included; that alone for no work."""
+        """From the begin of the host's part to the end of the last stage; the host's part alone if there is no work."""
         return self._seconds(self._sums(shape)) if shape else self._host_s
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
         return self._seconds(self._summed(decodes, context, chunks))
 
     def stages(self, shape: Shape) -> list[float]:
-        """Seconds of each pipeline stage, which together are `seconds`: the host's part and the embedding are in the first, the
-        sends each in the one that sends, the LM head in the last.
+        """Seconds of each pipeline stage, which add up to `seconds`. The first has the host's part and the embedding, the last the
+        LM head, and each the time of its own send.
         """
         sums = self._sums(shape)
         layer = self._layer(sums)
-        found = [layers * layer + send for layers, send in zip(self.sharded.stages, [*self.sends(sums.tokens), 0.0], strict=True)]
+        stages = [layers * layer + send for layers, send in zip(self.sharded.stages, [*self.sends(sums.tokens), 0.0], strict=True)]
         before, after = self._ends(sums)
-        found[0] += before
-        found[-1] += after
-        return found
+        stages[0] += before
+        stages[-1] += after
+        return stages
 
     def sends(self, tokens: int) -> list[float]:
-        """Seconds of sending the activations of `tokens` from each pipeline stage to the next; empty without a next one."""
+        """Seconds to send the activations of `tokens` from each pipeline stage to the next; empty for one stage."""
         return [kernels.send(link, self._activations(tokens)).seconds for link in self._sends]
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
@@ -159,30 +158,30 @@ class Roofline:
         if most < 1 or within(most):
             return max(0, most)
         whole = range(QUANTUM - sums.tokens % QUANTUM, most, QUANTUM)
-        found = largest(whole)
-        return whole[found - 1] if found else largest(range(1, min(most, whole.start) if whole else most))
+        number = largest(whole)
+        return whole[number - 1] if number else largest(range(1, min(most, whole.start) if whole else most))
 
     def learn(self, shape: Shape, seconds: float) -> float:
-        """Nothing is learned, for what the device and the model are does not change; `seconds` over those expected."""
+        """`seconds` over those expected. It learns nothing, because the device and the model do not change."""
         return seconds / self.seconds(shape)
 
     def operators(self, shape: Shape) -> list[Operator]:
-        """Every kernel of the iteration in the order of a layer, and what the engine adds; they add up to `seconds`."""
+        """Every kernel of the iteration, in the order of a layer, and the time that the engine adds. They add up to `seconds`."""
         engine, layers = self.engine, self._num_layers
         tokens, requests = sum(count for _, count in shape), len(shape)
-        found = [Operator("host", 1, Cost(self._host_s + engine.sequence_s * requests))]
-        found.append(Operator("embedding", 1, self._embedding(tokens)))
+        operators = [Operator("host", 1, Cost(self._host_s + engine.sequence_s * requests))]
+        operators.append(Operator("embedding", 1, self._embedding(tokens)))
         inside = [*self._linear(tokens), *self._attentions(shape)]
-        found += [Operator(op.name, op.count * layers, op.cost) for op in inside]
+        operators += [Operator(op.name, op.count * layers, op.cost) for op in inside]
         waiting = self._launching(requests) - sum(op.count * op.cost.seconds for op in inside)
         if waiting > 0:
-            found.append(Operator("waiting for launches", layers, Cost(waiting, launch_s=waiting)))
-        found += [Operator("send", 1, kernels.send(link, self._activations(tokens))) for link in self._sends]
-        found += self._head(requests)
-        return found
+            operators.append(Operator("waiting for launches", layers, Cost(waiting, launch_s=waiting)))
+        operators += [Operator("send", 1, kernels.send(link, self._activations(tokens))) for link in self._sends]
+        operators += self._head(requests)
+        return operators
 
     def _sums(self, shape: Shape) -> Sums:
-        """All that the price of an iteration depends on."""
+        """The sums of an iteration."""
         return self._summed(*parts(shape))
 
     def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
@@ -195,7 +194,7 @@ class Roofline:
         return Sums(decodes + len(chunks), decodes + chunked, decodes, context, chunked, cached, pairs)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
-        """The sums with one piece of work more."""
+        """The sums with one more piece of work."""
         requests, tokens, decodes, context, chunked, cached, pairs = sums
         if count == 1:
             return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunked, cached, pairs)
@@ -232,7 +231,7 @@ class Roofline:
         return self.engine.layer_s + self.engine.layer_sequence_s * requests
 
     def _linear(self, tokens: int) -> Iterator[Operator]:
-        """The kernels of one layer on one device that depend on the number of tokens alone."""
+        """The kernels of one layer on one device that depend only on the number of tokens."""
         device, sharded, model = self.device, self.sharded, self.sharded.model
         yield Operator("norm", 2, kernels.elementwise(device, "norm", tokens, model.hidden_size))
         for matrix in sharded.layer():
@@ -261,13 +260,13 @@ class Roofline:
         return kernels.elementwise(self.device, "embedding", tokens, self.sharded.model.hidden_size)
 
     def _head(self, requests: int) -> list[Operator]:
-        """Logits of one row for each piece of work, and their parts brought together."""
-        found = [Operator("lm head", 1, kernels.matmul(self.device, requests, self.sharded.head()))]
+        """One row of logits for each piece of work, and gathering their parts."""
+        operators = [Operator("lm head", 1, kernels.matmul(self.device, requests, self.sharded.head()))]
         if self._ring is not None:
             size = 2.0 * requests * self.sharded.head().rows * (self.sharded.tp - 1)
-            found.append(Operator("gather logits", 1, kernels.send(self._ring, size)))
-        return found
+            operators.append(Operator("gather logits", 1, kernels.send(self._ring, size)))
+        return operators
 
     def _activations(self, tokens: int) -> float:
-        """Bytes of what is between two layers."""
+        """Bytes of the activations between two layers."""
         return 2.0 * tokens * self.sharded.model.hidden_size

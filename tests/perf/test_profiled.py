@@ -55,8 +55,8 @@ def test_what_is_not_in_the_file_is_said(file, model, tp, says):
     ("text", "says"),
     [
         ("{", "Expecting property name"),
-        ("[]", "no profile of DistServe's"),
-        (json.dumps({"a/opt-13b": {"1": {}}}), "no profile of DistServe's: KeyError"),
+        ("[]", "no DistServe profile"),
+        (json.dumps({"a/opt-13b": {"1": {}}}), "no DistServe profile: KeyError"),
         (json.dumps({"a/opt-13b": {"1": TOLD | {"prefill": [1, 2]}}}), "three coefficients"),
         (None, "cannot be read: No such file"),
     ],

@@ -1,8 +1,7 @@
-"""Devices, one TOML file each; this folder is their registry. It says what a device is and what was measured of it, not what runs
-there.
+"""Devices, one TOML file each; this folder is their registry. It does not know what runs on them.
 
-A file holds the data sheet's figures, the links to other devices, the price of an hour, the source of each, and under `[measured]`
-the coefficients by which kernels fall short of the data sheet. Another device is another file here, or anywhere, named by its path.
+A file has the data sheet's figures, the links to other devices, the price of an hour, and the source of each. Under `[measured]` it
+has the coefficients by which kernels fall short of the data sheet. A new device is a new file, here or anywhere, named by its path.
 """
 
 import tomllib
@@ -15,25 +14,26 @@ from typing import Any
 from stallfree.core.nearest import nearest
 
 USUAL = "a100-80g"
-"""The device that is meant where a name leaves open which."""
+"""The device to suggest first for a name that fits several."""
 SIZES = ("fp16", "fp8", "int8")
-"""Precisions of arithmetic that a device may have a peak rate for; fp16 stands for bf16 too, and each has it."""
+"""Precisions for which a device may have a peak rate. Each device has fp16, which also stands for bf16."""
 
 
 KEYS = {
     *("about", "profiles", "processors", "clock_ghz", "memory_mib", "bandwidth_gb_s", "price_usd_hour", "node"),
     *("peak_tflops", "links", "measured", "sources"),
 }
-"""What a device's file says; `profiles` may be left out."""
+"""The keys of a device's file. `profiles` is optional."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins devices. `span`: the most devices of a node that it joins, 0 for a link between nodes. Bytes per second:
-    `bandwidth` from one device to another; `ring` what each device of a ring sends and receives (NCCL's bus bandwidth);
-    `node_ring` the same for rings through nodes of 4 devices and more, which may share several network cards. `latency_s` of a
-    message; `collective_s` of an all-reduce whose ranks are launched one by one and wait for each other, `step_s` of one whose
-    ranks are in step.
+    """A link between devices. `span`: the most devices of a node that it joins; 0 for a link between nodes.
+
+    Bytes per second: `bandwidth` from one device to another; `ring` that each device of a ring sends and receives (NCCL's bus
+    bandwidth); `node_ring` the same for rings through nodes of at least 4 devices, which may share several network cards. Seconds:
+    `latency_s` of a message; `collective_s` of an all-reduce whose ranks start one by one; `step_s` of one whose ranks start
+    together.
     """
 
     span: int
@@ -49,10 +49,10 @@ class Link:
 class Measured:
     """How kernels fall short of the data sheet. Each is one physical quantity; `source` says what it was fitted to, and how well.
 
-    `compute`, `bandwidth`: the share of the peak rates that a large matrix product sustains; `stream`: of the bandwidth, that
-    reading rows or KV in order does. `kernel_s`: a kernel's own latency; `wave_s`: filling and draining the pipeline once per
-    wave of tiles. `attention`: the share of peak fp16 that prefill attention sustains; `attention_s`: its latency; `split_s`:
-    splitting the KV among processors and merging what they found.
+    Shares: `compute` and `bandwidth` of the peak rates that a large matrix product sustains; `stream` of the bandwidth for reading
+    rows or KV in order; `attention` of peak fp16 for prefill attention. Seconds: `kernel_s`, a kernel's latency; `wave_s`, to fill
+    and drain the pipeline once per wave of tiles; `attention_s`, the latency of attention; `split_s`, to split the KV among
+    processors and to merge their results.
     """
 
     compute: float
@@ -68,9 +68,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device. `peak`: operations per second by precision (`SIZES`); `bandwidth` in bytes per second, `memory` in bytes,
-    `processors`: streaming multiprocessors, at `clock` Hz; `price`: US dollars an hour; `node`: devices in a node; `profiles`: what
-    folders of measured profiles call the device or the node; `links` by name; `sources`: of the figures, in words.
+    """One device. `peak`: operations per second by precision (`SIZES`); `bandwidth`: bytes per second; `memory`: bytes;
+    `processors`: streaming multiprocessors, at `clock` Hz; `price`: US dollars per hour; `node`: devices per node; `profiles`: its
+    names, or its node's, in folders of measured profiles; `links` by name; `sources` of the figures, in words.
     """
 
     name: str
@@ -88,8 +88,8 @@ class Hardware:
     sources: Mapping[str, str]
 
     def link(self, devices: int, per_node: int, network: str | None = None) -> Link:
-        """What joins `devices`, `per_node` of them in each node: the link with the smallest span that is enough; between nodes
-        `network`, or the device's first. Raises ValueError if there is none.
+        """The link that joins `devices`, `per_node` of them in each node. Within a node it has the smallest sufficient span.
+        Between nodes it is `network`, or the device's first. Raises ValueError if there is none.
         """
         if devices <= per_node:
             within = [link for link in self.links.values() if link.span >= devices]
@@ -110,8 +110,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Hardware:
-    """The device `name`, or the one in the TOML file of that path. Raises ValueError naming the nearest, or what is wrong in the
-    file."""
+    """The device `name`, or the one in the TOML file with that path. Raises ValueError that names the nearest device, or the
+    mistake in the file."""
     file = Path(name) if name.endswith(".toml") else Path(__file__).parent / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
         near = nearest(name, [USUAL, *names()])
@@ -130,14 +130,14 @@ def load(name: str) -> Hardware:
 
 @cache
 def profiled(name: str) -> Hardware:
-    """The device in this folder that profiles call `name`. Raises ValueError if none is called so."""
+    """The device in this folder that profiles call `name`. Raises ValueError if there is none."""
     known = {alias: device for device in names() for alias in (device, *load(device).profiles)}
     if name not in known:
         raise ValueError(f"no hardware is called {name!r} in profiles{nearest(name, known)}; known: {', '.join(sorted(known))}")
     return load(known[name])
 
 
-def _read(found: Mapping[str, Any], name: str) -> Hardware:
+def _read(values: Mapping[str, Any], name: str) -> Hardware:
     def number(table: Mapping[str, Any], key: str, where: str, scale: float = 1.0) -> float:
         value = table[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -154,27 +154,27 @@ def _read(found: Mapping[str, Any], name: str) -> Hardware:
             *(number(table, key, where, 1e-6) for key in ("latency_us", "collective_us", "step_us")),
         )
 
-    for key in found.keys() - KEYS:
+    for key in values.keys() - KEYS:
         raise ValueError(f"{key!r} is not known{nearest(key, KEYS)}")
-    measured = found["measured"]
+    measured = values["measured"]
     coefficients = {what: number(measured, what, " in measured") for what in ("compute", "bandwidth", "stream", "attention")}
     for what in ("kernel", "wave", "attention", "split"):
         coefficients[f"{what}_s"] = number(measured, f"{what}_us", " in measured", 1e-6)
-    peak = {size: number(found["peak_tflops"], size, " in peak_tflops", 1e12) for size in found["peak_tflops"]}
+    peak = {size: number(values["peak_tflops"], size, " in peak_tflops", 1e12) for size in values["peak_tflops"]}
     if "fp16" not in peak or not peak.keys() <= set(SIZES):
         raise ValueError(f"peak_tflops has {', '.join(peak)}; expected fp16, and any of {', '.join(SIZES)}")
     return Hardware(
         name,
-        str(found["about"]),
-        tuple(found.get("profiles", ())),
-        int(number(found, "processors", "")),
-        number(found, "clock_ghz", "", 1e9),
-        number(found, "memory_mib", "", 2**20),
-        number(found, "bandwidth_gb_s", "", 1e9),
-        number(found, "price_usd_hour", ""),
-        int(number(found, "node", "")),
+        str(values["about"]),
+        tuple(values.get("profiles", ())),
+        int(number(values, "processors", "")),
+        number(values, "clock_ghz", "", 1e9),
+        number(values, "memory_mib", "", 2**20),
+        number(values, "bandwidth_gb_s", "", 1e9),
+        number(values, "price_usd_hour", ""),
+        int(number(values, "node", "")),
         peak,
-        {key: link(table, f" in links.{key}") for key, table in found["links"].items()},
+        {key: link(table, f" in links.{key}") for key, table in values["links"].items()},
         Measured(**coefficients, source=str(measured["source"])),
-        {key: str(value) for key, value in found["sources"].items()},
+        {key: str(value) for key, value in values["sources"].items()},
     )
