@@ -17,11 +17,10 @@ __all__ = ["Checkpoint", "CheckpointError", "ModelConfig", "open_checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model whose tensors have been found, with the right shapes, and not yet read.
+    """A model whose tensors have the right names and shapes, but are not read yet.
 
-    `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata` holds a GGUF file's key-value pairs as
-    plain Python values (the tokenizer is among them); it is None for a folder, whose tokenizer files are in `path`. `files` are
-    those that hold the tensors.
+    `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata`: a GGUF file's key-value pairs as plain
+    Python values, the tokenizer included; None for a folder, whose tokenizer files are in `path`. `files`: those with the tensors.
     """
 
     path: Path
@@ -32,7 +31,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file or a Hugging Face folder. Raises CheckpointError (a ValueError) if it cannot be used."""
+    """Open a GGUF file or a Hugging Face folder. Raises CheckpointError (a ValueError) if it cannot be used."""
     path = Path(path)
     try:
         if path.is_dir():

@@ -1,6 +1,6 @@
-"""What a model's graph is built from, beyond its dimensions: its tensors, by their Hugging Face names, and its rotary positions.
+"""A model's configuration, beyond its dimensions: its tensors, by their Hugging Face names, and its rotary positions.
 
-It knows nothing of files; the readers beside it do.
+It does not know files: `safetensors.py` and `gguf.py` read them.
 """
 
 import math
@@ -12,8 +12,8 @@ from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positiv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Dimensions):
-    """All that a model's graph is built from: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon: LayerNorm, and an
-    FFN with GELU that reads what attention reads.
+    """All that a model's graph needs: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon has LayerNorm, and an FFN
+    with GELU that reads the same input as attention.
 
     `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied; `rope_scale`: what their cosines
     and sines are multiplied by. `max_model_len`: tokens of the longest sequence whose positions are exact. `windows`: per layer,
@@ -96,24 +96,24 @@ class ModelConfig(Dimensions):
 
 
 HARMLESS = (".rotary_emb.inv_freq", "rope_freqs.weight")
-"""How names of tensors end that repeat what the configuration says, or that were read with it."""
+"""Endings of the names of tensors that no executor reads: they repeat the configuration, or were read with it."""
 
 
-def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises CheckpointError unless `found`, tensors' shapes by name, are those of `config`: one that nobody reads would be a model
-    that computes something else.
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises CheckpointError unless `shapes`, by the tensors' names, are those of `config`. A tensor that no executor reads would
+    mean that the model computes something else.
     """
     wanted = config.tensors()
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in wanted if name not in shapes]:
         raise CheckpointError(f"{source}: tensors are missing: {_some(missing)}; it is incomplete, fetch it again")
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    if extra := [name for name in found if name not in wanted and name not in tied and not name.endswith(HARMLESS)]:
+    if extra := [name for name in shapes if name not in wanted and name not in tied and not name.endswith(HARMLESS)]:
         raise CheckpointError(
             f"{source}: tensors that a {config.family} model does not have: {_some(extra)}; it is of another kind"
         )
     for name, shape in wanted.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{source}: {name!r} has shape {found[name]}, the configuration says {shape}")
+        if shapes[name] != shape:
+            raise CheckpointError(f"{source}: {name!r} has shape {shapes[name]}, the configuration says {shape}")
 
 
 def _some(names: list[str]) -> str:
@@ -131,9 +131,10 @@ def rotary_frequencies(
     `longest` is the configuration's own context, in tokens, for what depends on it.
 
     `linear` divides positions by the factor. `llama3` (Llama 3.1) divides wavelengths beyond the old context by the factor, keeps
-    those well within it and interpolates between. `yarn` (Peng et al. 2023, arXiv 2309.00071) does so along the pairs. `longrope`
-    (Ding et al. 2024, arXiv 2402.13753) has a divisor for each pair; it and `dynamic` change them once a sequence is longer than
-    the old context, which keys that are cached cannot follow: up to there, they are the ones given here (`rotary_limit`).
+    those well within it, and interpolates between. `yarn` (Peng et al. 2023, arXiv 2309.00071) does so along the pairs. `longrope`
+    (Ding et al. 2024, arXiv 2402.13753) has a divisor for each pair. `longrope` and `dynamic` change the frequencies once a
+    sequence is longer than the old context. Cached keys cannot follow that, so these are the frequencies up to there
+    (`rotary_limit`).
     """
     frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     kind = rotary_kind(scaling, source)
@@ -155,7 +156,7 @@ def rotary_frequencies(
 
 
 def rotary_scale(scaling: Mapping[str, object], source: str, longest: int) -> float:
-    """What cosines and sines are multiplied by: `yarn` and `longrope` make attention a little sharper."""
+    """The factor on cosines and sines: `yarn` and `longrope` make attention a little sharper."""
     kind = rotary_kind(scaling, source)
     if kind not in ("yarn", "longrope"):
         return 1.0
@@ -173,8 +174,8 @@ def rotary_scale(scaling: Mapping[str, object], source: str, longest: int) -> fl
 
 
 def rotary_limit(scaling: Mapping[str, object], source: str, longest: int) -> int:
-    """Tokens of the longest sequence whose positions are exact. `yarn` reaches as far as its factor says, also where the
-    configuration's own context, `longest`, was left at the old one; `longrope` as far as the old context."""
+    """Tokens of the longest sequence whose positions are exact. `yarn` reaches as far as its factor says, also if the
+    configuration's own context, `longest`, is still the old one. `longrope` reaches as far as the old context."""
     kind = rotary_kind(scaling, source)
     if kind == "yarn":
         return max(longest, int(_factor(scaling, source, longest) * _original(scaling, source, longest)))
@@ -200,7 +201,7 @@ def _factor(scaling: Mapping[str, object], source: str, longest: int) -> float:
 
 
 def _llama3(frequencies: list[float], scaling: Mapping[str, object], source: str, original: int) -> list[float]:
-    """How much of each frequency is kept."""
+    """The share of each frequency that is kept."""
     low, high = positive(scaling, "low_freq_factor", source), positive(scaling, "high_freq_factor", source)
     if high <= low:
         raise CheckpointError(f"{source}: rope scaling needs low_freq_factor {low} below high_freq_factor {high}")
@@ -209,7 +210,7 @@ def _llama3(frequencies: list[float], scaling: Mapping[str, object], source: str
 
 
 def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: str, original: int) -> list[float]:
-    """How much of each frequency is kept: all of those that turn `beta_fast` times within the old context, nothing of those that
+    """The share of each frequency that is kept: 1 for those that turn `beta_fast` times within the old context, 0 for those that
     turn `beta_slow` times."""
     fast, slow = positive(scaling, "beta_fast", source, 32), positive(scaling, "beta_slow", source, 1)
     first, last = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
@@ -221,7 +222,7 @@ def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: st
 
 
 def check(config: ModelConfig, source: str) -> ModelConfig:
-    """`config` itself, if its numbers fit together; raises CheckpointError naming what does not."""
+    """`config` itself, if its numbers fit together. Raises CheckpointError that names those that do not."""
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(f"{source}: {config.num_heads} attention heads cannot share {config.num_kv_heads} KV heads evenly")
     if config.head_dim % 2:

@@ -148,7 +148,7 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
 
 
 def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:
-    """The finite number above 0 under `key`; raises CheckpointError naming `source` and `key` otherwise."""
+    """The finite number above 0 under `key`. Raises CheckpointError that names `source` and `key` for anything else."""
     value = values.get(key)
     if value is None:
         value = default
@@ -160,7 +160,8 @@ def positive(values: Mapping[str, object], key: str, source: str, default: float
 
 
 def size(values: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
-    """The whole number above 0, and below 2^31, under `key`; raises CheckpointError naming `source` and `key` otherwise."""
+    """The whole number above 0 and below 2^31 under `key`. Raises CheckpointError that names `source` and `key` for anything
+    else."""
     value = positive(values, key, source, default)
     if value != int(value) or value >= 2**31:
         raise CheckpointError(f"{source}: {key!r} is {value!r}, expected a whole number below 2^31")

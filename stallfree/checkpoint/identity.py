@@ -1,5 +1,6 @@
-"""Is it the same model? A short name for what is in a checkpoint's files, from their sizes and a sample of their bytes: a file
-of gigabytes is told from another one in milliseconds. It is no proof against somebody who wants to deceive.
+"""A short name for the contents of a checkpoint's files, to see whether two engines have the same model.
+
+It hashes sizes and a sample of the bytes, so gigabytes take milliseconds. It does not protect against deliberate forgery.
 """
 
 from hashlib import blake2b
@@ -7,11 +8,11 @@ from hashlib import blake2b
 from stallfree.checkpoint import Checkpoint
 
 PIECES, PIECE = 256, 4096
-"""How many pieces of each file are looked at, evenly spread, and their bytes: other weights of the same shape differ everywhere."""
+"""Pieces of each file that are hashed, evenly spread, and bytes of a piece. Different weights of one shape differ everywhere."""
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """The same for copies of the same files, wherever they lie; another for other weights, or other numbers in config.json."""
+    """The same name for copies of the same files in any place; another one for other weights or another configuration."""
     digest = blake2b(repr(checkpoint.config).encode(), digest_size=12)
     for file in checkpoint.files:
         size = file.stat().st_size

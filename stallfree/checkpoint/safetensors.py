@@ -1,6 +1,6 @@
-"""Hugging Face folders: config.json says what the model is, safetensors files hold its tensors.
+"""Hugging Face folders: config.json describes the model, safetensors files hold its tensors.
 
-It never unpickles: a folder with only PyTorch's .bin files is refused. The tokenizer is left to whoever wants it.
+It never unpickles: a folder with only PyTorch's .bin files is refused. It does not know tokenizers.
 """
 
 import json
@@ -25,13 +25,13 @@ INDEX = "model.safetensors.index.json"
 PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 OTHERS = ("consolidated", "adapter")
-"""How names of files begin that do not hold a whole model under the names of its tensors."""
+"""Beginnings of the names of files that do not hold a whole model under its tensors' names."""
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def read_folder(path: Path) -> Checkpoint:
-    """Reads config.json and the headers of the safetensors files of a folder. Raises CheckpointError if they cannot be used."""
+    """Read config.json and the headers of a folder's safetensors files. Raises CheckpointError if they cannot be used."""
     config, files = _config(path), weights(path)
     tensors = _index(path, files)
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
@@ -74,7 +74,7 @@ def _config(path: Path) -> ModelConfig:
 
 
 def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any]:
-    """`norm_eps` and which biases there are. Raises CheckpointError for an activation that is not supported."""
+    """`norm_eps`, and which biases the model has. Raises CheckpointError for an unsupported activation."""
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
     bias = FAMILIES[family].optional_bias and bool(values.get("attention_bias", False))
@@ -87,7 +87,7 @@ def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any
 
 
 def _falcon(values: dict[str, object], source: str) -> dict[str, Any]:
-    """The same of Falcon. Raises CheckpointError for its variants that are not supported."""
+    """As `_llama`, for Falcon. Raises CheckpointError for an unsupported variant."""
     new = bool(values.get("new_decoder_architecture", False))
     if values.get("alibi", False):
         raise CheckpointError(f"{source}: alibi positions are not supported; rotary ones are")
@@ -103,7 +103,7 @@ def _falcon(values: dict[str, object], source: str) -> dict[str, Any]:
 
 
 def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str) -> dict[str, Any]:
-    """`inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for what is not supported."""
+    """`inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for unsupported positions."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
@@ -140,7 +140,7 @@ def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple
 
 
 def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:
-    """The tokens that end a reply: generation_config.json says more than config.json, where it exists."""
+    """The tokens that end a reply, by generation_config.json, or else by config.json."""
     generation = path / "generation_config.json"
     eos = (_json(generation).get("eos_token_id") if generation.is_file() else None) or values.get("eos_token_id")
     tokens = eos if isinstance(eos, list) else [eos]
@@ -149,7 +149,7 @@ def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:
 
 def indexed(folder: Path) -> dict[str, str] | None:
     """The file, relative to the folder, that `model.safetensors.index.json` names for each tensor; None without an index. Raises
-    CheckpointError for one that cannot be used."""
+    CheckpointError for an index that cannot be used."""
     file = folder / INDEX
     if not file.is_file():
         return None
@@ -165,8 +165,8 @@ def indexed(folder: Path) -> dict[str, str] | None:
 
 def weights(folder: Path) -> list[Path]:
     """The files that hold the model of a folder: those that its index names; or else model.safetensors; or else numbered parts.
-    Others that lie beside them hold something else: the same model in another form (consolidated), or what is to be added to one
-    (adapter_model). Raises CheckpointError if there are none, or if one is missing.
+    Other files hold the same model in another form (consolidated), or an adapter. Raises CheckpointError if there are none, or if
+    one is missing.
     """
     names = indexed(folder)
     if names is not None:
@@ -189,8 +189,8 @@ def weights(folder: Path) -> list[Path]:
 
 
 def _index(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
-    """Every tensor of the folder: file, type, shape and the offset of its bytes. The index, if there is one, says which file counts
-    where several have a tensor."""
+    """Every tensor of the folder: file, type, shape and the offset of its bytes. If several files have a tensor, the index says
+    which one counts."""
     names = indexed(folder) or {}
     tensors: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
     for file in files:

@@ -74,9 +74,7 @@ class Text:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise TextError(f"{file}: {error}") from error
-        tokenizer_config, *configs = [
-            _json(folder / n) for n in ("tokenizer_config.json", "generation_config.json", "config.json")
-        ]
+        tokenizer_config, *configs = [_json(folder / n) for n in ("tokenizer_config.json", "generation_config.json", "config.json")]
         named = _json(folder / "special_tokens_map.json") | tokenizer_config
         specials = {name: text for name in SPECIALS if (text := _content(named.get(name)))}
         eos_ids: set[int] = set()
