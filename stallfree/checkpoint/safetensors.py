@@ -184,8 +184,8 @@ def weights(folder: Path) -> list[Path]:
         return own
     others = [file.name for file in files] or sorted(f.name for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind))
     why = "which holds no whole model in this form" if files else "and pickled weights are never loaded: they can run code"
-    found = f"only {others[0]}, {why}" if others else "no weights"
-    raise CheckpointError(f"{folder}: no *.safetensors file of a model, {found}; take a safetensors version of the model")
+    what = f"only {others[0]}, {why}" if others else "no weights"
+    raise CheckpointError(f"{folder}: no *.safetensors file of a model, {what}; take a safetensors version of the model")
 
 
 def _index(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:

@@ -105,9 +105,9 @@ class Fitted:
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
         _, tokens, decoding, prefilling, pairs, rows = _row(decodes, context, chunks)
-        one, per_token, per_decoding, per_prefilling, per_pair, per_row = self.prices
+        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row = self.prices
         return self.pace * (
-            one + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
+            fixed + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
         )
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
@@ -171,8 +171,8 @@ def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float
         tokens += count
         before += start
         pairs += count * (start + (count + 1) / 2)
-    one, per_token, per_decoding, per_prefilling, per_pair, per_row = SCALE
-    return 1 / one, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row
+    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row = SCALE
+    return 1 / fixed, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row
 
 
 def _product(a: Iterable[float], b: Iterable[float]) -> float:

@@ -226,7 +226,7 @@ def test_a_file_of_another_name_says_what_names_are_needed(tmp_path: Path) -> No
 def test_files_that_were_mixed_up_are_named(tmp_path: Path) -> None:
     files = in_files(tmp_path)
     files[1].write_bytes(files[2].read_bytes())
-    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: says that it is part 2 \(from 0\) of 3"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: it is part 2 \(from 0\) of 3"):
         open_checkpoint(files[0])
 
 
