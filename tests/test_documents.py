@@ -38,10 +38,11 @@ def test_every_key_of_a_report_is_documented():
 
 
 TOUR = (DOCS / "tour.md").read_text()
+PLACES = TOUR + (DOCS / "extending.md").read_text()
 
 
-@pytest.mark.parametrize("place", sorted(set(re.findall(r"`([\w/]+/(?:\w+\.py)?)`", TOUR))))
-def test_every_place_of_the_tour_is_there(place):
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"`([\w/]+/(?:\w+\.py)?)`", PLACES))))
+def test_every_place_that_tour_and_extending_name_is_there(place):
     assert (ROOT / "stallfree" / place).exists() or (ROOT / place).exists()
 
 
