@@ -126,26 +126,26 @@ class Ended(NamedTuple):
 
 
 class _Stream:
-    """A request: its target `pace` (s between tokens), when its `last` token came, and when the next one is `due`. `met`: how many
-    iterations there had been when it arrived, and how many of them had no prefill."""
+    """A request: `target_s`, its target for seconds between tokens; when its `last` token came, and when the next one is `due`. `met`:
+    how many iterations there had been when it arrived, and how many of them had no prefill."""
 
     __slots__ = (
-        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met", "pace",
-        "preemptions", "prompt_tokens", "scheduled", "tokens", "ttft", "ttft_s", "waited",
+        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met",
+        "preemptions", "prompt_tokens", "scheduled", "target_s", "tokens", "ttft", "ttft_s", "waited",
     )  # fmt: skip
 
     def __init__(self, request: Arrived, slo: Slo, met: tuple[int, int]):
-        pace = slo.tbt or slo.tpot
+        between = slo.tbt or slo.tpot
         self.met = met
         self.arrival = request.arrival
         self.prompt_tokens = request.prompt_tokens
         self.ttft = slo.ttft
-        self.late_share = 1.0 if pace is None else pace.late_share
+        self.late_share = 1.0 if between is None else between.late_share
         self.scheduled: float | None = None
         self.first: float | None = None
         self.cached = self.tokens = self.late = self.preemptions = 0
         self.late_first = False
-        self.pace = NEVER if pace is None else pace.seconds
+        self.target_s = NEVER if between is None else between.seconds
         self.envelope = slo.tpot is not None
         self.ttft_s = _seconds(slo.ttft)
         self.last: float | None = None
@@ -240,7 +240,7 @@ class StallAccount:
                     stream.late += 1
                     self.late["tpot" if stream.envelope else "tbt"] += 1
                     stalls.append(self._late(step, id, stream, t - stream.last))
-                stream.due = (stream.due if stream.envelope else t) + stream.pace
+                stream.due = (stream.due if stream.envelope else t) + stream.target_s
             stream.last, stream.waited = t, None
         self.slack = None if earliest == NEVER else earliest - step.t_plan
         self.ended = [self._end(id, reason, t) for id, reason, _ in step.finished if id in streams]
@@ -285,7 +285,7 @@ class StallAccount:
                     stream.late_first = True
                     self.late["ttft"] += 1
                     self.first_late_s += ttft - stream.ttft.seconds
-        stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.pace
+        stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.target_s
 
     def _deliver(self, transfer: Delivered, stream: _Stream) -> None:
         stream.scheduled, stream.cached, stream.tokens = transfer.asked, transfer.cached, 1
@@ -299,7 +299,7 @@ class StallAccount:
         if reason not in ("abort", "error") and stream.last is not None:
             t = stream.last  # before the iteration's end, if a KV transfer delivered the last token
         in_time = None
-        if stream.ttft is not None or stream.pace < NEVER:
+        if stream.ttft is not None or stream.target_s < NEVER:
             in_time = not stream.late_first and stream.late <= stream.late_share * max(0, stream.tokens - 1)
         return Ended(
             id,
@@ -326,13 +326,13 @@ class StallAccount:
         return Stall(step.step, step.t_end, id, "left out", cause, step.t_end - since, 0.0, now)
 
     def _late(self, step: StepRecord, id: str, stream: _Stream, gap_s: float) -> Stall:
-        if stream.blame is None or gap_s > stream.pace:  # else an earlier step made it late for its envelope
+        if stream.blame is None or gap_s > stream.target_s:  # else an earlier step made it late for its envelope
             stream.blame = stream.waited or (self._fault(step, stream), self.iteration)
         cause, blamed = stream.blame
         return Stall(step.step, step.t_end, id, "late", cause, gap_s, step.t_end - stream.due, blamed)
 
     def _fault(self, step: StepRecord, stream: _Stream) -> Cause:
-        allowed = FAIR_SHARE * stream.pace if step.limit_s is None else min(stream.pace, step.limit_s)
+        allowed = FAIR_SHARE * stream.target_s if step.limit_s is None else min(stream.target_s, step.limit_s)
         if self.iteration.seconds <= allowed:
             return "unexpected"
         return "prefill" if self.iteration.prefills else "decodes"

@@ -64,9 +64,9 @@ class Slo:
         self.options = {"follow": True} if self._follows else {}
         self._least = self.slo.tbt
         possible(self.slo, self.cost)
-        pace = self.slo.tbt or self.slo.tpot or default
-        self.margin = Margin(pace.late_share)
-        self._patience = ceil(1 / pace.late_share)
+        between = self.slo.tbt or self.slo.tpot or default
+        self.margin = Margin(between.late_share)
+        self._patience = ceil(1 / between.late_share)
         self._owed = 0.0
         self._passed = self._kept_out = 0
         self._merged = lru_cache(1024)(self._merge)
