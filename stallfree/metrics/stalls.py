@@ -126,8 +126,8 @@ class Ended(NamedTuple):
 
 
 class _Stream:
-    """A request: `target_s`, its target for seconds between tokens; when its `last` token came, and when the next one is `due`. `met`:
-    how many iterations there had been when it arrived, and how many of them had no prefill."""
+    """A request: `target_s`, its target for seconds between tokens; when its `last` token came, and when the next one is `due`.
+    `met`: how many iterations there had been when it arrived, and how many of them had no prefill."""
 
     __slots__ = (
         "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met",
