@@ -93,8 +93,9 @@ class CostModel(Protocol):
         """An iteration of this shape took `seconds`. Returns the measured over the expected seconds."""
 
 
-class BatchModel(CostModel, Protocol):
-    """A cost model in which only the number of decodes and the sum of their contexts count. One call prices a whole batch."""
+@runtime_checkable
+class BatchModel(Protocol):
+    """The extra method of a cost model in which only the number of decodes and the sum of their contexts count."""
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
         """The expected seconds of an iteration. `decodes`: the number of pieces of one token; `context`: the tokens before them,

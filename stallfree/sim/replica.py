@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 from stallfree.core import transfer
 from stallfree.core.leap import Stretch, steady
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.core.policy import CostModel
+from stallfree.core.policy import BatchModel, CostModel
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
@@ -89,7 +89,7 @@ class Replica:
         self.busy_s = [0.0] * scheduler.ledger.capacity.depth
         self.iterations = 0
         self._cost = cost
-        self._batch: Callable[[int, int, Sequence[tuple[int, int]]], float] | None = getattr(cost, "batch", None)
+        self._batch = cost.batch if isinstance(cost, BatchModel) else None
         self._ended, self._record, self._span = ended, record, span
         self._launched, self._completed = launched, completed
         self._between_s, self._slowness = between_s, slowness
