@@ -10,7 +10,7 @@ import pytest
 
 from stallfree import LLM
 from stallfree.checkpoint import open_checkpoint
-from stallfree.checkpoint.dimensions import FAMILIES
+from stallfree.checkpoint.families import FAMILIES
 from stallfree.cli import main
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request

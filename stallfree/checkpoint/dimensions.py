@@ -1,50 +1,17 @@
-"""A decoder-only transformer in numbers, from which its weights, its KV and its operations follow; and the families of such models.
+"""A model's sizes, from which its weights, KV and operations are counted. They come from the values of a Hugging Face config.json.
 
-It reads the values of a Hugging Face config.json. It knows nothing of files, tensors or devices.
+It knows nothing of files, tensors or devices.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from stallfree.checkpoint.families import FAMILIES
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the value and the way out."""
-
-
-class Family(NamedTuple):
-    """What all models of one `model_type` have in common, and what reads and runs them.
-
-    `gated`: the FFN has two matrices up (SwiGLU), otherwise one. `learned`: rows that a learned position table has beyond the
-    context; None where positions are rotary. `tied`: whether the embedding is the LM head too, unless config.json says otherwise.
-    `qkv_bias`: queries, keys and values have biases. `optional_bias`: config.json may give attention biases. `qk_norm`: queries and
-    keys are normalised. `window`: which layers have config.json's sliding window: "", "all", or "listed" there. `gguf`: it is read
-    from GGUF files. `openvino`: the OpenVINO executor runs it. `torch`: the class that runs it, as `module:Class` in
-    `executors/torch`; empty for a family that is only simulated.
-    """
-
-    torch: str = ""
-    openvino: bool = False
-    gguf: bool = False
-    gated: bool = True
-    learned: int | None = None
-    tied: bool = False
-    qkv_bias: bool = False
-    optional_bias: bool = False
-    qk_norm: bool = False
-    window: str = ""
-
-
-FAMILIES = {
-    "llama": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True),
-    "mistral": Family("llama:Llama", openvino=True, window="all"),
-    "qwen2": Family("llama:Llama", openvino=True, gguf=True, qkv_bias=True, window="listed"),
-    "qwen3": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True, qk_norm=True, window="listed"),
-    "mixtral": Family("mixtral:Mixtral", window="all"),
-    "falcon": Family("falcon:Falcon", gated=False, tied=True),
-    "opt": Family(gated=False, tied=True, learned=2),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
-from stallfree.checkpoint.dimensions import FAMILIES, CheckpointError, positive, size
+from stallfree.checkpoint.dimensions import CheckpointError, positive, size
+from stallfree.checkpoint.families import FAMILIES
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9

@@ -15,7 +15,8 @@ import numpy as np
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
-from stallfree.checkpoint.dimensions import FAMILIES, CheckpointError, Dimensions, dimensions, positive, size
+from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, dimensions, positive, size
+from stallfree.checkpoint.families import FAMILIES
 
 HEADER_LIMIT = 100 * 2**20
 """The longest header that the safetensors format allows, in bytes."""

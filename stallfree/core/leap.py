@@ -1,7 +1,7 @@
-"""Leaps: plan one iteration, count how many of the next ones would be planned like it, and complete them all at once. The accounts
-end up the same as one by one.
+"""Leaps, for the simulator: plan one iteration, count how many of the next ones would be planned like it, and complete them all at
+once. Requests and KV blocks end as if each iteration had run.
 
-This is for a simulator, which needs no tokens computed. It does not know how long an iteration takes.
+It computes no tokens, and does not know how long an iteration takes.
 """
 
 from bisect import bisect_right

@@ -1,8 +1,9 @@
-"""A KV transfer in the accounts of the two engines: the one that computes the prompt and the one that decodes. It does not know how
-the blocks travel.
+"""KV transfers in the ledger: the states of a request and its blocks when one engine computes the prompt and another decodes. It
+does not know how the blocks travel.
 
 The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), then
-`deliver` (KV and first token are here) or `recall` (the prompt is computed here).
+`deliver` (KV and first token are here) or `recall` (give up the transfer and
+compute the prompt here).
 """
 
 from bisect import insort

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stallfree import __version__, elsewhere, extra, policies
+from stallfree import __version__, extra, policies, user_classes
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
@@ -112,10 +112,10 @@ def assemble(
         policies.load(options.policy, Setup(), **policy_options)
     limits = Limits(options.max_seqs, options.max_tokens)
     if ":" in options.executor:
-        elsewhere.find("executor", options.executor, method="submit")
+        user_classes.find("executor", options.executor, method="submit")
     elif options.executor not in EXECUTORS:
         near = nearest(options.executor, EXECUTORS)
-        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}; or {elsewhere.FORMS}")
+        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}; or {user_classes.FORMS}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     executor, text, name, weights, key, model_identity, sampling = _parts(options, say)
@@ -262,8 +262,8 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
 
 
 def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
-    """An executor from elsewhere: its class gets the checkpoint, and those of these options that its parameters name."""
-    cls, name = elsewhere.find("executor", options.executor, method="submit"), options.executor
+    """An executor that a user wrote: its class gets the checkpoint, and those of these options that its parameters name."""
+    cls, name = user_classes.find("executor", options.executor, method="submit"), options.executor
     parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
     taken = ", ".join(parameters) or "no options"
     values = {key: getattr(options, key) for key in ("weights", "kv", "max_model_len", "threads", "device")}
@@ -288,7 +288,7 @@ FORMATS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf1
 
 def _kv_bytes() -> int:
     """The default KV memory on a processor, in bytes."""
-    from stallfree.executors.memory import available_bytes
+    from stallfree.executors.host_memory import available_bytes
 
     return min((available_bytes() or MOST_KV) // 4, MOST_KV)
 

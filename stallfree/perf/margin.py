@@ -1,4 +1,4 @@
-"""The margin: a factor on expected times that iterations exceed only as often as a target allows.
+"""The margin: a factor on expected times, so that tokens are late only as often as a target allows.
 
 It sees scores (measured over expected time) and late tokens. It knows neither requests nor shapes.
 """

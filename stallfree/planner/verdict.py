@@ -1,4 +1,5 @@
-"""A search's result in words: the winner, its lead, its limit, its price and the commands that run it. It ranks nothing."""
+"""A search's result in words: the winner, its lead, its bottleneck, its price, and the commands that run it. It ranks
+nothing."""
 
 from dataclasses import dataclass, replace
 

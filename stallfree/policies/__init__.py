@@ -1,7 +1,7 @@
 """Scheduling policies, one file each; this folder is their registry. It does not know what they do.
 
-A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). Others are from
-elsewhere (`stallfree/elsewhere.py`).
+A policy's file holds one class with its name in capitals (`prefill-first` is `PrefillFirst` in `prefill_first.py`). Users write
+others (`stallfree/user_classes.py`).
 """
 
 import importlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from stallfree import elsewhere
+from stallfree import user_classes
 from stallfree.core.nearest import nearest
 from stallfree.core.policy import Policy, Reserve, Setup
 
@@ -108,11 +108,11 @@ _READ: dict[type, Callable[[str], object]] = {bool: {"true": True, "false": Fals
 
 def _find(name: str) -> type:
     if ":" in name:
-        return elsewhere.find("policy", name, method="plan", attributes=("reserve", "stall_free"))
+        return user_classes.find("policy", name, method="plan", attributes=("reserve", "stall_free"))
     if name.endswith(".py"):
         raise ValueError(f"policy {name!r} is a file; name the class in it: {name}:Class")
     if name not in names():
-        known = f"known: {', '.join(names())}; or {elsewhere.FORMS}"
+        known = f"known: {', '.join(names())}; or {user_classes.FORMS}"
         raise ValueError(f"unknown policy {name!r}{nearest(name, names())}; {known}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     policy: type = getattr(module, name.title().replace("-", ""))

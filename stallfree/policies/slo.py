@@ -1,5 +1,5 @@
-"""A token budget from a latency target: every ready decode goes into every iteration, and prefill fills the rest of the time until
-the first of their tokens is due.
+"""A token budget from a latency target: every ready decode is in every iteration, and prefill gets the time that is left until the
+earliest decode token is due.
 
 It takes times from a cost model and from `now`, and learns from its own lateness. It does not know what runs the plans.
 """

@@ -1,6 +1,7 @@
 """The parts of a server: an engine in its own thread, the observers of its iterations, and its KV transfers with other engines.
 
-It does not know HTTP: the app over it is in `app.py`. One account of stalls judges each iteration; every observer gets both.
+It does not know HTTP: the app over it is in `app.py`. After each iteration one `StallAccount` judges
+its record, and every observer gets the record and the account.
 """
 
 import socket

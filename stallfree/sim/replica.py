@@ -1,7 +1,7 @@
-"""One engine in virtual time: the scheduler that serves, and iterations that take as long as a cost model says.
+"""One engine in virtual time: the server's own scheduler, and iterations that take as long as a cost model says.
 
-Requests reach the scheduler between two iterations, as in the live engine. If the policy is steady, like iterations are taken in
-one leap, which an arrival cuts short. A replica does not know where requests come from, and knows no other replica.
+Requests reach the scheduler between two iterations, as in the live engine. If the policy is steady, many equal iterations are
+simulated at once, up to the next arrival. A replica does not know where requests come from, and knows no other replica.
 """
 
 from bisect import bisect_left

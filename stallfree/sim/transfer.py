@@ -1,9 +1,9 @@
 """Disaggregation: a prefill pool and a decode pool of replicas with the same scheduler, and the KV transfers between them.
 
 A prefill replica computes a request up to its first token and holds it until a decode replica has reserved room. The request goes
-on when its KV has arrived. Only then is its first token shown, as in the live engine, because a token that nothing follows for
-seconds would meet any target. So a full decode pool holds back prefills and, in the end, their admission. It does not know who goes
-where (a `Pairing` does) or how fast KV moves (the fabric does).
+on when its KV has arrived. Only then is its first token shown, as in the live engine. Otherwise TTFT would look good while the
+second token waits for the transfer. If the decode pool is full, prefill replicas keep their KV, and in the end admit no request. It
+does not know who goes where (a `Pairing` does) or how fast KV moves (the fabric does).
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -13,10 +13,10 @@ import numpy as np
 import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.dimensions import FAMILIES
+from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.checks import needed_blocks, sift
-from stallfree.executors.memory import check_memory
+from stallfree.executors.host_memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
 from stallfree.executors.sampling import sample

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
-from stallfree.checkpoint.dimensions import FAMILIES
+from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Work
-from stallfree.executors.memory import check_memory
+from stallfree.executors.host_memory import check_memory
 from stallfree.executors.torch.batch import Batch, pack
 from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import Graphs
