@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 30.0
 """Seconds within which a whole body must arrive."""
+MOST_ARRIVING = 64
+"""Bodies of the largest size that may be arriving at once: with 4 MiB each, 256 MiB of memory. Small bodies hardly count."""
 
 
 class Door:
@@ -26,6 +28,7 @@ class Door:
         self._app = app
         self._authorization = None if api_key is None else b"Bearer " + api_key.encode()
         self._max_body_bytes = max_body_bytes
+        self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,16 +85,23 @@ class Door:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while more and size <= self._max_body_bytes:
-                    part = await receive()
-                    if part["type"] == "http.disconnect":
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
                         raise _Gone
-                    body += part.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._arriving += len(part)
+                    if self._arriving > MOST_ARRIVING * self._max_body_bytes:
+                        busy = "too many large bodies are arriving at once; try again later"
+                        raise ApiError(503, busy, code="busy", headers={"Retry-After": "1", "Connection": "close"})
                     size = max(size, len(body))
-                    more = part.get("more_body", False)
+                    more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", headers={"Connection": "close"}
             ) from None
+        finally:
+            self._arriving -= len(body)
         if size > self._max_body_bytes:
             # The connection stays open, so that the client can read the answer; the rest of its body is dropped as it arrives.
             message = f"the body is larger than the {self._max_body_bytes} bytes that are accepted"
