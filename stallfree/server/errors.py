@@ -43,7 +43,7 @@ _MEANINGS: dict[int | str, str] = {
     413: "The body is too large.",
     429: "The queue is full; try again after the seconds in `Retry-After`.",
     500: "The engine failed this request.",
-    503: "The server is shutting down, or its engine has failed.",
+    503: "The server is shutting down, its engine has failed, or too many large bodies are arriving.",
     "default": "Any other error.",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
