@@ -29,9 +29,9 @@ SHARE = 0.6
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw TTFT P99 for each kind of traffic")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw TTFT P99 for each kind of traffic")
+    args = arguments.parse_args()
     requests = 300 if args.quick else 4000
     base = {"model": "llama3-8b", "hardware": "a100-80g", "slo": SLO}
     simulators = {f"sarathi {budget}": Simulator(Deployment(**base, policy="sarathi", token_budget=budget)) for budget in BUDGETS}

@@ -27,9 +27,9 @@ DECODES = [(512, 1)] * 8
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
+    args = arguments.parse_args()
     devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 800)
     simulators: dict[str, Simulator] = {}
     cases = {}
@@ -46,13 +46,13 @@ def main() -> None:
             simulators[name] = Simulator(Deployment(model="llama3-8b", hardware=device, policy="slo", slo=f"tbt={target}"))
             cases[name] = traffic, Slo(tbt=target), 8.0
     with Trials(simulators) as trials:
-        found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
+        capacities = {name: capacity.rate for name, capacity in trials.capacities(cases, lowest=0.05).items()}
     rows: list[dict[str, Any]] = []
     for device, mix in product(devices, MIXES):
-        most = found[f"{device} {mix} whole"]
+        most = capacities[f"{device} {mix} whole"]
         rows.append(
             {"device": device, "mix": mix, "whole prompts, requests/s": most}
-            | {f"{times:g}x": found[f"{device} {mix} {times}"] / most for times in TIMES}
+            | {f"{times:g}x": capacities[f"{device} {mix} {times}"] / most for times in TIMES}
         )
     if args.plot:
         sides = {f"{row['device']}, {row['mix']}": [(times, row[f"{times:g}x"]) for times in TIMES] for row in rows}

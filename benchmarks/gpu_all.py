@@ -88,10 +88,10 @@ def part(name: str, args: argparse.Namespace, folder: Path, until: float) -> dic
             why, lost = watch(process, file, until)
         finally:
             end(process)
-        told = lines(file)
-        names = next((line["cases"] for line in told if "cases" in line), [])
-        ended |= {line["end"]: line["row"] for line in told if "end" in line}
-        started = max((line["begin"] for line in told if "begin" in line), default=-1)
+        messages = lines(file)
+        names = next((line["cases"] for line in messages if "cases" in line), [])
+        ended |= {line["end"]: line["row"] for line in messages if "end" in line}
+        started = max((line["begin"] for line in messages if "begin" in line), default=-1)
         if started >= first and started not in ended:
             ended[started] = {"case": names[started], "status": "failed", "why": lost}
         if started < first:  # not even one case began
@@ -102,19 +102,19 @@ def part(name: str, args: argparse.Namespace, folder: Path, until: float) -> dic
     # A part is what its worst case is; one that told nothing has failed.
     order = ("failed", "not run", "ok", "absent", "needs cuda")
     status = next((status for status in order if counts[status]), "failed")
-    found = {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1), "counts": counts, "rows": rows}
+    result = {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1), "counts": counts, "rows": rows}
     if status == "failed":
-        found["log"] = log.read_text(errors="replace")[-3000:]
-    return found
+        result["log"] = log.read_text(errors="replace")[-3000:]
+    return result
 
 
 def watch(process: subprocess.Popen[bytes], file: Path, until: float) -> tuple[str, str]:
     """Wait for the process. Why the part is over with it, if it is; and why the case that ran, if one did, has not ended."""
     size, news = -1, time.monotonic()
     while process.poll() is None:
-        now, there = time.monotonic(), file.stat().st_size if file.exists() else 0
-        if there != size:
-            size, news = there, now
+        now, current = time.monotonic(), file.stat().st_size if file.exists() else 0
+        if current != size:
+            size, news = current, now
         if now > until:
             return "no time left", "it was cut off: no time left"
         if now - news > CASE_S:
@@ -127,10 +127,10 @@ def text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value).replace("|", "/")
 
 
-def table(name: str, found: dict[str, Any]) -> str:
+def table(name: str, result: dict[str, Any]) -> str:
     """A part as Markdown, as docs/torch.md has its tables."""
-    heading = f"## {TITLES[name]}: {found['status']}" + f" ({found['why']})" * bool(found["why"])
-    rows = found["rows"]
+    heading = f"## {TITLES[name]}: {result['status']}" + f" ({result['why']})" * bool(result["why"])
+    rows = result["rows"]
     if name == "facts":  # one of each: a line for each value
         rows = [{"case": key, "value": value} for row in rows for key, value in row.items() if key not in ("case", "seconds")]
         rows = [row for row in rows if row["case"] not in ("status", "why")]
@@ -143,7 +143,7 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any], args: argparse.Namespace, folder: Path) -> str:
     """The tables; they and the JSON are written too."""
-    tables = "\n".join(table(name, found) for name, found in results["parts"].items())
+    tables = "\n".join(table(name, result) for name, result in results["parts"].items())
     (folder / "tables.md").write_text(tables)
     whole = json.dumps(results, indent=1) + "\n"
     for file in (folder / "results.json", *([args.json] if args.json else [])):
@@ -175,18 +175,18 @@ def main() -> None:
     for name in wanted:
         now = time.monotonic()
         if over - now < LEAST_S:
-            found = {"status": "not run", "why": "no time left", "seconds": 0.0, "counts": {}, "rows": []}
+            result = {"status": "not run", "why": "no time left", "seconds": 0.0, "counts": {}, "rows": []}
         else:
-            found = part(name, args, folder, min(over, now + PARTS[name]))
-        results["parts"][name] = found
+            result = part(name, args, folder, min(over, now + PARTS[name]))
+        results["parts"][name] = result
         write(results, args, folder)
-        counted = ", ".join(f"{number} {status}" for status, number in found["counts"].items())
-        print(f"{name}: {found['status']} in {found['seconds']:g} s" + f" ({counted or found['why']})", flush=True)
-        if name == "facts" and found["rows"] and found["rows"][0]["status"] == "absent":
-            sys.exit(f"gpu_all.py needs a GPU: {found['rows'][0]['why']}")
+        counted = ", ".join(f"{number} {status}" for status, number in result["counts"].items())
+        print(f"{name}: {result['status']} in {result['seconds']:g} s" + f" ({counted or result['why']})", flush=True)
+        if name == "facts" and result["rows"] and result["rows"][0]["status"] == "absent":
+            sys.exit(f"gpu_all.py needs a GPU: {result['rows'][0]['why']}")
     print("\n" + write(results, args, folder))
     print(f"{folder}: results.json, tables.md and the parts' logs")
-    if any(found["status"] == "failed" for found in results["parts"].values()):
+    if any(result["status"] == "failed" for result in results["parts"].values()):
         sys.exit(1)
 
 

@@ -17,10 +17,10 @@ from rich.table import Table
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """`--quick`: under a minute, for a look. `--json FILE`: the rows, with machine and versions."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="under a minute, for a look; not for quoting")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows, with the machine and the versions")
-    return made
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="under a minute, for a look; not for quoting")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the rows, with the machine and the versions")
+    return arguments
 
 
 def machine() -> dict[str, Any]:

@@ -79,15 +79,15 @@ KINDS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-async def stream(session: aiohttp.ClientSession, came: list[float]) -> None:
+async def stream(session: aiohttp.ClientSession, times: list[float]) -> None:
     """Streams one after the other; when each event with text came."""
     body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     while True:
         async with session.post(COMPLETIONS, json=body) as response:
-            came.append(float("nan"))  # no gap between two streams
+            times.append(float("nan"))  # no gap between two streams
             async for line in response.content:
                 if line.startswith(b'data: {"id"') and b'"finish_reason": null' in line:
-                    came.append(time.perf_counter())
+                    times.append(time.perf_counter())
 
 
 async def health(session: aiohttp.ClientSession, took: list[float]) -> None:
@@ -99,38 +99,38 @@ async def health(session: aiohttp.ClientSession, took: list[float]) -> None:
         await asyncio.sleep(0.02)
 
 
-def gaps(came: list[float]) -> np.ndarray:
-    found = np.diff(np.array(came))
-    return found[~np.isnan(found)]
+def gaps(times: list[float]) -> np.ndarray:
+    between = np.diff(np.array(times))
+    return between[~np.isnan(between)]
 
 
 async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, Any]]:
-    came: list[float] = []
+    times: list[float] = []
     took: list[float] = []
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, timeout=timeout) as session, aiohttp.ClientSession(url, timeout=timeout) as other:
-        watchers = [asyncio.create_task(stream(session, came)), asyncio.create_task(health(session, took))]
+        watchers = [asyncio.create_task(stream(session, times)), asyncio.create_task(health(session, took))]
         await asyncio.sleep(3)  # what the first requests pay
-        came.clear(), took.clear()
+        times.clear(), took.clear()
         await asyncio.sleep(seconds)
-        usual = float(np.percentile(gaps(came), 99))
+        usual = float(np.percentile(gaps(times), 99))
         async with other.get("/live?since=999999999") as response:
             target = (await response.json())["targets"]["tbt"]["seconds"]
-        rows = [row("nothing", "", gaps(came), took, usual, target)]
+        rows = [row("nothing", "", gaps(times), took, usual, target)]
         for name in names:
             path, body = KINDS[name]
-            made = body()
-            data = made if isinstance(made, bytes) else await asyncio.to_thread(lambda made=made: json.dumps(made).encode())
+            raw = body()
+            data = raw if isinstance(raw, bytes) else await asyncio.to_thread(lambda raw=raw: json.dumps(raw).encode())
             await asyncio.sleep(1)
-            came.clear(), took.clear()
+            times.clear(), took.clear()
             status, sent = "", 0
-            while sent < TIMES or (_computed(name, status) and len(gaps(came)) < FEWEST):
+            while sent < TIMES or (_computed(name, status) and len(gaps(times)) < FEWEST):
                 sent += 1
                 async with other.post(path, data=data, headers={"Content-Type": "application/json"}) as response:
                     await response.read()
                     status = str(response.status)
                 await asyncio.sleep(0.5)
-            rows.append(row(name, status, gaps(came), took, usual, target))
+            rows.append(row(name, status, gaps(times), took, usual, target))
             print(rows[-1])
         for watcher in watchers:
             watcher.cancel()
@@ -144,10 +144,10 @@ def _computed(name: str, status: str) -> bool:
 
 
 def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: float, target: float) -> dict[str, Any]:
-    longest, p99, asked = float(gaps.max()), float(np.percentile(gaps, 99)), float(np.percentile(took, 99))
+    longest, p99, health_p99 = float(gaps.max()), float(np.percentile(gaps, 99)), float(np.percentile(took, 99))
     computed = _computed(name, status)
     limit = max(LIMIT * usual, target) if computed else LIMIT * usual
-    kept = (p99 if computed else longest) <= limit and asked <= HEALTH_LIMIT_S
+    kept = (p99 if computed else longest) <= limit and health_p99 <= HEALTH_LIMIT_S
     return {
         "what another client sends": name,
         "answer": status,
@@ -155,7 +155,7 @@ def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: floa
         "longest gap, ms": 1e3 * longest,
         "limit, ms": 1e3 * limit,
         "of the": "p99" if computed else "longest",
-        "/health p99, ms": 1e3 * asked,
+        "/health p99, ms": 1e3 * health_p99,
         "within limits": "yes" if kept else "NO",
     }
 

@@ -24,12 +24,12 @@ ARGUMENTS = ("--gpus", "16", "--nodes", "4", "--link", "ib-200g", "--lengths", "
 def transfer(number: int) -> tuple[float, float]:
     """The moment when the last of `number` prompts of 4,096 tokens, sent at once, is there; and the bytes that passed."""
     kv = shape.Sharded(shape.load("llama2-70b"), 1, 1).kv_bytes_per_token
-    fabric, port, there = Fabric(), Port(links.load("ib-200g").bandwidth), list[float]()
+    fabric, port, ended = Fabric(), Port(links.load("ib-200g").bandwidth), list[float]()
     for _ in range(number):
-        fabric.send(4096 * kv, (port,), 0.0, there.append)
+        fabric.send(4096 * kv, (port,), 0.0, ended.append)
     while fabric.due < inf:
         fabric.run()
-    return max(there), port.moved
+    return max(ended), port.moved
 
 
 def main() -> None:

@@ -56,8 +56,8 @@ class Live(NamedTuple):
 
     @property
     def at_its_speed(self) -> Report:
-        made = what_if(self.run, self.records, Machine(self.records), self.run.policy, TARGETS, {})
-        return report(load_of(made, self.number), TARGETS)
+        replayed = what_if(self.run, self.records, Machine(self.records), self.run.policy, TARGETS, {})
+        return report(load_of(replayed, self.number), TARGETS)
 
 
 def load_of(records: list[StepRecord], number: int) -> list[Timeline]:
@@ -94,26 +94,26 @@ def simulated(simulator: Simulator, rate: float, seconds: float) -> Report:
     return report(simulator.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, TARGETS, rate)
 
 
-def rows(rate: float, share: float, runs: list[Live], made: Report) -> list[dict[str, Any]]:
-    found = []
+def rows(rate: float, share: float, runs: list[Live], simulation: Report) -> list[dict[str, Any]]:
+    table = []
     replayed = runs[0].at_its_speed
     for what in ("ttft_s", "tbt_s"):
         for quantile in ("p50", "p99"):
-            reports = (runs[0].report, runs[1].report, made, replayed)
-            first, second, ours, then = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
-            found.append(
+            reports = (runs[0].report, runs[1].report, simulation, replayed)
+            first, second, simulated_ms, then = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
+            table.append(
                 {
                     "of capacity": share,
                     "requests/s": rate,
                     "what": f"{what[:4].rstrip('_').upper()} {quantile}",
                     "live, ms": first,
                     "again": second / first,
-                    "simulated, ms": ours,
-                    "simulated / live": ours / ((first + second) / 2),
+                    "simulated, ms": simulated_ms,
+                    "simulated / live": simulated_ms / ((first + second) / 2),
                     "at its speed / live": then / first,
                 }
             )
-    return found
+    return table
 
 
 def main() -> None:
@@ -123,11 +123,11 @@ def main() -> None:
     table = []
     for share in LOADS:
         before = calibrated()
-        found = search(lambda rate, _, s=before: not shortfalls(simulated(s, rate, 60.0), Slo()), 2.0, most_trials=1)
-        rate = share * found.rate
+        capacity = search(lambda rate, _, s=before: not shortfalls(simulated(s, rate, 60.0), Slo()), 2.0, most_trials=1)
+        rate = share * capacity.rate
         runs = [live(rate, seconds) for _ in range(2)]
         drift = calibrated().instance.cost.seconds(REFERENCE) / before.instance.cost.seconds(REFERENCE)
-        print(f"{share:.0%} of {found.rate:.2f}/s: an iteration costs {drift:.2f} times as much after as before", flush=True)
+        print(f"{share:.0%} of {capacity.rate:.2f}/s: an iteration costs {drift:.2f} times as much after as before", flush=True)
         placed = before.instance._replace(between_s=runs[0].between_s)
         table += rows(rate, share, runs, simulated(Simulator(before.deployment, placed), rate, seconds))
     show("Live and simulated", table, facts, args.json)

