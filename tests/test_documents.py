@@ -72,12 +72,12 @@ def commands() -> str:
     """The page of all commands, from what they say of themselves."""
     pages = ["# Commands\n\nGenerated from `--help`: `python -m tests.test_documents` writes this page."]
     for name, (what, _) in COMMANDS.items():
-        names = [name] if not isinstance(what, typer.Typer) else [f"{name} {one.name}".strip() for one in what.registered_commands]
+        names = [name] if not isinstance(what, typer.Typer) else [f"{name} {sub.name}".strip() for sub in what.registered_commands]
         if isinstance(what, typer.Typer) and what.info.invoke_without_command is True:
             names.insert(0, name)
-        for one in names:
-            said = CliRunner().invoke(app, [*one.split(), "--help"], prog_name="stallfree", env={"COLUMNS": "100"}).output
-            pages.append(f"## {one}\n\n```\n{said.strip()}\n```")
+        for command in names:
+            text = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="stallfree", env={"COLUMNS": "100"}).output
+            pages.append(f"## {command}\n\n```\n{text.strip()}\n```")
     return "\n\n".join(pages) + "\n"
 
 

@@ -36,6 +36,6 @@ def run(
         scheduler.ledger.check()
         records.append(step)
 
-    told = (script(r, range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests)
-    serve(told, [Replica(scheduler, Cost(), record=record, leap=leap)], round_robin())
+    scripts = (script(r, range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests)
+    serve(scripts, [Replica(scheduler, Cost(), record=record, leap=leap)], round_robin())
     return records

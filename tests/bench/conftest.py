@@ -47,9 +47,9 @@ class Fake:
         if (why := self.refuse(body)) is not None:
             return web.json_response({"error": {"message": why}}, status=400)
         prompt, usage = body["prompt"], body.get("stream_options")
-        told = {"prompt_tokens": len(prompt) if isinstance(prompt, list) else 1 + self.per_word * len(prompt.split())}
+        counts = {"prompt_tokens": len(prompt) if isinstance(prompt, list) else 1 + self.per_word * len(prompt.split())}
         if not body.get("stream"):
-            return web.json_response({"choices": [{"text": "x"}], "usage": told})
+            return web.json_response({"choices": [{"text": "x"}], "usage": counts})
         failure = self.failure if body["max_tokens"] > 2 else None
         if isinstance(failure, int):
             return web.json_response({"error": {"message": "too much"}}, status=failure)
@@ -69,7 +69,7 @@ class Fake:
                 request.transport.abort()
             if number == 2 and failure == "stop":
                 break
-            await response.write(chunk(usage=told | {"completion_tokens": number + 1} if usage else None).encode())
+            await response.write(chunk(usage=counts | {"completion_tokens": number + 1} if usage else None).encode())
         await response.write((chunk("", "length") + "data: [DONE]\n\n").encode())
         return response
 
@@ -97,8 +97,8 @@ class Hasty:
                 break
             events = "".join(chunk() for _ in range(body["max_tokens"])) + chunk("", "length") + "data: [DONE]\n\n"
             data = events.encode() if length else json.dumps({"data": [{"id": "hasty"}]}).encode()
-            said = len(data) + 9 * (self.ends == "within")
-            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {said}\r\n\r\n".encode() + data)
+            declared = len(data) + 9 * (self.ends == "within")
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {declared}\r\n\r\n".encode() + data)
             if self.ends == "within":
                 break
         writer.close()

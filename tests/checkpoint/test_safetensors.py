@@ -88,9 +88,9 @@ def test_tensors_of_several_files_are_found(folder: Path) -> None:
 def test_half_precision_is_read_as_float32(folder: Path, kind: str, bound: float) -> None:
     shapes = open_checkpoint(folder).config.tensors()
     write(folder / "model.safetensors", shapes, kind)
-    got = open_checkpoint(folder).read("model.norm.weight")
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, values("model.norm.weight", (96,)), rtol=0, atol=bound)
+    norm = open_checkpoint(folder).read("model.norm.weight")
+    assert norm.dtype == np.float32
+    np.testing.assert_allclose(norm, values("model.norm.weight", (96,)), rtol=0, atol=bound)
 
 
 def test_generation_config_says_which_tokens_end_a_reply(folder: Path) -> None:
@@ -306,9 +306,9 @@ def test_a_file_that_the_index_names_and_that_is_not_there_is_named(folder: Path
 )
 def test_an_index_that_cannot_be_used_is_named(folder: Path, content: str, message: str) -> None:
     (folder / INDEX).write_text(content)
-    said = refused(folder)
-    assert INDEX in said
-    assert message in said
+    error = refused(folder)
+    assert INDEX in error
+    assert message in error
 
 
 def test_an_index_may_name_files_in_folders_below(folder: Path) -> None:
@@ -367,10 +367,10 @@ def test_scaled_positions_are_those_of_transformers(folder: Path, scaling: dict[
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     change_json(folder / "config.json", rope_scaling=scaling, rope_theta=base)
     config = open_checkpoint(folder).config
-    theirs = LlamaConfig(**{**TINY, "rope_parameters": {**scaling, "rope_theta": base}})
+    reference = LlamaConfig(**{**TINY, "rope_parameters": {**scaling, "rope_theta": base}})
     kind = scaling.get("rope_type", scaling.get("type"))
     compute = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[kind]
-    frequencies, factor = compute(theirs, seq_len=config.max_model_len)
+    frequencies, factor = compute(reference, seq_len=config.max_model_len)
     np.testing.assert_allclose(config.inv_freq, frequencies.numpy(), rtol=2e-6)
     assert factor == pytest.approx(config.rope_scale)
 

@@ -29,9 +29,9 @@ def stallfree(monkeypatch, capsys):
 
 
 def test_the_slo_policy_keeps_the_streams_in_time_and_the_fixed_budget_does_not(stallfree):
-    told = json.loads(stallfree("demo", "--json"))
-    fixed, slo = told["fixed"]["all"], told["slo"]["all"]
-    assert (512, "tbt=100ms@p99") == (told["token_budget"], told["target"])
+    answer = json.loads(stallfree("demo", "--json"))
+    fixed, slo = answer["fixed"]["all"], answer["slo"]["all"]
+    assert (512, "tbt=100ms@p99") == (answer["token_budget"], answer["target"])
     assert [STREAMS + PROMPTS] * 2 == [fixed["completed"], slo["completed"]]
     assert STREAMS * STREAM_TOKENS < slo["output_tokens"] == fixed["output_tokens"]
     assert (False, True) == (fixed["slo_attainment"]["tbt"]["met"], slo["slo_attainment"]["tbt"]["met"])

@@ -79,7 +79,7 @@ def test_greedy_tokens_are_the_same_after_preemption(exact, alone):
 
 def test_greedy_tokens_are_the_same_with_prefixes_shared(exact, alone):
     engine = Engine(exact.executor, exact.text, load("sarathi"))
-    found = []
+    outputs = []
     for turn in range(2):
         requests = [
             Request(f"{turn}.{i}", exact.text.encode(p), 24, sampling=Sampling(temperature=0)) for i, p in enumerate(PROMPTS)
@@ -88,9 +88,9 @@ def test_greedy_tokens_are_the_same_with_prefixes_shared(exact, alone):
             engine.submit(request)
         while engine.busy:
             engine.step()
-        found.append([r.output for r in requests])
+        outputs.append([r.output for r in requests])
     assert requests[0].num_cached > 0
-    assert [alone, alone] == found
+    assert [alone, alone] == outputs
 
 
 @pytest.fixture(scope="module")

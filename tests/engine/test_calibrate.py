@@ -44,10 +44,10 @@ def test_no_block_is_named_that_the_executor_does_not_have(blocks):
 
 
 def test_progress_ends_at_the_end():
-    told = []
-    calibrate(Instant(), lambda done, of: told.append((done, of)))
-    assert told[-1][0] == told[-1][1]
-    assert told == sorted(told)
+    progress = []
+    calibrate(Instant(), lambda done, of: progress.append((done, of)))
+    assert progress[-1][0] == progress[-1][1]
+    assert progress == sorted(progress)
 
 
 def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):

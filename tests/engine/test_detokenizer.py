@@ -53,18 +53,18 @@ def test_the_pieces_of_byte_tokens_are_the_decoding_of_all_where_they_are_charac
 )
 @example(["<0x0A>", "<0xDD>", "▁Hello"])
 def test_byte_tokens_are_read_as_utf8(tokens):
-    got = streamed(FALLBACK, [id_of(token) for token in tokens])
-    said, octets = [], b""
+    text = streamed(FALLBACK, [id_of(token) for token in tokens])
+    pieces, octets = [], b""
     for token in tokens:
         if token in BYTES:
             octets += bytes([BYTES.index(token)])
         elif token not in ("<|end|>",):
-            said.append(octets.decode(errors="replace"))
-            said.append(token.replace("▁", " "))
+            pieces.append(octets.decode(errors="replace"))
+            pieces.append(token.replace("▁", " "))
             octets = b""
-    expected = "".join([*said, octets.decode(errors="replace")])
-    one = re.compile("\ufffd+")  # how many U+FFFD stand for a broken character is not looked at
-    assert one.sub("\ufffd", expected.removeprefix(" ")) == one.sub("\ufffd", got)
+    expected = "".join([*pieces, octets.decode(errors="replace")])
+    broken = re.compile("\ufffd+")  # how many U+FFFD stand for a broken character is not looked at
+    assert broken.sub("\ufffd", expected.removeprefix(" ")) == broken.sub("\ufffd", text)
 
 
 @pytest.mark.parametrize(

@@ -56,16 +56,16 @@ def assert_only_the_bad_one_failed(ends, *, error: str):
     ("cls", "method"), [(Detokenizer, "push"), (Detokenizer, "flush"), (StopStrings, "push"), (StopStrings, "flush")]
 )
 def test_a_request_whose_text_raises_ends_alone(monkeypatch, cls, method, depth):
-    made = []
+    instances = []
     init = cls.__init__
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        made.append(self)
+        instances.append(self)
 
     monkeypatch.setattr(cls, "__init__", remember)
     own = getattr(cls, method)
-    monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is made[0] else own(self, *a, **k))
+    monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is instances[0] else own(self, *a, **k))
     assert_only_the_bad_one_failed(served(depth=depth), error="its tokens cannot be turned into text (Trouble: out of order)")
 
 

@@ -8,8 +8,8 @@ from stallfree.core.request import Refused
 
 @pytest.fixture
 def llm():
-    with LLM(executor="simulated", max_model_len=64) as made:
-        yield made
+    with LLM(executor="simulated", max_model_len=64) as llm:
+        yield llm
 
 
 def test_streams_read_in_turn_get_each_their_own_text(llm):

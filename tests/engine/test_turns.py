@@ -52,11 +52,11 @@ def players(*policies: str) -> tuple[list[Player], Watched]:
 
 
 def played(*policies: str) -> list[Player]:
-    made, _ = players(*policies)
-    while going := [player for player in made if not player.done]:
+    everybody, _ = players(*policies)
+    while going := [player for player in everybody if not player.done]:
         for player in going:
             player.turn()
-    return made
+    return everybody
 
 
 def test_a_player_does_the_same_alone_and_in_turns_with_another():

@@ -47,14 +47,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(params=EXECUTORS)
 def executor(request, tiny):
     if request.param == "simulated":
-        made = SimulatedExecutor(Capacity(16, 64, 512), range(256), Linear(0.0001, 0.000001, 0.0))
+        executor = SimulatedExecutor(Capacity(16, 64, 512), range(256), Linear(0.0001, 0.000001, 0.0))
     elif request.param == "torch":
         torch = pytest.importorskip("stallfree.executors.torch", exc_type=ImportError)
-        made = torch.TorchExecutor(tiny, torch.Options("f32", "f32", max_model_len=512), 4 << 20)
+        executor = torch.TorchExecutor(tiny, torch.Options("f32", "f32", max_model_len=512), 4 << 20)
     else:
-        made = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=4 << 20, max_model_len=512)
-    yield made
-    made.close()
+        executor = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=4 << 20, max_model_len=512)
+    yield executor
+    executor.close()
 
 
 def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]]:

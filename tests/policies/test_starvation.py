@@ -256,6 +256,6 @@ def test_a_target_that_was_asked_for_does_not_move():
     before = [policy.slo.tbt.seconds for policy in policies]
     for policy in policies:
         crowd(policy, Host(1.0, 0.05, lambda now, number: (5.0, 0.0)))
-    asked, default = (policy.slo.tbt.seconds / was for policy, was in zip(policies, before, strict=True))
-    assert 1.0 == asked
+    explicit, default = (policy.slo.tbt.seconds / was for policy, was in zip(policies, before, strict=True))
+    assert 1.0 == explicit
     assert default > 3

@@ -60,7 +60,7 @@ class Executor(SimulatedExecutor):
 
 
 class Server:
-    """A running server: `url`, and what is behind it. It `asks` the prefill engines at these addresses, or is `asked` itself."""
+    """A running server with its `url` and its parts. It `asks` the prefill engines at these addresses, or `serves_peers`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Server:
         text: Text | None = None,
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
-        asked: bool = False,
+        serves_peers: bool = False,
         sampling: Sampling | None = None,
         sanitize_control_tokens: bool = False,
         **options,
@@ -93,7 +93,7 @@ class Server:
         self.metrics, self.live, self.traces = self.service.metrics, self.service.live, self.service.traces
         self.engine_thread = self.service.thread
         terms = Terms.of(self.executor, "toy")
-        self.peer_socket = bind("127.0.0.1", 0) if asked else None
+        self.peer_socket = bind("127.0.0.1", 0) if serves_peers else None
         if asks:
             self.service.ask(asks, terms, "")
         if self.peer_socket is not None:

@@ -35,10 +35,10 @@ def page(driver) -> Iterator[webdriver.Chrome]:
     driver.get_log("browser")
     driver.get_log("performance")
     yield driver
-    ours = ("/live?since=", "/v1/chat/completions")  # Chromium notes every answer of 400 and more, and every lack of one
-    complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in ours)]
-    asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = {event["params"]["request"]["url"] for event in asked if event["method"] == "Network.requestWillBeSent"}
+    routes = ("/live?since=", "/v1/chat/completions")  # Chromium notes every answer of 400 and more, and every lack of one
+    complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in routes)]
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.get("about:blank")
     assert [] == complaints

@@ -53,11 +53,11 @@ def spans(*records: StepRecord, headers=None):
 
 
 def test_a_request_is_a_span_with_its_phases_below():
-    found = spans(FIRST, LATE, END)
-    request = found.pop("chat toy")
-    assert {"queue", "prefill", "decode"} == set(found)
-    assert {request.context.span_id} == {span.parent.span_id for span in found.values()}
-    assert [0.5, 1.0, 2.5] == [round((found[p].end_time - found[p].start_time) / 1e9, 6) for p in ("queue", "prefill", "decode")]
+    named = spans(FIRST, LATE, END)
+    request = named.pop("chat toy")
+    assert {"queue", "prefill", "decode"} == set(named)
+    assert {request.context.span_id} == {span.parent.span_id for span in named.values()}
+    assert [0.5, 1.0, 2.5] == [round((named[p].end_time - named[p].start_time) / 1e9, 6) for p in ("queue", "prefill", "decode")]
 
 
 def test_times_of_the_run_become_those_of_the_day(monkeypatch):

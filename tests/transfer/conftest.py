@@ -39,7 +39,7 @@ class Remembering:
         self.last = {}
 
     def submit(self, plan):
-        found = {}
+        sampled = {}
         size = self.capacity.block_size
         for w in plan.work:
             tokens = (self.last[w.id],) if w.tokens == (UNKNOWN,) else w.tokens
@@ -49,9 +49,9 @@ class Remembering:
                 end = w.start + w.count
                 seen = self.kv[list(w.blocks[: -(-end // size)])].reshape(-1, 2)[:end]
                 assert list(range(end)) == seen[:, 1].tolist()
-                found[w.id] = int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251
-        self.last = found
-        self.results.append(StepResult(plan.step, {id: (token,) for id, token in found.items()}, 0.001))
+                sampled[w.id] = int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251
+        self.last = sampled
+        self.results.append(StepResult(plan.step, {id: (token,) for id, token in sampled.items()}, 0.001))
 
     def collect(self):
         if self.turns is not None:
@@ -90,17 +90,17 @@ def engine(executor=None, budget: int = 16, records=None) -> Engine:
     )
 
 
-def terms(one: Engine, model: str = "m") -> Terms:
-    return Terms.of(one.executor, model)
+def terms(engine: Engine, model: str = "m") -> Terms:
+    return Terms.of(engine.executor, model)
 
 
 @contextlib.asynccontextmanager
-async def prefilling(one: Engine, key: str = "", port: int = 0):
+async def prefilling(engine: Engine, key: str = "", port: int = 0):
     """An engine that prefills, and its address."""
-    thread = EngineThread(one, 100)
+    thread = EngineThread(engine, 100)
     thread.start()
     sock = socket.create_server(("127.0.0.1", port))
-    serving = Serving(thread, terms(one), sock, key)
+    serving = Serving(thread, terms(engine), sock, key)
     serving.start()
     try:
         yield sock.getsockname()[:2]
@@ -110,10 +110,10 @@ async def prefilling(one: Engine, key: str = "", port: int = 0):
 
 
 @contextlib.asynccontextmanager
-async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
+async def decoding(engine: Engine, *addresses, key: str = "", wait: bool = True):
     """An engine that asks those at `addresses`, once it is connected to them."""
-    thread = EngineThread(one, 100)
-    asks = Asking(thread, terms(one), addresses, key)
+    thread = EngineThread(engine, 100)
+    asks = Asking(thread, terms(engine), addresses, key)
     thread.start()
     asks.start()
     try:
@@ -125,7 +125,7 @@ async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
 
 
 async def read(outputs) -> list:
-    return [output async for came in outputs for output in came]
+    return [output async for batch in outputs for output in batch]
 
 
 async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
@@ -135,11 +135,11 @@ async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
     return [[token for o in outputs if o.id == r.id for token in o.tokens] for r in requests]
 
 
-def free(one: Engine) -> None:
+def free(engine: Engine) -> None:
     """Nothing is left: every block is free."""
-    one.scheduler.ledger.check()
-    assert one.executor.capacity.num_blocks == one.scheduler.ledger.pool.num_free
-    assert one.prefetch.idle
+    engine.scheduler.ledger.check()
+    assert engine.executor.capacity.num_blocks == engine.scheduler.ledger.pool.num_free
+    assert engine.prefetch.idle
 
 
 @pytest.fixture(params=["shared memory", "tcp"])
