@@ -52,7 +52,7 @@ def cases(device, quick):
 
 
 def missing() -> set[str]:
-    """The modules of all that stallfree can need, but for what the script may."""
+    """The modules that stallfree can need, except those that the script may use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     names = {name.partition(">")[0].partition("=")[0].partition("[")[0].replace("-", "_") for name in listed}

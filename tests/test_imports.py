@@ -1,4 +1,4 @@
-"""Who may import whom: the packages' layers, read off every file's imports."""
+"""Which package may import which: the layers, checked by every file's imports."""
 
 import ast
 import subprocess

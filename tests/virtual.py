@@ -1,4 +1,4 @@
-"""A run in virtual time: the simulator with a cost that is a formula, and tokens that are counted."""
+"""A run in virtual time: the simulator with a simple formula as its cost, and counted tokens."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""A server of few lines that does what it is told, in the event loop of its client."""
+"""A small fake server in its client's event loop, which behaves as each test asks."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ PAUSE_S = 0.1
 
 class Fake:
     """Answers with `max_tokens` events, or with those of `events`, or always with those of `style(max_tokens)`, in which None is a
-    pause of `PAUSE_S`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its tokens in a word. `failure`: what happens
+    pause of `PAUSE_S`. `refuse(body)`: why a body gets a 400, or None. `per_word`: tokens in a word. `failure`: what happens
     to requests for more than two tokens, so that the probe passes: a status, "die" (after two tokens), "mute" (never answers),
     "stop" (ends after two tokens as if that were all).
     """
@@ -75,8 +75,8 @@ class Fake:
 
 
 class Hasty:
-    """A server on bare sockets that ends connections where it should not: "kept" ones, as the second request comes on them; every
-    one "before" its first byte; or "within" the answer. `requests`: those that came whole, `connections`: all.
+    """A server on bare sockets that ends connections too early: "kept" ones at their second request, all "before" the first byte
+    of the answer, or all "within" the answer. `requests` counts the complete requests, `connections` all connections.
     """
 
     def __init__(self, ends: Literal["kept", "before", "within"]) -> None:
@@ -105,7 +105,7 @@ class Hasty:
 
     @asynccontextmanager
     async def client(self):
-        """A client of it, on a free port."""
+        """A client of this server, on a free port."""
         server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
         async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
             yield client

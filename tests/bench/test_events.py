@@ -1,4 +1,4 @@
-"""Tokens are counted whatever a server's events are like, and however its bytes are cut."""
+"""Tokens are counted correctly for every kind of event, however the bytes are cut."""
 
 import json
 
@@ -12,7 +12,7 @@ ROLE = chunk("")
 
 
 def fed(*texts: str, most: int = 99) -> tuple[list[int], Events]:
-    """The times of the tokens where the texts come at 0, 1, 2, ..."""
+    """The times of the tokens, and the `Events`, if the texts come at the times 0, 1, 2, ..."""
     events = Events(most)
     for now, text in enumerate(texts):
         events.feed(text.encode(), now)

@@ -1,4 +1,4 @@
-"""What the client measures: of this project's server, and of servers that die, fall silent or refuse."""
+"""What the client measures on this project's server, and on servers that die, fall silent or refuse."""
 
 import asyncio
 import json

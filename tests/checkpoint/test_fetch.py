@@ -134,7 +134,7 @@ def test_a_hub_model_without_a_network_is_named():
 
 
 class Hub:
-    """Stands in for a hub's repository: copies the files that are asked for into a folder, and remembers which."""
+    """Stands in for a hub's repository: copies the requested files into a folder, and remembers their names."""
 
     def __init__(self, folder: Path, files: dict[str, str]):
         self.folder, self.files = folder, files

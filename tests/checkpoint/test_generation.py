@@ -1,4 +1,4 @@
-"""What a model's makers recommend of sampling is read from its files, and what cannot be is named."""
+"""A model's recommended sampling is read from its files; a value that is not allowed is named."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""GGUF files: quantised tensors come back, and a file that cannot be used is refused by what is wrong with it."""
+"""GGUF files: quantised tensors are read back, and a file that cannot be used is refused with the reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 
 
 class Random:
-    """A checkpoint made of random numbers, the same for the same name."""
+    """A checkpoint of random numbers; those of a tensor depend only on its name."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(path: Path) -> str:
-    """What the refusal says; it always names the file."""
+    """The text of the refusal, which always names the file."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)

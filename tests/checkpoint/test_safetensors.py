@@ -1,4 +1,4 @@
-"""Hugging Face folders: the config and tensors come back, and a folder that cannot be used is refused by what is wrong with it."""
+"""Hugging Face folders: config and tensors are read, and a folder that cannot be used is refused with the reason."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write(path: Path, tensors: dict[str, tuple[int, ...]], kind: str = "F32") -> None:
-    """A safetensors file of random numbers."""
+    """Write a safetensors file of random numbers."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, shape in tensors.items():
         data = values(name, shape)
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, **changes: object) -> str:
-    """What the refusal says, after changes of config.json; it always names the folder."""
+    """The text of the refusal after these changes of config.json; it always names the folder."""
     if changes:
         change_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError) as caught:
@@ -220,7 +220,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def parts(folder: Path, wanted: object = None) -> dict[str, tuple[int, ...]]:
-    """The model's tensors in two numbered files, with an index; gives their shapes."""
+    """Write the model's tensors into two numbered files with an index, and return their shapes."""
     shapes = open_checkpoint(folder).config.tensors()
     (folder / "model.safetensors").unlink()
     names = sorted(shapes)
@@ -361,7 +361,7 @@ def test_scaled_positions_are_those_of_transformers(folder: Path, scaling: dict[
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they deprecate parts of themselves while they are imported
+        warnings.simplefilter("ignore")  # transformers warns of its own deprecations while it is imported
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -1,4 +1,4 @@
-"""`stallfree bench`, as its user meets it: what it prints, writes and returns, and what it says to mistakes."""
+"""`stallfree bench` as a user sees it: its output, files and exit codes, and its messages for mistakes."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_server_that_refuses_every_request_fails_the_run_with_its_words(stallf
 
 
 def test_compare_puts_servers_and_policies_side_by_side(stallfree, url):
-    before = children()  # such as what looks after the shared memory of another test
+    before = children()  # such as the process that tracks another test's shared memory
     code, out, err = stallfree(
         "bench",
         "compare",
@@ -128,7 +128,7 @@ def test_ctrl_c_ends_a_run_with_what_there_is(command, tmp_path):
             [sys.executable, "-m", "stallfree", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2 if command == "compare" else 1):
-            process.stderr.readline()  # what the server takes
+            process.stderr.readline()  # the line that says what the server accepts
         until(lambda: server.engine.scheduler.ledger.requests)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
     )
     url, _, takes = process.stderr.readline().partition(": ")
     assert "model simulated" in takes
-    # Python has no way to tell of an interruption just while an event loop is made.
+    # Python cannot report an interruption that comes exactly while an event loop is being made.
     until(lambda: "stallfree_running_requests 0.0" not in httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE_S)
@@ -202,5 +202,5 @@ def test_a_mistake_is_named_in_one_line_before_anybody_is_asked(stallfree, argum
 
 
 def children() -> list[str]:
-    """The processes that this one has started and that are there."""
+    """This process's children that are still there."""
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

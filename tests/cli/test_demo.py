@@ -1,4 +1,4 @@
-"""The demo on the simulated executor, whose time is virtual: what is shown is the same every time."""
+"""The demo on the simulated executor. Its time is virtual, so every run shows the same."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from stallfree.core.slo import Slo
 
 @pytest.fixture
 def stallfree(monkeypatch, capsys):
-    """What a command prints, run in this process."""
+    """Runs a command in this process and gives what it prints."""
     monkeypatch.setenv("TERM", "dumb")
 
     def run(*arguments: str) -> str:

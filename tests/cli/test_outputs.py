@@ -1,4 +1,4 @@
-"""What commands write beside their answer: rows for programs, and nothing over a file that is there."""
+"""Files that commands write in addition to their answer: rows for programs. An existing file is never overwritten."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""`stallfree perf`, as its user meets it: the price of an iteration, what it is made of, and what is said to mistakes."""
+"""`stallfree perf` as a user sees it: the price of an iteration, its parts, and messages for mistakes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`stallfree plan`, as its user meets it."""
+"""`stallfree plan` as a user sees it."""
 
 import json
 

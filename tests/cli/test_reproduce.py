@@ -1,4 +1,4 @@
-"""`stallfree reproduce`, as its user meets it."""
+"""`stallfree reproduce` as a user sees it."""
 
 import json
 

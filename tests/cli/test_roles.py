@@ -1,4 +1,4 @@
-"""`serve --role` and `route`: what they say to mistakes, before anything is loaded, and three of them together."""
+"""`serve --role` and `route`: messages for mistakes, before anything is loaded, and three commands together."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def test_roles_and_addresses_that_cannot_be(stallfree, arguments, says):
 
 
 def failing(*arguments: str) -> str:
-    """What a command says that fails once it holds ports, which end with its process."""
+    """The error text of a command that fails after it has opened ports, which close with its process."""
     command = [sys.executable, "-m", "stallfree", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert 1 == done.returncode
@@ -62,7 +62,7 @@ def test_a_route_to_nowhere(stallfree, arguments, says):
 
 @contextlib.contextmanager
 def running(*arguments: str):
-    """A command as a process, with the first line that it prints; it ends by itself when asked to."""
+    """Runs a command as a process and gives its first line. The process must end by itself when asked to."""
     command = [sys.executable, "-m", "stallfree", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:

@@ -1,4 +1,4 @@
-"""`stallfree simulate`, `capacity` and `compare`, as their user meets them."""
+"""`stallfree simulate`, `capacity` and `compare` as a user sees them."""
 
 import json
 

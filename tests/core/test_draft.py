@@ -1,4 +1,4 @@
-"""A draft refuses what would break it, whatever a policy asks for, and says where a prompt begins that is cached in part."""
+"""A draft refuses what would break it, whatever a policy asks for. It says where a partly cached prompt begins."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def step(s):
 
 
 def streams(s, count, length=1):
-    """So many ready decodes."""
+    """Submit `count` requests that become ready decodes."""
     for i in range(count):
         s.submit(Request(f"r{i}", range(1000 * i, 1000 * i + length), 50))
 

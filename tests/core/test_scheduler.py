@@ -1,4 +1,4 @@
-"""What the scheduler promises whatever the policy."""
+"""The scheduler's promises, which hold under every policy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The embedded model, whole: the answer is right, and a greedy token is the same however its request was batched.
+"""The whole embedded model: its answer is right, and its greedy tokens do not depend on the batch.
 
 Exactness is a promise of f32 weights and KV. Products of lower precision round differently in different batch sizes.
 """
@@ -31,7 +31,7 @@ def exact() -> Engine:
 
 
 class Smaller:
-    """An executor that says it holds fewer KV blocks than it does."""
+    """An executor that reports fewer KV blocks than it holds."""
 
     def __init__(self, executor, num_blocks):
         self.capacity = replace(executor.capacity, num_blocks=num_blocks)

@@ -1,4 +1,4 @@
-"""The embedded model, prefilled in one engine and decoded in another: every greedy token is that of one engine.
+"""The embedded model, prefilled in one engine and decoded in another: greedy tokens equal those of one engine.
 
 Exactness is a promise of f32 weights and KV, as in `test_embedded`.
 """

@@ -1,4 +1,4 @@
-"""A calibration describes the executor it timed, is remembered for the same machine and model, and a broken file is passed over."""
+"""A calibration describes the executor that it timed. It is kept per machine and model; a broken file is ignored."""
 
 import pytest
 
@@ -12,7 +12,7 @@ KEY = {"cpu": "one", "model": "that"}
 
 
 class Instant:
-    """Says what `COST` says, and takes no time."""
+    """An executor that reports the times of `COST` and takes none itself."""
 
     def __init__(self, blocks: int = 400) -> None:
         self.capacity = Capacity(block_size=32, num_blocks=blocks, max_model_len=4096)

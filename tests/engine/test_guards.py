@@ -1,5 +1,5 @@
-"""What one request raises ends that request: in its text, its stops, its watcher, its KV transfer, or its record. Its neighbour
-gets every token."""
+"""An exception in one request's text, stops, watcher, KV transfer or record ends only that request. Its neighbour gets every
+token."""
 
 import asyncio
 
@@ -140,7 +140,7 @@ def test_a_stream_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
 
 
 class Panic(BaseException):
-    """What a panic in a library written in Rust is in Python."""
+    """What a panic in a Rust library looks like in Python."""
 
 
 def test_a_panic_in_the_tokenizer_ends_its_request_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""Chat templates give what `transformers` gives, and whatever one raises is refused in its own words."""
+"""Chat templates give the same text as `transformers`; an error in a template is reported in the template's words."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from stallfree.engine.text import Text, TextError
 from tests.engine.tokenizers import byte_level
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # transformers deprecates parts of itself while it is imported
+    warnings.simplefilter("ignore")  # transformers warns of its own deprecations while it is imported
     from transformers.utils.chat_template_utils import render_jinja_template
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -38,7 +38,7 @@ TALKS = {
 }
 
 FORMS = {file.stem: file.read_text("utf-8") for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
-"""As public models have them, some of them shortened."""
+"""Templates of public models, some of them shortened."""
 
 
 def rendered(source, messages, **values):
@@ -50,10 +50,10 @@ def reference(source, messages, *, tools=None, documents=None, **values):
 
 
 def outcome(render, *args, **values):
-    """The text, or that there is none."""
+    """The rendered text, or None if rendering fails."""
     try:
         return render(*args, **values)
-    except Exception:  # what transformers lets through is Jinja's or Python's own
+    except Exception:  # transformers passes on exceptions of Jinja and of Python
         return None
 
 

@@ -1,4 +1,4 @@
-"""The engine in its thread: what goes in comes out, or is told why not, and leaves no KV behind."""
+"""The engine in its thread: every request is answered or refused with a reason, and leaves no KV behind."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What FlashInfer is told gives what our attention gives, by a stand-in that computes it from that; and who is chosen. No GPU."""
+"""What FlashInfer is given leads to our attention's result, by a stand-in that computes it; and which is chosen. No GPU."""
 
 import logging
 import sys
@@ -23,7 +23,7 @@ KEYS = torch.zeros(64, 16, 2, 32, dtype=torch.bfloat16)
 
 
 class Wrapper:
-    """As flashinfer-python 0.7.2.post1 has it, in what is used of it. Like that, it forgets a plan with the next."""
+    """Stands in for flashinfer-python 0.7.2.post1, as far as it is used. Like the original it forgets a plan at the next one."""
 
     wrappers: list["Wrapper"]
 
@@ -74,7 +74,7 @@ class Wrapper:
 
 @pytest.fixture
 def wrappers(monkeypatch):
-    """The wrappers that were made of the stand-in."""
+    """Installs the stand-in, and gives the wrappers that are created of it."""
     wrappers: list[Wrapper] = []
     monkeypatch.setattr(Wrapper, "wrappers", wrappers, raising=False)
     monkeypatch.setattr(module, "WORKSPACE", 16)
@@ -128,7 +128,7 @@ def test_two_wrappers_take_turns(wrappers):
 
 
 def times(triton, flashinfer):
-    """A timer that says so, after it ran what it is to time."""
+    """A timer that runs what it is to time, and reports these seconds in turn."""
     durations = iter((triton, flashinfer))
 
     def time(run):

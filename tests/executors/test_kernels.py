@@ -73,7 +73,7 @@ def test_fused_kernels_give_what_torch_gives(tokens):
 
 
 def reference_of(function, *values):
-    """What `function` gives on the processor, on DEVICE."""
+    """The result of `function` on the processor, moved to DEVICE."""
 
     def to(value, device):
         return (

@@ -1,4 +1,4 @@
-"""A piece of work that cannot be run fails its own request, and the rest of the iteration is what it would be without it."""
+"""Work that cannot be run fails only its own request; the rest of the iteration is as if it were not there."""
 
 import pytest
 

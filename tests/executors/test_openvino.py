@@ -111,7 +111,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     executor = OpenVINOExecutor(open_checkpoint(tmp_path), weights="f32", kv="f32", kv_bytes=KV)
     expected = reference(model, TOKENS)
     np.testing.assert_allclose(executor.logits([work(TOKENS)]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
-    # Decodes and chunks go other ways through the attention operator than a whole prompt.
+    # Decodes and chunks take other paths through the attention operator than a whole prompt.
     np.testing.assert_allclose(chunked(executor, [9, 30, 1, 1, 34]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 

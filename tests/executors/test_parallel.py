@@ -1,4 +1,4 @@
-"""Ranks in several processes compute what one does, and are started anew when one is lost."""
+"""Ranks in several processes compute what one process does, and are started again when one is lost."""
 
 import os
 import signal
@@ -136,7 +136,7 @@ def test_stages_say_what_they_waited(llama):
         for step in range(3):
             executor.submit(Plan(step, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),)))
             bubbles.append(executor.collect().bubble_s)
-        assert min(bubbles[1:]) > 0  # the second stage for the first one, in each iteration that has one before it
+        assert min(bubbles[1:]) > 0  # the second stage waits for the first in every iteration but the first one
     finally:
         executor.close()
 
@@ -163,7 +163,7 @@ def test_what_one_iteration_waits_too_little_is_the_next_one_s():
 
 @contextmanager
 def running(checkpoint):
-    """An executor of two stages and a plan that it has run. Behind the block, whatever it lost there, it runs it as before."""
+    """An executor of two stages, and a plan that it ran. After the block it runs it as before, whatever it lost there."""
     executor = parallel(checkpoint, 1, 2, answer_s=3.0)
     try:
         plan = Plan(0, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),))

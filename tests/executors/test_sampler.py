@@ -1,4 +1,4 @@
-"""Sampling on the device is sampling on the host: the same tokens where the order is the same, the same distribution elsewhere."""
+"""Sampling on the device matches the host: the same tokens where the order is the same, elsewhere the same distribution."""
 
 from collections import Counter
 

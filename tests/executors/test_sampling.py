@@ -191,7 +191,7 @@ def test_no_rows_give_no_tokens() -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 8.0])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
 def test_a_nucleus_is_the_fewest_largest_weights_that_hold_its_share(seed: int, size: int, spread: float, top_p: float) -> None:
-    """However many candidates there are: flat distributions are told apart by the leading bits of their weights."""
+    """For any number of candidates. Flat distributions are told apart by the leading bits of their weights."""
     row = np.random.default_rng(seed).normal(0, spread, size)
     weights = np.exp(row - row.max()).astype(np.float32)
     kept = _nucleus(weights, top_p)
@@ -230,5 +230,5 @@ def test_what_sampling_asks_for_counts_as_rows() -> None:
 @pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.95, "top_k": 5, "min_p": 0.01}])
 def test_at_a_low_temperature_tokens_without_weight_are_left_away_and_nothing_else(row: np.ndarray, how: dict[str, float]) -> None:
     cold = Sampling(temperature=0.2, **how)
-    hot = Sampling(temperature=1.0, **how)  # of logits five times as large: the same weights
+    hot = Sampling(temperature=1.0, **how)  # logits five times as large give the same weights
     assert drawn(row, cold, 300) == drawn(row * 5, hot, 300)

@@ -31,7 +31,7 @@ FAMILIES = MODELS | {
 
 
 def blocks(w, first: int = 0):
-    """Of 16 tokens, where the OpenVINO tests have some of 32."""
+    """The work with KV blocks of 16 tokens; those of the OpenVINO tests have 32."""
     return w._replace(blocks=tuple(range(2 * first, 2 * first + 6)))
 
 

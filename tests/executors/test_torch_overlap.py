@@ -1,4 +1,4 @@
-"""With overlap the torch executor is given plans whose tokens it alone knows: the tokens are those without it, whatever happens."""
+"""With overlap, plans have tokens that only the torch executor knows; the results equal those without, whatever happens."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The search finds the capacity of servers that are known and of those whose verdicts are noisy; trials fail for good reasons."""
+"""The search finds the capacity of servers with sharp and with noisy verdicts; trials fail for good reasons."""
 
 import random
 import statistics
@@ -12,7 +12,7 @@ from stallfree.metrics.timeline import Timeline
 
 
 def noisy(capacity: float, width: float, run: int):
-    """Passes surely at `width` below the capacity and never at as much above; between them the likelier the lower the rate."""
+    """Always passes at `width` below the capacity, never at `width` above; between them, lower rates pass more often."""
     return lambda rate, seed: random.Random(f"{run} {rate} {seed}").random() < 0.5 + (capacity - rate) / (2 * width)
 
 

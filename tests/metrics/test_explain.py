@@ -1,4 +1,4 @@
-"""A run in words: of it all, of a step, of a request."""
+"""A run explained in words: the whole run, a step, a request."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The page holds everything it shows."""
+"""The page contains everything that it shows."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What a report makes of timelines whose figures can be told by hand."""
+"""Reports of timelines whose figures can be computed by hand."""
 
 import numpy as np
 import pytest

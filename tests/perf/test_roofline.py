@@ -138,8 +138,8 @@ def test_what_cannot_be_is_refused(make, says):
 
 
 def yi_34b() -> list[tuple[str, int, float]]:
-    """Iterations that Sarathi-Serve's figure 2 measured: decodes with 1,020 tokens before each, and whole prompts; but for the
-    prompt of 256 tokens, which ran first and warmed up.
+    """Iterations that Sarathi-Serve's figure 2 measured: decodes with 1,020 tokens before each, and whole prompts; without the
+    prompt of 256 tokens, which ran first, as the warm-up.
     """
     if not PAPER.is_dir():
         return []

@@ -1,4 +1,4 @@
-"""What could be deployed, and what cannot be."""
+"""Which deployments are candidates, and which are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the planner prints can be typed: every option is there, with the policies and limits that were simulated."""
+"""The planner's commands can be typed as printed: every option exists, with the policies and limits that were simulated."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Every policy in the folder: it serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
+"""Every policy in the folder serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
 
 import random
 import sys
@@ -111,7 +111,7 @@ class Mine:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A current folder that the modules which are imported from it do not outlast."""
+    """A new current folder; modules that are imported from it are forgotten after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     before = set(sys.modules)

@@ -18,13 +18,13 @@ TARGET_S = 0.1
 
 
 def seconds(plan: Plan, noise: random.Random) -> float:
-    """Not what the policy's cost model starts from, and noisy: one iteration in a hundred takes half as long again."""
+    """Noisy, and not what the policy's cost model starts from: one iteration in a hundred takes half as long again."""
     exact = 0.009 + sum(0.0012 + 1.2e-6 * w.start if w.decode else 0.0004 * w.count + 2e-8 * w.count * w.start for w in plan.work)
     return exact * noise.lognormvariate(0, 0.05) * (1.5 if noise.random() < 0.01 else 1)
 
 
 def gaps(policy: Slo, requests: list[Request], slowdown: float = 1.0) -> list[float]:
-    """Every gap between tokens, in the order in which they ended; from half of the requests on, all is `slowdown` times as slow."""
+    """Every gap between tokens, in the order in which they ended; after half of the requests all takes `slowdown` times as long."""
     scheduler, noise, now = Scheduler(policy, Capacity(32, 4000, 4096)), random.Random(5), 0.0
     coming, between = requests[::-1], []
     while coming or scheduler.ledger.requests:

@@ -131,7 +131,7 @@ class Server:
         return sum(float(line.split()[-1]) for line in lines if line.startswith('stallfree_requests_total{reason="abort"}'))
 
     def settled(self) -> None:
-        """Wait until nothing is left, then hold the accounts against each other: every KV block must be free."""
+        """Wait until no request is left, then compare the accounts: every KV block must be free."""
         scheduler = self.engine.scheduler
         until(
             lambda: not (self.engine_thread._streams or self.engine.busy),
@@ -144,7 +144,7 @@ class Server:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """For tests that provoke what is logged with a traceback."""
+    """For tests that cause log lines with tracebacks."""
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -154,7 +154,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """For tests that leave it as they found it."""
+    """For tests that leave the server unchanged."""
     with Server() as running:
         yield running
         running.settled()

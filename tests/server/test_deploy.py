@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster of this machine answer as one server does; how many there should be follows from how they are used."""
+"""Replicas on a Ray cluster of this machine answer as one server does; their number follows from their use."""
 
 import json
 import socket

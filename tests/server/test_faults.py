@@ -23,7 +23,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 def send(server: Server, body: dict, length: int | None = None) -> socket.socket:
-    """A raw connection that has posted a completion; `length` is what its header says, if it lies."""
+    """A raw connection that has posted a completion; `length` is a false length for its header."""
     data = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", server.port))
     sock.settimeout(PATIENCE_S)
@@ -73,7 +73,7 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch):
             whole = opening.endswith(b"\r\n\r\n")
             monkeypatch.setattr(running, "HEAD_TIMEOUT_S", PATIENCE_S if whole else 0.2)
             sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
-            with sock, contextlib.suppress(ConnectionError):  # which a machine that is busy may meet with the timeout over
+            with sock, contextlib.suppress(ConnectionError):  # on a busy machine the timeout may already be over
                 sock.sendall(opening)
                 if whole:
                     assert b"HTTP/1.1 200" == sock.recv(4096)[:12]

@@ -1,4 +1,4 @@
-"""What /metrics says of records, under our names and under vLLM's."""
+"""The samples of /metrics for given records, under our names and under vLLM's."""
 
 import json
 import re

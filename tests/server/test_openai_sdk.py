@@ -1,4 +1,4 @@
-"""The OpenAI Python SDK against a live server: what it sends is taken, and what it gets it can read."""
+"""The OpenAI Python SDK against a live server: its requests are accepted, and it can read the answers."""
 
 import asyncio
 

@@ -1,5 +1,5 @@
-"""Bodies are read alike here and in a process; what is certain to be too long is refused before it is tokenised; a process that
-dies fails one request."""
+"""Bodies are read alike here and in a helper process. Text that is surely too long is refused before it is tokenised. A process
+that dies fails one request."""
 
 import asyncio
 import json
@@ -137,7 +137,7 @@ def test_a_text_has_at_least_as_many_tokens_as_is_told_without_making_them(text,
 
 
 def words(**how) -> Tokenizer:
-    """A tokenizer of which a token may stand for any number of bytes."""
+    """A tokenizer whose tokens may stand for any number of bytes."""
     tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[], unk_token="<unk>", **how))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer

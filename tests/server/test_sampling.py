@@ -1,4 +1,4 @@
-"""What a request leaves open of sampling is as the model's makers recommend; what it sets is its own."""
+"""Sampling options that a request leaves open are as the model's makers recommend; those that it sets stay."""
 
 from dataclasses import replace
 

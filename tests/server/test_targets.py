@@ -1,4 +1,4 @@
-"""A request's own latency targets, from its body or its headers, reach the scheduler, and wrong ones nobody."""
+"""A request's own latency targets, from its body or its headers, reach the scheduler; wrong ones are refused."""
 
 import pytest
 
@@ -11,7 +11,7 @@ BODY = {"prompt": "abc", "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def observed():
-    """A server with an SLO, and what its requests asked for, in turn."""
+    """A server with an SLO, and its requests' own targets, in turn."""
     with Server(slo=Slo.parse("ttft=1s@p95,tbt=100ms@p99.5")) as server:
         targets = []
         submit = server.engine.scheduler.submit

@@ -1,4 +1,4 @@
-"""Whatever a chat template raises is the request's error, in the template's words."""
+"""An exception in a chat template becomes the request's error, in the template's words."""
 
 import pytest
 

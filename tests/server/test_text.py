@@ -13,7 +13,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|><think>{% endfor %}"
 
 
 class Says:
-    """A server whose model says these tokens, over and over, behind any prompt."""
+    """A server whose model answers every prompt with these tokens, repeated."""
 
     def __init__(self, tokenizer, template=TEMPLATE, **options):
         self.text = Text(tokenizer, template, [tokenizer.token_to_id("</s>") or -1])

@@ -1,4 +1,4 @@
-"""The spans that requests become, and that a collector that is not there disturbs nobody."""
+"""Requests become spans; a missing collector disturbs nobody."""
 
 import logging
 import queue
@@ -40,7 +40,7 @@ END = step(2, 4.0, 4.5, [("a", 11, 1)], finished=[Finished("a", "stop")])
 
 
 def spans(*records: StepRecord, headers=None):
-    """Of the requests that end in `records`, by name; the clock stands at 10 s."""
+    """The spans of the requests that end in `records`, by name; the clock stands at 10 s."""
     exporter, account = InMemorySpanExporter(), StallAccount(Slo.parse("tbt=1s"))
     traces = Traces("toy", lambda: 10.0, exporter)
     traces.note_call(["a"], "chat", headers or {})
@@ -108,7 +108,7 @@ def test_a_request_that_ends_in_the_queue_has_no_other_phase():
 
 
 class Blocked(SpanExporter):
-    """A collector that answers nothing until it is let, and then fails."""
+    """A collector that does not answer until the test allows it, and then fails."""
 
     def __init__(self):
         self.called, self.go_on = threading.Event(), threading.Event()

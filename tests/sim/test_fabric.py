@@ -1,4 +1,4 @@
-"""Bytes on shared ports: none is lost, no port moves more than it can, and one by itself is as fast as arithmetic says."""
+"""Bytes on shared ports: none is lost, no port exceeds its bandwidth, and a single flow is as fast as arithmetic says."""
 
 from math import inf
 

@@ -1,4 +1,4 @@
-"""Whatever arrives, in whatever machine: in leaps the records are those of single steps, to the last bit."""
+"""For any arrivals and any machine, leaps give the same records as single steps, to the last bit."""
 
 import hypothesis.strategies as st
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""A replay decides as the run did, whatever happened in it; with another policy it answers what if."""
+"""A replay decides as the run did, whatever happened in it; with another policy it answers what-if questions."""
 
 import random
 from dataclasses import replace
@@ -56,7 +56,7 @@ class Machinery:
 
 
 def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False) -> tuple[Run, list[StepRecord]]:
-    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as its file would say it."""
+    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as read from its file."""
     draw = random.Random(seed)
     capacity = Capacity(8, 60, 320, depth, overlap)
     machine = Machinery(capacity, seed)

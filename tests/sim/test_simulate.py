@@ -1,4 +1,4 @@
-"""A simulation is the same in leaps as step by step, keeps its accounts, and says what the records say."""
+"""A simulation is the same in leaps as step by step, its accounts agree, and its results match the records."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A deployment in words becomes what the simulator runs, or a message that says what would do."""
+"""A deployment in words becomes what the simulator runs, or an error that says what would work."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Prefill here and decode there: everybody gets their tokens, KV is where it should be, and a full pool holds the other back."""
+"""Prefill and decode in two pools: all tokens come, KV is where it should be, and a full pool holds the other back."""
 
 from collections import Counter
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_a_decode_pool_without_room_holds_prefills_back():
     result = simulator.run(coming)
     alone = (SplitSimulator(split()).run(coming[:1])).lines[0]
     first = sorted(line.tokens[0] for line in result.lines)
-    # Two fit at a time, and those behind wait until these have ended.
+    # Two fit at a time, and the next ones wait until these have ended.
     whole = alone.tokens[-1] - alone.tokens[0]
     assert first[1] - first[0] < 0.2 * whole < first[2] - first[1]
     assert 6 == result.transfers.transferred

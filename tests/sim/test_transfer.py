@@ -1,5 +1,5 @@
-"""What pools and replicas count is true after every event: it is what counting their requests one by one comes to, also while some
-are held, expected or preempted. A request that was expected and does not come leaves nothing behind.
+"""After every event the counts of pools and replicas equal a count of their requests one by one, also while some are held, expected
+or preempted. An expected request that does not come leaves nothing behind.
 """
 
 from collections import Counter
@@ -52,7 +52,7 @@ class Remembering(Replica):
 
 
 class Watched(Pools):
-    """Pools that are counted from nothing after every event. `preempted`: of how many requests."""
+    """Pools that are counted anew after every event. `preempted`: preempted requests that these counts met."""
 
     preempted = 0
 
@@ -106,7 +106,7 @@ def test_counts_are_those_of_the_requests_also_where_some_are_preempted(pairing)
 
 
 class Late(pairings.Splitwise):
-    """Who goes on is chosen at the arrival, and KV leaves when the prompt is computed."""
+    """The decode replica is chosen at the arrival, and KV leaves when the prompt is computed."""
 
     __slots__ = ()
     overlap = False
@@ -122,7 +122,7 @@ def test_counts_are_those_of_the_requests_where_what_is_promised_is_long_in_comi
 
 @pytest.mark.parametrize("pairing", pairings.PAIRINGS)
 def test_a_request_that_ends_with_its_first_token_leaves_nothing_where_it_was_expected(pairing):
-    # They ask for more than they get, so that nobody knows before; and the decode pool has room for two of them at a time.
+    # They ask for more tokens than they get, so nobody knows their end before. The decode pool has room for two at a time.
     served(pairing, [Arrival(0.01 * i, 1500, 1) for i in range(8)], (1000, 200), POOLS | {"decode": replace(DECODE, max_output=60)})
 
 

@@ -26,8 +26,8 @@ GREEDY = Sampling(temperature=0)
 class Remembering:
     """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks.
 
-    With `overlap` a plan is computed when it is submitted, and told when it is collected, as on a GPU. With `turns` it does that
-    many iterations, and further ones after `go`, so that a test can look on however slow the machine is.
+    With `overlap` a plan is computed when it is submitted, and its result appears when it is collected, as on a GPU. With `turns`
+    it does that many iterations, and more only after `go`, so that a test can look on however slow the machine is.
     """
 
     def __init__(self, blocks: int = 64, block_size: int = 4, turns: int | None = None, overlap: bool = False):
@@ -74,7 +74,7 @@ class Remembering:
 
 
 def expected(prompt, max_tokens: int) -> list[int]:
-    """What one engine alone says."""
+    """The tokens of one engine alone."""
     tokens = list(prompt)
     for _ in range(max_tokens):
         tokens.append(sum(token * (position + 7) for position, token in enumerate(tokens)) % 251)
@@ -144,7 +144,7 @@ def free(engine: Engine) -> None:
 
 @pytest.fixture(params=["shared memory", "tcp"])
 def way(request, monkeypatch):
-    """How the blocks go."""
+    """How blocks are transferred."""
     if request.param == "tcp":
         monkeypatch.setattr(ring, "FOLDER", ring.Path("/nonexistent"))
     return request.param
@@ -158,7 +158,7 @@ def small_frames(monkeypatch):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """What takes seconds otherwise."""
+    """Shortens waits that otherwise take seconds."""
     monkeypatch.setattr(frames, "ALIVE_S", 0.05)
     monkeypatch.setattr(frames, "SILENCE_S", 1.5)
     monkeypatch.setattr(asking, "RETRY_S", 0.05)

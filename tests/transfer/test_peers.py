@@ -1,4 +1,4 @@
-"""Who is let in, and what becomes of a request whose peer says what it must not, or nothing."""
+"""Which peers are let in, and what becomes of a request whose peer breaks the protocol or falls silent."""
 
 import asyncio
 import contextlib
@@ -75,7 +75,7 @@ MISDEEDS = {
 
 
 class Peer:
-    """A prefill engine that is none: it meets as one does, and then does its misdeed to the first prompt it is asked for."""
+    """A false prefill engine: it connects as a real one does, then does its misdeed to the first prompt that it gets."""
 
     def __init__(self, own: Terms, misdeed):
         self._own, self._misdeed = own, misdeed
@@ -257,7 +257,7 @@ def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let
                 await asyncio.to_thread(knock, at, replace(own, model=model))
 
     def knock(at, own):
-        """Until the other side has closed, for which it is told to when it lets one in."""
+        """Connect until the other side closes. If it accepts, a frame without a type makes it close."""
         with socket.create_connection(at) as sock:
             with contextlib.suppress(Refusal):
                 introduce(sock, own, "")
@@ -296,7 +296,7 @@ def test_an_executor_whose_kv_cannot_be_moved_is_named():
 
 
 def listen(sock):
-    """Hear that the other side is alive, as long as it is."""
+    """Receive the other side's signs of life until it closes."""
     while True:
         assert "alive" == receive(sock)[0]["type"]
 

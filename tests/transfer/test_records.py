@@ -1,4 +1,4 @@
-"""What records say of a request that came with its prompt computed."""
+"""Records of requests whose prompts another engine computed."""
 
 import asyncio
 

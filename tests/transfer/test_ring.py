@@ -1,4 +1,4 @@
-"""Shared memory: who sees it, and which of it is free."""
+"""Shared memory: who can attach it, and which parts of it are free."""
 
 import os
 import random

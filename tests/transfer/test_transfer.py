@@ -24,7 +24,7 @@ def test_tokens_are_those_of_one_engine(way):
 
     assert EXPECTED == asyncio.run(run())
     assert {f"r{i}" for i in range(len(PROMPTS))} == {d.id for r in records for d in r.delivered}
-    preempted = {id for r in records for id in r.preempted}  # they are computed here again, as anywhere
+    preempted = {id for r in records for id in r.preempted}  # preempted prompts are computed here again, as anywhere
     computed = [work for r in records for work in r.work if work[2] > 1 and work[0] not in preempted]
     assert not computed, "a prompt was computed in the engine that decodes"
     free(decoder)
@@ -191,7 +191,7 @@ def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hurried, way, overlap):
-    """Few blocks, so that they are given to others all the time."""
+    """There are few blocks, so they change owners all the time."""
     rng = random.Random(0)
     decoder, prefiller = (engine(Remembering(blocks, overlap=overlap)) for blocks in (80, 60))
     other = engine(Remembering(overlap=overlap))

@@ -1,4 +1,4 @@
-"""Lengths from words and from files, and what is said to mistakes in either."""
+"""Lengths from words and from files, and the messages for mistakes in either."""
 
 from itertools import islice
 

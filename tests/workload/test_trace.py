@@ -1,4 +1,4 @@
-"""Traces in the formats that others publish, and what is said to lines that are none; prompts that share what the trace says."""
+"""Traces in published formats, messages for bad lines, and prompts that share what the trace says."""
 
 from pathlib import Path
 

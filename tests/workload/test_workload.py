@@ -1,4 +1,4 @@
-"""What is drawn has the rate, the burstiness and the lengths that were asked for, and is the same for the same seed."""
+"""Drawn workloads have the requested rate, burstiness and lengths, and are the same for the same seed."""
 
 import math
 import statistics
