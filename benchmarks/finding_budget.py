@@ -1,7 +1,7 @@
 """Which token budget is best? Simulated: Llama-3-8B on four GPUs, three precisions, three mixes of lengths, P99 TBT within 50 ms.
 
-For each, the capacity under every fixed budget and under the slo policy, which knows nothing but the target. `best` is the budget
-with the highest capacity; `kept by 512`: the share of that capacity that a budget of 512 has.
+For each case: the capacity under every fixed budget, and under the slo policy, which knows only the target. `best` is the budget
+with the highest capacity. `kept by 512` is the share of that capacity that a budget of 512 reaches.
 
     python benchmarks/finding_budget.py --plot docs/images/finding_budget.png
 """

@@ -1,14 +1,14 @@
-"""Who wins, chunked co-location or two pools, at equal GPUs, and what the answer depends on. Simulated, A100 80 GB.
+"""Which wins at equal GPUs, chunked co-location or two pools, and what does it depend on? Simulated, A100 80 GB.
 
     lengths   Llama-2-13B on 8 GPUs: prompt x output length x targets
-    links     what joins the pools, with every KV transfer crossing it
+    links     the link between the pools, which every KV transfer crosses
     bursts    Llama-2-13B on 8 GPUs: how arrivals come
     models    Llama-3-8B to Llama-2-70B on 16 GPUs
     outputs   from which output length on a KV transfer no longer matters
-    rule      a closed form beside the simulation, on the cells of `lengths`
+    rule      a closed form next to the simulation, on the cells of `lengths`
 
-A capacity is the highest rate at which every target is met; co-located is the best of `slo` and `sarathi` over all splits of the
-model, two pools the best of DistServe's way, Splitwise's and the hybrid over all splits and ratios (`stallfree plan`).
+A capacity is the highest rate at which every target is met. "Co-located" is the best of `slo` and `sarathi` over all splits of
+the model. "Two pools" is the best of DistServe's way, Splitwise's and the hybrid over all splits and ratios (`stallfree plan`).
 
     python benchmarks/finding_disaggregation.py lengths --plots docs/images
 """
@@ -38,7 +38,7 @@ PROMPTS, OUTPUTS = (256, 2048), (32, 128, 512)
 TARGETS = {"tight": "ttft=500ms@p90,tbt=40ms@p99", "middle": "ttft=1s@p90,tbt=75ms@p99", "loose": "ttft=4s@p90,tbt=200ms@p99"}
 GRID = ("tight", "loose")
 LINKS = ("nvlink", "ib-400g", "ib-200g", "eth-100g", "eth-25g", "eth-10g")
-"""Between the pools: first that of one node's devices, of which both are part then."""
+"""Links between the pools. The first joins the devices of one node, which then holds both pools."""
 ARRIVALS = ("poisson", "gamma:cv=2", "gamma:cv=4", "bursts:on=10s,off=50s")
 MODELS = ("llama3-8b", "llama2-13b", "yi-34b", "llama2-70b")
 THIRTEEN = Site("llama2-13b", gpus=8, nodes=2)
@@ -50,7 +50,7 @@ def lengths_of(prompt: int, output: int) -> str:
 
 
 def best(answer: Answer) -> dict[str, Any]:
-    """Both kinds in a row of a table: requests per second of all GPUs."""
+    """One row: the best of each kind, in requests per second of all GPUs."""
     split, alone = (next((unit for unit in answer.whole if (" -> " in unit.name) is kind), None) for kind in (True, False))
     row: dict[str, Any] = {
         "co-located": f"{alone.deployed.replicas} x {alone.name}" if alone is not None else "none",
@@ -100,7 +100,7 @@ def models(quick: bool) -> list[dict[str, Any]]:
 
 
 def across(quick: bool) -> list[dict[str, Any]]:
-    """Pools on nodes of their own, one prefill replica a node of four, and one decode replica too; or both in a node of eight."""
+    """Each pool on its own node of four GPUs, with one replica that fills it; or both pools in one node of eight."""
     traffic, slo = Traffic(lengths=lengths_of(1024, 128), max_total=4096, requests=128), Slo.parse(TARGETS["middle"])
     simulators: dict[str, Any] = {}
     for model in MODELS[1:2] if quick else MODELS:
@@ -129,9 +129,8 @@ def across(quick: bool) -> list[dict[str, Any]]:
 
 
 def outputs(quick: bool) -> list[dict[str, Any]]:
-    """One request by itself, prompt and decode on nodes of their own: n output tokens after which the delay of the KV transfer
-    is 1 % of the time since the first token. `closed form`: the KV that remains to be sent, over the link, over 1 % of a decode
-    iteration.
+    """A lone request, with prefill and decode on separate nodes: after how many output tokens is the delay of the KV transfer 1 %
+    of the time since the first token? `closed form`: the time to send the KV that remains, over 1 % of a decode iteration.
     """
     rows = []
     for model, prompt, link, way in product(
@@ -146,7 +145,7 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
         whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
         prefill = line.tokens[0] - result.transfers.exposed_s
         layers = sharded.model.num_layers
-        # Layer by layer: the last layer's KV, or what the link could not take while the others were computed.
+        # Sent layer by layer: the last layer's KV remains, or what the link could not send while the others were computed.
         left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
         rows.append(
             {
@@ -159,8 +158,8 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
 
 
 def alone_rate(instance: Instance, prompt: float, output: float, target: float) -> float:
-    """Co-located: in each iteration as many requests enter as leave, so c prompt tokens go with c x output / prompt decodes; the
-    largest c, by bisection, for which that takes at most `target` seconds and KV does. Requests per second of a replica.
+    """Requests per second of a co-located replica. In each iteration as many requests enter as leave, so c prompt tokens go with
+    c x output / prompt decodes. Bisection gives the largest c that takes at most `target` seconds and whose KV fits.
     """
     held = instance.capacity.num_blocks * instance.capacity.block_size
 
@@ -179,7 +178,7 @@ def alone_rate(instance: Instance, prompt: float, output: float, target: float) 
 
 
 def pool_rates(instance: Instance, prompt: float, output: float, target: float) -> tuple[float, float]:
-    """Two pools: prompts alone, and the most decodes that the target and KV allow. Requests per second of a replica of each."""
+    """Requests per second of a replica of each pool: prompts alone, and the most decodes that the target and KV allow."""
     held = instance.capacity.num_blocks * instance.capacity.block_size
     most = max(1, min(256, int(held / (prompt + output))))
     while most > 1 and instance.cost.seconds([(int(prompt + output / 2), 1)] * most) > target:
@@ -189,7 +188,7 @@ def pool_rates(instance: Instance, prompt: float, output: float, target: float) 
 
 
 def closed_form(site: Site, prompt: float, output: float, target: float) -> float:
-    """Two pools over co-located, each at its best split of the model and its best whole numbers of replicas."""
+    """The ratio of two pools to co-located, each with its best split of the model and its best numbers of replicas."""
     candidates = Candidates(site)
     alone, pools = 0.0, 0.0
     rates = {}
@@ -203,7 +202,7 @@ def closed_form(site: Site, prompt: float, output: float, target: float) -> floa
 
 
 def rule(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The closed form beside each simulated cell. Means of the log-normals are 1.16 of their medians."""
+    """The closed form next to each simulated cell. The mean of a log-normal here is 1.16 of its median."""
     table = []
     for row in rows:
         target = Slo.parse(TARGETS[row["targets"]]).tbt

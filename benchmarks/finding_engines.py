@@ -6,9 +6,9 @@ serves both ways on the same GPUs:
     claimed gain = two pools with its engine / co-located with vLLM's
                  = (two pools / co-located, both with its engine) x (its engine / vLLM's, both co-located)
 
-Co-located in these is as vLLM was then, prompts first; beside it the best of `slo`, `sarathi` and prompts first. Simulated, OPT-13B
-on 4 A100 80 GB, chats of at most 2,048 tokens. The fitted times have no iterations of prompts and decodes together; `slo` and
-`sarathi` have those of `perf/profiled.py`.
+Here "co-located" means prompts first, as vLLM was then; next to it, the best of `slo`, `sarathi` and prompts first. Simulated:
+OPT-13B on 4 A100 80 GB, chats of at most 2,048 tokens. The fitted times have no iterations of prompts and decodes together; for
+`slo` and `sarathi` they come from `perf/profiled.py`.
 
     python benchmarks/finding_engines.py FOLDER --plot docs/images/finding_engines.png
 
@@ -34,7 +34,7 @@ TARGETS = {"urgent": "ttft=200ms@p90,tpot=100ms@p90", "looser": "ttft=1s@p90,tpo
 
 
 def capacities(site: Site, traffic: Traffic, slo: Slo) -> tuple[float, float, float, Answer]:
-    """Requests per second of all GPUs: two pools, co-located co-located at best, and prompts first."""
+    """Requests per second of all GPUs: two pools, the best co-located, and co-located with prompts first."""
     candidates = Candidates(site)
     answer = search(candidates, traffic, slo, Trials, lambda line: None)
     split, alone = (next((unit.rate for unit in answer.whole if (" -> " in unit.name) is kind), 0.0) for kind in (True, False))
@@ -61,7 +61,7 @@ def main() -> None:
             file = args.folder / f"distserve_profiler-a100-80g.{engine}.json"
             rates[engine] = capacities(Site("opt-13b", gpus=4, engine=str(file)), traffic, slo)
         (pools, own, first_own, answer), (pools_vllm, best_vllm, first_vllm, _) = rates["distserve"], rates["vllm"]
-        # The search compares units, of which one has nobody to send a burst to; all splits were run whole with prompts first.
+        # The search compares single units, which cannot share a burst; with prompts first, all splits were run on all GPUs.
         own, best_vllm = max(own, first_own), max(best_vllm, first_vllm)
         split = next((unit.name for unit in answer.whole if " -> " in unit.name), "none")
         rows.append(

@@ -1,8 +1,8 @@
 """Where does the stall-free guarantee stop being free? Simulated: Llama-3-8B on an A100 and an H100.
 
-`whole prompts`: the capacity of prefills first, which stalls every stream for every prompt, with no target for TBT at all: what the
-machine can do at best. Beside it what the slo policy serves under targets from 1.2 to 20 times a decode iteration (eight decodes
-with 512 tokens of context each), as a share of that: below 1, the guarantee costs throughput.
+`whole prompts` is the capacity with prefills first and no TBT target: every prompt stalls every stream, so the machine serves the
+most it can. The other columns are the slo policy's share of that, under targets of 1.2 to 20 times a decode iteration (eight
+decodes with 512 tokens of context each). Below 1, the guarantee costs throughput.
 
     python benchmarks/finding_free.py --plot docs/images/finding_free.png
 """

@@ -1,12 +1,11 @@
-"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and say how well they describe kernels that they did not
-see.
+"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and report their errors on kernels that were left out.
 
     python -m benchmarks.fit_roofline FOLDER [--paper FOLDER] [--quick] [--json FILE]
 
-FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles: compute, bandwidth,
-kernel_us and wave_us over all of its models, then with one model left out at a time, and the errors on that one. Attention: its
-three coefficients. Nothing is written: what is printed is put into the TOML files by hand. With --paper, Yi-34B's iterations
-beside the model's.
+FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles, compute, bandwidth,
+kernel_us and wave_us are fitted over all its models, then with one model left out at a time, with the errors on that one. Then
+attention's three coefficients are fitted. Nothing is written: copy the printed values into the TOML files by hand. With --paper,
+Yi-34B's measured iterations are shown next to the model's.
 """
 
 import csv
@@ -23,7 +22,7 @@ from stallfree.perf.profiles import KINDS, LINEAR, Error, Point, by, read
 from stallfree.perf.roofline import Roofline
 
 SAMPLE = 400
-"""Measurements of a device that a fit looks at, spread evenly over them."""
+"""About this many measurements of a device are used in a fit (at most twice as many), spread evenly over all."""
 
 MATMUL = ("compute", "bandwidth", "kernel_s", "wave_s")
 ATTENTION = ("attention", "attention_s", "split_s")
@@ -62,7 +61,7 @@ def fitted(what: str, seen: Sequence[Point], unseen: Sequence[Point], names: Seq
     def loss(logs: Sequence[float]) -> float:
         device = measured(logs)[seen[0].device.name]
         errors = sorted(abs(math.log(p.price(device) / p.seconds)) for p in sample)
-        # The mean, in which an outlier counts no more than a half, and the tail that the median does not see.
+        # The mean, in which an outlier counts at most 0.5, plus half the 90th percentile, for the tail.
         return sum(min(error, 0.5) for error in errors) / len(errors) + 0.5 * errors[len(errors) * 9 // 10]
 
     best = simplex(loss, start, 0.15, 30 if quick else 120)
@@ -103,7 +102,7 @@ def simplex(loss: Callable[[Sequence[float]], float], start: Sequence[float], st
 
 
 def iterations(folder: Path) -> list[dict[str, Any]]:
-    """The iterations of Sarathi-Serve's figure 2 beside the model's; each decode has 1,020 tokens before it."""
+    """The iterations of Sarathi-Serve's figure 2 next to the model's; each decode has 1,020 tokens before it."""
     model = Roofline(hardware.load("a100-80g-pcie"), shape.Sharded(shape.load("yi-34b"), tp=2), "eager-2024")
     rows = []
     for kind in ("decode", "prefill"):

@@ -1,11 +1,11 @@
-"""Can one client's request stop another client's stream by what the host has to do for it: parse, render, tokenise, sample, write?
+"""Can the host's work for one client (parse, render, tokenise, sample, write) stop another client's stream?
 
-Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time; /health is
-asked every 20 ms. First nothing else happens, then one other client sends one kind of request after the other.
+Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time, and /health is
+asked every 20 ms. At first nothing else happens; then another client sends one kind of request after the other.
 
-Limits for each kind: /health within 50 ms at P99; and where the request is refused, or asks about text alone, a longest gap of the
-plain stream of twice the undisturbed P99. Where its tokens are computed, these take time in the model's iterations, as many as
-fill the target: there the limit is the server's target, at P99, or twice the undisturbed P99 if that is more.
+Limits for each kind: /health within 50 ms at P99. If the request is refused, or asks only about text: the plain stream's longest
+gap at most twice the undisturbed P99. If its tokens are computed, they take time in the model's iterations, up to the target: then
+the limit is the server's target at P99, or twice the undisturbed P99 if that is more.
 
     python benchmarks/host_stalls.py
 """
@@ -25,7 +25,7 @@ from stallfree.bench.server import server
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMIT, HEALTH_LIMIT_S = 2.0, 0.05
 TIMES = 3
-"""How often each kind is sent, one after the other; where tokens are computed, until there are `FEWEST` gaps to take a P99 of."""
+"""How often each kind is sent, in sequence. If tokens are computed, it is sent until there are `FEWEST` gaps for the P99."""
 FEWEST = 400
 WORDS = "The quick brown fox jumps over the lazy dog while seven wizards judge my vow. "
 
@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 async def stream(session: aiohttp.ClientSession, times: list[float]) -> None:
-    """Streams one after the other; when each event with text came."""
+    """Runs one stream after the other, and appends to `times` when each event with text came."""
     body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     while True:
         async with session.post(COMPLETIONS, json=body) as response:
@@ -110,7 +110,7 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, timeout=timeout) as session, aiohttp.ClientSession(url, timeout=timeout) as other:
         watchers = [asyncio.create_task(stream(session, times)), asyncio.create_task(health(session, took))]
-        await asyncio.sleep(3)  # what the first requests pay
+        await asyncio.sleep(3)  # the first requests are slower
         times.clear(), took.clear()
         await asyncio.sleep(seconds)
         usual = float(np.percentile(gaps(times), 99))
@@ -139,7 +139,7 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
 
 
 def _computed(name: str, status: str) -> bool:
-    """Whether the kind's tokens are computed, by the model."""
+    """Whether the model computes tokens for this kind."""
     return status == "200" and not name.startswith(("tokenize", "detokenize"))
 
 

@@ -1,9 +1,9 @@
-"""What it costs that ranks are processes: the torch executor in one process, with two ranks a layer, and with two stages.
+"""What do ranks in separate processes cost? The torch executor in one process, with two ranks a layer, and with two stages.
 
-A small llama with random weights in bfloat16 (the embedded model's 9 heads are not for two ranks) on this machine's processor, 16
-decodes an iteration, sides in turn. `schedule`: the scheduler's part
-of an iteration. `messages`: from the plan's submission to its result, less what the rank that samples says it took from the
-plan's arrival to its result; with two stages that rank waits for the other, and says so. Both together are to be at most 1 ms.
+A small llama with random weights in bfloat16 on this machine's processor (the embedded model's 9 heads do not divide by two ranks),
+16 decodes an iteration, sides in turn. `schedule` is the scheduler's part of an iteration. `messages` is the time from the plan's
+submission to its result, minus the time that the sampling rank reports from the plan's arrival to its result; with two stages that
+rank's report includes its wait for the other. Both together should be at most 1 ms.
 
     python benchmarks/parallel.py
 """

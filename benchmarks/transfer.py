@@ -1,11 +1,11 @@
 """KV transfer between two servers of this machine: are the tokens those of one server, and what does it add to the TTFT?
 
-`equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch, some of them aborted by their
-clients at random moments: first all of them on one server, then by a server that prefills and one that decodes. Every token that
-came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and transferred,
-as a client sees it; what is added is the median over pairs, for this machine changes its speed from minute to minute. The limit is
-5 % of the prefill. All servers run on the same cores; those not asked are idle. Their KV is small, and has been used once before
-anything is counted: memory that is touched for the first time costs more than the KV transfer.
+`equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch. All run on one server first, then
+on a server that prefills and one that decodes, where clients abort some at random moments. Every token that came is compared.
+`TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, alternately alone and transferred, as a client
+sees it. The added time is the median over pairs, because this machine changes its speed from minute to minute. The limit is 5 % of
+the prefill. All servers run on the same cores; unused ones are idle. Their KV is small, and is used once before anything is
+counted: the first touch of memory costs more than the KV transfer.
 
     python benchmarks/transfer.py
 """
@@ -26,7 +26,7 @@ from harness import machine, parser, show
 
 LENGTH = 1000
 WARMING = 12
-"""Requests that are not counted: they fill the KV of `SMALL`, and the memory that is shared."""
+"""Requests that are not counted: they fill the KV of `SMALL` and the shared memory."""
 SMALL = "128MiB"
 POLICIES = ("sarathi", "slo")
 LIMIT = 5.0
@@ -36,7 +36,7 @@ AT_ONCE = 8
 
 @contextlib.contextmanager
 def serve(*options: str) -> Iterator[dict[str, Any]]:
-    """A server with these options; its card."""
+    """Runs a server with these options; gives its card."""
     command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -47,7 +47,7 @@ def serve(*options: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def servers(*options: str) -> Iterator[tuple[str, str]]:
-    """URLs of a server alone, and of one that has prompts computed by a third."""
+    """URLs of a server by itself, and of a server whose prompts a third one computes."""
     with (
         serve(*options) as alone,
         serve("--role", "prefill", "--peer-port", "0", *options) as prefill,
@@ -58,7 +58,7 @@ def servers(*options: str) -> Iterator[tuple[str, str]]:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, abort_s: float | None) -> Any:
-    """The tokens that came, whether that was all, and the seconds until the first."""
+    """The received tokens, whether they are complete, and the seconds until the first."""
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": True}
     began, first, received, whole = time.perf_counter(), None, [], False
     with contextlib.suppress(TimeoutError):

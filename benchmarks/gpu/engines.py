@@ -1,5 +1,5 @@
-"""Iterations one after the other, as an engine runs them: what each takes, from scheduler to tokens, with overlap and without, and
-where the host's time goes. Decodes of Llama 3 8B with random weights; KV takes what a trial of the largest iteration leaves.
+"""How long do an engine's iterations take, from scheduler to tokens, with overlap and without, and where does the host's time go?
+Decodes of Llama 3 8B with random weights. KV takes the memory that a trial of the largest iteration leaves.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def _engine(side: Side, decodes: int, overlap: bool) -> dict[str, Any]:
 
 
 def paced(executor: TorchExecutor, decodes: int, prompt: int, number: int, vocab: int) -> dict[str, list[float]]:
-    """Seconds of `number` iterations of `decodes`, from one's end to the next's."""
+    """Seconds of `number` iterations of `decodes` each, from the end of one to the end of the next, and of their parts."""
     scheduler = Scheduler(policy("sarathi"), executor.capacity, Limits(decodes), reuse=False)
     for i in range(decodes):
         tokens = torch.randint(vocab, (prompt,)).tolist()

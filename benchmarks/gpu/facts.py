@@ -1,4 +1,4 @@
-"""What was run on: the device, its driver and clocks, versions, and the rates of a large copy and a large product."""
+"""The machine: device, driver, clocks and versions, and the rates of a large copy and of a large product."""
 
 import importlib.metadata
 import os
@@ -38,7 +38,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def smi() -> dict[str, str]:
-    """What nvidia-smi says; nothing where there is none."""
+    """The values of nvidia-smi; empty where it is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -55,13 +55,13 @@ def version(package: str) -> str:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object], device: str, least: int = 5, most: int = 30, enough_s: float = 0.7) -> list[float]:
-    """What `run` takes with the device's work, after two that do not count: `least` times, up to `most` until `enough_s`."""
+    """Times of `run` with the device's work, after two that do not count: `least` times, then until `enough_s`, at most `most`."""
     times: list[float] = []
     for turn in range(2 + most):
         wait(device)
@@ -76,7 +76,7 @@ def seconds(run: Callable[[], object], device: str, least: int = 5, most: int = 
 
 @cache
 def rates(device: str) -> tuple[float, float]:
-    """Bytes per second of a copy, read and written, and FLOP/s of a product in bfloat16, of random numbers."""
+    """Bytes per second of a copy (read plus written), and FLOP/s of a bfloat16 product; both of random numbers."""
     size, side = (1 << 30, 8192) if device == "cuda" else (1 << 22, 128)
     block = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     into = torch.empty_like(block)
@@ -92,7 +92,7 @@ def named(device: str) -> dict[str, Any]:
 
 @cache
 def data_sheet(device: str) -> Hardware | None:
-    """The device of `stallfree.perf` that this is, the nearest in memory of several; None for one that it does not know."""
+    """This device in `stallfree.perf`; of several, the nearest in memory; None if it is unknown there."""
     if device != "cuda":
         return None
     properties = torch.cuda.get_device_properties(0)

@@ -1,8 +1,8 @@
-"""Is a whole model on the device what it is on the processor, in every format and family; and does it say the same tokens whatever
-way it is run: in batches, in chunks, overlapping, as CUDA graphs?
+"""Does a whole model give the same on the device as on the processor, in every format and family? Does it give the same tokens in
+batches, in chunks, with overlap and as CUDA graphs?
 
-In float32 a token may differ only where two logits are a rounding apart. The error is the distance, at the first token that
-differs, of the two logits, in standard deviations of all; 0 where all tokens are the same.
+In float32 a token may differ only where two logits are a rounding apart. The error is the distance of the two logits at the first
+token that differs, in standard deviations of all logits; 0 where all tokens are the same.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ FORMATS = {
     ("f32", "f32"): 1e-3, ("bf16", "bf16"): 0.06, ("fp16", "fp16"): 0.01, ("fp8", "bf16"): 0.06, ("int8", "bf16"): 0.06,
     ("int4", "bf16"): 0.06, ("bf16", "fp8"): 0.15,
 }  # fmt: skip
-"""Of weights and KV, the largest error of a row of logits: the processor has the same weights and KV, and computes in float32."""
+"""(Weights, KV) -> largest error of a row of logits. The processor has the same weights and KV, and computes in float32."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True},
@@ -79,7 +79,7 @@ def executor_of(device: str, changes: dict[str, Any], weights: str, kv: str, gra
 
 
 def _logits(device: str, changes: dict[str, Any], weights: str, kv: str) -> dict[str, Any]:
-    """Of a batch of prompts, and of one that continues them, some by a token."""
+    """The logits' error, for a batch of prompts and for a batch that continues them, some by one token."""
     both = []
     for executor in (executor_of(device, changes, weights, kv, graphs=False), _exact(device, changes, weights, kv)):
         whole, begun = (iteration(shape, small(device, changes).vocab_size)[0] for shape in (LATER, HYBRID))
@@ -90,7 +90,7 @@ def _logits(device: str, changes: dict[str, Any], weights: str, kv: str) -> dict
 
 
 def _exact(device: str, changes: dict[str, Any], weights: str, kv: str) -> TorchExecutor:
-    """The same model on the processor, in float32 where its weights are not of eight bits or fewer."""
+    """The same model on the processor, in float32 unless its weights have eight bits or fewer."""
     form = weights if weights in ("fp8", "int8", "int4") else "f32"
     model = checkpoint(small(device, changes))
     return TorchExecutor(model, Options(form, kv if kv == "fp8" else "f32", device="cpu", threads=1), KV_BYTES)
@@ -132,7 +132,7 @@ def _ways(device: str, dtype: str, way: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apart(device: str, dtype: str, number: int, result: list[int], expected: list[int]) -> float:
-    """How far apart the logits are of the first two tokens that differ."""
+    """The distance between the logits of the first two tokens that differ."""
     first = next((i for i, (a, b) in enumerate(zip(result, expected, strict=True)) if a != b))
     tokens = (*prompts(device)[number], *expected[:first])
     work = Work("apart", 0, len(tokens), True, False, tokens, tuple(range(-(-len(tokens) // 16))), None, "", (), ())
@@ -141,8 +141,8 @@ def _apart(device: str, dtype: str, number: int, result: list[int], expected: li
 
 
 def _sampled(device: str, way: dict[str, Any]) -> dict[str, Any]:
-    """The share of requests, sampled in all kinds of ways, of which a token is another than without overlap and graphs: where a
-    rounding decides."""
+    """The share of requests, with various samplings, that get a different token than without overlap and graphs, because a
+    rounding decided."""
     results, expected = _run(device, "f32", SAMPLINGS, way), _run(device, "f32", SAMPLINGS, {})
     differ = sum(a != b for a, b in zip(results, expected, strict=True))
     return {"requests": len(results), "requests that differ": differ, "error": differ / len(results), "limit": 0.1}

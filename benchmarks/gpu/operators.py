@@ -1,4 +1,4 @@
-"""Are fused operators and products of quantised weights what float64 gives, and is sampling on the device what the host's is?"""
+"""Do fused operators and products of quantised weights match float64, and does sampling on the device match the host?"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from stallfree.executors.torch.sampler import sample
 from stallfree.executors.torch.weights import Matrix
 
 LIMITS = {"bf16": 0.01, "fp16": 0.002, "f32": 1e-5}
-"""A rounding of each input that was made on the way, and of the result."""
+"""The largest error: a rounding of each intermediate value, and of the result."""
 PRODUCTS = {"bf16": 0.01, "fp16": 0.002, "f32": 1e-4}
 CUTS = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.8, "min_p": 0.05}, {"temperature": 0.5, "top_p": 0.9}]
 
@@ -81,7 +81,7 @@ def _words(how: dict[str, float]) -> str:
 
 
 def _same(device: str, rows: int) -> dict[str, Any]:
-    """The share of rows that get another token than on the host: where a cumulative share is a rounding from a request's number."""
+    """The share of rows that get another token than on the host, because a cumulative share is near the request's random number."""
     logits = np.random.default_rng(7).normal(0, 2, (rows, 500)).astype(np.float32)
     works = [_work(i, Sampling(temperature=(0.0, 0.7, 1.3)[i % 3], seed=i)) for i in range(rows)]
     on_device, on_host = sample(torch.from_numpy(logits).to(device), works)[0], sampling.sample(logits, works)[0]
@@ -100,7 +100,7 @@ def _alone(device: str, small: bool) -> dict[str, Any]:
 
 
 def _spread(device: str, how: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Half the sum of the differences between how often each token comes here and on the host: 1 if a token comes that cannot."""
+    """Half the summed differences of the tokens' frequencies on device and host; 1 if an impossible token was sampled."""
     logits = np.repeat(np.random.default_rng(7).normal(0, 2, (1, 12)).astype(np.float32), rows, 0)
     works = [_work(i, Sampling(seed=i, **how)) for i in range(rows)]
     on_device, on_host = (

@@ -1,6 +1,6 @@
-"""One part of `gpu_all.py`, in a process of its own: its cases one after the other, from number FIRST on, each told in a line of
-FILE when it begins and when it ends. After an error that the device does not get over the process ends; whoever started it goes on
-with the next case in another one.
+"""One part of `gpu_all.py`, in its own process. It runs the part's cases in order, from number FIRST on, and writes a line to FILE
+when a case begins and when it ends. If an error leaves the device unusable, the process ends; `gpu_all.py` goes on with the next
+case in another process.
 
     python -m gpu.part NAME DEVICE QUICK FIRST FILE
 """
@@ -20,11 +20,11 @@ import torch
 from gpu.made import Absent
 
 BROKEN = 3
-"""The exit status of a process whose device takes no more work."""
+"""The exit status of a process whose device accepts no more work."""
 
 
 def row(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a case gives, and its status: with an `error`, that must be at most its `limit`."""
+    """The case's values and status. If it gives an `error`, that must be at most its `limit`."""
     began = time.perf_counter()
     try:
         values = run()
@@ -35,13 +35,13 @@ def row(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as wrong:
         traceback.print_exc()
         values, status = {}, {"status": "failed", "why": f"{type(wrong).__name__}: {wrong}"[:300]}
-    # JSON has no number for what is not finite.
+    # JSON has no numbers that are not finite.
     values = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
     return values | status | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def usable(device: str) -> bool:
-    """Whether the device still answers; what a failed case held is freed."""
+    """Whether the device still works. Frees what a failed case held."""
     gc.collect()
     if device != "cuda" or not torch.cuda.is_initialized():
         return True

@@ -2,7 +2,7 @@
 
     python -m gpu.transfer DEVICE
 
-is the engine that prefills: it prints its port, and serves until its input ends.
+starts the engine that prefills: it prints its port, and serves until its input ends.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, An
 
 
 def engine(device: str, records: list[StepRecord] | None = None) -> Engine:
-    """In float32, where a token does not depend on its batch."""
+    """An engine in float32, where a token does not depend on its batch."""
     executor = TorchExecutor(checkpoint(small(device)), Options("f32", "f32", device=device, threads=1), KV_BYTES)
     text = Text(Tokenizer(BPE(vocab={"a": 0}, merges=[])), None, (), vocab_size=small(device).vocab_size)
     record = None if records is None else records.append
@@ -48,7 +48,7 @@ def engine(device: str, records: list[StepRecord] | None = None) -> Engine:
 
 
 def handed(device: str) -> dict[str, Any]:
-    """The share of requests of which a token differs, or whose prompt did not come from the other process."""
+    """The share of requests with a different token, or whose prompt was not computed by the other process."""
     command = [sys.executable, "-m", "gpu.transfer", device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
@@ -76,7 +76,7 @@ def handed(device: str) -> dict[str, Any]:
 
 
 async def decode(own: Engine, port: int, requests: list[Any]) -> list[list[int]]:
-    """The tokens of each request, whose prompts the engine at `port` computes."""
+    """The tokens of each request; the engine at `port` computes the prompts."""
     thread = EngineThread(own, WAITING)
     asking = Asking(thread, Terms.of(own.executor, "small"), [("127.0.0.1", port)], "")
     thread.start()
