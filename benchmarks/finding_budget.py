@@ -1,7 +1,7 @@
 """Which token budget is best? Simulated: Llama-3-8B on four GPUs, three precisions, three mixes of lengths, P99 TBT within 50 ms.
 
-For each, the capacity under every fixed budget and under the slo policy, which knows nothing but the target. `best` is the budget
-with the highest capacity; `kept by 512`: the share of that capacity that a budget of 512 has.
+For each case: the capacity under every fixed budget, and under the slo policy, which knows only the target. `best` is the budget
+with the highest capacity. `kept by 512` is the share of that capacity that a budget of 512 reaches.
 
     python benchmarks/finding_budget.py --plot docs/images/finding_budget.png
 """
@@ -32,9 +32,9 @@ SLO = "tbt=50ms"
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw capacity over the budget")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw capacity over the budget")
+    args = arguments.parse_args()
     devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 400)
     simulators: dict[str, Simulator] = {}
     cases = {}
@@ -47,12 +47,12 @@ def main() -> None:
             simulators[name] = Simulator(Deployment(**base, **policy))
             cases[name] = traffic, Slo.parse(SLO), 8.0
     with Trials(simulators) as trials:
-        found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
+        capacities = {name: capacity.rate for name, capacity in trials.capacities(cases, lowest=0.05).items()}
     rows: list[dict[str, Any]] = []
     for device, weights, mix in product(devices, PRECISIONS, MIXES):
-        rates = {budget: found[f"{device} {weights} {mix} {budget}"] for budget in BUDGETS}
+        rates = {budget: capacities[f"{device} {weights} {mix} {budget}"] for budget in BUDGETS}
         best = max(rates, key=lambda budget: rates[budget])
-        slo = found[f"{device} {weights} {mix} None"]
+        slo = capacities[f"{device} {weights} {mix} None"]
         rows.append(
             {"device": device, "weights": weights, "mix": mix}
             | {str(budget): rate for budget, rate in rates.items()}

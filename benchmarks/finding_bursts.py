@@ -1,8 +1,8 @@
 """What do bursts and heavy tails do to TTFT under a fixed budget and under the slo policy? Simulated: Llama-3-8B on an A100, the
 same mean load throughout, P99 TBT to be within 50 ms.
 
-The load is 60 % of what a budget of 512 serves of steady traffic. Arrivals: Poisson, gamma with CV 4, and bursts of 10 s every
-minute; prompts of the same mean: all alike, log-normal, and one in twenty ten times as long. Outputs are all alike.
+The load is 60 % of the steady traffic that a budget of 512 can serve. Arrivals are Poisson, gamma with CV 4, or bursts of 10 s
+every minute. Prompts have the same mean: all equal, log-normal, or one in twenty ten times as long. Outputs are all equal.
 
     python benchmarks/finding_bursts.py --plot docs/images/finding_bursts.png
 """
@@ -29,9 +29,9 @@ SHARE = 0.6
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw TTFT P99 for each kind of traffic")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw TTFT P99 for each kind of traffic")
+    args = arguments.parse_args()
     requests = 300 if args.quick else 4000
     base = {"model": "llama3-8b", "hardware": "a100-80g", "slo": SLO}
     simulators = {f"sarathi {budget}": Simulator(Deployment(**base, policy="sarathi", token_budget=budget)) for budget in BUDGETS}

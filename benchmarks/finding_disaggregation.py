@@ -1,14 +1,14 @@
-"""Who wins, chunked co-location or two pools, at equal GPUs, and what the answer depends on. Simulated, A100 80 GB.
+"""Which wins at equal GPUs, chunked co-location or two pools, and what does it depend on? Simulated, A100 80 GB.
 
     lengths   Llama-2-13B on 8 GPUs: prompt x output length x targets
-    links     what joins the pools, with every KV transfer crossing it
+    links     the link between the pools, which every KV transfer crosses
     bursts    Llama-2-13B on 8 GPUs: how arrivals come
     models    Llama-3-8B to Llama-2-70B on 16 GPUs
     outputs   from which output length on a KV transfer no longer matters
-    rule      a closed form beside the simulation, on the cells of `lengths`
+    rule      a closed form next to the simulation, on the cells of `lengths`
 
-A capacity is the highest rate at which every target is met; co-located is the best of `slo` and `sarathi` over all splits of the
-model, two pools the best of DistServe's way, Splitwise's and the hybrid over all splits and ratios (`stallfree plan`).
+A capacity is the highest rate at which every target is met. "Co-located" is the best of `slo` and `sarathi` over all splits of
+the model. "Two pools" is the best of DistServe's way, Splitwise's and the hybrid over all splits and ratios (`stallfree plan`).
 
     python benchmarks/finding_disaggregation.py lengths --plots docs/images
 """
@@ -38,7 +38,7 @@ PROMPTS, OUTPUTS = (256, 2048), (32, 128, 512)
 TARGETS = {"tight": "ttft=500ms@p90,tbt=40ms@p99", "middle": "ttft=1s@p90,tbt=75ms@p99", "loose": "ttft=4s@p90,tbt=200ms@p99"}
 GRID = ("tight", "loose")
 LINKS = ("nvlink", "ib-400g", "ib-200g", "eth-100g", "eth-25g", "eth-10g")
-"""Between the pools: first that of one node's devices, of which both are part then."""
+"""Links between the pools. The first joins the devices of one node, which then holds both pools."""
 ARRIVALS = ("poisson", "gamma:cv=2", "gamma:cv=4", "bursts:on=10s,off=50s")
 MODELS = ("llama3-8b", "llama2-13b", "yi-34b", "llama2-70b")
 THIRTEEN = Site("llama2-13b", gpus=8, nodes=2)
@@ -50,8 +50,8 @@ def lengths_of(prompt: int, output: int) -> str:
 
 
 def best(answer: Answer) -> dict[str, Any]:
-    """Both kinds in a row of a table: requests per second of all GPUs."""
-    split, alone = (next((one for one in answer.whole if (" -> " in one.name) is kind), None) for kind in (True, False))
+    """One row: the best of each kind, in requests per second of all GPUs."""
+    split, alone = (next((unit for unit in answer.whole if (" -> " in unit.name) is kind), None) for kind in (True, False))
     row: dict[str, Any] = {
         "co-located": f"{alone.deployed.replicas} x {alone.name}" if alone is not None else "none",
         "requests/s": alone.rate if alone is not None else 0.0,
@@ -100,73 +100,73 @@ def models(quick: bool) -> list[dict[str, Any]]:
 
 
 def across(quick: bool) -> list[dict[str, Any]]:
-    """Pools on nodes of their own, one prefill replica a node of four, and one decode replica too; or both in a node of eight."""
+    """Each pool on its own node of four GPUs, with one replica that fills it; or both pools in one node of eight."""
     traffic, slo = Traffic(lengths=lengths_of(1024, 128), max_total=4096, requests=128), Slo.parse(TARGETS["middle"])
     simulators: dict[str, Any] = {}
     for model in MODELS[1:2] if quick else MODELS:
         site = Site(model, gpus=8, nodes=2, max_model_len=4096)
-        there = Candidates(site)
-        simulators[f"{model} co-located"] = Simulator(there.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue"))
+        candidates = Candidates(site)
+        replica = candidates.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue")
+        simulators[f"{model} co-located"] = Simulator(replica)
         together = Candidates(replace(site, nodes=1))
         for way in ("distserve", "splitwise"):
-            apart = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
+            apart = candidates.split(way, (4, 1), (4, 1), (1, 1), whole=True)
             near = {"nvlink": together.split(way, (4, 1), (4, 1), (1, 1))}
             for link, pair in (near | {link: replace(apart, link=link) for link in LINKS[1:]}).items():
                 simulators[f"{model} {way} {link}"] = SplitSimulator(pair)
     with Trials(simulators) as trials:
-        found = trials.capacities(dict.fromkeys(simulators, (traffic, slo, 4.0)), lowest=0.01, shortest_s=30.0)
+        capacities = trials.capacities(dict.fromkeys(simulators, (traffic, slo, 4.0)), lowest=0.01, shortest_s=30.0)
     rows = []
     for model in dict.fromkeys(name.split()[0] for name in simulators):
-        alone = found[f"{model} co-located"].rate
+        alone = capacities[f"{model} co-located"].rate
         kv = shape.Sharded(shape.load(model), 1, 1).kv_bytes_per_token
         for way in ("distserve", "splitwise"):
             rows.append(
                 {"model": model, "KV, MB a token": kv / 1e6, "way": way, "co-located, requests/s": alone}
-                | {link: found[f"{model} {way} {link}"].rate / alone for link in LINKS}
+                | {link: capacities[f"{model} {way} {link}"].rate / alone for link in LINKS}
             )
     return rows
 
 
 def outputs(quick: bool) -> list[dict[str, Any]]:
-    """One request by itself, prompt and decode on nodes of their own: n output tokens after which the delay of the KV transfer
-    is 1 % of the time since the first token. `closed form`: the KV that remains to be sent, over the link, over 1 % of a decode
-    iteration.
+    """A lone request, with prefill and decode on separate nodes: after how many output tokens is the delay of the KV transfer 1 %
+    of the time since the first token? `closed form`: the time to send the KV that remains, over 1 % of a decode iteration.
     """
     rows = []
     for model, prompt, link, way in product(
         ("llama3-8b", "llama2-13b", "llama2-70b"), (1024, 3072), ("ib-200g", "eth-25g"), ("distserve", "splitwise")
     ):
-        there = Candidates(Site(model, gpus=8, nodes=2, max_model_len=4096))
-        pair = there.split(way, (4, 1), (4, 1), (1, 1), whole=True)
-        made = SplitSimulator(replace(pair, link=link)).run([Arrival(0.0, prompt, 3)])
-        (line,) = made.lines
+        candidates = Candidates(Site(model, gpus=8, nodes=2, max_model_len=4096))
+        pair = candidates.split(way, (4, 1), (4, 1), (1, 1), whole=True)
+        result = SplitSimulator(replace(pair, link=link)).run([Arrival(0.0, prompt, 3)])
+        (line,) = result.lines
         decode = line.tokens[2] - line.tokens[1]
         sharded, network = shape.Sharded(shape.load(model), 1, 1), links.load(link)
         whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
-        prefill = line.tokens[0] - made.transfers.exposed_s
+        prefill = line.tokens[0] - result.transfers.exposed_s
         layers = sharded.model.num_layers
-        # Layer by layer: the last layer's KV, or what the link could not take while the others were computed.
+        # Sent layer by layer: the last layer's KV remains, or what the link could not send while the others were computed.
         left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
         rows.append(
             {
-                "model": model, "prompt": prompt, "link": link, "way": way, "delay, ms": 1e3 * made.transfers.exposed_s,
-                "decode iteration, ms": 1e3 * decode, "tokens until 1 %": made.transfers.exposed_s / decode / 0.01,
+                "model": model, "prompt": prompt, "link": link, "way": way, "delay, ms": 1e3 * result.transfers.exposed_s,
+                "decode iteration, ms": 1e3 * decode, "tokens until 1 %": result.transfers.exposed_s / decode / 0.01,
                 "closed form": (left + network.latency_s) / decode / 0.01,
             }
         )  # fmt: skip
     return rows[:2] if quick else rows
 
 
-def alone_rate(there: Instance, prompt: float, output: float, target: float) -> float:
-    """Co-located: in each iteration as many requests enter as leave, so c prompt tokens go with c x output / prompt decodes; the
-    largest c, by bisection, for which that takes at most `target` seconds and KV does. Requests per second of a replica.
+def alone_rate(instance: Instance, prompt: float, output: float, target: float) -> float:
+    """Requests per second of a co-located replica. In each iteration as many requests enter as leave, so c prompt tokens go with
+    c x output / prompt decodes. Bisection gives the largest c that takes at most `target` seconds and whose KV fits.
     """
-    held = there.capacity.num_blocks * there.capacity.block_size
+    held = instance.capacity.num_blocks * instance.capacity.block_size
 
     def iteration(chunk: int) -> tuple[int, float]:
         decodes = round(chunk * output / prompt)
         work = [(int(prompt + output / 2), 1)] * decodes + [(int(prompt / 2), chunk)]
-        return decodes, there.cost.seconds(work)
+        return decodes, instance.cost.seconds(work)
 
     low, high = 0, 16384
     while high - low > 1:
@@ -177,24 +177,24 @@ def alone_rate(there: Instance, prompt: float, output: float, target: float) -> 
     return low / prompt / iteration(low)[1] if low else 0.0
 
 
-def pool_rates(there: Instance, prompt: float, output: float, target: float) -> tuple[float, float]:
-    """Two pools: prompts alone, and the most decodes that the target and KV allow. Requests per second of a replica of each."""
-    held = there.capacity.num_blocks * there.capacity.block_size
+def pool_rates(instance: Instance, prompt: float, output: float, target: float) -> tuple[float, float]:
+    """Requests per second of a replica of each pool: prompts alone, and the most decodes that the target and KV allow."""
+    held = instance.capacity.num_blocks * instance.capacity.block_size
     most = max(1, min(256, int(held / (prompt + output))))
-    while most > 1 and there.cost.seconds([(int(prompt + output / 2), 1)] * most) > target:
+    while most > 1 and instance.cost.seconds([(int(prompt + output / 2), 1)] * most) > target:
         most -= 1
-    decodes = there.cost.seconds([(int(prompt + output / 2), 1)] * most)
-    return 1 / there.cost.seconds([(0, int(prompt))]), (most / output / decodes if decodes <= target else 0.0)
+    decodes = instance.cost.seconds([(int(prompt + output / 2), 1)] * most)
+    return 1 / instance.cost.seconds([(0, int(prompt))]), (most / output / decodes if decodes <= target else 0.0)
 
 
 def closed_form(site: Site, prompt: float, output: float, target: float) -> float:
-    """Two pools over co-located, each at its best split of the model and its best whole numbers of replicas."""
-    there = Candidates(site)
+    """The ratio of two pools to co-located, each with its best split of the model and its best numbers of replicas."""
+    candidates = Candidates(site)
     alone, pools = 0.0, 0.0
     rates = {}
-    for (tp, pp), one in there.shapes.items():
-        alone = max(alone, site.gpus // (tp * pp) * alone_rate(one, prompt, output, target))
-        rates[tp * pp] = pool_rates(one, prompt, output, target)
+    for (tp, pp), instance in candidates.shapes.items():
+        alone = max(alone, site.gpus // (tp * pp) * alone_rate(instance, prompt, output, target))
+        rates[tp * pp] = pool_rates(instance, prompt, output, target)
     for (a, (prefill, _)), (b, (_, decode)) in product(rates.items(), rates.items()):
         for number in range(1, site.gpus // a):
             pools = max(pools, min(number * prefill, (site.gpus - number * a) // b * decode))
@@ -202,18 +202,19 @@ def closed_form(site: Site, prompt: float, output: float, target: float) -> floa
 
 
 def rule(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The closed form beside each simulated cell. Means of the log-normals are 1.16 of their medians."""
-    found = []
+    """The closed form next to each simulated cell. The mean of a log-normal here is 1.16 of its median."""
+    table = []
     for row in rows:
         target = Slo.parse(TARGETS[row["targets"]]).tbt
         assert target is not None
-        told = closed_form(THIRTEEN, 1.16 * row["prompt"], 1.16 * row["output"], target.seconds)
+        predicted = closed_form(THIRTEEN, 1.16 * row["prompt"], 1.16 * row["output"], target.seconds)
         simulated = row["pools / co-located"]
-        found.append(
+        table.append(
             {key: row[key] for key in ("targets", "prompt", "output")}
-            | {"closed form": told, "simulated": simulated, "same winner": "yes" if (told > 1) == (simulated > 1) else "no"}
+            | {"closed form": predicted, "simulated": simulated}
+            | {"same winner": "yes" if (predicted > 1) == (simulated > 1) else "no"}
         )
-    return found
+    return table
 
 
 PARTS = {"lengths": lengths, "links": across, "bursts": bursts, "models": models, "outputs": outputs}
@@ -248,10 +249,10 @@ def draw(part: str, rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("part", choices=[*PARTS, "rule"], nargs="+", help="what to look at")
-    told.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each part into this folder")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("part", choices=[*PARTS, "rule"], nargs="+", help="what to look at")
+    arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each part into this folder")
+    args = arguments.parse_args()
     facts = machine()
     cells: list[dict[str, Any]] | None = None
     for part in args.part:

@@ -6,9 +6,9 @@ serves both ways on the same GPUs:
     claimed gain = two pools with its engine / co-located with vLLM's
                  = (two pools / co-located, both with its engine) x (its engine / vLLM's, both co-located)
 
-Co-located in these is as vLLM was then, prompts first; beside it the best of `slo`, `sarathi` and prompts first. Simulated, OPT-13B
-on 4 A100 80 GB, chats of at most 2,048 tokens. The fitted times have no iterations of prompts and decodes together; `slo` and
-`sarathi` have those of `perf/profiled.py`.
+Here "co-located" means prompts first, as vLLM was then; next to it, the best of `slo`, `sarathi` and prompts first. Simulated:
+OPT-13B on 4 A100 80 GB, chats of at most 2,048 tokens. The fitted times have no iterations of prompts and decodes together; for
+`slo` and `sarathi` they come from `perf/profiled.py`.
 
     python benchmarks/finding_engines.py FOLDER --plot docs/images/finding_engines.png
 
@@ -33,25 +33,25 @@ CHATS = "median=300,p90=900/median=180,p90=400"
 TARGETS = {"urgent": "ttft=200ms@p90,tpot=100ms@p90", "looser": "ttft=1s@p90,tpot=100ms@p90"}
 
 
-def found(site: Site, traffic: Traffic, slo: Slo) -> tuple[float, float, float, Answer]:
-    """Requests per second of all GPUs: two pools, co-located co-located at best, and prompts first."""
-    there = Candidates(site)
-    answer = search(there, traffic, slo, Trials, lambda line: None)
-    split, alone = (next((one.rate for one in answer.whole if (" -> " in one.name) is kind), 0.0) for kind in (True, False))
+def capacities(site: Site, traffic: Traffic, slo: Slo) -> tuple[float, float, float, Answer]:
+    """Requests per second of all GPUs: two pools, the best co-located, and co-located with prompts first."""
+    candidates = Candidates(site)
+    answer = search(candidates, traffic, slo, Trials, lambda line: None)
+    split, alone = (next((unit.rate for unit in answer.whole if (" -> " in unit.name) is kind), 0.0) for kind in (True, False))
     first = {
-        f"TP{tp}": Simulator(there.replica(tp, pp, "prefill-first", replicas=site.gpus // (tp * pp), router="shortest-queue"))
-        for tp, pp in there.shapes
+        f"TP{tp}": Simulator(candidates.replica(tp, pp, "prefill-first", replicas=site.gpus // (tp * pp), router="shortest-queue"))
+        for tp, pp in candidates.shapes
     }
     with Trials(first) as trials:
         rates = trials.capacities({name: (traffic, slo, max(alone, 1.0)) for name in first}, lowest=0.01, shortest_s=30.0)
-    return split, alone, max(one.rate for one in rates.values()), answer
+    return split, alone, max(capacity.rate for capacity in rates.values()), answer
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("folder", type=Path, help="where the fitted engines are")
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw the factors")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("folder", type=Path, help="where the fitted engines are")
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the factors")
+    args = arguments.parse_args()
     traffic = Traffic(lengths=CHATS, max_total=2048, requests=128)
     rows: list[dict[str, Any]] = []
     for name, words in list(TARGETS.items())[: 1 if args.quick else None]:
@@ -59,16 +59,16 @@ def main() -> None:
         rates = {}
         for engine in ("distserve", "vllm"):
             file = args.folder / f"distserve_profiler-a100-80g.{engine}.json"
-            rates[engine] = found(Site("opt-13b", gpus=4, engine=str(file)), traffic, slo)
-        (pools, own, first_own, answer), (pools_vllm, theirs, first_vllm, _) = rates["distserve"], rates["vllm"]
-        # The search compares units, of which one has nobody to send a burst to; all splits were run whole with prompts first.
-        own, theirs = max(own, first_own), max(theirs, first_vllm)
-        split = next((one.name for one in answer.whole if " -> " in one.name), "none")
+            rates[engine] = capacities(Site("opt-13b", gpus=4, engine=str(file)), traffic, slo)
+        (pools, own, first_own, answer), (pools_vllm, best_vllm, first_vllm, _) = rates["distserve"], rates["vllm"]
+        # The search compares single units, which cannot share a burst; with prompts first, all splits were run on all GPUs.
+        own, best_vllm = max(own, first_own), max(best_vllm, first_vllm)
+        split = next((unit.name for unit in answer.whole if " -> " in unit.name), "none")
         rows.append(
             {
                 "targets": name, "two pools": split, "its engine, pools": pools, "its engine, prompts first": first_own,
                 "its engine, best co-located": own, "vLLM's, pools": pools_vllm, "vLLM's, prompts first": first_vllm,
-                "vLLM's, best co-located": theirs,
+                "vLLM's, best co-located": best_vllm,
                 "claimed": pools / first_vllm, "by disaggregation": pools / first_own, "by the engine": first_own / first_vllm,
                 "over the best co-located": pools / own,
             }

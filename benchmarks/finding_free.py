@@ -1,8 +1,8 @@
 """Where does the stall-free guarantee stop being free? Simulated: Llama-3-8B on an A100 and an H100.
 
-`whole prompts`: the capacity of prefills first, which stalls every stream for every prompt, with no target for TBT at all: what the
-machine can do at best. Beside it what the slo policy serves under targets from 1.2 to 20 times a decode iteration (eight decodes
-with 512 tokens of context each), as a share of that: below 1, the guarantee costs throughput.
+`whole prompts` is the capacity with prefills first and no TBT target: every prompt stalls every stream, so the machine serves the
+most it can. The other columns are the slo policy's share of that, under targets of 1.2 to 20 times a decode iteration (eight
+decodes with 512 tokens of context each). Below 1, the guarantee costs throughput.
 
     python benchmarks/finding_free.py --plot docs/images/finding_free.png
 """
@@ -27,9 +27,9 @@ DECODES = [(512, 1)] * 8
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
-    args = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the share over the target")
+    args = arguments.parse_args()
     devices, requests = (DEVICES[:1], 100) if args.quick else (DEVICES, 800)
     simulators: dict[str, Simulator] = {}
     cases = {}
@@ -46,13 +46,13 @@ def main() -> None:
             simulators[name] = Simulator(Deployment(model="llama3-8b", hardware=device, policy="slo", slo=f"tbt={target}"))
             cases[name] = traffic, Slo(tbt=target), 8.0
     with Trials(simulators) as trials:
-        found = {name: one.rate for name, one in trials.capacities(cases, lowest=0.05).items()}
+        capacities = {name: capacity.rate for name, capacity in trials.capacities(cases, lowest=0.05).items()}
     rows: list[dict[str, Any]] = []
     for device, mix in product(devices, MIXES):
-        most = found[f"{device} {mix} whole"]
+        most = capacities[f"{device} {mix} whole"]
         rows.append(
             {"device": device, "mix": mix, "whole prompts, requests/s": most}
-            | {f"{times:g}x": found[f"{device} {mix} {times}"] / most for times in TIMES}
+            | {f"{times:g}x": capacities[f"{device} {mix} {times}"] / most for times in TIMES}
         )
     if args.plot:
         sides = {f"{row['device']}, {row['mix']}": [(times, row[f"{times:g}x"]) for times in TIMES] for row in rows}

@@ -1,12 +1,11 @@
-"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and say how well they describe kernels that they did not
-see.
+"""Fit the coefficients in stallfree/perf/hardware to measured kernels, and report their errors on kernels that were left out.
 
     python -m benchmarks.fit_roofline FOLDER [--paper FOLDER] [--quick] [--json FILE]
 
-FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles: compute, bandwidth,
-kernel_us and wave_us over all of its models, then with one model left out at a time, and the errors on that one. Attention: its
-three coefficients. Nothing is written: what is printed is put into the TOML files by hand. With --paper, Yi-34B's iterations
-beside the model's.
+FOLDER holds profiles in the format of `stallfree perf check`. For each device with compute profiles, compute, bandwidth,
+kernel_us and wave_us are fitted over all its models, then with one model left out at a time, with the errors on that one. Then
+attention's three coefficients are fitted. Nothing is written: copy the printed values into the TOML files by hand. With --paper,
+Yi-34B's measured iterations are shown next to the model's.
 """
 
 import csv
@@ -23,7 +22,7 @@ from stallfree.perf.profiles import KINDS, LINEAR, Error, Point, by, read
 from stallfree.perf.roofline import Roofline
 
 SAMPLE = 400
-"""Measurements of a device that a fit looks at, spread evenly over them."""
+"""About this many measurements of a device are used in a fit (at most twice as many), spread evenly over all."""
 
 MATMUL = ("compute", "bandwidth", "kernel_s", "wave_s")
 ATTENTION = ("attention", "attention_s", "split_s")
@@ -43,8 +42,8 @@ def main() -> None:
             if len(files) > 1:
                 seen = [point for point in linear if point.file != file]
                 rows.append(fitted(f"{name}, without {file}", seen, unseen, MATMUL, options.quick))
-    for name, found in by([p for p in points if KINDS[p.operator] == "attention"], lambda p: p.device.name).items():
-        rows.append(fitted(f"{name}, attention", found, found, ATTENTION, options.quick))
+    for name, measured in by([p for p in points if KINDS[p.operator] == "attention"], lambda p: p.device.name).items():
+        rows.append(fitted(f"{name}, attention", measured, measured, ATTENTION, options.quick))
     harness.show("coefficients, and errors on the named file or on all", rows, harness.machine(), options.json)
     if options.paper is not None:
         harness.show("Yi-34B, TP2, A100 PCIe, eager-2024 (ms)", iterations(options.paper), harness.machine(), None)
@@ -62,7 +61,7 @@ def fitted(what: str, seen: Sequence[Point], unseen: Sequence[Point], names: Seq
     def loss(logs: Sequence[float]) -> float:
         device = measured(logs)[seen[0].device.name]
         errors = sorted(abs(math.log(p.price(device) / p.seconds)) for p in sample)
-        # The mean, in which an outlier counts no more than a half, and the tail that the median does not see.
+        # The mean, in which an outlier counts at most 0.5, plus half the 90th percentile, for the tail.
         return sum(min(error, 0.5) for error in errors) / len(errors) + 0.5 * errors[len(errors) * 9 // 10]
 
     best = simplex(loss, start, 0.15, 30 if quick else 120)
@@ -78,41 +77,41 @@ def fitted(what: str, seen: Sequence[Point], unseen: Sequence[Point], names: Seq
 def simplex(loss: Callable[[Sequence[float]], float], start: Sequence[float], step: float, rounds: int) -> list[float]:
     """The minimum near `start`, by Nelder and Mead's method (The Computer Journal 7, 1965)."""
     corners = [list(start), *([x + step * (i == j) for j, x in enumerate(start)] for i in range(len(start)))]
-    found = sorted((loss(corner), corner) for corner in corners)
+    ranked = sorted((loss(corner), corner) for corner in corners)
     for _ in range(rounds):
-        centre = [sum(values) / len(start) for values in zip(*(corner for _, corner in found[:-1]), strict=True)]
-        worst = found[-1][1]
+        centre = [sum(values) / len(start) for values in zip(*(corner for _, corner in ranked[:-1]), strict=True)]
+        worst = ranked[-1][1]
 
         def away(by: float, centre: list[float] = centre, worst: list[float] = worst) -> tuple[float, list[float]]:
             corner = [c + by * (c - w) for c, w in zip(centre, worst, strict=True)]
             return loss(corner), corner
 
         new = away(1.0)
-        if new[0] < found[0][0]:
+        if new[0] < ranked[0][0]:
             new = min(new, away(2.0))
-        elif new[0] >= found[-2][0]:
+        elif new[0] >= ranked[-2][0]:
             new = min(new, away(-0.5))
-        if new[0] < found[-1][0]:
-            found[-1] = new
+        if new[0] < ranked[-1][0]:
+            ranked[-1] = new
         else:
-            best = found[0][1]
-            moved = [[(b + x) / 2 for b, x in zip(best, corner, strict=True)] for _, corner in found[1:]]
-            found = [found[0], *((loss(corner), corner) for corner in moved)]
-        found.sort()
-    return found[0][1]
+            best = ranked[0][1]
+            moved = [[(b + x) / 2 for b, x in zip(best, corner, strict=True)] for _, corner in ranked[1:]]
+            ranked = [ranked[0], *((loss(corner), corner) for corner in moved)]
+        ranked.sort()
+    return ranked[0][1]
 
 
 def iterations(folder: Path) -> list[dict[str, Any]]:
-    """The iterations of Sarathi-Serve's figure 2 beside the model's; each decode has 1,020 tokens before it."""
+    """The iterations of Sarathi-Serve's figure 2 next to the model's; each decode has 1,020 tokens before it."""
     model = Roofline(hardware.load("a100-80g-pcie"), shape.Sharded(shape.load("yi-34b"), tp=2), "eager-2024")
     rows = []
     for kind in ("decode", "prefill"):
         with (folder / f"yi34b_figure-2_{kind}.csv").open() as file:
             for row in csv.DictReader(file):
                 tokens, measured = int(row["batch_num_tokens"]), 1000 * float(row["batch_execution_time"])
-                made = 1000 * model.seconds([(1020, 1)] * tokens if kind == "decode" else [(0, tokens)])
+                cost = 1000 * model.seconds([(1020, 1)] * tokens if kind == "decode" else [(0, tokens)])
                 rows.append(
-                    {"iteration": f"{kind} {tokens}", "measured": measured, "model": made, "error": f"{made / measured - 1:+.1%}"}
+                    {"iteration": f"{kind} {tokens}", "measured": measured, "model": cost, "error": f"{cost / measured - 1:+.1%}"}
                 )
     return rows
 

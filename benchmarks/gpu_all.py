@@ -3,9 +3,9 @@ a model exact, and how long does an iteration take?
 
     python benchmarks/gpu_all.py --out FOLDER
 
-It needs torch, triton, numpy and tokenizers, and this checkout; no file of a model, and no network. Each part is processes of its
-own with a limit in seconds, the most telling part first; a part that fails, crashes or hangs costs itself alone, and what does not
-fit into --minutes is reported as "not run". FOLDER gets results.json, tables.md and each part's log, after every part.
+It needs torch, triton, numpy, tokenizers and this checkout; no model file and no network. Each part runs in its own processes,
+with a limit in seconds; the most important part runs first. A part that fails, crashes or hangs costs only itself. Whatever does
+not fit into --minutes is reported as "not run". FOLDER gets results.json, tables.md and each part's log, after every part.
 `--device cpu` is a dry run of the same code on tiny sizes, with kernels in Triton's interpreter: it measures nothing.
 """
 
@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "facts": 40, "attention": 100, "models": 110, "transfer": 60, "operators": 50, "steps": 180, "engines": 60, "theirs": 90,
 }  # fmt: skip
-"""Each one's limit in seconds, in their order: what is wrong is to be known first. All limits together are more than the time; what
-hangs is to leave something to the others."""
+"""Limit of each part in seconds. The order shows errors first. The limits add up to more than the time available; each only keeps
+a part that hangs from taking the others' time."""
 CASE_S = 90.0
-"""Seconds in which a case must end, its process's start included. It bounds what hangs: kernels compile in seconds."""
+"""Seconds in which a case must end, including its process's start. Only a hang takes longer: kernels compile in seconds."""
 LAST_S = 5.0
-"""Seconds that are kept for ending a process and writing."""
+"""Seconds kept in reserve for ending a process and writing the results."""
 LEAST_S = 15.0
-"""Seconds without which a part is not begun: loading torch and compiling would take them."""
+"""A part is not begun with fewer seconds left: loading torch and compiling would take them."""
 TITLES = {
     "facts": "Machine",
     "attention": "Exactness: attention",
@@ -47,7 +47,7 @@ TITLES = {
 
 
 def begin(name: str, args: argparse.Namespace, first: int, file: Path, log: Path) -> subprocess.Popen[bytes]:
-    """A process that runs the part's cases from number `first` on."""
+    """Start a process that runs the part's cases from number `first` on."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
     small = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
     command = [sys.executable, "-m", "gpu.part", name, args.device, str(args.quick), str(first), str(file)]
@@ -63,7 +63,7 @@ def begin(name: str, args: argparse.Namespace, first: int, file: Path, log: Path
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End it, and what it started. One that does not even die of that is left alone."""
+    """Kill the process and all that it started. If it is not gone after 10 s, it is left alone."""
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
@@ -71,13 +71,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """What the part has told so far; a line that is being written is not there yet."""
+    """The part's messages so far, without a line that is still being written."""
     whole = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in whole]
 
 
 def part(name: str, args: argparse.Namespace, folder: Path, until: float) -> dict[str, Any]:
-    """The part's status and a row for each case. Whatever ends its process early costs the case that ran."""
+    """The part's status and a row for each case. If its process ends early, only the case that ran is lost."""
     began, file, log = time.monotonic(), folder / f"{name}.lines", folder / f"{name}.log"
     ended: dict[int, dict[str, Any]] = {}
     names: list[str] = []
@@ -88,10 +88,10 @@ def part(name: str, args: argparse.Namespace, folder: Path, until: float) -> dic
             why, lost = watch(process, file, until)
         finally:
             end(process)
-        told = lines(file)
-        names = next((line["cases"] for line in told if "cases" in line), [])
-        ended |= {line["end"]: line["row"] for line in told if "end" in line}
-        started = max((line["begin"] for line in told if "begin" in line), default=-1)
+        messages = lines(file)
+        names = next((line["cases"] for line in messages if "cases" in line), [])
+        ended |= {line["end"]: line["row"] for line in messages if "end" in line}
+        started = max((line["begin"] for line in messages if "begin" in line), default=-1)
         if started >= first and started not in ended:
             ended[started] = {"case": names[started], "status": "failed", "why": lost}
         if started < first:  # not even one case began
@@ -99,22 +99,22 @@ def part(name: str, args: argparse.Namespace, folder: Path, until: float) -> dic
         first = started + 1
     rows = [ended.get(i, {"case": case, "status": "not run", "why": why}) for i, case in enumerate(names)]
     counts = Counter(row["status"] for row in rows)
-    # A part is what its worst case is; one that told nothing has failed.
+    # A part has the status of its worst case; a part without any message has failed.
     order = ("failed", "not run", "ok", "absent", "needs cuda")
     status = next((status for status in order if counts[status]), "failed")
-    found = {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1), "counts": counts, "rows": rows}
+    result = {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1), "counts": counts, "rows": rows}
     if status == "failed":
-        found["log"] = log.read_text(errors="replace")[-3000:]
-    return found
+        result["log"] = log.read_text(errors="replace")[-3000:]
+    return result
 
 
 def watch(process: subprocess.Popen[bytes], file: Path, until: float) -> tuple[str, str]:
-    """Wait for the process. Why the part is over with it, if it is; and why the case that ran, if one did, has not ended."""
+    """Wait for the process. Gives why the whole part is over (or ""), and why a case that still ran has not ended."""
     size, news = -1, time.monotonic()
     while process.poll() is None:
-        now, there = time.monotonic(), file.stat().st_size if file.exists() else 0
-        if there != size:
-            size, news = there, now
+        now, current = time.monotonic(), file.stat().st_size if file.exists() else 0
+        if current != size:
+            size, news = current, now
         if now > until:
             return "no time left", "it was cut off: no time left"
         if now - news > CASE_S:
@@ -127,11 +127,11 @@ def text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value).replace("|", "/")
 
 
-def table(name: str, found: dict[str, Any]) -> str:
-    """A part as Markdown, as docs/torch.md has its tables."""
-    heading = f"## {TITLES[name]}: {found['status']}" + f" ({found['why']})" * bool(found["why"])
-    rows = found["rows"]
-    if name == "facts":  # one of each: a line for each value
+def table(name: str, result: dict[str, Any]) -> str:
+    """A part as a Markdown table, as in docs/torch.md."""
+    heading = f"## {TITLES[name]}: {result['status']}" + f" ({result['why']})" * bool(result["why"])
+    rows = result["rows"]
+    if name == "facts":  # few cases with many values: a line for each value
         rows = [{"case": key, "value": value} for row in rows for key, value in row.items() if key not in ("case", "seconds")]
         rows = [row for row in rows if row["case"] not in ("status", "why")]
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -142,8 +142,8 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], args: argparse.Namespace, folder: Path) -> str:
-    """The tables; they and the JSON are written too."""
-    tables = "\n".join(table(name, found) for name, found in results["parts"].items())
+    """Writes the tables and the JSON; gives the tables."""
+    tables = "\n".join(table(name, result) for name, result in results["parts"].items())
     (folder / "tables.md").write_text(tables)
     whole = json.dumps(results, indent=1) + "\n"
     for file in (folder / "results.json", *([args.json] if args.json else [])):
@@ -158,13 +158,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="results, tables and logs; without it a temporary folder")
     parser.add_argument("--minutes", type=float, default=9.0, help="what does not fit is not run (default: %(default)g)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; facts are always told")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; facts always run")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_all.py was told to end"))  # what it started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_all.py was told to end"))  # ends its processes too
     over = time.monotonic() + 60 * args.minutes - LAST_S
     folder = args.out or Path(tempfile.mkdtemp(prefix="gpu_all-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,18 +175,18 @@ def main() -> None:
     for name in wanted:
         now = time.monotonic()
         if over - now < LEAST_S:
-            found = {"status": "not run", "why": "no time left", "seconds": 0.0, "counts": {}, "rows": []}
+            result = {"status": "not run", "why": "no time left", "seconds": 0.0, "counts": {}, "rows": []}
         else:
-            found = part(name, args, folder, min(over, now + PARTS[name]))
-        results["parts"][name] = found
+            result = part(name, args, folder, min(over, now + PARTS[name]))
+        results["parts"][name] = result
         write(results, args, folder)
-        counted = ", ".join(f"{number} {status}" for status, number in found["counts"].items())
-        print(f"{name}: {found['status']} in {found['seconds']:g} s" + f" ({counted or found['why']})", flush=True)
-        if name == "facts" and found["rows"] and found["rows"][0]["status"] == "absent":
-            sys.exit(f"gpu_all.py needs a GPU: {found['rows'][0]['why']}")
+        counted = ", ".join(f"{number} {status}" for status, number in result["counts"].items())
+        print(f"{name}: {result['status']} in {result['seconds']:g} s" + f" ({counted or result['why']})", flush=True)
+        if name == "facts" and result["rows"] and result["rows"][0]["status"] == "absent":
+            sys.exit(f"gpu_all.py needs a GPU: {result['rows'][0]['why']}")
     print("\n" + write(results, args, folder))
     print(f"{folder}: results.json, tables.md and the parts' logs")
-    if any(found["status"] == "failed" for found in results["parts"].values()):
+    if any(result["status"] == "failed" for result in results["parts"].values()):
         sys.exit(1)
 
 

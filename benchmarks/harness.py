@@ -1,4 +1,4 @@
-"""What every benchmark script shares: its two options, the facts of the machine, a table for people and rows for programs."""
+"""Shared by all benchmark scripts: their two options, the facts of the machine, a table for people and rows for programs."""
 
 import argparse
 import importlib.metadata
@@ -16,15 +16,15 @@ from rich.table import Table
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """`--quick`: under a minute, for a look. `--json FILE`: the rows, with machine and versions."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="under a minute, for a look; not for quoting")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows, with the machine and the versions")
-    return made
+    """A parser with `--quick` (under a minute, for a look) and `--json FILE` (the rows, with machine and versions)."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="under a minute, for a look; not for quoting")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the rows, with the machine and the versions")
+    return arguments
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load before the run, and the versions of what was measured."""
+    """Processor, cores, load before the run, and the versions of the measured packages."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

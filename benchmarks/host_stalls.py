@@ -1,11 +1,11 @@
-"""Can one client's request stop another client's stream by what the host has to do for it: parse, render, tokenise, sample, write?
+"""Can the host's work for one client (parse, render, tokenise, sample, write) stop another client's stream?
 
-Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time; /health is
-asked every 20 ms. First nothing else happens, then one other client sends one kind of request after the other.
+Live HTTP, the embedded model, the default target, a client on the same machine. One plain stream runs all the time, and /health is
+asked every 20 ms. At first nothing else happens; then another client sends one kind of request after the other.
 
-Limits for each kind: /health within 50 ms at P99; and where the request is refused, or asks about text alone, a longest gap of the
-plain stream of twice the undisturbed P99. Where its tokens are computed, these take time in the model's iterations, as many as
-fill the target: there the limit is the server's target, at P99, or twice the undisturbed P99 if that is more.
+Limits for each kind: /health within 50 ms at P99. If the request is refused, or asks only about text: the plain stream's longest
+gap at most twice the undisturbed P99. If its tokens are computed, they take time in the model's iterations, up to the target: then
+the limit is the server's target at P99, or twice the undisturbed P99 if that is more.
 
     python benchmarks/host_stalls.py
 """
@@ -25,7 +25,7 @@ from stallfree.bench.server import server
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMIT, HEALTH_LIMIT_S = 2.0, 0.05
 TIMES = 3
-"""How often each kind is sent, one after the other; where tokens are computed, until there are `FEWEST` gaps to take a P99 of."""
+"""How often each kind is sent, in sequence. If tokens are computed, it is sent until there are `FEWEST` gaps for the P99."""
 FEWEST = 400
 WORDS = "The quick brown fox jumps over the lazy dog while seven wizards judge my vow. "
 
@@ -79,15 +79,15 @@ KINDS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-async def stream(session: aiohttp.ClientSession, came: list[float]) -> None:
-    """Streams one after the other; when each event with text came."""
+async def stream(session: aiohttp.ClientSession, times: list[float]) -> None:
+    """Runs one stream after the other, and appends to `times` when each event with text came."""
     body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     while True:
         async with session.post(COMPLETIONS, json=body) as response:
-            came.append(float("nan"))  # no gap between two streams
+            times.append(float("nan"))  # no gap between two streams
             async for line in response.content:
                 if line.startswith(b'data: {"id"') and b'"finish_reason": null' in line:
-                    came.append(time.perf_counter())
+                    times.append(time.perf_counter())
 
 
 async def health(session: aiohttp.ClientSession, took: list[float]) -> None:
@@ -99,38 +99,38 @@ async def health(session: aiohttp.ClientSession, took: list[float]) -> None:
         await asyncio.sleep(0.02)
 
 
-def gaps(came: list[float]) -> np.ndarray:
-    found = np.diff(np.array(came))
-    return found[~np.isnan(found)]
+def gaps(times: list[float]) -> np.ndarray:
+    between = np.diff(np.array(times))
+    return between[~np.isnan(between)]
 
 
 async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, Any]]:
-    came: list[float] = []
+    times: list[float] = []
     took: list[float] = []
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, timeout=timeout) as session, aiohttp.ClientSession(url, timeout=timeout) as other:
-        watchers = [asyncio.create_task(stream(session, came)), asyncio.create_task(health(session, took))]
-        await asyncio.sleep(3)  # what the first requests pay
-        came.clear(), took.clear()
+        watchers = [asyncio.create_task(stream(session, times)), asyncio.create_task(health(session, took))]
+        await asyncio.sleep(3)  # the first requests are slower
+        times.clear(), took.clear()
         await asyncio.sleep(seconds)
-        usual = float(np.percentile(gaps(came), 99))
+        usual = float(np.percentile(gaps(times), 99))
         async with other.get("/live?since=999999999") as response:
             target = (await response.json())["targets"]["tbt"]["seconds"]
-        rows = [row("nothing", "", gaps(came), took, usual, target)]
+        rows = [row("nothing", "", gaps(times), took, usual, target)]
         for name in names:
             path, body = KINDS[name]
-            made = body()
-            data = made if isinstance(made, bytes) else await asyncio.to_thread(lambda made=made: json.dumps(made).encode())
+            raw = body()
+            data = raw if isinstance(raw, bytes) else await asyncio.to_thread(lambda raw=raw: json.dumps(raw).encode())
             await asyncio.sleep(1)
-            came.clear(), took.clear()
+            times.clear(), took.clear()
             status, sent = "", 0
-            while sent < TIMES or (_computed(name, status) and len(gaps(came)) < FEWEST):
+            while sent < TIMES or (_computed(name, status) and len(gaps(times)) < FEWEST):
                 sent += 1
                 async with other.post(path, data=data, headers={"Content-Type": "application/json"}) as response:
                     await response.read()
                     status = str(response.status)
                 await asyncio.sleep(0.5)
-            rows.append(row(name, status, gaps(came), took, usual, target))
+            rows.append(row(name, status, gaps(times), took, usual, target))
             print(rows[-1])
         for watcher in watchers:
             watcher.cancel()
@@ -139,15 +139,15 @@ async def watched(url: str, seconds: float, names: list[str]) -> list[dict[str, 
 
 
 def _computed(name: str, status: str) -> bool:
-    """Whether the kind's tokens are computed, by the model."""
+    """Whether the model computes tokens for this kind."""
     return status == "200" and not name.startswith(("tokenize", "detokenize"))
 
 
 def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: float, target: float) -> dict[str, Any]:
-    longest, p99, asked = float(gaps.max()), float(np.percentile(gaps, 99)), float(np.percentile(took, 99))
+    longest, p99, health_p99 = float(gaps.max()), float(np.percentile(gaps, 99)), float(np.percentile(took, 99))
     computed = _computed(name, status)
     limit = max(LIMIT * usual, target) if computed else LIMIT * usual
-    kept = (p99 if computed else longest) <= limit and asked <= HEALTH_LIMIT_S
+    kept = (p99 if computed else longest) <= limit and health_p99 <= HEALTH_LIMIT_S
     return {
         "what another client sends": name,
         "answer": status,
@@ -155,7 +155,7 @@ def row(name: str, status: str, gaps: np.ndarray, took: list[float], usual: floa
         "longest gap, ms": 1e3 * longest,
         "limit, ms": 1e3 * limit,
         "of the": "p99" if computed else "longest",
-        "/health p99, ms": 1e3 * asked,
+        "/health p99, ms": 1e3 * health_p99,
         "within limits": "yes" if kept else "NO",
     }
 

@@ -1,8 +1,8 @@
-"""What the benchmarks of capacity share: a climb from low request rates to saturation, and the rate at which a target is missed.
+"""Shared by the capacity benchmarks: a climb from low request rates to saturation, and the rate at which a target is missed.
 
-One run at a rate tells for every TBT target whether it is met there, so several are judged by the same runs. A run passes if the
-target's percentile of all gaps is within it, the median TTFT is at most 2 s (the paper's criterion, Sarathi-Serve, OSDI'24,
-section 5) and at most 1 % of the requests fail.
+One run at a rate shows for every TBT target whether it is met, so the same runs judge several targets. A run passes if the target's
+percentile of all gaps is within the target, the median TTFT is at most 2 s (the paper's criterion, Sarathi-Serve, OSDI'24, section
+5), and at most 1 % of the requests fail.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from stallfree.metrics.timeline import Timeline
 from stallfree.workload.workload import Arrival, Workload
 
 WORKLOAD = Workload.parse("poisson", "median=150,p90=500/median=50,p90=120 + 5%:2000/50", 4000)
-"""Chats, of which 5 % are long prompts: the same for whoever is measured."""
+"""Chats, of which 5 % have long prompts; the same for every server."""
 SEED = 11
 STEP = 1.25
-"""Ratio of one rate of a climb to the one before."""
+"""Ratio between two consecutive rates of a climb."""
 FEWEST = 20
-"""Requests that a run has at least, on average: at a low rate it takes longer."""
+"""The least requests of a run, on average. At a low rate the run is longer."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A run at `rate` (requests per second): the share of gaps above each target (`late`, by its seconds), latencies in seconds."""
+    """A run at `rate` requests per second. `late`: the target's seconds -> the share of gaps above. Latencies are in seconds."""
 
     rate: float
     late: dict[float, float]
@@ -48,7 +48,7 @@ class Rung:
 
 
 class Server:
-    """A server under load, at `url`; asked as it takes it."""
+    """A server under load, at `url`. Its requests have only the fields that it accepts."""
 
     def __init__(self, url: str):
         self.client = Client(url, timeout_s=300)
@@ -59,7 +59,7 @@ class Server:
             return await Dialect.probe(self.client)
 
     def run(self, arrivals: Sequence[Arrival]) -> Load:
-        """Raises RuntimeError if the client could not keep its schedule: nothing is measured then."""
+        """Raises RuntimeError if the client could not keep its schedule, because then nothing is measured."""
 
         async def go() -> Load:
             async with self.client:
@@ -71,7 +71,7 @@ class Server:
         return done
 
     def warm_up(self) -> None:
-        """What a server's first requests pay is not to be measured."""
+        """Send a few requests first: a server's first requests are slower and must not be measured."""
         self.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
 
     def rung(self, rate: float, seconds: float, targets: Sequence[Target]) -> Rung:
@@ -98,11 +98,11 @@ def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> R
 
 
 def climb(server: Server, first: float, seconds: float, targets: Sequence[Target], least: float | None = None) -> list[Rung]:
-    """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row. Where a target
-    is missed at `first`, lower ones are run before, down to about `least`, if it is given.
+    """Runs at rates that rise by `STEP` from `first`, until requests queue or every target is missed twice in a row. If a target is
+    missed at `first` and `least` is given, lower rates are run too, down to about `least`.
 
-    A run with a few late tokens too many for some target is repeated, and the better one counts: a shared host disturbs now
-    and then for seconds, and a disturbance says nothing of a server.
+    A run with only a few late tokens too many for some target is repeated, and the better run counts: a shared host is disturbed
+    for seconds now and then, and that says nothing about the server.
     """
 
     def run(rate: float) -> Rung:

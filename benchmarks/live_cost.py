@@ -1,11 +1,11 @@
-"""What the live page costs the server, with nobody and with one page watching, and what metrics cost it.
+"""What does the live page cost the server, with nobody and with one page watching, and what do the metrics cost?
 
-An engine that runs 50 iterations a second, 20 ms each, with 32 or 256 decodes and a chunk of 64 prefill tokens in every one.
-`record`: microseconds in the engine's thread for each iteration, with nobody watching and with a page. `reduce`: microseconds for
-each iteration when a page looks, in the event loop's thread. `look`: milliseconds for one answer beside that: percentiles, JSON
-and the app around it, all but the parsing of HTTP; a page asks four times a second. The shares are those of the engine's time;
-the limit is 1 %. `metrics`: microseconds for each iteration in the engine's thread, and `scrape`, milliseconds in the event
-loop's for one answer of /metrics, without HTTP. In the rows with `late`, every token misses its target: the page's worst case.
+The engine runs 50 iterations a second, 20 ms each, with 32 or 256 decodes and a chunk of 64 prefill tokens in each. In the engine's
+thread: `record` and `metrics`, microseconds an iteration; `record` with nobody watching and with a page. In the event loop's
+thread: `reduce`, microseconds an iteration when a page looks; `look`, milliseconds for one answer without `reduce` (percentiles,
+JSON and the app, but not the parsing of HTTP); and `scrape`, milliseconds for one answer of /metrics, without HTTP. A page asks
+four times a second. Shares are of the engine's time; the limit is 1 %. In rows with `all late` every token misses its target: the
+page's worst case.
 
     python benchmarks/live_cost.py
 """
@@ -35,7 +35,7 @@ LIMIT = 1.0
 
 
 def records(running: int, number: int) -> list[StepRecord]:
-    """`running` decodes and a chunk of a prompt, `number` times over; all arrive in the first."""
+    """`number` iterations of `running` decodes and a chunk of a prompt; all requests arrive in the first."""
     ids = [f"{i:032x}" for i in range(running)]
     arrived = [Arrived(id, 0.0, PROMPT, 10**6, 0) for id in [*ids, "chunked"]]
     return [
@@ -68,7 +68,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def each(live: Live, account: StallAccount, steps: list[StepRecord]) -> float:
-    """Seconds for one `record`, beside the account that metrics need anyway."""
+    """Seconds for one `record`, without the account, which metrics need anyway."""
     recording = 0.0
     for step in steps:
         account.record(step)
@@ -77,7 +77,7 @@ def each(live: Live, account: StallAccount, steps: list[StepRecord]) -> float:
 
 
 def looked_at(slo: Slo, steps: list[StepRecord]) -> tuple[float, float, float]:
-    """Seconds of a `record`, of reducing one, and of an answer beside that, while a page looks after every few records."""
+    """Seconds of a `record`, of reducing one, and of the rest of an answer, while a page looks after every few records."""
     account = StallAccount(slo)
     engine = assemble(Options(executor="simulated")).engine
     engine.clock = lambda: at

@@ -1,17 +1,17 @@
-"""What an iteration costs beside the model: scheduling, records, text and HTTP.
+"""What does an iteration cost in addition to the model? Scheduling, records, text and HTTP.
 
 First table: `schedule` + `complete` alone, for 256 and 1,000 running requests at 512 tokens of context, with nobody and with
-100,000 requests waiting; limits 0.5 and 2 ms.
+100,000 requests waiting. The limits are 0.5 and 2 ms.
 
-Second table: what the slo policy adds to that of a fixed budget, with 255 decodes and a long prompt running and 1,000 requests
-waiting: pricing, ordering, its margin and its refitted prices; each side the best of seven rounds in turn, as a shared host changes
-its speed within seconds. The limit is 0.3 ms.
+Second table: what the slo policy adds to a fixed budget's time (pricing, ordering, its margin and its refitted prices), with 255
+decodes and a long prompt running and 1,000 requests waiting. Each side is the best of seven alternating rounds, because a shared
+host changes its speed within seconds. The limit is 0.3 ms.
 
 Third table: one model, 32 streams. `live` is a server with 32 HTTP streams: the median period of its iterations, and the part of
-it between the end of one run of the executor and the start of the next (complete, detokenise, record, hand over, schedule).
-`alone` is the same executor with the same requests driven by the scheduler in a bare loop: the median time inside the executor.
-`beside the model` is (live period - alone) / live period: it also holds what the SSE thread takes from the model's two cores while
-it runs. The limit is 8 %. The clients are sockets that count bytes, so as to take as little as they can from the same cores.
+it between the end of one run of the executor and the start of the next (complete, detokenise, record, pass on, schedule). `alone`
+is the same executor with the same requests in a bare loop of the scheduler: the median time inside the executor. `beside the
+model` is (live period - alone) / live period; this includes what the SSE thread takes from the model's two cores while it runs.
+The limit is 8 %. The clients are sockets that only count bytes, so that they take little from the same cores.
 
     python benchmarks/overhead.py
 """
@@ -137,7 +137,7 @@ async def listen(url: str, prompt: list[int], tokens: int) -> None:
 
 
 def decodes(records: list[StepRecord]) -> list[StepRecord]:
-    """The iterations of 32 decodes and nothing else, less the first few."""
+    """The iterations of 32 decodes and nothing else, without the first few."""
     return [r for r in records if len(r.work) == STREAMS and all(count == 1 for _, _, count in r.work)][5:]
 
 
@@ -148,7 +148,7 @@ def live(tokens: int, folder: Path) -> tuple[float, float]:
     async def load(url: str) -> None:
         await asyncio.gather(*(listen(url, prompt, tokens) for prompt in prompts()))
 
-    with server(["--slo", "tbt=1s", "--record", str(file)]) as url:  # a target that keeps none of the streams waiting
+    with server(["--slo", "tbt=1s", "--record", str(file)]) as url:  # with this target no stream is kept waiting
         asyncio.run(load(url))
     records = decodes(read(file.read_text().splitlines())[1])
     if len(records) < tokens // 2:

@@ -1,9 +1,9 @@
-"""What it costs that ranks are processes: the torch executor in one process, with two ranks a layer, and with two stages.
+"""What do ranks in separate processes cost? The torch executor in one process, with two ranks a layer, and with two stages.
 
-A small llama with random weights in bfloat16 (the embedded model's 9 heads are not for two ranks) on this machine's processor, 16
-decodes an iteration, sides in turn. `schedule`: the scheduler's part
-of an iteration. `messages`: from the plan's submission to its result, less what the rank that samples says it took from the
-plan's arrival to its result; with two stages that rank waits for the other, and says so. Both together are to be at most 1 ms.
+A small llama with random weights in bfloat16 on this machine's processor (the embedded model's 9 heads do not divide by two ranks),
+16 decodes an iteration, sides in turn. `schedule` is the scheduler's part of an iteration. `messages` is the time from the plan's
+submission to its result, minus the time that the sampling rank reports from the plan's arrival to its result; with two stages that
+rank's report includes its wait for the other. Both together should be at most 1 ms.
 
     python benchmarks/parallel.py
 """
@@ -68,45 +68,45 @@ def executor(checkpoint: Checkpoint, tp: int, pp: int) -> Executor:
     return ParallelExecutor(checkpoint, options, 1 << 28, tp=tp, pp=pp, workers=workers("local"))
 
 
-def iterations(made: Executor, number: int) -> dict[str, float]:
+def iterations(executor: Executor, number: int) -> dict[str, float]:
     """Medians, in milliseconds, of one plan at a time."""
-    scheduler = Scheduler(load("sarathi"), made.capacity, Limits(DECODES))
+    scheduler = Scheduler(load("sarathi"), executor.capacity, Limits(DECODES))
     for i in range(DECODES):
         scheduler.submit(Request(str(i), [5 + i] * CONTEXT, number + 20, sampling=Sampling(temperature=0)))
-    found: dict[str, list[float]] = {"iteration": [], "schedule": [], "messages": []}
-    while len(found["iteration"]) < number:
+    parts: dict[str, list[float]] = {"iteration": [], "schedule": [], "messages": []}
+    while len(parts["iteration"]) < number:
         began = time.perf_counter()
         plan = scheduler.schedule(began)
         planned = time.perf_counter()
-        made.submit(plan)
-        result = made.collect()
+        executor.submit(plan)
+        result = executor.collect()
         ran = time.perf_counter()
         scheduler.complete(plan, result, ran)
         ended = time.perf_counter()
         if all(work.decode for work in plan.work):
-            found["iteration"].append(ended - began)
-            found["schedule"].append(planned - began + ended - ran)
-            found["messages"].append(ran - planned - result.seconds)
-    return {name: 1e3 * statistics.median(times) for name, times in found.items()}
+            parts["iteration"].append(ended - began)
+            parts["schedule"].append(planned - began + ended - ran)
+            parts["messages"].append(ran - planned - result.seconds)
+    return {name: 1e3 * statistics.median(times) for name, times in parts.items()}
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
     facts = machine()
     rounds, number = (1, 20) if args.quick else (3, 60)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_model(Path(folder))
         for _ in range(rounds):
             for name, (tp, pp) in SIDES.items():
-                made = executor(checkpoint, tp, pp)
+                side = executor(checkpoint, tp, pp)
                 try:
-                    found[name].append(iterations(made, number))
+                    results[name].append(iterations(side, number))
                 finally:
-                    made.close()
+                    side.close()
     rows: list[dict[str, Any]] = []
-    for name, several in found.items():
-        middle = {f"{key}, ms": statistics.median(one[key] for one in several) for key in several[0]}
+    for name, turns in results.items():
+        middle = {f"{key}, ms": statistics.median(turn[key] for turn in turns) for key in turns[0]}
         both = middle["schedule, ms"] + middle["messages, ms"]
         rows.append({"side": name} | middle | {"schedule + messages, ms": both, "limit, ms": LIMIT_MS})
     show("16 decodes an iteration", rows, facts, args.json)

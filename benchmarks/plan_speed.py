@@ -1,7 +1,7 @@
 """How long does a plan take, and is KV moved as fast as arithmetic says?
 
-`stallfree plan` for 16 A100 on 4 nodes and three models, one after the other: at most 5 minutes on 2 cores are wanted. And 4,096
-tokens of Llama-2-70B (0.328 MB each in fp16) over 200 Gb/s, which take 53.7 ms: 1 % is wanted, alone and four at a time.
+`stallfree plan` for 16 A100 on 4 nodes and three models in sequence should take at most 5 minutes on 2 cores. 4,096 tokens of
+Llama-2-70B (0.328 MB each in fp16) over 200 Gb/s should take 53.7 ms, within 1 %, alone and four at a time.
 
     python benchmarks/plan_speed.py
 """
@@ -22,14 +22,14 @@ ARGUMENTS = ("--gpus", "16", "--nodes", "4", "--link", "ib-200g", "--lengths", "
 
 
 def transfer(number: int) -> tuple[float, float]:
-    """The moment when the last of `number` prompts of 4,096 tokens, sent at once, is there; and the bytes that passed."""
+    """When the last of `number` prompts of 4,096 tokens, sent at once, has arrived (seconds), and the bytes that were moved."""
     kv = shape.Sharded(shape.load("llama2-70b"), 1, 1).kv_bytes_per_token
-    fabric, port, there = Fabric(), Port(links.load("ib-200g").bandwidth), list[float]()
+    fabric, port, ended = Fabric(), Port(links.load("ib-200g").bandwidth), list[float]()
     for _ in range(number):
-        fabric.send(4096 * kv, (port,), 0.0, there.append)
+        fabric.send(4096 * kv, (port,), 0.0, ended.append)
     while fabric.due < inf:
         fabric.run()
-    return max(there), port.moved
+    return max(ended), port.moved
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""What the compressed weights and KV cost in quality: perplexity over one fixed text, and greedy agreement, against f32.
+"""What do compressed weights and KV cost in quality? Perplexity over one fixed text, and greedy agreement, against f32.
 
 The text is *Alice's Adventures in Wonderland* (benchmarks/data, public domain), cut into windows of 1,024 tokens. Each window is
 teacher-forced through the executor, the same tokens for every configuration; perplexity is exp of the mean negative
 log-likelihood of each token but a window's first. `agree` is the share of positions at which the most probable token is that of
-f32 weights and f32 KV. A window runs in chunks of 512 tokens; the last row runs the default in iterations of 16 decodes, each of
-another window, since decodes go through other kernels.
+f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last row runs the default in iterations of 16 decodes, each of
+a different window, because decodes use other kernels.
 
     python benchmarks/quality.py
 """

@@ -1,14 +1,14 @@
-"""Is the simulator to be believed? The live server and its simulation, from the server's own calibration, on the same arrivals.
+"""Is the simulator accurate? The live server and its simulation, from the server's own calibration, on the same arrivals.
 
-Live HTTP, the embedded model, the slo policy, chats and long prompts as in `slo_control.py`, at 30, 70 and 95 % of the capacity
-that the calibration promises: a simulated one, where requests begin to queue. For each load: the machine is calibrated, the server
-runs the load twice, and the machine is calibrated again, to see whether it is still the same. The simulation gets the prices of the
-calibration before, and from the warm-up's record how long passes between two iterations beside the model; nothing of the runs that
-it is held against. Both sides are read from records of the same kind.
+Live HTTP, the embedded model, the slo policy, chats and long prompts as in `slo_control.py`, at 30, 70 and 95 % of the simulated
+capacity by the calibration, at which requests begin to queue. For each load: the machine is calibrated, the server runs the load
+twice, and the machine is calibrated again, to see whether it changed. The simulation gets the prices of the first calibration, and
+from the warm-up's record the time between two iterations outside the model. It gets nothing from the runs that it is compared with.
+Both sides are read from records of the same kind.
 
 `again`: the second live run over the first, the machine's own repeatability. `simulated`: over the mean of both; within 10 % is
-wanted. `at its speed`: the first run simulated on a machine as fast as it was then, from moment to moment (`sim/replay.py`); what
-that is off by is the simulator's, and the rest the machine's, which was not what it had been calibrated to be.
+wanted. `at its speed`: the first run simulated at the speed that the machine had at each moment (`sim/replay.py`). Its error is
+the simulator's; the rest of the error comes from a machine that changed after its calibration.
 
     python benchmarks/sim_fidelity.py
 """
@@ -39,11 +39,11 @@ SLO = "tbt=100ms"
 TARGETS = Slo.parse(SLO)
 LOADS = (0.3, 0.7, 0.95)
 REFERENCE = [(500, 1)] * 12 + [(0, 64)]
-"""An iteration by which two calibrations are compared."""
+"""The iteration by which two calibrations are compared."""
 
 
 class Live(NamedTuple):
-    """What the server made of a load of `number` requests: its record, and the time between iterations in the warm-up before."""
+    """The server's record of a load of `number` requests, and the seconds between iterations in the warm-up before."""
 
     run: Run
     records: list[StepRecord]
@@ -56,12 +56,12 @@ class Live(NamedTuple):
 
     @property
     def at_its_speed(self) -> Report:
-        made = what_if(self.run, self.records, Machine(self.records), self.run.policy, TARGETS, {})
-        return report(load_of(made, self.number), TARGETS)
+        replayed = what_if(self.run, self.records, Machine(self.records), self.run.policy, TARGETS, {})
+        return report(load_of(replayed, self.number), TARGETS)
 
 
 def load_of(records: list[StepRecord], number: int) -> list[Timeline]:
-    """The last `number` requests that arrived: those before were the client's first questions, and the warm-up."""
+    """The last `number` requests that arrived. Those before were the client's probes and the warm-up."""
     return sorted(timelines(records).values(), key=lambda line: line.arrival)[-number:]
 
 
@@ -79,12 +79,12 @@ def live(rate: float, seconds: float) -> Live:
 
 
 def between(records: list[StepRecord]) -> float:
-    """Median seconds beside the model in an iteration: planning it, and what comes after the one before it."""
+    """Median seconds of an iteration outside the model: planning it, and the work after the iteration before."""
     return median((b.t_start - a.t_end) for a, b in pairwise(records) if a.num_running)
 
 
 def calibrated(between_s: float = 0.0) -> Simulator:
-    """This machine as it is now."""
+    """A simulator of this machine, calibrated now."""
     recalibrate(Options(policy="slo", slo=SLO), lambda line: None, lambda done, of: None)
     cost, name, held, scatter = latest(cache_folder() / "calibration")
     return Simulator(Deployment(hardware="this-cpu", policy="slo", slo=SLO), Instance(cost, held, None, name, between_s, scatter))
@@ -94,26 +94,26 @@ def simulated(simulator: Simulator, rate: float, seconds: float) -> Report:
     return report(simulator.run(WORKLOAD.draw(rate, SEED, duration_s=seconds)).lines, TARGETS, rate)
 
 
-def rows(rate: float, share: float, runs: list[Live], made: Report) -> list[dict[str, Any]]:
-    found = []
+def rows(rate: float, share: float, runs: list[Live], simulation: Report) -> list[dict[str, Any]]:
+    table = []
     replayed = runs[0].at_its_speed
     for what in ("ttft_s", "tbt_s"):
         for quantile in ("p50", "p99"):
-            reports = (runs[0].report, runs[1].report, made, replayed)
-            first, second, ours, then = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
-            found.append(
+            reports = (runs[0].report, runs[1].report, simulation, replayed)
+            first, second, simulated_ms, then = (1e3 * getattr(getattr(r, what), quantile) for r in reports)
+            table.append(
                 {
                     "of capacity": share,
                     "requests/s": rate,
                     "what": f"{what[:4].rstrip('_').upper()} {quantile}",
                     "live, ms": first,
                     "again": second / first,
-                    "simulated, ms": ours,
-                    "simulated / live": ours / ((first + second) / 2),
+                    "simulated, ms": simulated_ms,
+                    "simulated / live": simulated_ms / ((first + second) / 2),
                     "at its speed / live": then / first,
                 }
             )
-    return found
+    return table
 
 
 def main() -> None:
@@ -123,11 +123,11 @@ def main() -> None:
     table = []
     for share in LOADS:
         before = calibrated()
-        found = search(lambda rate, _, s=before: not shortfalls(simulated(s, rate, 60.0), Slo()), 2.0, most_trials=1)
-        rate = share * found.rate
+        capacity = search(lambda rate, _, s=before: not shortfalls(simulated(s, rate, 60.0), Slo()), 2.0, most_trials=1)
+        rate = share * capacity.rate
         runs = [live(rate, seconds) for _ in range(2)]
         drift = calibrated().instance.cost.seconds(REFERENCE) / before.instance.cost.seconds(REFERENCE)
-        print(f"{share:.0%} of {found.rate:.2f}/s: an iteration costs {drift:.2f} times as much after as before", flush=True)
+        print(f"{share:.0%} of {capacity.rate:.2f}/s: an iteration costs {drift:.2f} times as much after as before", flush=True)
         placed = before.instance._replace(between_s=runs[0].between_s)
         table += rows(rate, share, runs, simulated(Simulator(before.deployment, placed), rate, seconds))
     show("Live and simulated", table, facts, args.json)

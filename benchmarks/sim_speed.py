@@ -1,11 +1,11 @@
-"""How fast the simulator is, on one core, all that a trial takes included: drawing, simulating and the report.
+"""How fast is the simulator on one core, for a whole trial: drawing, simulating and the report?
 
 First table: one trial of 2,048 openchat requests at 2 a second, on a machine priced like llama2-7b on an A100-80G with a budget of
-512: in leaps, the best of several runs, which is to take 0.8 s at the most; and step by step, to the same end.
+512. In leaps the best of several runs should take at most 0.8 s; the other row runs step by step, with the same result.
 
-Second table: the same load on ever more replicas, 2,000 requests on each at the most; then on one replica for ever longer. Time is
-to grow with the requests and no faster; a million of them on 500 replicas are to take 10 minutes and 4 GB at the most. Nothing of a
-request is kept once it has ended, so the memory is that of those under way, and of one number for each iteration.
+Second table: the same load on more and more replicas, at most 2,000 requests on each; then on one replica for longer and longer.
+Time should grow no faster than the requests; a million of them on 500 replicas should take at most 10 minutes and 4 GB. Nothing of
+a request is kept after its end, so memory holds the requests under way, and one number for each iteration.
 
     python benchmarks/sim_speed.py
 """
@@ -33,15 +33,15 @@ CAPACITY = Capacity(block_size=16, num_blocks=6750, max_model_len=8192)
 RATE = 2.0
 """Requests a second for each replica."""
 SHARE = 2_000
-"""Requests for each replica, at the most."""
+"""The most requests for each replica."""
 
 
 def run(requests: int, replicas: int = 1, leap: int = LEAP) -> dict[str, Any]:
-    """One row: what simulating so many requests took."""
+    """One row: time and memory of simulating so many requests."""
     begun, worked = time.perf_counter(), time.process_time()
     tally = Tally(Slo.parse("tbt=100ms"))
     arrivals = Workload.parse("poisson", "openchat").stream(RATE * replicas, 0, requests=requests)
-    made = simulate(
+    result = simulate(
         arrivals, lambda: Sarathi(512), COST, CAPACITY, Limits(max_seqs=128), replicas=replicas, ended=tally.add, leap=leap
     )
     report = tally.report(RATE * replicas)
@@ -50,30 +50,30 @@ def run(requests: int, replicas: int = 1, leap: int = LEAP) -> dict[str, Any]:
         "requests": requests,
         "replicas": replicas,
         "leaps of at most": leap,
-        "iterations": made.iterations,
+        "iterations": result.iterations,
         "tokens": report.output_tokens,
         "seconds": seconds,
         "cpu seconds": time.process_time() - worked,
         "requests/s": requests / seconds,
-        "iterations/s": made.iterations / seconds,
+        "iterations/s": result.iterations / seconds,
         "ms a request": 1e3 * seconds / requests,
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 def apart(*what: int) -> dict[str, Any]:
-    """A run in a process of its own, whose memory is its own."""
+    """A run in its own process, so that its memory is measured alone."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(run, what)
 
 
 def main() -> None:
-    told = parser(__doc__)
-    told.add_argument("--most", type=int, help="requests in the largest run", default=None)
-    options = told.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--most", type=int, help="requests in the largest run", default=None)
+    options = arguments.parse_args()
     most = options.most or (10_000 if options.quick else 1_000_000)
     runs = 3 if options.quick else 7
-    run(100)  # what is loaded once is loaded now
+    run(100)  # so that everything is loaded before the measurement
     trial = min((run(2048) for _ in range(runs)), key=lambda row: row["seconds"])
     facts = machine()
     show(f"a trial, best of {runs}; at most 0.8 s are wanted", [trial, run(2048, leap=1)], facts, None)

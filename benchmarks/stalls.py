@@ -1,10 +1,10 @@
-"""Who stalls whom: 16 clients stream over HTTP while 2,000-token prompts arrive, once under each policy.
+"""Do long prompts stall streams? 16 clients stream over HTTP while 2,000-token prompts arrive, once under each policy.
 
-For each policy: `left out`, ready decodes that an iteration left out (from the server's records); `late`, gaps between two tokens
-of a stream of more than 5 times the median iteration in which the 16 decode and nothing else runs, as measured in the first run
-(the paper's strict SLO is 5 times a decode iteration); the streams' TBT as the clients see it; and the median TTFT of the long
-prompts. The streams' own first tokens are not counted. Prompts are random tokens, so that no prefix is shared. `--plot FILE` draws
-three of the runs, `--table FILE` writes the table in Markdown.
+For each policy: `left out`, the ready decodes that an iteration left out (from the server's records). `late`, the gaps between two
+tokens of a stream that are above 5 times the median iteration in which only the 16 decode, as measured in the first run (the
+paper's strict SLO is 5 times a decode iteration). The streams' TBT as the clients see it. The median TTFT of the long prompts. The
+streams' own first tokens are not counted. Prompts are random tokens, so that no prefix is shared. `--plot FILE` draws three of the
+runs, `--table FILE` writes the table in Markdown.
 
     python benchmarks/stalls.py --plot docs/images/stalls.png --table docs/images/stalls.md
 """
@@ -36,7 +36,7 @@ def prompt(rng: random.Random, length: int) -> list[int]:
 
 
 async def stream(client: httpx.AsyncClient, tokens: list[int], max_tokens: int, times: list[float]) -> None:
-    """Appends to `times` when the request was sent, and when each of its tokens came."""
+    """Appends to `times` when the request was sent, and when each of its tokens came (seconds of `perf_counter`)."""
     body = {"model": MODEL, "prompt": tokens, "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "temperature": 0}
     times.append(time.perf_counter())
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -48,7 +48,7 @@ async def stream(client: httpx.AsyncClient, tokens: list[int], max_tokens: int, 
 
 
 async def load(url: str, seconds: float, every: float) -> tuple[list[list[float]], list[float]]:
-    """Times of each chat (sent, then its tokens) and the long prompts' TTFT: `CLIENTS` chats, a long prompt `every` seconds."""
+    """Runs `CLIENTS` chats and a long prompt `every` seconds; times of each chat (sent, then its tokens), TTFT of long prompts."""
     rng = random.Random(1)
     chats: list[list[float]] = [[] for _ in range(CLIENTS)]
     longs: list[list[float]] = []
@@ -76,7 +76,7 @@ def lone_decode(records: list[StepRecord]) -> float:
 def measure(
     policy: str, seconds: float, every: float, folder: Path, late_after: float | None
 ) -> tuple[dict[str, Any], list[StepRecord], float]:
-    """The policy's row, its records, and `late_after` in seconds, measured here if it is not given."""
+    """The policy's row, its records, and `late_after` in seconds, which is measured if it is None."""
     file = folder / f"{policy}.jsonl"
     with server(["--policy", policy, "--record", str(file)]) as url:
         chats, ttfts = asyncio.run(load(url, seconds, every))

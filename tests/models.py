@@ -25,9 +25,9 @@ TINY = {
 
 
 def write_folder(folder: Path, family: str, **config: object) -> object:
-    """A Hugging Face folder with random weights; gives the model as `transformers` has it, in float32."""
+    """Write a Hugging Face folder with random weights; return `transformers`' model of it, in float32."""
     with warnings.catch_warnings():
-        # torch and transformers deprecate parts of themselves and of Python while they are imported.
+        # torch and transformers warn of deprecations of their own and of Python while they are imported.
         warnings.simplefilter("ignore")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -53,9 +53,9 @@ def reference(model: object, tokens: list[int]) -> np.ndarray:
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tensors: int = 0, **values: object) -> None:
-    """The tensors of `checkpoint` as a GGUF file, with queries and keys in the order that llama.cpp gives them; `values` are
-    further metadata under the architecture's name, uint32 or what they are, and None leaves one out. With `most_tensors` in each
-    it is several files, named after `path`."""
+    """Write the tensors of `checkpoint` as a GGUF file, with queries and keys in llama.cpp's order. `values` are more metadata
+    under the architecture's name (uint32, or their own type); None leaves one out. With at most `most_tensors` in each, several
+    files are written, named after `path`."""
     import gguf
 
     config = checkpoint.config
@@ -117,7 +117,7 @@ SHORT = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""What llama.cpp calls the tensors."""
+"""llama.cpp's names of the tensors."""
 
 
 def change_json(path: Path, **changes: object) -> None:

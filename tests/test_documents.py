@@ -1,4 +1,4 @@
-"""What the documents list is what there is."""
+"""The documents list exactly what exists."""
 
 import re
 from dataclasses import fields
@@ -48,7 +48,7 @@ def test_every_place_that_tour_and_extending_name_is_there(place):
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.[a-z_]+)`", TOUR)) - {"transfer.md"}))
 def test_every_name_of_the_tour_is_defined(name):
-    """As Class.method, or module.function."""
+    """Names are Class.method or module.function."""
     owner, attribute = name.split(".")
     files = [file.read_text() for file in (ROOT / "stallfree").rglob("*.py")]
     classes = [text.partition(f"class {owner}")[2] for text in files if re.search(rf"^class {owner}\b", text, re.MULTILINE)]
@@ -69,15 +69,15 @@ def test_every_page_is_in_the_index():
 
 
 def commands() -> str:
-    """The page of all commands, from what they say of themselves."""
+    """The page of all commands, from their help texts."""
     pages = ["# Commands\n\nGenerated from `--help`: `python -m tests.test_documents` writes this page."]
     for name, (what, _) in COMMANDS.items():
-        names = [name] if not isinstance(what, typer.Typer) else [f"{name} {one.name}".strip() for one in what.registered_commands]
+        names = [name] if not isinstance(what, typer.Typer) else [f"{name} {sub.name}".strip() for sub in what.registered_commands]
         if isinstance(what, typer.Typer) and what.info.invoke_without_command is True:
             names.insert(0, name)
-        for one in names:
-            said = CliRunner().invoke(app, [*one.split(), "--help"], prog_name="stallfree", env={"COLUMNS": "100"}).output
-            pages.append(f"## {one}\n\n```\n{said.strip()}\n```")
+        for command in names:
+            text = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="stallfree", env={"COLUMNS": "100"}).output
+            pages.append(f"## {command}\n\n```\n{text.strip()}\n```")
     return "\n\n".join(pages) + "\n"
 
 

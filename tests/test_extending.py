@@ -1,4 +1,4 @@
-"""The policy, the model family and the executor that docs/extending.md prints do what it says, as printed."""
+"""The policy, model family and executor that docs/extending.md prints work as printed, and do what it says."""
 
 import json
 import re

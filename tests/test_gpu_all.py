@@ -52,7 +52,7 @@ def cases(device, quick):
 
 
 def missing() -> set[str]:
-    """The modules of all that stallfree can need, but for what the script may."""
+    """The modules that stallfree can need, except those that the script may use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     names = {name.partition(">")[0].partition("=")[0].partition("[")[0].replace("-", "_") for name in listed}
@@ -96,10 +96,10 @@ def test_what_is_measured_has_a_time(results):
 
 
 def test_the_results_and_a_table_for_each_part_are_in_the_folder(results):
-    folder, found = results
-    assert found == json.loads((folder / "out" / "results.json").read_text())
+    folder, written = results
+    assert written == json.loads((folder / "out" / "results.json").read_text())
     headings = [line for line in (folder / "out" / "tables.md").read_text().splitlines() if line.startswith("## ")]
-    assert len(found["parts"]) == len(headings)
+    assert len(written["parts"]) == len(headings)
 
 
 def test_without_a_gpu_it_says_so_and_ends(tmp_path):
@@ -123,20 +123,20 @@ def test_a_case_that_fails_or_crashes_costs_itself_alone(script, tmp_path, monke
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "breaking.py").write_text(PART)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = script.part("breaking", argparse.Namespace(device="cpu", quick=False), tmp_path, time.monotonic() + 600)
+    result = script.part("breaking", argparse.Namespace(device="cpu", quick=False), tmp_path, time.monotonic() + 600)
     statuses = ["ok", "failed", "failed", "failed", "failed", "absent", "ok"]
-    assert statuses == [row["status"] for row in found["rows"]]
-    reasons = [row.get("why", "") for row in found["rows"]]
+    assert statuses == [row["status"] for row in result["rows"]]
+    reasons = [row.get("why", "") for row in result["rows"]]
     assert ["ValueError: a wrong turn", "its process ended with status 7"] == reasons[1:3]
     assert ["the error is above its limit"] * 2 + ["needs luck"] == reasons[3:6]
-    assert "failed" == found["status"]
-    assert "a wrong turn" in found["log"]
+    assert "failed" == result["status"]
+    assert "a wrong turn" in result["log"]
 
 
 def test_a_part_that_cannot_begin_has_failed(script, tmp_path):
-    found = script.part("nowhere", argparse.Namespace(device="cpu", quick=False), tmp_path, time.monotonic() + 600)
-    assert ("failed", []) == (found["status"], found["rows"])
-    assert "No module named 'gpu.nowhere'" in found["log"]
+    result = script.part("nowhere", argparse.Namespace(device="cpu", quick=False), tmp_path, time.monotonic() + 600)
+    assert ("failed", []) == (result["status"], result["rows"])
+    assert "No module named 'gpu.nowhere'" in result["log"]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who may import whom: the packages' layers, read off every file's imports."""
+"""Which package may import which: the layers, checked by every file's imports."""
 
 import ast
 import subprocess
@@ -32,13 +32,13 @@ ALLOWED = {
 
 
 def imports(file: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found
+            names.add(node.module)
+    return names
 
 
 def test_every_package_has_its_layer():
@@ -47,12 +47,12 @@ def test_every_package_has_its_layer():
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_a_package_imports_only_what_its_layer_allows(package):
-    ours, libraries = ALLOWED[package]
+    layers, libraries = ALLOWED[package]
     for file in (ROOT / package).rglob("*.py"):
         for name in imports(file):
             top, *rest = name.split(".")
             if top == "stallfree":
-                assert not rest or rest[0] in ours, f"{file} imports {name}"
+                assert not rest or rest[0] in layers, f"{file} imports {name}"
             else:
                 assert top in STDLIB | libraries, f"{file} imports {name}"
 

@@ -1,4 +1,4 @@
-"""Helper processes end with the one that made them."""
+"""Helper processes end with the process that started them."""
 
 import signal
 import subprocess
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; one that has ended and that nobody has asked about is a zombie."""
+    """Whether the process runs; a zombie has ended, but its parent has not yet asked for its status."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""A run in virtual time: the simulator with a cost that is a formula, and tokens that are counted."""
+"""A run in virtual time: the simulator with a simple formula as its cost, and counted tokens."""
 
 from collections.abc import Iterable
 
@@ -36,6 +36,6 @@ def run(
         scheduler.ledger.check()
         records.append(step)
 
-    told = (script(r, range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests)
-    serve(told, [Replica(scheduler, Cost(), record=record, leap=leap)], round_robin())
+    scripts = (script(r, range(len(r.prompt), len(r.prompt) + r.max_tokens)) for r in requests)
+    serve(scripts, [Replica(scheduler, Cost(), record=record, leap=leap)], round_robin())
     return records

@@ -1,5 +1,5 @@
-"""Waiting for what a test makes happen, never for seconds. The limit only ends a test that would hang: a machine that is slow, or
-busy with something else, must not reach it.
+"""Waits for events that a test causes, never for a fixed time. The limit only ends a test that would hang; a slow or busy machine
+must not reach it.
 """
 
 import asyncio
@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 PATIENCE_S = 300.0
-"""Seconds after which what a test waits for is taken never to come."""
+"""Seconds after which a wait fails. It only ends a test that would hang, so it is long."""
 
 
 def until(true: Callable[[], object], what: Callable[[], object] = lambda: "it did not come true") -> None:
-    """Return once `true()` is. `what()` says what there was instead."""
+    """Return once `true()` holds. `what()` describes what there was instead."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, what()

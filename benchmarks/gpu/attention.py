@@ -1,5 +1,5 @@
-"""Is attention over the paged cache what float64 gives? The Triton kernel, and FlashInfer where it is installed, for mixed batches
-of many shapes. The error is the worst row's, of one token and head.
+"""Does attention over the paged cache match float64? For the Triton kernel, and for FlashInfer where it is installed, on mixed
+batches of many shapes. The error is that of the worst row (one token and head).
 """
 
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ SHAPES = {
 }
 """(start, count) of each piece of work."""
 SMALL_SHAPES = {"hybrid": [(30, 1), (17, 6), (0, 5)], "decodes": [(5, 1), (40, 1)]}
-"""For Triton's interpreter, which multiplies the bits of bfloat16 instead of the numbers: it gets float32 and float16."""
+"""For Triton's interpreter. It multiplies the bits of bfloat16 instead of the numbers, so it gets float32 and float16."""
 LLAMA = (32, 8, 128)
 HEADS = (LLAMA, (32, 32, 128), (28, 4, 128), (9, 3, 64), (14, 2, 64), (8, 1, 64), (4, 2, 96), (71, 1, 64), (4, 2, 32))
 """Heads, KV heads, head size: of Llama 3 and 2, Qwen2.5 7B, SmolLM2, Qwen2.5 0.5B; one KV head; sizes that are no power of two."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32, "fp8": torch.float8_e4m3fn}
 LIMITS = {"bf16": 0.02, "fp16": 0.004, "f32": 1e-4}
-"""A few roundings of the result, and of the shares that are multiplied with the values."""
+"""The largest error: a few roundings of the result, and of the weights that multiply the values."""
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 
@@ -46,7 +46,7 @@ def _small(device: str) -> Iterator[Case]:
 
 
 def _all(device: str, quick: bool) -> Iterator[Case]:
-    """The most telling first: each takes seconds to compile."""
+    """The most important cases first, because each takes seconds to compile."""
     for name in SHAPES:
         yield _case(device, "bf16", "bf16", LLAMA, name)
     for window in (1, 100):
@@ -84,21 +84,21 @@ def _apart(
 ) -> dict[str, Any]:
     work, blocks = iteration(shape, block=block)
     batch = pack(work, range(sum(w.count for w in work)), Capacity(block, blocks, 1 << 15), torch.device(device))
-    made = torch.Generator(device).manual_seed(2)
+    generator = torch.Generator(device).manual_seed(2)
 
     def random(*of: int) -> torch.Tensor:
-        return torch.randn(of, generator=made, device=device)
+        return torch.randn(of, generator=generator, device=device)
 
     query = random(len(batch.tokens), heads[0], heads[2]).to(TYPES[dtype])
     keys, values = (random(blocks, block, heads[1], heads[2]).to(TYPES[kv]) for _ in range(2))
     expected = reference(query.double(), *(cache.float().double() for cache in (keys, values)), batch, window)
     poison = torch.full_like(query, torch.nan)
-    del poison  # the result may get its memory: what is not written is seen
-    run = Flash(heads[0], keys, {window}).plan(batch) if flash else partial(_ours, batch)
+    del poison  # the result may get this memory, so elements that are not written show up as NaN
+    run = Flash(heads[0], keys, {window}).plan(batch) if flash else partial(_triton, batch)
     return {"error": error(run(query, keys, values, window), expected), "limit": LIMITS[dtype]}
 
 
-def _ours(batch: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+def _triton(batch: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
     return paged_attention(query, keys, values, batch, window)
 
 

@@ -1,5 +1,5 @@
-"""Iterations one after the other, as an engine runs them: what each takes, from scheduler to tokens, with overlap and without, and
-where the host's time goes. Decodes of Llama 3 8B with random weights; KV takes what a trial of the largest iteration leaves.
+"""How long do an engine's iterations take, from scheduler to tokens, with overlap and without, and where does the host's time go?
+Decodes of Llama 3 8B with random weights. KV takes the memory that a trial of the largest iteration leaves.
 """
 
 import statistics
@@ -34,34 +34,34 @@ def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, An
 @cache
 def _executor(side: Side) -> TorchExecutor:
     cuda = side.device == "cuda"
-    made = checkpoint(config_of(side.model), side.device, torch.bfloat16 if cuda else torch.float32)
+    model = checkpoint(config_of(side.model), side.device, torch.bfloat16 if cuda else torch.float32)
     options = Options(side.weights, side.kv, device=side.device, threads=1)
-    return TorchExecutor(made, options, None if cuda else 1 << 24)
+    return TorchExecutor(model, options, None if cuda else 1 << 24)
 
 
 def _engine(side: Side, decodes: int, overlap: bool) -> dict[str, Any]:
     executor, prompt, number = _executor(side), side.context // 8, 100 if side.device == "cuda" else 8
     executor.capacity = replace(executor.capacity, depth=1 + overlap, overlap=overlap)
     taken = paced(executor, decodes, prompt, number, side.model.vocab_size)
-    found: dict[str, Any] = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in taken.items()}
+    row: dict[str, Any] = {f"{name}, ms": 1e3 * statistics.median(times) for name, times in taken.items()}
     sheet = data_sheet(side.device)
     shape = [(prompt + number // 2, 1)] * decodes
     expected = None if sheet is None else predicted(side, shape, sheet, host=True)
-    return found | {"predicted, ms": expected and 1e3 * expected, "KV blocks": executor.capacity.num_blocks}
+    return row | {"predicted, ms": expected and 1e3 * expected, "KV blocks": executor.capacity.num_blocks}
 
 
 def paced(executor: TorchExecutor, decodes: int, prompt: int, number: int, vocab: int) -> dict[str, list[float]]:
-    """Seconds of `number` iterations of `decodes`, from one's end to the next's."""
+    """Seconds of `number` iterations of `decodes` each, from the end of one to the end of the next, and of their parts."""
     scheduler = Scheduler(policy("sarathi"), executor.capacity, Limits(decodes), reuse=False)
     for i in range(decodes):
         tokens = torch.randint(vocab, (prompt,)).tolist()
         scheduler.submit(Request(str(i), tokens, number + 20, sampling=GREEDY))
-    found: dict[str, list[float]] = {"iteration": [], "scheduling": [], "submitting": [], "waiting": []}
+    seconds: dict[str, list[float]] = {"iteration": [], "scheduling": [], "submitting": [], "waiting": []}
     out: deque[Any] = deque()
     clock = time.perf_counter
     last = clock()
     scheduling = submitting = 0.0
-    while len(found["iteration"]) < number:
+    while len(seconds["iteration"]) < number:
         while len(out) < executor.capacity.depth:
             began = clock()
             plan = scheduler.schedule(began)
@@ -72,17 +72,17 @@ def paced(executor: TorchExecutor, decodes: int, prompt: int, number: int, vocab
             out.append(plan)
             scheduling, submitting = scheduling + planned - began, submitting + clock() - planned
         plan = out.popleft()
-        asked = clock()
+        waiting = clock()
         result = executor.collect()
-        came = clock()
-        scheduler.complete(plan, result, came)
+        collected = clock()
+        scheduler.complete(plan, result, collected)
         ended = clock()
         if plan.num_tokens == decodes == len(plan.work):
-            parts = (ended - last, scheduling + ended - came, submitting, came - asked)
-            for times, taken in zip(found.values(), parts, strict=True):
+            parts = (ended - last, scheduling + ended - collected, submitting, collected - waiting)
+            for times, taken in zip(seconds.values(), parts, strict=True):
                 times.append(taken)
         last, scheduling, submitting = ended, 0.0, 0.0
     while out:
         out.popleft()
         executor.collect()
-    return found
+    return seconds

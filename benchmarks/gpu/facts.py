@@ -1,4 +1,4 @@
-"""What was run on: the device, its driver and clocks, versions, and the rates of a large copy and a large product."""
+"""The machine: device, driver, clocks and versions, and the rates of a large copy and of a large product."""
 
 import importlib.metadata
 import os
@@ -27,24 +27,24 @@ def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, An
 def machine(device: str) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         raise Absent("torch finds no GPU; --device cpu is a dry run")
-    found: dict[str, Any] = {"device": "processor", "cores": os.cpu_count(), "python": platform.python_version()}
+    facts: dict[str, Any] = {"device": "processor", "cores": os.cpu_count(), "python": platform.python_version()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found["device"] = properties.name
-        found |= {"memory, GiB": properties.total_memory / 2**30, "processors": properties.multi_processor_count}
-        found |= {"capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
-        found |= smi()
-    return found | {name: version(name) for name in PACKAGES} | {"date": time.strftime("%Y-%m-%d")}
+        facts["device"] = properties.name
+        facts |= {"memory, GiB": properties.total_memory / 2**30, "processors": properties.multi_processor_count}
+        facts |= {"capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
+        facts |= smi()
+    return facts | {name: version(name) for name in PACKAGES} | {"date": time.strftime("%Y-%m-%d")}
 
 
 def smi() -> dict[str, str]:
-    """What nvidia-smi says; nothing where there is none."""
+    """The values of nvidia-smi; empty where it is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(SMI, (value.strip() for value in said.splitlines()[0].split(",")), strict=False))
+    return dict(zip(SMI, (value.strip() for value in output.splitlines()[0].split(",")), strict=False))
 
 
 def version(package: str) -> str:
@@ -55,28 +55,28 @@ def version(package: str) -> str:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object], device: str, least: int = 5, most: int = 30, enough_s: float = 0.7) -> list[float]:
-    """What `run` takes with the device's work, after two that do not count: `least` times, up to `most` until `enough_s`."""
-    found: list[float] = []
+    """Times of `run` with the device's work, after two that do not count: `least` times, then until `enough_s`, at most `most`."""
+    times: list[float] = []
     for turn in range(2 + most):
         wait(device)
         began = time.perf_counter()
         run()
         wait(device)
-        found += [time.perf_counter() - began] if turn > 1 else []
-        if len(found) >= least and sum(found) > enough_s:
+        times += [time.perf_counter() - began] if turn > 1 else []
+        if len(times) >= least and sum(times) > enough_s:
             break
-    return found
+    return times
 
 
 @cache
 def rates(device: str) -> tuple[float, float]:
-    """Bytes per second of a copy, read and written, and FLOP/s of a product in bfloat16, of random numbers."""
+    """Bytes per second of a copy (read plus written), and FLOP/s of a bfloat16 product; both of random numbers."""
     size, side = (1 << 30, 8192) if device == "cuda" else (1 << 22, 128)
     block = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     into = torch.empty_like(block)
@@ -92,12 +92,12 @@ def named(device: str) -> dict[str, Any]:
 
 @cache
 def data_sheet(device: str) -> Hardware | None:
-    """The device of `stallfree.perf` that this is, the nearest in memory of several; None for one that it does not know."""
+    """This device in `stallfree.perf`; of several, the nearest in memory; None if it is unknown there."""
     if device != "cuda":
         return None
     properties = torch.cuda.get_device_properties(0)
     alike = [hardware.load(name) for name in hardware.names() if name.partition("-")[0] in properties.name.lower()]
-    return min(alike, key=lambda found: abs(found.memory - properties.total_memory), default=None)
+    return min(alike, key=lambda sheet: abs(sheet.memory - properties.total_memory), default=None)
 
 
 def known(device: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What the parts of `gpu_all.py` are made of: models with random weights, iterations, requests that are served, and errors.
+"""Shared by the parts of `gpu_all.py`: models with random weights, iterations, served requests, and errors.
 
-Weights follow from a tensor's name alone, so two processes, or a GPU and a processor, have the same model without a file.
+Weights depend only on the tensor's name, so two processes, or a GPU and a processor, have the same model without a file.
 """
 
 import zlib
@@ -29,11 +29,11 @@ SMALL = Dimensions(
 TINY = replace(
     SMALL, name="tiny", num_layers=2, hidden_size=128, num_heads=4, head_dim=32, ffn_size=128, vocab_size=256, max_model_len=512
 )
-"""For a processor."""
+"""Small enough for a processor."""
 
 
 class Absent(Exception):
-    """A case that cannot be run here, and what it needs."""
+    """The case cannot be run here; the message says what it needs."""
 
 
 def need_cuda(device: str) -> None:
@@ -42,7 +42,7 @@ def need_cuda(device: str) -> None:
 
 
 def config_of(model: Dimensions, **changes: Any) -> ModelConfig:
-    """The llama of these dimensions, with `changes`."""
+    """The configuration of a llama with these dimensions, with `changes`."""
     config = ModelConfig(
         **asdict(model) | {"family": "llama", "max_model_len": max(model.max_model_len, 512)},
         norm_eps=1e-5,
@@ -53,8 +53,8 @@ def config_of(model: Dimensions, **changes: Any) -> ModelConfig:
 
 
 def checkpoint(config: ModelConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """A model with random weights, which are made on `device`, in `dtype`, when they are read. Products keep the size of their
-    inputs.
+    """A model with random weights. They are drawn on `device`, in `dtype`, when they are read, and scaled so that products keep
+    the size of their inputs.
     """
     shapes = config.tensors()
 
@@ -69,7 +69,7 @@ def checkpoint(config: ModelConfig, device: str = "cpu", dtype: torch.dtype = to
 
 
 def iteration(shape: Sequence[tuple[int, int]], vocab: int = 1, block: int = 16, scattered: bool = True) -> tuple[list[Work], int]:
-    """Work with `start` and `count` as in `shape`, random tokens and blocks of its own; the number of blocks."""
+    """Work with `start` and `count` as in `shape`, random tokens and its own blocks; and the number of blocks."""
     draw = torch.Generator().manual_seed(1)
     needed = [-(-(start + count) // block) for start, count in shape]
     numbers = torch.randperm(sum(needed), generator=draw).tolist() if scattered else list(range(sum(needed)))
@@ -82,16 +82,16 @@ def iteration(shape: Sequence[tuple[int, int]], vocab: int = 1, block: int = 16,
 
 
 def requests(prompts: Sequence[Sequence[int]], number: int, samplings: Sequence[object]) -> list[Request]:
-    """One for each prompt, of `number` tokens; `samplings` in turns."""
+    """A request for each prompt, of `number` output tokens each; `samplings` are used in turn."""
     return [
         Request(str(i), list(prompt), number, arrival=i, sampling=samplings[i % len(samplings)]) for i, prompt in enumerate(prompts)
     ]
 
 
-def served(executor: Executor, asked: Sequence[Request], budget: int = 512, at_once: int = 64) -> list[list[int]]:
-    """The tokens that each gets, `at_once` of them in iterations of `budget` tokens."""
+def served(executor: Executor, requests: Sequence[Request], budget: int = 512, at_once: int = 64) -> list[list[int]]:
+    """The output tokens of each request; at most `at_once` run at a time, in iterations of `budget` tokens."""
     scheduler = Scheduler(load("sarathi", token_budget=budget), executor.capacity, Limits(at_once, 2048), reuse=False)
-    for request in asked:
+    for request in requests:
         scheduler.submit(request)
     out: deque[Any] = deque()
     while True:
@@ -99,12 +99,12 @@ def served(executor: Executor, asked: Sequence[Request], budget: int = 512, at_o
             out.append(plan)
             executor.submit(plan)
         if not out:
-            return [list(request.output) for request in asked]
+            return [list(request.output) for request in requests]
         scheduler.complete(out.popleft(), executor.collect(), 0.0)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The worst row's |found - expected| over |expected|, in float64; NaN if anything is."""
-    found, expected = (x.detach().cpu().double().flatten(0, -2) for x in (found, expected))
-    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst row's |result - expected| over |expected|, in float64; NaN if anything is."""
+    result, expected = (x.detach().cpu().double().flatten(0, -2) for x in (result, expected))
+    apart = (result - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     return float(apart.max())

@@ -1,8 +1,8 @@
-"""Is a whole model on the device what it is on the processor, in every format and family; and does it say the same tokens whatever
-way it is run: in batches, in chunks, overlapping, as CUDA graphs?
+"""Does a whole model give the same on the device as on the processor, in every format and family? Does it give the same tokens in
+batches, in chunks, with overlap and as CUDA graphs?
 
-In float32 a token may differ only where two logits are a rounding apart. The error is the distance, at the first token that
-differs, of the two logits, in standard deviations of all; 0 where all tokens are the same.
+In float32 a token may differ only where two logits are a rounding apart. The error is the distance of the two logits at the first
+token that differs, in standard deviations of all logits; 0 where all tokens are the same.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ FORMATS = {
     ("f32", "f32"): 1e-3, ("bf16", "bf16"): 0.06, ("fp16", "fp16"): 0.01, ("fp8", "bf16"): 0.06, ("int8", "bf16"): 0.06,
     ("int4", "bf16"): 0.06, ("bf16", "fp8"): 0.15,
 }  # fmt: skip
-"""Of weights and KV, the largest error of a row of logits: the processor has the same weights and KV, and computes in float32."""
+"""(Weights, KV) -> largest error of a row of logits. The processor has the same weights and KV, and computes in float32."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True},
@@ -46,7 +46,7 @@ Case = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    found: list[Case] = [("logits, llama, f32, KV f32", partial(_logits, device, {}, "f32", "f32"))]
+    cases: list[Case] = [("logits, llama, f32, KV f32", partial(_logits, device, {}, "f32", "f32"))]
     ways: dict[str, dict[str, Any]] = {
         "batched": {},
         "chunks of 32": {"budget": 32},
@@ -54,13 +54,13 @@ def cases(device: str, quick: bool) -> list[Case]:
         "graphs": {"graphs": True},
         "graphs, overlap, chunks of 64": {"graphs": True, "overlap": True, "budget": 64},
     }
-    found += [(f"tokens, f32, {name}", partial(_ways, device, "f32", way)) for name, way in ways.items()]
-    found += [(f"tokens, sampled, {name}", partial(_sampled, device, ways[name])) for name in list(ways)[2:]]
-    found += [(f"tokens, bf16, {name}", partial(_ways, device, "bf16", way)) for name, way in ways.items() if device == "cuda"]
+    cases += [(f"tokens, f32, {name}", partial(_ways, device, "f32", way)) for name, way in ways.items()]
+    cases += [(f"tokens, sampled, {name}", partial(_sampled, device, ways[name])) for name in list(ways)[2:]]
+    cases += [(f"tokens, bf16, {name}", partial(_ways, device, "bf16", way)) for name, way in ways.items() if device == "cuda"]
     formats = [pair for pair in FORMATS if pair != ("f32", "f32") and (device == "cuda" or pair[0] == "int8")]
-    found += [(f"logits, llama, {w}, KV {kv}", partial(_logits, device, {}, w, kv)) for w, kv in formats]
+    cases += [(f"logits, llama, {w}, KV {kv}", partial(_logits, device, {}, w, kv)) for w, kv in formats]
     families = {} if quick and device == "cuda" else FAMILIES
-    return found + [(f"logits, {name}, f32", partial(_logits, device, changes, "f32", "f32")) for name, changes in families.items()]
+    return cases + [(f"logits, {name}, f32", partial(_logits, device, changes, "f32", "f32")) for name, changes in families.items()]
 
 
 def small(device: str, changes: dict[str, Any] | None = None) -> ModelConfig:
@@ -70,16 +70,16 @@ def small(device: str, changes: dict[str, Any] | None = None) -> ModelConfig:
 
 
 def executor_of(device: str, changes: dict[str, Any], weights: str, kv: str, graphs: bool = True) -> TorchExecutor:
-    options, made = Options(weights, kv, device=device, threads=1), checkpoint(small(device, changes))
+    options, model = Options(weights, kv, device=device, threads=1), checkpoint(small(device, changes))
     recordable, Llama.recordable = Llama.recordable, graphs
     try:
-        return TorchExecutor(made, options, KV_BYTES, overlap=False)
+        return TorchExecutor(model, options, KV_BYTES, overlap=False)
     finally:
         Llama.recordable = recordable
 
 
 def _logits(device: str, changes: dict[str, Any], weights: str, kv: str) -> dict[str, Any]:
-    """Of a batch of prompts, and of one that continues them, some by a token."""
+    """The logits' error, for a batch of prompts and for a batch that continues them, some by one token."""
     both = []
     for executor in (executor_of(device, changes, weights, kv, graphs=False), _exact(device, changes, weights, kv)):
         whole, begun = (iteration(shape, small(device, changes).vocab_size)[0] for shape in (LATER, HYBRID))
@@ -90,10 +90,10 @@ def _logits(device: str, changes: dict[str, Any], weights: str, kv: str) -> dict
 
 
 def _exact(device: str, changes: dict[str, Any], weights: str, kv: str) -> TorchExecutor:
-    """The same model on the processor, in float32 where its weights are not of eight bits or fewer."""
+    """The same model on the processor, in float32 unless its weights have eight bits or fewer."""
     form = weights if weights in ("fp8", "int8", "int4") else "f32"
-    made = checkpoint(small(device, changes))
-    return TorchExecutor(made, Options(form, kv if kv == "fp8" else "f32", device="cpu", threads=1), KV_BYTES)
+    model = checkpoint(small(device, changes))
+    return TorchExecutor(model, Options(form, kv if kv == "fp8" else "f32", device="cpu", threads=1), KV_BYTES)
 
 
 @cache
@@ -125,24 +125,24 @@ def _expected(device: str, dtype: str) -> list[list[int]]:
 
 
 def _ways(device: str, dtype: str, way: dict[str, Any]) -> dict[str, Any]:
-    found, expected = _run(device, dtype, [GREEDY], way), _expected(device, dtype)
-    apart = [_apart(device, dtype, i, a, b) for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
-    counts = {"requests": len(found), "tokens": sum(map(len, expected)), "requests that differ": len(apart)}
+    results, expected = _run(device, dtype, [GREEDY], way), _expected(device, dtype)
+    apart = [_apart(device, dtype, i, a, b) for i, (a, b) in enumerate(zip(results, expected, strict=True)) if a != b]
+    counts = {"requests": len(results), "tokens": sum(map(len, expected)), "requests that differ": len(apart)}
     return counts | {"error": max(apart, default=0.0), "limit": TIE[dtype]}
 
 
-def _apart(device: str, dtype: str, number: int, found: list[int], expected: list[int]) -> float:
-    """How far apart the logits are of the first two tokens that differ."""
-    first = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b))
+def _apart(device: str, dtype: str, number: int, result: list[int], expected: list[int]) -> float:
+    """The distance between the logits of the first two tokens that differ."""
+    first = next((i for i, (a, b) in enumerate(zip(result, expected, strict=True)) if a != b))
     tokens = (*prompts(device)[number], *expected[:first])
     work = Work("apart", 0, len(tokens), True, False, tokens, tuple(range(-(-len(tokens) // 16))), None, "", (), ())
     logits = held(device, dtype, False).logits([work])[-1]
-    return float(abs(logits[found[first]] - logits[expected[first]]) / logits.std())
+    return float(abs(logits[result[first]] - logits[expected[first]]) / logits.std())
 
 
 def _sampled(device: str, way: dict[str, Any]) -> dict[str, Any]:
-    """The share of requests, sampled in all kinds of ways, of which a token is another than without overlap and graphs: where a
-    rounding decides."""
-    found, expected = _run(device, "f32", SAMPLINGS, way), _run(device, "f32", SAMPLINGS, {})
-    differ = sum(a != b for a, b in zip(found, expected, strict=True))
-    return {"requests": len(found), "requests that differ": differ, "error": differ / len(found), "limit": 0.1}
+    """The share of requests, with various samplings, that get a different token than without overlap and graphs, because a
+    rounding decided."""
+    results, expected = _run(device, "f32", SAMPLINGS, way), _run(device, "f32", SAMPLINGS, {})
+    differ = sum(a != b for a, b in zip(results, expected, strict=True))
+    return {"requests": len(results), "requests that differ": differ, "error": differ / len(results), "limit": 0.1}

@@ -1,4 +1,4 @@
-"""Are fused operators and products of quantised weights what float64 gives, and is sampling on the device what the host's is?"""
+"""Do fused operators and products of quantised weights match float64, and does sampling on the device match the host?"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from stallfree.executors.torch.sampler import sample
 from stallfree.executors.torch.weights import Matrix
 
 LIMITS = {"bf16": 0.01, "fp16": 0.002, "f32": 1e-5}
-"""A rounding of each input that was made on the way, and of the result."""
+"""The largest error: a rounding of each intermediate value, and of the result."""
 PRODUCTS = {"bf16": 0.01, "fp16": 0.002, "f32": 1e-4}
 CUTS = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.8, "min_p": 0.05}, {"temperature": 0.5, "top_p": 0.9}]
 
@@ -30,22 +30,22 @@ def cases(device: str, quick: bool) -> list[Case]:
     sizes = [(3, 4, 32)] if small else [(1, 32, 128), (5, 9, 64), (300, 32, 128), (8192, 71, 64), (7, 3, 96)]
     shapes = [(3, 72, 128)] if small else [(1, 4096, 4096), (3, 72, 128), (17, 28672, 4096), (64, 4096, 14336), (512, 6144, 4096)]
     rows = 400 if small else 4000
-    found: list[Case] = []
+    cases: list[Case] = []
     for dtype in ("bf16", "f32") if small or quick else ("bf16", "fp16", "f32"):
-        found += [(f"fused, {dtype}, {t} x {h} x {s}", partial(_fused, device, dtype, t, h, s)) for t, h, s in sizes]
+        cases += [(f"fused, {dtype}, {t} x {h} x {s}", partial(_fused, device, dtype, t, h, s)) for t, h, s in sizes]
     for form in ("fp8", "int8", "int4"):
         named = [(f"product, {form}, {r} x {i} to {o}", partial(_product, device, form, "bf16", r, o, i)) for r, o, i in shapes]
-        found += named[:3] if quick else named
-    found += [(f"product, {form}, f32", partial(_product, device, form, "f32", 5, 72, 128)) for form in ("fp8", "int8", "int4")]
-    found += [("sampling, temperature", partial(_same, device, rows)), ("sampling, neighbours", partial(_alone, device, small))]
-    return found + [(f"sampling, {_words(how)}", partial(_spread, device, how, rows)) for how in CUTS]
+        cases += named[:3] if quick else named
+    cases += [(f"product, {form}, f32", partial(_product, device, form, "f32", 5, 72, 128)) for form in ("fp8", "int8", "int4")]
+    cases += [("sampling, temperature", partial(_same, device, rows)), ("sampling, neighbours", partial(_alone, device, small))]
+    return cases + [(f"sampling, {_words(how)}", partial(_spread, device, how, rows)) for how in CUTS]
 
 
 def _fused(device: str, dtype: str, tokens: int, heads: int, size: int) -> dict[str, Any]:
-    made = torch.Generator(device).manual_seed(3)
+    generator = torch.Generator(device).manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=made, device=device).to(TYPES[dtype])
+        return torch.randn(shape, generator=generator, device=device).to(TYPES[dtype])
 
     def double(*values: torch.Tensor) -> list[torch.Tensor]:
         return [value.cpu().double() for value in values]
@@ -55,17 +55,17 @@ def _fused(device: str, dtype: str, tokens: int, heads: int, size: int) -> dict[
     wide = random(tokens, 2 * heads * size)
     parts += [((fused.swiglu(wide),), (fused.swiglu(*double(wide)),))]
     whole = random(tokens, heads + 2, size)  # queries are a part of a wider tensor
-    angles = 1000 * torch.rand(tokens, size // 2, generator=made, device=device)
+    angles = 1000 * torch.rand(tokens, size // 2, generator=generator, device=device)
     turns = angles.cos(), angles.sin()
     own = whole[:, :heads]
     parts += [((fused.rotate(own, turns),), (fused.rotate(*double(own), tuple(double(*turns))),))]
-    worst = [error(found, expected) for pair in parts for found, expected in zip(*pair, strict=True)]
+    worst = [error(result, expected) for pair in parts for result, expected in zip(*pair, strict=True)]
     return {"error": float(np.max(worst)), "limit": LIMITS[dtype]}
 
 
 def _product(device: str, form: str, dtype: str, rows: int, outs: int, ins: int) -> dict[str, Any]:
-    made = torch.Generator(device).manual_seed(5)
-    weight, x = (torch.randn(shape, generator=made, device=device) for shape in ((outs, ins), (rows, ins)))
+    generator = torch.Generator(device).manual_seed(5)
+    weight, x = (torch.randn(shape, generator=generator, device=device) for shape in ((outs, ins), (rows, ins)))
     x = x.to(TYPES[dtype])
     matrix = Matrix(weight, form, None)
     expected = x.double() @ matrix.dense(torch.float64).T
@@ -81,11 +81,11 @@ def _words(how: dict[str, float]) -> str:
 
 
 def _same(device: str, rows: int) -> dict[str, Any]:
-    """The share of rows that get another token than on the host: where a cumulative share is a rounding from a request's number."""
+    """The share of rows that get another token than on the host, because a cumulative share is near the request's random number."""
     logits = np.random.default_rng(7).normal(0, 2, (rows, 500)).astype(np.float32)
     works = [_work(i, Sampling(temperature=(0.0, 0.7, 1.3)[i % 3], seed=i)) for i in range(rows)]
-    here, there = sample(torch.from_numpy(logits).to(device), works)[0], sampling.sample(logits, works)[0]
-    return {"error": sum(here[id] != token for id, token in there.items()) / rows, "limit": 0.005}
+    on_device, on_host = sample(torch.from_numpy(logits).to(device), works)[0], sampling.sample(logits, works)[0]
+    return {"error": sum(on_device[id] != token for id, token in on_host.items()) / rows, "limit": 0.005}
 
 
 def _alone(device: str, small: bool) -> dict[str, Any]:
@@ -100,12 +100,12 @@ def _alone(device: str, small: bool) -> dict[str, Any]:
 
 
 def _spread(device: str, how: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Half the sum of the differences between how often each token comes here and on the host: 1 if a token comes that cannot."""
+    """Half the summed differences of the tokens' frequencies on device and host; 1 if an impossible token was sampled."""
     logits = np.repeat(np.random.default_rng(7).normal(0, 2, (1, 12)).astype(np.float32), rows, 0)
     works = [_work(i, Sampling(seed=i, **how)) for i in range(rows)]
-    here, there = (
-        Counter(token for (token,) in found[0].values())
-        for found in (sample(torch.from_numpy(logits).to(device), works), sampling.sample(logits, works))
+    on_device, on_host = (
+        Counter(token for (token,) in result[0].values())
+        for result in (sample(torch.from_numpy(logits).to(device), works), sampling.sample(logits, works))
     )
-    apart = sum(abs(here[token] - there[token]) for token in here | there) / 2 / rows
-    return {"error": apart if here.keys() <= there.keys() else 1.0, "limit": 4 / rows**0.5}
+    apart = sum(abs(on_device[token] - on_host[token]) for token in on_device | on_host) / 2 / rows
+    return {"error": apart if on_device.keys() <= on_host.keys() else 1.0, "limit": 4 / rows**0.5}

@@ -1,6 +1,6 @@
-"""One part of `gpu_all.py`, in a process of its own: its cases one after the other, from number FIRST on, each told in a line of
-FILE when it begins and when it ends. After an error that the device does not get over the process ends; whoever started it goes on
-with the next case in another one.
+"""One part of `gpu_all.py`, in its own process. It runs the part's cases in order, from number FIRST on, and writes a line to FILE
+when a case begins and when it ends. If an error leaves the device unusable, the process ends; `gpu_all.py` goes on with the next
+case in another process.
 
     python -m gpu.part NAME DEVICE QUICK FIRST FILE
 """
@@ -20,28 +20,28 @@ import torch
 from gpu.made import Absent
 
 BROKEN = 3
-"""The exit status of a process whose device takes no more work."""
+"""The exit status of a process whose device accepts no more work."""
 
 
 def row(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a case gives, and its status: with an `error`, that must be at most its `limit`."""
+    """The case's values and status. If it gives an `error`, that must be at most its `limit`."""
     began = time.perf_counter()
     try:
-        found = run()
-        off = "error" in found and not found["error"] <= found["limit"]  # NaN is off too
+        values = run()
+        off = "error" in values and not values["error"] <= values["limit"]  # NaN is off too
         status = {"status": "failed", "why": "the error is above its limit"} if off else {"status": "ok"}
     except Absent as reason:
-        found, status = {}, {"status": "needs cuda" if str(reason) == "needs cuda" else "absent", "why": str(reason)}
+        values, status = {}, {"status": "needs cuda" if str(reason) == "needs cuda" else "absent", "why": str(reason)}
     except Exception as wrong:
         traceback.print_exc()
-        found, status = {}, {"status": "failed", "why": f"{type(wrong).__name__}: {wrong}"[:300]}
-    # JSON has no number for what is not finite.
-    found = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
-    return found | status | {"seconds": round(time.perf_counter() - began, 3)}
+        values, status = {}, {"status": "failed", "why": f"{type(wrong).__name__}: {wrong}"[:300]}
+    # JSON has no numbers that are not finite.
+    values = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    return values | status | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def usable(device: str) -> bool:
-    """Whether the device still answers; what a failed case held is freed."""
+    """Whether the device still works. Frees what a failed case held."""
     gc.collect()
     if device != "cuda" or not torch.cuda.is_initialized():
         return True

@@ -1,11 +1,11 @@
-"""One iteration: decodes, prefills and both together, as CUDA graphs and without, by formats, beside the least that it can take and
-what `stallfree.perf` predicts.
+"""How long does one iteration take? Decodes, prefills and both together, with CUDA graphs and without, in several formats, next to
+the least possible time and the prediction of `stallfree.perf`.
 
-Random weights of Llama 3 8B and Llama 2 7B on one GPU; decodes stand at 2,048 tokens of context, which was computed before.
-`least`: bytes over the rate of a copy on this device (weights once, the KV of every decode, what chunks write), operations over the
-rate of a large product; of a hybrid iteration the sum of its decodes' and its chunk's.
+Random weights of Llama 3 8B and Llama 2 7B on one GPU; decodes have 2,048 tokens of context, which was computed before. `least` is
+the larger of bytes (weights once, the KV of every decode, what chunks write) over the rate of a copy on this device, and operations
+over the rate of a large product. For a hybrid iteration it is the sum of its decodes' and its chunk's.
 
-To reach: decodes of 32 and more within 1.35 times the least; prefills at 65 % of the product's rate; 32 decodes and a chunk of 512
+Targets: decodes of 32 and more within 1.35 times the least; prefills at 65 % of the product's rate; 32 decodes and a chunk of 512
 within 1.15 times the sum.
 """
 
@@ -36,16 +36,16 @@ SHAPES = {
 TINY_SHAPES = {"1 decode": (1, 0), "4 decodes": (4, 0), "prefill 64": (0, 64), "4 decodes + 16": (4, 16)}
 FEW = ("1 decode", "32 decodes", "prefill 2,048", "32 decodes + 512")
 RESERVE = 8 << 30
-"""Bytes of the device's memory that KV leaves to activations and graphs."""
+"""Bytes of the device's memory that are kept free of KV, for activations and graphs."""
 PREDICTED = {"bf16": "fp16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
-"""What `stallfree.perf` calls the formats."""
+"""Names of the formats in `stallfree.perf`."""
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model and its formats; `context` in tokens of each decode."""
+    """A model and its formats. `context` is the tokens before each decode."""
 
     model: Dimensions
     weights: str = "bf16"
@@ -74,13 +74,13 @@ def cases(device: str, quick: bool) -> list[Case]:
         return [*_steps(sides[0], TINY_SHAPES, eager=True), *_steps(sides[1], TINY_SHAPES)]
     few = {name: SHAPES[name] for name in FEW}
     llama3, llama2 = (load(name) for name in ("llama3-8b", "llama2-7b"))
-    found = _steps(Side(llama3), few if quick else SHAPES, eager=True)
-    found += [case for form in ("fp8", "int8", "int4") for case in _steps(Side(llama3, form), few)]
-    return found if quick else [*found, *_steps(Side(llama3, kv="fp8"), few), *_steps(Side(llama2), SHAPES)]
+    cases = _steps(Side(llama3), few if quick else SHAPES, eager=True)
+    cases += [case for form in ("fp8", "int8", "int4") for case in _steps(Side(llama3, form), few)]
+    return cases if quick else [*cases, *_steps(Side(llama3, kv="fp8"), few), *_steps(Side(llama2), SHAPES)]
 
 
 def _steps(side: Side, shapes: dict[str, tuple[int, int]], eager: bool = False) -> list[Case]:
-    """Decodes are launched kernel by kernel first, if `eager`, and then as graphs: these cannot be forgotten."""
+    """If `eager`, decodes run kernel by kernel first, and as graphs after that, because recorded graphs cannot be dropped."""
     graphs = side.device == "cuda"
     plain = [
         (f"{side.name}, {name}, eager", partial(_step, side, decodes, chunk, False))
@@ -91,7 +91,7 @@ def _steps(side: Side, shapes: dict[str, tuple[int, int]], eager: bool = False) 
 
 
 class Held:
-    """The model that is on the device: one at a time. `filled`: the decodes whose context was computed."""
+    """The model on the device, one at a time. `filled` counts the decodes whose context was computed."""
 
     def __init__(self) -> None:
         self._side: Side | None = None
@@ -99,7 +99,7 @@ class Held:
         self.recorded, self.filled = False, 0
 
     def take(self, side: Side) -> Runner:
-        """The one of `side`; it is made if it is not there, once the other is gone."""
+        """The runner of `side`. If another one is on the device, it is closed first."""
         if self._runner is None or side != self._side:
             if self._runner is not None:
                 self._runner.close()
@@ -132,9 +132,9 @@ def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
     work, blocks = iteration(shape, side.model.vocab_size, BLOCK, scattered=False)
     runner = HELD.take(side)
     if blocks > runner.capacity.num_blocks:
-        needed, there = (number * runner.block_bytes / 1e9 for number in (blocks, runner.capacity.num_blocks))
-        raise Absent(f"needs {needed:.1f} GB of KV, and there is room for {there:.1f} GB")
-    for piece in work[HELD.filled : decodes]:  # what a decode attends to is computed as any prompt is
+        needed, room = (number * runner.block_bytes / 1e9 for number in (blocks, runner.capacity.num_blocks))
+        raise Absent(f"needs {needed:.1f} GB of KV, and there is room for {room:.1f} GB")
+    for piece in work[HELD.filled : decodes]:  # a decode's context is computed like any prompt
         tokens = tuple(torch.randint(side.model.vocab_size, (side.context,)).tolist())
         runner.run([piece._replace(start=0, count=side.context, tokens=tokens)], [side.context - 1])
     HELD.filled = max(HELD.filled, decodes)
@@ -144,31 +144,31 @@ def _step(side: Side, decodes: int, chunk: int, graphs: bool) -> dict[str, Any]:
     rows = [*range(decodes), *([decodes + chunk - 1] if chunk else [])]
     times = seconds(lambda: runner.run(work, rows).argmax(-1).cpu(), side.device)
     taken, floor = statistics.median(times), least(side, decodes, chunk, *rates(side.device))
-    found = {"ms": 1e3 * taken, "spread, %": 100 * (max(times) - min(times)) / taken, "times": len(times)}
-    found |= {"least, ms": 1e3 * floor, "ms / least": taken / floor}
+    row = {"ms": 1e3 * taken, "spread, %": 100 * (max(times) - min(times)) / taken, "times": len(times)}
+    row |= {"least, ms": 1e3 * floor, "ms / least": taken / floor}
     sheet = data_sheet(side.device)
     expected = None if sheet is None else predicted(side, shape, sheet)
-    return found | {"predicted, ms": expected and 1e3 * expected, "ms / predicted": expected and taken / expected}
+    return row | {"predicted, ms": expected and 1e3 * expected, "ms / predicted": expected and taken / expected}
 
 
 def least(side: Side, decodes: int, chunk: int, copy: float, product: float) -> float:
-    """Seconds by bytes over `copy` and operations over `product`, both a second."""
+    """Least seconds, from `copy` (bytes per second) and `product` (operations per second)."""
     model, sharded = side.model, side.sharded
     kv, head = sharded.kv_bytes_per_token, 2 * model.vocab_size * model.hidden_size
     weights = model.num_layers * sum(matrix.bytes for matrix in sharded.layer()) + sharded.head().bytes
     linear = model.flops_per_token - head
-    found = 0.0
+    total = 0.0
     if decodes:
         attention = decodes * side.context * model.flops_per_pair
         moved = weights + decodes * side.context * kv
-        found += max(moved / copy, (decodes * (linear + head) + attention) / product)
+        total += max(moved / copy, (decodes * (linear + head) + attention) / product)
     if chunk:
         moved = chunk * kv + (0 if decodes else weights)
-        found += max(moved / copy, (chunk * linear + head + model.flops_per_pair * chunk * chunk / 2) / product)
-    return found
+        total += max(moved / copy, (chunk * linear + head + model.flops_per_pair * chunk * chunk / 2) / product)
+    return total
 
 
 def predicted(side: Side, shape: list[tuple[int, int]], sheet: Hardware, host: bool = False) -> float:
-    """Seconds of the iteration's kernels on the device of this data sheet; with the `host`'s part where that is asked for."""
+    """Predicted seconds of the iteration's kernels on the device of this data sheet; with `host`, also the host's part."""
     operators = Roofline(sheet, side.sharded).operators(shape)
     return sum(each.count * each.cost.seconds for each in operators if host or each.name != "host")

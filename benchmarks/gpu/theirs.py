@@ -1,5 +1,5 @@
-"""The iterations of `steps` by transformers, where it is installed: `generate` of one more token for prefills; for decodes, what
-each of 16 more takes. It has no hybrid iterations.
+"""The iterations of `steps` with transformers, where it is installed. A prefill is timed as `generate` of one token, a decode as
+the mean over 16 more tokens. transformers has no hybrid iterations.
 """
 
 import statistics

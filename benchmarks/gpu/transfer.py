@@ -2,7 +2,7 @@
 
     python -m gpu.transfer DEVICE
 
-is the engine that prefills: it prints its port, and serves until its input ends.
+starts the engine that prefills: it prints its port, and serves until its input ends.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, An
 
 
 def engine(device: str, records: list[StepRecord] | None = None) -> Engine:
-    """In float32, where a token does not depend on its batch."""
-    made = TorchExecutor(checkpoint(small(device)), Options("f32", "f32", device=device, threads=1), KV_BYTES)
+    """An engine in float32, where a token does not depend on its batch."""
+    executor = TorchExecutor(checkpoint(small(device)), Options("f32", "f32", device=device, threads=1), KV_BYTES)
     text = Text(Tokenizer(BPE(vocab={"a": 0}, merges=[])), None, (), vocab_size=small(device).vocab_size)
     record = None if records is None else records.append
-    return Engine(made, text, load("sarathi", token_budget=128), Limits(64, 2048), record=record)
+    return Engine(executor, text, load("sarathi", token_budget=128), Limits(64, 2048), record=record)
 
 
 def handed(device: str) -> dict[str, Any]:
-    """The share of requests of which a token differs, or whose prompt did not come from the other process."""
+    """The share of requests with a different token, or whose prompt was not computed by the other process."""
     command = [sys.executable, "-m", "gpu.transfer", device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:
@@ -59,24 +59,24 @@ def handed(device: str) -> dict[str, Any]:
             port = other.stdout.readline() if other.stdout else ""
             if not port:
                 raise RuntimeError("the process that prefills ended; its part of the log says why")
-            found = asyncio.run(decode(own, int(port), requests(prompts(device), number, [GREEDY])))
+            results = asyncio.run(decode(own, int(port), requests(prompts(device), number, [GREEDY])))
         finally:
             other.kill()
-    came = [delivered for record in records for delivered in record.delivered]
-    wrong = sum(a != b for a, b in zip(found, expected, strict=True))
-    missing = len(found) - len(came)
+    transfers = [delivered for record in records for delivered in record.delivered]
+    wrong = sum(a != b for a, b in zip(results, expected, strict=True))
+    missing = len(results) - len(transfers)
     return {
-        "requests": len(found),
+        "requests": len(results),
         "requests that differ": wrong,
         "computed here": missing,
-        "KV, MB": sum(delivered.num_bytes for delivered in came) / 1e6,
-        "error": (wrong + missing) / len(found),
+        "KV, MB": sum(delivered.num_bytes for delivered in transfers) / 1e6,
+        "error": (wrong + missing) / len(results),
         "limit": 0.0,
     }
 
 
-async def decode(own: Engine, port: int, asked: list[Any]) -> list[list[int]]:
-    """The tokens of each request, whose prompts the engine at `port` computes."""
+async def decode(own: Engine, port: int, requests: list[Any]) -> list[list[int]]:
+    """The tokens of each request; the engine at `port` computes the prompts."""
     thread = EngineThread(own, WAITING)
     asking = Asking(thread, Terms.of(own.executor, "small"), [("127.0.0.1", port)], "")
     thread.start()
@@ -85,11 +85,11 @@ async def decode(own: Engine, port: int, asked: list[Any]) -> list[list[int]]:
         async with asyncio.timeout(PATIENCE_S):
             while not asking.num_connected:
                 await asyncio.sleep(0.05)
-            found: dict[str, list[int]] = {request.id: [] for request in asked}
-            async for came in thread.submit(asked, transfer=asking.transfers(None)):
-                for output in came:
-                    found[output.id] += output.tokens
-            return [found[request.id] for request in asked]
+            tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+            async for outputs in thread.submit(requests, transfer=asking.transfers(None)):
+                for output in outputs:
+                    tokens[output.id] += output.tokens
+            return [tokens[request.id] for request in requests]
     finally:
         asking.close()
         await thread.close(0)

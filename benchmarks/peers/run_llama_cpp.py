@@ -1,8 +1,8 @@
 """Worker (see worker.py): llama.cpp by llama-cpp-python's low-level interface, one llama_batch of several sequences a repetition.
 
 Only `llama_decode` and the wait for its logits are timed, no sampling. With `requantize: [out, type]` in the job the model is
-written anew as Q8_0 or Q4_0 and nothing is timed. The cache is not unified and flash attention is on (`unified`, `flash` in the job
-change that): in a unified cache attention goes over the cells of all sequences, which was slower with a chunk in the batch.
+only written again as Q8_0 or Q4_0, and nothing is timed. The cache is not unified and flash attention is on; `unified` and `flash`
+in the job change that. In a unified cache attention goes over the cells of all sequences, which was slower with a chunk in a batch.
 Sequences that a batch does not use are not in the cache.
 """
 
@@ -58,11 +58,11 @@ class Context:
         return time.perf_counter() - began
 
     def cut(self, sequence: int, start: int) -> None:
-        """Forgets what the sequence holds from `start` on."""
+        """Removes the sequence's cache from position `start` on."""
         ll.llama_memory_seq_rm(self.memory, sequence, start, -1)
 
     def copy(self, source: int, target: int) -> None:
-        """Gives `target` cache cells of its own with what `source` holds."""
+        """Copies the cache of `source` into own cells of `target`."""
         size = ll.llama_state_seq_get_size(self.context, source)
         state = np.empty(size, np.uint8)
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -82,7 +82,7 @@ def main() -> None:
     most = max(b["decodes"] for b in task["batches"])
     unified, flash = task.get("unified", False), task.get("flash", True)
     context = Context(task["model"], task["threads"], most + 1, longest, unified, flash)
-    # From few sequences to many, so that the cache holds at any time those of the batch.
+    # From few sequences to many, so that the cache always holds only those of the batch.
     held = 0
     for batch in sorted(task["batches"], key=lambda b: (b["decodes"], b["context"])):
         start, seconds = batch["context"], []

@@ -1,7 +1,7 @@
 """Worker (see worker.py): OpenVINO GenAI's continuous batching of the same GGUF file, one `step()` a repetition.
 
-Scheduling and greedy sampling are timed. A repetition moves the context on by a token or two; prompts are shortened so that it
-passes `context` half-way.
+Scheduling and greedy sampling are timed. Each repetition lengthens the context by a token or two, so prompts
+are shortened: half-way the context is `context`.
 """
 
 import time

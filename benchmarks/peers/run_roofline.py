@@ -10,7 +10,7 @@ from openvino import opset13 as ops
 from worker import job, say
 
 BUFFER_BYTES = 256 << 20
-# Rows, inner and outer size of the products: large ones, at which a core is best used.
+# Rows, inner and outer size of the products. They are large, so that a core is used best.
 SHAPES = [(512, 1536, 1536), (1024, 1536, 1536), (1024, 2048, 2048), (1024, 1536, 6144), (2048, 3072, 3072)]
 WAYS: list[Callable[[np.ndarray], object]] = [
     lambda b: np.dot(b, b),

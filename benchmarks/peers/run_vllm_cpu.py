@@ -1,7 +1,7 @@
 """Worker (see worker.py): vLLM on the CPU in bfloat16, eager, in one process; one `LLMEngine.step()` a repetition.
 
-`model` is a Hugging Face folder. Scheduling and greedy sampling are timed, there is no detokenising. A repetition moves the context
-on by a token or two; prompts are shortened so that it passes `context` half-way.
+`model` is a Hugging Face folder. Scheduling and greedy sampling are timed; there is no detokenising. Each repetition lengthens
+the context by a token or two, so prompts are shortened: half-way the context is `context`.
 """
 
 import os

@@ -2,8 +2,8 @@
 
     python serve_openvino_genai.py MODEL.gguf PORT STEP_TOKENS
 
-One thread steps the pipeline and hands each new token to its request's thread, which writes it as one server-sent event. There is
-no detokenising, which is in its favour. `STEP_TOKENS`: its `max_num_batched_tokens`.
+One thread steps the pipeline and passes each new token to its request's thread, which writes it as one server-sent event. There is
+no detokenising, which favours this peer. `STEP_TOKENS` is the pipeline's `max_num_batched_tokens`.
 """
 
 import json

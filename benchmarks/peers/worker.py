@@ -1,8 +1,8 @@
-"""What every worker shares: a job on standard input, one JSON line of seconds for each batch on standard output.
+"""Shared by all workers: a job on standard input, one JSON line of seconds for each batch on standard output.
 
 A job: {"model": path, "threads": n, "repeats": n, "batches": [{"name", "decodes", "context", "chunk"}, ...]}. A batch is one
 iteration: `decodes` sequences get one token each, at positions around `context`, and a prompt of `chunk` tokens is prefilled from
-its start; 0 is none. Workers run in environments of their own, so this needs the standard library alone.
+its start; 0 is none. Workers run in environments of their own, so this module needs only the standard library.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 VOCABULARY = range(100, 40_000)
 
-# Engines print what they like on standard output; only `say` still reaches it.
+# Engines print on standard output too. From here on only `say` reaches it.
 _answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 _rng = random.Random(3)

@@ -1,4 +1,4 @@
-"""A server of few lines that does what it is told, in the event loop of its client."""
+"""A small fake server in its client's event loop, which behaves as each test asks."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ PAUSE_S = 0.1
 
 class Fake:
     """Answers with `max_tokens` events, or with those of `events`, or always with those of `style(max_tokens)`, in which None is a
-    pause of `PAUSE_S`. `refuse(body)`: why a body gets a 400, or None. `per_word`: its tokens in a word. `failure`: what happens
+    pause of `PAUSE_S`. `refuse(body)`: why a body gets a 400, or None. `per_word`: tokens in a word. `failure`: what happens
     to requests for more than two tokens, so that the probe passes: a status, "die" (after two tokens), "mute" (never answers),
     "stop" (ends after two tokens as if that were all).
     """
@@ -47,9 +47,9 @@ class Fake:
         if (why := self.refuse(body)) is not None:
             return web.json_response({"error": {"message": why}}, status=400)
         prompt, usage = body["prompt"], body.get("stream_options")
-        told = {"prompt_tokens": len(prompt) if isinstance(prompt, list) else 1 + self.per_word * len(prompt.split())}
+        counts = {"prompt_tokens": len(prompt) if isinstance(prompt, list) else 1 + self.per_word * len(prompt.split())}
         if not body.get("stream"):
-            return web.json_response({"choices": [{"text": "x"}], "usage": told})
+            return web.json_response({"choices": [{"text": "x"}], "usage": counts})
         failure = self.failure if body["max_tokens"] > 2 else None
         if isinstance(failure, int):
             return web.json_response({"error": {"message": "too much"}}, status=failure)
@@ -69,14 +69,14 @@ class Fake:
                 request.transport.abort()
             if number == 2 and failure == "stop":
                 break
-            await response.write(chunk(usage=told | {"completion_tokens": number + 1} if usage else None).encode())
+            await response.write(chunk(usage=counts | {"completion_tokens": number + 1} if usage else None).encode())
         await response.write((chunk("", "length") + "data: [DONE]\n\n").encode())
         return response
 
 
 class Hasty:
-    """A server on bare sockets that ends connections where it should not: "kept" ones, as the second request comes on them; every
-    one "before" its first byte; or "within" the answer. `requests`: those that came whole, `connections`: all.
+    """A server on bare sockets that ends connections too early: "kept" ones at their second request, all "before" the first byte
+    of the answer, or all "within" the answer. `requests` counts the complete requests, `connections` all connections.
     """
 
     def __init__(self, ends: Literal["kept", "before", "within"]) -> None:
@@ -97,15 +97,15 @@ class Hasty:
                 break
             events = "".join(chunk() for _ in range(body["max_tokens"])) + chunk("", "length") + "data: [DONE]\n\n"
             data = events.encode() if length else json.dumps({"data": [{"id": "hasty"}]}).encode()
-            said = len(data) + 9 * (self.ends == "within")
-            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {said}\r\n\r\n".encode() + data)
+            declared = len(data) + 9 * (self.ends == "within")
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {declared}\r\n\r\n".encode() + data)
             if self.ends == "within":
                 break
         writer.close()
 
     @asynccontextmanager
     async def client(self):
-        """A client of it, on a free port."""
+        """A client of this server, on a free port."""
         server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
         async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
             yield client

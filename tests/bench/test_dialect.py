@@ -1,4 +1,4 @@
-"""Servers that refuse what others take are asked in their own way."""
+"""The client adapts its requests to servers that refuse fields which others accept."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ def probe(fake: Fake, **options) -> Dialect:
 
 
 def refusing(*names: str) -> Fake:
-    """Refuses fields of these names, `ids` being token ids for a prompt."""
+    """A server that refuses these fields; the name `ids` stands for a prompt of token ids."""
     fake = Fake()
     fake.refuse = lambda body: next(
         (f"unknown {name}" for name in names if name in body or (name == "ids" and isinstance(body["prompt"], list))), None

@@ -1,4 +1,4 @@
-"""Tokens are counted whatever a server's events are like, and however its bytes are cut."""
+"""Tokens are counted correctly for every kind of event, however the bytes are cut."""
 
 import json
 
@@ -12,7 +12,7 @@ ROLE = chunk("")
 
 
 def fed(*texts: str, most: int = 99) -> tuple[list[int], Events]:
-    """The times of the tokens where the texts come at 0, 1, 2, ..."""
+    """The times of the tokens, and the `Events`, if the texts come at the times 0, 1, 2, ..."""
     events = Events(most)
     for now, text in enumerate(texts):
         events.feed(text.encode(), now)
@@ -90,8 +90,8 @@ def test_text_that_comes_piece_by_piece_is_no_more_tokens_than_usage_in_every_ev
     ],
 )
 def test_usage_at_the_end_is_shared_by_the_events_that_brought_it(events, tokens, expected):
-    times, found = fed(*events, last(tokens), DONE)
-    assert (expected, "end", 7) == (times, found.usage, found.prompt_tokens)
+    times, reader = fed(*events, last(tokens), DONE)
+    assert (expected, "end", 7) == (times, reader.usage, reader.prompt_tokens)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (4, [0, 1, 1, 2])])

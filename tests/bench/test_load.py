@@ -1,4 +1,4 @@
-"""What the client measures: of this project's server, and of servers that die, fall silent or refuse."""
+"""What the client measures on this project's server, and on servers that die, fall silent or refuse."""
 
 import asyncio
 import json
@@ -134,12 +134,12 @@ def test_a_server_that_takes_text_only_is_measured_too():
 ROLE, END, DONE = chunk(""), chunk("", "length"), "data: [DONE]\n\n"
 
 
-def told(number: int) -> dict[str, int]:
+def counted(number: int) -> dict[str, int]:
     return {"prompt_tokens": 20, "completion_tokens": number}
 
 
 def usage(number: int) -> str:
-    return f"data: {json.dumps({'choices': [], 'usage': told(number)})}\n\n"
+    return f"data: {json.dumps({'choices': [], 'usage': counted(number)})}\n\n"
 
 
 def reasoning(text: str) -> str:
@@ -154,13 +154,13 @@ STYLES = {
     "tells usage as it goes, from 0 on": (
         "in every event",
         lambda n: [
-            chunk("", usage=told(0)),
+            chunk("", usage=counted(0)),
             None,
-            *(chunk(usage=told(i + 1)) for i in range(n)),
-            chunk("", "length", usage=told(n)),
+            *(chunk(usage=counted(i + 1)) for i in range(n)),
+            chunk("", "length", usage=counted(n)),
         ],
     ),
-    "tells usage with the reason": ("at the end", lambda n: [ROLE, None, *[chunk()] * n, chunk("", "length", usage=told(n))]),
+    "tells usage with the reason": ("at the end", lambda n: [ROLE, None, *[chunk()] * n, chunk("", "length", usage=counted(n))]),
     "tells no usage": ("no usage", lambda n: [ROLE, None, *[chunk()] * n, END, DONE]),
     "tells a usage of null": (
         "no usage",

@@ -1,4 +1,4 @@
-"""A server that was started for a measurement is gone after it, however it ended."""
+"""A server started for a measurement ends with it, however the measurement ends."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ SIMULATED = ("--executor", "simulated")
 
 
 def pid_of(url: str) -> int:
-    """The process that listens there: the only child of this one whose command line is `serve`."""
+    """The server's process: the only child of this process with `serve` in its command line."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     (pid,) = (int(pid) for pid in children if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return pid

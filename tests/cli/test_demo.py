@@ -1,4 +1,4 @@
-"""The demo on the simulated executor, whose time is virtual: what is shown is the same every time."""
+"""The demo on the simulated executor. Its time is virtual, so every run shows the same."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from stallfree.core.slo import Slo
 
 @pytest.fixture
 def stallfree(monkeypatch, capsys):
-    """What a command prints, run in this process."""
+    """Runs a command in this process and gives what it prints."""
     monkeypatch.setenv("TERM", "dumb")
 
     def run(*arguments: str) -> str:
@@ -29,9 +29,9 @@ def stallfree(monkeypatch, capsys):
 
 
 def test_the_slo_policy_keeps_the_streams_in_time_and_the_fixed_budget_does_not(stallfree):
-    told = json.loads(stallfree("demo", "--json"))
-    fixed, slo = told["fixed"]["all"], told["slo"]["all"]
-    assert (512, "tbt=100ms@p99") == (told["token_budget"], told["target"])
+    answer = json.loads(stallfree("demo", "--json"))
+    fixed, slo = answer["fixed"]["all"], answer["slo"]["all"]
+    assert (512, "tbt=100ms@p99") == (answer["token_budget"], answer["target"])
     assert [STREAMS + PROMPTS] * 2 == [fixed["completed"], slo["completed"]]
     assert STREAMS * STREAM_TOKENS < slo["output_tokens"] == fixed["output_tokens"]
     assert (False, True) == (fixed["slo_attainment"]["tbt"]["met"], slo["slo_attainment"]["tbt"]["met"])

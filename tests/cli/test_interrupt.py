@@ -1,4 +1,4 @@
-"""Ctrl-C ends a search at once, with its processes, and without a word of what was left behind."""
+"""Ctrl-C ends a search and its processes at once, with no message about resources left behind."""
 
 import os
 import signal
@@ -31,11 +31,11 @@ def interrupt():
 threading.Thread(target=interrupt).start()
 main()
 """
-"""A signal that does not wake the thread that waits, as one that comes just before it waits: another thread takes it."""
+"""Another thread takes the signal, so it does not wake the waiting thread. A signal just before the wait is the same."""
 
 
 def workers(pid: int | str) -> list[int]:
-    """The processes that the search has for its trials."""
+    """The search's processes for trials."""
     children = [int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
     return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 

@@ -1,4 +1,4 @@
-"""What people read of measurements."""
+"""Measurements as commands print them."""
 
 from stallfree.cli.measuring import print_grid
 

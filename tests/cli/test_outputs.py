@@ -1,4 +1,4 @@
-"""What commands write beside their answer: rows for programs, and nothing over a file that is there."""
+"""Files that commands write in addition to their answer: rows for programs. An existing file is never overwritten."""
 
 import csv
 import json
@@ -30,15 +30,15 @@ def rows(file) -> list[dict]:
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_a_simulation_writes_a_row_for_each_request(stallfree, tmp_path, name):
     file = tmp_path / name
-    told = json.loads(stallfree("simulate", *LLAMA, "--requests-out", str(file), "--json")[1])
-    found = rows(file)
-    assert [list(COLUMNS)] * 12 == [list(one) for one in found]
-    assert told["completed"] == len({one["id"] for one in found}) == 12
-    assert told["output_tokens"] == sum(int(one["output_tokens"]) for one in found)
-    assert told["ttft_s"]["max"] == pytest.approx(max(float(one["ttft_s"]) for one in found))
-    assert told["e2e_s"]["max"] == pytest.approx(max(float(one["e2e_s"]) for one in found))
-    assert told["tbt_s"]["max"] == pytest.approx(max(float(one["tbt_max_s"]) for one in found))
-    assert all(float(one["arrival_s"]) <= float(one["scheduled_s"]) < float(one["first_token_s"]) for one in found)
+    report = json.loads(stallfree("simulate", *LLAMA, "--requests-out", str(file), "--json")[1])
+    written = rows(file)
+    assert [list(COLUMNS)] * 12 == [list(row) for row in written]
+    assert report["completed"] == len({row["id"] for row in written}) == 12
+    assert report["output_tokens"] == sum(int(row["output_tokens"]) for row in written)
+    assert report["ttft_s"]["max"] == pytest.approx(max(float(row["ttft_s"]) for row in written))
+    assert report["e2e_s"]["max"] == pytest.approx(max(float(row["e2e_s"]) for row in written))
+    assert report["tbt_s"]["max"] == pytest.approx(max(float(row["tbt_max_s"]) for row in written))
+    assert all(float(row["arrival_s"]) <= float(row["scheduled_s"]) < float(row["first_token_s"]) for row in written)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
@@ -48,7 +48,7 @@ def test_a_bench_writes_a_row_for_each_request(stallfree, tmp_path, url, name):
     code, _, err = stallfree("bench", "load", "--url", url, "--trace", str(trace), "--requests-out", str(file), "--json")
     assert 0 == code, err
     assert [("30", "3", "length"), ("20", "5", "length")] == [
-        (str(one["prompt_tokens"]), str(one["output_tokens"]), one["reason"]) for one in rows(file)
+        (str(row["prompt_tokens"]), str(row["output_tokens"]), row["reason"]) for row in rows(file)
     ]
     assert TRACE == trace.read_text()
 
@@ -62,8 +62,8 @@ def test_a_request_that_got_nothing_has_an_empty_row():
 def test_simulate_reads_a_trace_and_does_not_write_it(stallfree, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(TRACE)
-    told = json.loads(stallfree("simulate", "--model", "llama3-8b", "--trace", str(trace), "--json")[1])
-    assert (2, 8) == (told["completed"], told["output_tokens"])
+    report = json.loads(stallfree("simulate", "--model", "llama3-8b", "--trace", str(trace), "--json")[1])
+    assert (2, 8) == (report["completed"], report["output_tokens"])
     assert TRACE == trace.read_text()
 
 

@@ -1,4 +1,4 @@
-"""`stallfree perf`, as its user meets it: the price of an iteration, what it is made of, and what is said to mistakes."""
+"""`stallfree perf` as a user sees it: the price of an iteration, its parts, and messages for mistakes."""
 
 import json
 
@@ -44,10 +44,10 @@ def test_an_iteration_is_priced_operator_by_operator_beside_its_limit(stallfree)
 
 def test_the_operators_add_up(stallfree):
     code, out, _ = stallfree(*QUESTION, "--json")
-    told = json.loads(out)
-    assert (0, 544) == (code, told["tokens"])
-    assert told["seconds"] == pytest.approx(sum(op["seconds"] for op in told["operators"]))
-    assert all(op["limit_seconds"] <= op["seconds"] * (1 + 1e-9) for op in told["operators"])
+    answer = json.loads(out)
+    assert (0, 544) == (code, answer["tokens"])
+    assert answer["seconds"] == pytest.approx(sum(op["seconds"] for op in answer["operators"]))
+    assert all(op["limit_seconds"] <= op["seconds"] * (1 + 1e-9) for op in answer["operators"])
 
 
 def test_a_pipeline_tells_its_stages(stallfree):
@@ -66,9 +66,9 @@ def test_this_cpu_is_what_its_calibration_says(stallfree, tmp_path, monkeypatch)
     monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path))
     model = Fitted((0.01, 0.05, 0.02, 0.03, 0.02, 0.004))
     errors = model.errors([([(1, 1)], 1.0)])
-    for name, made in (("small.gguf", model), ("other.gguf", Fitted())):
+    for name, fitted in (("small.gguf", model), ("other.gguf", Fitted())):
         key = calibrate.machine() | {"model": [name, 1, 2]}
-        calibrate.remember(made, errors, key, tmp_path / "calibration", Capacity(32, 9, 99))
+        calibrate.remember(fitted, errors, key, tmp_path / "calibration", Capacity(32, 9, 99))
     code, out, _ = stallfree("perf", "--hardware", "this-cpu", "--model", "small", "--shape", "3@100,64", "--json")
     assert 0 == code
     assert model.seconds([(100, 1)] * 3 + [(0, 64)]) == json.loads(out)["seconds"]
@@ -111,6 +111,6 @@ def test_measured_kernels_are_held_against_the_model(stallfree, tmp_path):
     assert ["a100_dgx_send_recv.csv", "send_recv", "1"] in [line.split()[:3] for line in out.splitlines()]
     assert ["all", "files", "send-receive", "1"] in [line.split()[:4] for line in out.splitlines()]
     assert "ignored, because its columns" in err
-    told = json.loads(stallfree("perf", "check", str(tmp_path), "--json")[1])
-    assert {"points", "median", "p90", "bias"} == set(told["kinds"]["send-receive"])
-    assert ["send_recv"] == [row["operator"] for row in told["operators"]]
+    answer = json.loads(stallfree("perf", "check", str(tmp_path), "--json")[1])
+    assert {"points", "median", "p90", "bias"} == set(answer["kinds"]["send-receive"])
+    assert ["send_recv"] == [row["operator"] for row in answer["operators"]]

@@ -1,4 +1,4 @@
-"""`stallfree plan`, as its user meets it."""
+"""`stallfree plan` as a user sees it."""
 
 import json
 
@@ -8,7 +8,7 @@ SMALL = ("plan", "--model", "llama2-7b", "--gpus", "2", "--lengths", "2000/30")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def planned(tmp_path_factory):
     import contextlib
     import io
 
@@ -21,23 +21,23 @@ def told(tmp_path_factory):
     return json.loads(out.getvalue()), page.read_text()
 
 
-def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(told):
-    answer, _ = told
+def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(planned):
+    answer, _ = planned
     rates = [unit["requests_per_s"] for unit in answer["units"]]
     assert rates == sorted(rates, reverse=True)
     kinds = {unit["name"].split()[0] for unit in answer["units"]}
     assert {"slo", "sarathi:512", "sarathi:2048", "prefill-first", "distserve", "splitwise", "hybrid"} == kinds
-    best, *others = (one["capacity"] for one in answer["all_gpus"])
-    assert {True, False} == {" -> " in one["name"] for one in answer["all_gpus"]}
+    best, *others = (unit["capacity"] for unit in answer["all_gpus"])
+    assert {True, False} == {" -> " in unit["name"] for unit in answer["all_gpus"]}
     assert best >= max(others)
     assert min(others) > 0
     assert best / 2 == answer["all_gpus"][0]["goodput_per_gpu"]
 
 
-def test_the_verdict_says_who_wins_and_by_how_much(told):
-    verdict = told[0]["verdict"]
+def test_the_verdict_says_who_wins_and_by_how_much(planned):
+    verdict = planned[0]["verdict"]
     split, co_located = (
-        next(one["capacity"] for one in told[0]["all_gpus"] if (" -> " in one["name"]) is kind) for kind in (True, False)
+        next(unit["capacity"] for unit in planned[0]["all_gpus"] if (" -> " in unit["name"]) is kind) for kind in (True, False)
     )
     assert split / co_located - 1 == pytest.approx(verdict["margin"])
     assert verdict["headline"].startswith("Disaggregate" if verdict["margin"] > 0.12 else "Do not disaggregate")
@@ -46,17 +46,17 @@ def test_the_verdict_says_who_wins_and_by_how_much(told):
     assert verdict["commands"][0].startswith("stallfree ")
 
 
-def test_attainments_fall_as_the_rate_rises(told):
-    for points in told[0]["attainment"].values():
+def test_attainments_fall_as_the_rate_rises(planned):
+    for points in planned[0]["attainment"].values():
         shares = [point["goodput"]["share"] for point in points]
         assert 5 == len(shares)
         assert shares[0] > shares[-1]
 
 
-def test_the_page_has_table_and_plot(told):
-    names = told[0]["units"][0]["name"].replace(">", "&gt;")
-    asked = "llama2-7b on 2 x a100-80g, 1 nodes, ib-200g; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
-    assert all(part in told[1] for part in ("<svg", names, "isaggregate", asked))
+def test_the_page_has_table_and_plot(planned):
+    names = planned[0]["units"][0]["name"].replace(">", "&gt;")
+    question = "llama2-7b on 2 x a100-80g, 1 nodes, ib-200g; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
+    assert all(part in planned[1] for part in ("<svg", names, "isaggregate", question))
 
 
 def test_a_split_that_misses_the_target_by_itself_leaves_the_others(stallfree):

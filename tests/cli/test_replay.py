@@ -1,4 +1,4 @@
-"""`stallfree replay` and `explain`, as their user meets them, on files as `serve --record` writes them."""
+"""`stallfree replay` and `explain` as a user sees them, on files as `serve --record` writes them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`stallfree reproduce`, as its user meets it."""
+"""`stallfree reproduce` as a user sees it."""
 
 import json
 
@@ -9,8 +9,8 @@ def test_reproduce_prints_a_part(stallfree, tmp_path):
     assert "published" in out
     assert "errors: median" in out
     assert ["the_price_of_chunks.png"] == [file.name for file in (tmp_path / "new" / "plots").iterdir()]
-    told = json.loads(stallfree("reproduce", "sarathi", "--only", "chunking", "--json")[1])
-    assert 12 == len(told["tables"]["The price of chunks: Yi-34B"])
+    answer = json.loads(stallfree("reproduce", "sarathi", "--only", "chunking", "--json")[1])
+    assert 12 == len(answer["tables"]["The price of chunks: Yi-34B"])
 
 
 def test_reproduce_names_its_mistakes(stallfree, tmp_path):

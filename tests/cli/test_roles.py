@@ -1,4 +1,4 @@
-"""`serve --role` and `route`: what they say to mistakes, before anything is loaded, and three of them together."""
+"""`serve --role` and `route`: messages for mistakes, before anything is loaded, and three commands together."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def test_roles_and_addresses_that_cannot_be(stallfree, arguments, says):
 
 
 def failing(*arguments: str) -> str:
-    """What a command says that fails once it holds ports, which end with its process."""
+    """The error text of a command that fails after it has opened ports, which close with its process."""
     command = [sys.executable, "-m", "stallfree", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert 1 == done.returncode
@@ -43,8 +43,8 @@ def failing(*arguments: str) -> str:
 def test_a_peer_port_in_use_is_named_with_its_option():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        said = failing("serve", "--executor", "simulated", "--port", "0", "--role", "prefill", "--peer-port", port)
-    assert f"port {port} on 127.0.0.1 is in use; stop what uses it, or give another with --peer-port" in said
+        error = failing("serve", "--executor", "simulated", "--port", "0", "--role", "prefill", "--peer-port", port)
+    assert f"port {port} on 127.0.0.1 is in use; stop what uses it, or give another with --peer-port" in error
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_route_to_nowhere(stallfree, arguments, says):
 
 @contextlib.contextmanager
 def running(*arguments: str):
-    """A command as a process, with the first line that it prints; it ends by itself when asked to."""
+    """Runs a command as a process and gives its first line. The process must end by itself when asked to."""
     command = [sys.executable, "-m", "stallfree", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
@@ -77,9 +77,9 @@ def test_three_commands_make_a_server_that_hands_over():
     with contextlib.ExitStack() as stack:
         prefill = json.loads(stack.enter_context(running("serve", *plain, "--role", "prefill", "--peer-port", "0")))
         decode = json.loads(stack.enter_context(running("serve", *plain, "--role", "decode", "--prefill", prefill["peers"])))
-        said = stack.enter_context(running("route", "--port", "0", "--decode", decode["url"], "--prefill", prefill["peers"]))
+        output = stack.enter_context(running("route", "--port", "0", "--decode", decode["url"], "--prefill", prefill["peers"]))
         assert ("prefill", "decode", prefill["peers"]) == (prefill["role"], decode["role"], decode["peers"])
-        url = said.split()[0]
+        url = output.split()[0]
         urls, body = (url, f"{prefill['url']}/v1"), {"prompt": "x" * 90}
         answers = [httpx.post(f"{url}/completions", json=body, timeout=PATIENCE_S).json() for url in urls]
         assert answers[0]["choices"] == answers[1]["choices"]
@@ -87,8 +87,8 @@ def test_three_commands_make_a_server_that_hands_over():
 
         def handed_over() -> bool:
             httpx.post(f"{url}/completions", json={"prompt": "y" * 90}, timeout=PATIENCE_S)
-            told = httpx.get(f"{decode['url']}/metrics", timeout=PATIENCE_S).text
-            return delivered in told and f"{delivered} 0.0" not in told
+            metrics = httpx.get(f"{decode['url']}/metrics", timeout=PATIENCE_S).text
+            return delivered in metrics and f"{delivered} 0.0" not in metrics
 
         until(handed_over)
 
@@ -97,5 +97,5 @@ def test_an_engine_of_another_kind_is_refused_at_the_start():
     plain = ("--executor", "simulated", "--policy", "sarathi", "--port", "0", "--json")
     with running("serve", *plain, "--role", "prefill", "--peer-port", "0", "--peer-key", "a") as card:
         peer = json.loads(card)["peers"]
-        said = failing("serve", *plain, "--role", "decode", "--prefill", peer, "--peer-key", "b")
-    assert f"prefill engine {peer}: the peer key is wrong or missing" in said
+        error = failing("serve", *plain, "--role", "decode", "--prefill", peer, "--peer-key", "b")
+    assert f"prefill engine {peer}: the peer key is wrong or missing" in error

@@ -1,4 +1,4 @@
-"""`stallfree serve` and `--version`, as their user meets them in the first minute."""
+"""`stallfree serve` and `--version` as a user sees them in the first minute."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SIMULATED = ("serve", "--executor", "simulated", "--port", "0")
 
 
 def begun(*arguments: str) -> tuple[str, str]:
-    """What a server prints on standard output and on standard error, which has begun to serve and ends then."""
+    """Standard output and standard error of a server that is ended as soon as it serves."""
     command = [sys.executable, "-m", "stallfree", *SIMULATED, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         lines = []
@@ -29,7 +29,7 @@ def test_the_version_is_told(stallfree):
 
 def test_the_card_says_where_the_default_target_comes_from():
     out, err = begun()
-    # What it is: five times the small batch that the policy counts in, by the simulated executor's prices.
+    # The default target: five times the small batch that the policy counts in, at the simulated executor's prices.
     assert "policy     slo, tbt=67ms@p99" in out
     assert "default, the paper's strict SLO: 5 x 13.2 ms, an iteration of 8 decodes as simulated" in out
     assert "" == err

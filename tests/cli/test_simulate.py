@@ -1,4 +1,4 @@
-"""`stallfree simulate`, `capacity` and `compare`, as their user meets them."""
+"""`stallfree simulate`, `capacity` and `compare` as a user sees them."""
 
 import json
 
@@ -21,32 +21,32 @@ def test_simulate_prints_a_table_for_people(stallfree):
 
 def test_simulate_prints_the_keys_of_bench_for_programs(stallfree):
     code, out, _ = stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms,ttft=2s", "--json")
-    told = json.loads(out)
-    assert (0, 40, {}) == (code, told["completed"], told["errors"])
+    report = json.loads(out)
+    assert (0, 40, {}) == (code, report["completed"], report["errors"])
     assert [{"p50", "p90", "p99", "max"}] * 5 == [
-        set(told[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s", "scheduling_s")
+        set(report[name]) for name in ("ttft_s", "tbt_s", "tpot_s", "e2e_s", "scheduling_s")
     ]
-    assert {"model": "llama3-8b", "hardware": "a100-80g", "policy": "slo", "slo": "tbt=60ms,ttft=2s"} == told["deployment"]
-    assert {"ttft", "tbt"} == set(told["slo_attainment"])
-    assert 40 * 30 == told["output_tokens"]
+    assert {"model": "llama3-8b", "hardware": "a100-80g", "policy": "slo", "slo": "tbt=60ms,ttft=2s"} == report["deployment"]
+    assert {"ttft", "tbt"} == set(report["slo_attainment"])
+    assert 40 * 30 == report["output_tokens"]
 
 
 def test_simulate_writes_records_that_explain_reads_a_trace_and_a_page(stallfree, tmp_path):
     record, trace, html = tmp_path / "run.jsonl", tmp_path / "trace.json", tmp_path / "page.html"
     files = ("--record", str(record), "--chrome-trace", str(trace), "--html", str(html))
-    told = json.loads(stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms", *files, "--json")[1])
+    report = json.loads(stallfree("simulate", *LLAMA, "--rate", "4", "--slo", "tbt=60ms", *files, "--json")[1])
     run, records = read(record.read_text().splitlines())
-    assert ("slo", told["iterations"]) == (run.policy, len(records))
+    assert ("slo", report["iterations"]) == (run.policy, len(records))
     assert "40 requests arrived and got 1200 tokens" in stallfree("explain", str(record))[1]
-    assert told["iterations"] == sum(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
+    assert report["iterations"] == sum(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
     assert all(part in html.read_text() for part in ("<svg", "TBT p99, ms", "llama3-8b on a100-80g"))
 
 
 def test_options_come_from_a_file_and_the_command_line_before_it(stallfree, tmp_path):
     file = tmp_path / "load.toml"
     file.write_text('model = "llama3-8b"\nlengths = "300/30"\nrequests = 20\nrate = 4\npolicy = "sarathi"\ntoken-budget = 512\n')
-    told = json.loads(stallfree("simulate", "--config", str(file), "--token-budget", "64", "--json")[1])
-    assert (20, 64) == (told["completed"], told["deployment"]["token_budget"])
+    report = json.loads(stallfree("simulate", "--config", str(file), "--token-budget", "64", "--json")[1])
+    assert (20, 64) == (report["completed"], report["deployment"]["token_budget"])
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_capacity_is_found_for_each_configuration(stallfree, tmp_path):
     file.write_text("[configurations.two-devices]\ntp = 2\n")
     search = ("--config", str(file), "--slo", "tbt=40ms", "--start", "8", "--tolerance", "0.3", "--trials", "1")
     code, out, _ = stallfree("capacity", "sarathi:256", *LLAMA, *search, "--json")
-    told = json.loads(out)["configurations"]
-    assert (0, {"sarathi:256", "two-devices"}) == (code, set(told))
-    assert 2 == told["two-devices"]["deployment"]["tp"]
-    for one in told.values():
-        assert one["capacity"] > 0
-        assert {"rate", "seed", "passed", "why", "ttft_s", "slo_attainment"} <= set(one["trials"][0])
-        assert max(trial["rate"] for trial in one["trials"] if trial["passed"]) == one["capacity"]
+    configurations = json.loads(out)["configurations"]
+    assert (0, {"sarathi:256", "two-devices"}) == (code, set(configurations))
+    assert 2 == configurations["two-devices"]["deployment"]["tp"]
+    for configuration in configurations.values():
+        assert configuration["capacity"] > 0
+        assert {"rate", "seed", "passed", "why", "ttft_s", "slo_attainment"} <= set(configuration["trials"][0])
+        assert max(trial["rate"] for trial in configuration["trials"] if trial["passed"]) == configuration["capacity"]
     table = stallfree("capacity", "sarathi:256", *LLAMA, *search)[1]
     assert all(name in table for name in ("sarathi:256", "two-devices", "missed at", "$ per million"))
 
@@ -97,8 +97,8 @@ def test_compare_puts_configurations_at_several_loads_side_by_side(stallfree, tm
     rows = [line.split()[:2] for line in out.splitlines()[1:]]
     assert [["sarathi:256", "2"], ["orca", "2"], ["sarathi:256", "8"], ["orca", "8"]] == rows
     assert "<svg" in (tmp_path / "page.html").read_text()
-    told = json.loads(stallfree("compare", "sarathi:256", "orca", *LLAMA, *loads, "--json")[1])
-    assert [(run["configuration"], run["rate"]) for run in told["runs"]] == [(name, float(rate)) for name, rate in rows]
+    answer = json.loads(stallfree("compare", "sarathi:256", "orca", *LLAMA, *loads, "--json")[1])
+    assert [(run["configuration"], run["rate"]) for run in answer["runs"]] == [(name, float(rate)) for name, rate in rows]
 
 
 def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
@@ -108,8 +108,8 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
     slower = model.errors([([(1, 1)], 1.25 * model.seconds([(1, 1)]))])
     calibrate.remember(model, slower, key, tmp_path / "calibration", Capacity(32, 500, 2048))
     lone = ("--hardware", "this-cpu", "--requests", "1", "--rate", "1", "--lengths", "64/2")
-    told = json.loads(stallfree("simulate", *lone, "--policy", "sarathi", "--json")[1])
-    assert 1.25 * model.seconds([(64, 1)]) == pytest.approx(told["tbt_s"]["p50"])
+    report = json.loads(stallfree("simulate", *lone, "--policy", "sarathi", "--json")[1])
+    assert 1.25 * model.seconds([(64, 1)]) == pytest.approx(report["tbt_s"]["p50"])
     code, _, err = stallfree("simulate", *lone, "--tp", "2")
     assert 2 == code
     assert "tp, pp, weights and kv are for other hardware" in err

@@ -1,4 +1,4 @@
-"""A draft refuses what would break it, whatever a policy asks for, and says where a prompt begins that is cached in part."""
+"""A draft refuses what would break it, whatever a policy asks for. It says where a partly cached prompt begins."""
 
 import pytest
 
@@ -18,10 +18,10 @@ class Scripted:
 
     def __init__(self, *verbs):
         self.verbs = list(verbs)
-        self.said = []
+        self.results = []
 
     def plan(self, draft):
-        self.said.append(self.verbs.pop(0)(draft))
+        self.results.append(self.verbs.pop(0)(draft))
 
 
 def admit_all(draft):
@@ -41,7 +41,7 @@ def step(s):
 
 
 def streams(s, count, length=1):
-    """So many ready decodes."""
+    """Submit `count` requests that become ready decodes."""
     for i in range(count):
         s.submit(Request(f"r{i}", range(1000 * i, 1000 * i + length), 50))
 
@@ -51,7 +51,7 @@ def test_a_decode_is_planned_once():
     streams(s, 1)
     step(s)
     assert 1 == len(step(s).work)
-    assert [True, False, False] == s.policy.said[1]
+    assert [True, False, False] == s.policy.results[1]
 
 
 def test_decodes_end_where_the_token_limit_does():
@@ -77,7 +77,7 @@ def test_a_prompt_in_prefill_is_no_decode():
     s.submit(Request("long", range(40), 5))
     step(s)
     assert () == step(s).work
-    assert [False] == s.policy.said[1]
+    assert [False] == s.policy.results[1]
 
 
 def test_the_last_token_of_a_prompt_is_no_decode():
@@ -94,7 +94,7 @@ def test_a_request_that_has_ended_or_waits_is_no_decode():
     step(s)
     s.submit(waiting)
     step(s)
-    assert [False, False] == s.policy.said[1]
+    assert [False, False] == s.policy.results[1]
 
 
 def test_only_who_waits_in_this_queue_is_admitted():
@@ -102,7 +102,7 @@ def test_only_who_waits_in_this_queue_is_admitted():
     s = scheduler(Scripted(lambda draft: [draft.admit(r) for r in (stranger, elsewhere)]))
     transfer.expect(s.ledger, elsewhere)
     step(s)
-    assert [0, 0] == s.policy.said[0]
+    assert [0, 0] == s.policy.results[0]
     assert not s.ledger.running
 
 
@@ -111,7 +111,7 @@ def test_a_prompt_whose_kv_comes_from_elsewhere_gets_no_work():
     transfer.expect(s.ledger, Request("elsewhere", range(9), 5))
     assert transfer.admit(s.ledger) is not None
     step(s)
-    assert [(False, 0)] == s.policy.said[0]
+    assert [(False, 0)] == s.policy.results[0]
 
 
 def test_a_limit_below_nothing_is_nothing():
@@ -127,7 +127,7 @@ def test_a_chunk_begins_behind_what_is_cached_of_the_prompt(cached):
     step(s)
     s.submit(Request("second", [*range(cached), *range(500, 540)][:40], 1))
     step(s)
-    assert [cached] == s.policy.said[1]
+    assert [cached] == s.policy.results[1]
     assert (("second", cached),) == step(s).cached
 
 
@@ -140,7 +140,7 @@ def test_looking_changes_nothing():
     free = s.ledger.pool.num_free
     for _ in range(3):
         step(s)
-    assert [[36]] * 3 == s.policy.said[1:]
+    assert [[36]] * 3 == s.policy.results[1:]
     assert (free, [], 0) == (s.ledger.pool.num_free, request.blocks, request.num_shared)
 
 
@@ -155,8 +155,8 @@ def test_what_is_evicted_between_two_looks_is_not_cached_any_more():
     s.submit(Request("third", range(900, 944), 1))
     step(s)
     step(s)
-    assert [36] == s.policy.said[1]
-    assert s.policy.said[3][0] < 36
+    assert [36] == s.policy.results[1]
+    assert s.policy.results[3][0] < 36
 
 
 def test_what_another_pool_had_of_a_request_does_not_count():
@@ -170,4 +170,4 @@ def test_what_another_pool_had_of_a_request_does_not_count():
     transfer.release(first.ledger, "moved")
     second.submit(request)
     step(second)
-    assert ([36], [0]) == (first.policy.said[1], second.policy.said[0])
+    assert ([36], [0]) == (first.policy.results[1], second.policy.said[0])

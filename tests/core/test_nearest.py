@@ -1,4 +1,4 @@
-"""The name that is meant is the near one."""
+"""An unknown name is taken to mean the most similar known one."""
 
 import pytest
 

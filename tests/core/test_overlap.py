@@ -1,4 +1,4 @@
-"""Where iterations overlap, the next one is planned while one runs: the same tokens, nothing beyond known ends, nobody left out."""
+"""With overlap the next iteration is planned while one runs: same tokens, nothing beyond known ends, nobody left out."""
 
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ def test_where_kv_is_short_the_next_plan_waits_for_the_iteration_that_runs():
     first = s.schedule(0)
     assert 2 == len(s.schedule(0).work)
     s.complete(first, answer(first), 0)
-    # Both would need a block now; one can be had only by preempting the other, which is in flight.
+    # Both need a block now. Only preempting the other could free one, and the other is in flight.
     assert not s.schedule(0).work
 
 

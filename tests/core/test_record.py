@@ -1,4 +1,4 @@
-"""A record is one line of JSON, and only a whole one of this version is read."""
+"""A record is one line of JSON; only complete records of this version are read."""
 
 import pytest
 

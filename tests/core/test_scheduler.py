@@ -1,4 +1,4 @@
-"""What the scheduler promises whatever the policy."""
+"""The scheduler's promises, which hold under every policy."""
 
 import pytest
 
@@ -219,20 +219,20 @@ def test_an_evicted_prefix_is_never_found_again():
 
 
 def test_a_released_request_continues_elsewhere_with_the_same_tokens():
-    here, there = scheduler(), scheduler()
+    source, target = scheduler(), scheduler()
     request = Request("a", range(20), 5)
-    here.submit(request)
+    source.submit(request)
     for _ in range(2):
-        step(here)
-    transfer.hold(here.ledger, "a")
-    assert request is transfer.release(here.ledger, "a")
-    here.ledger.check()
+        step(source)
+    transfer.hold(source.ledger, "a")
+    assert request is transfer.release(source.ledger, "a")
+    source.ledger.check()
     twin = Request("a", range(20), 5)
-    transfer.expect(there.ledger, twin)
-    assert twin is transfer.admit(there.ledger)
-    assert transfer.deliver(there.ledger, twin, request.output[0], 0) is None
-    while there.ledger.requests:
-        step(there)
+    transfer.expect(target.ledger, twin)
+    assert twin is transfer.admit(target.ledger)
+    assert transfer.deliver(target.ledger, twin, request.output[0], 0) is None
+    while target.ledger.requests:
+        step(target)
     assert [20, 21, 22, 23, 24] == twin.output
 
 

@@ -1,4 +1,4 @@
-"""A latency target is what its words say, and words that say nothing are refused with better ones."""
+"""A latency target is parsed from text; text without a meaning is refused with text that has one."""
 
 import pytest
 

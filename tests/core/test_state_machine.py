@@ -1,4 +1,4 @@
-"""Whatever is called in whatever order, the accounts agree, the promise holds, and everybody gets their own tokens."""
+"""In any order of calls the accounts agree, the promise holds, and every request gets its own tokens."""
 
 import random
 from collections import deque
@@ -18,7 +18,7 @@ from tests.virtual import answer
 
 
 class Reckless:
-    """A policy that says any verb of anybody, waiting, running, planned already or ended, with any number of tokens."""
+    """A policy that calls any verb with any request (waiting, running, planned or ended) and any number of tokens."""
 
     reserve = "prompt"
     stall_free = False
@@ -116,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ledger.check()
 
     def come(self, request, fails):
-        """What was asked for elsewhere comes, or does not."""
+        """The expected KV transfer is delivered, or fails."""
         if fails:
             transfer.recall(self.ledger, request)
             assert request.status is Status.WAITING

@@ -1,4 +1,4 @@
-"""The embedded model, whole: the answer is right, and a greedy token is the same however its request was batched.
+"""The whole embedded model: its answer is right, and its greedy tokens do not depend on the batch.
 
 Exactness is a promise of f32 weights and KV. Products of lower precision round differently in different batch sizes.
 """
@@ -31,7 +31,7 @@ def exact() -> Engine:
 
 
 class Smaller:
-    """An executor that says it holds fewer KV blocks than it does."""
+    """An executor that reports fewer KV blocks than it holds."""
 
     def __init__(self, executor, num_blocks):
         self.capacity = replace(executor.capacity, num_blocks=num_blocks)
@@ -79,7 +79,7 @@ def test_greedy_tokens_are_the_same_after_preemption(exact, alone):
 
 def test_greedy_tokens_are_the_same_with_prefixes_shared(exact, alone):
     engine = Engine(exact.executor, exact.text, load("sarathi"))
-    found = []
+    outputs = []
     for turn in range(2):
         requests = [
             Request(f"{turn}.{i}", exact.text.encode(p), 24, sampling=Sampling(temperature=0)) for i, p in enumerate(PROMPTS)
@@ -88,9 +88,9 @@ def test_greedy_tokens_are_the_same_with_prefixes_shared(exact, alone):
             engine.submit(request)
         while engine.busy:
             engine.step()
-        found.append([r.output for r in requests])
+        outputs.append([r.output for r in requests])
     assert requests[0].num_cached > 0
-    assert [alone, alone] == found
+    assert [alone, alone] == outputs
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The embedded model by torch, in one process and in several: greedy tokens are those of the default executor."""
+"""The embedded model on torch, in one process and in several: greedy tokens equal those of the default executor."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The embedded model, prefilled in one engine and decoded in another: every greedy token is that of one engine.
+"""The embedded model, prefilled in one engine and decoded in another: greedy tokens equal those of one engine.
 
 Exactness is a promise of f32 weights and KV, as in `test_embedded`.
 """
@@ -21,9 +21,9 @@ EXACT = Options(weights="f32", kv="f32", kv_memory=128 << 20, max_model_len=512,
 def pair():
     """The engine that decodes, with its records, and the one that prefills."""
     records = []
-    one, other = assemble(EXACT), assemble(EXACT)
-    one.engine.record = records.append
-    return one, other, records
+    decode, prefill = assemble(EXACT), assemble(EXACT)
+    decode.engine.record = records.append
+    return decode, prefill, records
 
 
 def requests(text):
@@ -32,20 +32,20 @@ def requests(text):
 
 
 def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
-    here, there, records = pair
-    monkeypatch.setattr("tests.transfer.conftest.terms", lambda one: Terms.of(one.executor, here.identity))
+    decode, prefill, records = pair
+    monkeypatch.setattr("tests.transfer.conftest.terms", lambda engine: Terms.of(engine.executor, decode.identity))
 
     async def run():
-        alone, handed = requests(here.engine.text), requests(here.engine.text)
-        async with prefilling(there.engine) as address, decoding(here.engine, address) as (thread, asks):
+        alone, handed = requests(decode.engine.text), requests(decode.engine.text)
+        async with prefilling(prefill.engine) as address, decoding(decode.engine, address) as (thread, asks):
             outputs = await read(thread.submit(handed, transfer=asks.transfers(None)))
-            here.engine.scheduler.ledger.pool.forget()
+            decode.engine.scheduler.ledger.pool.forget()
             await read(thread.submit(alone))
         return [r.output for r in alone], [r.output for r in handed], outputs
 
     alone, handed, outputs = asyncio.run(run())
     assert alone == handed
-    assert {str(i) for i in range(len(PROMPTS))} == {came.id for record in records for came in record.delivered}
+    assert {str(i) for i in range(len(PROMPTS))} == {transfer.id for record in records for transfer in record.delivered}
     assert all(len(output.details.top) == 2 for output in outputs)
 
 

@@ -1,4 +1,4 @@
-"""A calibration describes the executor it timed, is remembered for the same machine and model, and a broken file is passed over."""
+"""A calibration describes the executor that it timed. It is kept per machine and model; a broken file is ignored."""
 
 import pytest
 
@@ -12,7 +12,7 @@ KEY = {"cpu": "one", "model": "that"}
 
 
 class Instant:
-    """Says what `COST` says, and takes no time."""
+    """An executor that reports the times of `COST` and takes none itself."""
 
     def __init__(self, blocks: int = 400) -> None:
         self.capacity = Capacity(block_size=32, num_blocks=blocks, max_model_len=4096)
@@ -44,10 +44,10 @@ def test_no_block_is_named_that_the_executor_does_not_have(blocks):
 
 
 def test_progress_ends_at_the_end():
-    told = []
-    calibrate(Instant(), lambda done, of: told.append((done, of)))
-    assert told[-1][0] == told[-1][1]
-    assert told == sorted(told)
+    progress = []
+    calibrate(Instant(), lambda done, of: progress.append((done, of)))
+    assert progress[-1][0] == progress[-1][1]
+    assert progress == sorted(progress)
 
 
 def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):

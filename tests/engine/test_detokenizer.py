@@ -1,4 +1,4 @@
-"""Any token ids of any tokenizer become text, piece by piece, as they would all together."""
+"""With every tokenizer, token ids decoded piece by piece give the same text as decoded together."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_the_pieces_of_any_ids_are_the_decoding_of_all(name, data):
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece without a prefix"])
 @given(st.data())
 def test_the_pieces_of_byte_tokens_are_the_decoding_of_all_where_they_are_characters_or_none_is(name, data):
-    """The library takes a whole run of byte tokens for no characters if one of them is none; here those that are one stay."""
+    """One invalid byte token makes the library reject the whole run of them; here the run's valid characters stay."""
     tokenizer = ALL[name]
     ids = data.draw(any_ids(tokenizer))
     runs = re.findall(r"(?:<0x..>)+", "".join(t for id in ids if (t := tokenizer.id_to_token(id) or "") and t != "<|end|>"))
@@ -53,18 +53,18 @@ def test_the_pieces_of_byte_tokens_are_the_decoding_of_all_where_they_are_charac
 )
 @example(["<0x0A>", "<0xDD>", "▁Hello"])
 def test_byte_tokens_are_read_as_utf8(tokens):
-    got = streamed(FALLBACK, [id_of(token) for token in tokens])
-    said, octets = [], b""
+    text = streamed(FALLBACK, [id_of(token) for token in tokens])
+    pieces, octets = [], b""
     for token in tokens:
         if token in BYTES:
             octets += bytes([BYTES.index(token)])
         elif token not in ("<|end|>",):
-            said.append(octets.decode(errors="replace"))
-            said.append(token.replace("▁", " "))
+            pieces.append(octets.decode(errors="replace"))
+            pieces.append(token.replace("▁", " "))
             octets = b""
-    expected = "".join([*said, octets.decode(errors="replace")])
-    one = re.compile("\ufffd+")  # how many U+FFFD stand for a broken character is not looked at
-    assert one.sub("\ufffd", expected.removeprefix(" ")) == one.sub("\ufffd", got)
+    expected = "".join([*pieces, octets.decode(errors="replace")])
+    broken = re.compile("\ufffd+")  # the number of U+FFFD for a broken character does not matter
+    assert broken.sub("\ufffd", expected.removeprefix(" ")) == broken.sub("\ufffd", text)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loop: outputs, ends, faults and records, on an executor that only counts."""
+"""The engine's loop: outputs, ends, faults and records, on an executor that only counts."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ ANSWER = TEXT.encode("Hello, world! Grüße. ")
 
 
 class Parrot:
-    """Says ANSWER over and over, each request from its beginning; fails at the steps in `fails`, loses all at those in `losses`."""
+    """Answers every request with ANSWER, repeated. It fails at the steps in `fails`, and loses all KV at those in `losses`."""
 
     def __init__(self, fails=(), depth=1, fail_in="collect", losses=(), overlap=False):
         self.capacity = Capacity(16, 64, 512, depth, overlap)

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: read as llama.cpp reads them, and one that is damaged is refused by its key."""
+"""Tokenizers of GGUF files are read as llama.cpp reads them; a damaged one is refused with the key at fault."""
 
 import pytest
 from tokenizers import pre_tokenizers

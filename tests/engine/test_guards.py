@@ -1,5 +1,5 @@
-"""What one request raises ends that request: in its text, its stops, its watcher, its KV transfer, or its record. Its neighbour
-gets every token."""
+"""An exception in one request's text, stops, watcher, KV transfer or record ends only that request. Its neighbour gets every
+token."""
 
 import asyncio
 
@@ -56,16 +56,16 @@ def assert_only_the_bad_one_failed(ends, *, error: str):
     ("cls", "method"), [(Detokenizer, "push"), (Detokenizer, "flush"), (StopStrings, "push"), (StopStrings, "flush")]
 )
 def test_a_request_whose_text_raises_ends_alone(monkeypatch, cls, method, depth):
-    made = []
+    instances = []
     init = cls.__init__
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        made.append(self)
+        instances.append(self)
 
     monkeypatch.setattr(cls, "__init__", remember)
     own = getattr(cls, method)
-    monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is made[0] else own(self, *a, **k))
+    monkeypatch.setattr(cls, method, lambda self, *a, **k: make_trouble() if self is instances[0] else own(self, *a, **k))
     assert_only_the_bad_one_failed(served(depth=depth), error="its tokens cannot be turned into text (Trouble: out of order)")
 
 
@@ -140,7 +140,7 @@ def test_a_stream_that_cannot_be_made_leaves_nothing_behind(monkeypatch):
 
 
 class Panic(BaseException):
-    """What a panic in a library written in Rust is in Python."""
+    """What a panic in a Rust library looks like in Python."""
 
 
 def test_a_panic_in_the_tokenizer_ends_its_request_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""The engine for scripts, without a model: calls that overlap keep to themselves, and a refusal leaves nothing behind."""
+"""The engine for scripts, without a model: overlapping calls do not mix, and a refusal leaves nothing behind."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from stallfree.core.request import Refused
 
 @pytest.fixture
 def llm():
-    with LLM(executor="simulated", max_model_len=64) as made:
-        yield made
+    with LLM(executor="simulated", max_model_len=64) as llm:
+        yield llm
 
 
 def test_streams_read_in_turn_get_each_their_own_text(llm):
@@ -36,7 +36,7 @@ def test_a_refused_prompt_takes_the_others_of_its_call_with_it_and_nothing_else(
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):
-    """A model of 160 embeddings, whose tokenizer has more tokens than that."""
+    """A model with 160 embeddings and a tokenizer with more tokens."""
     from tests.engine.tokenizers import byte_level
     from tests.models import write_folder
 

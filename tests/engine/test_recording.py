@@ -1,4 +1,4 @@
-"""A run in a file is the run."""
+"""A run read back from its file is the same run."""
 
 from pathlib import Path
 

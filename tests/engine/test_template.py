@@ -1,4 +1,4 @@
-"""Chat templates give what `transformers` gives, and whatever one raises is refused in its own words."""
+"""Chat templates give the same text as `transformers`; an error in a template is reported in the template's words."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from stallfree.engine.text import Text, TextError
 from tests.engine.tokenizers import byte_level
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # transformers deprecates parts of itself while it is imported
+    warnings.simplefilter("ignore")  # transformers warns of its own deprecations while it is imported
     from transformers.utils.chat_template_utils import render_jinja_template
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -38,22 +38,22 @@ TALKS = {
 }
 
 FORMS = {file.stem: file.read_text("utf-8") for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
-"""As public models have them, some of them shortened."""
+"""Templates of public models, some of them shortened."""
 
 
-def ours(source, messages, **values):
+def rendered(source, messages, **values):
     return Template(source).render({**SPECIALS, "messages": messages, "tools": None, "documents": None, **values})
 
 
-def theirs(source, messages, *, tools=None, documents=None, **values):
+def reference(source, messages, *, tools=None, documents=None, **values):
     return render_jinja_template([messages], tools, documents, source, **{**SPECIALS, **values})[0][0]
 
 
 def outcome(render, *args, **values):
-    """The text, or that there is none."""
+    """The rendered text, or None if rendering fails."""
     try:
         return render(*args, **values)
-    except Exception:  # what transformers lets through is Jinja's or Python's own
+    except Exception:  # transformers passes on exceptions of Jinja and of Python
         return None
 
 
@@ -72,13 +72,13 @@ def outcome(render, *args, **values):
 )
 def test_a_form_is_rendered_as_transformers_renders_it(form, talk, values):
     values = {"add_generation_prompt": True, **values}
-    expected = outcome(theirs, FORMS[form], TALKS[talk], **values)
-    assert expected == outcome(ours, FORMS[form], TALKS[talk], **values)
+    expected = outcome(reference, FORMS[form], TALKS[talk], **values)
+    assert expected == outcome(rendered, FORMS[form], TALKS[talk], **values)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_renders_a_question(form):
-    assert "sky" in ours(FORMS[form], [USER], add_generation_prompt=True)
+    assert "sky" in rendered(FORMS[form], [USER], add_generation_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_template_that_does_not_parse_says_so_when_it_is_loaded(source):
 
 
 def test_today_is_today():
-    assert datetime.now().strftime("%Y") == ours("{{ strftime_now('%Y') }}", [])
+    assert datetime.now().strftime("%Y") == rendered("{{ strftime_now('%Y') }}", [])
 
 
 TOOLED = {"default": "{{ 'd' }}", "tool_use": "{{ tools | length }}"}
@@ -191,8 +191,8 @@ def test_a_text_is_the_same_after_it_was_pickled():
     text = Text(byte_level(), TOOLED | {"default": FORMS["smollm_3"]}, (3, 4), SPECIALS, 999)
     text.chat([USER], control=False)
     again = pickle.loads(pickle.dumps(text))  # noqa: S301  # our own
-    for made in (text, again):
-        assert (frozenset({3, 4}), 999) == (made.eos_ids, made.vocab_size)
+    for copy in (text, again):
+        assert (frozenset({3, 4}), 999) == (copy.eos_ids, copy.vocab_size)
     assert text.chat([SYSTEM, USER, ASSISTANT, AGAIN]) == again.chat([SYSTEM, USER, ASSISTANT, AGAIN])
     assert text.chat([USER], tools=TOOLS) == again.chat([USER], tools=TOOLS)
     assert text.chat([{"role": "user", "content": "<|end|>"}], control=False) == again.chat(

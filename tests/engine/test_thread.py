@@ -1,4 +1,4 @@
-"""The engine in its thread: what goes in comes out, or is told why not, and leaves no KV behind."""
+"""The engine in its thread: every request is answered or refused with a reason, and leaves no KV behind."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ async def started(policy=None, iteration_s: float = 0.0, max_queue: int = 10):
 
 
 async def read(outputs) -> list:
-    return [output async for came in outputs for output in came]
+    return [output async for batch in outputs for output in batch]
 
 
 def test_the_outputs_of_all_requests_come_until_all_have_ended():
@@ -67,7 +67,7 @@ def test_what_piled_up_comes_at_once():
         async with started() as thread:
             outputs = thread.submit([request(max_tokens=20)])
             await comes(lambda: not thread.engine.busy and not thread._streams)
-            return [len(came) async for came in outputs]
+            return [len(batch) async for batch in outputs]
 
     assert [20] == asyncio.run(run())
 
@@ -77,18 +77,18 @@ def test_closing_aborts_wakes_the_reader_and_frees_the_kv():
         async with started(iteration_s=0.01) as thread:
             requests = [request(max_tokens=900), request("s", max_tokens=900)]
             outputs = thread.submit(requests)
-            came = []
+            received = []
 
             async def reads():
-                async for some in outputs:
-                    came.extend(some)
+                async for batch in outputs:
+                    received.extend(batch)
 
             reader = asyncio.create_task(reads())
-            await comes(lambda: {"r", "s"} == {o.id for o in came})
+            await comes(lambda: {"r", "s"} == {o.id for o in received})
             outputs.close()
             async with asyncio.timeout(PATIENCE_S):
                 await reader
-            assert {None} == {o.finish_reason for o in came}
+            assert {None} == {o.finish_reason for o in received}
             await comes(lambda: not thread.engine.busy)
             assert ["abort", "abort"] == [request.finish_reason for request in requests]
             thread.engine.scheduler.ledger.check()

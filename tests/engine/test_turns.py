@@ -1,4 +1,4 @@
-"""Engines that take turns do not notice each other: neither in their KV nor in their time."""
+"""Engines that take turns do not affect each other's KV or time."""
 
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request
@@ -11,7 +11,7 @@ COST = Linear(iteration_s=0.25, token_s=0.0625, context_s=0.0)
 
 
 class Time:
-    """Passes when somebody sleeps."""
+    """A clock that advances only when somebody sleeps."""
 
     def __init__(self):
         self.now = 0.0
@@ -24,7 +24,7 @@ class Time:
 
 
 class Watched(SimulatedExecutor):
-    """Keeps the KV blocks of every plan."""
+    """Remembers the KV blocks of every plan."""
 
     def __init__(self, time: Time):
         super().__init__(Capacity(16, 41, 512), range(97, 107), COST)
@@ -52,11 +52,11 @@ def players(*policies: str) -> tuple[list[Player], Watched]:
 
 
 def played(*policies: str) -> list[Player]:
-    made, _ = players(*policies)
-    while going := [player for player in made if not player.done]:
+    everybody, _ = players(*policies)
+    while going := [player for player in everybody if not player.done]:
         for player in going:
             player.turn()
-    return made
+    return everybody
 
 
 def test_a_player_does_the_same_alone_and_in_turns_with_another():

@@ -1,4 +1,4 @@
-"""Every executor: results in order, a token for whoever samples, the same for the same plan, and it serves under any policy."""
+"""Every executor serves any policy: results in order, a token for each request that samples, equal plans give equal tokens."""
 
 import json
 
@@ -47,14 +47,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(params=EXECUTORS)
 def executor(request, tiny):
     if request.param == "simulated":
-        made = SimulatedExecutor(Capacity(16, 64, 512), range(256), Linear(0.0001, 0.000001, 0.0))
+        executor = SimulatedExecutor(Capacity(16, 64, 512), range(256), Linear(0.0001, 0.000001, 0.0))
     elif request.param == "torch":
         torch = pytest.importorskip("stallfree.executors.torch", exc_type=ImportError)
-        made = torch.TorchExecutor(tiny, torch.Options("f32", "f32", max_model_len=512), 4 << 20)
+        executor = torch.TorchExecutor(tiny, torch.Options("f32", "f32", max_model_len=512), 4 << 20)
     else:
-        made = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=4 << 20, max_model_len=512)
-    yield made
-    made.close()
+        executor = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=4 << 20, max_model_len=512)
+    yield executor
+    executor.close()
 
 
 def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]]:
@@ -93,7 +93,7 @@ def test_the_tokens_are_the_same_when_the_limit_is_small(executor):
 
 
 def test_blocks_that_are_handed_out_can_be_taken_in_elsewhere(executor):
-    """Into other blocks of the same executor, behind which a decode gives the tokens that it gives behind the first ones."""
+    """KV is copied into other blocks of the same executor; a decode gives the same token there as with the first blocks."""
     size = executor.capacity.block_size
     prompt = np.random.default_rng(2).integers(0, 256, 2 * size + 5).tolist()
     moved = bytearray(3 * executor.block_bytes)
@@ -109,7 +109,7 @@ def test_blocks_that_are_handed_out_can_be_taken_in_elsewhere(executor):
 
 
 def run(executor, tokens, start, blocks):
-    """What is sampled behind `tokens` at `start`."""
+    """The token sampled after `tokens`, which begin at `start`."""
     work = Work("a", start, len(tokens), True, False, tuple(tokens), blocks, Sampling(temperature=0, logprobs=3), "", tokens, [])
     executor.submit(Plan(0, 0.0, (work,)))
     result = executor.collect()

@@ -1,4 +1,4 @@
-"""What FlashInfer is told gives what our attention gives, by a stand-in that computes it from that; and who is chosen. No GPU."""
+"""What FlashInfer is given leads to our attention's result, by a stand-in that computes it; and which is chosen. No GPU."""
 
 import logging
 import sys
@@ -23,15 +23,15 @@ KEYS = torch.zeros(64, 16, 2, 32, dtype=torch.bfloat16)
 
 
 class Wrapper:
-    """As flashinfer-python 0.7.2.post1 has it, in what is used of it. Like that, it forgets a plan with the next."""
+    """Stands in for flashinfer-python 0.7.2.post1, as far as it is used. Like the original it forgets a plan at the next one."""
 
-    made: list["Wrapper"]
+    wrappers: list["Wrapper"]
 
     def __init__(self, float_workspace_buffer, kv_layout="NHD"):
         assert kv_layout == "NHD"
         assert float_workspace_buffer.dtype == torch.uint8
         self.plans = 0
-        self.made.append(self)
+        self.wrappers.append(self)
 
     def plan(
         self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, head_dim_qk,
@@ -73,34 +73,34 @@ class Wrapper:
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The wrappers that were made of the stand-in."""
-    found: list[Wrapper] = []
-    monkeypatch.setattr(Wrapper, "made", found, raising=False)
+def wrappers(monkeypatch):
+    """Installs the stand-in, and gives the wrappers that are created of it."""
+    wrappers: list[Wrapper] = []
+    monkeypatch.setattr(Wrapper, "wrappers", wrappers, raising=False)
     monkeypatch.setattr(module, "WORKSPACE", 16)
     stand_in = types.ModuleType("flashinfer")
     stand_in.BatchPrefillWithPagedKVCacheWrapper = Wrapper
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
-    return found
+    return wrappers
 
 
 def tensors(of, heads, kv_heads, size):
-    made = torch.Generator().manual_seed(2)
-    query = torch.randn(len(of.tokens), heads, size, generator=made)
-    return query, *(torch.randn(64, 16, kv_heads, size, generator=made) for _ in range(2))
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(len(of.tokens), heads, size, generator=generator)
+    return query, *(torch.randn(64, 16, kv_heads, size, generator=generator) for _ in range(2))
 
 
 @pytest.mark.parametrize("window", [0, 1, 25])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (9, 3, 64), (8, 1, 16), (2, 2, 48)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_is_planned_gives_what_our_attention_gives(made, name, heads, kv_heads, size, window):
+def test_what_is_planned_gives_what_our_attention_gives(wrappers, name, heads, kv_heads, size, window):
     of = batch(SHAPES[name], CPU)
     query, keys, values = tensors(of, heads, kv_heads, size)
-    found = Flash(heads, keys, {window}).plan(of)(query, keys, values, window)
-    torch.testing.assert_close(found, reference(query, keys, values, of, window), rtol=1e-4, atol=1e-4)
+    result = Flash(heads, keys, {window}).plan(of)(query, keys, values, window)
+    torch.testing.assert_close(result, reference(query, keys, values, of, window), rtol=1e-4, atol=1e-4)
 
 
-def test_each_window_of_a_model_has_its_own_plan(made):
+def test_each_window_of_a_model_has_its_own_plan(wrappers):
     of = batch(SHAPES["hybrid"], CPU)
     query, keys, values = tensors(of, 4, 2, 32)
     planned = Flash(4, keys, {0, 25}).plan(of)
@@ -109,48 +109,48 @@ def test_each_window_of_a_model_has_its_own_plan(made):
         torch.testing.assert_close(planned(query, keys, values, window), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_two_plans_may_be_under_way(made):
+def test_two_plans_may_be_under_way(wrappers):
     batches = [batch(SHAPES["chunks"], CPU), batch(SHAPES["hybrid"], CPU)]
     flash = Flash(4, KEYS.float(), {0})
     plans = [flash.plan(of) for of in batches]
     for of, planned in zip(batches, plans, strict=True):
-        given = tensors(of, 4, 2, 32)
-        torch.testing.assert_close(planned(*given, 0), reference(*given, of, 0), rtol=1e-4, atol=1e-4)
+        inputs = tensors(of, 4, 2, 32)
+        torch.testing.assert_close(planned(*inputs, 0), reference(*inputs, of, 0), rtol=1e-4, atol=1e-4)
 
 
-def test_two_wrappers_take_turns(made):
+def test_two_wrappers_take_turns(wrappers):
     flash = Flash(4, KEYS, {0})
     plans = []
     for _ in range(4):
         flash.plan(batch(SHAPES["hybrid"], CPU))
-        plans.append([one.plans for one in made])
+        plans.append([wrapper.plans for wrapper in wrappers])
     assert [[1, 0], [1, 1], [2, 1], [2, 2]] == plans
 
 
-def times(ours, theirs):
-    """A timer that says so, after it ran what it is to time."""
-    told = iter((ours, theirs))
+def times(triton, flashinfer):
+    """A timer that runs what it is to time, and reports these seconds in turn."""
+    durations = iter((triton, flashinfer))
 
     def time(run):
         run()
-        return next(told)
+        return next(durations)
 
     return time
 
 
-@pytest.mark.parametrize(("ours", "theirs", "taken"), [(2.0, 1.0, True), (1.0, 2.0, False), (1.0, 1.0, False)])
-def test_flashinfer_is_taken_if_it_is_faster(made, caplog, ours, theirs, taken):
-    assert taken == isinstance(choose(4, torch.bfloat16, KEYS, {0}, 256, times(ours, theirs)), Flash)
+@pytest.mark.parametrize(("triton", "flashinfer", "taken"), [(2.0, 1.0, True), (1.0, 2.0, False), (1.0, 1.0, False)])
+def test_flashinfer_is_taken_if_it_is_faster(wrappers, caplog, triton, flashinfer, taken):
+    assert taken == isinstance(choose(4, torch.bfloat16, KEYS, {0}, 256, times(triton, flashinfer)), Flash)
     best = "FlashInfer" if taken else "Triton"
-    assert [f"attention by {best}; in a trial Triton took {ours:.3f} ms, FlashInfer took {theirs:.3f} ms"] == caplog.messages
+    assert [f"attention by {best}; in a trial Triton took {triton:.3f} ms, FlashInfer took {flashinfer:.3f} ms"] == caplog.messages
 
 
-def test_a_model_shorter_than_the_trial_has_a_shorter_one(made):
+def test_a_model_shorter_than_the_trial_has_a_shorter_one(wrappers):
     assert choose(4, torch.bfloat16, KEYS, {0}, 20, times(2.0, 1.0)) is not None
 
 
 @pytest.mark.parametrize("where", ["__init__", "plan", "run"])
-def test_flashinfer_is_passed_over_if_it_raises(made, monkeypatch, caplog, where):
+def test_flashinfer_is_passed_over_if_it_raises(wrappers, monkeypatch, caplog, where):
     def broken(self, *args, **options):
         raise RuntimeError("no nvcc")
 
@@ -167,7 +167,7 @@ def test_flashinfer_is_passed_over_if_something_that_it_needs_is_not_there(monke
     assert "something_that_it_needs" in caplog.text
 
 
-def test_flashinfer_is_passed_over_if_it_computes_something_else(made, monkeypatch, caplog):
+def test_flashinfer_is_passed_over_if_it_computes_something_else(wrappers, monkeypatch, caplog):
     run = Wrapper.run
     monkeypatch.setattr(Wrapper, "run", lambda self, q, caches: run(self, q, caches) + 1)
     assert choose(4, torch.bfloat16, KEYS, {0}, 256, times(2.0, 1.0)) is None
@@ -178,9 +178,9 @@ def test_flashinfer_is_passed_over_if_it_computes_something_else(made, monkeypat
     ("dtype", "kv"),
     [(torch.bfloat16, torch.float8_e4m3fn), (torch.float32, torch.float32), (torch.float16, torch.bfloat16)],
 )
-def test_fp8_f32_and_types_that_differ_stay_with_ours(made, dtype, kv):
+def test_fp8_f32_and_types_that_differ_stay_with_ours(wrappers, dtype, kv):
     assert choose(4, dtype, KEYS.to(kv), {0}, 256, times(2.0, 1.0)) is None
-    assert [] == made
+    assert [] == wrappers
 
 
 def test_without_flashinfer_nothing_is_said(monkeypatch, caplog):
@@ -190,7 +190,7 @@ def test_without_flashinfer_nothing_is_said(monkeypatch, caplog):
     assert [] == caplog.messages
 
 
-def test_a_model_that_runs_with_it_gives_the_same_logits(made, tmp_path):
+def test_a_model_that_runs_with_it_gives_the_same_logits(wrappers, tmp_path):
     write_folder(tmp_path, "qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=1)
     checkpoint = open_checkpoint(tmp_path)
     executor = TorchExecutor(checkpoint, Options("f32", "f32"), 1 << 22)
@@ -202,4 +202,4 @@ def test_a_model_that_runs_with_it_gives_the_same_logits(made, tmp_path):
     runner._flash = Flash(runner._model.num_heads, runner._cache[0][0], set(checkpoint.config.windows))
     for plan, logits in zip((pieces, later), expected, strict=True):
         torch.testing.assert_close(torch.tensor(executor.logits(plan)), torch.tensor(logits), rtol=1e-4, atol=1e-3)
-    assert [1, 1, 1, 1] == [one.plans for one in made]
+    assert [1, 1, 1, 1] == [wrapper.plans for wrapper in wrappers]

@@ -49,31 +49,31 @@ def batch(shape, device=DEVICE):
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernel_gives_what_the_reference_gives(monkeypatch, name, heads, kv_heads, size, window, splits):
     monkeypatch.setattr(kernels, "_splits", lambda programs, longest, device: splits)
-    made = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     of = batch(SHAPES[name])
-    query = torch.randn(len(of.tokens), heads, size, generator=made).to(DEVICE)
-    keys, values = (torch.randn(64, 16, kv_heads, size, generator=made).to(DEVICE) for _ in range(2))
+    query = torch.randn(len(of.tokens), heads, size, generator=generator).to(DEVICE)
+    keys, values = (torch.randn(64, 16, kv_heads, size, generator=generator).to(DEVICE) for _ in range(2))
     expected = reference(query, keys, values, of, window)
     torch.testing.assert_close(kernels.paged_attention(query, keys, values, of, window), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_fused_kernels_give_what_torch_gives(tokens):
-    made = torch.Generator().manual_seed(3)
-    x, delta = (torch.randn(tokens, 96, generator=made).to(DEVICE) for _ in range(2))
-    weight = torch.randn(96, generator=made).to(DEVICE)
-    for got, expected in zip(
+    generator = torch.Generator().manual_seed(3)
+    x, delta = (torch.randn(tokens, 96, generator=generator).to(DEVICE) for _ in range(2))
+    weight = torch.randn(96, generator=generator).to(DEVICE)
+    for result, expected in zip(
         fused._add_norm(x, delta, weight, 1e-5), reference_of(fused.add_norm, x, delta, weight, 1e-5), strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(result, expected)
     torch.testing.assert_close(fused._swiglu(x), reference_of(fused.swiglu, x))
-    heads, angles = x.view(tokens, 3, 32), torch.rand(tokens, 16, generator=made).to(DEVICE)
+    heads, angles = x.view(tokens, 3, 32), torch.rand(tokens, 16, generator=generator).to(DEVICE)
     turns = angles.cos(), angles.sin()
     torch.testing.assert_close(fused._rotate(heads, turns), reference_of(fused.rotate, heads, turns))
 
 
 def reference_of(function, *values):
-    """What `function` gives on the processor, on DEVICE."""
+    """The result of `function` on the processor, moved to DEVICE."""
 
     def to(value, device):
         return (
@@ -91,9 +91,9 @@ def test_padding_changes_no_decode():
     of = batch(SHAPES["decodes"])
     whole = empty(8, CAPACITY, 63, DEVICE)
     put(of, whole, 8, 63, 16)
-    made = torch.Generator().manual_seed(4)
-    query = torch.randn(8, 4, 32, generator=made).to(DEVICE)
-    keys, values = (torch.randn(64, 16, 2, 32, generator=made).to(DEVICE) for _ in range(2))
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(8, 4, 32, generator=generator).to(DEVICE)
+    keys, values = (torch.randn(64, 16, 2, 32, generator=generator).to(DEVICE) for _ in range(2))
     number = len(of.counts)
     torch.testing.assert_close(
         kernels.paged_attention(query, keys, values, whole, 0)[:number],
@@ -108,11 +108,11 @@ def test_padding_changes_no_decode():
 @pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_products_of_quantised_weights_are_those_of_the_numbers_that_they_stand_for(form, rows):
-    made = torch.Generator().manual_seed(5)
-    weight, x = torch.randn(72, 128, generator=made), torch.randn(rows, 128, generator=made)
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(72, 128, generator=generator), torch.randn(rows, 128, generator=generator)
     matrix = Matrix(weight, form, None)
-    found = quantised.product(x.to(DEVICE), matrix._values.to(DEVICE), matrix._scale.to(DEVICE), low(matrix), GROUP)
-    torch.testing.assert_close(found.cpu(), x @ matrix.dense(torch.float32).T, rtol=1e-4, atol=1e-4)
+    result = quantised.product(x.to(DEVICE), matrix._values.to(DEVICE), matrix._scale.to(DEVICE), low(matrix), GROUP)
+    torch.testing.assert_close(result.cpu(), x @ matrix.dense(torch.float32).T, rtol=1e-4, atol=1e-4)
 
 
 def low(matrix):

@@ -1,4 +1,4 @@
-"""A piece of work that cannot be run fails its own request, and the rest of the iteration is what it would be without it."""
+"""Work that cannot be run fails only its own request; the rest of the iteration is as if it were not there."""
 
 import pytest
 
@@ -22,17 +22,17 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module", params=["openvino", "torch", "torch, overlapping", "two ranks"])
 def executor(request, checkpoint):
     if request.param == "openvino":
-        made = OpenVINOExecutor(checkpoint, weights="f32", kv="f32", kv_bytes=1 << 22)
+        executor = OpenVINOExecutor(checkpoint, weights="f32", kv="f32", kv_bytes=1 << 22)
     else:
         from stallfree.executors.torch import Options, ParallelExecutor, TorchExecutor, workers
 
         exact = Options("f32", "f32")
         if request.param == "two ranks":
-            made = ParallelExecutor(checkpoint, exact, 1 << 22, tp=1, pp=2, workers=workers("local"))
+            executor = ParallelExecutor(checkpoint, exact, 1 << 22, tp=1, pp=2, workers=workers("local"))
         else:
-            made = TorchExecutor(checkpoint, exact, 1 << 22, overlap="overlapping" in request.param)
-    yield made
-    made.close()
+            executor = TorchExecutor(checkpoint, exact, 1 << 22, overlap="overlapping" in request.param)
+    yield executor
+    executor.close()
 
 
 def piece(id, tokens, first_block, sampling=GREEDY, start=0):
@@ -82,12 +82,12 @@ def test_stop_ids_that_the_model_lacks_do_no_harm_where_they_are_not_masked(exec
 def test_a_request_that_failed_fails_in_the_iteration_that_was_planned_ahead(checkpoint):
     from stallfree.executors.torch import Options, TorchExecutor
 
-    made = TorchExecutor(checkpoint, Options("f32", "f32"), 1 << 22, overlap=True)
+    executor = TorchExecutor(checkpoint, Options("f32", "f32"), 1 << 22, overlap=True)
     good, bad = piece("good", TOKENS[:20], 0), BAD["a token that the model lacks"](piece("bad", TOKENS[:20], 6))
-    made.submit(Plan(0, 0.0, (good, bad)))
+    executor.submit(Plan(0, 0.0, (good, bad)))
     ahead = [piece(id, [UNKNOWN], at, start=20) for id, at in (("good", 0), ("bad", 6))]
-    made.submit(Plan(1, 0.0, tuple(ahead)))
-    first, second = made.collect(), made.collect()
+    executor.submit(Plan(1, 0.0, tuple(ahead)))
+    first, second = executor.collect(), executor.collect()
     assert ["bad"] == list(first.failed) == list(second.failed)
     assert ["good"] == list(first.tokens) == list(second.tokens)
-    made.close()
+    executor.close()

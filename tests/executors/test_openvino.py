@@ -111,7 +111,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     executor = OpenVINOExecutor(open_checkpoint(tmp_path), weights="f32", kv="f32", kv_bytes=KV)
     expected = reference(model, TOKENS)
     np.testing.assert_allclose(executor.logits([work(TOKENS)]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
-    # Decodes and chunks go other ways through the attention operator than a whole prompt.
+    # Decodes and chunks take other paths through the attention operator than a whole prompt.
     np.testing.assert_allclose(chunked(executor, [9, 30, 1, 1, 34]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
@@ -167,8 +167,8 @@ def test_a_plan_may_sample_nothing(exact: OpenVINOExecutor) -> None:
 
 
 def test_the_default_is_close_to_exact(exact: OpenVINOExecutor, default: OpenVINOExecutor) -> None:
-    expected, got = exact.logits([work(TOKENS)]), default.logits([work(TOKENS)])
-    assert np.abs(got - expected).mean() < CLOSE * expected.std()
+    expected, logits = exact.logits([work(TOKENS)]), default.logits([work(TOKENS)])
+    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
 
 
 def test_the_default_gives_the_same_logits_in_chunks(default: OpenVINOExecutor) -> None:
@@ -178,23 +178,23 @@ def test_the_default_gives_the_same_logits_in_chunks(default: OpenVINOExecutor) 
 @pytest.mark.parametrize(("weights", "kv"), [("int8", "f32"), ("f32", "u8"), ("bf16", "f32")])
 def test_every_combination_of_formats_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, weights: str, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights=weights, kv=kv, kv_bytes=KV)
-    expected, got = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
-    assert np.abs(got - expected).mean() < CLOSE * expected.std()
+    expected, logits = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
+    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
 
 
 @pytest.mark.skipif(not module.has_bf16(), reason="no bfloat16 arithmetic")
 @pytest.mark.parametrize(("weights", "kv"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "u8")])
 def test_bfloat16_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, weights: str, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights=weights, kv=kv, kv_bytes=KV)
-    expected, got = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
-    assert np.abs(got - expected).mean() < CLOSE * expected.std()
+    expected, logits = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
+    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
 
 
 def test_the_default_needs_no_bfloat16(llama: Checkpoint, exact: OpenVINOExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_bf16", lambda: False)
     plain = OpenVINOExecutor(llama, kv_bytes=KV)
-    expected, got = exact.logits([work(TOKENS)]), plain.logits([work(TOKENS)])
-    assert np.abs(got - expected).mean() < CLOSE * expected.std()
+    expected, logits = exact.logits([work(TOKENS)]), plain.logits([work(TOKENS)])
+    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
     with pytest.raises(ValueError, match="no bfloat16 arithmetic; take weights 'int8' or 'f32'"):
         OpenVINOExecutor(llama, weights="bf16", kv_bytes=KV)
 

@@ -1,4 +1,4 @@
-"""Ranks in several processes compute what one does, and are started anew when one is lost."""
+"""Ranks in several processes compute what one process does, and are started again when one is lost."""
 
 import os
 import signal
@@ -72,22 +72,22 @@ def served(executor):
 
 def ran(executor, step, start, tokens, blocks):
     """The token that follows `tokens`, which begin at `start`."""
-    one = work(tokens)._replace(start=start, blocks=blocks)
-    executor.submit(Plan(step, 0.0, (one,)))
-    return executor.collect().tokens[one.id]
+    piece = work(tokens)._replace(start=start, blocks=blocks)
+    executor.submit(Plan(step, 0.0, (piece,)))
+    return executor.collect().tokens[piece.id]
 
 
 def handed_over(a, b):
     """Tokens of a prompt that `a` computes and `b` goes on with, and those of `a` alone."""
     assert (a.layout, a.block_bytes) == (b.layout, b.block_bytes)
-    there, here, size = (3, 1, 4), (2, 5, 0), 3 * a.block_bytes
-    first = ran(a, 0, 0, TOKENS[:40], there)
+    source, target, size = (3, 1, 4), (2, 5, 0), 3 * a.block_bytes
+    first = ran(a, 0, 0, TOKENS[:40], source)
     moved, again = bytearray(size), bytearray(size)
-    a.read_blocks(there, memoryview(moved))
-    b.write_blocks(here, memoryview(moved))
-    b.read_blocks(here, memoryview(again))
+    a.read_blocks(source, memoryview(moved))
+    b.write_blocks(target, memoryview(moved))
+    b.read_blocks(target, memoryview(again))
     assert moved == again
-    return [ran(one, 1, 40, list(first), blocks) for one, blocks in ((b, here), (a, there))]
+    return [ran(executor, 1, 40, list(first), blocks) for executor, blocks in ((b, target), (a, source))]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_two_ranks_a_layer_give_the_same_tokens(name, tmp_path):
     try:
         assert expected == served(executor)
         for a, b in ((alone, executor), (executor, alone)):
-            there, here = handed_over(a, b)
-            assert there == here
+            moved, kept = handed_over(a, b)
+            assert moved == kept
     finally:
         executor.close()
 
@@ -123,8 +123,8 @@ def test_stages_give_the_same_tokens_with_as_many_plans_out(llama, tp, pp):
         assert pp == executor.capacity.depth
         assert expected == served(executor)
         for a, b in ((alone, executor), (executor, alone)):
-            there, here = handed_over(a, b)
-            assert there == here
+            moved, kept = handed_over(a, b)
+            assert moved == kept
     finally:
         executor.close()
 
@@ -132,11 +132,11 @@ def test_stages_give_the_same_tokens_with_as_many_plans_out(llama, tp, pp):
 def test_stages_say_what_they_waited(llama):
     executor = parallel(llama, 1, 2)
     try:
-        found = []
+        bubbles = []
         for step in range(3):
             executor.submit(Plan(step, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),)))
-            found.append(executor.collect().bubble_s)
-        assert min(found[1:]) > 0  # the second stage for the first one, in each iteration that has one before it
+            bubbles.append(executor.collect().bubble_s)
+        assert min(bubbles[1:]) > 0  # the second stage waits for the first in every iteration but the first one
     finally:
         executor.close()
 
@@ -163,7 +163,7 @@ def test_what_one_iteration_waits_too_little_is_the_next_one_s():
 
 @contextmanager
 def running(checkpoint):
-    """An executor of two stages and a plan that it has run. Behind the block, whatever it lost there, it runs it as before."""
+    """An executor of two stages, and a plan that it ran. After the block it runs it as before, whatever it lost there."""
     executor = parallel(checkpoint, 1, 2, answer_s=3.0)
     try:
         plan = Plan(0, 0.0, (work(TOKENS[:20])._replace(blocks=(0, 1)),))
@@ -303,5 +303,5 @@ try:
 except ValueError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "workers local need msgpack, which is not installed: pip install -e '.[torch]' in the checkout\n" == said
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "workers local need msgpack, which is not installed: pip install -e '.[torch]' in the checkout\n" == output

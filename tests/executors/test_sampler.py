@@ -1,4 +1,4 @@
-"""Sampling on the device is sampling on the host: the same tokens where the order is the same, the same distribution elsewhere."""
+"""Sampling on the device matches the host: the same tokens where the order is the same, elsewhere the same distribution."""
 
 from collections import Counter
 
@@ -35,12 +35,12 @@ def test_greedy_and_plain_temperature_give_the_host_s_tokens():
 def test_what_is_cut_off_and_how_often_the_rest_comes_is_as_on_the_host(how):
     logits = np.repeat(rows(1, 12), 4000, 0)
     works = [work(i, Sampling(seed=i, **how)) for i in range(4000)]
-    here, there = (
-        Counter(token for (token,) in found[0].values())
-        for found in (sample(torch.from_numpy(logits), works), sampling.sample(logits, works))
+    on_device, on_host = (
+        Counter(token for (token,) in result[0].values())
+        for result in (sample(torch.from_numpy(logits), works), sampling.sample(logits, works))
     )
-    assert set(there) == set(here)
-    assert all(abs(here[token] - there[token]) < 5 * max(there[token], 10) ** 0.5 for token in there)
+    assert set(on_host) == set(on_device)
+    assert all(abs(on_device[token] - on_host[token]) < 5 * max(on_host[token], 10) ** 0.5 for token in on_host)
 
 
 def test_penalties_and_log_probabilities_are_the_host_s():

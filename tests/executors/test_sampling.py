@@ -18,7 +18,7 @@ def work(
     return Work(id, start, 1, True, True, (0,), (0,), sampling, "", prompt, output)
 
 
-def one(row: np.ndarray, sampling: Sampling | None, **kwargs: object) -> int:
+def token_of(row: np.ndarray, sampling: Sampling | None, **kwargs: object) -> int:
     tokens, _, failed = sample(row[None].astype(np.float32), [work(sampling, **kwargs)])
     assert failed == {}
     return tokens["a"][0]
@@ -26,7 +26,7 @@ def one(row: np.ndarray, sampling: Sampling | None, **kwargs: object) -> int:
 
 def drawn(row: np.ndarray, sampling: Sampling, count: int = 2000) -> Counter[int]:
     """Tokens drawn under `count` seeds."""
-    return Counter(one(row, replace(sampling, seed=seed)) for seed in range(count))
+    return Counter(token_of(row, replace(sampling, seed=seed)) for seed in range(count))
 
 
 @pytest.fixture
@@ -35,15 +35,15 @@ def row() -> np.ndarray:
 
 
 def test_no_sampling_is_greedy(row: np.ndarray) -> None:
-    assert row.argmax() == one(row, None)
+    assert row.argmax() == token_of(row, None)
 
 
 def test_temperature_zero_is_greedy(row: np.ndarray) -> None:
-    assert row.argmax() == one(row, Sampling(temperature=0.0))
+    assert row.argmax() == token_of(row, Sampling(temperature=0.0))
 
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow(row: np.ndarray) -> None:
-    assert row.argmax() == one(row * 100, Sampling(temperature=1e-30))
+    assert row.argmax() == token_of(row * 100, Sampling(temperature=1e-30))
 
 
 def test_top_k_of_one_is_greedy(row: np.ndarray) -> None:
@@ -101,7 +101,7 @@ def test_a_chunk_and_a_decode_that_end_at_the_same_position_draw_the_same_token(
 
 
 def test_positions_draw_independently(row: np.ndarray) -> None:
-    assert len({one(row, Sampling(seed=1), start=start) for start in range(50)}) > 20
+    assert len({token_of(row, Sampling(seed=1), start=start) for start in range(50)}) > 20
 
 
 def test_uniform_numbers_are_uniform() -> None:
@@ -112,37 +112,37 @@ def test_uniform_numbers_are_uniform() -> None:
 
 
 def test_a_negative_or_huge_seed_is_as_good_as_any(row: np.ndarray) -> None:
-    assert 0 <= one(row, Sampling(seed=-(2**100))) < VOCAB
+    assert 0 <= token_of(row, Sampling(seed=-(2**100))) < VOCAB
 
 
 def test_logit_bias_is_added() -> None:
-    assert 2 == one(np.zeros(4), Sampling(temperature=0, logit_bias={2: 1.0, 3: -1.0}))
+    assert 2 == token_of(np.zeros(4), Sampling(temperature=0, logit_bias={2: 1.0, 3: -1.0}))
 
 
 def test_repetition_penalty_divides_positive_logits_of_prompt_and_output_and_multiplies_negative_ones() -> None:
     penalised = Sampling(temperature=0, repetition_penalty=2.0)
-    assert 3 == one(np.array([5.0, 4.0, 4.0, 3.0]), penalised, prompt=(0, 1), output=(2,), start=2)
-    assert 1 == one(np.array([-1.0, -1.5]), penalised, prompt=(0,), output=(), start=0)
+    assert 3 == token_of(np.array([5.0, 4.0, 4.0, 3.0]), penalised, prompt=(0, 1), output=(2,), start=2)
+    assert 1 == token_of(np.array([-1.0, -1.5]), penalised, prompt=(0,), output=(), start=0)
 
 
 def test_presence_penalty_is_subtracted_once_from_tokens_of_the_output() -> None:
-    assert 1 == one(np.array([2.0, 1.5]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
-    assert 0 == one(np.array([2.0, 1.0]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+    assert 1 == token_of(np.array([2.0, 1.5]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+    assert 0 == token_of(np.array([2.0, 1.0]), Sampling(temperature=0, presence_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
 
 
 def test_frequency_penalty_is_subtracted_for_each_occurrence_in_the_output() -> None:
-    assert 1 == one(np.array([2.0, 1.0]), Sampling(temperature=0, frequency_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
+    assert 1 == token_of(np.array([2.0, 1.0]), Sampling(temperature=0, frequency_penalty=0.6), prompt=(1,), output=(0, 0), start=2)
 
 
 def test_output_beyond_the_work_does_not_count() -> None:
     penalised = Sampling(temperature=0, presence_penalty=1.0)
-    assert 0 == one(np.array([2.0, 1.5]), penalised, prompt=(1,), output=(1, 0), start=1)
+    assert 0 == token_of(np.array([2.0, 1.5]), penalised, prompt=(1,), output=(1, 0), start=1)
 
 
 def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
     patient = Sampling(temperature=0, min_tokens=2, stop_ids=frozenset({0}))
-    assert 1 == one(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1,), start=1)
-    assert 0 == one(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1, 1), start=2)
+    assert 1 == token_of(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1,), start=1)
+    assert 0 == token_of(np.array([2.0, 1.0]), patient, prompt=(1,), output=(1, 1), start=2)
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
@@ -178,7 +178,7 @@ def test_a_bias_that_forbids_everything_fails_the_request() -> None:
 
 def test_the_logits_are_left_as_they_are(row: np.ndarray) -> None:
     before = row.copy()
-    one(row, Sampling(temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.5, logit_bias={1: 2.0}))
+    token_of(row, Sampling(temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.5, logit_bias={1: 2.0}))
     np.testing.assert_array_equal(before, row)
 
 
@@ -191,7 +191,7 @@ def test_no_rows_give_no_tokens() -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 8.0])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
 def test_a_nucleus_is_the_fewest_largest_weights_that_hold_its_share(seed: int, size: int, spread: float, top_p: float) -> None:
-    """However many candidates there are: flat distributions are told apart by the leading bits of their weights."""
+    """For any number of candidates. Flat distributions are told apart by the leading bits of their weights."""
     row = np.random.default_rng(seed).normal(0, spread, size)
     weights = np.exp(row - row.max()).astype(np.float32)
     kept = _nucleus(weights, top_p)
@@ -221,8 +221,8 @@ def test_log_probabilities_of_many_rows_are_those_of_each_alone(row: np.ndarray)
 def test_what_sampling_asks_for_counts_as_rows() -> None:
     assert 0 == Sampling().extra_rows == Sampling(temperature=0, top_p=0.5).extra_rows
     assert 0 == Sampling(temperature=0.2, top_p=0.9).extra_rows
-    asked = [{"top_p": 0.9}, {"top_p": 0.9, "repetition_penalty": 1.1}, {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}]
-    rows = [Sampling(**how).extra_rows for how in asked]
+    hows = [{"top_p": 0.9}, {"top_p": 0.9, "repetition_penalty": 1.1}, {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}]
+    rows = [Sampling(**how).extra_rows for how in hows]
     assert rows == sorted(set(rows))
     assert rows[0] > 0
 
@@ -230,5 +230,5 @@ def test_what_sampling_asks_for_counts_as_rows() -> None:
 @pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.95, "top_k": 5, "min_p": 0.01}])
 def test_at_a_low_temperature_tokens_without_weight_are_left_away_and_nothing_else(row: np.ndarray, how: dict[str, float]) -> None:
     cold = Sampling(temperature=0.2, **how)
-    hot = Sampling(temperature=1.0, **how)  # of logits five times as large: the same weights
+    hot = Sampling(temperature=1.0, **how)  # logits five times as large give the same weights
     assert drawn(row, cold, 300) == drawn(row * 5, hot, 300)

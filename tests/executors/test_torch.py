@@ -31,7 +31,7 @@ FAMILIES = MODELS | {
 
 
 def blocks(w, first: int = 0):
-    """Of 16 tokens, where the OpenVINO tests have some of 32."""
+    """The work with KV blocks of 16 tokens; those of the OpenVINO tests have 32."""
     return w._replace(blocks=tuple(range(2 * first, 2 * first + 6)))
 
 
@@ -78,11 +78,11 @@ def test_a_gguf_file_is_the_same_model_as_the_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", "llama")
     folder = open_checkpoint(tmp_path / "folder")
     write_gguf(tmp_path / "model.gguf", folder)
-    one, other = (
+    of_folder, of_file = (
         TorchExecutor(checkpoint, EXACT, KV).logits([blocks(work(TOKENS))])
         for checkpoint in (folder, open_checkpoint(tmp_path / "model.gguf"))
     )
-    np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * np.abs(one).max())
+    np.testing.assert_allclose(of_file, of_folder, rtol=0, atol=1e-4 * np.abs(of_folder).max())
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_every_format_is_close_to_exact(exact: TorchExecutor, tmp_path: Path, we
     write_folder(tmp_path, "llama", hidden_size=128, intermediate_size=192)
     checkpoint = open_checkpoint(tmp_path)
     expected = TorchExecutor(checkpoint, EXACT, KV).logits([blocks(work(TOKENS))])
-    got = TorchExecutor(checkpoint, Options(weights, kv), KV).logits([blocks(work(TOKENS))])
-    assert np.abs(got - expected).mean() < within * expected.std()
+    logits = TorchExecutor(checkpoint, Options(weights, kv), KV).logits([blocks(work(TOKENS))])
+    assert np.abs(logits - expected).mean() < within * expected.std()
 
 
 def test_only_work_that_samples_gets_a_token(exact: TorchExecutor) -> None:

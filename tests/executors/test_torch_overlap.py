@@ -1,4 +1,4 @@
-"""With overlap the torch executor is given plans whose tokens it alone knows: the tokens are those without it, whatever happens."""
+"""With overlap, plans have tokens that only the torch executor knows; the results equal those without, whatever happens."""
 
 import random
 from dataclasses import replace
@@ -42,15 +42,15 @@ def checkpoint(tmp_path_factory):
 
 
 def executor(checkpoint, blocks, overlap):
-    made = TorchExecutor(checkpoint, EXACT, 1 << 22, overlap=overlap)
-    made.capacity = replace(made.capacity, num_blocks=blocks)
-    return made
+    torch_executor = TorchExecutor(checkpoint, EXACT, 1 << 22, overlap=overlap)
+    torch_executor.capacity = replace(torch_executor.capacity, num_blocks=blocks)
+    return torch_executor
 
 
 def served(checkpoint, seed, blocks, overlap, samplings):
     """What each request got, once all have been served: some end by a stop id, some are aborted after a few tokens."""
     draw = random.Random(seed)
-    records, got = [], {}
+    records, outputs = [], {}
     engine = Engine(
         executor(checkpoint, blocks, overlap),
         bytes_as_text(),
@@ -70,11 +70,11 @@ def served(checkpoint, seed, blocks, overlap, samplings):
         engine.submit(request)
     while engine.busy:
         for out in engine.step():
-            got.setdefault(out.id, []).append((out.tokens, out.details is not None, out.finish_reason))
-            if len(got[out.id]) == patience.get(out.id):
+            outputs.setdefault(out.id, []).append((out.tokens, out.details is not None, out.finish_reason))
+            if len(outputs[out.id]) == patience.get(out.id):
                 engine.abort(out.id)
     engine.scheduler.ledger.check()
-    return got, records
+    return outputs, records
 
 
 @pytest.mark.parametrize("blocks", [9, 200])
@@ -82,8 +82,8 @@ def served(checkpoint, seed, blocks, overlap, samplings):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_tokens_are_those_without_overlap(checkpoint, seed, samplings, blocks):
     expected, _ = served(checkpoint, seed, blocks, False, samplings)
-    found, records = served(checkpoint, seed, blocks, True, samplings)
-    assert expected == found
+    outputs, records = served(checkpoint, seed, blocks, True, samplings)
+    assert expected == outputs
     assert any(b.t_plan < a.t_end for a, b in pairwise(records))
     assert {"stop", "length", "abort"} <= {f.reason for r in records for f in r.finished}
     assert (blocks == 9) == any(r.preempted for r in records)
@@ -94,17 +94,17 @@ def test_a_processor_overlaps_only_if_asked(checkpoint):
 
 
 def test_a_token_that_nobody_sampled_is_refused(checkpoint):
-    made = executor(checkpoint, 64, True)
+    one_way = executor(checkpoint, 64, True)
     ahead = work([UNKNOWN], 20, id="a")._replace(blocks=(0, 1))
     with pytest.raises(ValueError, match="request a: .* there is none"):
-        made.submit(Plan(0, 0.0, (ahead,)))
-    made.submit(Plan(0, 0.0, (work(TOKENS[:20], id="b")._replace(blocks=(0, 1)),)))
+        one_way.submit(Plan(0, 0.0, (ahead,)))
+    one_way.submit(Plan(0, 0.0, (work(TOKENS[:20], id="b")._replace(blocks=(0, 1)),)))
     with pytest.raises(ValueError, match="request a: .* samples none"):
-        made.submit(Plan(1, 0.0, (ahead,)))
-    assert 0 == made.collect().step
+        one_way.submit(Plan(1, 0.0, (ahead,)))
+    assert 0 == one_way.collect().step
 
 
 def test_a_token_that_is_to_come_is_refused_without_overlap(checkpoint):
-    made = executor(checkpoint, 64, False)
+    one_way = executor(checkpoint, 64, False)
     with pytest.raises(ValueError, match="vocabulary"):
-        made.submit(Plan(0, 0.0, (work([UNKNOWN], 20)._replace(blocks=(0, 1)),)))
+        one_way.submit(Plan(0, 0.0, (work([UNKNOWN], 20)._replace(blocks=(0, 1)),)))

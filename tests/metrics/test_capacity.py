@@ -1,4 +1,4 @@
-"""The search finds the capacity of servers that are known and of those whose verdicts are noisy; trials fail for good reasons."""
+"""The search finds the capacity of servers with sharp and with noisy verdicts; trials fail for good reasons."""
 
 import random
 import statistics
@@ -12,29 +12,29 @@ from stallfree.metrics.timeline import Timeline
 
 
 def noisy(capacity: float, width: float, run: int):
-    """Passes surely at `width` below the capacity and never at as much above; between them the likelier the lower the rate."""
+    """Always passes at `width` below the capacity, never at `width` above; between them, lower rates pass more often."""
     return lambda rate, seed: random.Random(f"{run} {rate} {seed}").random() < 0.5 + (capacity - rate) / (2 * width)
 
 
 @pytest.mark.parametrize("start", [0.01, 1, 3.7, 500])
 def test_a_sharp_capacity_is_found_from_any_start(start):
-    found = search(lambda rate, _: rate <= 3.7, start, tolerance=0.02)
-    assert found.rate <= 3.7 < found.above <= 1.02 * found.rate
+    capacity = search(lambda rate, _: rate <= 3.7, start, tolerance=0.02)
+    assert capacity.rate <= 3.7 < capacity.above <= 1.02 * capacity.rate
 
 
 def test_a_noisy_capacity_is_found_more_exactly_with_more_trials():
     def errors(most_trials):
-        found = [search(noisy(10, 2, run), 1, most_trials=most_trials, tolerance=0.02).rate for run in range(200)]
-        return statistics.mean(abs(rate - 10) for rate in found)
+        rates = [search(noisy(10, 2, run), 1, most_trials=most_trials, tolerance=0.02).rate for run in range(200)]
+        return statistics.mean(abs(rate - 10) for rate in rates)
 
     assert errors(5) < 0.8
     assert errors(5) < errors(1)
 
 
 def test_every_rate_is_tried_with_the_same_seeds():
-    asked = {}
-    search(lambda rate, seed: asked.setdefault(rate, []).append(seed) or rate < 3, 1, seed=7)
-    assert {(7, 8)} == {tuple(seeds) for seeds in asked.values()}
+    seeds_by_rate = {}
+    search(lambda rate, seed: seeds_by_rate.setdefault(rate, []).append(seed) or rate < 3, 1, seed=7)
+    assert {(7, 8)} == {tuple(seeds) for seeds in seeds_by_rate.values()}
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_trials_end_once_one_verdict_leads_by_two(verdicts, expected):
 
 
 def test_a_server_that_meets_the_slo_at_any_rate_has_no_bound():
-    found = search(lambda rate, _: True, 1, most_trials=1)
-    assert (2**20, None) == (found.rate, found.above)
+    capacity = search(lambda rate, _: True, 1, most_trials=1)
+    assert (2**20, None) == (capacity.rate, capacity.above)
 
 
 def test_a_server_that_never_meets_the_slo_has_no_capacity_and_no_rate_below_the_lowest_is_tried():
-    found = search(lambda rate, _: False, 1, lowest=0.2, most_trials=1)
-    assert (0, 0.25) == (found.rate, found.above)
-    assert [1, 0.5, 0.25] == [decision.rate for decision in found.decisions]
+    capacity = search(lambda rate, _: False, 1, lowest=0.2, most_trials=1)
+    assert (0, 0.25) == (capacity.rate, capacity.above)
+    assert [1, 0.5, 0.25] == [decision.rate for decision in capacity.decisions]
 
 
 def test_decisions_are_told_in_their_order():
@@ -87,5 +87,5 @@ def lines(ttft, gap, n=100, reason="length"):
 )
 def test_a_trial_fails_for_late_tokens_a_growing_queue_or_refusals(measured, slo, says):
     slo = Slo.parse(slo)
-    found = "; ".join(shortfalls(report(measured, slo), slo))
-    assert says in found if says else found == ""
+    reasons = "; ".join(shortfalls(report(measured, slo), slo))
+    assert says in reasons if says else reasons == ""

@@ -1,4 +1,4 @@
-"""A run in words: of it all, of a step, of a request."""
+"""A run explained in words: the whole run, a step, a request."""
 
 import pytest
 
@@ -27,42 +27,42 @@ def stopped() -> Explained:
 
 
 def test_the_whole_names_the_policy_the_late_tokens_and_the_culprit(stopped):
-    said = "\n".join(stopped.on_the_whole())
-    assert "under policy a-policy, tbt=50ms@p99." in said
-    assert "4 requests arrived and got 125 tokens; ended: 4 by length." in said
-    assert "6 ready decodes left out of iterations, 3 tokens late." in said
-    assert "the prompt of long (1000 tokens) delayed 6 tokens" in said
-    assert "other engine" not in said
+    text = "\n".join(stopped.on_the_whole())
+    assert "under policy a-policy, tbt=50ms@p99." in text
+    assert "4 requests arrived and got 125 tokens; ended: 4 by length." in text
+    assert "6 ready decodes left out of iterations, 3 tokens late." in text
+    assert "the prompt of long (1000 tokens) delayed 6 tokens" in text
+    assert "other engine" not in text
 
 
 def test_a_step_says_what_it_computed_and_whom_it_left_out(stopped):
-    said = "\n".join(stopped.step(max(r.step for r in stopped.records if r.stalled)))
-    assert "0 decodes." in said
-    assert "1000 tokens of prefill of long: 0 to 1000 of 1000; admitted here after" in said
-    assert "Ready, but left out: short-0, short-1, short-2." in said
-    assert "short-1 waited: 410 ms since its token before; left out of step" in said
+    text = "\n".join(stopped.step(max(r.step for r in stopped.records if r.stalled)))
+    assert "0 decodes." in text
+    assert "1000 tokens of prefill of long: 0 to 1000 of 1000; admitted here after" in text
+    assert "Ready, but left out: short-0, short-1, short-2." in text
+    assert "short-1 waited: 410 ms since its token before; left out of step" in text
 
 
 def test_a_step_of_the_slo_policy_says_its_limit_and_whether_it_was_kept():
-    told = explained(Slo("tbt=50ms"), "tbt=50ms@p99")
-    step = next(r.step for r in told.records if r.limit_s is not None)
-    said = "\n".join(told.step(step))
-    assert "The limit was" in said
-    assert "of them used:" in said
+    explanation = explained(Slo("tbt=50ms"), "tbt=50ms@p99")
+    step = next(r.step for r in explanation.records if r.limit_s is not None)
+    text = "\n".join(explanation.step(step))
+    assert "The limit was" in text
+    assert "of them used:" in text
 
 
 def test_a_request_says_what_it_waited_for_and_its_stalls(stopped):
-    said = "\n".join(stopped.request("short-2"))
-    assert "short-2 arrived at 0.020 s: 20 prompt tokens, at most 40 of output." in said
-    assert "Its prompt was computed in 1 chunk over" in said
-    assert "2 stalled or late tokens:" in said
-    assert "1000 prefill tokens of long" in said
+    text = "\n".join(stopped.request("short-2"))
+    assert "short-2 arrived at 0.020 s: 20 prompt tokens, at most 40 of output." in text
+    assert "Its prompt was computed in 1 chunk over" in text
+    assert "2 stalled or late tokens:" in text
+    assert "1000 prefill tokens of long" in text
 
 
 def test_a_request_says_whom_its_prompt_delayed(stopped):
-    said = "\n".join(stopped.request("l"))
-    assert "Its own prompt delayed 6 tokens of 3 others: short-0, short-1, short-2." in said
-    assert "0 stalled or late tokens." in said
+    text = "\n".join(stopped.request("l"))
+    assert "Its own prompt delayed 6 tokens of 3 others: short-0, short-1, short-2." in text
+    assert "0 stalled or late tokens." in text
 
 
 def test_what_is_not_there_is_named(stopped):
@@ -88,13 +88,13 @@ def kept_waiting() -> Explained:
 
 
 def test_a_request_says_what_kept_its_prompt_waiting(kept_waiting):
-    said = "\n".join(kept_waiting.request("patient"))
-    assert "iterations held no prefill at all, the last one step" in said
-    assert "until stream-" in said
+    text = "\n".join(kept_waiting.request("patient"))
+    assert "iterations held no prefill at all, the last one step" in text
+    assert "until stream-" in text
 
 
 def test_the_whole_names_the_longest_waits_for_a_first_token(kept_waiting):
-    said = "\n".join(kept_waiting.on_the_whole())
-    assert "waited for long. The longest waits:" in said
-    assert "patient waited" in said
-    assert "iterations until then held no prefill at all; the last:" in said
+    text = "\n".join(kept_waiting.on_the_whole())
+    assert "waited for long. The longest waits:" in text
+    assert "patient waited" in text
+    assert "iterations until then held no prefill at all; the last:" in text

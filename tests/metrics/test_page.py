@@ -1,4 +1,4 @@
-"""The page holds everything it shows."""
+"""The page contains everything that it shows."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from stallfree.metrics.timeline import Timeline
 SLO = Slo.parse("ttft=2s,tbt=100ms")
 
 
-def made(*names: str, lines=None) -> str:
+def page_of(*names: str, lines=None) -> str:
     lines = lines or [
         Timeline(str(i), i, 10, tokens=[i + 0.5, i + 0.6, i + 0.9], finished=i + 1, reason="length") for i in range(5)
     ]
@@ -22,14 +22,14 @@ def made(*names: str, lines=None) -> str:
 
 
 def test_a_page_fetches_nothing():
-    text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", made("a", "b"))
+    text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page_of("a", "b"))
     links = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)|@import', text)
     assert [] == [link for link in links if not (link[0] or link[1]).startswith(("#", "data:"))]
     assert "<script" not in text
 
 
 def test_a_page_shows_every_run_the_table_and_what_is_wrong():
-    text = made("ours", "theirs")
+    text = page_of("ours", "theirs")
     assert all(
         part in text for part in ("a &lt;run&gt;", "client &amp; late", "<th>ours</th><th>theirs</th>", "TBT p99, ms", "rate 2")
     )
@@ -37,7 +37,7 @@ def test_a_page_shows_every_run_the_table_and_what_is_wrong():
 
 @pytest.mark.parametrize("lines", [[Timeline("a", 0, 1)], [Timeline("a", 0, 1, tokens=[1.0], finished=1, reason="length")]])
 def test_a_page_can_be_made_of_runs_with_nothing_in_them(lines):
-    assert "<svg" in made("a", lines=lines)
+    assert "<svg" in page_of("a", lines=lines)
 
 
 def test_without_matplotlib_it_is_said_how_to_install_it(monkeypatch):

@@ -64,7 +64,7 @@ def test_names_have_dots_in_rows_which_no_line_joins(drawn, sides):
     dots = [line for line in axes.lines if line.get_label() in sides]
     assert {"None"} == {line.get_linestyle() for line in dots}
     assert NAMES == [label.get_text() for label in axes.get_yticklabels()]
-    # Equal values are not in one place either.
+    # Equal values do not overlap either.
     places = [place for line in dots for place in zip(*line.get_data(), strict=True)]
     assert len(places) == len(set(places))
 

@@ -1,4 +1,4 @@
-"""What a report makes of timelines whose figures can be told by hand."""
+"""Reports of timelines whose figures can be computed by hand."""
 
 import numpy as np
 import pytest
@@ -110,8 +110,8 @@ def test_a_tally_that_sorts_often_has_numpys_percentiles(monkeypatch, count):
     for number, part in enumerate(np.array_split(gaps, max(1, count // 9))):
         tally.add(Timeline(str(number), 0.0, 1, tokens=[0.0, *map(float, np.cumsum(part))]))
     pooled = np.concatenate([np.diff([0.0, *np.cumsum(part)]) for part in np.array_split(gaps, max(1, count // 9))])
-    found = tally.report().tbt_s
-    assert pytest.approx(np.percentile(pooled, [50, 90, 99, 100]), rel=1e-14) == [found.p50, found.p90, found.p99, found.max]
+    tbt = tally.report().tbt_s
+    assert pytest.approx(np.percentile(pooled, [50, 90, 99, 100]), rel=1e-14) == [tbt.p50, tbt.p90, tbt.p99, tbt.max]
 
 
 def test_a_tally_and_a_list_amount_to_the_same():

@@ -1,4 +1,4 @@
-"""Who was stalled or late, in which iteration, and through whom: small runs whose answer can be read off."""
+"""Which requests stalled or were late, in which iteration, and because of whom, in small runs with obvious answers."""
 
 import pytest
 

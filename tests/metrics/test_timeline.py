@@ -1,4 +1,4 @@
-"""What a run's records say of each request."""
+"""Each request's timeline, from a run's records."""
 
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request

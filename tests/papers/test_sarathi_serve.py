@@ -1,4 +1,4 @@
-"""The paper's evaluation is set up as the paper and its artifact say; how it comes out is for the command to print."""
+"""The paper's evaluation is set up as the paper and its artifact say. Its results are not tested: the command prints them."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_every_deployment_of_the_paper_fits_its_devices():
 
 
 def test_chunks_cost_less_the_larger_they_are():
-    """And less than the whole, where that is long: attention of the time computed the masked half, of which chunks skip most."""
+    """And less than a long prompt at once: attention of the time computed the masked half too, and chunks skip most of it."""
     rows = {(row["prompt tokens"], row["chunk"]): row["in chunks / whole"] for row in paper.chunking("eager-2024")}
     for tokens in paper.CHUNKING:
         small, middle, large = (rows[tokens, chunk] for chunk in paper.CHUNKS)

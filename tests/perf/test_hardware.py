@@ -1,4 +1,4 @@
-"""Every device in the folder says what it is and where that is known from; what is wrong in a file is named."""
+"""Every device in the folder states its figures and their source; a mistake in a file is named."""
 
 from dataclasses import asdict
 from pathlib import Path

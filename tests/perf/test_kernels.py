@@ -63,8 +63,8 @@ def test_only_a_device_with_a_rate_for_it_multiplies_in_fewer_bits():
 
 def test_few_tokens_meet_few_experts():
     experts = Matrix("experts", 14336, 4096, "fp16", 8, 2)
-    one, all_of_them = (matmul(A100, tokens, experts).bandwidth_s for tokens in (1, 256))
-    assert 4 == pytest.approx(all_of_them / one, rel=0.05)
+    single, many = (matmul(A100, tokens, experts).bandwidth_s for tokens in (1, 256))
+    assert 4 == pytest.approx(many / single, rel=0.05)
 
 
 def test_experts_do_the_work_of_those_that_are_active():

@@ -1,4 +1,4 @@
-"""The margin is exceeded as often as allowed, whatever the scores are distributed like, and forgets a burst."""
+"""The margin is exceeded as often as allowed, for any distribution of the scores, and it forgets a burst."""
 
 import random
 
@@ -53,7 +53,7 @@ def test_a_late_token_widens_the_margin_and_many_in_time_narrow_it():
 
 @pytest.mark.parametrize("period", [0.01, 0.2])
 def test_after_a_burst_it_is_what_the_scores_since_then_say(period):
-    """By number where iterations are short, by time where they are long."""
+    """Short iterations are forgotten by their number, long ones by time."""
     margin = Margin(0.01)
     fed(margin, [8.0] * 40, period=period)
     assert margin.value > 5

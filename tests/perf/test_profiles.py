@@ -1,4 +1,4 @@
-"""A folder of measured kernels is read as it is, and the model is as near to the real ones as the documentation says."""
+"""A folder of measured kernels is read, and the model's errors on them are those that the documentation states."""
 
 from pathlib import Path
 

@@ -79,8 +79,8 @@ def test_an_eager_engine_cannot_be_quicker_than_it_launches():
 def test_a_decode_costs_little_beside_others_and_a_token_much_beside_many():
     """On a GPU a batch of decodes reads the weights once; beyond some hundred tokens each is computed."""
     cost = roofline()
-    one, two = (cost.seconds([(500, 1)] * n) for n in (1, 2))
-    assert two < 1.1 * one
+    single, double = (cost.seconds([(500, 1)] * n) for n in (1, 2))
+    assert double < 1.1 * single
     assert 1.8 < cost.seconds([(0, 4096)]) / cost.seconds([(0, 2048)]) < 2.2
 
 
@@ -138,16 +138,16 @@ def test_what_cannot_be_is_refused(make, says):
 
 
 def yi_34b() -> list[tuple[str, int, float]]:
-    """Iterations that Sarathi-Serve's figure 2 measured: decodes with 1,020 tokens before each, and whole prompts; but for the
-    prompt of 256 tokens, which ran first and warmed up.
+    """Iterations that Sarathi-Serve's figure 2 measured: decodes with 1,020 tokens before each, and whole prompts; without the
+    prompt of 256 tokens, which ran first, as the warm-up.
     """
     if not PAPER.is_dir():
         return []
-    found = []
+    iterations = []
     for kind in ("decode", "prefill"):
         with (PAPER / f"yi34b_figure-2_{kind}.csv").open() as file:
-            found += [(kind, int(r["batch_num_tokens"]), float(r["batch_execution_time"])) for r in csv.DictReader(file)]
-    return [row for row in found if row[:2] != ("prefill", 256)]
+            iterations += [(kind, int(r["batch_num_tokens"]), float(r["batch_execution_time"])) for r in csv.DictReader(file)]
+    return [row for row in iterations if row[:2] != ("prefill", 256)]
 
 
 @pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's measurements are not beside the checkout")
@@ -156,5 +156,5 @@ def test_iterations_of_the_papers_engine_are_met(kind, tokens, measured):
     if (kind, tokens) == ("decode", 8):
         pytest.xfail("the measurements leap by 21 ms from 4 decodes to 8, for which the model has no cause (docs/fidelity.md)")
     cost = roofline("yi-34b", "a100-80g-pcie", "eager-2024", tp=2)
-    made = cost.seconds([(1020, 1)] * tokens if kind == "decode" else [(0, tokens)])
-    assert made == pytest.approx(measured, rel=0.12)
+    predicted = cost.seconds([(1020, 1)] * tokens if kind == "decode" else [(0, tokens)])
+    assert predicted == pytest.approx(measured, rel=0.12)

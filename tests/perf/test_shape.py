@@ -1,4 +1,4 @@
-"""Models have the parameters that they are known for, and what lies on one device adds up."""
+"""Models have their known numbers of parameters, and the parts on single devices add up."""
 
 import json
 

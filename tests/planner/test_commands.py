@@ -1,4 +1,4 @@
-"""What the planner prints can be typed: every option is there, with the policies and limits that were simulated."""
+"""The planner's commands can be typed as printed: every option exists, with the policies and limits that were simulated."""
 
 import json
 import shlex
@@ -24,10 +24,10 @@ def parsed(line: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("model", ["opt-13b", "opt-66b", "opt-175b"])
 def test_a_model_that_no_engine_here_serves_has_no_command(model):
-    there = Candidates(Site(model, gpus=16, nodes=2))
-    tp, pp = next(iter(there.shapes))
-    for deployed in (there.replica(tp, pp, "slo"), there.split("distserve", (tp, pp), (tp, pp), (1, 1))):
-        (line,) = commands(there.site, deployed, SLO)
+    candidates = Candidates(Site(model, gpus=16, nodes=2))
+    tp, pp = next(iter(candidates.shapes))
+    for deployed in (candidates.replica(tp, pp, "slo"), candidates.split("distserve", (tp, pp), (tp, pp), (1, 1))):
+        (line,) = commands(candidates.site, deployed, SLO)
         assert line.startswith(f"# no command: this engine does not serve {model}")
 
 
@@ -35,31 +35,31 @@ def test_a_model_of_a_file_is_named_by_its_folder(tmp_path):
     values = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32, "vocab_size": 32000}
     values |= {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    there = Candidates(Site(str(tmp_path / "config.json"), gpus=1))
-    (line,) = commands(there.site, there.replica(1, 1, "sarathi", 512), SLO)
+    candidates = Candidates(Site(str(tmp_path / "config.json"), gpus=1))
+    (line,) = commands(candidates.site, candidates.replica(1, 1, "sarathi", 512), SLO)
     assert str(tmp_path) == parsed(line)["model"]
 
 
 def test_co_located_replicas_are_one_command():
-    there = Candidates(Site("llama2-13b", gpus=4, weights="int8", max_model_len=2048))
-    (line,) = commands(there.site, there.replica(2, 1, "sarathi", 512, replicas=2), SLO)
+    candidates = Candidates(Site("llama2-13b", gpus=4, weights="int8", max_model_len=2048))
+    (line,) = commands(candidates.site, candidates.replica(2, 1, "sarathi", 512, replicas=2), SLO)
     assert line.startswith("stallfree deploy meta-llama/Llama-2-13b-hf --executor torch --tp 2 ")
-    told = parsed(line)
+    options = parsed(line)
     assert ("meta-llama/Llama-2-13b-hf", 2, 1, "sarathi", 512, "int8", 2048, "2") == tuple(
-        told[name] for name in ("model", "tp", "pp", "policy", "token_budget", "weights", "max_model_len", "replicas")
+        options[name] for name in ("model", "tp", "pp", "policy", "token_budget", "weights", "max_model_len", "replicas")
     )
 
 
 def test_two_pools_run_the_policies_that_were_simulated():
-    there = Candidates(Site("llama2-13b", gpus=4))
-    pair = there.split("splitwise", (1, 1), (2, 1), (2, 1))
-    prefill, decode, route, lacks = commands(there.site, pair, SLO)
-    told = [parsed(prefill), parsed(decode)]
+    candidates = Candidates(Site("llama2-13b", gpus=4))
+    pair = candidates.split("splitwise", (1, 1), (2, 1), (2, 1))
+    prefill, decode, route, lacks = commands(candidates.site, pair, SLO)
+    options = [parsed(prefill), parsed(decode)]
     assert [("prefill", 1, "hybrid-only", 2048), ("decode", 2, "sarathi", 8192)] == [
-        tuple(one[name] for name in ("role", "tp", "policy", "max_tokens")) for one in told
+        tuple(command[name] for name in ("role", "tp", "policy", "max_tokens")) for command in options
     ]
-    assert [None, 512] == [one["token_budget"] for one in told]
-    assert str(SLO) == told[0]["slo"]
+    assert [None, 512] == [command["token_budget"] for command in options]
+    assert str(SLO) == options[0]["slo"]
     assert "2 times, each with its own ports and 1 GPU of its own" in prefill
     assert "once, with 2 GPUs of its own" in decode
     assert 3 == len({8000, parsed(prefill)["port"], parsed(decode)["port"]})
@@ -69,8 +69,8 @@ def test_two_pools_run_the_policies_that_were_simulated():
 
 
 def test_engines_on_several_hosts_listen_for_each_other():
-    there = Candidates(Site("llama2-70b", gpus=16, nodes=16))
-    key, prefill, decode, route = commands(there.site, there.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
+    candidates = Candidates(Site("llama2-70b", gpus=16, nodes=16))
+    key, prefill, decode, route = commands(candidates.site, candidates.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
     assert key.startswith("export STALLFREE_PEER_KEY=")
     assert "0.0.0.0" == parsed(prefill)["peer_host"] == parsed(decode)["host"]
     assert parsed(route)["spill"] is None
@@ -79,6 +79,6 @@ def test_engines_on_several_hosts_listen_for_each_other():
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
 def test_ranks_within_a_node_are_processes_of_it(shape):
-    there = Candidates(Site("llama2-13b", gpus=4, nodes=2))
-    (line,) = commands(there.site, there.replica(*shape), SLO)
+    candidates = Candidates(Site("llama2-13b", gpus=4, nodes=2))
+    (line,) = commands(candidates.site, candidates.replica(*shape), SLO)
     assert "--workers" not in line

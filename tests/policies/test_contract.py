@@ -1,4 +1,4 @@
-"""Every policy in the folder: it serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
+"""Every policy in the folder serves everybody, keeps its promise, plans the same again, and reproduces its golden record."""
 
 import random
 import sys
@@ -111,7 +111,7 @@ class Mine:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A current folder that the modules which are imported from it do not outlast."""
+    """A new current folder; modules that are imported from it are forgotten after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     before = set(sys.modules)
@@ -184,7 +184,7 @@ class Mine:
     slo, options = None, {}
 
     def __init__(self, setup, depth, share, eager, name):
-        self.setup, self.given = setup, (depth, share, eager, name)
+        self.setup, self.values = setup, (depth, share, eager, name)
 
     @classmethod
     def of(cls, setup, *, depth: int = 1, share: float | None = None, eager: bool = False, name="x"):
@@ -197,10 +197,10 @@ class Mine:
 def test_a_policy_with_of_gets_its_setup_and_its_own_options_by_their_types(folder):
     (folder / "mypolicy.py").write_text(TUNED)
     setup = Setup(Fitted())
-    given = policies.options("mypolicy:Mine", None, ["depth=3", "share=0.5", "eager=true", "name = y"])
-    made = load("mypolicy:Mine", setup, **given)
-    assert (setup, (3, 0.5, True, "y")) == (made.setup, made.given)
-    assert (1, None, False, "x") == load("mypolicy:Mine", setup).given
+    options = policies.options("mypolicy:Mine", None, ["depth=3", "share=0.5", "eager=true", "name = y"])
+    policy = load("mypolicy:Mine", setup, **options)
+    assert (setup, (3, 0.5, True, "y")) == (policy.setup, policy.values)
+    assert (1, None, False, "x") == load("mypolicy:Mine", setup).values
     assert policies.wants_setup("mypolicy:Mine")
     assert not policies.wants_setup("sarathi")
 

@@ -18,15 +18,15 @@ TARGET_S = 0.1
 
 
 def seconds(plan: Plan, noise: random.Random) -> float:
-    """Not what the policy's cost model starts from, and noisy: one iteration in a hundred takes half as long again."""
+    """Noisy, and not what the policy's cost model starts from: one iteration in a hundred takes half as long again."""
     exact = 0.009 + sum(0.0012 + 1.2e-6 * w.start if w.decode else 0.0004 * w.count + 2e-8 * w.count * w.start for w in plan.work)
     return exact * noise.lognormvariate(0, 0.05) * (1.5 if noise.random() < 0.01 else 1)
 
 
 def gaps(policy: Slo, requests: list[Request], slowdown: float = 1.0) -> list[float]:
-    """Every gap between tokens, in the order in which they ended; from half of the requests on, all is `slowdown` times as slow."""
+    """Every gap between tokens, in the order in which they ended; after half of the requests all takes `slowdown` times as long."""
     scheduler, noise, now = Scheduler(policy, Capacity(32, 4000, 4096)), random.Random(5), 0.0
-    coming, found = requests[::-1], []
+    coming, between = requests[::-1], []
     while coming or scheduler.ledger.requests:
         while coming and coming[-1].arrival <= now:
             scheduler.submit(coming.pop())
@@ -37,30 +37,30 @@ def gaps(policy: Slo, requests: list[Request], slowdown: float = 1.0) -> list[fl
         before = {w.id: scheduler.ledger.requests[w.id].last_token for w in plan.work if w.decode}
         now += seconds(plan, noise) * (slowdown if len(coming) < len(requests) / 2 else 1)
         scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
-        found += [now - last for last in before.values()]
+        between += [now - last for last in before.values()]
         now += 0.0008
-    return found
+    return between
 
 
 def chat(rate: float, count: int = 250) -> list[Request]:
     """Poisson arrivals; one prompt in twenty is long."""
-    rng, now, made = random.Random(1), 0.0, []
+    rng, now, requests = random.Random(1), 0.0, []
     for i in range(count):
         now += rng.expovariate(rate)
         length = 2000 if rng.random() < 0.05 else min(1500, int(rng.lognormvariate(5.3, 1)) + 4)
-        made.append(Request(f"r{i}", range(100_000 * i, 100_000 * i + length), rng.randint(2, 160), arrival=now))
-    return made
+        requests.append(Request(f"r{i}", range(100_000 * i, 100_000 * i + length), rng.randint(2, 160), arrival=now))
+    return requests
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.5, 2.5, 4.0])
 def test_late_tokens_stay_within_the_share_allowed_at_every_load(rate):
-    found = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(rate))
-    assert sum(gap > TARGET_S for gap in found) <= 0.01 * len(found)
+    measured = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(rate))
+    assert sum(gap > TARGET_S for gap in measured) <= 0.01 * len(measured)
 
 
 def test_a_machine_too_slow_for_any_stream_serves_everybody_to_the_end():
-    found = gaps(Slo(Targets.parse("tbt=25ms@p99")), chat(1.5, count=40), slowdown=20)
-    assert sum(max(1, r.max_tokens) - 1 for r in chat(1.5, count=40)) == len(found)
+    measured = gaps(Slo(Targets.parse("tbt=25ms@p99")), chat(1.5, count=40), slowdown=20)
+    assert sum(max(1, r.max_tokens) - 1 for r in chat(1.5, count=40)) == len(measured)
 
 
 def crowd(slo: Targets | None) -> int:
@@ -84,14 +84,14 @@ def test_requests_that_ask_for_less_than_the_server_promises_may_be_more():
 
 
 def test_near_saturation_the_slack_is_used():
-    found = sorted(gaps(Slo(Targets.parse("tbt=100ms@p90")), chat(4.0)))
-    assert found[int(0.95 * len(found))] > 0.9 * TARGET_S
-    assert sum(gap > TARGET_S for gap in found) >= 0.05 * len(found)
+    measured = sorted(gaps(Slo(Targets.parse("tbt=100ms@p90")), chat(4.0)))
+    assert measured[int(0.95 * len(measured))] > 0.9 * TARGET_S
+    assert sum(gap > TARGET_S for gap in measured) >= 0.05 * len(measured)
 
 
 def test_a_machine_that_turns_slow_is_followed():
-    found = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(1.0), slowdown=1.8)
-    assert sum(gap > TARGET_S for gap in found) <= 0.01 * len(found)
+    measured = gaps(Slo(Targets.parse("tbt=100ms@p99")), chat(1.0), slowdown=1.8)
+    assert sum(gap > TARGET_S for gap in measured) <= 0.01 * len(measured)
 
 
 def test_a_clients_own_impossible_target_does_not_shut_the_others_out():

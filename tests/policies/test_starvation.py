@@ -22,12 +22,12 @@ from stallfree.policies.slo import FLOOR, Slo
 PRICES = Fitted().prices
 OVERHEAD_S = 0.0008
 TURN_S = 1.0
-"""Beside the time for its prefill, a prompt may wait this long for the iteration that runs and for the first one of its own."""
+"""Seconds that a prompt may wait in addition to its prefill: for the running iteration and for the first one of its own."""
 
 
 class Host:
-    """A machine whose iterations take `scale` times what `Fitted` says, times a lognormal scatter of `sigma`, times what `slowed`
-    makes of the time and the iteration's number."""
+    """A machine whose iterations take `scale` times what `Fitted` says, times a lognormal scatter of `sigma`. `slowed` gives
+    one more factor, and seconds of standstill, from the time and the iteration's number."""
 
     def __init__(self, scale=1.0, sigma=0.05, slowed=lambda now, number: (1.0, 0.0), seed=1):
         self.cost = Fitted([scale * price for price in PRICES])
@@ -39,7 +39,7 @@ class Host:
 
 
 class Serving:
-    """A policy that is calibrated for `host` at its usual speed, and what came of it: of each iteration when it began and ended,
+    """A policy that is calibrated for `host` at its usual speed, and its results: of each iteration its begin and end,
     its decodes, what it could have prefilled, and its decodes that were late."""
 
     def __init__(self, host, slo, requests):
@@ -50,7 +50,7 @@ class Serving:
         self.now, self.rows = 0.0, []
 
     def run(self, until):
-        """To the first moment at which `until` holds, or to the end."""
+        """Run to the first moment at which `until` holds, or to the end."""
         while (self.coming or self.scheduler.ledger.requests) and not until(self):
             while self.coming and self.coming[-1].arrival <= self.now:
                 self.scheduler.submit(self.coming.pop())
@@ -151,8 +151,8 @@ def test_after_any_burst_the_budget_is_back_within_200_iterations_and_5_seconds(
     seed=st.integers(0, 99),
 )
 def test_the_wait_of_a_lone_prompt_is_bounded_by_a_multiple_of_its_prefill_time(count, length, tightness, sigma, scale, seed):
-    """Beside streams that meet their target: at most what is owed to it, or, while the target leaves no credit, one chunk of a
-    target's length after as many iterations as may pass between two late ones."""
+    """Beside streams that meet their target a prompt waits at most for what it is owed. While the target leaves no credit, it gets
+    one chunk of a target's length after as many iterations as may pass between two late ones."""
     host = Host(scale, sigma, seed=seed)
     decodes = host.cost.seconds([(400, 1)] * (count + 1))
     serving = Serving(host, f"tbt={max(decodes * tightness, 0.02 * scale):.4f}s", streams(count, 10))
@@ -199,7 +199,7 @@ def test_late_tokens_stay_within_the_percentile_outside_of_standstills(slowed, s
 
 
 def test_a_prompt_beside_a_stream_that_is_always_late_is_served_at_the_floor():
-    """Decodes by themselves take 1.3 times the target: the promise is broken whatever is planned, and the prompt gets its share."""
+    """Decodes alone take 1.3 times the target, so every plan breaks the promise; the prompt gets its share."""
     serving = Serving(Host(1.0, 0.05), "tbt=100ms", streams(1))
     serving.host.slowed = lambda now, number: (13.0, 0.0)
     serving.run(lambda s: s.now > 20)
@@ -210,7 +210,7 @@ def test_a_prompt_beside_a_stream_that_is_always_late_is_served_at_the_floor():
 
 
 def test_a_prompt_for_which_even_one_token_takes_longer_than_the_target_is_served():
-    """It has a context to read that takes longer than the target allows for all."""
+    """Reading its context alone takes longer than the target allows for an iteration."""
     prices = [*PRICES[:3], 0.5, *PRICES[4:]]
     host = Host()
     host.cost = Fitted(prices)
@@ -242,7 +242,7 @@ def crowd(policy, host) -> float:
 
 @pytest.mark.parametrize(("slow", "sigma"), [(1, 0.05), (4, 0.05), (4, 0.5), (10, 0.3)])
 def test_without_a_target_a_slow_and_busy_host_still_serves_many_at_once(slow, sigma):
-    """Nobody asked for milliseconds: the default target is so many decode iterations as they are now."""
+    """The default target is not in milliseconds: it is a number of decode iterations at their present speed."""
 
     def host():
         return Host(1.0, sigma, lambda now, number: (float(slow), 0.0))
@@ -256,6 +256,6 @@ def test_a_target_that_was_asked_for_does_not_move():
     before = [policy.slo.tbt.seconds for policy in policies]
     for policy in policies:
         crowd(policy, Host(1.0, 0.05, lambda now, number: (5.0, 0.0)))
-    asked, default = (policy.slo.tbt.seconds / was for policy, was in zip(policies, before, strict=True))
-    assert 1.0 == asked
+    explicit, default = (policy.slo.tbt.seconds / was for policy, was in zip(policies, before, strict=True))
+    assert 1.0 == explicit
     assert default > 3

@@ -60,7 +60,7 @@ class Executor(SimulatedExecutor):
 
 
 class Server:
-    """A running server: `url`, and what is behind it. It `asks` the prefill engines at these addresses, or is `asked` itself."""
+    """A running server with its `url` and its parts. It `asks` the prefill engines at these addresses, or `serves_peers`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Server:
         text: Text | None = None,
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
-        asked: bool = False,
+        serves_peers: bool = False,
         sampling: Sampling | None = None,
         sanitize_control_tokens: bool = False,
         **options,
@@ -93,7 +93,7 @@ class Server:
         self.metrics, self.live, self.traces = self.service.metrics, self.service.live, self.service.traces
         self.engine_thread = self.service.thread
         terms = Terms.of(self.executor, "toy")
-        self.peer_socket = bind("127.0.0.1", 0) if asked else None
+        self.peer_socket = bind("127.0.0.1", 0) if serves_peers else None
         if asks:
             self.service.ask(asks, terms, "")
         if self.peer_socket is not None:
@@ -131,7 +131,7 @@ class Server:
         return sum(float(line.split()[-1]) for line in lines if line.startswith('stallfree_requests_total{reason="abort"}'))
 
     def settled(self) -> None:
-        """Wait until nothing is left, then hold the accounts against each other: every KV block must be free."""
+        """Wait until no request is left, then compare the accounts: every KV block must be free."""
         scheduler = self.engine.scheduler
         until(
             lambda: not (self.engine_thread._streams or self.engine.busy),
@@ -144,7 +144,7 @@ class Server:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """For tests that provoke what is logged with a traceback."""
+    """For tests that cause log lines with tracebacks."""
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -154,7 +154,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """For tests that leave it as they found it."""
+    """For tests that leave the server unchanged."""
     with Server() as running:
         yield running
         running.settled()

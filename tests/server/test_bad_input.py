@@ -168,7 +168,7 @@ def test_what_is_wrong_within_a_field_is_named_by_its_whole_path(server, route, 
 
 
 def top(error: dict) -> str:
-    """The field of the body in which an error is."""
+    """The body's top-level field that has the error."""
     return error["param"].partition("[")[0].partition(".")[0]
 
 

@@ -31,14 +31,14 @@ return [...document.querySelectorAll('[data-chart]')].map((figure) => {
 
 @pytest.fixture
 def page(driver) -> Iterator[webdriver.Chrome]:
-    """A browser at its usual size, whose page has said nothing wrong and asked nobody else when the test is over."""
+    """A browser at its usual size. By the end of a test its page must have logged no error and asked no other host."""
     driver.get_log("browser")
     driver.get_log("performance")
     yield driver
-    ours = ("/live?since=", "/v1/chat/completions")  # Chromium notes every answer of 400 and more, and every lack of one
-    complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in ours)]
-    asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = {event["params"]["request"]["url"] for event in asked if event["method"] == "Network.requestWillBeSent"}
+    routes = ("/live?since=", "/v1/chat/completions")  # Chromium logs every answer of 400 and more, and every missing one
+    complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in routes)]
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.get("about:blank")
     assert [] == complaints

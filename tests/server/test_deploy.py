@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster of this machine answer as one server does; how many there should be follows from how they are used."""
+"""Replicas on a Ray cluster of this machine answer as one server does; their number follows from their use."""
 
 import json
 import socket
@@ -60,7 +60,7 @@ def test_a_replica_answers_as_the_server_does(cluster):
     ],
 )
 def test_there_are_as_many_replicas_as_are_used_as_wanted(used, now, expected):
-    metrics = {"utilisation": {str(i): one for i, one in enumerate(used)}}
+    metrics = {"utilisation": {str(i): share for i, share in enumerate(used)}}
     assert expected == wanted(SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=now))[0]
 
 

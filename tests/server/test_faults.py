@@ -24,7 +24,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 def send(server: Server, body: dict, length: int | None = None) -> socket.socket:
-    """A raw connection that has posted a completion; `length` is what its header says, if it lies."""
+    """A raw connection that has posted a completion; `length` is a false length for its header."""
     data = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", server.port))
     sock.settimeout(PATIENCE_S)
@@ -70,12 +70,12 @@ def test_a_client_that_stops_reading_disturbs_nobody_and_is_cut_off(monkeypatch)
 
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     with Server() as server:
-        for said in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
-            whole = said.endswith(b"\r\n\r\n")
+        for opening in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+            whole = opening.endswith(b"\r\n\r\n")
             monkeypatch.setattr(running, "HEAD_TIMEOUT_S", PATIENCE_S if whole else 0.2)
             sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
-            with sock, contextlib.suppress(ConnectionError):  # which a machine that is busy may meet with the timeout over
-                sock.sendall(said)
+            with sock, contextlib.suppress(ConnectionError):  # on a busy machine the timeout may already be over
+                sock.sendall(opening)
                 if whole:
                     assert b"HTTP/1.1 200" == sock.recv(4096)[:12]
                     monkeypatch.setattr(running, "HEAD_TIMEOUT_S", 0.2)
@@ -372,8 +372,8 @@ def test_a_drain_says_how_many_are_waited_for_how_long_and_the_way_out():
     with Process(300, "shut") as server:
         thread = server.stream(20)
         server.process.send_signal(signal.SIGINT)
-        told = server.process.stderr.readline()
-        assert "1 request has up to 300 s to finish; Ctrl-C again (or a second SIGTERM) ends them at once" in told
+        line = server.process.stderr.readline()
+        assert "1 request has up to 300 s to finish; Ctrl-C again (or a second SIGTERM) ends them at once" in line
         server.process.send_signal(signal.SIGINT)
         assert "ending the unfinished requests (1)" in server.process.stderr.readline()
         thread.join()

@@ -1,4 +1,4 @@
-"""What the live page is told of the records that were left for it."""
+"""What the live page gets from the records that are kept for it."""
 
 import pytest
 
@@ -30,7 +30,7 @@ END = step(2, 0.3, 0.35, [("a", 11, 1), ("b", 30, 1)], finished=[Finished("a", "
 
 
 class Recorded(Live):
-    """With an account of its own."""
+    """`Live` with an account of its own."""
 
     def __init__(self, policy: str = "sarathi", slo: Slo | None = None):
         super().__init__(policy, slo)

@@ -1,4 +1,4 @@
-"""What /metrics says of records, under our names and under vLLM's."""
+"""The samples of /metrics for given records, under our names and under vLLM's."""
 
 import json
 import re
@@ -57,8 +57,8 @@ def samples() -> dict[tuple[str, ...], float]:
 
 
 def test_bubbles_of_a_pipeline_add_up():
-    made = served(*(replace(record, bubble_s=0.25) for record in (FIRST, HYBRID, END)))
-    assert 0.75 == made["pipeline_bubble_seconds_total",]
+    samples = served(*(replace(record, bubble_s=0.25) for record in (FIRST, HYBRID, END)))
+    assert 0.75 == samples["pipeline_bubble_seconds_total",]
 
 
 def test_tokens_are_counted_by_phase(samples):
@@ -85,14 +85,14 @@ def test_a_request_is_in_time_with_no_more_late_tokens_than_its_percentile_leave
 
 def test_a_request_s_own_target_is_what_its_tokens_are_held_to():
     own = step(0, 0.0, 0.1, [("a", 0, 10)], arrived=[arrival("a", slo="tbt=1s")])
-    found = served(own, step(1, 0.1, 0.5, [("a", 10, 1)]), slo=None)
-    assert (1, 1) == (found["slo_tokens_total", "tbt"], found["slo_tokens_in_time_total", "tbt"])
+    samples = served(own, step(1, 0.1, 0.5, [("a", 10, 1)]), slo=None)
+    assert (1, 1) == (samples["slo_tokens_total", "tbt"], samples["slo_tokens_in_time_total", "tbt"])
 
 
 def test_without_a_target_nothing_has_a_deadline():
-    found = served(FIRST, HYBRID, END, slo=None)
-    assert 0 == sum(value for name, value in found.items() if name[0].startswith(("slo_", "late_tokens", "decode_stall")))
-    assert ("slack_seconds",) not in found
+    samples = served(FIRST, HYBRID, END, slo=None)
+    assert 0 == sum(value for name, value in samples.items() if name[0].startswith(("slo_", "late_tokens", "decode_stall")))
+    assert ("slack_seconds",) not in samples
 
 
 def test_gauges_are_those_of_the_last_iteration(samples):
@@ -101,13 +101,13 @@ def test_gauges_are_those_of_the_last_iteration(samples):
 
 
 def test_a_gauge_without_a_value_has_no_sample():
-    found = served(FIRST)
-    assert [] == [name for name in ("limit_seconds", "slack_seconds") if (name,) in found]
+    samples = served(FIRST)
+    assert [] == [name for name in ("limit_seconds", "slack_seconds") if (name,) in samples]
 
 
 def test_reasons_of_the_budget_are_three_whatever_the_words():
-    found = served(FIRST, HYBRID, END, step(3, 0.4, 0.5, [("b", 31, 1)], reason=ENGINE_LIMIT))
-    assert {"policy": 1, "deadline": 2, "engine": 1} == {name[1]: found[name] for name in found if name[0] == "steps_total"}
+    samples = served(FIRST, HYBRID, END, step(3, 0.4, 0.5, [("b", 31, 1)], reason=ENGINE_LIMIT))
+    assert {"policy": 1, "deadline": 2, "engine": 1} == {name[1]: samples[name] for name in samples if name[0] == "steps_total"}
 
 
 def test_the_phases_of_a_request_add_up_to_its_time(samples):
@@ -117,31 +117,31 @@ def test_the_phases_of_a_request_add_up_to_its_time(samples):
 
 
 def test_an_aborted_request_is_counted_and_not_timed():
-    found = served(FIRST, step(1, 0.1, 0.2, [], finished=[Finished("a", "abort")]))
-    assert (1, 0) == (found["requests_total", "abort"], found["request_seconds_count",])
-    assert 0 == found["slo_requests_total",]
+    samples = served(FIRST, step(1, 0.1, 0.2, [], finished=[Finished("a", "abort")]))
+    assert (1, 0) == (samples["requests_total", "abort"], samples["request_seconds_count",])
+    assert 0 == samples["slo_requests_total",]
 
 
 def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
-    came = Delivered("a", 0.02, 0.1, 4, 6000, 0.05)
-    found = served(
-        step(0, 0.1, 0.2, [("a", 10, 1)], arrived=[arrival("a")], delivered=[came], recalled=["b"]),
+    transfer = Delivered("a", 0.02, 0.1, 4, 6000, 0.05)
+    samples = served(
+        step(0, 0.1, 0.2, [("a", 10, 1)], arrived=[arrival("a")], delivered=[transfer], recalled=["b"]),
         step(1, 0.2, 0.6, [("a", 11, 1)], finished=[Finished("a", "length")]),
     )
-    assert (1, 1) == (found["kv_transfers_total", "delivered"], found["kv_transfers_total", "recomputed"])
-    assert (6000, 0.05) == (found["kv_transfer_bytes_total",], found["kv_transfer_seconds_total",])
-    assert pytest.approx(0.1) == found["kv_transfer_ratio",]
-    assert (3, 4) == (found["generation_tokens_total",], found["cached_tokens_total",])
-    assert pytest.approx(0.1) == found["time_to_first_token_seconds_sum",]
-    assert pytest.approx([0.02, 0.08, 0.5]) == [found[f"request_{phase}_seconds_sum",] for phase in ("queue", "prefill", "decode")]
-    assert pytest.approx(0.5) == found["inter_token_seconds_sum",]
+    assert (1, 1) == (samples["kv_transfers_total", "delivered"], samples["kv_transfers_total", "recomputed"])
+    assert (6000, 0.05) == (samples["kv_transfer_bytes_total",], samples["kv_transfer_seconds_total",])
+    assert pytest.approx(0.1) == samples["kv_transfer_ratio",]
+    assert (3, 4) == (samples["generation_tokens_total",], samples["cached_tokens_total",])
+    assert pytest.approx(0.1) == samples["time_to_first_token_seconds_sum",]
+    assert pytest.approx([0.02, 0.08, 0.5]) == [samples[f"request_{p}_seconds_sum",] for p in ("queue", "prefill", "decode")]
+    assert pytest.approx(0.5) == samples["inter_token_seconds_sum",]
 
 
 def test_prefill_engines_are_counted_where_they_are_asked():
     ledger = Ledger(Capacity(16, 10, 128), reserve="prompt")
-    said = Metrics("toy").expose(ledger, 0.0, (1, 2)).decode()
-    assert "stallfree_prefill_engines 1.0" in said
-    assert "stallfree_prefill_engines_configured 2.0" in said
+    text = Metrics("toy").expose(ledger, 0.0, (1, 2)).decode()
+    assert "stallfree_prefill_engines 1.0" in text
+    assert "stallfree_prefill_engines_configured 2.0" in text
     assert "\nstallfree_prefill_engines" not in Metrics("toy").expose(ledger, 0.0).decode()
 
 
@@ -155,7 +155,7 @@ def test_the_prefix_cache_is_counted_in_tokens(samples):
 
 
 @pytest.mark.parametrize(
-    ("vllm", "ours"),
+    ("vllm", "own"),
     [
         ("vllm:num_requests_running", "running_requests"),
         ("vllm:num_requests_waiting", "waiting_requests"),
@@ -180,8 +180,8 @@ def test_the_prefix_cache_is_counted_in_tokens(samples):
         ("vllm:iteration_tokens_total_sum", "tokens_per_step_sum"),
     ],
 )
-def test_a_series_has_vllm_s_name_and_labels_too(samples, vllm, ours):
-    assert samples[ours,] == samples[vllm, "0", "toy"]
+def test_a_series_has_vllm_s_name_and_labels_too(samples, vllm, own):
+    assert samples[own,] == samples[vllm, "0", "toy"]
 
 
 def test_requests_by_reason_have_vllm_s_label():
@@ -203,13 +203,13 @@ def test_every_name_with_an_alias_is_one_of_ours():
 def test_the_dashboard_asks_only_for_what_the_server_has():
     dashboard = json.loads((ROOT / "docs" / "grafana" / "stallfree.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    asked = {name for expression in expressions for name in re.findall(r"stallfree_\w+", expression)}
+    queried = {name for expression in expressions for name in re.findall(r"stallfree_\w+", expression)}
     text = Metrics("toy", TARGET).expose(Ledger(Capacity(16, 10, 128), reserve="prompt"), 0.0).decode()
     families = {line.split()[2]: line.split()[3] for line in text.splitlines() if line.startswith("# TYPE")}
     ends = {"histogram": ("_bucket", "_sum", "_count")}
-    there = {name + end for name, kind in families.items() for end in ends.get(kind, ("",))}
-    assert asked
-    assert set() == asked - there
+    exposed = {name + end for name, kind in families.items() for end in ends.get(kind, ("",))}
+    assert queried
+    assert set() == queried - exposed
 
 
 def test_the_document_lists_every_metric_with_its_alias():

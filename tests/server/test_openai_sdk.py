@@ -1,4 +1,4 @@
-"""The OpenAI Python SDK against a live server: what it sends is taken, and what it gets it can read."""
+"""The OpenAI Python SDK against a live server: its requests are accepted, and it can read the answers."""
 
 import asyncio
 
@@ -58,10 +58,10 @@ def test_a_prompt_may_be_token_ids(sdk, server):
 
 
 def test_streamed_choices_carry_their_index(sdk):
-    said = {0: "", 1: ""}
+    texts = {0: "", 1: ""}
     for chunk in sdk.completions.create(model="toy", prompt=["ab", "xyz"], max_tokens=4, stream=True, echo=True):
-        said[chunk.choices[0].index] += chunk.choices[0].text
-    assert {0: "abcdef", 1: "xyzdefg"} == said
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert {0: "abcdef", 1: "xyzdefg"} == texts
 
 
 def test_completions_end_after_16_tokens_unless_told_otherwise(sdk):

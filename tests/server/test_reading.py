@@ -1,5 +1,5 @@
-"""Bodies are read alike here and in a process; what is certain to be too long is refused before it is tokenised; a process that
-dies fails one request."""
+"""Bodies are read alike here and in a helper process. Text that is surely too long is refused before it is tokenised. A process
+that dies fails one request."""
 
 import asyncio
 import json
@@ -54,31 +54,31 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def reader():
-    made = Reader(TEXT, LIMITS)
-    yield made
-    made.close()
+    reader = Reader(TEXT, LIMITS)
+    yield reader
+    reader.close()
 
 
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_a_process_reads_what_is_read_here(reader, monkeypatch, kind, body):
     raw = json.dumps(body).encode()
-    here = outcome(lambda: read(TEXT, LIMITS, kind, raw))
+    direct = outcome(lambda: read(TEXT, LIMITS, kind, raw))
     monkeypatch.setattr(reading, "LARGE", 0)
-    there = outcome(lambda: asyncio.run(reader.read(kind, raw)))
-    assert here == there
+    by_process = outcome(lambda: asyncio.run(reader.read(kind, raw)))
+    assert direct == by_process
 
 
 def test_a_small_body_needs_no_process():
     alone = Reader(TEXT, LIMITS)
-    asked = asyncio.run(alone.read(CompletionRequest, json.dumps(COMPLETION).encode()))
-    assert ([(TEXT.encode("Hello"), "")], {5: 1.5}) == (asked.prompts, asked.bias)
+    request = asyncio.run(alone.read(CompletionRequest, json.dumps(COMPLETION).encode()))
+    assert ([(TEXT.encode("Hello"), "")], {5: 1.5}) == (request.prompts, request.bias)
     assert alone._pool is None
 
 
 def test_what_was_read_of_a_body_does_not_come_back_with_it(reader, monkeypatch):
     monkeypatch.setattr(reading, "LARGE", 0)
-    asked = asyncio.run(reader.read(CompletionRequest, json.dumps(COMPLETION).encode()))
-    assert ("", None) == (asked.body.prompt, asked.body.logit_bias)
+    request = asyncio.run(reader.read(CompletionRequest, json.dumps(COMPLETION).encode()))
+    assert ("", None) == (request.body.prompt, request.body.logit_bias)
 
 
 def test_a_process_that_dies_fails_its_request_and_the_next_one_gets_another(monkeypatch):
@@ -132,12 +132,12 @@ def test_a_text_has_at_least_as_many_tokens_as_is_told_without_making_them(text,
     if composing:
         own = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *own])
-    made = Text(tokenizer, None, ())
-    assert made.least_tokens(text) <= len(made.encode(text, special=False))
+    counter = Text(tokenizer, None, ())
+    assert counter.least_tokens(text) <= len(counter.encode(text, special=False))
 
 
 def words(**how) -> Tokenizer:
-    """A tokenizer of which a token may stand for any number of bytes."""
+    """A tokenizer whose tokens may stand for any number of bytes."""
     tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[], unk_token="<unk>", **how))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer

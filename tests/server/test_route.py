@@ -51,7 +51,7 @@ def name(server: Server) -> str:
 @pytest.fixture(scope="module")
 def pair():
     """A server that decodes, and the one that prefills for it."""
-    with Server(FAST, asked=True) as prefill, Server(FAST, asks=[prefill.peer_socket.getsockname()]) as decode:
+    with Server(FAST, serves_peers=True) as prefill, Server(FAST, asks=[prefill.peer_socket.getsockname()]) as decode:
         yield decode, prefill
         decode.settled()
         prefill.settled()
@@ -106,14 +106,14 @@ def test_a_router_that_names_a_prefill_engine_that_is_not_there_fails_no_request
     for _ in range(2):
         assert 200 == decode.post(COMPLETIONS, {"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"}).status_code
     assert before + 2 == delivered(decode)
-    (said,) = (record.getMessage() for record in caplog.records if "10.0.0.1:22" in record.getMessage())
-    assert name(prefill) in said
+    (message,) = (record.getMessage() for record in caplog.records if "10.0.0.1:22" in record.getMessage())
+    assert name(prefill) in message
 
 
 def test_a_router_can_have_the_prompt_computed_where_it_is_decoded(server, pair):
     before = delivered(pair[0])
-    for one in (server, pair[0]):
-        assert 200 == one.post(COMPLETIONS, {"prompt": "a" * 50}, headers={PREFILL: HERE}).status_code
+    for target in (server, pair[0]):
+        assert 200 == target.post(COMPLETIONS, {"prompt": "a" * 50}, headers={PREFILL: HERE}).status_code
     assert before == delivered(pair[0])
     assert 'stallfree_kv_transfers_total{outcome="recomputed"} 0.0' in pair[0].client.get("/metrics").text
 
@@ -149,8 +149,8 @@ def test_the_api_key_is_the_servers_to_check():
 
 
 def test_requests_go_to_the_server_with_the_fewest_and_never_to_one_that_is_down():
-    with Server(SLOW) as one, Server(SLOW) as two, Route(one.url, two.url, "http://127.0.0.1:1") as route:
-        for server in (one, two):
+    with Server(SLOW) as first, Server(SLOW) as second, Route(first.url, second.url, "http://127.0.0.1:1") as route:
+        for server in (first, second):
             server.executor.gate.clear()
         body = {"prompt": "a", "max_tokens": 3}
         threads = [threading.Thread(target=route.client.post, args=(COMPLETIONS,), kwargs={"json": body}) for _ in range(4)]
@@ -158,7 +158,7 @@ def test_requests_go_to_the_server_with_the_fewest_and_never_to_one_that_is_down
             thread.start()
             until(lambda number=number: sum(server.outstanding for server in route.router.servers) == number)
         assert [2, 2, 0] == [server.outstanding for server in route.router.servers]
-        for server in (one, two):
+        for server in (first, second):
             server.executor.gate.set()
         for thread in threads:
             thread.join()
@@ -208,23 +208,23 @@ def test_metrics_count_requests_by_server_and_outcome_and_say_who_is_up():
     nobody = "http://127.0.0.1:1"
     with Server() as server, Route(server.url, nobody) as route:
 
-        def told(metric: str, server: str, **labels: str) -> float | None:
+        def value_of(metric: str, server: str, **labels: str) -> float | None:
             families = text_string_to_metric_families(route.client.get("/metrics").text)
-            found = {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
-            return found.get((f"stallfree_router_{metric}", *sorted({"server": server, **labels}.items())))
+            values = {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+            return values.get((f"stallfree_router_{metric}", *sorted({"server": server, **labels}.items())))
 
-        assert (1, 0) == (told("server_up", server.url), told("server_up", nobody))
+        assert (1, 0) == (value_of("server_up", server.url), value_of("server_up", nobody))
         for stream in (True, False):
             assert 200 == route.client.post(COMPLETIONS, json={"prompt": "a", "stream": stream}).status_code
         assert 400 == route.client.post(COMPLETIONS, json={"prompt": 5}).status_code
         server.executor.gate.clear()
         with route.client.stream("POST", COMPLETIONS, json={"prompt": "a", "stream": True}) as answer:
             assert 200 == answer.status_code
-            assert 1 == told("outstanding_requests", server.url)
-        until(lambda: told("requests_total", server.url, outcome="left") == 1)
+            assert 1 == value_of("outstanding_requests", server.url)
+        until(lambda: value_of("requests_total", server.url, outcome="left") == 1)
         server.executor.gate.set()
         server.settled()
-        outcomes = {outcome: told("requests_total", server.url, outcome=outcome) for outcome in OUTCOMES}
+        outcomes = {outcome: value_of("requests_total", server.url, outcome=outcome) for outcome in OUTCOMES}
     assert {"answered": 2, "refused": 1, "failed": 0, "broken": 0, "left": 1} == outcomes
 
 
@@ -261,10 +261,10 @@ def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
     pending = {"a:1": 0, "b:1": 0}
     long = _Prompt(pending, inf, COMPLETIONS, json.dumps({"prompt": list(range(100))}).encode())
     short = [_Prompt(pending, inf, CHAT, json.dumps({"messages": [{"content": "x" * 78}], "n": 2}).encode()) for _ in range(2)]
-    assert ["a:1", "b:1", "b:1"] == [one.named for one in (long, *short)]
+    assert ["a:1", "b:1", "b:1"] == [prompt.named for prompt in (long, *short)]
     assert {"a:1": 100, "b:1": 40} == pending
-    for one in (long, *short):
-        one.receive(b"data: {}\n\ndata: {}\n\n")
+    for prompt in (long, *short):
+        prompt.receive(b"data: {}\n\ndata: {}\n\n")
     assert {"a:1": 0, "b:1": 40} == pending
     short[0].receive(b"data: {}\n\n")
     short[1].computed()
@@ -277,8 +277,8 @@ def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
 def test_while_every_prefill_engine_is_busy_nobody_is_named():
     pending = {"a:1": 0, "b:2": 0}
     body = json.dumps({"prompt": list(range(100))}).encode()
-    found = [_Prompt(pending, 50, COMPLETIONS, body) for _ in range(3)]
-    assert ["a:1", "b:2", HERE] == [prompt.named for prompt in found]
-    for prompt in found:
-        prompt.computed()
+    prompts = [_Prompt(pending, 50, COMPLETIONS, body) for _ in range(3)]
+    assert ["a:1", "b:2", HERE] == [each.named for each in prompts]
+    for each in prompts:
+        each.computed()
     assert {"a:1": 0, "b:2": 0} == pending

@@ -1,4 +1,4 @@
-"""What a request leaves open of sampling is as the model's makers recommend; what it sets is its own."""
+"""Sampling options that a request leaves open are as the model's makers recommend; those that it sets stay."""
 
 from dataclasses import replace
 
@@ -21,39 +21,39 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def asked():
+def recommending():
     """A server whose model has a recommendation, and how its requests were sampled, in turn."""
     with Server(sampling=RECOMMENDED) as server:
-        found = []
+        samplings = []
         submit = server.engine.scheduler.submit
-        server.engine.scheduler.submit = lambda request: (found.append(request.sampling), submit(request))[1]
-        yield server, found
+        server.engine.scheduler.submit = lambda request: (samplings.append(request.sampling), submit(request))[1]
+        yield server, samplings
         server.settled()
 
 
-@pytest.mark.parametrize(("given", "own"), [*CASES, ({"top_k": -1}, {"top_k": 0}), ({"temperature": None}, {})])
+@pytest.mark.parametrize(("fields", "own"), [*CASES, ({"top_k": -1}, {"top_k": 0}), ({"temperature": None}, {})])
 @pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
-def test_a_request_of_the_server_gets_what_it_leaves_open(asked, route, given, own):
-    server, found = asked
-    found.clear()
+def test_a_request_of_the_server_gets_what_it_leaves_open(recommending, route, fields, own):
+    server, samplings = recommending
+    samplings.clear()
     body = {"messages": HELLO} if route == CHAT else {"prompt": "a"}
-    assert 200 == server.post(route, body | {"max_tokens": 1, "seed": 7} | given).status_code
-    assert [replace(RECOMMENDED, seed=7, **own)] == found
+    assert 200 == server.post(route, body | {"max_tokens": 1, "seed": 7} | fields).status_code
+    assert [replace(RECOMMENDED, seed=7, **own)] == samplings
 
 
-@pytest.mark.parametrize(("given", "own"), CASES)
-def test_a_request_of_a_script_gets_what_it_leaves_open(given, own):
+@pytest.mark.parametrize(("fields", "own"), CASES)
+def test_a_request_of_a_script_gets_what_it_leaves_open(fields, own):
     with LLM(executor="simulated", max_model_len=64) as llm:
         llm._engine.sampling = RECOMMENDED
-        found = []
+        samplings = []
         submit = llm._engine.scheduler.submit
-        llm._engine.scheduler.submit = lambda request: (found.append(request.sampling), submit(request))[1]
-        llm.generate("a", max_tokens=1, seed=7, **given)
-    assert [replace(RECOMMENDED, seed=7, **own)] == found
+        llm._engine.scheduler.submit = lambda request: (samplings.append(request.sampling), submit(request))[1]
+        llm.generate("a", max_tokens=1, seed=7, **fields)
+    assert [replace(RECOMMENDED, seed=7, **own)] == samplings
 
 
-def test_what_a_request_gets_is_listed_with_the_model(asked):
-    server, _ = asked
+def test_what_a_request_gets_is_listed_with_the_model(recommending):
+    server, _ = recommending
     expected = {"temperature": 0.2, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
     (model,) = server.client.get("/v1/models").json()["data"]
     assert expected == model["default_sampling"]

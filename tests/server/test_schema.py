@@ -1,4 +1,4 @@
-"""Requests made up from the live OpenAPI schema: none brings the server down, and every answer is one that the schema declares."""
+"""Requests generated from the live OpenAPI schema: none stops the server, and the schema declares every answer."""
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings

@@ -1,4 +1,4 @@
-"""A request's own latency targets, from its body or its headers, reach the scheduler, and wrong ones nobody."""
+"""A request's own latency targets, from its body or its headers, reach the scheduler; wrong ones are refused."""
 
 import pytest
 
@@ -10,13 +10,13 @@ BODY = {"prompt": "abc", "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """A server with an SLO, and what its requests asked for, in turn."""
+def observed():
+    """A server with an SLO, and its requests' own targets, in turn."""
     with Server(slo=Slo.parse("ttft=1s@p95,tbt=100ms@p99.5")) as server:
-        found = []
+        targets = []
         submit = server.engine.scheduler.submit
-        server.engine.scheduler.submit = lambda request: (found.append(str(request.slo or "")), submit(request))[1]
-        yield server, found
+        server.engine.scheduler.submit = lambda request: (targets.append(str(request.slo or "")), submit(request))[1]
+        yield server, targets
         server.settled()
 
 
@@ -34,11 +34,11 @@ def asked():
         (None, {}, ""),
     ],
 )
-def test_targets_reach_the_scheduler_with_the_servers_percentiles(asked, slo, headers, expected):
-    server, found = asked
-    found.clear()
+def test_targets_reach_the_scheduler_with_the_servers_percentiles(observed, slo, headers, expected):
+    server, targets = observed
+    targets.clear()
     assert 200 == server.post(COMPLETIONS, BODY | {"slo": slo}, headers=headers).status_code
-    assert [expected] == found
+    assert [expected] == targets
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_targets_reach_the_scheduler_with_the_servers_percentiles(asked, slo, he
         ({"tbt": 100}, {}, "slo.tbt"),
     ],
 )
-def test_wrong_targets_are_refused_by_their_place_and_reach_nobody(asked, slo, headers, param):
-    server, found = asked
-    found.clear()
+def test_wrong_targets_are_refused_by_their_place_and_reach_nobody(observed, slo, headers, param):
+    server, targets = observed
+    targets.clear()
     assert param == error_of(server.post(COMPLETIONS, BODY | {"slo": slo}, headers=headers), 400)["param"]
-    assert [] == found
+    assert [] == targets

@@ -1,4 +1,4 @@
-"""Whatever a chat template raises is the request's error, in the template's words."""
+"""An exception in a chat template becomes the request's error, in the template's words."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def server():
 
 
 @pytest.mark.parametrize(
-    ("said", "quoted"),
+    ("content", "quoted"),
     [
         ("zero", "ZeroDivisionError: division by zero"),
         ("recursion", "RecursionError"),
@@ -33,8 +33,8 @@ def server():
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
-def test_a_template_s_error_is_a_400_that_quotes_it(server, path, said, quoted):
-    error = error_of(server.post(path, {"messages": [{"role": "user", "content": said}]}), 400)
+def test_a_template_s_error_is_a_400_that_quotes_it(server, path, content, quoted):
+    error = error_of(server.post(path, {"messages": [{"role": "user", "content": content}]}), 400)
     assert "messages" == error["param"]
     assert quoted in error["message"]
     assert 200 == server.post(CHAT, {"messages": HELLO, "max_tokens": 1}).status_code

@@ -13,7 +13,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|><think>{% endfor %}"
 
 
 class Says:
-    """A server whose model says these tokens, over and over, behind any prompt."""
+    """A server whose model answers every prompt with these tokens, repeated."""
 
     def __init__(self, tokenizer, template=TEMPLATE, **options):
         self.text = Text(tokenizer, template, [tokenizer.token_to_id("</s>") or -1])
@@ -31,14 +31,14 @@ class Says:
         return [self.text.tokenizer.token_to_id(token) for token in tokens]
 
     def post(self, path, prompt, *tokens, **fields):
-        """The first choice, where the model says `tokens` behind the prompt."""
-        said = self.ids(*tokens)
+        """The first choice, where the model says `tokens` after the prompt."""
+        ids = self.ids(*tokens)
         body = {"messages": prompt} if path == CHAT else {"prompt": prompt}
-        asked = {"messages": prompt} if path == CHAT else {"prompt": prompt} if isinstance(prompt, str) else None
-        count = len(prompt) if asked is None else self.server.post("/tokenize", asked).json()["count"]
+        question = {"messages": prompt} if path == CHAT else {"prompt": prompt} if isinstance(prompt, str) else None
+        count = len(prompt) if question is None else self.server.post("/tokenize", question).json()["count"]
         # The simulated model says the letter at the position modulo their number.
-        self.server.executor._letters = said[-(count % len(said)) :] + said[: -(count % len(said))] if count % len(said) else said
-        answer = self.server.post(path, {"max_tokens": len(said), **body, **fields})
+        self.server.executor._letters = ids[-(count % len(ids)) :] + ids[: -(count % len(ids))] if count % len(ids) else ids
+        answer = self.server.post(path, {"max_tokens": len(ids), **body, **fields})
         assert 200 == answer.status_code, answer.text
         return answer.json()["choices"][0]
 
@@ -131,10 +131,10 @@ def test_bytes_of_byte_level_tokens_are_true_too(qwen):
 )
 def test_offsets_are_where_tokens_stand_in_the_text(llama, tokens, echo):
     choice = llama.post(COMPLETIONS, "ab", *tokens, logprobs=1, echo=echo)
-    text, found = choice["text"], choice["logprobs"]
-    assert len(tokens) == len(found["text_offset"]) == len(found["tokens"])
-    assert found["text_offset"] == sorted(found["text_offset"])
-    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+    text, logprobs = choice["text"], choice["logprobs"]
+    assert len(tokens) == len(logprobs["text_offset"]) == len(logprobs["tokens"])
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if "\ufffd" not in token and token != "<|end|>":
             assert token == text[offset : offset + len(token)]
 
@@ -207,8 +207,8 @@ def test_a_server_can_take_control_tokens_for_text_unless_a_request_says_otherwi
             ({"sanitize_control_tokens": None}, False),
             ({"sanitize_control_tokens": False}, True),
         ):
-            found = says.server.post("/tokenize", {"prompt": "a<|end|>"} | fields).json()["tokens"]
-            assert expected == (end in found)
+            tokens = says.server.post("/tokenize", {"prompt": "a<|end|>"} | fields).json()["tokens"]
+            assert expected == (end in tokens)
         usage = says.server.post(CHAT, {"messages": [{"role": "user", "content": "<|end|>"}], "max_tokens": 1}).json()["usage"]
         assert len("<|end|>") + 2 == usage["prompt_tokens"]
 

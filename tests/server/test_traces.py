@@ -1,4 +1,4 @@
-"""The spans that requests become, and that a collector that is not there disturbs nobody."""
+"""Requests become spans; a missing collector disturbs nobody."""
 
 import logging
 import queue
@@ -40,7 +40,7 @@ END = step(2, 4.0, 4.5, [("a", 11, 1)], finished=[Finished("a", "stop")])
 
 
 def spans(*records: StepRecord, headers=None):
-    """Of the requests that end in `records`, by name; the clock stands at 10 s."""
+    """The spans of the requests that end in `records`, by name; the clock stands at 10 s."""
     exporter, account = InMemorySpanExporter(), StallAccount(Slo.parse("tbt=1s"))
     traces = Traces("toy", lambda: 10.0, exporter)
     traces.note_call(["a"], "chat", headers or {})
@@ -53,11 +53,11 @@ def spans(*records: StepRecord, headers=None):
 
 
 def test_a_request_is_a_span_with_its_phases_below():
-    found = spans(FIRST, LATE, END)
-    request = found.pop("chat toy")
-    assert {"queue", "prefill", "decode"} == set(found)
-    assert {request.context.span_id} == {span.parent.span_id for span in found.values()}
-    assert [0.5, 1.0, 2.5] == [round((found[p].end_time - found[p].start_time) / 1e9, 6) for p in ("queue", "prefill", "decode")]
+    named = spans(FIRST, LATE, END)
+    request = named.pop("chat toy")
+    assert {"queue", "prefill", "decode"} == set(named)
+    assert {request.context.span_id} == {span.parent.span_id for span in named.values()}
+    assert [0.5, 1.0, 2.5] == [round((named[p].end_time - named[p].start_time) / 1e9, 6) for p in ("queue", "prefill", "decode")]
 
 
 def test_times_of_the_run_become_those_of_the_day(monkeypatch):
@@ -108,7 +108,7 @@ def test_a_request_that_ends_in_the_queue_has_no_other_phase():
 
 
 class Blocked(SpanExporter):
-    """A collector that answers nothing until it is let, and then fails."""
+    """A collector that does not answer until the test allows it, and then fails."""
 
     def __init__(self):
         self.called, self.go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Token ids are held against what the model has, which may be less than its tokenizer has, or more."""
+"""Token ids are checked against the model's vocabulary, which may be smaller or larger than its tokenizer's."""
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -1,4 +1,4 @@
-"""Bytes on shared ports: none is lost, no port moves more than it can, and one by itself is as fast as arithmetic says."""
+"""Bytes on shared ports: none is lost, no port exceeds its bandwidth, and a single flow is as fast as arithmetic says."""
 
 from math import inf
 
@@ -18,28 +18,28 @@ def run(fabric: Fabric) -> None:
 def test_4096_tokens_of_llama2_70b_over_200_gbit_s():
     model = shape.Sharded(shape.load("llama2-70b"), 1, 1, "fp16", "fp16")
     assert 0.328e6 == pytest.approx(model.kv_bytes_per_token, rel=0.01)
-    there = []
+    ended = []
     fabric = Fabric()
-    fabric.send(4096 * model.kv_bytes_per_token, (Port(links.load("ib-200g").bandwidth),), 0.0, there.append)
+    fabric.send(4096 * model.kv_bytes_per_token, (Port(links.load("ib-200g").bandwidth),), 0.0, ended.append)
     run(fabric)
-    assert [0.0537] == pytest.approx(there, rel=0.01)
+    assert [0.0537] == pytest.approx(ended, rel=0.01)
 
 
 def test_two_at_a_time_share_and_the_rest_of_the_longer_one_is_alone():
-    there = {}
+    ended = {}
     fabric, port = Fabric(), Port(100.0)
-    fabric.send(100, (port,), 0.0, lambda now: there.setdefault("short", now))
-    fabric.send(300, (port,), 0.0, lambda now: there.setdefault("long", now))
+    fabric.send(100, (port,), 0.0, lambda now: ended.setdefault("short", now))
+    fabric.send(300, (port,), 0.0, lambda now: ended.setdefault("long", now))
     run(fabric)
-    assert {"short": 2.0, "long": 4.0} == pytest.approx(there)
+    assert {"short": 2.0, "long": 4.0} == pytest.approx(ended)
 
 
 def test_a_flow_is_as_fast_as_its_fullest_port():
-    there = []
+    ended = []
     fabric, wide, narrow = Fabric(), Port(100.0), Port(10.0)
-    fabric.send(100, (wide, narrow), 1.0, there.append)
+    fabric.send(100, (wide, narrow), 1.0, ended.append)
     run(fabric)
-    assert [11.0] == pytest.approx(there)
+    assert [11.0] == pytest.approx(ended)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Whatever arrives, in whatever machine: in leaps the records are those of single steps, to the last bit."""
+"""For any arrivals and any machine, leaps give the same records as single steps, to the last bit."""
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
@@ -28,13 +28,13 @@ ARRIVALS = st.lists(
 
 
 def requests(drawn) -> list[Request]:
-    now, made = 0.0, []
+    now, requests = 0.0, []
     for number, (gap, prompt, output, priority, family) in enumerate(drawn):
         now += gap
         alike = prompt * 2 // 3
         tokens = [*range(1000 * family, 1000 * family + alike), *[10_000 + number] * (prompt - alike)]
-        made.append(Request(str(number), tokens, output, arrival=now, priority=priority))
-    return made
+        requests.append(Request(str(number), tokens, output, arrival=now, priority=priority))
+    return requests
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,4 @@
-"""A replay decides as the run did, whatever happened in it; with another policy it answers what if."""
+"""A replay decides as the run did, whatever happened in it; with another policy it answers what-if questions."""
 
 import random
 from dataclasses import replace
@@ -56,7 +56,7 @@ class Machinery:
 
 
 def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False) -> tuple[Run, list[StepRecord]]:
-    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as its file would say it."""
+    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as read from its file."""
     draw = random.Random(seed)
     capacity = Capacity(8, 60, 320, depth, overlap)
     machine = Machinery(capacity, seed)
@@ -76,9 +76,9 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: 
     )
     slo = getattr(chosen, "slo", None)
     run = Run(policy, capacity, Limits(8, 512), reuse, str(slo or ""), options, None if cost is None else cost.state())
-    said: list[list[int]] = []
+    histories: list[list[int]] = []
     for number in range(60):
-        beginning = draw.choice(said) if said and draw.random() < 0.5 else []
+        beginning = draw.choice(histories) if histories and draw.random() < 0.5 else []
         prompt = [*beginning, *(draw.randrange(200) for _ in range(draw.choice((3, 20, 90))))][:200]
         stop_ids = frozenset(LETTERS[:2]) if draw.random() < 0.3 else frozenset()
         stop = ["fg", "tu"] if draw.random() < 0.3 else []
@@ -96,7 +96,7 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: 
         for _ in range(draw.randrange(8)):
             if engine.busy:
                 engine.step()
-        said.append([*prompt, *request.output])
+        histories.append([*prompt, *request.output])
         if draw.random() < 0.15:
             engine.abort(f"r{number}")
     while engine.busy:
@@ -131,8 +131,8 @@ def test_with_iterations_that_overlap_too(policy, seed):
 
 def test_what_if_of_overlapping_iterations_takes_them_one_after_the_other():
     run, records = record("sarathi", 4, depth=2, overlap=True)
-    made = what_if(run, records, Machine(records, overlap=True), "sarathi", None, run.options)
-    was, now = records[-1].t_end - records[0].t_plan, made[-1].t_end - made[0].t_plan
+    replayed = what_if(run, records, Machine(records, overlap=True), "sarathi", None, run.options)
+    was, now = records[-1].t_end - records[0].t_plan, replayed[-1].t_end - replayed[0].t_plan
     assert was == pytest.approx(now, rel=0.1)
 
 
@@ -162,8 +162,8 @@ def test_a_record_without_fingerprints_is_refused():
 
 def test_what_if_serves_the_same_requests_with_the_same_lengths():
     run, records = record("sarathi", 2)
-    made = what_if(run, records, Machine(records), "prefill-first", None, {})
-    was, now = timelines(records), timelines(made)
+    replayed = what_if(run, records, Machine(records), "prefill-first", None, {})
+    was, now = timelines(records), timelines(replayed)
     ended = [id for id, line in was.items() if line.reason in ("stop", "length")]
     assert len(ended) > 30
     assert was.keys() == now.keys()
@@ -175,16 +175,16 @@ def test_what_if_answers_with_a_tighter_target():
     machine = Machine(records)
 
     def longest(slo: str) -> float:
-        made = what_if(run, records, machine, "slo", Slo.parse(slo), {})
-        return max(r.t_end - r.t_plan for r in made)
+        replayed = what_if(run, records, machine, "slo", Slo.parse(slo), {})
+        return max(r.t_end - r.t_plan for r in replayed)
 
     assert longest("tbt=12ms") < longest("tbt=60ms")
 
 
 def test_the_same_policy_simulated_comes_near_the_record():
     run, records = record("sarathi", 4)
-    made = what_if(run, records, Machine(records), "sarathi", None, run.options)
-    was, now = records[-1].t_end - records[0].t_plan, made[-1].t_end - made[0].t_plan
+    replayed = what_if(run, records, Machine(records), "sarathi", None, run.options)
+    was, now = records[-1].t_end - records[0].t_plan, replayed[-1].t_end - replayed[0].t_plan
     assert was == pytest.approx(now, rel=0.1)
 
 

@@ -30,9 +30,9 @@ def run(arrivals, router, replicas=2, **more):
     )
 
 
-def served(made) -> list[list[str]]:
+def served(result) -> list[list[str]]:
     """Who arrived at each replica."""
-    return [sorted((a.id for r in records for a in r.arrived), key=int) for records in made.records]
+    return [sorted((a.id for r in records for a in r.arrived), key=int) for records in result.records]
 
 
 def test_round_robin_takes_turns():
@@ -61,8 +61,8 @@ def test_prefix_affinity_keeps_a_familys_prompts_together_and_hits_the_cache():
     families = [replace(a, blocks=tuple(100 * (i % 4) + b for b in range(4))) for i, a in enumerate(coming)]
 
     def cached(router):
-        made = run(families, router, replicas=3, reuse=True)
-        return sum(count for records in made.records for r in records for _, count in r.cached)
+        result = run(families, router, replicas=3, reuse=True)
+        return sum(count for records in result.records for r in records for _, count in r.cached)
 
     assert cached("prefix-affinity") > cached("round-robin") > 0
 

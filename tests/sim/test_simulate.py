@@ -1,4 +1,4 @@
-"""A simulation is the same in leaps as step by step, keeps its accounts, and says what the records say."""
+"""A simulation is the same in leaps as step by step, its accounts agree, and its results match the records."""
 
 import json
 from collections import Counter
@@ -113,8 +113,8 @@ def test_a_leap_asks_the_policy_once():
             Counting.plans += 1
             super().plan(draft)
 
-    made = simulate(load("calm"), lambda: Counting(256), COST, ROOMY)
-    assert Counting.plans < made.iterations / 5
+    result = simulate(load("calm"), lambda: Counting(256), COST, ROOMY)
+    assert Counting.plans < result.iterations / 5
 
 
 def test_without_records_the_timelines_are_the_same():
@@ -124,22 +124,22 @@ def test_without_records_the_timelines_are_the_same():
 @pytest.mark.parametrize("name", ["sarathi", "prefill-first", "chunked-only"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_timelines_are_those_that_the_records_tell(name, depth):
-    made = run(load("bursty"), name, capacity=replace(TIGHT, depth=depth), records=True)
-    assert timelines(made.records[0]) == {line.id: line for line in made.lines}
+    result = run(load("bursty"), name, capacity=replace(TIGHT, depth=depth), records=True)
+    assert timelines(result.records[0]) == {line.id: line for line in result.lines}
 
 
 def test_the_report_has_a_bench_reports_figures():
-    made = run(load("calm"))
-    found = report(made.lines, Slo.parse("tbt=100ms"), 2.0)
-    assert 120 == found.completed
-    assert {"tbt"} == found.slo_attainment.keys()
-    assert sum(a.output_tokens for a in load("calm")) == found.output_tokens
+    result = run(load("calm"))
+    figures = report(result.lines, Slo.parse("tbt=100ms"), 2.0)
+    assert 120 == figures.completed
+    assert {"tbt"} == figures.slo_attainment.keys()
+    assert sum(a.output_tokens for a in load("calm")) == figures.output_tokens
 
 
 def test_everybody_gets_the_tokens_that_were_drawn():
-    made = run(load("bursty"), capacity=TIGHT)
+    result = run(load("bursty"), capacity=TIGHT)
     drawn = {str(number): a.output_tokens for number, a in enumerate(load("bursty"))}
-    assert drawn == {line.id: len(line.tokens) for line in made.lines}
+    assert drawn == {line.id: len(line.tokens) for line in result.lines}
 
 
 def test_timelines_may_be_handed_on_instead_of_kept():
@@ -155,37 +155,37 @@ def test_the_same_input_gives_the_same_records(name):
 
 
 def test_a_lone_request_takes_the_sum_of_its_iterations():
-    made = run([Arrival(1.0, 300, 3)])
+    result = run([Arrival(1.0, 300, 3)])
     chunks = [[(0, 256)], [(256, 44)], [(300, 1)], [(301, 1)]]
     expected = [1.0]
     for shape in chunks:
         expected.append(expected[-1] + COST.seconds(shape))
-    assert expected[2:] == made.lines[0].tokens
+    assert expected[2:] == result.lines[0].tokens
 
 
 def test_two_stages_of_one_plan_each_take_half_of_it():
-    made = run([Arrival(0.0, 200, 1)], capacity=replace(ROOMY, depth=2), spans=True)
+    result = run([Arrival(0.0, 200, 1)], capacity=replace(ROOMY, depth=2), spans=True)
     whole = COST.seconds([(0, 200)])
-    first, second = made.spans[0]
+    first, second = result.spans[0]
     assert (0.0, whole / 2) == (first.begin, first.end)
     assert (whole / 2, whole) == (second.begin, second.end)
-    assert pytest.approx(0.5) == made.bubbles
+    assert pytest.approx(0.5) == result.bubbles
 
 
 def test_stages_work_on_one_plan_at_a_time_in_their_order():
-    made = run(load("bursty"), capacity=replace(ROOMY, depth=3), spans=True)
-    assert {0, 1, 2} == {span.stage for span in made.spans[0]}
+    result = run(load("bursty"), capacity=replace(ROOMY, depth=3), spans=True)
+    assert {0, 1, 2} == {span.stage for span in result.spans[0]}
     for stage in range(3):
-        assert all(a.end <= b.begin for a, b in pairwise(span for span in made.spans[0] if span.stage == stage))
+        assert all(a.end <= b.begin for a, b in pairwise(span for span in result.spans[0] if span.stage == stage))
     by_step = {}
-    for span in made.spans[0]:
+    for span in result.spans[0]:
         by_step.setdefault(span.step, []).append(span)
     assert all(a.end <= b.begin for spans in by_step.values() for a, b in pairwise(spans))
 
 
 def test_a_pipeline_has_as_many_plans_in_flight_as_stages_and_no_more():
-    made = run(load("bursty"), capacity=replace(ROOMY, depth=3), records=True)
-    events = [moment for r in made.records[0] for moment in ((r.t_plan, 1), (r.t_end, -1))]
+    result = run(load("bursty"), capacity=replace(ROOMY, depth=3), records=True)
+    events = [moment for r in result.records[0] for moment in ((r.t_plan, 1), (r.t_end, -1))]
     out, most = 0, 0
     for _, change in sorted(events):
         out += change
@@ -195,32 +195,32 @@ def test_a_pipeline_has_as_many_plans_in_flight_as_stages_and_no_more():
 
 @pytest.mark.parametrize("name", ["calm", "bursty"])
 def test_the_records_bubbles_are_all_but_those_at_the_very_end(name):
-    made = run(load(name), capacity=replace(ROOMY, depth=3), spans=True, records=True)
-    replica, end = made.replicas[0], made.records[0][-1].t_end
-    ends = {span.stage: span.end for span in made.spans[0]}
+    result = run(load(name), capacity=replace(ROOMY, depth=3), spans=True, records=True)
+    replica, end = result.replicas[0], result.records[0][-1].t_end
+    ends = {span.stage: span.end for span in result.spans[0]}
     whole = 3 * replica.active_s - sum(replica.busy_s)
-    assert pytest.approx(whole) == sum(r.bubble_s for r in made.records[0]) + sum(end - ends[stage] for stage in range(3))
+    assert pytest.approx(whole) == sum(r.bubble_s for r in result.records[0]) + sum(end - ends[stage] for stage in range(3))
 
 
 def test_a_single_stage_has_no_bubbles():
-    made = run(load("calm"), records=True)
-    assert {0.0} == {r.bubble_s for r in made.records[0]}
-    assert 0 == made.bubbles
-    assert made.replicas[0].active_s < made.lines[-1].finished
+    result = run(load("calm"), records=True)
+    assert {0.0} == {r.bubble_s for r in result.records[0]}
+    assert 0 == result.bubbles
+    assert result.replicas[0].active_s < result.lines[-1].finished
 
 
 def test_chrome_gets_a_row_for_each_replica_and_stage():
-    made = run(load("calm"), capacity=replace(ROOMY, depth=2), replicas=2, spans=True)
-    events = json.loads(json.dumps(trace(made.spans)))["traceEvents"]
+    result = run(load("calm"), capacity=replace(ROOMY, depth=2), replicas=2, spans=True)
+    events = json.loads(json.dumps(trace(result.spans)))["traceEvents"]
     assert {(0, 0), (0, 1), (1, 0), (1, 1)} == {(e["pid"], e["tid"]) for e in events if e["ph"] == "X"}
     assert {"replica 0", "replica 1", "stage 0", "stage 1"} == {e["args"]["name"] for e in events if e["ph"] == "M"}
     bars = sum(e["dur"] for e in events if e["ph"] == "X") / 1e6
-    assert pytest.approx(sum(sum(replica.busy_s) for replica in made.replicas)) == bars
+    assert pytest.approx(sum(sum(replica.busy_s) for replica in result.replicas)) == bars
 
 
 def test_the_slo_policy_runs_in_a_simulation():
-    made = simulate(load("calm"), lambda: policies.load("slo", Setup(Fitted(COST.prices), Slo.parse("tbt=60ms"))), COST, ROOMY)
-    assert report(made.lines, Slo.parse("tbt=60ms")).slo_attainment["tbt"].met
+    result = simulate(load("calm"), lambda: policies.load("slo", Setup(Fitted(COST.prices), Slo.parse("tbt=60ms"))), COST, ROOMY)
+    assert report(result.lines, Slo.parse("tbt=60ms")).slo_attainment["tbt"].met
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A deployment in words becomes what the simulator runs, or a message that says what would do."""
+"""A deployment in words becomes what the simulator runs, or an error that says what would work."""
 
 from dataclasses import replace
 
@@ -23,25 +23,25 @@ def test_the_kv_is_what_the_weights_leave():
 
 
 def test_stages_are_plans_in_flight_and_devices_are_paid():
-    one, four = instance(LLAMA), instance(replace(LLAMA, tp=2, pp=2))
+    single, four = instance(LLAMA), instance(replace(LLAMA, tp=2, pp=2))
     assert 2 == four.capacity.depth
-    assert 4 * one.dollars == four.dollars
+    assert 4 * single.dollars == four.dollars
 
 
 def test_a_trial_is_the_same_here_and_in_another_process():
     simulator = Simulator(LLAMA)
-    here = simulator.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
+    direct = simulator.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
     with Trials({"it": simulator}) as trials:
-        there = trials.reports({"one": ("it", SOME, 3.0, 5, Slo.parse("tbt=100ms"))})["one"]
-    assert here == there
-    assert 60 == here.completed
+        by_process = trials.reports({"one": ("it", SOME, 3.0, 5, Slo.parse("tbt=100ms"))})["one"]
+    assert direct == by_process
+    assert 60 == direct.completed
 
 
 def test_a_few_short_requests_do_not_make_a_capacity_without_end():
     simulator = Simulator(LLAMA)
     with Trials({"it": simulator}) as trials:
-        found = trials.capacities({"it": (replace(SOME, lengths="64/4", requests=8), Slo.parse("tbt=100ms"), 64.0)}, tolerance=0.5)
-    assert found["it"].above * 64 < 1.6 * 512 / instance(LLAMA).cost.seconds([(0, 64)] * 8)
+        rates = trials.capacities({"it": (replace(SOME, lengths="64/4", requests=8), Slo.parse("tbt=100ms"), 64.0)}, tolerance=0.5)
+    assert rates["it"].above * 64 < 1.6 * 512 / instance(LLAMA).cost.seconds([(0, 64)] * 8)
 
 
 def test_the_slo_policy_knows_what_a_calibration_finds_and_keeps_its_target():
@@ -56,9 +56,9 @@ def test_the_slo_policy_knows_what_a_calibration_finds_and_keeps_its_target():
 
 def test_policies_that_learn_do_not_share_what_they_learned():
     simulator = Simulator(replace(LLAMA, policy="slo", token_budget=None))
-    one, other = simulator.policy(), simulator.policy()
-    one.cost.learn([(10, 1)], 5.0)
-    assert one.cost.seconds([(10, 1)]) != other.cost.seconds([(10, 1)])
+    first, second = simulator.policy(), simulator.policy()
+    first.cost.learn([(10, 1)], 5.0)
+    assert first.cost.seconds([(10, 1)]) != second.cost.seconds([(10, 1)])
 
 
 def test_the_header_of_its_records_tells_the_policy_again():

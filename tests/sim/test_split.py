@@ -1,4 +1,4 @@
-"""Prefill here and decode there: everybody gets their tokens, KV is where it should be, and a full pool holds the other back."""
+"""Prefill and decode in two pools: all tokens come, KV is where it should be, and a full pool holds the other back."""
 
 from collections import Counter
 from dataclasses import replace
@@ -30,25 +30,25 @@ def split(pairing="distserve", **more):
 def test_everybody_gets_all_tokens_in_order(pairing, rate):
     many = split(pairing, nodes=2, per_node=4)
     many = replace(many, prefill=replace(PREFILL, replicas=2), decode=replace(DECODE, replicas=3))
-    made = SplitSimulator(many).run(CHATS.stream(rate, 0))
+    result = SplitSimulator(many).run(CHATS.stream(rate, 0))
     wanted = Counter(a.output_tokens for a in CHATS.stream(rate, 0))
-    assert wanted == Counter(len(line.tokens) for line in made.lines)
-    assert all(line.tokens == sorted(line.tokens) for line in made.lines)
-    assert all(line.scheduled >= line.arrival for line in made.lines)
-    assert made.transfers.transferred + made.transfers.local == sum(number for length, number in wanted.items() if length > 1)
+    assert wanted == Counter(len(line.tokens) for line in result.lines)
+    assert all(line.tokens == sorted(line.tokens) for line in result.lines)
+    assert all(line.scheduled >= line.arrival for line in result.lines)
+    assert result.transfers.transferred + result.transfers.local == sum(number for length, number in wanted.items() if length > 1)
 
 
 def test_what_moves_is_the_kv_of_the_prompts():
-    made = SplitSimulator(split()).run(CHATS.stream(2.0, 0))
+    result = SplitSimulator(split()).run(CHATS.stream(2.0, 0))
     prompts = sum(a.prompt_tokens for a in CHATS.stream(2.0, 0) if a.output_tokens > 1)
     kv = shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
-    assert prompts * kv == pytest.approx(made.transfers.bytes)
+    assert prompts * kv == pytest.approx(result.transfers.bytes)
 
 
 def lone(pairing, **more):
     """A request of 2,000 + 3 tokens by itself: how long it waits for its KV, and when its tokens come."""
-    made = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)])
-    return made.transfers.exposed_s, made.lines[0].tokens
+    result = SplitSimulator(split(pairing, **more)).run([Arrival(0.0, 2000, 3)])
+    return result.transfers.exposed_s, result.lines[0].tokens
 
 
 KV = 2000 * shape.Sharded(shape.load("llama2-7b"), 1, 1).kv_bytes_per_token
@@ -77,19 +77,19 @@ def test_a_decode_pool_without_room_holds_prefills_back():
     small = small._replace(capacity=replace(small.capacity, num_blocks=260))
     coming = [Arrival(0.001 * i, 2000, 200) for i in range(6)]
     simulator = SplitSimulator(split(), decode=small)
-    made = simulator.run(coming)
+    result = simulator.run(coming)
     alone = (SplitSimulator(split()).run(coming[:1])).lines[0]
-    first = sorted(line.tokens[0] for line in made.lines)
-    # Two fit at a time, and those behind wait until these have ended.
+    first = sorted(line.tokens[0] for line in result.lines)
+    # Two fit at a time, and the next ones wait until these have ended.
     whole = alone.tokens[-1] - alone.tokens[0]
     assert first[1] - first[0] < 0.2 * whole < first[2] - first[1]
-    assert 6 == made.transfers.transferred
+    assert 6 == result.transfers.transferred
 
 
 def test_splitwise_spills_prompts_when_many_are_pending():
     coming = [Arrival(0.001 * i, 2000, 20) for i in range(30)]
-    made = SplitSimulator(split("splitwise")).run(coming)
-    assert 0 < made.transfers.local < 30
+    result = SplitSimulator(split("splitwise")).run(coming)
+    assert 0 < result.transfers.local < 30
     assert 0 == SplitSimulator(split("distserve")).run(coming).transfers.local
 
 
@@ -97,17 +97,17 @@ def test_splitwise_keeps_requests_where_their_prompts_are_when_no_token_machine_
     small = instance(DECODE)
     small = small._replace(capacity=replace(small.capacity, num_blocks=260))
     coming = [Arrival(0.001 * i, 2000, 200) for i in range(3)]
-    made = SplitSimulator(split("splitwise"), decode=small).run(coming)
-    assert (2, 1) == (made.transfers.transferred, made.transfers.local)
-    assert [200] * 3 == [len(line.tokens) for line in made.lines]
+    result = SplitSimulator(split("splitwise"), decode=small).run(coming)
+    assert (2, 1) == (result.transfers.transferred, result.transfers.local)
+    assert [200] * 3 == [len(line.tokens) for line in result.lines]
 
 
 def test_what_is_promised_to_a_token_machine_counts_before_it_comes():
     small = instance(DECODE)
     small = small._replace(capacity=replace(small.capacity, num_blocks=140))
     two = replace(split("splitwise", nodes=1, per_node=3), decode=replace(DECODE, replicas=2))
-    made = SplitSimulator(two, decode=small).run([Arrival(0.001 * i, 2000, 200) for i in range(3)])
-    assert (2, 1) == (made.transfers.transferred, made.transfers.local)
+    result = SplitSimulator(two, decode=small).run([Arrival(0.001 * i, 2000, 200) for i in range(3)])
+    assert (2, 1) == (result.transfers.transferred, result.transfers.local)
 
 
 def test_splitwise_chooses_the_token_machine_with_the_least_kv_and_distserve_that_with_the_fewest_requests():
@@ -118,18 +118,18 @@ def test_splitwise_chooses_the_token_machine_with_the_least_kv_and_distserve_tha
 
 def test_a_trial_reports_as_a_co_located_one_does():
     slo = Slo.parse("ttft=1s,tbt=100ms")
-    told = SplitSimulator(split()).trial(CHATS, 2.0, 0, slo)
+    report = SplitSimulator(split()).trial(CHATS, 2.0, 0, slo)
     other = Simulator(DECODE).trial(CHATS, 2.0, 0, slo)
-    assert (80, {"ttft", "tbt"}) == (told.completed, set(told.slo_attainment))
-    assert (other.completed, other.output_tokens) == (told.completed, told.output_tokens)
-    assert 0 < told.goodput.share <= 1
+    assert (80, {"ttft", "tbt"}) == (report.completed, set(report.slo_attainment))
+    assert (other.completed, other.output_tokens) == (report.completed, report.output_tokens)
+    assert 0 < report.goodput.share <= 1
 
 
 def test_idle_time_is_a_share_of_each_pool():
-    made = SplitSimulator(split()).run(CHATS.stream(1.0, 0))
-    assert 0 < made.decode_idle < made.prefill_idle < 1
-    assert 0 < made.transfers.exposed_s < made.transfers.decode_s
-    assert report(made.lines).completed == 80
+    result = SplitSimulator(split()).run(CHATS.stream(1.0, 0))
+    assert 0 < result.decode_idle < result.prefill_idle < 1
+    assert 0 < result.transfers.exposed_s < result.transfers.decode_s
+    assert report(result.lines).completed == 80
 
 
 def test_replicas_are_placed_in_turn():
@@ -140,7 +140,7 @@ def test_replicas_are_placed_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("deployment", "says"),
     [
         (split(nodes=1), "take 2 devices, which do not fit 1 nodes of 1"),
         (split(link="eth-200g"), "unknown link 'eth-200g'"),
@@ -149,9 +149,9 @@ def test_replicas_are_placed_in_turn():
         (replace(split(), decode=replace(DECODE, kv="fp8")), "prefill has kv fp16 and decode fp8"),
     ],
 )
-def test_what_cannot_be_is_refused(told, says):
+def test_what_cannot_be_is_refused(deployment, says):
     with pytest.raises(ValueError, match=says):
-        SplitSimulator(told)
+        SplitSimulator(deployment)
 
 
 def test_a_request_that_can_never_fit_is_refused():

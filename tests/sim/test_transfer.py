@@ -1,5 +1,5 @@
-"""What pools and replicas count is true after every event: it is what counting their requests one by one comes to, also while some
-are held, expected or preempted. A request that was expected and does not come leaves nothing behind.
+"""After every event the counts of pools and replicas equal a count of their requests one by one, also while some are held, expected
+or preempted. An expected request that does not come leaves nothing behind.
 """
 
 from collections import Counter
@@ -34,25 +34,25 @@ ARRIVALS = st.lists(st.builds(Arrival, st.floats(0, 3), st.integers(1, 1900), st
 )
 
 
-class Told(Replica):
-    """A replica that remembers whom it was given."""
+class Remembering(Replica):
+    """A replica that remembers every request that it took."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
-        self.given: list[Request] = []
+        self.taken: list[Request] = []
 
     def take(self, request):
-        self.given.append(request)
+        self.taken.append(request)
         super().take(request)
 
-    def here(self) -> list[Request]:
+    def unfinished(self) -> list[Request]:
         inside = self.scheduler.ledger.requests
-        to_come = [r for r in self.given if r.status is Status.WAITING and not r.output and r.id not in inside]
+        to_come = [r for r in self.taken if r.status is Status.WAITING and not r.output and r.id not in inside]
         return [*inside.values(), *to_come]
 
 
 class Watched(Pools):
-    """Pools that are counted from nothing after every event. `preempted`: of how many requests."""
+    """Pools that are counted anew after every event. `preempted`: preempted requests that these counts met."""
 
     preempted = 0
 
@@ -67,28 +67,28 @@ class Watched(Pools):
 
     def count(self, now):
         for replica in (*self.prefill, *self.decode):
-            here = replica.here()
-            assert sum(r.num_tokens - r.num_planned for r in here) == replica.pending(now)
-            assert len(here) == replica.num_requests
+            requests = replica.unfinished()
+            assert sum(r.num_tokens - r.num_planned for r in requests) == replica.pending(now)
+            assert len(requests) == replica.num_requests
             replica.scheduler.ledger.check()
-            Watched.preempted += sum(r.num_preemptions > 0 for r in here)
+            Watched.preempted += sum(r.num_preemptions > 0 for r in requests)
         for number, replica in enumerate(self.decode):
             ways = self._transfers.values()
             promised = [p.request for p in ways if p.target == number and p.twin is None]
             without_room = [*promised, *(p.twin for p in ways if p.target == number and p.twin is not None and not p.room)]
             used = {block for r in replica.scheduler.ledger.requests.values() for block in r.blocks}
             assert len(used) + sum(-(-len(r.prompt) // 16) for r in without_room) == self.kv(number)
-            assert len(replica.here()) + len(promised) == self.load(number)
+            assert len(replica.unfinished()) + len(promised) == self.load(number)
 
 
 def served(pairing, arrivals, blocks, pools=POOLS):
     """`arrivals` in two pools, with so many KV blocks in a replica of each, counted after every event."""
     parts = [instance(pool) for pool in pools.values()]
-    small = [one._replace(capacity=replace(one.capacity, num_blocks=number)) for one, number in zip(parts, blocks, strict=True)]
-    with patch.object(split, "Pools", Watched), patch.object(split, "Replica", Told):
-        made = SplitSimulator(Split(**pools, pairing=pairing, link="eth-25g", nodes=2, per_node=2), *small).run(arrivals)
-    assert Counter(a.output_tokens for a in arrivals) == Counter(len(line.tokens) for line in made.lines)
-    return made
+    small = [part._replace(capacity=replace(part.capacity, num_blocks=number)) for part, number in zip(parts, blocks, strict=True)]
+    with patch.object(split, "Pools", Watched), patch.object(split, "Replica", Remembering):
+        result = SplitSimulator(Split(**pools, pairing=pairing, link="eth-25g", nodes=2, per_node=2), *small).run(arrivals)
+    assert Counter(a.output_tokens for a in arrivals) == Counter(len(line.tokens) for line in result.lines)
+    return result
 
 
 @pytest.mark.parametrize("pairing", pairings.PAIRINGS)
@@ -106,7 +106,7 @@ def test_counts_are_those_of_the_requests_also_where_some_are_preempted(pairing)
 
 
 class Late(pairings.Splitwise):
-    """Who goes on is chosen at the arrival, and KV leaves when the prompt is computed."""
+    """The decode replica is chosen at the arrival, and KV leaves when the prompt is computed."""
 
     __slots__ = ()
     overlap = False
@@ -122,7 +122,7 @@ def test_counts_are_those_of_the_requests_where_what_is_promised_is_long_in_comi
 
 @pytest.mark.parametrize("pairing", pairings.PAIRINGS)
 def test_a_request_that_ends_with_its_first_token_leaves_nothing_where_it_was_expected(pairing):
-    # They ask for more than they get, so that nobody knows before; and the decode pool has room for two of them at a time.
+    # They ask for more tokens than they get, so nobody knows their end before. The decode pool has room for two at a time.
     served(pairing, [Arrival(0.01 * i, 1500, 1) for i in range(8)], (1000, 200), POOLS | {"decode": replace(DECODE, max_output=60)})
 
 
@@ -136,9 +136,9 @@ def test_a_prompt_that_is_preempted_sends_its_kv_once():
         sent.setdefault(transfer, []).append(tokens)
         send(pools, transfer, tokens, begin)
 
-    one = {"prefill": replace(PREFILL, policy="sarathi", token_budget=256, replicas=1), "decode": replace(DECODE, replicas=1)}
+    one_each = {"prefill": replace(PREFILL, policy="sarathi", token_budget=256, replicas=1), "decode": replace(DECODE, replicas=1)}
     with patch.object(Pools, "_send", noted):
-        served("splitwise", sorted(many, key=lambda a: a.at), (150, 150), one)
+        served("splitwise", sorted(many, key=lambda a: a.at), (150, 150), one_each)
     assert any(transfer.request.num_preemptions for transfer in sent)
     for transfer, parts in sent.items():
         assert min(parts) >= 0
@@ -147,8 +147,8 @@ def test_a_prompt_that_is_preempted_sends_its_kv_once():
 
 def test_a_token_machine_with_as_many_requests_promised_as_it_may_run_takes_no_more():
     two_each = POOLS | {"decode": replace(DECODE, max_seqs=2)}
-    made = served("splitwise", [Arrival(0.001 * i, 500, 20) for i in range(8)], (1000, 1000), two_each)
-    assert (4, 4) == (made.transfers.transferred, made.transfers.local)
+    result = served("splitwise", [Arrival(0.001 * i, 500, 20) for i in range(8)], (1000, 1000), two_each)
+    assert (4, 4) == (result.transfers.transferred, result.transfers.local)
 
 
 def test_a_request_that_is_delivered_with_its_last_token_has_ended():

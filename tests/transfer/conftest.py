@@ -26,8 +26,8 @@ GREEDY = Sampling(temperature=0)
 class Remembering:
     """The KV of a token is the token and its position; a sampled one is a digest of all KV before it, read back from the blocks.
 
-    With `overlap` a plan is computed when it is submitted, and told when it is collected, as on a GPU. With `turns` it does that
-    many iterations, and further ones after `go`, so that a test can look on however slow the machine is.
+    With `overlap` a plan is computed when it is submitted, and its result appears when it is collected, as on a GPU. With `turns`
+    it does that many iterations, and more only after `go`, so that a test can look on however slow the machine is.
     """
 
     def __init__(self, blocks: int = 64, block_size: int = 4, turns: int | None = None, overlap: bool = False):
@@ -39,7 +39,7 @@ class Remembering:
         self.last = {}
 
     def submit(self, plan):
-        found = {}
+        sampled = {}
         size = self.capacity.block_size
         for w in plan.work:
             tokens = (self.last[w.id],) if w.tokens == (UNKNOWN,) else w.tokens
@@ -49,9 +49,9 @@ class Remembering:
                 end = w.start + w.count
                 seen = self.kv[list(w.blocks[: -(-end // size)])].reshape(-1, 2)[:end]
                 assert list(range(end)) == seen[:, 1].tolist()
-                found[w.id] = int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251
-        self.last = found
-        self.results.append(StepResult(plan.step, {id: (token,) for id, token in found.items()}, 0.001))
+                sampled[w.id] = int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251
+        self.last = sampled
+        self.results.append(StepResult(plan.step, {id: (token,) for id, token in sampled.items()}, 0.001))
 
     def collect(self):
         if self.turns is not None:
@@ -74,7 +74,7 @@ class Remembering:
 
 
 def expected(prompt, max_tokens: int) -> list[int]:
-    """What one engine alone says."""
+    """The tokens of one engine alone."""
     tokens = list(prompt)
     for _ in range(max_tokens):
         tokens.append(sum(token * (position + 7) for position, token in enumerate(tokens)) % 251)
@@ -90,17 +90,17 @@ def engine(executor=None, budget: int = 16, records=None) -> Engine:
     )
 
 
-def terms(one: Engine, model: str = "m") -> Terms:
-    return Terms.of(one.executor, model)
+def terms(engine: Engine, model: str = "m") -> Terms:
+    return Terms.of(engine.executor, model)
 
 
 @contextlib.asynccontextmanager
-async def prefilling(one: Engine, key: str = "", port: int = 0):
+async def prefilling(engine: Engine, key: str = "", port: int = 0):
     """An engine that prefills, and its address."""
-    thread = EngineThread(one, 100)
+    thread = EngineThread(engine, 100)
     thread.start()
     sock = socket.create_server(("127.0.0.1", port))
-    serving = Serving(thread, terms(one), sock, key)
+    serving = Serving(thread, terms(engine), sock, key)
     serving.start()
     try:
         yield sock.getsockname()[:2]
@@ -110,10 +110,10 @@ async def prefilling(one: Engine, key: str = "", port: int = 0):
 
 
 @contextlib.asynccontextmanager
-async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
+async def decoding(engine: Engine, *addresses, key: str = "", wait: bool = True):
     """An engine that asks those at `addresses`, once it is connected to them."""
-    thread = EngineThread(one, 100)
-    asks = Asking(thread, terms(one), addresses, key)
+    thread = EngineThread(engine, 100)
+    asks = Asking(thread, terms(engine), addresses, key)
     thread.start()
     asks.start()
     try:
@@ -125,7 +125,7 @@ async def decoding(one: Engine, *addresses, key: str = "", wait: bool = True):
 
 
 async def read(outputs) -> list:
-    return [output async for came in outputs for output in came]
+    return [output async for batch in outputs for output in batch]
 
 
 async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
@@ -135,16 +135,16 @@ async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
     return [[token for o in outputs if o.id == r.id for token in o.tokens] for r in requests]
 
 
-def free(one: Engine) -> None:
+def free(engine: Engine) -> None:
     """Nothing is left: every block is free."""
-    one.scheduler.ledger.check()
-    assert one.executor.capacity.num_blocks == one.scheduler.ledger.pool.num_free
-    assert one.prefetch.idle
+    engine.scheduler.ledger.check()
+    assert engine.executor.capacity.num_blocks == engine.scheduler.ledger.pool.num_free
+    assert engine.prefetch.idle
 
 
 @pytest.fixture(params=["shared memory", "tcp"])
 def way(request, monkeypatch):
-    """How the blocks go."""
+    """How blocks are transferred."""
     if request.param == "tcp":
         monkeypatch.setattr(ring, "FOLDER", ring.Path("/nonexistent"))
     return request.param
@@ -158,7 +158,7 @@ def small_frames(monkeypatch):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """What takes seconds otherwise."""
+    """Shortens waits that otherwise take seconds."""
     monkeypatch.setattr(frames, "ALIVE_S", 0.05)
     monkeypatch.setattr(frames, "SILENCE_S", 1.5)
     monkeypatch.setattr(asking, "RETRY_S", 0.05)

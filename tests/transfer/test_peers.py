@@ -1,4 +1,4 @@
-"""Who is let in, and what becomes of a request whose peer says what it must not, or nothing."""
+"""Which peers are let in, and what becomes of a request whose peer breaks the protocol or falls silent."""
 
 import asyncio
 import contextlib
@@ -75,7 +75,7 @@ MISDEEDS = {
 
 
 class Peer:
-    """A prefill engine that is none: it meets as one does, and then does its misdeed to the first prompt it is asked for."""
+    """A false prefill engine: it connects as a real one does, then does its misdeed to the first prompt that it gets."""
 
     def __init__(self, own: Terms, misdeed):
         self._own, self._misdeed = own, misdeed
@@ -107,22 +107,22 @@ class Peer:
 @pytest.mark.parametrize("misdeed", MISDEEDS.values(), ids=MISDEEDS)
 def test_a_prompt_that_does_not_come_as_it_must_is_computed_here(misdeed, hurried):
     records = []
-    here = engine(records=records)
+    decoder = engine(records=records)
 
     async def run(address):
-        async with decoding(here, address) as (thread, asks):
+        async with decoding(decoder, address) as (thread, asks):
             return await serve(thread, asks, [PROMPT])
 
-    with Peer(terms(here), misdeed) as peer:
+    with Peer(terms(decoder), misdeed) as peer:
         assert [expected(PROMPT, 6)] == asyncio.run(run(peer.address))
     assert ["r0"] == [id for r in records for id in r.recalled]
-    free(here)
+    free(decoder)
 
 
 def test_a_peer_that_lives_and_sends_nothing_is_given_up(hurried, monkeypatch):
     monkeypatch.setattr(asking, "STALE_S", 0.2)
-    here = engine()
-    said = []
+    decoder = engine()
+    types = []
 
     def dawdle(sock, header):
         with contextlib.suppress(OSError):
@@ -130,16 +130,16 @@ def test_a_peer_that_lives_and_sends_nothing_is_given_up(hurried, monkeypatch):
                 send(sock, frames.ALIVE)
                 time.sleep(0.05)
             while True:
-                said.append(receive(sock)[0]["type"])
+                types.append(receive(sock)[0]["type"])
 
     async def run(address):
-        async with decoding(here, address) as (thread, asks):
+        async with decoding(decoder, address) as (thread, asks):
             return await serve(thread, asks, [PROMPT])
 
-    with Peer(terms(here), dawdle) as peer:
+    with Peer(terms(decoder), dawdle) as peer:
         assert [expected(PROMPT, 6)] == asyncio.run(run(peer.address))
-    assert "cancel" in said
-    free(here)
+    assert "cancel" in types
+    free(decoder)
 
 
 @pytest.mark.parametrize(
@@ -161,22 +161,22 @@ def test_an_engine_of_another_kind_is_refused_with_both_values(other, says, capl
     assert says in asyncio.run(run())
 
 
-@pytest.mark.parametrize(("here", "there"), [("", "secret"), ("other", "secret"), ("secret", "")])
-def test_without_the_key_nobody_is_let_in_and_learns_nothing(here, there):
+@pytest.mark.parametrize(("key", "peers_key"), [("", "secret"), ("other", "secret"), ("secret", "")])
+def test_without_the_key_nobody_is_let_in_and_learns_nothing(key, peers_key):
     async def run():
-        async with prefilling(engine(), key=there) as (host, port):
+        async with prefilling(engine(), key=peers_key) as (host, port):
             with pytest.raises(Refusal, match="--peer-key") as refusal:
-                await asyncio.to_thread(connect, host, port, terms(engine()), here, PATIENCE_S)
+                await asyncio.to_thread(connect, host, port, terms(engine()), key, PATIENCE_S)
             return str(refusal.value)
 
     assert "remembering" not in asyncio.run(run())
 
 
 def test_with_the_key_one_is_let_in():
-    one, other = engine(), engine()
+    prefiller, decoder = engine(), engine()
 
     async def run():
-        async with prefilling(one, key="secret") as address, decoding(other, address, key="secret") as (thread, asks):
+        async with prefilling(prefiller, key="secret") as address, decoding(decoder, address, key="secret") as (thread, asks):
             return await serve(thread, asks, [PROMPT])
 
     assert [expected(PROMPT, 6)] == asyncio.run(run())
@@ -233,15 +233,15 @@ def test_whoever_introduces_himself_byte_by_byte_is_shown_out(monkeypatch):
 
 
 def test_a_peer_that_was_said_to_be_missing_is_said_to_be_there(hurried, caplog):
-    one, other = engine(), engine()
+    prefiller, decoder = engine(), engine()
     with socket.create_server(("127.0.0.1", 0)) as free_port:
         host, port = free_port.getsockname()
 
     async def run():
-        async with decoding(other, (host, port), wait=False) as (_, asks):
+        async with decoding(decoder, (host, port), wait=False) as (_, asks):
             await comes(lambda: "trying again" in caplog.text)
             assert 0 == asks.num_connected
-            async with prefilling(one, port=port):
+            async with prefilling(prefiller, port=port):
                 await comes(lambda: asks.num_connected == 1)
                 assert f"prefill engine {host}:{port} is connected, by" in caplog.text
 
@@ -257,7 +257,7 @@ def test_a_refusal_is_told_once_for_a_host_until_its_reason_changes_or_it_is_let
                 await asyncio.to_thread(knock, at, replace(own, model=model))
 
     def knock(at, own):
-        """Until the other side has closed, for which it is told to when it lets one in."""
+        """Connect until the other side closes. If it accepts, a frame without a type makes it close."""
         with socket.create_connection(at) as sock:
             with contextlib.suppress(Refusal):
                 introduce(sock, own, "")
@@ -277,10 +277,10 @@ def test_names_that_nobody_has_are_told_once_cut_and_not_without_end(caplog):
     asks = Asking(None, terms(engine()), [("127.0.0.1", 1)], "")
     for name in ["x" * 1000, "x" * 1000, *(f"host:{number}" for number in range(1000))]:
         asks.transfers(name)
-    said = [record.getMessage() for record in caplog.records]
-    assert asking.MOST_UNKNOWN == len(said)
-    assert f"'{'x' * 80}', named by a router" in said[0]
-    assert said[0].endswith(": 127.0.0.1:1")
+    messages = [record.getMessage() for record in caplog.records]
+    assert asking.MOST_UNKNOWN == len(messages)
+    assert f"'{'x' * 80}', named by a router" in messages[0]
+    assert messages[0].endswith(": 127.0.0.1:1")
 
 
 def test_addresses_of_ipv6_have_brackets():
@@ -296,12 +296,12 @@ def test_an_executor_whose_kv_cannot_be_moved_is_named():
 
 
 def listen(sock):
-    """Hear that the other side is alive, as long as it is."""
+    """Receive the other side's signs of life until it closes."""
     while True:
         assert "alive" == receive(sock)[0]["type"]
 
 
-def asked(**fields):
+def prefill_frame(**fields):
     tokens = fields.pop("tokens", [1, 2, 3])
     header = {"type": "prefill", "number": 0, "first": 0, "sampling": to_values(Sampling()), "priority": 0, "slo": ""}
     return header | fields, array("i", tokens).tobytes()
@@ -310,17 +310,17 @@ def asked(**fields):
 @pytest.mark.parametrize(
     "frame",
     [
-        asked(tokens=[1, 256]),
-        asked(tokens=[-1]),
-        asked(sampling={}),
-        asked(sampling=to_values(Sampling()) | {"temperature": "hot"}),
-        asked(sampling=to_values(Sampling()) | {"temprature": 1}),
-        asked(sampling=None),
-        asked(slo="soon"),
-        asked(number=-1),
-        asked(number="x"),
-        asked(first=4),
-        (asked()[0], b"123"),
+        prefill_frame(tokens=[1, 256]),
+        prefill_frame(tokens=[-1]),
+        prefill_frame(sampling={}),
+        prefill_frame(sampling=to_values(Sampling()) | {"temperature": "hot"}),
+        prefill_frame(sampling=to_values(Sampling()) | {"temprature": 1}),
+        prefill_frame(sampling=None),
+        prefill_frame(slo="soon"),
+        prefill_frame(number=-1),
+        prefill_frame(number="x"),
+        prefill_frame(first=4),
+        (prefill_frame()[0], b"123"),
         ({"type": "taken"}, b""),
         ({"type": "cancel"}, b""),
         ({"type": "please"}, b""),
@@ -328,11 +328,11 @@ def asked(**fields):
     ],
 )
 def test_a_caller_that_says_what_it_must_not_is_cut_off_and_disturbs_nobody(frame):
-    one, other = engine(), engine()
+    prefiller, decoder = engine(), engine()
 
     async def run():
-        async with prefilling(one) as (host, port), decoding(other, (host, port)) as (thread, asks):
-            sock, _ = await asyncio.to_thread(connect, host, port, terms(other), "", PATIENCE_S)
+        async with prefilling(prefiller) as (host, port), decoding(decoder, (host, port)) as (thread, asks):
+            sock, _ = await asyncio.to_thread(connect, host, port, terms(decoder), "", PATIENCE_S)
             send(sock, *frame)
             with pytest.raises(Broken, match="closed"):
                 await asyncio.to_thread(listen, sock)
@@ -347,7 +347,7 @@ def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, 
     async def run():
         async with prefilling(engine()) as (host, port):
             sock, _ = await asyncio.to_thread(connect, host, port, terms(engine()), "", PATIENCE_S)
-            send(sock, *asked(tokens=tokens, number=7))
+            send(sock, *prefill_frame(tokens=tokens, number=7))
             with sock:
                 return (await asyncio.to_thread(receive, sock))[0]
 
@@ -357,16 +357,16 @@ def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, 
 
 
 def test_a_frame_that_is_too_long_is_refused_before_it_is_read():
-    one, other = socket.socketpair()
-    with one, other:
-        one.sendall(struct.pack("<II", 10, (1 << 32) - 1))
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        sender.sendall(struct.pack("<II", 10, (1 << 32) - 1))
         with pytest.raises(Broken, match="longer than"):
-            receive(other)
+            receive(receiver)
 
 
 def test_a_frame_is_read_as_it_was_sent():
-    one, other = socket.socketpair()
-    with one, other:
-        send(one, {"a": [1, "é"]}, b"body")
-        send(one, {})
-        assert [({"a": [1, "é"]}, b"body"), ({}, b"")] == [receive(other)[:2] for _ in range(2)]
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        send(sender, {"a": [1, "é"]}, b"body")
+        send(sender, {})
+        assert [({"a": [1, "é"]}, b"body"), ({}, b"")] == [receive(receiver)[:2] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What records say of a request that came with its prompt computed."""
+"""Records of requests whose prompts another engine computed."""
 
 import asyncio
 
@@ -40,16 +40,16 @@ def test_the_first_token_came_before_the_iteration_that_decodes(records):
 
 
 def test_it_is_explained(records):
-    told = Explained(RUN, records)
-    whole = "\n".join(told.on_the_whole())
+    explanation = Explained(RUN, records)
+    whole = "\n".join(explanation.on_the_whole())
     assert "2 requests arrived and got 12 tokens" in whole
     assert "2 prompts computed by other engines; 0 computed here after a KV transfer failed." in whole
-    said = "\n".join(told.request("r0"))
-    assert "Its prompt was computed by another engine" in said
-    assert "640 bytes of KV" in said
-    assert "6 tokens in all" in said
+    text = "\n".join(explanation.request("r0"))
+    assert "Its prompt was computed by another engine" in text
+    assert "640 bytes of KV" in text
+    assert "6 tokens in all" in text
     first = next(r for r in records if r.delivered)
-    assert "KV transfers delivered since the step before: r0" in "\n".join(told.step(first.step)).replace("r1, r0", "r0")
+    assert "KV transfers delivered since the step before: r0" in "\n".join(explanation.step(first.step)).replace("r1, r0", "r0")
 
 
 def test_a_prompt_that_did_not_come_is_explained():
@@ -60,11 +60,11 @@ def test_a_prompt_that_did_not_come_is_explained():
             await serve(thread, asks, [range(40)])
 
     asyncio.run(run())
-    told = Explained(RUN, lines)
-    assert "0 prompts computed by other engines; 1 computed here after a KV transfer failed." in list(told.on_the_whole())
-    said = list(told.request("r0"))
-    at = said.index("Its KV transfer failed, so this engine computed its prompt.")
-    assert said[at + 1].startswith("It waited")
+    explanation = Explained(RUN, lines)
+    assert "0 prompts computed by other engines; 1 computed here after a KV transfer failed." in list(explanation.on_the_whole())
+    sentences = list(explanation.request("r0"))
+    at = sentences.index("Its KV transfer failed, so this engine computed its prompt.")
+    assert sentences[at + 1].startswith("It waited")
 
 
 def test_a_replay_says_that_it_cannot(records):

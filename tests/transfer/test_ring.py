@@ -1,4 +1,4 @@
-"""Shared memory: who sees it, and which of it is free."""
+"""Shared memory: who can attach it, and which parts of it are free."""
 
 import os
 import random
@@ -11,13 +11,13 @@ from stallfree.transfer.ring import Ring, Room, attach
 
 
 def test_what_one_writes_the_other_reads_and_no_file_is_left():
-    made = Ring(1 << 16)
-    other = attach(made.offer)
-    made.unlink()
+    shared = Ring(1 << 16)
+    other = attach(shared.offer)
+    shared.unlink()
     other[100:105] = b"hello"
-    assert b"hello" == bytes(made.memory[100:105])
-    assert not (ring.FOLDER / made.offer["name"]).exists()
-    assert attach(made.offer) is None
+    assert b"hello" == bytes(shared.memory[100:105])
+    assert not (ring.FOLDER / shared.offer["name"]).exists()
+    assert attach(shared.offer) is None
 
 
 @pytest.mark.parametrize(
@@ -32,21 +32,21 @@ def test_what_one_writes_the_other_reads_and_no_file_is_left():
     ],
 )
 def test_what_is_not_the_memory_that_was_offered_is_not_attached(changes):
-    made = Ring(1 << 16)
-    assert attach(made.offer | changes) is None
-    made.unlink()
+    shared = Ring(1 << 16)
+    assert attach(shared.offer | changes) is None
+    shared.unlink()
     assert attach(None) is None
 
 
 def test_a_link_to_another_file_is_not_followed(tmp_path):
-    made = Ring(1 << 16)
+    shared = Ring(1 << 16)
     name = "stallfree-" + "a" * 32
-    os.symlink(ring.FOLDER / made.offer["name"], ring.FOLDER / name)
+    os.symlink(ring.FOLDER / shared.offer["name"], ring.FOLDER / name)
     try:
-        assert attach(made.offer | {"name": name}) is None
+        assert attach(shared.offer | {"name": name}) is None
     finally:
         os.unlink(ring.FOLDER / name)
-        made.unlink()
+        shared.unlink()
 
 
 def test_where_there_is_no_shared_memory_nothing_is_offered(monkeypatch):

@@ -1,4 +1,4 @@
-"""Lengths from words and from files, and what is said to mistakes in either."""
+"""Lengths from words and from files, and the messages for mistakes in either."""
 
 from itertools import islice
 
@@ -30,22 +30,22 @@ def test_fixed_lengths_are_always_the_same():
 
 
 def test_a_log_normal_has_its_median_and_its_p90():
-    found = draws("median=200,p90=800/median=60,p90=150", 20_000)
-    assert pytest.approx([200, 60], rel=0.05) == np.median(found, axis=0)
-    assert pytest.approx([800, 150], rel=0.05) == np.percentile(found, 90, axis=0)
+    lengths = draws("median=200,p90=800/median=60,p90=150", 20_000)
+    assert pytest.approx([200, 60], rel=0.05) == np.median(lengths, axis=0)
+    assert pytest.approx([800, 150], rel=0.05) == np.percentile(lengths, 90, axis=0)
 
 
 def test_uniform_lengths_are_all_as_likely():
-    found = [prompt for prompt, _ in draws("uniform=10..14/1", 20_000)]
-    assert pytest.approx([0.2] * 5, abs=0.02) == [found.count(tokens) / len(found) for tokens in range(10, 15)]
-    assert {10, 11, 12, 13, 14} == set(found)
+    prompts = [prompt for prompt, _ in draws("uniform=10..14/1", 20_000)]
+    assert pytest.approx([0.2] * 5, abs=0.02) == [prompts.count(tokens) / len(prompts) for tokens in range(10, 15)]
+    assert {10, 11, 12, 13, 14} == set(prompts)
 
 
 def test_zipf_lengths_fall_off_with_the_power_asked_for():
-    found = [prompt for prompt, _ in draws("zipf=100..200,s=1.5/1", 50_000)]
-    assert pytest.approx([2**-1.5, 3**-1.5], rel=0.1) == [found.count(100 + k) / found.count(100) for k in (1, 2)]
-    assert (100, 200) >= (min(found), max(found))
-    assert 100 == min(found)
+    prompts = [prompt for prompt, _ in draws("zipf=100..200,s=1.5/1", 50_000)]
+    assert pytest.approx([2**-1.5, 3**-1.5], rel=0.1) == [prompts.count(100 + k) / prompts.count(100) for k in (1, 2)]
+    assert (100, 200) >= (min(prompts), max(prompts))
+    assert 100 == min(prompts)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_zipf_lengths_fall_off_with_the_power_asked_for():
     [("openchat", (1730, 5696, 2088), (415, 834, 266), 8192), ("arxiv", (7059, 12985, 3638), (208, 371, 101), 16384)],
 )
 def test_a_dataset_has_the_papers_median_p90_and_deviation(name, prompt, output, limit):
-    found = np.array(draws(name, 20_000))
-    for side, expected in zip(found.T, (prompt, output), strict=True):
+    lengths = np.array(draws(name, 20_000))
+    for side, expected in zip(lengths.T, (prompt, output), strict=True):
         assert pytest.approx(expected, rel=0.04) == (np.median(side), np.percentile(side, 90), np.std(side))
-    assert limit >= found.sum(axis=1).max()
+    assert limit >= lengths.sum(axis=1).max()
 
 
 def test_a_datasets_limit_may_be_lower():
@@ -68,16 +68,16 @@ def test_one_side_may_be_fixed():
 
 
 def test_a_share_of_the_requests_is_long():
-    found = draws("100/10 + 5%:2000/64 + 10%:50/1", 20_000)
-    assert pytest.approx(0.05, abs=0.005) == found.count((2000, 64)) / len(found)
-    assert pytest.approx(0.10, abs=0.01) == found.count((50, 1)) / len(found)
-    assert {(100, 10), (2000, 64), (50, 1)} == set(found)
+    lengths = draws("100/10 + 5%:2000/64 + 10%:50/1", 20_000)
+    assert pytest.approx(0.05, abs=0.005) == lengths.count((2000, 64)) / len(lengths)
+    assert pytest.approx(0.10, abs=0.01) == lengths.count((50, 1)) / len(lengths)
+    assert {(100, 10), (2000, 64), (50, 1)} == set(lengths)
 
 
 def test_lengths_above_the_limit_are_drawn_again():
-    found = draws("median=200,p90=800/50", 1000, max_total=500)
-    assert 450 >= max(prompt for prompt, _ in found)
-    assert len({prompt for prompt, _ in found}) > 200
+    lengths = draws("median=200,p90=800/50", 1000, max_total=500)
+    assert 450 >= max(prompt for prompt, _ in lengths)
+    assert len({prompt for prompt, _ in lengths}) > 200
 
 
 def test_rows_of_a_csv_are_drawn_in_any_order(file):

@@ -1,4 +1,4 @@
-"""Traces in the formats that others publish, and what is said to lines that are none; prompts that share what the trace says."""
+"""Traces in published formats, messages for bad lines, and prompts that share what the trace says."""
 
 from pathlib import Path
 
@@ -134,13 +134,13 @@ def test_a_negative_time_is_named(tmp_path):
 
 
 def test_a_prompts_tokens_are_equal_where_its_blocks_are_and_its_own_elsewhere():
-    one, other = Prompt(10, (7, 8), -1, 4), Prompt(9, (7, 9), -2, 4)
-    assert [7, 7, 7, 7, 8, 8, 8, 8, -1, -1] == list(one)
-    assert list(one[:4]) == list(other[:4])
-    assert [7, 8, 8] == list(one[3:6])
-    assert [-2] == list(other[8:20])
-    assert (-1, 7) == (one[-1], one[0])
-    assert [7, 8, -1] == list(one[::4])
+    first, second = Prompt(10, (7, 8), -1, 4), Prompt(9, (7, 9), -2, 4)
+    assert [7, 7, 7, 7, 8, 8, 8, 8, -1, -1] == list(first)
+    assert list(first[:4]) == list(second[:4])
+    assert [7, 8, 8] == list(first[3:6])
+    assert [-2] == list(second[8:20])
+    assert (-1, 7) == (first[-1], first[0])
+    assert [7, 8, -1] == list(first[::4])
 
 
 def test_a_prompt_ends_where_its_length_says_though_its_last_block_goes_on():
@@ -163,5 +163,5 @@ def test_the_shipped_quantiles_are_those_of_the_published_lengths():
 
     rows = Trace.read(DATA / "openchat_sharegpt4_8k_lengths.csv").lengths
     for side, measured in enumerate((DATASETS["openchat"].prompt, DATASETS["openchat"].output)):
-        found = sorted(row[side] for row in rows)
-        assert all(abs(found[min(int(share * len(found)), len(found) - 1)] - tokens) <= 2 for share, tokens in measured.quantiles)
+        drawn = sorted(row[side] for row in rows)
+        assert all(abs(drawn[min(int(share * len(drawn)), len(drawn) - 1)] - tokens) <= 2 for share, tokens in measured.quantiles)

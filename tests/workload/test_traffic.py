@@ -1,4 +1,4 @@
-"""Traffic in words is drawn as its workload is, and lasts as long as a trial needs."""
+"""Traffic in words is drawn like its workload, and lasts as long as a trial needs."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is drawn has the rate, the burstiness and the lengths that were asked for, and is the same for the same seed."""
+"""Drawn workloads have the requested rate, burstiness and lengths, and are the same for the same seed."""
 
 import math
 import statistics
@@ -22,20 +22,20 @@ def trace(tmp_path):
 
 @pytest.mark.parametrize(("arrivals", "cv"), [("poisson", 1), ("gamma:cv=3", 3), ("gamma:cv=0.25", 0.25)])
 def test_gaps_have_the_mean_of_the_rate_and_the_variation_asked_for(arrivals, cv):
-    found = gaps(Workload.parse(arrivals, "8/8").draw(5, seed=1, requests=20_000))
-    assert pytest.approx(0.2, rel=0.05) == statistics.mean(found)
-    assert pytest.approx(cv, rel=0.05) == statistics.stdev(found) / statistics.mean(found)
+    measured = gaps(Workload.parse(arrivals, "8/8").draw(5, seed=1, requests=20_000))
+    assert pytest.approx(0.2, rel=0.05) == statistics.mean(measured)
+    assert pytest.approx(cv, rel=0.05) == statistics.stdev(measured) / statistics.mean(measured)
 
 
 def test_poisson_gaps_are_not_cut_off():
-    found = gaps(Workload.parse("poisson", "8/8").draw(1, seed=1, requests=20_000))
-    assert pytest.approx(2.718**-5, rel=0.15) == sum(gap > 5 for gap in found) / len(found)
+    measured = gaps(Workload.parse("poisson", "8/8").draw(1, seed=1, requests=20_000))
+    assert pytest.approx(2.718**-5, rel=0.15) == sum(gap > 5 for gap in measured) / len(measured)
 
 
 def test_the_papers_gaps_are_cut_at_three_times_their_mean_and_make_a_higher_rate():
-    found = gaps(Workload.parse("poisson:cut=3", "8/8").draw(2, seed=1, requests=50_000))
-    assert pytest.approx(1.5) == max(found)
-    assert pytest.approx(2 * 1.052, rel=0.02) == 1 / statistics.mean(found)
+    measured = gaps(Workload.parse("poisson:cut=3", "8/8").draw(2, seed=1, requests=50_000))
+    assert pytest.approx(1.5) == max(measured)
+    assert pytest.approx(2 * 1.052, rel=0.02) == 1 / statistics.mean(measured)
 
 
 def test_bursts_have_the_rate_over_all_and_silence_between():
@@ -88,10 +88,10 @@ def test_a_longer_run_begins_as_a_shorter_one():
     assert workload.draw(2, 7, requests=20) == workload.draw(2, 7, requests=50)[:20]
 
 
-@pytest.mark.parametrize(("asked", "says"), [({"requests": 10**7}, "10,000,000 requests"), ({"duration_s": 1e9}, "2,000,000,000")])
-def test_more_requests_than_anybody_means_are_refused_before_they_are_drawn(asked, says):
+@pytest.mark.parametrize(("amount", "says"), [({"requests": 10**7}, "10,000,000 requests"), ({"duration_s": 1e9}, "2,000,000,000")])
+def test_more_requests_than_anybody_means_are_refused_before_they_are_drawn(amount, says):
     with pytest.raises(ValueError, match=says):
-        Workload.parse("poisson", "8/8").draw(2, 1, **asked)
+        Workload.parse("poisson", "8/8").draw(2, 1, **amount)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
