@@ -116,7 +116,7 @@ def latencies(runs: Mapping[str, Sequence[Timeline]], slo: Slo) -> str:
 
 
 def loads(reports: Mapping[tuple[str, float], Report]) -> str:
-    """Configurations as SVG elements: TTFT, TBT and throughput over the request rate. `reports`: by configuration and rate (1/s)."""
+    """Configurations as SVG elements: TTFT, TBT and throughput by request rate. `reports`: by configuration and rate (1/s)."""
     values: dict[str, Callable[[Report], float | None]] = {
         "TTFT p50, s": lambda r: r.ttft_s.p50 if r.ttft_s else None,
         "TTFT p99, s": lambda r: r.ttft_s.p99 if r.ttft_s else None,
