@@ -8,6 +8,7 @@ nothing to a server that is down, until its /health answers 200.
 import asyncio
 import json
 import logging
+import operator
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
@@ -118,9 +119,9 @@ class Router:
             raise ENDING
         failures = []
         for server in sorted((server for server in self.servers if server.up), key=lambda server: server.outstanding):
+            prompt = _Prompt(self.pending, self.spill, request.url.path, body)
             server.outstanding += 1
             outcome = "left"
-            prompt = _Prompt(self.pending, self.spill, request.url.path, body)
             try:
                 outcome = await self._through(server, prompt, request, body, scope, receive, send)
                 return
@@ -218,9 +219,9 @@ class _Prompt:
 
 def _size(path: str, body: bytes) -> tuple[int, int]:
     """About how many tokens a body's prompts have, and how many events of its stream come before the first token."""
-    with suppress(ValueError, TypeError, AttributeError):  # the server refuses a malformed body
+    with suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the server refuses a malformed body
         fields: dict[str, Any] = json.loads(body)
-        n = fields.get("n") or 1
+        n = operator.index(fields.get("n") or 1)
         if path == "/v1/chat/completions":
             return sum(len(json.dumps(message.get("content"))) for message in fields["messages"]) // CHARACTERS, n
         field = fields.get("prompt") or ""

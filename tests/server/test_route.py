@@ -138,6 +138,24 @@ def test_errors_go_through_as_they_are(pair):
         assert ["toy"] == [model["id"] for model in route.client.get("/v1/models").json()["data"]]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, "{}"),
+        (CHAT, '{"messages": [1]}'),
+        (CHAT, '{"messages": [{"role": "user", "content": "a"}], "n": "x", "stream": true}'),
+        (COMPLETIONS, '{"prompt": "a", "n": 1.5}'),
+        (COMPLETIONS, '{"prompt": [[]], "n": [], "echo": true}'),
+        (COMPLETIONS, '{"prompt": ' + "[" * 100_000),
+    ],
+)
+def test_a_malformed_body_is_refused_by_the_server_and_leaves_nothing_behind(pair, path, body):
+    decode, prefill = pair
+    with Route(decode.url, prefills=[name(prefill)]) as route:
+        assert 400 == route.client.post(path, content=body).status_code
+        assert (0, {0}) == (route.router.unfinished, set(route.router.pending.values()))
+
+
 def test_the_api_key_is_the_servers_to_check():
     with Server(api_key="secret") as server, Route(server.url) as route:
         answers = [
