@@ -173,15 +173,19 @@ def test_an_engine_that_loses_its_kv_computes_what_was_on_its_way(caplog):
     decoder, prefiller = engine(Remembering(turns=2)), engine(Remembering(turns=4))
     decoder._restart = True
 
+    def lose():
+        """All of it in the engine's thread, which goes on at once."""
+        decoder.executor.results.clear()
+        del decoder.executor.collect
+        raise Lost("gone")
+
     async def run():
         async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
             task = asyncio.create_task(serve(thread, asks, [PROMPTS[4], PROMPTS[-1]], 30))
             await comes(lambda: any(r.output for r in decoder.scheduler.ledger.running) and decoder.prefetch.under_way)
-            collect, decoder.executor.collect = decoder.executor.collect, lambda: (_ for _ in ()).throw(Lost("gone"))
+            decoder.executor.collect = lose
             decoder.executor.go()
             await comes(lambda: not decoder.prefetch.under_way)
-            decoder.executor.results.clear()
-            decoder.executor.collect = collect
             prefiller.executor.go()
             return await task
 
