@@ -1,4 +1,4 @@
-"""Helper processes end with the process that started them."""
+"""Helper processes end with the process that started them, and never hear Ctrl-C."""
 
 import signal
 import subprocess
@@ -8,13 +8,15 @@ from pathlib import Path
 from tests.waiting import until
 
 PARENT = """
-import multiprocessing, os, signal
-from concurrent.futures import ProcessPoolExecutor
-from stallfree.processes import follow_parent
+import os, signal
+from stallfree.processes import Helpers
+
+def masked():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent)
-    print(pool.submit(os.getpid).result(), flush=True)
+    pool = Helpers(1, print)
+    print(pool.submit(os.getpid).result(), pool.submit(masked).result(), masked(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -27,9 +29,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_helper_process_does_not_outlive_a_parent_that_is_killed(tmp_path):
+def test_a_helper_process_does_not_hear_ctrl_c_and_does_not_outlive_a_parent_that_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     done = subprocess.run([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
     assert -signal.SIGKILL == done.returncode
-    pid = int(done.stdout)
-    until(lambda: not alive(pid))
+    pid, helper_blocks, parent_blocks = done.stdout.split()
+    assert ("True", "False") == (helper_blocks, parent_blocks)
+    until(lambda: not alive(int(pid)))

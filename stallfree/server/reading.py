@@ -6,12 +6,10 @@ It knows the shapes of bodies and the model's text, and nothing of the engine.
 
 import asyncio
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from pydantic import ValidationError
 
 from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Bias
-from stallfree.processes import follow_parent
+from stallfree.processes import Helpers
 from stallfree.server.errors import ApiError, of_validation, path, shown
 from stallfree.server.schema import (
     ChatRequest,
@@ -70,7 +68,7 @@ class Reader:
 
     def __init__(self, text: Text, limits: BodyLimits):
         self._text, self._limits = text, limits
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Helpers | None = None
 
     def start(self) -> None:
         """Start the processes, which takes a second. Without this call, the first large body waits for them."""
@@ -92,10 +90,9 @@ class Reader:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _processes(self) -> ProcessPoolExecutor:
+    def _processes(self) -> Helpers:
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that the engine's threads hold
-            self._pool = ProcessPoolExecutor(PROCESSES, spawn, _settle, (self._text, self._limits))
+            self._pool = Helpers(PROCESSES, _settle, self._text, self._limits)
         return self._pool
 
 
@@ -104,7 +101,6 @@ _settled: list[tuple[Text, BodyLimits]] = []
 
 
 def _settle(text: Text, limits: BodyLimits) -> None:
-    follow_parent()
     with suppress(OSError):
         os.nice(NICE)
     _settled.append((text, limits))

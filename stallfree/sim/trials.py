@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
 from stallfree.metrics.report import Report
-from stallfree.processes import follow_parent
+from stallfree.processes import Helpers
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
 Trial = tuple[float, int, Report, list[str]]
@@ -42,9 +42,8 @@ class Trials:
     """
 
     def __init__(self, simulators: Mapping[str, Tried], done: Callable[[], None] = lambda: None):
-        spawn = multiprocessing.get_context("spawn")
         self._others = multiprocessing.active_children()
-        self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, _begin, (simulators,))
+        self._pool = Helpers(os.cpu_count(), _begin, simulators)
         self._done = done
         self._submitting = threading.Lock()
         self._stopped = self._interrupted = self._held = False
@@ -140,7 +139,6 @@ def _results(futures: Mapping[Key, Future[Result]]) -> dict[Key, Result]:
 
 
 def _begin(simulators: Mapping[str, Tried]) -> None:
-    follow_parent()
     _simulators.update(simulators)
 
 
