@@ -96,7 +96,7 @@ def model(tmp_path_factory) -> str:
 @pytest.mark.parametrize("name", ["./echo.py:Echo", "echo:Echo"])
 def test_an_executor_runs_as_printed(folder, model, name):
     with LLM(model, executor=name, kv_memory=1 << 20) as llm:
-        assert [[7] * 5, [9] * 5] == [done.tokens for done in llm.generate([[3, 7], [4, 5, 9]], max_tokens=5, ignore_eos=True)]
+        assert [(7,) * 5, (9,) * 5] == [done.tokens for done in llm.generate([[3, 7], [4, 5, 9]], max_tokens=5, ignore_eos=True)]
 
 
 OPTIONAL = """

@@ -194,9 +194,9 @@ class _Trial:
         from stallfree.metrics.capacity import shortfalls
         from stallfree.metrics.report import report
 
+        arrivals = self._workload.draw(rate, seed, requests=self._traffic.lasting(self._shortest, rate).requests)
         if self._dialect is None:
             self._dialect = measuring.probe(self._client, self._model)
-        arrivals = self._workload.draw(rate, seed, requests=self._traffic.lasting(self._shortest, rate).requests)
         run = measuring.follow(self._client, self._dialect, arrivals, f"{rate:.4g}/s")
         if run.interrupted:
             raise KeyboardInterrupt

@@ -73,7 +73,7 @@ def plan(
     if advice.dollars is not None:
         lines.append(f"${advice.dollars:.2f} per million output tokens at capacity.")
     if as_json:
-        result = {"site": asdict(site), "workload": traffic.facts(traffic.requests or 0), "slo": str(targets)}
+        result: dict[str, Any] = {"site": asdict(site), "workload": traffic.facts(traffic.requests or 0), "slo": str(targets)}
         result |= {"verdict": asdict(advice), "units": [_facts(unit, site) for unit in answer.ranked]}
         result |= {"all_gpus": [_facts(whole, site) for whole in answer.whole]}
         attained = {name: [{"rate": rate} | asdict(report) for rate, report in pairs] for name, pairs in points.items()}

@@ -85,17 +85,17 @@ class Door:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while more and size <= self._max_body_bytes:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
+                    event = await receive()
+                    if event["type"] == "http.disconnect":
                         raise _Gone
-                    part = message.get("body", b"")
+                    part = event.get("body", b"")
                     body += part
                     self._arriving += len(part)
                     if self._arriving > MOST_ARRIVING * self._max_body_bytes:
                         busy = "too many large bodies are arriving at once; try again later"
                         raise ApiError(503, busy, code="busy", headers={"Retry-After": "1", "Connection": "close"})
                     size = max(size, len(body))
-                    more = message.get("more_body", False)
+                    more = event.get("more_body", False)
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="body_timeout", headers={"Connection": "close"}

@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_no_server_of_a_policy_behind():
         (["load", "--rate", "-1"], "a rate of -1"),
         (["load", "--rate", "1", "--requests", "0"], "0 requests"),
         (["load", "--rate", "1", "--requests", "1", "--duration", "1"], "either"),
-        (["load", "--rate", "1e6", "--duration", "1e9"], "more than the 1,000,000"),
+        (["load", "--rate", "1e6", "--duration", "1e9"], "more than the limit of 1,000,000"),
         (["load", "--rate", "1", "--duration", "-1"], "duration of -1 s"),
         (["load", "--rate", "1", "--lengths", "many"], "'many'"),
         (["load", "--rate", "1", "--lengths", "0/5"], "median=0"),

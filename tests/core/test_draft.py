@@ -170,4 +170,4 @@ def test_what_another_pool_had_of_a_request_does_not_count():
     transfer.release(first.ledger, "moved")
     second.submit(request)
     step(second)
-    assert ([36], [0]) == (first.policy.results[1], second.policy.said[0])
+    assert ([36], [0]) == (first.policy.results[1], second.policy.results[0])

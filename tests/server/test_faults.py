@@ -99,7 +99,7 @@ def test_bodies_that_fill_the_memory_for_them_are_refused_until_others_have_gone
         assert (b"HTTP/1.1 503", True) == (answer[:12], b"retry-after: 1" in answer.lower())
         for sock in arriving:
             sock.close()
-        until(lambda: 200 == server.post(COMPLETIONS, {"prompt": "a" * 3000, "max_tokens": 1}).status_code)
+        until(lambda: 200 == server.post(COMPLETIONS, {"prompt": "a" * 1500, "max_tokens": 1}).status_code)
 
 
 def test_a_full_queue_answers_429_and_when_to_come_back():

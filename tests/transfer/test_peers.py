@@ -207,7 +207,7 @@ def test_what_is_no_prefill_engine_is_said_to_be_none():
 
     thread = threading.Thread(target=talk)
     thread.start()
-    with server, pytest.raises(Refusal, match="no prefill engine"):
+    with server, pytest.raises(Refusal, match="is not a prefill engine"):
         connect(*server.getsockname(), terms(engine()), "", PATIENCE_S)
     thread.join()
 
