@@ -10,14 +10,8 @@ from collections.abc import Sequence
 from stallfree.core.draft import Draft
 from stallfree.core.kv import BlockPool
 from stallfree.core.ledger import Ledger
-from stallfree.core.policy import Policy, Steady
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-
-
-def steady(policy: Policy) -> bool:
-    """Whether the policy is `Steady`, so that leaps over its plans are possible."""
-    return isinstance(policy, Steady) and policy.steady
 
 
 class Stretch:
@@ -32,7 +26,7 @@ class Stretch:
     __slots__ = ("_scheduler", "draft", "grown", "most", "preempted", "sampling", "step")
 
     def __init__(self, scheduler: Scheduler, now: float, most: int):
-        if not steady(scheduler.policy) or scheduler.num_in_flight:
+        if not scheduler.steady or scheduler.num_in_flight:
             raise ValueError("a stretch needs a policy that is `steady` and no plan in flight; schedule step by step instead")
         self._scheduler = scheduler
         self.step = scheduler.step

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from stallfree.core.draft import Draft
 from stallfree.core.ledger import Ledger, Limits, by_arrival
 from stallfree.core.plan import Capacity, Plan, StepResult
-from stallfree.core.policy import Learner, Ordered, Policy
+from stallfree.core.policy import Learner, Ordered, Policy, Steady
 from stallfree.core.request import Request, Status
 
 
@@ -29,14 +29,15 @@ class Completed(NamedTuple):
 
 
 class Scheduler:
-    """`policy` chooses; `capacity` and `limits` bound; `ledger` keeps the accounts; `step` is the number of the next plan. With
-    `reuse`, equal prefixes share KV.
+    """`policy` chooses; `capacity` and `limits` bound; `ledger` keeps the accounts; `step` is the number of the next plan.
+    `steady`: the policy is, so leaps are possible. With `reuse`, equal prefixes share KV.
     """
 
     def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
         self.policy = policy
         key = policy.key if isinstance(policy, Ordered) else by_arrival
         self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key)
+        self.steady = isinstance(policy, Steady) and policy.steady
         self.step = 0
         self.open: Draft | None = None
         """The draft that is neither sealed nor leapt over yet."""

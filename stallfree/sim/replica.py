@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple, cast
 
 from stallfree.core import transfer
-from stallfree.core.leap import Stretch, steady
+from stallfree.core.leap import Stretch
 from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import BatchModel, CostModel
 from stallfree.core.record import StepRecord
@@ -94,7 +94,7 @@ class Replica:
         self._launched, self._completed = launched, completed
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
-        self._steady = leap > 1 and steady(scheduler.policy) and scheduler.ledger.capacity.depth == 1
+        self._steady = leap > 1 and scheduler.steady and scheduler.ledger.capacity.depth == 1
         # Requests that were taken and arrive later, and requests that arrived and are not submitted to the scheduler yet.
         self._coming: deque[Request] = deque()
         self._unsubmitted: list[Request] = []
@@ -318,7 +318,7 @@ class Replica:
             _script(scheduler.ledger.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
-            answer, line, _ = _script(request)
+            answer, line, _ = request.sampling  # type: ignore[misc]  # a `Script`; this runs for every stream of every leap
             position = len(request.output)
             tokens.append(answer[position : position + steps])
             line.tokens += ends

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from stallfree.core import transfer
-from stallfree.core.leap import Stretch, steady
+from stallfree.core.leap import Stretch
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.request import Refused, Request, Status
@@ -165,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all((len(w.output) == had[w.id]) for w in plan.work if w.id in dropped)
         self.ledger.check()
 
-    @precondition(lambda self: steady(self.scheduler.policy) and not self.out)
+    @precondition(lambda self: self.scheduler.steady and not self.out)
     @rule(most=st.integers(1, 20))
     def leap(self, most):
         stretch = Stretch(self.scheduler, self.now, most)
