@@ -318,7 +318,8 @@ class Replica:
             _script(scheduler.ledger.requests[id]).line.stalls += steps
         tokens = []
         for request in stretch.sampling:
-            answer, line, _ = request.sampling  # type: ignore[misc]  # a `Script`; this runs for every stream of every leap
+            script: Script = request.sampling  # type: ignore[assignment]  # no call: this runs for every stream of every leap
+            answer, line, _ = script
             position = len(request.output)
             tokens.append(answer[position : position + steps])
             line.tokens += ends
