@@ -5,10 +5,12 @@ import re
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from stallfree import LLM
+from stallfree.bench.server import server
 from stallfree.checkpoint import open_checkpoint
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.cli import main
@@ -19,6 +21,7 @@ from stallfree.policies import load
 from tests.engine.tokenizers import byte_level
 from tests.models import reference, write_folder
 from tests.virtual import run
+from tests.waiting import PATIENCE_S
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
 
@@ -97,6 +100,13 @@ def model(tmp_path_factory) -> str:
 def test_an_executor_runs_as_printed(folder, model, name):
     with LLM(model, executor=name, kv_memory=1 << 20) as llm:
         assert [(7,) * 5, (9,) * 5] == [done.tokens for done in llm.generate([[3, 7], [4, 5, 9]], max_tokens=5, ignore_eos=True)]
+
+
+def test_a_server_runs_it_although_its_kv_cannot_be_transferred(folder, model):
+    with server([model, "--executor", "./echo.py:Echo", "--policy", "sarathi"]) as url:
+        body = {"prompt": [3, 7], "max_tokens": 3, "logprobs": None, "ignore_eos": True}
+        usage = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()["usage"]
+    assert 3 == usage["completion_tokens"]
 
 
 OPTIONAL = """

@@ -115,11 +115,12 @@ def serve(
         if file is not None:
             file.begin(assembled.run)
             service.observers.append(lambda step, _: file.write(step))
-        terms = Terms.of(assembled.engine.executor, assembled.identity)
-        if addresses:
-            service.ask(addresses, terms, peering.peer_key)
-        if peer_sock is not None:
-            service.serve(peer_sock, terms, peering.peer_key)
+        if addresses or peer_sock is not None:
+            terms = Terms.of(assembled.engine.executor, assembled.identity)
+            if addresses:
+                service.ask(addresses, terms, peering.peer_key)
+            if peer_sock is not None:
+                service.serve(peer_sock, terms, peering.peer_key)
         _print_card(_card(assembled, service, peering, sock, peer_sock), as_json)
         service.reader.start()
         run(create_app(service, api_key=front.api_key), service.thread, sock, drain_timeout_s=drain_timeout)
