@@ -4,9 +4,10 @@ the current folder. It does not know what they are for.
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,12 @@ def find(kind: str, name: str, *, method: str, attributes: Sequence[str] = ()) -
     if lacks := [key for key in attributes if not hasattr(cls, key)]:
         raise ValueError(f"{what}: {attribute} in {file} has no {lacks[0]}; see docs/extending.md")
     return cls
+
+
+def parameters(make: Callable[..., object], skip: int) -> dict[str, inspect.Parameter]:
+    """The parameters of `make` that can be given by name, without the first `skip`."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: each for key, each in list(inspect.signature(make).parameters.items())[skip:] if each.kind in named}
 
 
 def _module(what: str, place: str) -> ModuleType:

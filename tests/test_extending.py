@@ -111,7 +111,7 @@ def test_a_server_runs_it_although_its_kv_cannot_be_transferred(folder, model):
 
 OPTIONAL = """
 class Picky:
-    def __init__(self, checkpoint, weights): raise AssertionError("made")
+    def __init__(self, checkpoint, weights, **others): raise AssertionError("made")
     def submit(self, plan): ...
 """
 

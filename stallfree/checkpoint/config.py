@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positive, size
+from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, check_heads, positive, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +223,7 @@ def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: st
 
 def check(config: ModelConfig, source: str) -> ModelConfig:
     """`config` itself, if its numbers fit together. Raises CheckpointError that names those that do not."""
-    if config.num_heads % config.num_kv_heads:
-        raise CheckpointError(f"{source}: {config.num_heads} attention heads cannot share {config.num_kv_heads} KV heads evenly")
+    check_heads(config.num_heads, config.num_kv_heads, source)
     if config.head_dim % 2:
         raise CheckpointError(f"{source}: head size {config.head_dim} is odd, rotary positions need pairs")
     for token in (*config.eos_token_ids, *(() if config.bos_token_id is None else (config.bos_token_id,))):

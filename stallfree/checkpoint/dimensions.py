@@ -94,8 +94,7 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
     else:
         num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
         ffn_size = size(values, "intermediate_size", source)
-    if num_heads % num_kv_heads:
-        raise CheckpointError(f"{source}: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly")
+    check_heads(num_heads, num_kv_heads, source)
     return Dimensions(
         name=name,
         family=family,
@@ -112,6 +111,11 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
         experts=size(values, "num_local_experts", source) if family == "mixtral" else 1,
         active_experts=size(values, "num_experts_per_tok", source) if family == "mixtral" else 1,
     )
+
+
+def check_heads(num_heads: int, num_kv_heads: int, source: str) -> None:
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{source}: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly")
 
 
 def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:

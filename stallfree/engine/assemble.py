@@ -199,7 +199,7 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     path = checkpoint.path
     size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
-    make, weights, kv = FORMATS.get(options.executor, (_own, None, None))
+    make, weights, kv = MAKERS.get(options.executor, (_own, None, None))
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
@@ -264,7 +264,7 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
 def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
     """An executor that a user wrote: its class gets the checkpoint, and those of these options that its parameters name."""
     cls, name = user_classes.find("executor", options.executor, method="submit"), options.executor
-    parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
+    parameters = user_classes.parameters(cls, skip=1)
     taken = ", ".join(parameters) or "no options"
     values = {key: getattr(options, key) for key in ("weights", "kv", "max_model_len", "threads", "device")}
     values = {key: value for key, value in values.items() if value is not None}
@@ -282,7 +282,7 @@ def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) 
     return cls(checkpoint, **values), {"file": Path(inspect.getfile(cls)).stat().st_mtime_ns, "threads": options.threads}
 
 
-FORMATS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf16")}
+MAKERS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf16")}
 """What makes an executor, and its default formats of weights and KV."""
 
 

@@ -80,9 +80,7 @@ def options(name: str, token_budget: int | None, texts: Iterable[str] | None) ->
 def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     """The policy's own options: the parameters of `of` without the setup, or else those of the class."""
     of = getattr(cls, "of", None)
-    parameters = inspect.signature(cls if of is None else of).parameters
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {key: parameter for key, parameter in list(parameters.items())[of is not None :] if parameter.kind in named}
+    return user_classes.parameters(cls if of is None else of, skip=of is not None)
 
 
 def _typed(name: str, key: str, text: str) -> object:

@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 BODY_TIMEOUT_S = 30.0
 """Seconds within which a whole body must arrive."""
 MOST_ARRIVING = 64
-"""Bodies of the largest size that may be arriving at once: with 4 MiB each, 256 MiB of memory. Small bodies hardly count."""
+"""Bodies of the largest size that may be arriving at once: with 4 MiB each, 256 MiB of memory."""
+SMALL = 64 << 10
+"""Bytes of a body that is taken even then: large bodies must not keep out what most clients send."""
 
 
 class Door:
@@ -91,7 +93,7 @@ class Door:
                     part = event.get("body", b"")
                     body += part
                     self._arriving += len(part)
-                    if self._arriving > MOST_ARRIVING * self._max_body_bytes:
+                    if len(body) > SMALL and self._arriving > MOST_ARRIVING * self._max_body_bytes:
                         busy = "too many large bodies are arriving at once; try again later"
                         raise ApiError(503, busy, code="busy", headers={"Retry-After": "1", "Connection": "close"})
                     size = max(size, len(body))

@@ -248,7 +248,8 @@ class Replica:
         for w in plan.work:
             request = requests.get(w.id)
             if request is not None:  # else its client has left
-                answer, line, _ = _script(request)
+                script: Script = request.sampling  # type: ignore[assignment]
+                answer, line, _ = script
                 if line.scheduled is None:
                     line.scheduled = start
                 if w.samples:

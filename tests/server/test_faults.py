@@ -92,11 +92,13 @@ def test_a_body_that_never_comes_is_answered_with_408(monkeypatch):
 
 def test_bodies_that_fill_the_memory_for_them_are_refused_until_others_have_gone(monkeypatch):
     monkeypatch.setattr(door, "MOST_ARRIVING", 3)
+    monkeypatch.setattr(door, "SMALL", 1000)
     with Server(max_body_bytes=4000) as server:
         arriving = [send(server, {"prompt": "a" * 3900}, length=4000) for _ in range(4)]
         (refused, *_), *_ = select.select(arriving, [], [], PATIENCE_S)
         answer = refused.recv(4096)
         assert (b"HTTP/1.1 503", True) == (answer[:12], b"retry-after: 1" in answer.lower())
+        assert 200 == server.post(COMPLETIONS, {"prompt": "a" * 500, "max_tokens": 1}).status_code  # a small one never is
         for sock in arriving:
             sock.close()
         until(lambda: 200 == server.post(COMPLETIONS, {"prompt": "a" * 1500, "max_tokens": 1}).status_code)
