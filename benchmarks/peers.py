@@ -43,8 +43,8 @@ START_S = 300.0
 
 
 @contextmanager
-def peer(command: list[str], port: int, log: Path) -> Iterator[str]:
-    """The URL of a server that `command` starts, once it answers."""
+def peer(command: list[str], port: int, log: Path, **more: str) -> Iterator[str]:
+    """The URL of a server that `command` starts, once it answers. `more`: environment variables."""
     url = f"http://127.0.0.1:{port}"
     settings = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -53,6 +53,7 @@ def peer(command: list[str], port: int, log: Path) -> Iterator[str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **more,
     }
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=settings, process_group=0)

@@ -24,6 +24,10 @@ ALLOWED = {
     "sim": ({"core", "policies", "perf", "processes", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
+    "vllm": (
+        {"core", "checkpoint", "engine", "metrics", "perf", "policies", "sim", "vllm"},
+        {"prometheus_client", "torch", "vllm"},
+    ),
     "server": (
         {"core", "engine", "executors", "transfer", "metrics", "processes", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},

@@ -27,6 +27,7 @@ from stallfree.cli import (
     route,
     serve,
     simulate,
+    vllm,
     words,
 )
 
@@ -74,6 +75,7 @@ def stallfree(
 
 COMMANDS: dict[str, tuple[Any, str]] = {
     "serve": (serve.serve, "Serve a model over HTTP, OpenAI-compatible."),
+    "vllm": (vllm.app, "vLLM, with the slo policy as its scheduler."),
     "route": (route.route, "One address in front of several servers."),
     "chat": (chat.chat, "Talk to a model in the terminal."),
     "generate": (generate.generate, "Complete one prompt."),

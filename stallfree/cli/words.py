@@ -197,7 +197,10 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
         if parameter.name == "model" or (parameter.name not in arguments and parameter.annotation is not typer.Context):
             _kinds[parameter.name] = _kind(parameter.annotation)
     either_way = "model" in arguments
-    more = {"named": options.ModelOption, "context_": typer.Context} if either_way else {}
+    own_context = next((p.name for p in parameters if p.annotation is typer.Context), None)
+    more: dict[str, Any] = {"named": options.ModelOption} if either_way else {}
+    if either_way and own_context is None:
+        more["context_"] = typer.Context
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in (more | {"config": Config}).items()
@@ -207,7 +210,7 @@ def everywhere(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         values.pop("config")
         if either_way:
-            named, context = values.pop("named"), values.pop("context_")
+            named, context = values.pop("named"), values[own_context] if own_context else values.pop("context_")
             in_file = getattr(context.get_parameter_source("named"), "name", "") == "DEFAULT_MAP"
             values["model"] = options.one_model(values["model"], None if in_file and values["model"] else named)
         command(**values)

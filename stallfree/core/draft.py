@@ -1,4 +1,4 @@
-"""The iteration while a policy writes it: what the policy may read, and the five verbs that it may call.
+"""The iteration while a policy writes it: what the policy may read, and the verbs that it may call.
 
 A draft enforces the engine's limits and keeps the KV accounts, so a policy cannot break them. A policy may only lower the token
 limit. A draft chooses nothing itself.
@@ -21,9 +21,10 @@ class Draft:
     """One iteration, from an empty draft to a sealed plan.
 
     A policy reads: `now` (s); `left`, tokens that still fit; `running`; `decoding`, the ready decodes (with overlap, also those
-    that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; and `shape`, the
-    work written so far. The lists are in the policy's order; `decoding` and `prefilling` are as they were in the empty draft.
-    Verbs: `decode`, `prefill`, `admit`, `preempt`, `cap`. `limit_s` and `margin` are optional; the plan only copies them.
+    that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; `num_waiting`; and
+    `shape`, the work written so far. The lists are in the policy's order; `decoding` and `prefilling` are as they were in the empty
+    draft. Verbs: `decode`, `decode_all`, `prefill`, `admit`, `preempt`, `cap`. `limit_s` and `margin` are optional; the plan only
+    copies them.
 
     The scheduler reads: `work`, the tokens written per request, in order; `chunks`, the part of it that is not decodes; `admitted`;
     and `searched`: whether the prefix cache was searched for a request that then found no room.
@@ -63,6 +64,10 @@ class Draft:
     @property
     def running(self) -> list[Request]:
         return self._ledger.running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._ledger.num_waiting
 
     @property
     def empty(self) -> bool:
@@ -108,6 +113,11 @@ class Draft:
         self.left -= 1
         return True
 
+    def decode_all(self) -> None:
+        """`decode` for every ready decode, in order."""
+        for request in self.decoding:
+            self.decode(request)
+
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""
         if request.status is not RUNNING or request in self.work:
@@ -133,8 +143,10 @@ class Draft:
         size = min(remaining, self.left, remaining if count is None else count)
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
-        upto = {"chunk": cached + size, "prompt": request.num_tokens, "max": len(request.prompt) + request.max_tokens}
-        if size <= 0 or not pool.grow(request, upto[ledger.reserve], ledger.spare):
+        first, whole_prompt = cached + size, request.num_tokens
+        upto = {"chunk": first, "fit": first, "prompt": whole_prompt, "max": len(request.prompt) + request.max_tokens}
+        fits = ledger.reserve != "fit" or pool.fits(request, whole_prompt, ledger.spare)
+        if size <= 0 or not fits or not pool.grow(request, upto[ledger.reserve], ledger.spare):
             pool.release(request)
             self.searched = self.searched or pool.reuse
             return 0

@@ -53,6 +53,11 @@ class BlockPool:
         request.blocks += taken
         return True
 
+    def fits(self, request: Request, upto: int, spare: int) -> bool:
+        """Whether `grow` would succeed."""
+        need = -(-upto // self.block_size) - len(request.blocks)
+        return need <= 0 or need + spare <= self.num_free
+
     def release(self, request: Request) -> None:
         """Take back every block of `request`. Its last blocks will be evicted first."""
         references, keys = self._references, self._keys

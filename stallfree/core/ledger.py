@@ -13,8 +13,9 @@ from stallfree.core.plan import Capacity
 from stallfree.core.queue import Queue
 from stallfree.core.request import Refused, Request, Status
 
-Reserve = Literal["chunk", "prompt", "max"]
-"""KV blocks taken at admission: for the first chunk, the whole prompt, or the prompt and `max_tokens`."""
+Reserve = Literal["chunk", "fit", "prompt", "max"]
+"""KV blocks taken at admission: for the first chunk; for it, if the whole prompt would fit now; for the whole prompt; or for the
+prompt and `max_tokens`."""
 
 Key = Callable[[Request], tuple[Any, ...]]
 """The sort key of a request; the least is first, and of equal keys the first to arrive. Called once, when the request arrives."""

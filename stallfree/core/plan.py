@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from stallfree.core.request import Request
+
 Shape = Sequence[tuple[int, int]]
 """An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for extra rows:
 the time that the requests' sampling takes on the host, counted in plain rows of logits."""
@@ -14,15 +16,9 @@ the time that the requests' sampling takes on the host, counted in plain rows of
 
 def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
     """The number of decodes (pieces of one token), the sum of their contexts in tokens, and the chunks."""
-    decodes = context = 0
-    chunks = []
-    for start, count in shape:
-        if count == 1:
-            decodes += 1
-            context += start
-        else:
-            chunks.append((start, count))
-    return decodes, context, chunks
+    starts = [start for start, count in shape if count == 1]
+    chunks = [piece for piece in shape if piece[1] != 1] if len(starts) < len(shape) else []
+    return len(starts), sum(starts), chunks
 
 
 UNKNOWN = -1
@@ -75,6 +71,15 @@ class Plan:
     @property
     def shape(self) -> list[tuple[int, int]]:
         return [(w.start, w.count) for w in self.work]
+
+    @property
+    def decodes(self) -> list[tuple[int, int]]:
+        """The part of `shape` that was ready decodes."""
+        return [(w.start, w.count) for w in self.work if w.decode]
+
+    def decoders(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Those of `requests`, which are those of the work, that were ready decodes."""
+        return [r for w, r in zip(self.work, requests, strict=True) if w.decode]
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """A latency target, in words and in numbers: `ttft=2s@p90,tbt=100ms@p99`. It says what is wanted, not how."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -71,6 +72,16 @@ class Slo:
                 _number(number, item) / UNITS[unit], _percentile(match["percentile"], 90.0 if name == "ttft" else 99.0)
             )
         return cls(**targets)
+
+    @classmethod
+    def of(cls, milliseconds: Mapping[str, float], default: "Slo") -> Self:
+        """Targets from the milliseconds of each, by name, with the percentiles of `default`. Raises ValueError as `parse` does."""
+        usual = {"ttft": default.ttft or Target(1, 90), "tbt": default.tbt or default.tpot or Target(1, 99)}
+        usual["tpot"] = usual["tbt"]
+        for name in milliseconds:
+            if name not in usual:
+                raise ValueError(f"unknown latency target {name!r}; known are {', '.join(usual)}")
+        return cls(**{name: Target(value / 1000, usual[name].percentile) for name, value in milliseconds.items()})
 
     def within(self, default: "Slo") -> "Slo":
         """These targets, completed by those of `default`. `tbt` and `tpot` are completed together."""

@@ -29,7 +29,7 @@ SHORT_S = 0.1
 """Seconds up to which an iteration is run twice. In a longer one, the extra cost of the first of its shape does not show."""
 
 RING, CHUNK = 4096, 512
-"""Tokens of KV that the calibration uses, and tokens of the chunks in which it writes them first."""
+"""Tokens of KV that the calibration uses, and the most tokens of the chunks in which it writes them first."""
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
 """The sampling of the decodes of `_sampled`."""
@@ -41,21 +41,27 @@ Progress = Callable[[int, int], None]
 """Called with the number of iterations timed so far, and of all."""
 
 
-def calibrate(executor: Executor, progress: Progress = lambda done, of: None) -> tuple[Fitted, Errors]:
-    """Time iterations on an idle `executor` and fit a model to them. Returns the model and its errors. Overwrites the KV."""
-    shapes = [shape for shape in _shapes(executor.capacity) if _fits(shape, executor.capacity)]
-    sampled = [shape for shape in _sampled(executor.capacity) if _fits(shape, executor.capacity)]
+def calibrate(
+    executor: Executor, progress: Progress = lambda done, of: None, wanted: Sequence[Shape] = ()
+) -> tuple[Fitted, Errors]:
+    """Time iterations on an idle `executor` and fit a model to them. Returns the model and its errors. Overwrites the KV.
+
+    `wanted`: the shapes to time, for an executor whose sampling takes no time on the host; by default, those of a processor.
+    """
+    capacity = executor.capacity
+    shapes = [shape for shape in wanted or processor_shapes(capacity) if _fits(shape, capacity)]
+    sampled = [] if wanted else [shape for shape in _sampled(capacity) if _fits(shape, capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
-    probes = [[(0, size)] for size in sorted(sizes) if _fits([(0, size)], executor.capacity)]
+    probes = [[(0, size)] for size in sorted(sizes) if not wanted and _fits([(0, size)], capacity)]
     end = time.perf_counter() + PATIENCE_S
-    _fill(executor)
+    _fill(executor, min(CHUNK, max(sum(count for _, count in shape) for shape in shapes)))
     samples: list[Sample] = []
     # Shapes are timed twice if there is time, so that a slow moment of the machine does not affect one kind of iteration alone.
     plan = [*shapes, *probes, *sampled, *shapes, *sampled]
     for shape in plan:
         if len(samples) >= len(shapes) and time.perf_counter() > end:
             break
-        samples.append((shape, _time(executor, shape)))
+        samples.append((shape, timed(executor, shape)))
         progress(len(samples), len(plan))
     times = {shape[0][1]: seconds for shape, seconds in samples[len(shapes) : len(shapes) + len(probes)]}
     model = Fitted.fit(samples, _quantum(times))
@@ -153,8 +159,9 @@ def _file(key: Mapping[str, object], folder: Path) -> Path:
     return folder / f"{digest[:16]}.json"
 
 
-def _shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
-    """Shapes as a server meets them: batches of decodes, chunks at the beginning of a prompt and late in it, and both together."""
+def processor_shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
+    """Shapes as a server on a processor meets them: batches of decodes, chunks at the beginning of a prompt and late in it, and
+    both together."""
     long = min(2048, capacity.max_model_len * 3 // 4)
     middle = long // 4
     for context in (16, middle, long):
@@ -178,13 +185,14 @@ def _fits(shape: Shape, capacity: Capacity) -> bool:
     return all(start + count <= min(capacity.max_model_len, capacity.num_blocks * capacity.block_size) for start, count in shape)
 
 
-def _fill(executor: Executor) -> None:
-    """Write the KV that the timed iterations read. Memory that was never written is not allocated, and too quick to read."""
+def _fill(executor: Executor, chunk: int) -> None:
+    """Write the KV that the timed iterations read, `chunk` tokens at once. Memory that was never written is not allocated, and too
+    quick to read."""
     size, capacity = executor.capacity.block_size, executor.capacity
-    for first in range(0, _ring(capacity) * size - CHUNK + 1, CHUNK):
-        if _fits([(0, CHUNK)], capacity):
-            blocks = tuple(first // size + k for k in range(-(-CHUNK // size)))
-            work = Work("calibration", 0, CHUNK, False, False, (0,) * CHUNK, blocks, None, "", (0,) * CHUNK, ())
+    for first in range(0, _ring(capacity) * size - chunk + 1, chunk):
+        if _fits([(0, chunk)], capacity):
+            blocks = tuple(first // size + k for k in range(-(-chunk // size)))
+            work = Work("calibration", 0, chunk, False, False, (0,) * chunk, blocks, None, "", (0,) * chunk, ())
             _seconds(executor, Plan(0, 0.0, (work,)))
 
 
@@ -193,7 +201,7 @@ def _ring(capacity: Capacity) -> int:
     return min(capacity.num_blocks, RING // capacity.block_size)
 
 
-def _time(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
+def timed(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
     """Seconds of an iteration of `shape`. A short one runs twice and the second counts: the first may compile or allocate."""
     work, block = [], 0
     sampling = None if all(count for _, count in shape) else SAMPLING

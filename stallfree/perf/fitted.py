@@ -121,6 +121,8 @@ class Fitted:
         if linear * most + square * most**2 <= spare:
             return most
         count = int(2 * spare / (linear + sqrt(linear**2 + 4 * square * spare)))
+        if self.quantum == 1:
+            return count
         waste = (sum(count for _, count in shape) + count) % self.quantum
         return count - waste if waste < count else count
 
@@ -154,6 +156,17 @@ class Fitted:
         self._pull = [_product(row, self.prices) for row in anchor]
         self._matrix: list[Row] = [[0.0] * len(self.prices) for _ in self.prices]
         self._target: Row = [0.0] * len(self.prices)
+
+
+def device_shapes(longest: int) -> list[list[tuple[int, int]]]:
+    """Shapes as a server on a GPU meets them, whose sequences have up to `longest` tokens."""
+    contexts = sorted({16, min(1024, longest // 2), min(4096, longest // 2)})
+    shapes = [[(context, 1)] * batch for context in contexts for batch in (1, 8, 32, 64, 128)]
+    for start in contexts:
+        for count in (64, 128, 256, 512, 1024, 2048):
+            if start + count <= longest:
+                shapes += [[(start, count)], [(contexts[1], 1)] * 32 + [(start, count)]]
+    return shapes
 
 
 def features(shape: Shape) -> Row:

@@ -28,5 +28,4 @@ class ChunkedOnly:
                     break
         self._chunk_was_last = not draft.empty
         if draft.empty:
-            for r in draft.decoding:
-                draft.decode(r)
+            draft.decode_all()

@@ -12,8 +12,7 @@ class Orca:
     steady = True
 
     def plan(self, draft: Draft) -> None:
-        for r in draft.decoding:
-            draft.decode(r)
+        draft.decode_all()
         for r in draft.waiting:
             if not draft.admit(r, whole=True):
                 break

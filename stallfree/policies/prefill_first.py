@@ -16,5 +16,4 @@ class PrefillFirst:
             if not draft.admit(r, whole=True):
                 break
         if draft.empty:
-            for r in draft.decoding:
-                draft.decode(r)
+            draft.decode_all()

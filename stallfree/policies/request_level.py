@@ -12,8 +12,7 @@ class RequestLevel:
     steady = True
 
     def plan(self, draft: Draft) -> None:
-        for r in draft.decoding:
-            draft.decode(r)
+        draft.decode_all()
         if draft.running:
             return
         for r in draft.waiting:

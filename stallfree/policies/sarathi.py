@@ -19,8 +19,7 @@ class Sarathi:
         self.token_budget = token_budget
 
     def plan(self, draft: Draft) -> None:
-        for r in draft.decoding:
-            draft.decode(r)
+        draft.decode_all()
         draft.cap(self.token_budget, "fixed token budget")
         for r in draft.prefilling:
             draft.prefill(r)

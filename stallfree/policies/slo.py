@@ -76,8 +76,7 @@ class Slo:
         return cls(setup.targets or "", setup.cost, follow)
 
     def plan(self, draft: Draft) -> None:
-        for r in draft.decoding:
-            draft.decode(r)
+        draft.decode_all()
         shape = draft.shape
         if extra := sum([r.extra_rows for r in draft.decoding]):
             shape.append((extra, 0))
@@ -109,16 +108,16 @@ class Slo:
         score = self.cost.learn(shape, seconds)
         if self._follows:
             self._follow()
-        due = self._dues([r for work, r in zip(plan.work, requests, strict=True) if work.decode])
+        due = self._dues(plan.decoders(requests))
         if not due or plan.limit_s is None:
             return
         late = sum([at < now for at in due])
         if late and self.margin.stood_still(score):
-            alone = self.cost.seconds([(work.start, 1) for work in plan.work if work.decode])
+            alone = self.cost.seconds(plan.decodes)
             if score * alone > plan.limit_s:  # the decodes alone would have been late: no budget prevents that
                 return
         withheld = self._passed > 0 or self._kept_out > 0
-        self.margin.learn(now, score, late, len(due), filled=len(due) < len(plan.work), withheld=withheld)
+        self.margin.learn(now, score, late, len(due), filled=len(due) < len(requests), withheld=withheld)
 
     def _follow(self) -> None:
         """Set the default target by the present cost of iterations."""
@@ -170,7 +169,11 @@ class Slo:
         alone *= self.margin.value
         least, first = inf, ""
         streams = [r for r in draft.decoding if r.status is RUNNING]
-        for r, due in zip(streams, self._dues(streams), strict=True):
+        dues = self._dues(streams)
+        earliest = min(dues, default=inf)
+        if earliest - draft.now >= alone and max(dues, default=inf) < inf:  # nearly always: nobody is late or without output
+            return earliest - draft.now, streams[dues.index(earliest)].id
+        for r, due in zip(streams, dues, strict=True):
             slack = due - draft.now if r.output else self._gap(self._targets(r))  # no output: its first token is in flight
             if slack < alone and r.slo is not None:
                 slack = self._due(r, self.slo) - draft.now if r.output else self._gap(self.slo)

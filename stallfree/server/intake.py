@@ -11,7 +11,7 @@ from dataclasses import replace
 from starlette.datastructures import Headers
 
 from stallfree.core.request import Refused, Request
-from stallfree.core.slo import Slo, Target
+from stallfree.core.slo import Slo
 from stallfree.engine.engine import Engine
 from stallfree.server.errors import ApiError, shown
 from stallfree.server.reading import Query, check_ids
@@ -50,9 +50,7 @@ def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
     if "tbt" in times and "tpot" in times:
         message = "tbt_ms and tpot_ms both say when the next token is due; give one of them"
         raise ApiError(400, message, param=times["tpot"][1])
-    usual = {"ttft": default.ttft or Target(1, 90), "tbt": default.tbt or default.tpot or Target(1, 99)}
-    usual["tpot"] = usual["tbt"]
-    return Slo(**{name: Target(value / 1000, usual[name].percentile) for name, (value, _) in times.items()})
+    return Slo.of({name: value for name, (value, _) in times.items()}, default)
 
 
 def _milliseconds(text: str, header: str) -> float:

@@ -16,7 +16,7 @@ from stallfree.metrics.report import Report, Tally
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
-from stallfree.perf.fitted import Fitted
+from stallfree.perf.fitted import Fitted, device_shapes
 from stallfree.perf.profiled import Profiled
 from stallfree.perf.roofline import QUANTUM, Roofline
 from stallfree.policies.slo import possible
@@ -147,11 +147,5 @@ def calibrated(instance: Instance) -> Fitted:
     """
     if isinstance(instance.cost, Fitted):
         return Fitted.from_state(instance.cost.state())
-    longest = instance.capacity.max_model_len
-    contexts = sorted({16, min(1024, longest // 2), min(4096, longest // 2)})
-    shapes = [[(context, 1)] * batch for context in contexts for batch in (1, 8, 32, 64, 128)]
-    for start in contexts:
-        for count in (64, 128, 256, 512, 1024, 2048):
-            if start + count <= longest:
-                shapes += [[(start, count)], [(contexts[1], 1)] * 32 + [(start, count)]]
+    shapes = device_shapes(instance.capacity.max_model_len)
     return Fitted.fit([(shape, instance.cost.seconds(shape)) for shape in shapes], QUANTUM)

@@ -1,0 +1,222 @@
+"""vLLM's requests as a policy sees them, and the iteration that it writes. This changes nothing in vLLM; `scheduler.py` applies
+it."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
+from typing import Any
+
+from stallfree.core.draft import ENGINE_LIMIT
+from stallfree.core.request import Status
+from stallfree.core.slo import Slo
+
+RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow
+
+
+class View:
+    """One of vLLM's requests under the names that a policy reads (see `core.request.Request`). Times in seconds of one clock.
+
+    `request`: vLLM's own; `tokens`: its list of prompt and output. With asynchronous scheduling vLLM counts tokens in flight as
+    placeholders. `num_tokens` counts them too, so a stream whose next token is in flight is a ready decode again. `retry`: the
+    iteration from which on it is offered again after vLLM could not take it.
+    """
+
+    __slots__ = (
+        "arrival", "extra_rows", "first_token", "id", "last_token", "num_planned", "num_tokens", "output", "priority", "request",
+        "retry", "slo", "status", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Any, arrival: float, slo: Slo | None):
+        self.request, self.id, self.priority, self.arrival, self.slo = request, request.request_id, request.priority, arrival, slo
+        self.output: Sequence[int] = request._output_token_ids  # the public ones are wrapped, and four times slower to look at
+        self.tokens: Sequence[int] = request._all_token_ids
+        self.num_tokens: int = len(self.tokens)
+        self.num_planned: int = request.num_computed_tokens
+        self.extra_rows = 0  # vLLM samples on the device
+        self.first_token = self.last_token = inf
+        self.status = Status.WAITING
+        self.retry = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.num_tokens - self.num_planned
+
+
+class VllmDraft:
+    """One iteration while a policy writes it, with the names of `core.draft.Draft`. vLLM keeps the KV accounts, so nobody is
+    preempted here, and an admission looks only whether the request fits into the free KV blocks.
+
+    `running`: vLLM's running requests and those that wait with KV; `waiting`: the others, as far as they can begin. `most`: tokens
+    that vLLM allows; `seats`: how many more requests may run; `free`: free KV blocks of `block_size` tokens; `cached` gives the
+    tokens of a waiting request that are in the prefix cache. `speculates`: decodes may have tokens to verify.
+    """
+
+    __slots__ = (
+        "_block_size", "_cached", "_free", "_seats", "_speculates", "_starts", "_waiting", "admitted", "budget", "chunks",
+        "decoding", "left", "limit_s", "margin", "now", "prefilling", "reason", "work",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        running: Iterable[View],
+        waiting: Iterator[View],
+        now: float,
+        *,
+        most: int,
+        seats: int,
+        free: int,
+        block_size: int,
+        cached: Callable[[View], int],
+        speculates: bool = False,
+    ):
+        self.now = now
+        self.left = self.budget = most
+        self.reason = ENGINE_LIMIT
+        self.limit_s: float | None = None
+        self.margin: float | None = None
+        self.work: dict[View, int] = {}
+        self.chunks: dict[View, int] = {}
+        self.admitted: list[View] = []
+        self.decoding: list[View] = []
+        self.prefilling: list[View] = []
+        self._waiting, self._seats, self._free, self._block_size, self._cached = waiting, seats, free, block_size, cached
+        self._speculates = speculates
+        self._starts: dict[View, int] = {}
+        decoding = self.decoding
+        for view in running:  # once for every stream in every iteration
+            request = view.request
+            in_flight = request.num_output_placeholders
+            planned = view.num_planned = request.num_computed_tokens
+            total = view.num_tokens = len(view.tokens) + in_flight
+            view.status = RUNNING
+            if total - planned == 1 and (in_flight or view.output):
+                # With its last token in flight, vLLM gives it no further one.
+                if not in_flight or planned + 2 - in_flight < request.num_prompt_tokens + request.max_tokens:
+                    decoding.append(view)
+            elif total > planned:
+                self.prefilling.append(view)
+
+    @property
+    def empty(self) -> bool:
+        return not self.work
+
+    @property
+    def shape(self) -> list[tuple[int, int]]:
+        return [(view.num_planned - count, count) for view, count in self.work.items()]
+
+    @property
+    def waiting(self) -> Iterator[View]:
+        return self._waiting
+
+    def start(self, view: View) -> int:
+        """The position at which the next chunk of a request begins."""
+        if view.status is RUNNING:
+            return view.num_planned
+        if view not in self._starts:
+            self._starts[view] = self._cached(view)
+        return self._starts[view]
+
+    def cap(self, tokens: int, reason: str) -> None:
+        tokens = max(0, tokens)
+        if tokens < self.budget:
+            self.left -= self.budget - tokens
+            self.budget, self.reason = tokens, reason
+
+    def decode(self, view: View) -> bool:
+        """Give a ready decode its token, and the speculated ones that vLLM will verify with it."""
+        count = 1 + len(view.request.spec_token_ids) if self._speculates else 1
+        if count > self.left or view in self.work:
+            return False
+        self.work[view] = count
+        view.num_planned += count
+        self.left -= count
+        return True
+
+    def decode_all(self) -> None:
+        decoding = self.decoding
+        if self._speculates or self.work or len(decoding) > self.left:
+            for view in decoding:
+                self.decode(view)
+            return
+        self.work = dict.fromkeys(decoding, 1)  # the usual case, for every stream in every iteration
+        self.left -= len(decoding)
+        for view in decoding:
+            view.num_planned += 1
+
+    def prefill(self, view: View, count: int | None = None) -> int:
+        size = min(view.remaining, self.left, view.remaining if count is None else count)
+        if size <= 0 or view.status is not RUNNING or view in self.work:
+            return 0
+        self._write(view, size)
+        return size
+
+    def admit(self, view: View, count: int | None = None) -> int:
+        start = self.start(view)
+        remaining = view.num_tokens - start
+        size = min(remaining, self.left, remaining if count is None else count)
+        blocks = -(-remaining // self._block_size)
+        if size <= 0 or view.status is RUNNING or len(self.admitted) >= self._seats or blocks > self._free:
+            return 0
+        self._free -= blocks
+        view.status, view.num_planned = RUNNING, start
+        self.admitted.append(view)
+        self._write(view, size)
+        return size
+
+    def cached(self, view: View) -> int:
+        """The tokens found in the prefix cache when `view` was looked at; 0 if it was not."""
+        return self._starts.get(view, 0)
+
+    @property
+    def caps(self) -> dict[str, int]:
+        """Request id -> the most tokens that it may get, for those that do not get all that they need."""
+        caps = {view.id: count for view, count in self.chunks.items() if view.remaining > 0}
+        if len(self.decoding) + len(self.prefilling) + len(self.admitted) > len(self.work):
+            caps.update((view.id, 0) for views in (self.decoding, self.prefilling) for view in views if view not in self.work)
+        return caps
+
+    def _write(self, view: View, count: int) -> None:
+        self.work[view] = count
+        self.chunks[view] = count
+        view.num_planned += count
+        self.left -= count
+
+
+class Iteration:
+    """An iteration as vLLM scheduled it, with the names of `core.plan.Plan` that a policy learns from.
+
+    `decoding`: the ready decodes in it; `others`: the rest, and of each in `samples` whether it gets a token. `shape`: first the
+    decodes, then the others. It was `planned`, began at `now` and ended at `end` (s). The rest is as in `Plan`.
+    """
+
+    __slots__ = (
+        "budget", "cached", "decoding", "end", "limit_s", "margin", "now", "others", "planned", "preempted", "reason", "samples",
+        "shape", "stalled", "step",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        step: int,
+        draft: VllmDraft,
+        decoding: list[View],
+        others: list[View],
+        samples: list[bool],
+        shape: list[tuple[int, int]],
+        preempted: list[str],
+        stalled: list[str],
+        cached: list[tuple[str, int]],
+    ):
+        self.step, self.decoding, self.others, self.samples, self.shape = step, decoding, others, samples, shape
+        self.preempted, self.stalled, self.cached = preempted, stalled, cached
+        self.planned = self.now = self.end = draft.now
+        self.budget, self.reason, self.limit_s, self.margin = draft.budget, draft.reason, draft.limit_s, draft.margin
+
+    @property
+    def requests(self) -> list[View]:
+        return self.decoding + self.others
+
+    @property
+    def decodes(self) -> list[tuple[int, int]]:
+        return self.shape[: len(self.decoding)]
+
+    def decoders(self, requests: Sequence[View]) -> Sequence[View]:
+        return self.decoding

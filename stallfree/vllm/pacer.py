@@ -1,0 +1,234 @@
+"""Between vLLM's scheduler and the policy: shows the one the other's requests, times iterations, and lets the policy learn from
+them.
+
+It reads vLLM's scheduler and changes nothing in it. Environment: `STALLFREE_SLO` has the latency targets, `STALLFREE_RECORD` names
+a file for records.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import inf
+from pathlib import Path
+from typing import Any, Self
+
+from stallfree.core.ledger import Limits
+from stallfree.core.plan import Capacity
+from stallfree.core.record import Run
+from stallfree.core.request import Status
+from stallfree.policies.slo import LOOKAHEAD
+from stallfree.policies.slo import Slo as SloPolicy
+from stallfree.vllm import cost
+from stallfree.vllm.draft import Iteration, View, VllmDraft
+from stallfree.vllm.targets import own_targets
+from stallfree.vllm.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+TARGETS, RECORD = "STALLFREE_SLO", "STALLFREE_RECORD"
+"""The environment variables."""
+
+RETRY = 4
+"""After how many iterations a request is offered again that the policy admitted and vLLM did not take. vLLM knows reasons that the
+policy does not see: adapters, KV that comes from elsewhere. In the iterations between, its share goes to others."""
+
+
+class Pacer:
+    """`policy`: the `slo` policy of this project's own server. `block_size`: tokens of a KV block. `telemetry` is told of each
+    iteration. An iteration that was scheduled while the one before ran begins when that one ends."""
+
+    def __init__(
+        self,
+        policy: SloPolicy,
+        block_size: int,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.policy = policy
+        self.blocked: list[Any] = []
+        """vLLM's requests, found among the first that wait, that wait for something other than the policy."""
+        self._block_size = block_size
+        self._telemetry = telemetry
+        self._clock = clock
+        self._views: dict[str, View] = {}
+        self._outstanding: dict[int, tuple[Any, Iteration]] = {}
+        self._ended: Iteration | None = None
+        self._completed = -inf
+        self._arrived: list[View] = []
+        self._finished: list[tuple[str, str]] = []
+        self._preempted: list[str] = []
+        self._untold: list[tuple[Iteration, list[View], list[tuple[str, str]], tuple[int, int, int]]] = []
+        self._step = 0
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Self:
+        """For vLLM's `scheduler`, from the environment and vLLM's options. Raises ValueError that says what cannot be served so."""
+        config = scheduler.vllm_config
+        parallel, scheduling, cache = config.parallel_config, config.scheduler_config, config.cache_config
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError(
+                f"stallfree.vllm.SloScheduler: --pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported: with "
+                "several iterations at once, none has a time of its own; use --tensor-parallel-size"
+            )
+        if scheduling.prefill_schedule_interval > 1:
+            raise ValueError(
+                f"stallfree.vllm.SloScheduler: --prefill-schedule-interval {scheduling.prefill_schedule_interval} would hold back "
+                "the prefills that the policy lets in; leave it at 1"
+            )
+        prices, source = cost.prices(scheduler)
+        policy = SloPolicy(os.environ.get(TARGETS, ""), prices)
+        rank = parallel.data_parallel_rank
+        ahead = (2, True) if scheduling.async_scheduling else ()
+        header = Run(
+            "slo",
+            Capacity(scheduler.block_size, cache.num_gpu_blocks, scheduler.max_model_len, *ahead),
+            Limits(scheduling.max_num_seqs, scheduler.max_num_scheduled_tokens, scheduling.watermark),
+            bool(cache.enable_prefix_caching),
+            str(policy.slo),
+            policy.options,
+        )
+        file = os.environ.get(RECORD)
+        path = None if not file else Path(f"{file}.{rank}" if parallel.data_parallel_size > 1 else file)
+        clock = time.monotonic
+        log.info("stallfree: %s; prices %s", policy.slo, source)
+        return cls(policy, scheduler.block_size, Telemetry(policy.slo, header, clock(), rank, path), clock)
+
+    def draft(self, scheduler: Any, *, waiting: bool) -> VllmDraft:
+        """The next iteration as the policy writes it. `waiting`: whether requests may be admitted."""
+        self._leave(scheduler)  # those who were aborted since the last iteration
+        now = self._clock()
+        views = self._views
+        running = [views.get(r.request_id) or self._meet(r, now) for r in scheduler.running]
+        if scheduler.kv_holding_waiting:
+            holding = [r for r in scheduler.kv_holding_waiting if not _blocked(scheduler, r)]
+            running += [views.get(r.request_id) or self._meet(r, now) for r in holding]
+        self.blocked = []
+        draft = VllmDraft(
+            running,
+            self._offered(scheduler, now) if waiting else iter(()),
+            now,
+            most=scheduler.max_num_scheduled_tokens,
+            seats=scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input,
+            free=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            block_size=self._block_size,
+            cached=lambda view: _cached(scheduler, view),
+            speculates=scheduler.num_spec_tokens > 0,
+        )
+        self.policy.plan(draft)  # type: ignore[arg-type]  # it has all that the policy reads
+        return draft
+
+    def scheduled(self, draft: VllmDraft, output: Any) -> None:
+        """vLLM has scheduled `output`, which runs from now on."""
+        given = output.num_scheduled_tokens
+        self._preempted += output.preempted_req_ids or ()
+        for view in draft.admitted:
+            if view.id not in given:
+                view.retry = self._step + RETRY
+        if given:
+            self._outstanding[id(output)] = output, self._iteration(draft, output)
+            self._step += 1
+
+    def ran(self, output: Any) -> None:
+        """The iteration `output` has ended; what it computed is not yet applied."""
+        now = self._clock()
+        if id(output) not in self._outstanding:  # nothing was computed
+            return
+        _, iteration = self._outstanding.pop(id(output))
+        iteration.now = max(iteration.now, self._completed)
+        iteration.end = now
+        self.policy.learn(iteration, iteration.requests, now)  # type: ignore[arg-type]  # it has all that the policy reads
+        for view in iteration.decoding:
+            view.last_token = now
+        for view, samples in zip(iteration.others, iteration.samples, strict=True):
+            if samples:
+                view.first_token = min(view.first_token, now)
+                view.last_token = now
+        self._ended = iteration
+        self._completed = now
+
+    def applied(self, scheduler: Any) -> None:
+        """What the iteration computed is applied, so that it is known who has ended."""
+        self._leave(scheduler)
+        if self._ended is None:
+            return
+        waiting = len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
+        counts = len(scheduler.running), waiting, scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        self._untold.append((self._ended, self._arrived, self._finished, counts))
+        self._ended, self._arrived, self._finished = None, [], []
+
+    def tell(self) -> None:
+        """Tell of the iterations that have ended. This may wait until the next one runs, when the engine has nothing else to do."""
+        for iteration in self._untold:
+            self._telemetry.record(*iteration)
+        self._untold.clear()
+
+    def close(self) -> None:
+        self.tell()
+        self._telemetry.close()
+
+    def _iteration(self, draft: VllmDraft, output: Any) -> Iteration:
+        """The iteration as vLLM scheduled it."""
+        given: Mapping[str, int] = output.num_scheduled_tokens
+        chunks, written = draft.chunks, draft.work
+        decodes = [view for view in written if view not in chunks] if chunks else list(written)
+        # Nobody gets more than its share, so with as many tokens for as many requests each has got it.
+        if (output.total_num_scheduled_tokens, len(given)) != (draft.budget - draft.left, len(written)):
+            decodes = [view for view in decodes if given.get(view.id) == written[view]]
+        shape = [(view.num_planned - written[view], written[view]) for view in decodes]
+        others: list[View] = []
+        if len(decodes) < len(given):
+            there = {view.id for view in decodes}
+            others = [self._views[name] for name in given if name not in there]
+            shape += [(view.request.num_computed_tokens - given[view.id], given[view.id]) for view in others]
+        stalled: list[str] = []
+        if len(draft.decoding) > len(decodes):
+            stalled = [view.id for view in draft.decoding if view.id not in given]
+        samples = [not view.request.is_prefill_chunk for view in others]
+        cached = [(view.id, draft.cached(view)) for view in draft.admitted if view.id in given]
+        preempted, self._preempted = self._preempted, []
+        return Iteration(self._step, draft, decodes, others, samples, shape, preempted, stalled, cached)
+
+    def _leave(self, scheduler: Any) -> None:
+        """Forget the requests that have ended. vLLM names them until it schedules again."""
+        for name in scheduler.finished_req_ids:
+            view = self._views.pop(name, None)
+            if view is not None:
+                self._finished.append((name, _reason(view.request)))
+
+    def _offered(self, scheduler: Any, now: float) -> Iterator[View]:
+        """The requests that wait for the policy alone, in vLLM's order. It looks no further than twice as far as the policy."""
+        left = 2 * LOOKAHEAD
+        for request in scheduler.waiting:
+            if not left:
+                return
+            left -= 1
+            view = self._views.get(request.request_id) or self._meet(request, now)
+            if _blocked(scheduler, request):
+                self.blocked.append(request)
+            elif view.retry <= self._step:
+                view.status, view.num_tokens, view.num_planned = Status.WAITING, request.num_tokens, request.num_computed_tokens
+                yield view
+
+    def _meet(self, request: Any, now: float) -> View:
+        view = View(request, now - max(0.0, time.time() - request.arrival_time), own_targets(request, self.policy.slo))
+        self._views[view.id] = view
+        self._arrived.append(view)
+        return view
+
+
+def _blocked(scheduler: Any, request: Any) -> bool:
+    """Whether vLLM could not run a waiting request now: its grammar or KV is not there yet, or a token of it is still in flight."""
+    stale = request.num_stale_output_tokens and not request.drop_stale_output
+    return bool(stale or scheduler._is_blocked_waiting_status(request.status))
+
+
+def _cached(scheduler: Any, view: View) -> int:
+    """Tokens of a waiting request whose KV is there. This changes nothing."""
+    request = view.request
+    return int(request.num_computed_tokens or scheduler.kv_cache_manager.get_computed_blocks(request)[1])
+
+
+def _reason(request: Any) -> str:
+    reason = str(request.get_finished_reason())
+    return "stop" if reason == "repetition" else reason

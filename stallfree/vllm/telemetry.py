@@ -1,0 +1,121 @@
+"""What is told of the iterations that vLLM ran: a record file, and values in vLLM's `/metrics` under the names that this project's
+server uses. It decides nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from prometheus_client import Counter, Gauge
+
+from stallfree.core.record import Arrived, Finished, Run, StepRecord
+from stallfree.core.slo import Slo
+from stallfree.engine.recording import RecordFile
+from stallfree.metrics.stalls import CAUSES, StallAccount
+from stallfree.vllm.draft import Iteration, View
+
+LABELS = ("engine",)
+"""vLLM's label for the rank in data parallelism."""
+
+
+class Values:
+    """The metrics of this process, one set for all of its engines. With PROMETHEUS_MULTIPROC_DIR set they are in files there, which
+    vLLM's API servers read; without it only this process has them.
+    """
+
+    def __init__(self) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"stallfree_{name}", text, LABELS, multiprocess_mode="mostrecent")
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"stallfree_{name}", text, (*LABELS, *labels))
+
+        self.budget = gauge("budget_tokens", "Token budget of the last iteration.")
+        self.limit = gauge("limit_seconds", "Time that the policy allowed the last iteration.")
+        self.margin = gauge("margin_ratio", "Factor by which the policy multiplies expected times.")
+        self.late = counter("late_tokens", "Tokens that came after they were due, without first tokens.", "cause")
+        self.late_s = counter("decode_stall_seconds", "Lateness of tokens that came after they were due.", "cause")
+        self.stalled = counter("stalled_decodes", "Ready decodes that got no token in an iteration.")
+
+
+values = cache(Values)
+
+
+class Telemetry:
+    """Tells of one engine, number `rank`, held to `slo`. `file`: where its records go, if anywhere; the run's first line is
+    `header`. Times count from `origin`.
+    """
+
+    def __init__(self, slo: Slo, header: Run, origin: float, rank: int = 0, file: Path | None = None):
+        self._account = StallAccount(slo)
+        self._origin, self._rank = origin, str(rank)
+        self._values = values()
+        for cause in CAUSES:  # so that they are there, at 0, before the first
+            self._values.late.labels(self._rank, cause)
+            self._values.late_s.labels(self._rank, cause)
+        self._values.stalled.labels(self._rank)
+        self._file = None if file is None else RecordFile(file)
+        if self._file is not None:
+            self._file.begin(header)
+
+    def record(
+        self,
+        iteration: Iteration,
+        arrived: Iterable[View],
+        finished: Iterable[tuple[str, str]],
+        counts: tuple[int, int, int],
+    ) -> None:
+        """Tell of an iteration that has ended. `finished`: (id, reason); `counts`: running and waiting requests, and free KV
+        blocks, after it."""
+        origin, requests = self._origin, iteration.requests
+        running, waiting, free = counts
+        emitted = [view.id for view in iteration.decoding]
+        emitted += [view.id for view, samples in zip(iteration.others, iteration.samples, strict=True) if samples]
+        record = StepRecord(
+            iteration.step,
+            iteration.planned - origin,
+            iteration.now - origin,
+            iteration.end - origin,
+            work=[(view.id, start, count) for view, (start, count) in zip(requests, iteration.shape, strict=True)],
+            emitted=emitted,
+            cached=iteration.cached,
+            arrived=[_arrived(view, origin) for view in arrived],
+            finished=[Finished(name, reason) for name, reason in finished],
+            preempted=iteration.preempted,
+            stalled=iteration.stalled,
+            num_running=running,
+            num_waiting=waiting,
+            free_blocks=free,
+            budget=iteration.budget,
+            reason=iteration.reason,
+            limit_s=iteration.limit_s,
+            margin=iteration.margin,
+        )
+        if self._file is not None:
+            self._file.write(record)
+        self._publish(record)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _publish(self, record: StepRecord) -> None:
+        told, rank = self._values, self._rank
+        stalls: Sequence[object] = self._account.record(record)
+        told.budget.labels(rank).set(record.budget)
+        if record.limit_s is not None and record.margin is not None:
+            told.limit.labels(rank).set(record.limit_s)
+            told.margin.labels(rank).set(record.margin)
+        if record.stalled:
+            told.stalled.labels(rank).inc(len(record.stalled))
+        if stalls:
+            for stall in self._account.stalls:
+                if stall.kind == "late":
+                    told.late.labels(rank, stall.cause).inc()
+                    told.late_s.labels(rank, stall.cause).inc(stall.late_s)
+
+
+def _arrived(view: View, origin: float) -> Arrived:
+    request = view.request
+    slo = "" if view.slo is None else str(view.slo)
+    return Arrived(view.id, view.arrival - origin, request.num_prompt_tokens, request.max_tokens, view.priority, slo)
