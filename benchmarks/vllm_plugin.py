@@ -33,7 +33,7 @@ ROOT = str(Path(__file__).parent.parent)
 TIMES = (3, 5, 10)
 """Targets, in gaps of a lone stream."""
 BUDGETS = (64, 128, 512, 2048)
-LONG_CHATS = Workload.parse("poisson", "median=1700,p90=5000/median=100,p90=250 + 5%:12000/100", 16000)
+LONG_CHATS = Workload.parse("poisson", "median=1000,p90=3000/median=100,p90=250 + 5%:7000/100", 8000)
 """Chats with a history, as of people with an assistant on a GPU. Of their answers a client on two cores can read as many as a GPU
 writes."""
 MODELS = {"llama3-8b on h100": ("llama3-8b", "h100", 1024), "mistral-7b on a100-80g": ("mistral-7b", "a100-80g", 256)}
@@ -143,7 +143,7 @@ def main() -> None:
         folder = Path(name)
         settings = [
             Setting(
-                about, args.vllm_python, [model, "--pretend", hardware, "--max-model-len", "16384"], LONG_CHATS, seqs, 2.0, folder
+                about, args.vllm_python, [model, "--pretend", hardware, "--max-model-len", "8192"], LONG_CHATS, seqs, 2.0, folder
             )
             for about, (model, hardware, seqs) in MODELS.items()
         ]

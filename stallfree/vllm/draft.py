@@ -15,22 +15,25 @@ RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow
 class View:
     """One of vLLM's requests under the names that a policy reads (see `core.request.Request`). Times in seconds of one clock.
 
-    `request`: vLLM's own; `tokens`: its list of prompt and output. With asynchronous scheduling vLLM counts tokens in flight as
-    placeholders. `num_tokens` counts them too, so a stream whose next token is in flight is a ready decode again. `retry`: the
-    iteration from which on it is offered again after vLLM could not take it.
+    `request`: vLLM's own; `tokens`: its list of prompt and output; `asked`: the targets that it asked for, of which `slo` is what
+    has to be kept here. With asynchronous scheduling vLLM counts tokens in flight as placeholders. `num_tokens` counts them too, so
+    a stream whose next token is in flight is a ready decode again. `retry`: the iteration from which on it is offered again after
+    vLLM could not take it.
     """
 
     __slots__ = (
-        "arrival", "extra_rows", "first_token", "id", "last_token", "num_planned", "num_tokens", "output", "priority", "request",
+        "arrival", "asked", "extra_rows", "first_token", "id", "last_token", "num_planned", "num_tokens", "output", "priority",
+        "request",
         "retry", "slo", "status", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Any, arrival: float, slo: Slo | None):
+    def __init__(self, request: Any, arrival: float, slo: Slo | None, asked: Slo | None):
         self.request, self.id, self.priority, self.arrival, self.slo = request, request.request_id, request.priority, arrival, slo
         self.output: Sequence[int] = request._output_token_ids  # the public ones are wrapped, and four times slower to look at
         self.tokens: Sequence[int] = request._all_token_ids
         self.num_tokens: int = len(self.tokens)
         self.num_planned: int = request.num_computed_tokens
+        self.asked = asked
         self.extra_rows = 0  # vLLM samples on the device
         self.first_token = self.last_token = inf
         self.status = Status.WAITING

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,8 @@ from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Run
 from stallfree.core.request import Status
-from stallfree.policies.slo import LOOKAHEAD
+from stallfree.core.slo import Slo, Target
+from stallfree.policies.slo import LOOKAHEAD, possible
 from stallfree.policies.slo import Slo as SloPolicy
 from stallfree.vllm import cost
 from stallfree.vllm.draft import Iteration, View, VllmDraft
@@ -32,6 +34,20 @@ TARGETS, RECORD = "STALLFREE_SLO", "STALLFREE_RECORD"
 RETRY = 4
 """After how many iterations a request is offered again that the policy admitted and vLLM did not take. vLLM knows reasons that the
 policy does not see: adapters, KV that comes from elsewhere. In the iterations between, its share goes to others."""
+
+DELIVERY = 0.08
+"""The share of a target for the gap between tokens that is left for their way from this process to the client, through vLLM's front
+end. It varies by 1 to 3 ms on two busy cores: of a pretended H100's streams with a target of 25 ms, clients saw 2.3 % late of which
+this process knew 0.4 %; with this share, 0.5 %."""
+
+
+def on_the_way(slo: Slo) -> Slo:
+    """The targets that this process has to keep so that clients see `slo`. A first token has time enough."""
+
+    def sooner(target: Target | None) -> Target | None:
+        return None if target is None else replace(target, seconds=(1 - DELIVERY) * target.seconds)
+
+    return replace(slo, tbt=sooner(slo.tbt), tpot=sooner(slo.tpot))
 
 
 class Pacer:
@@ -77,7 +93,11 @@ class Pacer:
                 "the prefills that the policy lets in; leave it at 1"
             )
         prices, source = cost.prices(scheduler)
-        policy = SloPolicy(os.environ.get(TARGETS, ""), prices)
+        words = os.environ.get(TARGETS, "")
+        asked = Slo.parse(words) if words else Slo()
+        possible(asked, prices)
+        policy = SloPolicy(on_the_way(asked), prices)
+        slo = asked.within(policy.slo)
         rank = parallel.data_parallel_rank
         ahead = (2, True) if scheduling.async_scheduling else ()
         header = Run(
@@ -85,14 +105,14 @@ class Pacer:
             Capacity(scheduler.block_size, cache.num_gpu_blocks, scheduler.max_model_len, *ahead),
             Limits(scheduling.max_num_seqs, scheduler.max_num_scheduled_tokens, scheduling.watermark),
             bool(cache.enable_prefix_caching),
-            str(policy.slo),
+            str(slo),
             policy.options,
         )
         file = os.environ.get(RECORD)
         path = None if not file else Path(f"{file}.{rank}" if parallel.data_parallel_size > 1 else file)
         clock = time.monotonic
-        log.info("stallfree: %s; prices %s", policy.slo, source)
-        return cls(policy, scheduler.block_size, Telemetry(policy.slo, header, clock(), rank, path), clock)
+        log.info("stallfree: %s; prices %s", slo, source)
+        return cls(policy, scheduler.block_size, Telemetry(slo, header, clock(), rank, path), clock)
 
     def draft(self, scheduler: Any, *, waiting: bool) -> VllmDraft:
         """The next iteration as the policy writes it. `waiting`: whether requests may be admitted."""
@@ -211,7 +231,9 @@ class Pacer:
                 yield view
 
     def _meet(self, request: Any, now: float) -> View:
-        view = View(request, now - max(0.0, time.time() - request.arrival_time), own_targets(request, self.policy.slo))
+        asked = own_targets(request, self.policy.slo)
+        kept = None if asked is None else on_the_way(asked)
+        view = View(request, now - max(0.0, time.time() - request.arrival_time), kept, asked)
         self._views[view.id] = view
         self._arrived.append(view)
         return view

@@ -117,5 +117,5 @@ class Telemetry:
 
 def _arrived(view: View, origin: float) -> Arrived:
     request = view.request
-    slo = "" if view.slo is None else str(view.slo)
+    slo = "" if view.asked is None else str(view.asked)
     return Arrived(view.id, view.arrival - origin, request.num_prompt_tokens, request.max_tokens, view.priority, slo)
