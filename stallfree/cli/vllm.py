@@ -34,6 +34,7 @@ def serve(
     scheduler: Annotated[bool, typer.Option(help="--no-scheduler leaves vLLM its own scheduler, to compare.")] = True,
 ) -> None:
     """`vllm serve MODEL` with the slo policy. All other options are vLLM's own."""
+    from stallfree.cli import outputs
     from stallfree.core.slo import Slo
 
     if importlib.util.find_spec("vllm") is None:
@@ -42,6 +43,7 @@ def serve(
         raise ValueError(f"vLLM is not installed: {INSTALL}")
     if slo:
         Slo.parse(slo)
+    outputs.check(record, "--record")
     arguments = ["serve", model, *context.args]
     with contextlib.ExitStack() as stack:
         if scheduler and METRICS not in os.environ:  # before the first import of prometheus_client, which looks at it once
@@ -50,7 +52,8 @@ def serve(
             arguments[1:2] = _pretended(model, pretend)
         if scheduler:
             arguments += ["--scheduler-cls", SCHEDULER]
-            os.environ["STALLFREE_SLO"] = slo
+            if slo:
+                os.environ["STALLFREE_SLO"] = slo
             if record is not None:
                 os.environ["STALLFREE_RECORD"] = str(record.absolute())
         _run(arguments)

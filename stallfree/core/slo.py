@@ -7,7 +7,9 @@ from typing import Self
 
 UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
 """Units per second. Dividing by this gives the float nearest to the written number, so words and numbers agree."""
-_ITEM = re.compile(r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.eE]+)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?")
+_ITEM = re.compile(
+    r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?"
+)
 _EXAMPLE = "write ttft=2s@p90,tbt=100ms@p99, or a part of it"
 
 

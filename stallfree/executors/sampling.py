@@ -1,7 +1,8 @@
 """From logits to tokens, on the host, in numpy.
 
 Sampling is stateless: the random number of a token depends only on the request's seed and the token's position. So a request gets
-the same tokens alone or batched, chunked or whole, preempted or not. It knows nothing of models or devices.
+the same tokens alone or batched, chunked or whole, preempted or not. A mask on logits belongs here too; a grammar's state would
+follow from the request's output. It knows nothing of models or devices.
 """
 
 import math

@@ -111,7 +111,7 @@ class Slo:
         due = self._dues(plan.decoders(requests))
         if not due or plan.limit_s is None:
             return
-        late = sum([at < now for at in due])
+        late = sum([at < now for at in due]) if min(due) < now else 0
         if late and self.margin.stood_still(score):
             alone = self.cost.seconds(plan.decodes)
             if score * alone > plan.limit_s:  # the decodes alone would have been late: no budget prevents that
@@ -168,7 +168,8 @@ class Slo:
         """
         alone *= self.margin.value
         least, first = inf, ""
-        streams = [r for r in draft.decoding if r.status is RUNNING]
+        everybody = len(draft.work) == len(draft.decoding)
+        streams = draft.decoding if everybody else [r for r in draft.decoding if r.status is RUNNING]
         dues = self._dues(streams)
         earliest = min(dues, default=inf)
         if earliest - draft.now >= alone and max(dues, default=inf) < inf:  # nearly always: nobody is late or without output

@@ -1,7 +1,7 @@
-"""The two dialects of OpenAI's API, chat and completions: the JSON of texts and log-probabilities, whole and in chunks.
+"""From texts and log-probabilities to the answers of OpenAI's API, chat and completions, whole and in chunks.
 
-A `Call` is one HTTP request whose prompts the engine has taken. It describes outputs; it does not know how they are sent. JSON is
-written piece by piece as tokens come, and joined at the end, so that a long answer delays no other.
+A `Call` is one HTTP request (not a tool's call) whose prompts the engine has taken. It describes outputs; it does not know how they
+are sent. JSON is written piece by piece as tokens come, and joined at the end, so that a long answer delays no other.
 """
 
 import asyncio

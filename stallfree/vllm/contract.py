@@ -32,16 +32,17 @@ USED: Mapping[str, tuple[str, ...]] = {
 """The functions that are called or replaced, each with its parameters."""
 
 ATTRIBUTES = (
-    "block_size", "finished_req_ids", "kv_cache_config", "kv_cache_manager", "kv_holding_waiting", "max_model_len",
-    "max_num_active_reqs", "max_num_running_reqs", "max_num_scheduled_tokens", "need_mamba_block_aligned_split",
-    "num_spec_tokens", "num_waiting_for_streaming_input", "pause_state", "running", "vllm_config", "waiting",
+    "block_size", "finished_recving_kv_req_ids", "finished_req_ids", "kv_cache_config", "kv_cache_manager",
+    "kv_holding_waiting", "max_model_len", "max_num_active_reqs", "max_num_running_reqs", "max_num_scheduled_tokens",
+    "need_mamba_block_aligned_split", "num_spec_tokens", "num_waiting_for_streaming_input", "pause_state", "running",
+    "scheduler_config", "vllm_config", "waiting",
 )  # fmt: skip
 """What is read of a scheduler."""
 
 OF_A_REQUEST = (
     "_all_token_ids", "_output_token_ids", "arrival_time", "drop_stale_output", "is_prefill_chunk", "max_tokens",
     "num_computed_tokens", "num_output_placeholders", "num_prompt_tokens", "num_stale_output_tokens", "num_tokens", "priority",
-    "request_id", "sampling_params", "spec_token_ids", "status",
+    "request_id", "sampling_params", "spec_token_ids", "status", "structured_output_request",
 )  # fmt: skip
 """What is read of a request."""
 

@@ -25,7 +25,7 @@ right within some twenty iterations."""
 
 
 SLOW_S = 0.03
-"""An engine that takes longer for 256 tokens is a processor."""
+"""An engine that takes longer for 256 tokens is taken for a processor."""
 
 
 def prices(scheduler: Any) -> tuple[Fitted | Padded, str]:
@@ -56,6 +56,7 @@ def _fitted(scheduler: Any) -> tuple[Fitted, str]:
         engine.close()
     except Exception as error:  # a model may want of its requests what made-up ones lack; it can be served all the same
         log.warning("stallfree: iterations of this model cannot be timed before it serves: %s", error)
+        engine.close()
         return Fitted(GUESS), f"learned from the first iterations ({type(error).__name__})"
     calibrate.remember(cost, errors, key, folder, capacity)
     return cost, f"calibrated now; median error {errors.median:.1%}"
@@ -78,7 +79,7 @@ def _obstacle(config: Any) -> str:
         "speculative decoding": config.speculative_config is not None,
         "no text generation": model.runner_type != "generate" or model.is_encoder_decoder or model.is_diffusion,
         "state beside KV": model.is_hybrid or model.is_attention_free,
-        "data parallelism": parallel.data_parallel_size > 1,
+        "experts on several ranks": parallel.data_parallel_size > 1,
     }
     return ", ".join(name for name, there in obstacles.items() if there)
 
@@ -89,7 +90,7 @@ def _executor(config: Any) -> Any:
     from vllm.v1.executor.abstract import Executor
 
     for thing in gc.get_objects():
-        if isinstance(thing, Executor) and getattr(thing, "vllm_config", None) is config:
+        if issubclass(type(thing), Executor) and getattr(thing, "vllm_config", None) is config:
             return thing
     return None
 

@@ -15,16 +15,15 @@ RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow
 class View:
     """One of vLLM's requests under the names that a policy reads (see `core.request.Request`). Times in seconds of one clock.
 
-    `request`: vLLM's own; `tokens`: its list of prompt and output; `asked`: the targets that it asked for, of which `slo` is what
-    has to be kept here. With asynchronous scheduling vLLM counts tokens in flight as placeholders. `num_tokens` counts them too, so
-    a stream whose next token is in flight is a ready decode again. `retry`: the iteration from which on it is offered again after
-    vLLM could not take it.
+    `request`: vLLM's own; `tokens`: its list of prompt and output; `asked`: the targets that it asked for; `slo`: what has to be
+    kept of them here. With asynchronous scheduling vLLM counts tokens in flight as placeholders. `num_tokens` counts them too, so
+    a stream whose next token is in flight is a ready decode again. `offered_from`: the number of the draft from which on it is
+    offered again after vLLM could not take it. `cached`: its tokens in the prefix cache, looked up in the draft `looked`.
     """
 
     __slots__ = (
-        "arrival", "asked", "extra_rows", "first_token", "id", "last_token", "num_planned", "num_tokens", "output", "priority",
-        "request",
-        "retry", "slo", "status", "tokens",
+        "arrival", "arrival_time", "asked", "cached", "extra_rows", "first_token", "id", "last_token", "looked", "num_planned",
+        "num_tokens", "offered_from", "output", "priority", "request", "slo", "status", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Any, arrival: float, slo: Slo | None, asked: Slo | None):
@@ -34,10 +33,12 @@ class View:
         self.num_tokens: int = len(self.tokens)
         self.num_planned: int = request.num_computed_tokens
         self.asked = asked
+        self.arrival_time: float = request.arrival_time
+        self.cached, self.looked = 0, -1_000_000
         self.extra_rows = 0  # vLLM samples on the device
         self.first_token = self.last_token = inf
         self.status = Status.WAITING
-        self.retry = 0
+        self.offered_from = 0
 
     @property
     def remaining(self) -> int:
@@ -50,7 +51,8 @@ class VllmDraft:
 
     `running`: vLLM's running requests and those that wait with KV; `waiting`: the others, as far as they can begin. `most`: tokens
     that vLLM allows; `seats`: how many more requests may run; `free`: free KV blocks of `block_size` tokens; `cached` gives the
-    tokens of a waiting request that are in the prefix cache. `speculates`: decodes may have tokens to verify.
+    tokens of a waiting request that are in the prefix cache. `ahead`: tokens may be in flight; `speculates`: decodes may have
+    tokens to verify.
     """
 
     __slots__ = (
@@ -69,6 +71,7 @@ class VllmDraft:
         free: int,
         block_size: int,
         cached: Callable[[View], int],
+        ahead: bool = False,
         speculates: bool = False,
     ):
         self.now = now
@@ -87,15 +90,15 @@ class VllmDraft:
         decoding = self.decoding
         for view in running:  # once for every stream in every iteration
             request = view.request
-            in_flight = request.num_output_placeholders
             planned = view.num_planned = request.num_computed_tokens
+            in_flight = request.num_output_placeholders if ahead else 0
             total = view.num_tokens = len(view.tokens) + in_flight
-            view.status = RUNNING
             if total - planned == 1 and (in_flight or view.output):
                 # With its last token in flight, vLLM gives it no further one.
                 if not in_flight or planned + 2 - in_flight < request.num_prompt_tokens + request.max_tokens:
                     decoding.append(view)
             elif total > planned:
+                view.status = RUNNING  # also if it waits with KV
                 self.prefilling.append(view)
 
     @property

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Any, Self
@@ -32,13 +33,20 @@ TARGETS, RECORD = "STALLFREE_SLO", "STALLFREE_RECORD"
 """The environment variables."""
 
 RETRY = 4
-"""After how many iterations a request is offered again that the policy admitted and vLLM did not take. vLLM knows reasons that the
-policy does not see: adapters, KV that comes from elsewhere. In the iterations between, its share goes to others."""
+"""After how many drafts a request is offered again that the policy admitted and vLLM did not take. vLLM knows reasons that the
+policy does not see: adapters, KV that comes from elsewhere. In the drafts between, its share goes to others."""
+
+LOOKED = 8
+"""For how many drafts the tokens that a waiting request has in the prefix cache are not looked up again: a look-up takes time for
+each of its blocks."""
+
+MOST_LOOKS = 16 * LOOKAHEAD
+"""How many waiting requests are looked at for those that can begin."""
 
 DELIVERY = 0.08
-"""The share of a target for the gap between tokens that is left for their way from this process to the client, through vLLM's front
-end. It varies by 1 to 3 ms on two busy cores: of a pretended H100's streams with a target of 25 ms, clients saw 2.3 % late of which
-this process knew 0.4 %; with this share, 0.5 %."""
+"""The share of a target for the gap between tokens that is left for their way from this process to the client, through vLLM's
+front end. The way varies by 1 to 3 ms on two busy cores. Without this share, clients of a pretended H100 saw 2.3 % of the tokens
+late at a target of 25 ms, of which 0.4 % were late here already. With it they saw 0.5 %."""
 
 
 def on_the_way(slo: Slo) -> Slo:
@@ -75,7 +83,7 @@ class Pacer:
         self._finished: list[tuple[str, str]] = []
         self._preempted: list[str] = []
         self._untold: list[tuple[Iteration, list[View], list[tuple[str, str]], tuple[int, int, int]]] = []
-        self._step = 0
+        self._step = self._drafts = 0
 
     @classmethod
     def of(cls, scheduler: Any) -> Self:
@@ -92,13 +100,25 @@ class Pacer:
                 f"stallfree.vllm.SloScheduler: --prefill-schedule-interval {scheduling.prefill_schedule_interval} would hold back "
                 "the prefills that the policy lets in; leave it at 1"
             )
+        for option, there in (
+            ("a model that is not for generating text", config.model_config.runner_type != "generate"),
+            ("an encoder-decoder model", config.model_config.is_encoder_decoder),
+            ("a diffusion model", config.model_config.is_diffusion),
+            ("--no-enable-chunked-prefill", not scheduling.enable_chunked_prefill),
+            ("--disable-chunked-mm-input", scheduling.disable_chunked_mm_input),
+        ):
+            if there:
+                raise ValueError(f"stallfree.vllm.SloScheduler splits prompts, which {option} does not allow; use vLLM's own")
         prices, source = cost.prices(scheduler)
         words = os.environ.get(TARGETS, "")
         asked = Slo.parse(words) if words else Slo()
         possible(asked, prices)
-        policy = SloPolicy(on_the_way(asked), prices)
+        try:
+            policy = SloPolicy(on_the_way(asked), prices)
+        except ValueError as error:
+            raise ValueError(f"{asked}, less {DELIVERY:.0%} for the way to the client: {error}") from None
         slo = asked.within(policy.slo)
-        rank = parallel.data_parallel_rank
+        rank = parallel.data_parallel_index
         ahead = (2, True) if scheduling.async_scheduling else ()
         header = Run(
             "slo",
@@ -109,20 +129,21 @@ class Pacer:
             policy.options,
         )
         file = os.environ.get(RECORD)
-        path = None if not file else Path(f"{file}.{rank}" if parallel.data_parallel_size > 1 else file)
+        path = None if not file else Path(f"{file}.{rank}" if rank else file)
         clock = time.monotonic
         log.info("stallfree: %s; prices %s", slo, source)
         return cls(policy, scheduler.block_size, Telemetry(slo, header, clock(), rank, path), clock)
 
     def draft(self, scheduler: Any, *, waiting: bool) -> VllmDraft:
         """The next iteration as the policy writes it. `waiting`: whether requests may be admitted."""
-        self._leave(scheduler)  # those who were aborted since the last iteration
+        self.leave(scheduler)  # those who were aborted since the last iteration
+        self._drafts += 1
         now = self._clock()
         views = self._views
         running = [views.get(r.request_id) or self._meet(r, now) for r in scheduler.running]
         if scheduler.kv_holding_waiting:
             holding = [r for r in scheduler.kv_holding_waiting if not _blocked(scheduler, r)]
-            running += [views.get(r.request_id) or self._meet(r, now) for r in holding]
+            running += [self._view(r, now) for r in holding]
         self.blocked = []
         draft = VllmDraft(
             running,
@@ -132,7 +153,8 @@ class Pacer:
             seats=scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input,
             free=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             block_size=self._block_size,
-            cached=lambda view: _cached(scheduler, view),
+            cached=lambda view: self._cached(scheduler, view),
+            ahead=scheduler.scheduler_config.async_scheduling,
             speculates=scheduler.num_spec_tokens > 0,
         )
         self.policy.plan(draft)  # type: ignore[arg-type]  # it has all that the policy reads
@@ -144,10 +166,12 @@ class Pacer:
         self._preempted += output.preempted_req_ids or ()
         for view in draft.admitted:
             if view.id not in given:
-                view.retry = self._step + RETRY
+                view.offered_from = self._drafts + RETRY
         if given:
             self._outstanding[id(output)] = output, self._iteration(draft, output)
             self._step += 1
+        else:
+            self.tell()
 
     def ran(self, output: Any) -> None:
         """The iteration `output` has ended; what it computed is not yet applied."""
@@ -169,7 +193,7 @@ class Pacer:
 
     def applied(self, scheduler: Any) -> None:
         """What the iteration computed is applied, so that it is known who has ended."""
-        self._leave(scheduler)
+        self.leave(scheduler)
         if self._ended is None:
             return
         waiting = len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
@@ -179,9 +203,12 @@ class Pacer:
 
     def tell(self) -> None:
         """Tell of the iterations that have ended. This may wait until the next one runs, when the engine has nothing else to do."""
-        for iteration in self._untold:
-            self._telemetry.record(*iteration)
-        self._untold.clear()
+        untold, self._untold = self._untold, []
+        try:
+            for iteration in untold:
+                self._telemetry.record(*iteration)
+        except Exception:  # it decides nothing, so it must not end the engine
+            log.exception("stallfree: an iteration could not be recorded")
 
     def close(self) -> None:
         self.tell()
@@ -209,7 +236,7 @@ class Pacer:
         preempted, self._preempted = self._preempted, []
         return Iteration(self._step, draft, decodes, others, samples, shape, preempted, stalled, cached)
 
-    def _leave(self, scheduler: Any) -> None:
+    def leave(self, scheduler: Any) -> None:
         """Forget the requests that have ended. vLLM names them until it schedules again."""
         for name in scheduler.finished_req_ids:
             view = self._views.pop(name, None)
@@ -217,18 +244,30 @@ class Pacer:
                 self._finished.append((name, _reason(view.request)))
 
     def _offered(self, scheduler: Any, now: float) -> Iterator[View]:
-        """The requests that wait for the policy alone, in vLLM's order. It looks no further than twice as far as the policy."""
-        left = 2 * LOOKAHEAD
-        for request in scheduler.waiting:
-            if not left:
-                return
-            left -= 1
-            view = self._views.get(request.request_id) or self._meet(request, now)
+        """The requests that wait for the policy alone, in vLLM's order."""
+        for request in islice(scheduler.waiting, MOST_LOOKS):
+            view = self._view(request, now)
             if _blocked(scheduler, request):
                 self.blocked.append(request)
-            elif view.retry <= self._step:
+            elif view.offered_from <= self._drafts:
                 view.status, view.num_tokens, view.num_planned = Status.WAITING, request.num_tokens, request.num_computed_tokens
                 yield view
+
+    def _cached(self, scheduler: Any, view: View) -> int:
+        """Tokens of a waiting request whose KV is there."""
+        request = view.request
+        if view.looked + LOOKED <= self._drafts:
+            view.cached, view.looked = scheduler.kv_cache_manager.get_computed_blocks(request)[1], self._drafts
+        return int(request.num_computed_tokens or view.cached)
+
+    def _view(self, request: Any, now: float) -> View:
+        """The view of a waiting request; a new one for the next turn of a session, which is a request with the same id."""
+        view = self._views.get(request.request_id)
+        if view is not None and view.request is request and view.arrival_time == request.arrival_time:
+            return view
+        if view is not None:
+            self._finished.append((view.id, "stop"))
+        return self._meet(request, now)
 
     def _meet(self, request: Any, now: float) -> View:
         asked = own_targets(request, self.policy.slo)
@@ -241,14 +280,14 @@ class Pacer:
 
 def _blocked(scheduler: Any, request: Any) -> bool:
     """Whether vLLM could not run a waiting request now: its grammar or KV is not there yet, or a token of it is still in flight."""
-    stale = request.num_stale_output_tokens and not request.drop_stale_output
-    return bool(stale or scheduler._is_blocked_waiting_status(request.status))
-
-
-def _cached(scheduler: Any, view: View) -> int:
-    """Tokens of a waiting request whose KV is there. This changes nothing."""
-    request = view.request
-    return int(request.num_computed_tokens or scheduler.kv_cache_manager.get_computed_blocks(request)[1])
+    if request.num_stale_output_tokens and not request.drop_stale_output:
+        return True
+    if not scheduler._is_blocked_waiting_status(request.status) or request.request_id in scheduler.finished_recving_kv_req_ids:
+        return False
+    if request.status.name != "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR":
+        return True
+    grammar = request.structured_output_request.grammar
+    return grammar is None or isinstance(grammar, Exception)
 
 
 def _reason(request: Any) -> str:

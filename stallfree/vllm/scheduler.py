@@ -1,8 +1,8 @@
 """vLLM's scheduler with the `slo` policy: before each iteration the policy says whose prompt may have how many tokens in it, and
 who has to wait. Everything else stays vLLM's: KV blocks, prefix cache, preemption, speculation, grammars, adapters.
 
-`pacer.py` asks the policy; this module makes vLLM's own `schedule` follow the answer, through two things that it reads: the queue
-of waiting requests, and one method, replaced for that moment, that every request's number of tokens passes through last.
+`pacer.py` asks the policy. Here vLLM's own `schedule` follows the answer, through the queue of waiting requests and through
+`_reserve_prefill_lookahead`: every request's number of tokens passes through this method last.
 """
 
 import logging
@@ -43,6 +43,7 @@ class _Paced:
 
     def schedule(self: Any, throttle_prefills: bool = False) -> Any:
         if self.pause_state is PauseState.PAUSED_ALL:
+            self.pacer.leave(self)  # vLLM forgets who has ended
             return super().schedule(throttle_prefills)
         draft = self.pacer.draft(self, waiting=self.pause_state is PauseState.UNPAUSED)
         with self._following(draft):
@@ -76,6 +77,10 @@ class _Paced:
         elif caps:
             self._reserve_prefill_lookahead = partial(_capped, super()._reserve_prefill_lookahead, caps)
         offered = [view.request for view in draft.admitted] + blocked
+        # One of these without a share would end vLLM's search for requests to admit.
+        holding = [request for request in self.kv_holding_waiting if caps.get(request.request_id) == 0]
+        if holding:
+            self.kv_holding_waiting.remove_requests(holding)
         if queue:
             self.waiting = create_request_queue(SchedulingPolicy.FCFS)
             if offered:
@@ -86,6 +91,8 @@ class _Paced:
         finally:
             self.max_num_scheduled_tokens = most
             vars(self).pop("_reserve_prefill_lookahead", None)
+            if holding:
+                self.kv_holding_waiting.prepend_requests(reversed(holding))
             if queue is not self.waiting:
                 left, self.waiting = list(self.waiting), queue
                 if left:
@@ -95,8 +102,12 @@ class _Paced:
 def _capped(
     reserve: Callable[[Any, int, int], int], caps: Mapping[str, int], request: Any, num_computed_tokens: int, num_new_tokens: int
 ) -> int:
-    """vLLM's last word on a request's number of tokens, `reserve`, after the policy's share."""
-    return reserve(request, num_computed_tokens, min(num_new_tokens, caps.get(request.request_id, num_new_tokens)))
+    """vLLM's last word on a request's number of tokens, `reserve`, after the policy's share. A request that needs no more than its
+    share is left alone: vLLM may have filled its tokens up with speculated ones."""
+    cap = caps.get(request.request_id)
+    if cap is not None and (not cap or request.num_tokens - num_computed_tokens > cap):
+        num_new_tokens = min(num_new_tokens, cap)
+    return reserve(request, num_computed_tokens, num_new_tokens)
 
 
 class _Sync(_Paced, Scheduler):

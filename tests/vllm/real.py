@@ -51,6 +51,7 @@ def scheduler(
     ahead: bool = False,
     threshold: int = 0,
     queue: str = "fcfs",
+    chunked: bool = True,
     **parallel: Any,
 ) -> Any:
     """A scheduler of class `cls`, with `blocks` usable KV blocks; `ahead`: asynchronous scheduling."""
@@ -65,6 +66,7 @@ def scheduler(
             is_encoder_decoder=False,
             long_prefill_token_threshold=threshold,
             policy=queue,
+            enable_chunked_prefill=chunked,
         ),
         device_config=DeviceConfig("cpu"),
     )

@@ -14,6 +14,7 @@ def view(
     request = SimpleNamespace(
         request_id=name,
         priority=0,
+        arrival_time=0.0,
         _output_token_ids=[7] * output,
         _all_token_ids=[7] * (prompt + output),
         num_prompt_tokens=prompt,
@@ -25,9 +26,18 @@ def view(
     return View(request, 0.0, None, None)
 
 
-def draft(running=(), waiting=(), *, most: int = 100, seats: int = 8, free: int = 1000, speculates: bool = False) -> VllmDraft:
+def draft(running=(), waiting=(), *, most=100, seats=8, free=1000, ahead=True, speculates=False) -> VllmDraft:
     return VllmDraft(
-        running, iter(waiting), 0.0, most=most, seats=seats, free=free, block_size=16, cached=lambda v: 0, speculates=speculates
+        running,
+        iter(waiting),
+        0.0,
+        most=most,
+        seats=seats,
+        free=free,
+        block_size=16,
+        cached=lambda v: 0,
+        ahead=ahead,
+        speculates=speculates,
     )
 
 

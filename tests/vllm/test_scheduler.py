@@ -5,13 +5,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from stallfree.engine.recording import load
 from stallfree.perf.fitted import Fitted
 from stallfree.policies.slo import Slo
 from stallfree.vllm import SloScheduler, pacer
-from tests.vllm.real import BLOCK, Runner, model_folder, request, scheduler
+from tests.vllm.real import BLOCK, LONGEST, Runner, model_folder, request, scheduler
 
 COST = Fitted((0.005, 0.01, 0.002, 0.002, 0.005, 0.0))
 """5 ms an iteration and 0.1 ms a token."""
@@ -233,3 +234,57 @@ def test_what_cannot_be_served_so_is_refused_by_name(folder, monkeypatch, tmp_pa
     monkeypatch.setenv(pacer.RECORD, str(tmp_path / "no" / "such" / "folder"))
     with pytest.raises(ValueError, match="cannot be written"):
         scheduler(SloScheduler, folder)
+
+
+def test_no_target_of_a_request_ends_the_engine(folder, ahead):
+    made, runner = paced(folder, ahead=ahead)
+    words = ["tbt=0.01us", "tbt=1e-9us", "tbt=1e20s", "ttft=1e300s,tpot=1e-300s"]
+    requests = [(0.0, request(f"r{i}", range(40 * i, 40 * i + 40), 6, slo=slo)) for i, slo in enumerate(words)]
+    serve(made, runner, requests)
+    assert all(len(r.output_token_ids) == 6 for _, r in requests)
+
+
+def test_a_request_that_vllm_refused_once_is_not_lost_on_an_idle_engine(folder, monkeypatch):
+    made, runner = paced(folder)
+    refusals = [True]
+    real = made._handle_blocked_waiting_request
+    monkeypatch.setattr(made, "_handle_blocked_waiting_request", lambda r: not (refusals and refusals.pop()) and real(r))
+    made.add_request(request("alone", range(50), 2))
+    for _ in range(10):
+        runner.step()
+    assert len(runner.times["alone"]) == 2
+
+
+def test_who_is_aborted_while_all_is_paused_is_forgotten(folder):
+    made, runner = paced(folder)
+    made.add_request(request("r", range(50), 50))
+    runner.step()
+    made.set_pause_state(PauseState.PAUSED_ALL)
+    made.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    made.schedule()
+    made.set_pause_state(PauseState.UNPAUSED)
+    assert not made.pacer._views
+
+
+def test_waiting_requests_with_kv_and_without_a_share_stop_nobody(folder):
+    made, runner = paced(folder)
+    made.add_request(request("stream", range(40), 200))
+    while not runner.times.get("stream"):
+        runner.step()
+    holder = request("holder", range(100, 4000), 2)
+    made.add_request(holder)
+    runner.step()
+    made.running.remove(holder)
+    holder.status = RequestStatus.PREEMPTED  # it waits, and has kept its KV
+    made.kv_holding_waiting.add_request(holder)
+    for i in range(4):
+        made.add_request(request(f"w{i}", range(5000 + 100 * i, 5060 + 100 * i), 2))
+    for _ in range(12):
+        runner.step()
+    assert all(f"w{i}" in runner.times for i in range(4))
+
+
+@pytest.mark.parametrize(("option", "says"), [({"chunked": False}, "--no-enable-chunked-prefill")])
+def test_prompts_that_must_stay_whole_are_refused(folder, option, says):
+    with pytest.raises(ValueError, match=says):
+        scheduler(SloScheduler, folder, tokens=LONGEST, **option)
