@@ -140,7 +140,7 @@ def test_the_record_can_be_explained(served, client):
     [
         (["--slo", "tbt=100"], "tbt=100 has no unit"),
         (["--slo", "tbt=1us"], "cannot be met: .* ask for at least about tbt="),
-        (["--record", "/no/such/folder/run.jsonl"], "cannot be written"),
+        (["--record", "/no/such/folder/run.jsonl"], "there is no folder /no/such/folder"),
         (["--max-num-batched-tokens", "16", "--max-num-seqs", "64"], "must be greater than or equal to max_num_seqs"),
     ],
 )
