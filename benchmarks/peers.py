@@ -27,13 +27,12 @@ from typing import Any
 import httpx
 from harness import machine, show
 from ladder import Rung, Server, capacity, climb
-from step_time import bfloat16_folder, peers_parser
+from step_time import peers_parser, servable_folder
 
 from stallfree.bench.server import server
 from stallfree.checkpoint import open_checkpoint
 from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
-from stallfree.engine.text import Text
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
 LEAST_RATE = 0.4
@@ -136,9 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.vllm_python:
-            bfloat16_folder(checkpoint, folder)
-            Text.from_gguf(checkpoint.metadata or {}).tokenizer.save(str(folder / "tokenizer.json"))
-            (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+            servable_folder(checkpoint, folder)
         for side, (python, arguments) in sides(args, folder, model).items():
             if python is None:
                 print(f"{side} is left out: no python given", file=sys.stderr)

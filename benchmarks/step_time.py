@@ -44,6 +44,7 @@ from harness import machine, parser, show
 
 from stallfree.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from stallfree.checkpoint.fetch import locate
+from stallfree.engine.text import Text
 
 WORKERS = Path(__file__).parent / "peers"
 OURS, ROOF = "stallfree", "roofline"
@@ -117,6 +118,13 @@ def bfloat16_folder(checkpoint: Checkpoint, folder: Path) -> None:
         for name in header:
             bits = checkpoint.read(name).view(np.uint32)
             out.write(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes())  # to the nearest, ties to even
+
+
+def servable_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """As `bfloat16_folder`, with the tokenizer."""
+    bfloat16_folder(checkpoint, folder)
+    Text.from_gguf(checkpoint.metadata or {}).tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def run(python: str, script: str, job: dict[str, Any]) -> tuple[str, dict[str, list[float]]]:

@@ -7,25 +7,26 @@ the embedded model. The load is chats, of which 5 % have long prompts. The targe
 of a lone stream, measured here. Capacity and its criteria: see `ladder.py`. At every load up to the capacity, the share of late
 tokens and TTFT are printed.
 
-    python benchmarks/vllm_plugin.py --vllm-python PATH [--plots FOLDER]
+    python benchmarks/vllm_plugin.py --vllm-python PATH [--plot FILE]
 """
 
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from harness import machine, show
+from harness import machine, parser, show
 from ladder import WORKLOAD, Rung, Server, capacity, climb
 from peers import free_port, peer
-from step_time import bfloat16_folder, interpreter, parser
+from step_time import interpreter, servable_folder
 
 from stallfree.checkpoint import open_checkpoint
 from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
-from stallfree.engine.text import Text
 from stallfree.metrics import plot
 from stallfree.workload.workload import Workload
 
@@ -61,8 +62,8 @@ class Setting:
             one = Workload.parse("poisson", "1000/100", 4000)
             gaps: list[float] = []
             for line in side.run(one.draw(0.2, 3, requests=3)).lines:
-                gaps += [b - a for a, b in zip(line.tokens, line.tokens[1:], strict=False)]
-        return sorted(gaps)[len(gaps) // 2]
+                gaps += [b - a for a, b in pairwise(line.tokens)]
+        return median(gaps)
 
     def climb(self, targets: Sequence[Target], seconds: float, *arguments: str) -> list[Rung]:
         with self.serve(*arguments) as url:
@@ -120,25 +121,25 @@ def measure(setting: Setting, seconds: float) -> tuple[list[dict[str, Any]], lis
     return rows, loads
 
 
-def draw(rows: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]], folder: Path) -> None:
+def draw(loads: Sequence[dict[str, Any]], file: Path) -> None:
     """Late tokens over the load, a panel for each engine and target."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for load in loads:
         panel = panels.setdefault(f"{load['engine']}, {load['target, ms']} ms", {})
         panel.setdefault(load["side"], []).append((load["requests/s"], load["late"]))
-    plot.late_shares(panels, folder / "vllm_plugin.png")
+    plot.late_shares(panels, file)
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--vllm-python", type=interpreter, required=True, metavar="PATH", help="an environment with vLLM")
     arguments.add_argument("--engine", help="only engines with this in their name")
-    arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the share of late tokens over the rate")
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the share of late tokens over the rate")
     args = arguments.parse_args()
-    if args.plots:
+    if args.plot:
         plot.require()
     facts, rows, loads = machine(), [], []
-    seconds = 8.0 if args.quick else 20.0
+    seconds = 8.0 if args.quick else 12.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [
@@ -148,9 +149,7 @@ def main() -> None:
             for about, (model, hardware, seqs) in MODELS.items()
         ]
         checkpoint = open_checkpoint(locate(say=lambda line: print(line, file=sys.stderr)))
-        bfloat16_folder(checkpoint, folder)
-        Text.from_gguf(checkpoint.metadata or {}).tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        servable_folder(checkpoint, folder)
         cpu = [str(folder), "--served-model-name", "peer", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "8192"]
         settings.append(Setting("SmolLM2-135M on this processor", args.vllm_python, cpu, WORKLOAD, 256, 0.5, folder))
         for setting in settings:
@@ -163,8 +162,8 @@ def main() -> None:
             show(f"Every load, {setting.name}", more_loads, facts, None)
     if args.json:
         args.json.write_text(json.dumps({"machine": facts, "capacity": rows, "loads": loads}, indent=1))
-    if args.plots:
-        draw(rows, loads, args.plots)
+    if args.plot:
+        draw(loads, args.plot)
 
 
 if __name__ == "__main__":

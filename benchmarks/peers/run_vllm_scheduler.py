@@ -1,6 +1,7 @@
 """Times vLLM's scheduler without a model, its own class and this project's in turn: `schedule` and `update_from_output` with many
-running streams, and prompts that come beside them. `vllm_plugin.py` runs it with vLLM's Python. It prints a JSON line for each
-number of streams.
+running streams, and prompts that come beside them. It prints a JSON line for each number of streams.
+
+    PYTHONPATH=. VLLM_PYTHON benchmarks/peers/run_vllm_scheduler.py
 """
 
 import json

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import count
+from time import perf_counter
 from typing import Any
 
 from stallfree.checkpoint.fetch import cache_folder
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 GUESS = tuple(price / 20 for price in Fitted().prices)
 """Prices to begin with if nothing can be timed: too low for nearly every machine, so that no target is refused by a guess. They are
 right within some twenty iterations."""
-
 
 SLOW_S = 0.03
 """An engine that takes longer for 256 tokens is taken for a processor."""
@@ -53,11 +53,11 @@ def _fitted(scheduler: Any) -> tuple[Fitted, str]:
     engine = Timed(executor, capacity, len(groups))
     try:
         cost, errors = calibrate.calibrate(engine, wanted=_shapes(engine, scheduler))
-        engine.close()
     except Exception as error:  # a model may want of its requests what made-up ones lack; it can be served all the same
         log.warning("stallfree: iterations of this model cannot be timed before it serves: %s", error)
-        engine.close()
         return Fitted(GUESS), f"learned from the first iterations ({type(error).__name__})"
+    finally:
+        engine.close()
     calibrate.remember(cost, errors, key, folder, capacity)
     return cost, f"calibrated now; median error {errors.median:.1%}"
 
@@ -132,12 +132,9 @@ class Timed:
         self._executor, self._groups = executor, groups
         self._ids: set[str] = set()
         self._numbers = count()
-        self._seconds = 0.0
         self._result: StepResult | None = None
 
     def submit(self, plan: Plan) -> None:
-        from time import perf_counter
-
         output = self._output(plan)
         start = perf_counter()
         self._run(output)

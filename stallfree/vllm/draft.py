@@ -56,7 +56,7 @@ class VllmDraft:
     """
 
     __slots__ = (
-        "_block_size", "_cached", "_free", "_seats", "_speculates", "_starts", "_waiting", "admitted", "budget", "chunks",
+        "_block_size", "_cached", "_free", "_seats", "_speculates", "_waiting", "admitted", "budget", "chunks",
         "decoding", "left", "limit_s", "margin", "now", "prefilling", "reason", "work",
     )  # fmt: skip
 
@@ -86,7 +86,6 @@ class VllmDraft:
         self.prefilling: list[View] = []
         self._waiting, self._seats, self._free, self._block_size, self._cached = waiting, seats, free, block_size, cached
         self._speculates = speculates
-        self._starts: dict[View, int] = {}
         decoding = self.decoding
         for view in running:  # once for every stream in every iteration
             request = view.request
@@ -115,11 +114,7 @@ class VllmDraft:
 
     def start(self, view: View) -> int:
         """The position at which the next chunk of a request begins."""
-        if view.status is RUNNING:
-            return view.num_planned
-        if view not in self._starts:
-            self._starts[view] = self._cached(view)
-        return self._starts[view]
+        return view.num_planned if view.status is RUNNING else self._cached(view)
 
     def cap(self, tokens: int, reason: str) -> None:
         tokens = max(0, tokens)
@@ -167,10 +162,6 @@ class VllmDraft:
         self.admitted.append(view)
         self._write(view, size)
         return size
-
-    def cached(self, view: View) -> int:
-        """The tokens found in the prefix cache when `view` was looked at; 0 if it was not."""
-        return self._starts.get(view, 0)
 
     @property
     def caps(self) -> dict[str, int]:

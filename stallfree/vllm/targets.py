@@ -1,4 +1,4 @@
-"""A request's own latency targets, from vLLM's `extra_args` (`vllm_xargs` over HTTP). Bad ones are told of once and ignored: they
+"""A request's own latency targets, from vLLM's `extra_args` (`vllm_xargs` over HTTP). Bad ones are logged once and ignored: they
 must not end an engine that serves others.
 """
 
@@ -13,10 +13,12 @@ log = logging.getLogger(__name__)
 FIELD = "slo"
 """The name in `extra_args`. Its value: words (`"ttft=500ms,tbt=50ms"`), or, offline, a mapping (`{"ttft_ms": 500, "tbt_ms": 50}`);
 over HTTP vLLM takes no mapping."""
-MOST_TOLD = 100
-"""How many different bad values are told of."""
+LONGEST = 200
+"""Characters of the longest words that are read. They are read between two iterations, in which every stream waits."""
+MOST_WARNINGS = 100
+"""How many different bad values are logged."""
 
-_told: set[str] = set()
+_warnings: set[str] = set()
 
 
 def own_targets(request: Any, default: Slo) -> Slo | None:
@@ -28,9 +30,9 @@ def own_targets(request: Any, default: Slo) -> Slo | None:
     try:
         return read(value, default)
     except (ValueError, OverflowError) as error:
-        message = str(error)[:200]
-        if message not in _told and len(_told) < MOST_TOLD:
-            _told.add(message)
+        message = str(error)[:LONGEST]
+        if message not in _warnings and len(_warnings) < MOST_WARNINGS:
+            _warnings.add(message)
             log.warning("a request's targets in %s are ignored: %s", FIELD, message)
         return None
 
@@ -38,6 +40,8 @@ def own_targets(request: Any, default: Slo) -> Slo | None:
 def read(value: object, default: Slo) -> Slo:
     """Raises ValueError for targets that cannot be read."""
     if isinstance(value, str):
+        if len(value) > LONGEST:
+            raise ValueError(f"{value[:40]!r}... has {len(value):,} characters; targets have at most {LONGEST}")
         return Slo.parse(value)
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"{value!r:.80} is neither words, such as tbt=50ms, nor a mapping, such as {{'tbt_ms': 50}}")

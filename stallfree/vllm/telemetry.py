@@ -2,7 +2,7 @@
 server uses. It decides nothing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -100,19 +100,17 @@ class Telemetry:
             self._file.close()
 
     def _publish(self, record: StepRecord) -> None:
-        told, rank = self._values, self._rank
-        stalls: Sequence[object] = self._account.record(record)
-        told.budget.labels(rank).set(record.budget)
+        metrics, rank = self._values, self._rank
+        metrics.budget.labels(rank).set(record.budget)
         if record.limit_s is not None and record.margin is not None:
-            told.limit.labels(rank).set(record.limit_s)
-            told.margin.labels(rank).set(record.margin)
+            metrics.limit.labels(rank).set(record.limit_s)
+            metrics.margin.labels(rank).set(record.margin)
         if record.stalled:
-            told.stalled.labels(rank).inc(len(record.stalled))
-        if stalls:
-            for stall in self._account.stalls:
-                if stall.kind == "late":
-                    told.late.labels(rank, stall.cause).inc()
-                    told.late_s.labels(rank, stall.cause).inc(stall.late_s)
+            metrics.stalled.labels(rank).inc(len(record.stalled))
+        for stall in self._account.record(record):
+            if stall.kind == "late":
+                metrics.late.labels(rank, stall.cause).inc()
+                metrics.late_s.labels(rank, stall.cause).inc(stall.late_s)
 
 
 def _arrived(view: View, origin: float) -> Arrived:

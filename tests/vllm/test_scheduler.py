@@ -192,6 +192,7 @@ def test_own_targets(folder, caplog):
     bad = {
         "number": 7, "unit": "tbt=20", "name": {"tbb_ms": 5}, "text": {"tbt_ms": "x"}, "zero": {"tbt_ms": 0},
         "none": {"tbt_ms": None}, "nan": {"tbt_ms": float("nan")}, "both": {"tbt_ms": 5, "tpot_ms": 5}, "list": [1],
+        "long": "tbt=20ms," * 100_000,
         "true": {"tbt_ms": True},
     }  # fmt: skip
     for name, slo in (good | bad).items():
