@@ -7,7 +7,7 @@ the embedded model. The load is chats, of which 5 % have long prompts. The targe
 of a lone stream, measured here. Capacity and its criteria: see `ladder.py`. At every load up to the capacity, the share of late
 tokens and TTFT are printed.
 
-    python benchmarks/vllm_plugin.py --vllm-python PATH [--plot FILE]
+    python benchmarks/vllm_plugin.py --vllm-python PATH [--plot FOLDER]
 """
 
 import json
@@ -121,24 +121,38 @@ def measure(setting: Setting, seconds: float) -> tuple[list[dict[str, Any]], lis
     return rows, loads
 
 
-def draw(loads: Sequence[dict[str, Any]], file: Path) -> None:
-    """Late tokens over the load, a panel for each engine and target."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for load in loads:
-        panel = panels.setdefault(f"{load['engine']}, {load['target, ms']} ms", {})
-        panel.setdefault(load["side"], []).append((load["requests/s"], load["late"]))
-    plot.late_shares(panels, file)
+def draw(rows: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Late tokens over the load, a picture for each engine, with a panel for each target; and the capacities by target."""
+    for engine in dict.fromkeys(load["engine"] for load in loads):
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for load in loads:
+            if load["engine"] == engine:
+                panel = panels.setdefault(f"{engine}, {load['target, ms']:g} ms", {})
+                panel.setdefault(load["side"].replace("stallfree", "slo policy"), []).append((load["requests/s"], load["late"]))
+        plot.late_shares(panels, folder / f"vllm-{engine.split()[0].lower()}.png")
+    sides = [key for key in rows[0] if key.startswith(("vLLM", "stallfree"))]
+    dots = {side: [(f"{row['engine']}, {row['target']}", row[side]) for row in rows if row[side]] for side in sides}
+    plot.dots(dots, "requests per second", "Capacity by target", folder / "vllm-capacity.png", log=True)
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--vllm-python", type=interpreter, required=True, metavar="PATH", help="an environment with vLLM")
+    arguments.add_argument("--vllm-python", type=interpreter, metavar="PATH", help="an environment with vLLM")
     arguments.add_argument("--engine", help="only engines with this in their name")
-    arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the share of late tokens over the rate")
+    arguments.add_argument("--plot", type=Path, metavar="FOLDER", help="draw late tokens over the rate, and the capacities")
+    arguments.add_argument(
+        "--draw", type=Path, nargs="+", metavar="FILE", help="run nothing; draw what earlier runs wrote (--json)"
+    )
     args = arguments.parse_args()
     if args.plot:
         plot.require()
     facts, rows, loads = machine(), [], []
+    if args.draw:
+        earlier = [json.loads(file.read_text()) for file in args.draw]
+        draw([r for run in earlier for r in run["capacity"]], [r for run in earlier for r in run["loads"]], args.plot or Path("."))
+        return
+    if args.vllm_python is None:
+        arguments.error("give --vllm-python, or --draw")
     seconds = 8.0 if args.quick else 12.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -163,7 +177,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"machine": facts, "capacity": rows, "loads": loads}, indent=1))
     if args.plot:
-        draw(loads, args.plot)
+        draw(rows, loads, args.plot)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -19,12 +21,81 @@ class Helpers(ProcessPoolExecutor):
         super().__init__(number, multiprocessing.get_context("spawn"), _begin, (begin, arguments))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        # It may start a process, which inherits what this thread blocks: even while it starts, Ctrl-C is its parent's affair.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _deaf():  # it may start a process
             return super().submit(fn, *args, **kwargs)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class Died(RuntimeError):
+    """A helper process ended in the middle of a call."""
+
+
+class Helper:
+    """One process that answers one call at a time, and is replaced if a call takes too long or ends it. In the process,
+    `make(*arguments)` makes the function that is called. Calls come from one thread at a time.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], *arguments: object):
+        self._make, self._arguments = make, arguments
+        self._closed = self._ready = False
+        self._start()
+
+    def call(self, value: object, limit_s: float) -> Any:
+        """The function's answer for `value`. Raises TimeoutError after `limit_s` seconds, which do not include the process's start,
+        and Died."""
+        try:
+            if not self._ready:
+                self._connection.recv()
+                self._ready = True
+            self._connection.send(value)
+            if not self._connection.poll(limit_s):
+                raise TimeoutError(f"no answer within {limit_s:g} s")
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._replace()
+            if isinstance(error, TimeoutError):
+                raise
+            raise Died("the helper process has ended") from None
+
+    def close(self) -> None:
+        """End the process, in the middle of a call too."""
+        self._closed = True
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._make, self._arguments), daemon=True)
+        with _deaf():
+            self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def _replace(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+        if not self._closed:
+            self._start()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process that is started here inherits what this thread blocks: even while it starts, Ctrl-C is its parent's affair."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[Any], Any]], arguments: tuple[object, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    answer = make(*arguments)
+    connection.send(None)
+    while True:
+        connection.send(answer(connection.recv()))
 
 
 def _begin(begin: Callable[..., None], arguments: tuple[object, ...]) -> None:

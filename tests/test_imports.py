@@ -15,6 +15,7 @@ ALLOWED = {
     "policies": ({"core", "perf", "policies"}, set()),
     "perf": ({"core", "checkpoint", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
+    "parsers": ({"parsers"}, set()),
     "executors": ({"core", "checkpoint", "executors"}, {"flashinfer", "msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
     "engine": ({"core", "perf", "policies", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
     "transfer": ({"core", "engine", "executors", "transfer"}, set()),
@@ -28,8 +29,9 @@ ALLOWED = {
         {"core", "checkpoint", "engine", "metrics", "perf", "policies", "sim", "vllm"},
         {"prometheus_client", "torch", "vllm"},
     ),
+    "grammar": ({"engine", "grammar", "parsers", "processes"}, {"llguidance", "numpy"}),
     "server": (
-        {"core", "engine", "executors", "transfer", "metrics", "processes", "server"},
+        {"core", "engine", "executors", "grammar", "parsers", "transfer", "metrics", "processes", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},
     ),
 }  # fmt: skip

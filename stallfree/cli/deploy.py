@@ -15,7 +15,8 @@ def deploy(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of a node.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: options.ServersKey = None,
-    served_name: options.ServedName = None,
+    api_key_file: options.KeyFile = None,
+    served_model_name: options.ServedNames = None,
     sanitize_control_tokens: options.Sanitize = False,
     replicas: Annotated[str, typer.Option(help="How many, such as 2; or the fewest and the most, such as 1-4.")] = "1",
     max_queue: Annotated[int, typer.Option(help="Most waiting requests at a replica; one more gets status 429.", min=1)] = 1024,
@@ -43,10 +44,10 @@ def deploy(
         named(served.model)
     if served.slo is not None:
         Targets.parse(served.slo)
-    options.warn_if_open(host, api_key)
+    names, keys = options.names(served_model_name), options.keys(host, api_key, api_key_file)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
-    app = application(Options(**vars(served)), served_name, least, most, max_queue, api_key, sanitize_control_tokens)
+    app = application(Options(**vars(served)), names, least, most, max_queue, keys, sanitize_control_tokens)
     serve.run(app, blocking=True)
 
 

@@ -1,23 +1,43 @@
 """Options that several commands share. This module knows their names and units, not what they do."""
 
+from __future__ import annotations
+
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from stallfree.server.keys import Keys
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine can reach."""
 
 
-def warn_if_open(host: str, api_key: str | None) -> None:
-    """Print a warning if other machines can reach `host` without a key."""
-    if api_key is None and host not in LOOPBACK:
-        remedy = "set STALLFREE_API_KEY (or --api-key)"
+def keys(host: str, key: str | None, file: Path | None) -> Keys:
+    """The keys of --api-key and --api-key-file. Prints a warning if other machines can reach `host` without a key, and if others
+    can read the file. Raises ValueError for keys that cannot be read.
+    """
+    from stallfree.server.keys import Keys, open_to_others
+
+    keys = Keys.of(key, file)
+    if not keys and host not in LOOPBACK:
+        remedy = "set STALLFREE_API_KEY (or --api-key, --api-key-file)"
         typer.echo(f"warning: --host {host} without an API key lets in all who can reach it; {remedy}", err=True)
+    if file is not None and open_to_others(file):
+        typer.echo(f"warning: all users of this machine can read or change --api-key-file {file}; run `chmod 600 {file}`", err=True)
+    return keys
+
+
+def names(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of --served-model-name, each once; none if the option was left out. Raises ValueError for an empty one."""
+    if not all(name.strip() for name in given or ()):
+        raise ValueError("--served-model-name is empty; give a name, or leave the option out for the model's own")
+    return tuple(dict.fromkeys(given or ()))
 
 
 def memory(text: str | int) -> int:
@@ -118,11 +138,27 @@ Recorded = Annotated[
     Path, typer.Argument(metavar="RUN.jsonl", help="A file that `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
 ]
 ServersKey = Annotated[
-    str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token.", show_envvar=True)
+    str | None,
+    typer.Option(envvar="STALLFREE_API_KEY", help="Clients must send it as a bearer token or as x-api-key.", show_envvar=True),
 ]
-ServedName = Annotated[str | None, typer.Option(help="Name of the model in the API.", show_default="its own")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keys of clients, one a line: name:key or name:sha256=HEX.", show_default=False),
+]
+ServedNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Name of the model in the API. May be given several times: all are accepted, answers have the first.",
+        show_default="its own",
+    ),
+]
 Sanitize = Annotated[
     bool, typer.Option("--sanitize-control-tokens", help="Read control tokens that clients write (<|im_start|>) as text.")
+]
+ToolParser = Annotated[
+    str | None,
+    typer.Option(help="How the model writes tool calls: hermes, mistral, pythonic, llama_json, plain; by its chat template."),
 ]
 Start = Annotated[float, typer.Option(help="The first rate to try, in requests per second.")]
 Tolerance = Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")]

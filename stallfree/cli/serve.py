@@ -12,25 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stallfree.cli import options, words
+from stallfree.cli.front import Front, Logging, Web
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
     from stallfree.engine.assemble import Assembled
     from stallfree.server.service import Service
 
 Role = Literal["both", "prefill", "decode"]
 ROLES = {"prefill": "asked at", "decode": "asks"}
-
-
-@dataclass(frozen=True)
-class Front:
-    """The options of a server that clients notice."""
-
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000
-    api_key: options.ServersKey = None
-    served_name: options.ServedName = None
-    sanitize_control_tokens: options.Sanitize = False
-    max_queue: Annotated[int, typer.Option(help="Most waiting requests; one more gets status 429.", min=1)] = 1024
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,8 @@ def serve(
     served: options.Served,
     front: Front,
     peering: Peering,
+    web: Web,
+    logging: Logging,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
@@ -82,15 +75,18 @@ def serve(
     from stallfree.cli import outputs
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
+    from stallfree.parsers import formats
     from stallfree.server.app import create_app
     from stallfree.server.run import run
-    from stallfree.server.service import Service
     from stallfree.server.traces import exporter_to
-    from stallfree.transfer.terms import Terms
+    from stallfree.transfer.terms import Terms, address
 
     addresses = peering.addresses()
     outputs.check(record, "--record")
-    options.warn_if_open(front.host, front.api_key)
+    names, keys, origins, tls = options.names(front.served_model_name), front.keys(), web.origins(), web.tls()
+    if front.tool_parser is not None:
+        formats.named(front.tool_parser)
+    logging.configure()
     sock, peer_sock = _bound(front, peering)  # before the model loads, so that a port in use costs no time
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     with ExitStack() as stack:
@@ -101,15 +97,7 @@ def serve(
             say=lambda line: typer.echo(line, err=True),
             progress=options.progress("calibrating"),
         )
-        service = Service(
-            assembled.engine,
-            front.served_name or assembled.name,
-            policy=served.policy,
-            slo=assembled.slo,
-            max_queue=front.max_queue,
-            exporter=exporter,
-            sanitize_control_tokens=front.sanitize_control_tokens,
-        )
+        service = _service(assembled, front, names or (assembled.name,), served.policy, exporter)
         if service.traces is not None:
             stack.enter_context(closing(service.traces))
         if file is not None:
@@ -121,11 +109,30 @@ def serve(
                 service.ask(addresses, terms, peering.peer_key)
             if peer_sock is not None:
                 service.serve(peer_sock, terms, peering.peer_key)
-        _print_card(_card(assembled, service, peering, sock, peer_sock), as_json)
+        url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
+        _print_card(_card(assembled, service, peering, url, peer_sock), as_json)
         service.reader.start()
-        run(create_app(service, api_key=front.api_key), service.thread, sock, drain_timeout_s=drain_timeout)
+        service.grammars.start()
+        app = create_app(service, keys=keys, allow_origins=origins, log_requests=logging.log_requests)
+        run(app, service.thread, sock, drain_timeout_s=drain_timeout, tls=tls)
     if service.thread.failure is not None:
         raise typer.Exit(1)
+
+
+def _service(assembled: Assembled, front: Front, names: tuple[str, ...], policy: str, exporter: SpanExporter | None) -> Service:
+    from stallfree.server.service import Service
+
+    return Service(
+        assembled.engine,
+        names[0],
+        policy=policy,
+        slo=assembled.slo,
+        max_queue=front.max_queue,
+        exporter=exporter,
+        sanitize_control_tokens=front.sanitize_control_tokens,
+        aliases=names[1:],
+        tool_format=front.tool_parser,
+    )
 
 
 def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket | None]:
@@ -140,15 +147,14 @@ def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket
         raise
 
 
-def _card(
-    assembled: Assembled, service: Service, peering: Peering, sock: socket.socket, peer_sock: socket.socket | None
-) -> dict[str, Any]:
+def _card(assembled: Assembled, service: Service, peering: Peering, url: str, peer_sock: socket.socket | None) -> dict[str, Any]:
     """Facts about a server, which it prints when it starts."""
     from stallfree.transfer.terms import address
 
     capacity, ledger = service.engine.executor.capacity, service.engine.scheduler.ledger
     return {
         "model": service.name,
+        "names": list(service.names),
         "weights": assembled.weights,
         "kv_blocks": capacity.num_blocks,
         "block_size": capacity.block_size,
@@ -158,7 +164,7 @@ def _card(
         "slo_basis": assembled.slo_basis or None,
         "sampling": service.sampling,
         "token_budget": getattr(service.engine.scheduler.policy, "token_budget", None),
-        "url": f"http://{address(*sock.getsockname()[:2])}",
+        "url": url,
         "role": peering.role,
         "peers": peering.prefill if peer_sock is None else address(*peer_sock.getsockname()[:2]),
     }
@@ -179,6 +185,7 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
     sampling = ", ".join(f"{name} {value:g}" for name, value in card["sampling"].items() if value != getattr(Sampling(), name))
     lines = {
         "model": f"{card['model']} ({card['weights']})",
+        **({"also named": ", ".join(card["names"][1:])} if card["names"][1:] else {}),
         "KV cache": kv,
         "policy": f"{card['policy']}{budget}{slo}",
         **({} if card["slo_basis"] is None else {"target": str(card["slo_basis"])}),

@@ -70,7 +70,7 @@ class BlockPool:
                     self._free.append(block)
         request.blocks = []
         request.num_shared = 0
-        request.prefix = request.adapter
+        request.prefix = request.root
 
     def match(self, request: Request) -> int:
         """Give a request without blocks the longest indexed prefix of its tokens, short of the last token (its logits are needed).
@@ -100,7 +100,7 @@ class BlockPool:
             return 0
         evictions, prefix, start = request.lookup
         if evictions != self._evictions:
-            prefix, start = request.adapter, 0
+            prefix, start = request.root, 0
         size, last = self.block_size, request.num_tokens - self.block_size
         while start < last and (entry := self._index.get((prefix, request.tokens(start, start + size)))) is not None:
             prefix, start = entry[1], start + size

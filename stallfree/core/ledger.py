@@ -110,7 +110,7 @@ class Ledger:
             raise Refused(f"request id {request.id!r} is already in use; choose another", "id")
         self._arrivals += 1
         request.key = (*self._key(request), self._arrivals)
-        request.lookup = (-1, request.adapter, 0)  # another pool may have written it
+        request.lookup = (-1, request.root, 0)  # another pool may have written it
         self.requests[request.id] = request
 
     def run(self, request: Request) -> None:

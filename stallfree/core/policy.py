@@ -51,6 +51,13 @@ class Tuned(Policy, Protocol):
 
 
 @runtime_checkable
+class Priced(Policy, Protocol):
+    """A policy that knows what an iteration costs: `cost` prices its plans."""
+
+    cost: "CostModel"
+
+
+@runtime_checkable
 class Ordered(Policy, Protocol):
     """A policy with its own order of requests. Every list that it reads is in this order, and preemption begins at its end."""
 

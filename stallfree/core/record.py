@@ -15,6 +15,8 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
+RARE = ("extra_rows", "constrained")
+"""Fields of a record that are written only if they hold anything."""
 
 
 class Arrived(NamedTuple):
@@ -66,7 +68,7 @@ class Fingerprints:
         return tuple(self._blocks(request, request.num_tokens))[len(request.prompt) // self._block_size :]
 
     def _blocks(self, request: Request, length: int) -> Iterator[int]:
-        digest = request.adapter.encode()
+        digest = request.root.encode()
         for start in range(0, length - self._block_size + 1, self._block_size):
             content = array("q", request.tokens(start, start + self._block_size)).tobytes()
             digest = blake2b(digest + content, digest_size=6, key=self._key).digest()
@@ -115,7 +117,8 @@ class StepRecord:
     got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget` (tokens), `reason`, `limit_s`,
     `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`: KV transfers that ended
     since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
-    the requests in `arrived` whose sampling takes as long as that many plain rows.
+    the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids of those in `arrived` that
+    are never planned ahead of their last token.
     """
 
     step: int
@@ -141,6 +144,7 @@ class StepRecord:
     delivered: list[Delivered] = field(default_factory=list)
     recalled: list[str] = field(default_factory=list)
     extra_rows: list[tuple[str, int]] = field(default_factory=list)
+    constrained: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -194,19 +198,22 @@ class StepRecord:
             delivered=list(delivered),
             recalled=list(recalled),
             extra_rows=[(r.id, r.extra_rows) for r in arrived if r.extra_rows],
+            constrained=[r.id for r in arrived if r.constrained],
         )
 
     def to_json(self) -> str:
         """One line, without its end."""
         values = asdict(self)
-        if not self.extra_rows:  # most records have none
-            del values["extra_rows"]
+        for name in RARE:
+            if not values[name]:
+                del values[name]
         return json.dumps({"version": VERSION, **values}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Raises ValueError for a line that is not a whole record of this version. `bubble_s` and `extra_rows` may be missing."""
-        values: dict[str, Any] = {"bubble_s": 0.0, "extra_rows": []} | _values(line)
+        """Raises ValueError for a line that is not a whole record of this version. `bubble_s` and the fields in `RARE` may be
+        missing."""
+        values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
         for name in ("work", "cached", "extra_rows"):

@@ -36,8 +36,10 @@ class Request:
 
     The user of the scheduler writes, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens` (output
     tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id counts), `arrival`
-    (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None), `adapter`, `sampling`
-    (passed on unread), and `extra_rows` (the time that sampling adds per token, in plain rows of logits).
+    (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None), `adapter`, `salt` (only
+    requests with the same adapter and salt share cached prefixes; `root` is both), `sampling` (passed on unread), `extra_rows` (the
+    time that sampling adds per token, in plain rows of logits), and `constrained` (its next token depends on the last one beyond
+    the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`).
 
     Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
@@ -49,10 +51,10 @@ class Request:
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key", "last_token",
-        "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions", "num_shared",
-        "num_tokens", "output", "prefix", "priority", "prompt", "sampling", "slo", "status", "stop_ids", "tenant", "ticket",
-        "transferring",
+        "adapter", "arrival", "blocks", "constrained", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key",
+        "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions",
+        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "root", "salt", "sampling", "slo", "status",
+        "stop_ids", "tenant", "ticket", "transferring",
     )  # fmt: skip
 
     def __init__(
@@ -68,8 +70,10 @@ class Request:
         tenant: str = "",
         slo: Slo | None = None,
         adapter: str = "",
+        salt: str = "",
         sampling: object = None,
         extra_rows: int = 0,
+        constrained: bool = False,
     ):
         self.id = id
         self.prompt = prompt
@@ -81,8 +85,10 @@ class Request:
         self.tenant = tenant
         self.slo = slo
         self.adapter = adapter
+        self.salt = salt
         self.sampling = sampling
         self.extra_rows = extra_rows
+        self.constrained = constrained
 
         self.output: list[int] = []
         self.blocks: list[int] = []
@@ -93,8 +99,9 @@ class Request:
         self.transferring = False
         self.num_cached = 0
         self.num_shared = 0
-        self.prefix: object = adapter
-        self.lookup: tuple[int, object, int] = (-1, adapter, 0)
+        self.root = f"{adapter}\0{salt}" if salt else adapter
+        self.prefix: object = self.root
+        self.lookup: tuple[int, object, int] = (-1, self.root, 0)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_preemptions = 0
@@ -110,8 +117,11 @@ class Request:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the request, whose next token is in flight, needs one more token after it. A stop id cannot be foreseen."""
-        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens and not self.transferring
+        """Whether the request, whose next token is in flight, may be planned one more token after it. A stop id cannot be
+        foreseen."""
+        if self.constrained or self.transferring:
+            return False
+        return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions start..stop-1 of prompt and output together."""
@@ -131,7 +141,7 @@ class Request:
         for token in tokens:
             output.append(token)
             self.num_tokens += 1
-            if token in self.stop_ids and len(output) > self.min_tokens:
+            if token in self.stop_ids and (len(output) > self.min_tokens or self.constrained):
                 return "stop"
             if len(output) >= self.max_tokens:
                 return "length"

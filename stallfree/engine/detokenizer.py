@@ -1,6 +1,7 @@
 """The two filters from token ids to the text of a stream.
 
-`Detokenizer` never emits half a character. `StopStrings` never lets part of a stop string out. They know no request or engine.
+`Detokenizer` never emits half a character. `StopStrings` never lets part of a stop string out. They know no request, no engine, and
+of reasoning only where it ends.
 """
 
 import codecs
@@ -121,12 +122,52 @@ class Detokenizer:
         return text
 
 
-class StopStrings:
-    """Holds text back while it may be the beginning of a stop string."""
+class Section:
+    """The reasoning section with which an answer may begin: text between the marks `open` and `close`. `inside`: the prompt already
+    ends within it. It separates this section from the rest of the answer as the text comes."""
 
-    def __init__(self, stops: Sequence[str], *, include: bool = False):
+    def __init__(self, open: str, close: str, *, inside: bool):
+        self._open, self._close = open, close
+        self._inside = inside
+        self._seen = ""
+        self.over = False
+        """Whether all further text belongs to the rest of the answer."""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """The new text of the section, and that of the rest. Text that may be the opening mark is held back."""
+        if self.over:
+            return "", text
+        if not self._inside:
+            text, self._seen = self._seen + text, ""
+            beginning = text.lstrip()[: len(self._open)]
+            if beginning != self._open:
+                if self._open.startswith(beginning):
+                    self._seen = text
+                    return "", ""
+                self.over = True
+                return "", text
+            self._inside = True
+        tail = self._seen + text
+        at = tail.find(self._close)
+        if at < 0:
+            self._seen = tail[max(0, len(tail) - len(self._close) + 1) :]
+            return text, ""
+        self.over = True
+        end = at + len(self._close) - len(self._seen)
+        return text[:end], text[end:]
+
+    def flush(self) -> str:
+        """The text held back at the end."""
+        return "" if self._inside or self.over else self._seen
+
+
+class StopStrings:
+    """Holds text back while it may be the beginning of a stop string. In a `section` no stop string counts."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False, section: Section | None = None):
         self._stops = stops
         self._include = include
+        self._section = section
         self._held = ""
 
     def push(self, text: str, *, ends: bool = True) -> tuple[str, str | None]:
@@ -134,20 +175,23 @@ class StopStrings:
         Without `ends`, no stop string ends the stream yet, but its beginning counts later."""
         if not self._stops:
             return text, None
+        reasoning = ""
+        if self._section is not None:
+            reasoning, text = self._section.push(text)
         self._held += text
         matches = [(at + len(stop), at, stop) for stop in self._stops if ends and (at := self._held.find(stop)) >= 0]
         if matches:
             _, at, stop = min(matches)  # the first to be complete, so that the result does not depend on how the text was cut
             out = self._held[: at + len(stop) * self._include]
             self._held = ""
-            return out, stop
+            return reasoning + out, stop
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out, None
+        return reasoning + out, None
 
     def flush(self) -> str:
         held, self._held = self._held, ""
-        return held
+        return held if self._section is None else self._section.flush() + held
 
 
 def _overlap(text: str, stop: str) -> int:

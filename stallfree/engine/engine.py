@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 
@@ -17,12 +18,21 @@ from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.engine.prefetch import Prefetch, Transfer
-from stallfree.engine.streams import Output, Streams, Watch
+from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Streams, Watch
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor, Lost
 from stallfree.executors.sampling import Sampling
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    """A `plan` at the executor since `started` (s). `error`: why its submission failed, in words."""
+
+    plan: Plan
+    started: float
+    error: str | None = None
 
 
 class Engine:
@@ -57,7 +67,7 @@ class Engine:
         self._streams = Streams(text, self._end)
         self.waits = False
         """Whether the last step found nothing to run, because every request waits for a prompt computed elsewhere."""
-        self._outstanding: deque[tuple[Plan, float, str | None]] = deque()
+        self._outstanding: deque[_Outstanding] = deque()
         self._last_end = -inf
         # Requests since the last record, and outputs for the next step.
         self._arrived: list[Request] = []
@@ -68,24 +78,34 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.scheduler.ledger.requests or self._outstanding or self._pending)
 
+    @property
+    def running_plan(self) -> tuple[Plan, float] | None:
+        """The oldest plan at the executor, and when it began (s, by `clock`); None if there is no plan. For any thread: it answers
+        also while an iteration never ends.
+        """
+        try:
+            oldest = self._outstanding[0]
+        except IndexError:
+            return None
+        return oldest.plan, self._began(oldest.started)
+
     def submit(
         self,
         request: Request,
-        stop: Sequence[str] = (),
+        reading: Reading = AS_IT_COMES,
         *,
-        include_stop: bool = False,
-        continues: bool = True,
         transfer: Transfer | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """Queue a request. Its text ends at any of the strings `stop`. Raises `Refused` if it can never be served.
+        """Queue a request. Its tokens become text as `reading` says. Raises `Refused` if it can never be served.
 
-        `continues`: its text continues the prompt's; otherwise it is an answer, which begins without a space. `transfer`: brings
-        the KV of its prompt from another engine. `watch`: is called for each piece of its prompt computed here for another engine.
+        `transfer`: brings the KV of its prompt from another engine. `watch`: is called for each piece of its prompt computed here
+        for another engine.
         """
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
-        stream = self._streams.make(request, stop, include_stop=include_stop, continues=continues)
+            request.constrained = request.sampling.constraint is not None
+        stream = self._streams.make(request, reading)
         if transfer is None:
             self.scheduler.submit(request)
         else:
@@ -132,28 +152,32 @@ class Engine:
         """Submit plans until the executor has as many as it takes at once."""
         outstanding, requests = self._outstanding, self.scheduler.ledger.requests
         # After a failed iteration, nothing is planned until the requests that it fails have ended.
-        while len(outstanding) < self.executor.capacity.depth and not (outstanding and outstanding[-1][2]):
+        while len(outstanding) < self.executor.capacity.depth and not (outstanding and outstanding[-1].error):
             plan = self.scheduler.schedule(self.clock())
             if not plan.work:
                 break
-            started = self.clock()
-            outstanding.append((plan, started, self._try(partial(self.executor.submit, plan))))
+            outstanding.append(_Outstanding(plan, self.clock()))  # first, because `submit` of some executors runs the whole plan
+            outstanding[-1].error = self._try(partial(self.executor.submit, plan))
         self.waits = not outstanding and self.prefetch.under_way
         if requests and not outstanding and not self.waits:
             raise RuntimeError(f"the policy plans no work for {len(requests)} requests; they would wait for ever")
 
     def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
         """The oldest plan, its result, and when it was planned, started and ended."""
-        plan, started, error = self._outstanding.popleft()
+        oldest = self._outstanding[0]
+        plan, error = oldest.plan, oldest.error
         results: list[StepResult] = []
         if error is None:
             error = self._try(lambda: results.append(self.executor.collect()))
         result = results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
-        ended = self.clock()
-        if self.executor.capacity.overlap:  # the plan waited for the one before it
-            started = max(started, self._last_end)
+        started, ended = self._began(oldest.started), self.clock()
         self._last_end = ended
+        self._outstanding.popleft()
         return plan, result, (plan.now, started, ended)
+
+    def _began(self, started: float) -> float:
+        """When a plan began that was submitted at `started` (s). With overlap, it waited for the one before it."""
+        return max(started, self._last_end) if self.executor.capacity.overlap else started
 
     def _try(self, call: Callable[[], None]) -> str | None:
         """Call the executor. If it raises, return the error in words: it fails one iteration, not the engine."""

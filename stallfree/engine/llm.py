@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import Options, assemble
-from stallfree.engine.streams import Output
+from stallfree.engine.streams import Output, Reading
 
 Prompt = str | Sequence[int]
 
@@ -133,5 +133,5 @@ class LLM:
             arrival=self._engine.clock(),
             sampling=replace(self._engine.sampling, stop_ids=stop_ids, **arguments),
         )
-        self._engine.submit(request, (stop,) if isinstance(stop, str) else tuple(stop), continues=continues)
+        self._engine.submit(request, Reading((stop,) if isinstance(stop, str) else tuple(stop), continues=continues))
         return request

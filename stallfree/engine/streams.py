@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stallfree.core.plan import Work
 from stallfree.core.request import Request
-from stallfree.engine.detokenizer import Detokenizer, StopStrings
+from stallfree.engine.detokenizer import Detokenizer, Section, StopStrings
 from stallfree.engine.text import Text
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,37 @@ class Output:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a request's tokens become its text. The text ends at any of the strings `stop`, which it holds with `include_stop`.
+
+    `continues`: it continues the prompt's text; otherwise it is an answer, which begins without a space. `visible`: special tokens
+    that have text. `section`: the opening and closing marks of a reasoning section at its beginning, in which no stop string
+    counts, and whether the prompt already ends within it.
+    """
+
+    stop: Sequence[str] = ()
+    include_stop: bool = False
+    continues: bool = True
+    visible: frozenset[int] = frozenset()
+    section: tuple[str, str, bool] | None = None
+
+
+AS_IT_COMES = Reading()
+
+
 class Stream:
     """One request, with the filters that its text runs through."""
 
-    __slots__ = ("detokenizer", "include_stop", "request", "stops")
+    __slots__ = ("detokenizer", "include_stop", "request", "stops", "visible")
 
-    def __init__(self, request: Request, text: Text, stop: Sequence[str], include_stop: bool, continues: bool):
+    def __init__(self, request: Request, text: Text, reading: "Reading"):
         self.request = request
-        self.include_stop = include_stop
-        self.detokenizer = Detokenizer(text.pieces, request.prompt if continues else ())
-        self.stops = StopStrings(stop, include=include_stop)
+        self.include_stop = reading.include_stop
+        self.visible = reading.visible
+        self.detokenizer = Detokenizer(text.pieces, request.prompt if reading.continues else ())
+        section = None if reading.section is None else Section(*reading.section[:2], inside=reading.section[2])
+        self.stops = StopStrings(reading.stop, include=reading.include_stop, section=section)
 
 
 class Streams:
@@ -55,9 +76,9 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self.watches: dict[str, Watch] = {}
 
-    def make(self, request: Request, stop: Sequence[str], *, include_stop: bool, continues: bool) -> Stream:
-        """A stream that has no reader yet. For the arguments see `Engine.submit`."""
-        return Stream(request, self._text, stop, include_stop, continues)
+    def make(self, request: Request, reading: Reading) -> Stream:
+        """A stream that has no reader yet."""
+        return Stream(request, self._text, reading)
 
     def read(self, stream: Stream, watch: Watch | None) -> None:
         self._streams[stream.request.id] = stream
@@ -107,7 +128,7 @@ class Streams:
                 stop = token
                 if not stream.include_stop or token in self._text.eos_ids:
                     continue
-            text += stream.detokenizer.push(token, special=stop is not None)
+            text += stream.detokenizer.push(token, special=stop is not None or token in stream.visible)
         if reason is not None:
             text += stream.detokenizer.flush()
         text, stop_string = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)

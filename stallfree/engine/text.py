@@ -105,6 +105,20 @@ class Text:
             return None
         return next(id for id in ids if not 0 <= id < self.vocab_size)
 
+    def template_source(self, tools: bool) -> str:
+        """The template of a conversation with or without `tools`, as written. Raises TextError if there is none."""
+        return self._template(() if tools else None).source
+
+    def own_tokens(self, texts: Iterable[str]) -> dict[str, int]:
+        """The ids of those of `texts` that are tokens of their own: special ones, and others that were added to the vocabulary."""
+        ids = {text: self.tokenizer.token_to_id(text) for text in texts}
+        return {text: id for text, id in ids.items() if id in self.added}
+
+    @cached_property
+    def added(self) -> frozenset[int]:
+        """The ids of tokens that were added to the vocabulary. No other tokens make up their text."""
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
     def chat(self, messages: Sequence[Mapping[str, Any]], *, control: bool = True, **more: Any) -> list[int]:
         """Token ids of a conversation; see `render`."""
         return self.encode_rendered(self.render(messages, control=control, **more), control=control)

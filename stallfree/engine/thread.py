@@ -14,7 +14,7 @@ from typing import Self
 from stallfree.core.request import Refused, Request
 from stallfree.engine.engine import Engine
 from stallfree.engine.prefetch import Transfer
-from stallfree.engine.streams import Output, Watch
+from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Watch
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +116,13 @@ class EngineThread:
     def submit(
         self,
         requests: Sequence[Request],
-        stop: Sequence[str] = (),
+        reading: Reading = AS_IT_COMES,
         *,
-        include_stop: bool = False,
-        continues: bool = True,
         transfer: Callable[[], Transfer | None] = lambda: None,
         watch: Watch | None = None,
     ) -> Outputs:
         """Queue all `requests` or none. Raises `Unavailable`, or `Refused` if one can never be served. `transfer` makes each
-        request's `Transfer`, if another engine computes its prompt. `watch`: see `Engine.submit`.
+        request's `Transfer`, if another engine computes its prompt. `reading`, `watch`: see `Engine.submit`.
 
         Nothing is awaited between the check for room and the queueing, so the queue's limit holds.
         """
@@ -140,8 +138,7 @@ class EngineThread:
         self._idle.clear()
         for request in requests:
             self._streams[request.id] = outputs
-            options = {"include_stop": include_stop, "continues": continues}
-            submit = partial(self.engine.submit, request, stop, **options, transfer=transfer(), watch=watch)
+            submit = partial(self.engine.submit, request, reading, transfer=transfer(), watch=watch)
             self.call(partial(self._submit, request.id, submit))
         return outputs
 

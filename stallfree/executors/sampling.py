@@ -1,15 +1,15 @@
 """From logits to tokens, on the host, in numpy.
 
 Sampling is stateless: the random number of a token depends only on the request's seed and the token's position. So a request gets
-the same tokens alone or batched, chunked or whole, preempted or not. A mask on logits belongs here too; a grammar's state would
-follow from the request's output. It knows nothing of models or devices.
+the same tokens alone or batched, chunked or whole, preempted or not. A `Constraint` says which tokens may come at all; its state
+follows from the request's output, too. It knows nothing of models, devices or grammars.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,15 +44,42 @@ class Bias(dict[int, float]):
         self.amounts = np.fromiter(self.values(), np.float32, len(self))
 
 
+class Constraint(Protocol):
+    """Which tokens one request may get next, as structured output needs it. It belongs to the thread that runs the executor."""
+
+    def begin(self, output: Sequence[int]) -> None:
+        """Begin to find out what may follow `output` (token ids), in another thread, while the model runs. May be left out."""
+
+    def allowed(self, output: Sequence[int]) -> np.ndarray | None:
+        """Whether each token may follow `output`: bool, one for each logit; None if any may. Raises ValueError if none may."""
+
+
+class Mask:
+    """A constraint for one position, which another process has found out: `bits`, one for each logit, the lowest of a byte first;
+    or `error`, the reason why no token may come."""
+
+    def __init__(self, bits: bytes, error: str = ""):
+        self._bits, self._error = bits, error
+
+    def begin(self, output: Sequence[int]) -> None:
+        pass
+
+    def allowed(self, output: Sequence[int]) -> np.ndarray:
+        if self._error:
+            raise ValueError(self._error)
+        return np.unpackbits(np.frombuffer(self._bits, np.uint8), bitorder="little").view(bool)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """The way to choose a request's next token from its logits. The defaults sample from the model's own distribution.
 
     Applied in this order: `logit_bias` (added, by token id), `repetition_penalty` (over prompt and output: positive logits are
     divided by it, negative ones multiplied; Keskar et al. 2019), `presence_penalty` (subtracted once) and `frequency_penalty`
-    (subtracted per occurrence, both over the output), `stop_ids` masked below `min_tokens` output tokens, `temperature` (0 is
-    greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most probable token). `seed`: any int. `logprobs`: the number
-    of alternatives to report with the chosen token's log-probability; None reports nothing.
+    (subtracted per occurrence, both over the output), `constraint`, `stop_ids` masked below `min_tokens` output tokens unless the
+    constraint allows nothing else, `temperature` (0 is greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most
+    probable token). `seed`: any int. `logprobs`: the number of alternatives to report with the chosen token's log-probability; None
+    reports nothing.
     """
 
     temperature: float = 1.0
@@ -67,6 +94,7 @@ class Sampling:
     logprobs: int | None = None
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     _prompts: list[tuple[Sequence[int], np.ndarray]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +103,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the model's logits are used unchanged."""
+        """Whether the model's logits are used unchanged, except that a constraint may leave some out."""
         return (
             not self.logit_bias
             and self.repetition_penalty == 1.0
@@ -92,7 +120,7 @@ class Sampling:
         """
         warm = self.temperature >= COLD
         return (
-            (not self.plain)
+            (not self.plain or self.constraint is not None)
             + 2 * (warm and self.top_p < 1)
             + (1 + min(self.top_k, MOST_KEPT) // 1000 if warm and self.top_k > 0 else 0)
             + (0 if self.logprobs is None else (self.logprobs + 7) // 8)
@@ -108,27 +136,48 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def to_values(sampling: Sampling) -> dict[str, Any]:
-    """A sampling as plain numbers and lists, for another process."""
-    values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.init}
-    return values | {
-        "logit_bias": [list(pair) for pair in sampling.logit_bias.items()],
-        "seed": sampling.seed & (2**64 - 1),
-        "stop_ids": list(sampling.stop_ids),
-    }
+def to_values(sampling: Sampling, output: Sequence[int] = ()) -> dict[str, Any]:
+    """A sampling as plain numbers, lists and texts, for another process. Its constraint is sent for one position: after
+    `output`."""
+    values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.init and f.name != "constraint"}
+    return (
+        values
+        | {
+            "logit_bias": [list(pair) for pair in sampling.logit_bias.items()],
+            "seed": sampling.seed & (2**64 - 1),
+            "stop_ids": list(sampling.stop_ids),
+        }
+        | _of_constraint(sampling.constraint, output)
+    )
+
+
+def _of_constraint(constraint: Constraint | None, output: Sequence[int]) -> dict[str, Any]:
+    try:
+        allowed = None if constraint is None else constraint.allowed(output)
+    except ValueError as error:
+        return {"allowed": ["", str(error)]}
+    return {} if allowed is None else {"allowed": [np.packbits(allowed, bitorder="little").tobytes().hex(), ""]}
 
 
 def of_values(values: Mapping[str, Any]) -> Sampling:
     """The sampling from the result of `to_values`. Raises ValueError if a value is wrong."""
     try:
-        numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids")}
+        numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids", "allowed")}
         for name, value in numbers.items():
             if not (isinstance(value, (int, float)) and math.isfinite(value)) and not (name == "logprobs" and value is None):
                 raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
-        return Sampling(**numbers, logit_bias=bias, stop_ids=frozenset(int(token) for token in values["stop_ids"]))
+        stop_ids = frozenset(int(token) for token in values["stop_ids"])
+        return Sampling(**numbers, logit_bias=bias, stop_ids=stop_ids, constraint=_to_constraint(values.get("allowed")))
     except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise ValueError(f"these values are not a sampling: {error}") from None
+
+
+def _to_constraint(values: Any) -> Mask | None:
+    if values is None:
+        return None
+    bits, error = values
+    return Mask(bytes.fromhex(bits), str(error))
 
 
 class TokenLogprob(NamedTuple):
@@ -139,6 +188,19 @@ class TokenLogprob(NamedTuple):
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+def begin_constraints(works: Iterable[Work]) -> None:
+    """Begin to find out which tokens the constrained ones of `works` may get. For an executor, before it runs the model."""
+    for work in works:
+        if work.samples and isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
+            work.sampling.constraint.begin(sampled_before(work))
+
+
+def sampled_before(work: Work) -> Sequence[int]:
+    """The output tokens of a request before the one that `work` samples."""
+    number = work.start + work.count - len(work.prompt)
+    return work.output[:number] if number > 0 else ()
 
 
 def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
@@ -164,19 +226,25 @@ def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[i
         token: int | None = None
         try:
             if finite[row]:
-                token = int(best[row]) if sampling.plain and sampling.temperature == 0 else _choose(logits[row], work, sampling)
+                as_is = sampling.plain and sampling.constraint is None
+                token = int(best[row]) if as_is and sampling.temperature == 0 else _choose(logits[row], work, sampling)
             if token is None:
                 failed[work.id] = not_finite(work)
                 continue
             if sampling.logprobs is not None:
                 logprobs.append((row, token, sampling.logprobs))
         except Exception as error:  # an error in this request must not fail the others
-            failed[work.id] = f"no token can be sampled: {error or type(error).__name__}"
+            failed[work.id] = no_token(error)
             continue
         tokens[work.id] = (token,)
     for (row, token, alternatives), total in zip(logprobs, _totals(logits, peaks, [row for row, _, _ in logprobs]), strict=True):
         details[works[row].id] = _logprob(logits[row], token, alternatives, total)
     return tokens, details, failed
+
+
+def no_token(error: Exception) -> str:
+    """The reason in words if a request's own parameters allow no token."""
+    return f"no token can be sampled: {error or type(error).__name__}"
 
 
 def not_finite(work: Work) -> str:
@@ -185,7 +253,7 @@ def not_finite(work: Work) -> str:
 
 
 def _choose(row: np.ndarray, work: Work, sampling: Sampling) -> int | None:
-    if not sampling.plain:
+    if not sampling.plain or sampling.constraint is not None:
         row = _adjusted(row, work, sampling)
     peak = float(row.max())
     if not np.isfinite(peak):
@@ -255,9 +323,9 @@ def _adjusted(row: np.ndarray, work: Work, sampling: Sampling) -> np.ndarray:
             wrong = ids[(ids < 0) | (ids >= len(row))][0]
             raise ValueError(f"{name} has token id {wrong}, which is outside the vocabulary (0 to {len(row) - 1})")
     row = row.copy()
-    num_out = work.start + work.count - len(work.prompt)
+    output = sampled_before(work)
     row[bias.tokens] += bias.amounts
-    out = np.fromiter(work.output[:num_out] if num_out > 0 else (), np.int64)
+    out = np.fromiter(output, np.int64, len(output))
     if sampling.repetition_penalty != 1:
         seen = np.concatenate([sampling.prompt_array(work.prompt), out])  # a repeated token is written again with the same value
         penalty = np.float32(sampling.repetition_penalty)
@@ -265,9 +333,19 @@ def _adjusted(row: np.ndarray, work: Work, sampling: Sampling) -> np.ndarray:
     if out.size and (sampling.presence_penalty or sampling.frequency_penalty):
         seen, counts = np.unique(out, return_counts=True)
         row[seen] -= (sampling.presence_penalty + sampling.frequency_penalty * counts).astype(np.float32)
-    if num_out < sampling.min_tokens:
+    allowed = allowed_after(output, sampling, len(row))
+    if allowed is not None:
+        row[~allowed] = -np.inf
+    if len(output) < sampling.min_tokens and (allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[stops])):
         row[stops] = -np.inf
     return row
+
+
+def allowed_after(output: Sequence[int], sampling: Sampling, vocab_size: int) -> np.ndarray | None:
+    """Whether each of `vocab_size` tokens may follow `output`, by the constraint alone; None if any may. Raises ValueError if none
+    may."""
+    allowed = None if sampling.constraint is None else sampling.constraint.allowed(output)
+    return None if allowed is None else allowed[:vocab_size]
 
 
 def _largest(row: np.ndarray, k: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Checks every request before a route sees it: its id, the API key, and a body that is neither too large nor too slow.
 
-Pure ASGI, around the app. It knows only the routes that need no key. An exception that no route handles becomes a 500 here.
+Pure ASGI, around the app. It knows only the routes that need no key. An exception that no route handles becomes a 500 here. It
+begins the request's entry in the log.
 """
 
 import asyncio
-import hmac
 import logging
 import secrets
 
@@ -12,6 +12,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stallfree.server.errors import ApiError
+from stallfree.server.keys import Keys
+from stallfree.server.request_log import Entry
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +23,16 @@ MOST_ARRIVING = 64
 """Bodies of the largest size that may be arriving at once: with 4 MiB each, 256 MiB of memory."""
 SMALL = 64 << 10
 """Bytes of a body that is taken even then: large bodies must not keep out what most clients send."""
+KEYLESS = ("/", "/health", "/health/live", "/health/ready")
+"""Routes that need no key, besides the page's files under /live/: they tell nothing about the model or its users."""
 
 
 class Door:
-    """Wraps `app`. With an `api_key`, requests need `Authorization: Bearer <key>`. Bodies hold at most `max_body_bytes`."""
+    """Wraps `app`. If there are `keys`, requests need one of them. Bodies hold at most `max_body_bytes`."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int):
+    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int):
         self._app = app
-        self._authorization = None if api_key is None else b"Bearer " + api_key.encode()
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._arriving = 0
 
@@ -37,6 +41,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         id = request_id(dict(scope["headers"]).get(b"x-request-id", b""))
+        entry = Entry.begin(scope, id)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -47,7 +52,8 @@ class Door:
             await send(message)
 
         try:
-            self._check_key(scope)
+            if not (scope["path"] in KEYLESS or scope["path"].startswith("/live/")):  # the page's files, not its data
+                entry.key = self._keys.check(scope)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 body = await self._read(scope, receive)
                 # Every body is read as JSON, whatever its Content-Type: curl sends that of a form by default.
@@ -57,26 +63,19 @@ class Door:
         except _Gone:
             pass
         except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            await error.response(scope["path"])(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server shuts down; uvicorn would log this with a traceback
             if not started:
-                await ApiError(503, "the server is shutting down", code="unavailable").response()(scope, receive, send_with_id)
+                await ApiError(503, "the server is shutting down", code="unavailable").response(scope["path"])(
+                    scope, receive, send_with_id
+                )
         except Exception:
             log.exception("request %s: a bug in the server", id)
             if started:
                 raise
-            await ApiError(500, "the server has a bug; its log says more", code="internal_error").response()(
+            await ApiError(500, "the server has a bug; its log says more", code="internal_error").response(scope["path"])(
                 scope, receive, send_with_id
             )
-
-    def _check_key(self, scope: Scope) -> None:
-        path = scope["path"]
-        if self._authorization is None or path in ("/", "/health") or path.startswith("/live/"):  # the page's files, not its data
-            return
-        authorization = dict(scope["headers"]).get(b"authorization")
-        if authorization is None or not hmac.compare_digest(authorization, self._authorization):
-            fault = "missing: send `Authorization: Bearer <key>`" if authorization is None else "wrong"
-            raise ApiError(401, f"the API key is {fault}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The body. Too large is one whose Content-Length says so, or that grows too large as it arrives."""

@@ -4,6 +4,7 @@ It knows HTTP and the exceptions of the layers below; it does not know what the 
 """
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -15,10 +16,20 @@ from starlette.exceptions import HTTPException
 
 from stallfree.engine.text import TextError
 from stallfree.engine.thread import Unavailable
+from stallfree.grammar.compiling import Busy, GrammarError
 
 UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER = "unknown_parameter", "unsupported_parameter"
 """Error codes for unknown fields, and for OpenAI's fields that this server does not serve."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+MESSAGES = "/v1/messages"
+"""The paths of Anthropic's API begin with this."""
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 _short.maxlevel = 3
@@ -74,14 +85,30 @@ class ApiError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _api_error, (self.status, self.message, self.param, self.code, self.headers)
 
-    def body(self) -> bytes:
-        """The error object as JSON. It is ASCII, so that half a surrogate pair in a client's field name cannot break it."""
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The error for an API that has other names for the fields `names`."""
+        name = re.match("[a-z_]*", self.param or "")
+        new = names.get("" if name is None else name[0])
+        if name is None or new is None:
+            return self
+        own = re.compile(rf"\b{name[0]}\b")
+        return type(self)(
+            self.status, own.sub(new, self.message), param=own.sub(new, self.param or ""), code=self.code, headers=self.headers
+        )
+
+    def body(self, *, anthropic: bool = False) -> bytes:
+        """The error object as JSON, in OpenAI's form or in Anthropic's. It is ASCII, so that half a surrogate pair in a client's
+        field name cannot break it."""
+        if anthropic:
+            kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+            return json.dumps({"type": "error", "error": {"type": kind, "message": self.message}}).encode()
         type_ = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": type_, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
+    def response(self, route: str) -> Response:
+        """The answer on the path `route`, which decides about its form."""
+        return Response(self.body(anthropic=route.startswith(MESSAGES)), self.status, self.headers, "application/json")
 
 
 def _api_error(status: int, message: str, param: str | None, code: str | None, headers: Mapping[str, str] | None) -> ApiError:
@@ -104,20 +131,28 @@ def install(app: FastAPI) -> None:
     """Make `app` answer with an error object when a client is at fault, or the engine is unavailable for a while."""
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return error.response()
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response(request.scope["path"])
+
+    @app.exception_handler(GrammarError)
+    async def no_grammar(request: Request, error: GrammarError) -> Response:
+        return ApiError(400, str(error), param=error.field, code="invalid_grammar").response(request.scope["path"])
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        return ApiError(429, str(error), code="grammars_busy", headers={"Retry-After": "1"}).response(request.scope["path"])
 
     @app.exception_handler(TextError)
-    async def text_error(_: Request, error: TextError) -> Response:
-        return ApiError(400, str(error), param="messages").response()
+    async def text_error(request: Request, error: TextError) -> Response:
+        return ApiError(400, str(error), param="messages").response(request.scope["path"])
 
     @app.exception_handler(Unavailable)
-    async def not_now(_: Request, error: Unavailable) -> Response:
-        return unavailable(error).response()
+    async def not_now(request: Request, error: Unavailable) -> Response:
+        return unavailable(error).response(request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return of_validation(error.errors(), error.body).response()
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return of_validation(error.errors(), error.body).response(request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -127,7 +162,7 @@ def install(app: FastAPI) -> None:
             405: f"{request.method} is not allowed on {path}",
             400: "the body cannot be read",
         }.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, message, headers=error.headers).response(request.scope["path"])
 
 
 def path(*steps: str | int) -> str:

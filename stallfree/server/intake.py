@@ -13,6 +13,8 @@ from starlette.datastructures import Headers
 from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo
 from stallfree.engine.engine import Engine
+from stallfree.engine.streams import Reading
+from stallfree.executors.sampling import Constraint
 from stallfree.server.errors import ApiError, shown
 from stallfree.server.reading import Query, check_ids
 from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation
@@ -61,9 +63,10 @@ def _milliseconds(text: str, header: str) -> float:
     return float(text)
 
 
-def requests(engine: Engine, query: Query, slo: Slo | None) -> list[Request]:
-    """`n` requests for each prompt of `query`, with targets `slo`. Choice k of a prompt samples with `seed` + k. Sampling that the
-    body leaves open is the engine's default. Raises ApiError for fields that contradict each other.
+def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequence[Constraint] = ()) -> list[Request]:
+    """`n` requests for each prompt of `query`, with targets `slo`. Choice k of a prompt samples with `seed` + k. `constraints`: one
+    for each of them, or none. Sampling that the body leaves open is the engine's default. Raises ApiError for fields that
+    contradict each other.
     """
     body = query.body
     n = 1 if body.n is None else body.n
@@ -75,6 +78,9 @@ def requests(engine: Engine, query: Query, slo: Slo | None) -> list[Request]:
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
+    if query.grammar is not None and body.ignore_eos:
+        message = f"ignore_eos and {query.grammar.field} contradict each other: a complete answer must end; leave ignore_eos out"
+        raise ApiError(400, message, param="ignore_eos")
     check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
     stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
     fields = {
@@ -87,11 +93,13 @@ def requests(engine: Engine, query: Query, slo: Slo | None) -> list[Request]:
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
     arrival = engine.clock()
-    requests = []
+    requests: list[Request] = []
     for prompt, _ in query.prompts:
         room = max(1, engine.scheduler.ledger.max_len - len(prompt))
         default = min(COMPLETION_TOKENS, room) if isinstance(body, CompletionRequest) else room
         for sampling in samplings:
+            if constraints:
+                sampling = replace(sampling, constraint=constraints[len(requests)])
             requests.append(
                 Request(
                     secrets.token_hex(12),
@@ -103,14 +111,20 @@ def requests(engine: Engine, query: Query, slo: Slo | None) -> list[Request]:
                     priority=body.priority or 0,
                     tenant=body.user or "",
                     slo=slo,
+                    salt=body.cache_salt or "",
                     sampling=sampling,
                 )
             )
     return requests
 
 
-def stops(body: Generation) -> tuple[str, ...]:
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+def reading(query: Query) -> Reading:
+    """How the engine turns the tokens of the answer into text."""
+    body = query.body
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return Reading(
+        stop, bool(body.include_stop_str_in_output), isinstance(body, CompletionRequest), query.form.visible, query.form.section
+    )
 
 
 def refused(refusal: Refused, body: Generation, prompts: Sequence[Sequence[int]]) -> ApiError:

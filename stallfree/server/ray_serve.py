@@ -7,7 +7,7 @@ utilisation `u` become n x u / `TARGET` replicas.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from stallfree.engine.assemble import Options, assemble
 from stallfree.metrics.capacity import MEDIAN_TTFT_S
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.app import create_app
+from stallfree.server.keys import Keys
 from stallfree.server.service import Service
 
 TARGET = 0.7
@@ -55,31 +56,35 @@ def wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 def application(
     options: Options,
-    name: str | None,
+    names: Sequence[str],
     least: int,
     most: int,
     max_queue: int,
-    api_key: str | None,
+    keys: Keys,
     sanitize_control_tokens: bool = False,
 ) -> serve.Application:
-    """The application for `serve.run`: from `least` to `most` replicas of an engine made of `options`."""
+    """The application for `serve.run`: from `least` to `most` replicas of an engine made of `options`, under `names` (none: the
+    model's own) to clients with one of the `keys`. A replica is healthy until its engine fails, or an iteration is overdue.
+    """
     parts: dict[str, Any] = {}
 
     def app() -> FastAPI:
         """Ray Serve calls this once in each replica's process."""
         assembled = assemble(options, say=print)
+        served_as = names or (assembled.name,)
         service = Service(
             assembled.engine,
-            name or assembled.name,
+            served_as[0],
             policy=options.policy,
             slo=assembled.slo,
             max_queue=max_queue,
             sanitize_control_tokens=sanitize_control_tokens,
+            aliases=served_as[1:],
         )
         utilisation = Utilisation(assembled.engine.clock)
         service.observers.append(utilisation.record)
         parts.update(service=service, utilisation=utilisation, slo=assembled.slo)
-        return create_app(service, api_key=api_key)
+        return create_app(service, keys=keys)
 
     class Replica:
         def record_autoscaling_stats(self) -> dict[str, float]:
@@ -90,8 +95,9 @@ def application(
             return {"utilisation": parts["utilisation"].read(oldest, ttft)}
 
         def check_health(self) -> None:
-            if parts["service"].thread.failure is not None:
-                raise RuntimeError(parts["service"].thread.failure)
+            service = parts["service"]
+            if (fault := service.thread.failure or service.watchdog.look()) is not None:
+                raise RuntimeError(fault)
 
     scaling = AutoscalingConfig(
         min_replicas=least,

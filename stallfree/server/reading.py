@@ -18,20 +18,23 @@ from pydantic import ValidationError
 
 from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Bias
+from stallfree.grammar.sources import Grammar
 from stallfree.processes import Helpers
+from stallfree.server.conversation import Conversation, Form, plain, structured
+from stallfree.server.dialects.messages import CountRequest, MessagesRequest
+from stallfree.server.dialects.responses import Responses, ResponsesRequest
 from stallfree.server.errors import ApiError, of_validation, path, shown
 from stallfree.server.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     Generation,
-    Message,
     Prompt,
     TokenizeRequest,
     Tokens,
 )
 
-AnyBody = ChatRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest
+AnyBody = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest | CountRequest | TokenizeRequest | DetokenizeRequest
 """The bodies that are read."""
 
 LARGE = 8192
@@ -45,22 +48,34 @@ NICE = 10
 
 
 class BodyLimits(NamedTuple):
-    """Limits of bodies: the name of the served `model`; at most `max_len` - 1 tokens a prompt, and `max_choices` choices.
-    `sanitized`: whether control tokens that a client writes are read as text, unless its request says otherwise."""
+    """Limits of bodies: the names of the served model, `models`; at most `max_len` - 1 tokens a prompt, and `max_choices` choices.
+    `sanitized`: whether control tokens that a client writes are read as text, unless its request says otherwise. `tool_format`: the
+    name of the format of tool calls; None: the one that the template suits."""
 
-    model: str
+    models: tuple[str, ...]
     max_len: int
     max_choices: int
     sanitized: bool
+    tool_format: str | None = None
+
+
+LARGE_FIELDS: dict[str, None] = dict.fromkeys(
+    ("logit_bias", "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+)
+"""Fields that a query has in another form."""
 
 
 class Query(NamedTuple):
-    """A body that asks for tokens: the `body` without prompts and biases; each prompt's token ids, with its text if the answer
-    echoes it; and what is added to logits."""
+    """A body that asks for tokens: the `body` without what may be large in it; each prompt's token ids, with its text if the answer
+    echoes it; what is added to logits; the grammar that holds the answer; how its text is read; and what of the request the answer
+    repeats."""
 
     body: Generation
     prompts: list[tuple[list[int], str]]
     bias: Bias
+    grammar: Grammar | None = None
+    form: Form = Form()
+    echo: Mapping[str, Any] | None = None
 
 
 class Reader:
@@ -118,24 +133,40 @@ def read(text: Text, limits: BodyLimits, kind: type[AnyBody], raw: bytes) -> Any
     prompts that are certain to be too long; TextError if the chat template refuses the messages.
     """
     body = _checked(kind, raw)
-    check_model(body.model, limits.model)
+    check_model(body.model, limits.models)
     match body:
         case ChatRequest():
-            control = _recognised(body.sanitize_control_tokens, limits)
-            rendered = text.render(_plain(body.messages), control=control)
-            _check_length(text, rendered, "messages", limits)
-            ids = text.encode_rendered(rendered, control=control)
-            check_ids(ids, text, "messages", from_text=True)
-            return Query(body.model_copy(update={"messages": [], "logit_bias": None}), [(ids, "")], _bias(body, text))
+            return _chat(text, body, limits)
         case CompletionRequest():
-            prompts = _prompts(text, body, limits)
-            return Query(body.model_copy(update={"prompt": "", "logit_bias": None}), prompts, _bias(body, text))
+            prompts, grammar = _prompts(text, body, limits), structured(body)
+            return Query(body.model_copy(update={"prompt": "", **LARGE_FIELDS}), prompts, _bias(body, text), grammar)
+        case ResponsesRequest():
+            try:
+                return _chat(text, body.chat(), limits)._replace(echo=body.echo())
+            except ApiError as error:
+                raise error.renamed(Responses.fields) from None
+        case MessagesRequest():
+            return _chat(text, body.chat(), limits)
+        case CountRequest():
+            return json.dumps({"input_tokens": len(_chat(text, body.chat(), limits).prompts[0][0])}).encode()
         case TokenizeRequest():
             ids = _tokens(text, body, limits)
             return Tokens(count=len(ids), max_model_len=limits.max_len, tokens=ids).model_dump_json().encode()
         case DetokenizeRequest():
             check_ids(body.tokens, text, "tokens")
             return Prompt(prompt=text.decode(body.tokens, skip_special=False)).model_dump_json().encode()
+
+
+def _chat(text: Text, body: ChatRequest, limits: BodyLimits) -> Query:
+    control = _recognised(body.sanitize_control_tokens, limits)
+    conversation = Conversation(text, body, limits.tool_format)
+    rendered = conversation.render(control=control)
+    _check_length(text, rendered, "messages", limits)
+    ids = text.encode_rendered(rendered, control=control)
+    check_ids(ids, text, "messages", from_text=True)
+    form = conversation.form(rendered)
+    large: dict[str, Any] = {"messages": [], "tools": None, "documents": None, "chat_template_kwargs": None, **LARGE_FIELDS}
+    return Query(body.model_copy(update=large), [(ids, "")], _bias(body, text), conversation.grammar(form), form)
 
 
 def _checked(kind: type[AnyBody], raw: bytes) -> AnyBody:
@@ -159,10 +190,12 @@ def _checked(kind: type[AnyBody], raw: bytes) -> AnyBody:
         raise of_validation([{**each, "loc": ("body", *each["loc"])} for each in errors], values) from None
 
 
-def check_model(name: str | None, served: str) -> None:
-    """Raises ApiError if `name` is not the `served` model."""
-    if name not in (None, served):
-        raise ApiError(404, f"the model {shown(name)} is not served here; {served!r} is", param="model", code="model_not_found")
+def check_model(name: str | None, served: Sequence[str]) -> None:
+    """Raises ApiError if `name` is none of the names under which the model is `served`."""
+    if name is not None and name not in served:
+        names = ", ".join(map(repr, served))
+        message = f"the model {shown(name)} is not served here; {names} {'is' if len(served) == 1 else 'are'}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _recognised(sanitized: bool | None, limits: BodyLimits) -> bool:
@@ -197,7 +230,7 @@ def _tokens(text: Text, body: TokenizeRequest, limits: BodyLimits) -> list[int]:
     control = _recognised(body.sanitize_control_tokens, limits)
     if body.prompt is not None:
         return text.encode(body.prompt, special=body.add_special_tokens is not False, control=control)
-    rendered = text.render(_plain(body.messages or ()), generation_prompt=body.add_generation_prompt is not False, control=control)
+    rendered = text.render(plain(body.messages or ()), generation_prompt=body.add_generation_prompt is not False, control=control)
     ids = text.encode_rendered(rendered, control=control)
     check_ids(ids, text, "messages", from_text=True)
     return ids
@@ -212,30 +245,6 @@ def _check_length(text: Text, prompt: str | Sequence[int], field: str, limits: B
         number = f"at least {least}" if isinstance(prompt, str) else f"{least}"
         message = f"the prompt has {number} tokens; with room for one more, at most {limits.max_len - 1} fit"
         raise ApiError(400, message, param=field, code="context_length_exceeded")
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [_plain_one(index, message) for index, message in enumerate(messages)]
-
-
-def _plain_one(index: int, message: Message) -> dict[str, str]:
-    content = message.content
-    if content is None:
-        if message.role != "assistant":
-            where = path("messages", index, "content")
-            raise ApiError(400, f"{where} is missing; only an assistant's may be null", param=where)
-        content = ""
-    elif not isinstance(content, str):
-        for at, part in enumerate(content):
-            where = path("messages", index, "content", at)
-            if part.type != "text":
-                why = f"{where}.type is {shown(part.type)}; this server takes text only"
-                raise ApiError(400, why, param=f"{where}.type")
-            if part.text is None:
-                raise ApiError(400, f"{where}.text is missing", param=f"{where}.text")
-        content = "\n".join(str(part.text) for part in content)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return plain if message.name is None else plain | {"name": message.name}
 
 
 def _bias(body: Generation, text: Text) -> Bias:

@@ -29,6 +29,7 @@ from stallfree.server.app import MAX_BODY_BYTES
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError
 from stallfree.server.intake import HERE, PREFILL
+from stallfree.server.keys import Keys
 from stallfree.server.schema import Health
 
 log = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ def create_router(router: Router, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         redoc_url=None,
     )
     errors.install(app)
-    app.add_middleware(Door, api_key=None, max_body_bytes=max_body_bytes)
+    app.add_middleware(Door, keys=Keys(), max_body_bytes=max_body_bytes)
 
     registry = CollectorRegistry()
     registry.register(_Metrics(router))

@@ -5,9 +5,9 @@ It knows uvicorn and signals; it does not know what the app serves.
 
 import asyncio
 import errno
+import logging
 import os
 import socket
-import sys
 from functools import partial
 from types import FrameType
 from typing import Protocol
@@ -15,6 +15,10 @@ from typing import Protocol
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stallfree.server.tls import Tls
+
+log = logging.getLogger(__name__)
 
 WRITE_TIMEOUT_S = 60.0
 """Seconds within which a slow client must read something."""
@@ -70,30 +74,34 @@ def bind(host: str, port: int, kind: str = "") -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, served: Drains, sock: socket.socket, *, drain_timeout_s: float) -> None:
-    """Serve until SIGTERM or SIGINT. Then take no new requests, let the others finish, and return. `served`: see `Drains`.
+def run(app: FastAPI, served: Drains, sock: socket.socket, *, drain_timeout_s: float, tls: Tls | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Then take no new requests, let the others finish, and return. `served`: see `Drains`. `tls`:
+    serve https alone.
 
     Requests that are unfinished after `drain_timeout_s`, or at a second signal, end with an error. Raises SystemExit after a second
     signal. A third one ends the process at once.
     """
-    server = _Server(configure(app), served, drain_timeout_s)
+    server = _Server(configure(app, tls), served, drain_timeout_s)
     server.run(sockets=[sock])
     if server.hurried:
         raise SystemExit(128 + server.hurried)
 
 
-def configure(app: FastAPI) -> uvicorn.Config:
+def configure(app: FastAPI, tls: Tls | None = None) -> uvicorn.Config:
+    """uvicorn's configuration to serve `app`, with `tls` by https. Its log lines go where those of the process go."""
     return uvicorn.Config(
         app,
         http=Connection,
         ws="none",
         lifespan="on",
-        log_level="warning",
+        log_config=None,
         access_log=False,
         server_header=False,
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_S,
+        ssl_certfile=None if tls is None else tls.certificate,
+        ssl_keyfile=None if tls is None else tls.key,
     )
 
 
@@ -123,18 +131,16 @@ class _Server(uvicorn.Server):
         if number := self._served.unfinished:
             unfinished = "1 request has" if number == 1 else f"{number} requests have"
             limit = f"up to {self._drain_timeout_s:g} s to finish; Ctrl-C again (or a second SIGTERM) ends them at once"
-            self._say(f"shutting down: no new requests are taken, {unfinished} {limit}")
+            log.warning("shutting down: no new requests are taken, %s %s", unfinished, limit)
         self._draining = asyncio.create_task(self._drain(self._drain_timeout_s))
 
     def _hurry(self, sig: int) -> None:
         self.hurried = sig
         if self._draining is not None and not self._draining.done():
-            self._say(f"ending the unfinished requests ({self._served.unfinished}); a third signal ends the process where it is")
+            rest = self._served.unfinished
+            log.warning("ending the unfinished requests (%d); a third signal ends the process where it is", rest)
             self._draining.cancel()
             self._draining = asyncio.create_task(self._drain(0))
-
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     async def _drain(self, timeout_s: float) -> None:
         await self._served.close(timeout_s)

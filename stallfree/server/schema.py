@@ -15,39 +15,54 @@ from pydantic_core import PydanticCustomError
 from stallfree.server.errors import UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),  # vLLM
+    "allowed_token_ids": (),  # vLLM
     "annotations": ([],),
     "audio": (),
+    "bad_words": ([],),  # vLLM
+    "continue_final_message": (False,),  # vLLM
+    "dry_multiplier": (0,),  # llama.cpp
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "length_penalty": (1,),  # vLLM
+    "mirostat": (0,),  # llama.cpp, Ollama
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
+    "return_token_ids": (False,),  # vLLM
+    "return_tokens_as_token_ids": (False,),  # vLLM
+    "skip_special_tokens": (True,),  # vLLM, TGI
+    "spaces_between_special_tokens": (True,),  # vLLM
     "suffix": ("",),
-    "tool_choice": ("none",),
-    "tool_calls": ([],),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "verbosity": (),
+    "tfs_z": (1,),  # Ollama
+    "truncate_prompt_tokens": (),  # vLLM
+    "typical_p": (1,),  # llama.cpp
+    "use_beam_search": (False,),  # vLLM
     "web_search_options": (),
 }
-"""Names of refused fields, each with the values that request nothing and are accepted."""
+"""Names of refused fields, each with the values that request nothing and are accepted. OpenAI's, unless another server is named."""
 
-FORBIDDEN_BY = {"functions": "function_call", "tools": "tool_choice"}
+FORBIDDEN_BY = {"functions": "function_call"}
 """Names of fields that are also accepted if the field named here is "none": it says that none of them may be called."""
 
 WITHOUT_EFFECT = frozenset(
-    {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store"}
+    {
+        "guided_decoding_backend",  # vLLM
+        "keep_alive",  # Ollama
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",  # vLLM
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "verbosity",
+    }
 )
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_CHOICES = 128
+MAX_TOOLS = 256
 LEAST_TARGET_MS = 0.001
 MOST_TARGET_MS = 3_600_000
 
@@ -63,15 +78,16 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values
         fields = {}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in values.items():
-            if name in cls.model_fields:
+            if name in known:
                 fields[name] = value
             elif value is None or name in WITHOUT_EFFECT or _requests_nothing(name, value, values):
                 continue
             elif name in UNSUPPORTED:
                 raise PydanticCustomError(UNSUPPORTED_PARAMETER, "not supported by this server", {"name": name})
             else:
-                near = difflib.get_close_matches(name, cls.model_fields, 1)
+                near = difflib.get_close_matches(name, known, 1)
                 printable = name[:80].encode(errors="backslashreplace").decode()  # without halves of surrogate pairs
                 raise PydanticCustomError(UNKNOWN_PARAMETER, "unknown field", {"name": printable, "near": near})
         return fields
@@ -122,10 +138,37 @@ class LatencyTargets(Body):
     tpot_ms: Milliseconds | None = None
 
 
+class JsonSchema(Body):
+    """A schema for an answer. `strict` changes nothing: every schema is held. `name`, `description`: for the client's own use."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's `structured_outputs`: one of these. `json`: a schema, or its text. `grammar`: in Lark's form, or GBNF."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+
+
 class Generation(Body):
     """Fields of both chat and completions. Numbers out of OpenAI's ranges are refused. vLLM's fields are `top_k`, `min_p`,
-    `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output` and `priority` (lower is served
-    first). `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
+    `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output`, `priority` (lower is served
+    first), `cache_salt` (only requests with the same one share cached prefixes), `structured_outputs` and the older `guided_*`.
+    `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
     """
 
     model: str | None = None
@@ -151,6 +194,13 @@ class Generation(Body):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    guided_grammar: Text | None = None
+    cache_salt: Text | None = Field(None, max_length=512)
     user: Text | None = Field(None, max_length=512)
 
 
@@ -162,20 +212,75 @@ class Part(BaseModel):
     text: Text | None = None
 
 
-class Message(Body):
-    """A message of a chat. `developer` is a newer name of `system`. Only an assistant's content may be null."""
+class FunctionCall(Body):
+    name: Text
+    arguments: Text
 
-    role: Literal["system", "developer", "user", "assistant"]
+
+class ToolCall(Body):
+    """A call that the assistant made earlier. `index` is that of a stream's chunk, which some clients keep."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(Body):
+    """A message of a chat. `developer` is a newer name of `system`. Only an assistant's content may be null. A `tool` message is
+    the result of the call named by `tool_call_id`. `reasoning_content` is what the assistant thought before its answer."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[Part] | None = None
     name: Text | None = None
     refusal: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+
+class Function(Body):
+    """A function that the model may call. `parameters`: the JSON schema of its arguments. With `strict` it is held where a call is
+    required."""
+
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: Text
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Generation):
+    """`chat_template_kwargs` are further values for the model's template. `documents` are for templates that show some. After
+    `max_reasoning_tokens` a reasoning section ends. `include_reasoning` false leaves its text out of the answer."""
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    max_reasoning_tokens: int | None = Field(None, ge=1)
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
 
 
 class CompletionRequest(Generation):
@@ -228,17 +333,27 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AnswerMessage(BaseModel):
+    """`content` is null if the message is calls alone. `reasoning_content` and `tool_calls` are there only if there are any."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[MadeCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
 
 

@@ -12,11 +12,13 @@ from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
+from stallfree.grammar.compiling import Grammars
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
 from stallfree.server.reading import BodyLimits, Reader
 from stallfree.server.traces import Traces
+from stallfree.server.watchdog import Watchdog
 from stallfree.transfer.asking import Asking
 from stallfree.transfer.serving import Serving
 from stallfree.transfer.terms import Terms
@@ -31,11 +33,12 @@ Observer = Callable[[StepRecord, StallAccount], None]
 
 
 class Service:
-    """Serves `engine` under `name`, and owns it. `policy`: its name. `slo`: the targets that judge tokens. `max_queue`: waiting
-    requests.
+    """Serves `engine` under `name`, and owns it. Requests may also name it by one of the `aliases`; answers never do. `policy`: its
+    name. `slo`: the targets that judge tokens. `max_queue`: waiting requests.
 
     `exporter` sends a trace of every request. `sanitize_control_tokens`: whether control tokens that clients write are read as
-    text, unless a request says otherwise. `start` starts the engine and `close` closes it; until then `observers` may be added.
+    text, unless a request says otherwise. `tool_format`: how the model writes tool calls; None: as its template says. `start`
+    starts the engine and `close` closes it; until then `observers` may be added.
     """
 
     def __init__(
@@ -48,11 +51,17 @@ class Service:
         max_queue: int = 1024,
         exporter: "SpanExporter | None" = None,
         sanitize_control_tokens: bool = False,
+        aliases: Sequence[str] = (),
+        tool_format: str | None = None,
     ):
         self.engine = engine
         self.name = name
+        self.names = (name, *aliases)
         self.thread = EngineThread(engine, max_queue)
-        self.reader = Reader(engine.text, BodyLimits(name, engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens))
+        self.watchdog = Watchdog(engine)
+        limits = BodyLimits(self.names, engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens, tool_format)
+        self.reader = Reader(engine.text, limits)
+        self.grammars = Grammars(engine.text)
         self.metrics = Metrics(name, slo)
         self.live = Live(policy, slo)
         self.traces = None if exporter is None else Traces(name, engine.clock, exporter)
@@ -81,8 +90,9 @@ class Service:
         self.serving = Serving(self.thread, terms, sock, key)
 
     def start(self) -> None:
-        """Start the engine and the transfers. Call it in the event loop that serves."""
+        """Start the engine, its watchdog and the transfers. Call it in the event loop that serves."""
         self.thread.start()
+        self.watchdog.start()
         for peers in (self.asking, self.serving):
             if peers is not None:
                 peers.start()
@@ -93,7 +103,9 @@ class Service:
             if peers is not None:
                 peers.close()
         await self.thread.close(0)
+        self.watchdog.stop()
         self.reader.close()
+        self.grammars.close()
 
     def _observe(self, step: StepRecord) -> None:
         self._account.record(step)

@@ -191,6 +191,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     outputs = {f.id: f.blocks for r in records for f in r.finished}
     served: dict[str, _Served] = {}
     extra = dict(pair for r in records for pair in r.extra_rows)
+    constrained = {id for r in records for id in r.constrained}
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -207,6 +208,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             priority=a.priority,
             slo=slo,
             extra_rows=extra.get(a.id, 0),
+            constrained=a.id in constrained,
         )
         served[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return served

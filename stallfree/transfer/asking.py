@@ -283,6 +283,7 @@ class _Transfer:
             "number": self._number,
             "first": self._first,
             "sampling": to_values(sampling),
+            "salt": request.salt,
             "priority": request.priority,
             "slo": "" if request.slo is None else str(request.slo),
         }

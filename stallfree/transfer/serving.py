@@ -174,6 +174,7 @@ class _Caller:
             arrival=self._thread.engine.clock(),
             priority=priority if isinstance(priority, int) else 0,
             slo=slo,
+            salt=str(header.get("salt", "")),
             sampling=sampling,
         )
 

@@ -57,3 +57,36 @@ def test_a_line_of_the_card_is_whole_in_a_pipe():
 )
 def test_a_server_that_is_open_to_all_says_so(arguments, warns):
     assert warns == ("lets in all who can reach it; set STALLFREE_API_KEY" in begun(*arguments)[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--api-key-file", "nowhere.keys"), "error: --api-key-file nowhere.keys cannot be read: No such file or directory"),
+        (("--tls-key", "key.pem"), "error: --tls-key key.pem needs its other half; give --tls-certificate too"),
+        (("--allow-origin", "app.example"), "error: --allow-origin 'app.example' is not an origin; write http://host"),
+        (("--served-model-name", ""), "error: --served-model-name is empty"),
+        (("--log-level", "loud"), "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
+        (("--log-format", "xml"), "'xml' is not one of 'text', 'json'"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_before_the_model_is_looked_for(stallfree, arguments, says):
+    code, out, err = stallfree("serve", "no-such-model", "--port", "0", *arguments)
+    assert (True, "") == (code in (1, 2), out)
+    assert says in err
+    assert "no-such-model" not in err
+
+
+def test_the_card_has_all_names_of_the_model():
+    out, _ = begun("--served-model-name", "first", "--served-model-name", "second")
+    assert "model      first (none)" in out
+    assert "also named second" in out
+
+
+def test_a_file_of_keys_that_others_can_read_is_warned_of(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("web:first")
+    file.chmod(0o644)
+    assert f"can read or change --api-key-file {file}; run `chmod 600 {file}`\n" in begun("--api-key-file", str(file))[1]
+    file.chmod(0o600)
+    assert "" == begun("--api-key-file", str(file), "--host", "0.0.0.0")[1]

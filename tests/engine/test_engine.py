@@ -10,6 +10,7 @@ from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
+from stallfree.engine.streams import Reading
 from stallfree.executors.base import Lost
 from stallfree.policies.sarathi import Sarathi
 
@@ -72,14 +73,14 @@ def test_a_stop_id_ends_the_text_before_its_own():
 
 def test_a_stop_string_ends_the_request_and_frees_its_kv():
     e = engine()
-    e.submit(Request("a", range(5), 99), ["wor"])
+    e.submit(Request("a", range(5), 99), Reading(["wor"]))
     assert {"a": ("Hello, ", "stop", "wor")} == serve(e)
     assert e.executor.capacity.num_blocks == e.scheduler.ledger.pool.num_free
 
 
 def test_text_held_back_for_a_stop_string_comes_out_at_the_end():
     e = engine()
-    e.submit(Request("a", range(5), 9), ["world"])
+    e.submit(Request("a", range(5), 9), Reading(["world"]))
     assert {"a": ("Hello, wo", "length", None)} == serve(e)
 
 
@@ -139,7 +140,7 @@ def test_overlapping_iterations_give_the_same_texts():
     e = overlapping()
     e.submit(Request("length", range(70), 9))
     e.submit(Request("id", range(100, 130), 99, stop_ids=frozenset({ANSWER[5]})))
-    e.submit(Request("string", range(200, 205), 99), ["wor"])
+    e.submit(Request("string", range(200, 205), 99), Reading(["wor"]))
     expected = {"length": ("Hello, wo", "length", None), "id": ("Hello", "stop", ANSWER[5]), "string": ("Hello, ", "stop", "wor")}
     assert expected == serve(e)
     assert e.executor.capacity.num_blocks == e.scheduler.ledger.pool.num_free
@@ -196,7 +197,7 @@ def test_records_tell_the_whole_run():
     records: list[StepRecord] = []
     e = Engine(Parrot(), TEXT, Sarathi(32), record=records.append)
     e.submit(Request("a", range(40), 2))
-    e.submit(Request("b", range(100, 110), 9), ["e"])
+    e.submit(Request("b", range(100, 110), 9), Reading(["e"]))
     serve(e)
     e.submit(Request("c", range(5), 1))
     serve(e)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,8 +22,10 @@ from stallfree.engine.text import Text
 from stallfree.executors.sampling import Sampling, TokenLogprob
 from stallfree.executors.simulated import Linear, SimulatedExecutor
 from stallfree.server.app import create_app
+from stallfree.server.keys import Keys
 from stallfree.server.run import bind, configure
 from stallfree.server.service import Service
+from stallfree.server.tls import Tls
 from stallfree.transfer.terms import Terms
 from tests.waiting import PATIENCE_S, until
 
@@ -76,10 +79,15 @@ class Server:
         serves_peers: bool = False,
         sampling: Sampling | None = None,
         sanitize_control_tokens: bool = False,
+        api_key: str | None = None,
+        aliases: Sequence[str] = (),
+        executor: type[SimulatedExecutor] = Executor,
+        tls: Tls | None = None,
+        verify: ssl.SSLContext | bool = True,
         **options,
     ):
         text = text or bytes_as_text()
-        self.executor = Executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
+        self.executor = executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
         self.engine = Engine(self.executor, text, policies.load("sarathi"), sampling=sampling)
         self.service = Service(
             self.engine,
@@ -89,6 +97,7 @@ class Server:
             max_queue=max_queue,
             exporter=exporter,
             sanitize_control_tokens=sanitize_control_tokens,
+            aliases=aliases,
         )
         self.metrics, self.live, self.traces = self.service.metrics, self.service.live, self.service.traces
         self.engine_thread = self.service.thread
@@ -99,16 +108,17 @@ class Server:
         if self.peer_socket is not None:
             self.service.serve(self.peer_socket, terms, "")
         self.asking = self.service.asking
-        self.app: FastAPI = create_app(self.service, **options)
+        self.app: FastAPI = create_app(self.service, **{"keys": Keys.of(api_key)} | options)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._uvicorn = uvicorn.Server(configure(self.app))
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self.port}"
+        self._verify = verify
+        self._uvicorn = uvicorn.Server(configure(self.app, tls))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self.socket])))
 
     def __enter__(self):
         self._thread.start()
-        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=self._verify)
         until(lambda: self._uvicorn.started and (self.asking is None or all(peer.link for peer in self.asking.peers)))
         return self
 

@@ -74,10 +74,9 @@ def error_of(response, status):
         ("messages", [{"role": "user", "content": [{"type": "text"}]}]),
         ("messages", [{"role": "user", "content": "x" * 3000}]),
         ("messages", [{"role": "user", "content": "\ud800"}]),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("x" * 100_000, 1),
-        ("tool_choice", "auto"),
         ("functions", [{"name": "f"}]),
+        ("prediction", {"type": "content", "content": "a"}),
         ("response_format", {"type": "json_object"}),
         ("audio", {}),
         ("modalities", ["text", "audio"]),
@@ -135,7 +134,7 @@ SAID = {"role": "user", "content": "a"}
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         (CHAT, {"messages": [SAID | {"nmae": "x"}]}, "messages[0].nmae"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
         (CHAT, {"messages": [SAID | {"name": "\ud800"}]}, "messages[0].name"),
         (CHAT, {"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         (CHAT, {"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
@@ -332,7 +331,8 @@ def test_with_a_key_every_route_but_health_and_the_page_s_files_wants_it():
         routes = [route for group in groups if group is not None for route in group.routes]
         routes += [route for route in server.app.routes if hasattr(route, "methods")]
         routes = {(method, route.path) for route in routes for method in route.methods - {"HEAD"}}
-        open_ = {("GET", "/health"), ("GET", "/"), ("GET", "/live/{name:path}")}
+        health = {("GET", path) for path in ("/health", "/health/live", "/health/ready")}
+        open_ = health | {("GET", "/"), ("GET", "/live/{name:path}")}
         assert open_ < routes
         for method, path in [*sorted(routes - open_), ("GET", "/nothing")]:
             for headers in (
@@ -342,7 +342,10 @@ def test_with_a_key_every_route_but_health_and_the_page_s_files_wants_it():
                 {"Authorization": "sësame".encode()},
             ):
                 response = server.client.request(method, path, headers=headers)
-                assert "invalid_api_key" == error_of(response, 401)["code"]
+                if path.startswith("/v1/messages"):  # errors in Anthropic's form
+                    assert (401, "authentication_error") == (response.status_code, response.json()["error"]["type"])
+                else:
+                    assert "invalid_api_key" == error_of(response, 401)["code"]
                 assert "Bearer" == response.headers["www-authenticate"]
         assert 200 == server.client.get("/health").status_code
         assert 200 == server.client.get("/v1/models", headers={"Authorization": "Bearer sësame".encode()}).status_code

@@ -9,6 +9,7 @@ import pytest
 
 from stallfree.cli.deploy import bounds
 from stallfree.engine.assemble import Options
+from stallfree.server.keys import Keys
 from tests.waiting import PATIENCE_S
 
 ray = pytest.importorskip("ray")
@@ -30,7 +31,7 @@ def test_a_replica_answers_as_the_server_does(cluster):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(application(Options(executor="simulated"), "tiny", 1, 2, 16, "secret"))
+    serve.run(application(Options(executor="simulated"), ["tiny"], 1, 2, 16, Keys.of("secret")))
     try:
         key = {"Authorization": "Bearer secret"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=key, timeout=PATIENCE_S) as client:

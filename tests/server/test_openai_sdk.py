@@ -134,8 +134,8 @@ def test_errors_arrive_as_the_exceptions_they_are(sdk):
     with pytest.raises(openai.NotFoundError) as unknown:
         sdk.chat.completions.create(model="other", messages=HELLO)
     assert ("model_not_found", "model") == (unknown.value.code, unknown.value.param)
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        sdk.chat.completions.create(model="toy", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="functions is not supported"):
+        sdk.chat.completions.create(model="toy", messages=HELLO, functions=[{"name": "f"}])
 
 
 def test_the_asynchronous_client_streams(server):

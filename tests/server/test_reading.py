@@ -18,7 +18,7 @@ from stallfree.server.schema import ChatRequest, CompletionRequest, DetokenizeRe
 from tests.engine.tokenizers import byte_level, sentencepiece
 
 TEXT = bytes_as_text()
-LIMITS = BodyLimits("toy", 512, 64, False)
+LIMITS = BodyLimits(("toy",), 512, 64, False)
 COMPLETION = {"model": "toy", "prompt": "Hello", "max_tokens": 3, "logit_bias": {"5": 1.5}, "stop": ["a"]}
 
 

@@ -27,7 +27,7 @@ def server():
         ("zero", "ZeroDivisionError: division by zero"),
         ("recursion", "RecursionError"),
         ("overflow", "OverflowError: Range too big"),
-        ("memory", "Error"),
+        ("memory", "too large"),
         ("missing", "has no element 5"),
         ("refuse", "not you"),
     ],

@@ -15,6 +15,7 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
+from stallfree.engine.streams import Reading
 from stallfree.metrics.timeline import timelines
 from stallfree.perf.fitted import Fitted
 from stallfree.sim.replay import Machine, difference, what_if
@@ -92,7 +93,7 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: 
             priority=draw.choice((0, 0, 1)),
             slo=own,
         )
-        engine.submit(request, stop)
+        engine.submit(request, Reading(stop))
         for _ in range(draw.randrange(8)):
             if engine.busy:
                 engine.step()

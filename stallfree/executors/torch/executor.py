@@ -16,6 +16,7 @@ import torch
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.checks import sift
+from stallfree.executors.sampling import begin_constraints
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, layout, use_threads
@@ -52,6 +53,7 @@ class TorchExecutor:
         """
         started = time.perf_counter()
         work, refused, _ = sift(plan.work, self._check)
+        begin_constraints(work)
         unknown = [w.id for w in work if w.tokens == (UNKNOWN,)]
         try:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None

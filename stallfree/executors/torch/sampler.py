@@ -1,16 +1,28 @@
 """Sampling on the device that has the logits. So one token per row comes to the host, not a vocabulary, and the host need not wait
 for it before it prepares the next iteration. As on the host, a token depends only on the request's seed and its position.
 
-Requests with penalties, biases or log-probabilities are sampled on the host, from their own rows. It knows no model.
+Requests with penalties, biases or log-probabilities are sampled on the host, from their own rows. The masks of constrained requests
+go to the device. It knows no model.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
+from math import inf
 
+import numpy as np
 import torch
 
 from stallfree.core.plan import Work
-from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, not_finite, uniform
+from stallfree.executors.sampling import (
+    GREEDY,
+    Sampling,
+    TokenLogprob,
+    allowed_after,
+    no_token,
+    not_finite,
+    sampled_before,
+    uniform,
+)
 from stallfree.executors.sampling import sample as sample_on_host
 from stallfree.executors.torch.batch import upload
 
@@ -37,9 +49,10 @@ class Draw:
         self._device = logits.device
         self._rows = logits[upload(on_host, self._device)] if on_host else None
         self._tokens = self._copied = self._copy_ended = None
+        self._refused: dict[str, str] = {}
         if on_device:
             rows = logits[upload(on_device, self._device)] if on_host else logits
-            tokens, peaks = _sampled(rows, self._on_device, [samplings[row] for row in on_device])
+            tokens, peaks = _sampled(self._masked(rows), self._on_device, [samplings[row] for row in on_device])
             fine = torch.isfinite(peaks)  # if a row has NaN, this is its largest
             self._tokens = tokens.where(fine, 0)
             self._copied = torch.stack((self._tokens, fine.to(tokens.dtype))).to("cpu", non_blocking=True)
@@ -61,8 +74,28 @@ class Draw:
                 if fine:
                     sampled[0][work.id] = (token,)
                 else:
-                    sampled[2][work.id] = not_finite(work)
+                    sampled[2][work.id] = self._refused.get(work.id) or not_finite(work)
         return sampled
+
+    def _masked(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows sampled on the device, with -inf for tokens that constraints leave out. A request that may get no token at all
+        has such a row, and its reason in `_refused`."""
+        places, masks = [], []
+        for place, work in enumerate(self._on_device):
+            if isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
+                try:
+                    allowed = allowed_after(sampled_before(work), work.sampling, rows.shape[-1])
+                except ValueError as error:
+                    self._refused[work.id] = no_token(error)
+                    allowed = np.zeros(rows.shape[-1], bool)
+                if allowed is not None:
+                    places.append(place)
+                    masks.append(allowed)
+        if not places:
+            return rows
+        at = upload(places, self._device)
+        allowed_rows = torch.from_numpy(np.stack(masks)).to(self._device)
+        return rows.index_copy(0, at, rows[at].masked_fill(~allowed_rows, -inf))
 
     def tokens(self, ids: Sequence[str]) -> torch.Tensor:
         """The tokens of these requests [ids], on the device. Waits only if one is sampled on the host. 0 for a request that has no

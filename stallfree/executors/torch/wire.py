@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, of_values, to_values
+from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, of_values, sampled_before, to_values
 
 MOST = 256 << 20
 """The longest message that is accepted, in bytes."""
@@ -99,13 +99,9 @@ def to_result(message: dict[str, Any], bubble_s: float) -> StepResult:
 
 def _of_sampling(work: Work) -> list[Any]:
     sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
-    number = work.start + work.count - len(work.prompt)
+    output = sampled_before(work)
     seen = not sampling.plain
-    return [
-        to_values(sampling),
-        _packed(work.prompt) if seen else b"",
-        _packed(work.output[: max(0, number)]) if seen else b"",
-    ]
+    return [to_values(sampling, output), _packed(work.prompt) if seen else b"", _packed(output) if seen else b""]
 
 
 def _to_sampling(message: list[Any] | None) -> tuple[Sampling, tuple[int, ...], tuple[int, ...]]:

@@ -1,7 +1,9 @@
-// The live page: asks the server four times a second what is new, and hands it to the charts, the table and the list.
+// The page: asks the server four times a second what is new, and hands it to the charts, the table and the list. The conversation
+// beside them only shares the key.
 
 import { charts, duration, WINDOW_S } from "./charts.js";
-import { promptBox } from "./prompt.js";
+import { Conversation } from "./conversation.js";
+import { showDefaults } from "./settings.js";
 
 const PERIOD_MS = 250;
 const RETRY_MS = 1000;
@@ -68,6 +70,7 @@ function askForKey() {
       key = $("key").value;
       $("key").value = "";
       $("key-form").hidden = true;
+      $("prompt").focus();
       wake();
     };
   });
@@ -141,10 +144,19 @@ function element(name, text) {
   return made;
 }
 
+let served = null; // the run of the server whose defaults are shown
+
+function defaults(about) {
+  if (about.run === served) return;
+  served = about.run;
+  showDefaults(authorization());
+}
+
 const draw = charts();
-promptBox(authorization);
+new Conversation(authorization);
 watch((rows, about) => {
   facts(about);
+  defaults(about);
   draw(rows, about);
   latency(about);
   stalls(about);

@@ -19,6 +19,21 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(503, service.thread.failure or "the server is shutting down", code="unavailable")
         return schema.Health()
 
+    @router.get("/health/ready")
+    async def ready() -> schema.Health:
+        """200 while requests should be sent here. 503 when /health has 503, and while an iteration is overdue."""
+        if (fault := service.watchdog.look()) is not None:
+            raise ApiError(503, fault, code="unavailable")
+        return await health()
+
+    @router.get("/health/live")
+    async def live() -> schema.Health:
+        """200 unless only a restart helps: 503 after the engine has failed, and while an iteration is overdue."""
+        fault = service.thread.failure or service.watchdog.look()
+        if fault is not None:
+            raise ApiError(503, fault, code="unavailable")
+        return schema.Health()
+
     @router.get("/version")
     async def version() -> schema.Version:
         return schema.Version(version=stallfree.__version__)

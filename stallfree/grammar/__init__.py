@@ -1,0 +1,1 @@
+"""Structured output: grammars from requests, compiled apart from the engine, and the tokens that they allow next."""

@@ -1,0 +1,76 @@
+"""The tokens that may follow a request's output, by its grammar. They are found in another thread while the model runs.
+
+A constraint's state follows from the request's output, so it needs no word of preemption, of the prefix cache or of lost KV. It
+knows no logits.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+
+import numpy as np
+from llguidance import LLMatcher
+
+from stallfree.grammar.sources import Grammar
+
+MOST_SECONDS = 0.25
+"""Seconds that an iteration waits for the tokens of one request. llguidance's own limits end a search within about 15 ms."""
+
+
+class GrammarConstraint:
+    """Satisfies `executors.sampling.Constraint`. `compiled`: the `grammar` at its start; this copies it. `vocab_size`: of the
+    model. `threads`: where it searches."""
+
+    def __init__(self, compiled: LLMatcher, grammar: Grammar, vocab_size: int, threads: Executor):
+        self._compiled, self._vocab_size, self._threads = compiled, vocab_size, threads
+        self._opens, self._after = grammar.opens, grammar.after
+        self._matcher: LLMatcher | None = None
+        self._consumed = 0
+        self._search: tuple[int, Future[np.ndarray | None]] | None = None
+
+    def begin(self, output: Sequence[int]) -> None:
+        """See `Constraint`."""
+        self._search = len(output), self._threads.submit(self._allowed, output, len(output))
+
+    def allowed(self, output: Sequence[int]) -> np.ndarray | None:
+        """See `Constraint`. Raises ValueError also if the search takes longer than `MOST_SECONDS`."""
+        if self._search is None or self._search[0] != len(output):
+            self.begin(output)
+        assert self._search is not None
+        try:
+            return self._search[1].result(MOST_SECONDS)
+        except TimeoutError:
+            raise ValueError(
+                f"its grammar takes more than {MOST_SECONDS:g} s to say what may follow {len(output)} tokens; make it simpler"
+            ) from None
+
+    def _allowed(self, output: Sequence[int], length: int) -> np.ndarray | None:
+        """`allowed`, in the searching thread."""
+        matcher = self._matcher = self._matcher or self._compiled.deep_copy()
+        if length < self._consumed:
+            matcher.reset()
+            self._consumed = 0
+        if self._after is not None and (length == 0 or output[0] != self._after):
+            return None
+        for token in output[max(self._consumed, self._after is not None) : length]:
+            if not (self._opens and _complete(matcher)):
+                matcher.consume_token(token)
+        self._consumed = length
+        if self._opens and _complete(matcher):
+            return None
+        bits = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ValueError(f"its grammar cannot go on after {length} tokens: {reason(matcher.get_error())}")
+        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._vocab_size].view(bool)
+        if not allowed.any():
+            raise ValueError(f"its grammar allows no token of this model after {length} tokens")
+        return allowed
+
+
+def _complete(matcher: LLMatcher) -> bool:
+    return bool(matcher.is_stopped() and not matcher.is_error())
+
+
+def reason(error: str) -> str:
+    """llguidance's reason in one line: it may quote the grammar before it."""
+    lines = [line.strip() for line in error.strip().splitlines()] or ["unknown"]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])[:300]
