@@ -117,6 +117,9 @@ Workers = Annotated[Literal["local", "ray"], typer.Option(help="Where ranks run:
 GpuMemory = Annotated[
     float, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory for weights, KV and iterations.")
 ]
+GenerationConfig = Annotated[
+    Literal["auto", "none"], typer.Option(help="Sampling defaults: those that the model's makers recommend (auto), or none.")
+]
 OnWorkerLoss = Annotated[
     Literal["fail", "restart"], typer.Option(help="After a rank is lost, running requests fail, or start again.")
 ]
@@ -196,4 +199,5 @@ class Served:
     pp: Pp = 1
     workers: Workers = "local"
     gpu_memory_utilization: GpuMemory = 0.9
+    generation_config: GenerationConfig = "auto"
     on_worker_loss: OnWorkerLoss = "fail"

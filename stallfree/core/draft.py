@@ -17,6 +17,10 @@ ENGINE_LIMIT = "the engine's limit"
 """The reason for the token budget if the policy gives none."""
 
 
+SCORED_TOKENS = 128
+"""Tokens in a chunk of a request that needs all its logits: with 152,064 of them for a token, 78 MB. Whole prompts are not cut."""
+
+
 class Draft:
     """One iteration, from an empty draft to a sealed plan.
 
@@ -123,6 +127,8 @@ class Draft:
         if request.status is not RUNNING or request in self.work:
             return 0
         size = min(request.remaining, self.left, request.remaining if count is None else count)
+        if request.scored:
+            size = min(size, SCORED_TOKENS)
         if size <= 0 or not self._make_room(request, request.num_planned + size):
             return 0
         self._write(request, size)
@@ -141,6 +147,8 @@ class Draft:
         cached = pool.match(request)
         remaining = request.num_tokens - cached
         size = min(remaining, self.left, remaining if count is None else count)
+        if request.scored:
+            size = min(size, SCORED_TOKENS)
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         first, whole_prompt = cached + size, request.num_tokens

@@ -77,7 +77,7 @@ class BlockPool:
 
         Returns the number of tokens found, a multiple of the block size.
         """
-        if not self.reuse:
+        if not self.reuse or request.scored:
             return 0
         size = self.block_size
         for start in range(0, (request.num_tokens - 1) // size * size, size):
@@ -96,7 +96,7 @@ class BlockPool:
         """How many tokens `match` would find for a request without blocks. Takes no block. The request keeps the result, which
         holds until a block is evicted, so that a call in every iteration is cheap.
         """
-        if not self.reuse:
+        if not self.reuse or request.scored:
             return 0
         evictions, prefix, start = request.lookup
         if evictions != self._evictions:

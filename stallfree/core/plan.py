@@ -92,7 +92,9 @@ class StepResult:
 
     `details`: by request id; the engine passes them to the user unread (log-probabilities). `error`: no token counts, and every
     request of the plan fails with this message. `failed`: the same for single requests, by id. `bubble_s`: seconds that the stages
-    of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work.
+    of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work. `scores`: of requests
+    that need the logits of their prompt: by id, the position of a prompt token, and what is known about it and those after it; the
+    engine passes them on unread, too.
     """
 
     step: int
@@ -102,6 +104,7 @@ class StepResult:
     details: Mapping[str, object] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     bubble_s: float = 0.0
+    scores: Mapping[str, tuple[int, Sequence[object]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

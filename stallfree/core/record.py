@@ -15,7 +15,7 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
-RARE = ("extra_rows", "constrained")
+RARE = ("extra_rows", "constrained", "scored")
 """Fields of a record that are written only if they hold anything."""
 
 
@@ -118,7 +118,7 @@ class StepRecord:
     `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`: KV transfers that ended
     since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
     the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids of those in `arrived` that
-    are never planned ahead of their last token.
+    are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
     """
 
     step: int
@@ -145,6 +145,7 @@ class StepRecord:
     recalled: list[str] = field(default_factory=list)
     extra_rows: list[tuple[str, int]] = field(default_factory=list)
     constrained: list[str] = field(default_factory=list)
+    scored: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -199,6 +200,7 @@ class StepRecord:
             recalled=list(recalled),
             extra_rows=[(r.id, r.extra_rows) for r in arrived if r.extra_rows],
             constrained=[r.id for r in arrived if r.constrained],
+            scored=[r.id for r in arrived if r.scored],
         )
 
     def to_json(self) -> str:

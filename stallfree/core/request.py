@@ -38,8 +38,9 @@ class Request:
     tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id counts), `arrival`
     (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None), `adapter`, `salt` (only
     requests with the same adapter and salt share cached prefixes; `root` is both), `sampling` (passed on unread), `extra_rows` (the
-    time that sampling adds per token, in plain rows of logits), and `constrained` (its next token depends on the last one beyond
-    the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`).
+    time that sampling adds per token, in plain rows of logits), `constrained` (its next token depends on the last one beyond
+    the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`), and `scored` (the logits
+    of all its prompt are needed, so it takes no cached prefix, and its chunks are small).
 
     Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
@@ -53,7 +54,7 @@ class Request:
     __slots__ = (
         "adapter", "arrival", "blocks", "constrained", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key",
         "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions",
-        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "root", "salt", "sampling", "slo", "status",
+        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "root", "salt", "sampling", "scored", "slo", "status",
         "stop_ids", "tenant", "ticket", "transferring",
     )  # fmt: skip
 
@@ -74,6 +75,7 @@ class Request:
         sampling: object = None,
         extra_rows: int = 0,
         constrained: bool = False,
+        scored: bool = False,
     ):
         self.id = id
         self.prompt = prompt
@@ -89,6 +91,7 @@ class Request:
         self.sampling = sampling
         self.extra_rows = extra_rows
         self.constrained = constrained
+        self.scored = scored
 
         self.output: list[int] = []
         self.blocks: list[int] = []

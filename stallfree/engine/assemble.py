@@ -43,6 +43,7 @@ EXECUTORS = {
 }
 
 LOSSES = ("fail", "restart")
+GENERATION_CONFIGS = ("auto", "none")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Options:
     `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens.
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
-    layers. `workers`: who places the ranks. `on_worker_loss`: running requests fail or restart when a worker is lost.
+    layers. `workers`: who places the ranks. `generation_config`: "auto" takes the sampling values that the model's makers recommend
+    as defaults, "none" the model's own distribution. `on_worker_loss`: running requests fail or restart when a worker is lost.
     """
 
     model: str | None = None
@@ -75,6 +77,7 @@ class Options:
     pp: int = 1
     workers: str = "local"
     gpu_memory_utilization: float = 0.9
+    generation_config: str = "auto"
     on_worker_loss: str = "fail"
 
 
@@ -116,6 +119,9 @@ def assemble(
     elif options.executor not in EXECUTORS:
         near = nearest(options.executor, EXECUTORS)
         raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}; or {user_classes.FORMS}")
+    if options.generation_config not in GENERATION_CONFIGS:
+        known = ", ".join(GENERATION_CONFIGS)
+        raise ValueError(f"generation_config {options.generation_config!r} is unknown; known are {known}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     executor, text, name, weights, key, model_identity, sampling = _parts(options, say)
@@ -202,6 +208,8 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     make, weights, kv = MAKERS.get(options.executor, (_own, None, None))
     options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
+    if options.generation_config == "none":
+        recommendation = {}
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
     executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name

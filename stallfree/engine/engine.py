@@ -105,6 +105,7 @@ class Engine:
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
             request.constrained = request.sampling.constraint is not None
+            request.scored = request.sampling.prompt_logprobs is not None
         stream = self._streams.make(request, reading)
         if transfer is None:
             self.scheduler.submit(request)
@@ -208,6 +209,8 @@ class Engine:
 
     def _outputs(self, plan: Plan, result: StepResult) -> list[Output]:
         outputs: list[Output] = []
+        for id, (start, scores) in result.scores.items():
+            self._streams.score(id, start, scores)
         for work in plan.work:
             request = self._streams.request(work.id)
             if request is None or request.output is not work.output:  # it has ended; another request may have its id

@@ -20,7 +20,8 @@ Watch = Callable[[Work], None]
 @dataclass(frozen=True, slots=True)
 class Output:
     """The output of one iteration for one request: new `text` (may be empty) and new `tokens` (ids) with the executor's `details`
-    (log-probabilities, or None). The last output has a `finish_reason`, and the stop string or id, or the `error`.
+    (log-probabilities, or None). The first has the `scores` of the prompt's tokens but the first, if they are wanted. The last
+    output has a `finish_reason`, and the stop string or id, or the `error`.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    scores: Sequence[object] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,13 @@ AS_IT_COMES = Reading()
 class Stream:
     """One request, with the filters that its text runs through."""
 
-    __slots__ = ("detokenizer", "include_stop", "request", "stops", "visible")
+    __slots__ = ("detokenizer", "include_stop", "request", "scores", "stops", "visible")
 
     def __init__(self, request: Request, text: Text, reading: "Reading"):
         self.request = request
         self.include_stop = reading.include_stop
         self.visible = reading.visible
+        self.scores: list[object] = []
         self.detokenizer = Detokenizer(text.pieces, request.prompt if reading.continues else ())
         section = None if reading.section is None else Section(*reading.section[:2], inside=reading.section[2])
         self.stops = StopStrings(reading.stop, include=reading.include_stop, section=section)
@@ -92,6 +95,13 @@ class Streams:
         """The request with this id, if it has a reader."""
         stream = self._streams.get(id)
         return None if stream is None else stream.request
+
+    def score(self, id: str, start: int, scores: Sequence[object]) -> None:
+        """Keep the scores of prompt tokens from position `start` on, until the first output. A request that is computed again
+        brings them again."""
+        stream = self._streams.get(id)
+        if stream is not None:
+            stream.scores[start - 1 :] = scores
 
     def forget(self, id: str) -> None:
         """Remove the stream and the watch of a request."""
@@ -141,4 +151,5 @@ class Streams:
             text += stream.stops.flush()
         if reason is not None:
             self.forget(request.id)
-        return Output(request.id, text, tokens, details, reason, stop)
+        scores, stream.scores = stream.scores, []
+        return Output(request.id, text, tokens, details, reason, stop, scores=scores)

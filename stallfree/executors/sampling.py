@@ -79,7 +79,7 @@ class Sampling:
     (subtracted per occurrence, both over the output), `constraint`, `stop_ids` masked below `min_tokens` output tokens unless the
     constraint allows nothing else, `temperature` (0 is greedy), `top_k` (0 is off), `top_p`, and `min_p` (relative to the most
     probable token). `seed`: any int. `logprobs`: the number of alternatives to report with the chosen token's log-probability; None
-    reports nothing.
+    reports nothing. `prompt_logprobs`: the same for every token of the prompt but the first.
     """
 
     temperature: float = 1.0
@@ -92,6 +92,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=Bias)
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
@@ -164,7 +165,7 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
     try:
         numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids", "allowed")}
         for name, value in numbers.items():
-            if not (isinstance(value, (int, float)) and math.isfinite(value)) and not (name == "logprobs" and value is None):
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) and not (name.endswith("logprobs") and value is None):
                 raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
         stop_ids = frozenset(int(token) for token in values["stop_ids"])
@@ -180,6 +181,18 @@ def _to_constraint(values: Any) -> Mask | None:
     return Mask(bytes.fromhex(bits), str(error))
 
 
+class Score(NamedTuple):
+    """As `TokenLogprob`, for a token of a prompt. `rank`: its place among all tokens, from 1, the most probable."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    rank: int
+
+
+Scores = dict[str, tuple[int, Sequence[object]]]
+"""`StepResult.scores`."""
+
+
 class TokenLogprob(NamedTuple):
     """Natural logarithms of probabilities under the model's own distribution, before penalties and temperature.
 
@@ -188,6 +201,54 @@ class TokenLogprob(NamedTuple):
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+class Rows:
+    """The rows of logits that an iteration needs: one for each of `works` that samples, and one for each prompt token that is
+    scored. `rows`: their places in the batch, in order. `sampled`: which of them belong to works that sample."""
+
+    def __init__(self, works: Sequence[Work]):
+        self.sampled: list[int] = []
+        self.rows: list[int] = []
+        self._scored: list[tuple[Work, int, int]] = []
+        begin = 0
+        for work in works:
+            number = _num_scored(work)
+            if number:
+                self._scored.append((work, len(self.rows), number))
+                self.rows += range(begin, begin + number)
+            begin += work.count
+            if work.samples:
+                if number < work.count:
+                    self.rows.append(begin - 1)
+                self.sampled.append(len(self.rows) - 1)
+
+    @property
+    def scored(self) -> bool:
+        """Whether any prompt token is scored."""
+        return bool(self._scored)
+
+    def scores(self, logits: np.ndarray) -> Scores:
+        """What is known about the prompt tokens, from the logits of all rows."""
+        return {work.id: (work.start + 1, _scores(logits[at : at + number], work)) for work, at, number in self._scored}
+
+
+def _num_scored(work: Work) -> int:
+    """How many rows of a work are followed by a prompt token whose log-probability is wanted."""
+    if not isinstance(work.sampling, Sampling) or work.sampling.prompt_logprobs is None:
+        return 0
+    return max(0, min(work.count, len(work.prompt) - 1 - work.start))
+
+
+def _scores(logits: np.ndarray, work: Work) -> list[Score]:
+    sampling = work.sampling
+    assert isinstance(sampling, Sampling)
+    tokens = np.fromiter(work.prompt[work.start + 1 : work.start + 1 + len(logits)], np.int64, len(logits))
+    totals = _totals(logits, logits.max(axis=1), range(len(logits)))
+    ranks = 1 + (logits > np.take_along_axis(logits, tokens[:, None], axis=1)).sum(axis=1)
+    alternatives = sampling.prompt_logprobs or 0
+    rows = zip(logits, tokens.tolist(), totals, ranks.tolist(), strict=True)
+    return [Score(*_logprob(row, token, alternatives, total), rank) for row, token, total, rank in rows]
 
 
 def begin_constraints(works: Iterable[Work]) -> None:

@@ -14,6 +14,7 @@ from stallfree.server.errors import ApiError
 from stallfree.server.intake import HERE, PREFILL
 from stallfree.server.reading import Query
 from stallfree.server.request_log import Entry
+from stallfree.server.schema import CompletionRequest
 from stallfree.server.service import Service
 from stallfree.server.sse import EventStream, watching
 
@@ -32,10 +33,15 @@ async def ask(service: Service, kind: type[Kind], query: Query, request: Request
         service.traces.note_call([r.id for r in requests], kind.operation, request.headers)
     try:
         transfer = _transfers(service, request.headers.get(PREFILL))
+        if intake.prompt_logprobs(body) is not None:
+            transfer = _nowhere  # the logits of the whole prompt are needed here
         outputs = service.thread.submit(requests, intake.reading(query), transfer=transfer)
     except Refused as refusal:
         raise intake.refused(refusal, body, [ids for ids, _ in prompts]).renamed(kind.fields) from None
     choices = [Choice(i, r, prompts[i // n][1], form.parser(), form.hides_reasoning) for i, r in enumerate(requests)]
+    for choice in choices:
+        choice.is_echo, choice.shows_scores = body.max_tokens == 0, body.prompt_logprobs is not None
+        choice.echoes_scores = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
     return kind(service.name, service.engine.text, outputs, choices, n, Entry.of(request.scope))
 
 
@@ -53,4 +59,8 @@ def _transfers(service: Service, name: str | None) -> Callable[[], Transfer | No
         return service.asking.transfers(name)
     if name not in (None, HERE):
         raise ApiError(400, f"{PREFILL}: this server computes its prompts itself; it is not of --role decode", param=PREFILL)
-    return lambda: None
+    return _nowhere
+
+
+def _nowhere() -> None:
+    """No transfer: the prompt is computed here."""

@@ -75,6 +75,8 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams only; set stream to true", param="stream_options")
     max_tokens, field = _max_tokens(body)
+    if max_tokens == 0 and not (isinstance(body, CompletionRequest) and body.echo):
+        raise ApiError(400, "max_tokens is 0; only with echo may an answer have no token", param="max_tokens")
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
@@ -88,7 +90,7 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         if (value := getattr(body, name)) is not None
     }
-    fields |= {"logit_bias": query.bias, "logprobs": _logprobs(body)}
+    fields |= {"logit_bias": query.bias, "logprobs": _logprobs(body), "prompt_logprobs": prompt_logprobs(body)}
     fields |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
@@ -104,7 +106,7 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
                 Request(
                     secrets.token_hex(12),
                     prompt,
-                    max_tokens or default,
+                    default if max_tokens is None else max(1, max_tokens),  # 0 asks for the prompt alone
                     stop_ids=stop_ids,
                     min_tokens=min_tokens,
                     arrival=arrival,
@@ -151,7 +153,15 @@ def _logprobs(body: Generation) -> int | None:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         return (body.top_logprobs or 0) if body.logprobs else None
     if isinstance(body, CompletionRequest):
-        if body.echo and body.logprobs is not None:
-            raise ApiError(400, "logprobs with echo is not supported: a prompt has no log-probabilities here", param="logprobs")
         return body.logprobs
     return None
+
+
+def prompt_logprobs(body: Generation) -> int | None:
+    """How many alternatives to report for each token of the prompt; None: nothing is reported. Raises ApiError for a stream."""
+    wanted, field = body.prompt_logprobs, "prompt_logprobs"
+    if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
+        wanted, field = max(body.logprobs, wanted or 0), "logprobs"
+    if wanted is not None and body.stream:
+        raise ApiError(400, f"{field} of a prompt is for whole answers only; leave stream out", param=field)
+    return wanted

@@ -28,7 +28,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,),  # llama.cpp, Ollama
     "modalities": (["text"],),
     "prediction": (),
-    "prompt_logprobs": (),
     "return_token_ids": (False,),  # vLLM
     "return_tokens_as_token_ids": (False,),  # vLLM
     "skip_special_tokens": (True,),  # vLLM, TGI
@@ -167,8 +166,8 @@ class StructuredOutputs(Body):
 class Generation(Body):
     """Fields of both chat and completions. Numbers out of OpenAI's ranges are refused. vLLM's fields are `top_k`, `min_p`,
     `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output`, `priority` (lower is served
-    first), `cache_salt` (only requests with the same one share cached prefixes), `structured_outputs` and the older `guided_*`.
-    `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
+    first), `cache_salt` (only requests with the same one share cached prefixes), `prompt_logprobs`, `structured_outputs` and the
+    older `guided_*`. `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
     """
 
     model: str | None = None
@@ -201,6 +200,7 @@ class Generation(Body):
     guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
     guided_grammar: Text | None = None
     cache_salt: Text | None = Field(None, max_length=512)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     user: Text | None = Field(None, max_length=512)
 
 
@@ -284,9 +284,11 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    """`prompt`: a text, token ids, or a list of either. `logprobs`: how many alternatives to show."""
+    """`prompt`: a text, token ids, or a list of either. `logprobs`: how many alternatives to show; with `echo`, also for the
+    prompt. `max_tokens` may be 0 with `echo`: then the answer is the prompt alone."""
 
     prompt: Text | TokenIds | list[Text] | list[TokenIds]
+    max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -368,8 +370,8 @@ class ChatCompletion(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -192,6 +192,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     served: dict[str, _Served] = {}
     extra = dict(pair for r in records for pair in r.extra_rows)
     constrained = {id for r in records for id in r.constrained}
+    scored = {id for r in records for id in r.scored}
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -209,6 +210,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             slo=slo,
             extra_rows=extra.get(a.id, 0),
             constrained=a.id in constrained,
+            scored=a.id in scored,
         )
         served[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return served

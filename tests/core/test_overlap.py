@@ -129,3 +129,23 @@ def test_everybody_gets_the_same_tokens_with_and_without(policy, blocks):
 
     capacity = Capacity(8, blocks, 100)
     assert served(capacity) == served(replace(capacity, depth=2, overlap=True))
+
+
+def test_a_constrained_request_is_never_planned_ahead_and_others_are():
+    s = scheduler()
+    requests = [Request("free", range(10), 5), Request("held", range(20, 30), 5, constrained=True)]
+    for request in requests:
+        s.submit(request)
+    first = s.schedule(0)
+    ahead = s.schedule(0)
+    assert ["free"] == [w.id for w in ahead.work]
+    s.complete(first, answer(first), 1)
+    s.complete(ahead, answer(ahead), 2)
+    assert ["free", "held"] == sorted(w.id for w in s.schedule(2).work)
+
+
+def test_a_constrained_request_may_end_before_its_least_number_of_tokens():
+    for constrained in (False, True):
+        s, request, first = begun(stop_ids=frozenset({10}), min_tokens=3, constrained=constrained)
+        s.complete(first, answer(first), 1)
+        assert ("stop" if constrained else None) == request.finish_reason

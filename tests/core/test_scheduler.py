@@ -310,3 +310,18 @@ def test_a_waiting_request_that_is_aborted_never_runs():
     while s.ledger.requests:
         plan, _ = step(s)
         assert ["a"] == [w.id for w in plan.work]
+
+
+def test_a_scored_request_takes_no_cached_prefix_and_small_chunks():
+    s = Scheduler(Sarathi(1000), Capacity(4, 500, 2000))
+    plain, scored = Request("plain", range(400), 1), Request("scored", range(400), 1, scored=True)
+    s.submit(plain)
+    plan = s.schedule(0)
+    s.complete(plan, answer(plan), 1)
+    s.submit(scored)
+    counts = []
+    while s.ledger.requests:
+        plan = s.schedule(0)
+        counts += [w.count for w in plan.work]
+        s.complete(plan, answer(plan), 1)
+    assert [128, 128, 128, 16] == counts

@@ -82,13 +82,16 @@ class Server:
         api_key: str | None = None,
         aliases: Sequence[str] = (),
         executor: type[SimulatedExecutor] = Executor,
+        engine: Engine | None = None,
         tls: Tls | None = None,
         verify: ssl.SSLContext | bool = True,
         **options,
     ):
-        text = text or bytes_as_text()
-        self.executor = executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
-        self.engine = Engine(self.executor, text, policies.load("sarathi"), sampling=sampling)
+        if engine is None:
+            text = text or bytes_as_text()
+            own = executor(Capacity(16, blocks, max_model_len), text.encode(LETTERS, special=False), cost)
+            engine = Engine(own, text, policies.load("sarathi"), sampling=sampling)
+        self.engine, self.executor = engine, engine.executor
         self.service = Service(
             self.engine,
             "toy",
@@ -124,7 +127,8 @@ class Server:
 
     def __exit__(self, *_):
         self.client.close()
-        self.executor.gate.set()
+        if isinstance(self.executor, Executor):
+            self.executor.gate.set()
         self._uvicorn.should_exit = True
         self._thread.join()
         if self.traces is not None:

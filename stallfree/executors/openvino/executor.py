@@ -19,7 +19,7 @@ from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
-from stallfree.executors.sampling import begin_constraints, sample
+from stallfree.executors.sampling import Rows, begin_constraints, sample
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
@@ -96,11 +96,12 @@ class OpenVINOExecutor:
         started = time.perf_counter()
         work, refused, feed = sift(plan.work, self._packed)
         begin_constraints(work)
-        ends = np.cumsum([w.count for w in work], dtype=np.int32)
-        logits = self._forward(feed, ends[[w.samples for w in work]] - 1)
-        tokens, details, failed = sample(logits, [w for w in work if w.samples])
+        rows = Rows(work)
+        logits = self._forward(feed, np.array(rows.rows, np.int32))
+        tokens, details, failed = sample(logits[rows.sampled] if rows.scored else logits, [w for w in work if w.samples])
+        scores = rows.scores(logits)
         seconds = time.perf_counter() - started
-        self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed))
+        self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed, scores=scores))
 
     def collect(self) -> StepResult:
         return self._results.pop(0)

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.checks import sift
-from stallfree.executors.sampling import begin_constraints
+from stallfree.executors.sampling import Rows, Scores, begin_constraints
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, layout, use_threads
@@ -41,7 +40,7 @@ class TorchExecutor:
         self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
         if options.device == "cuda" if overlap is None else overlap:
             self.capacity = replace(self.capacity, depth=2, overlap=True)
-        self._out: deque[tuple[int, float, Draw, dict[str, str]]] = deque()
+        self._out: deque[tuple[int, float, Draw, dict[str, str], Scores]] = deque()
         self._last: Draw | None = None
         self._ended = 0.0
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
@@ -57,18 +56,20 @@ class TorchExecutor:
         unknown = [w.id for w in work if w.tokens == (UNKNOWN,)]
         try:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
-            logits = self._runner.run(work, last_rows(work), ahead=ahead)
-            self._last = Draw(logits, [w for w in work if w.samples])
+            rows = Rows(work)
+            logits = self._runner.run(work, rows.rows, ahead=ahead)
+            self._last = Draw(logits[rows.sampled] if rows.scored else logits, [w for w in work if w.samples])
+            scores = rows.scores(logits.cpu().numpy()) if rows.scored else {}
         except torch.OutOfMemoryError:
             raise MemoryError(OUT_OF_MEMORY) from None
-        self._out.append((plan.step, started, self._last, refused))
+        self._out.append((plan.step, started, self._last, refused, scores))
 
     def collect(self) -> StepResult:
-        step, started, draw, refused = self._out.popleft()
+        step, started, draw, refused, scores = self._out.popleft()
         tokens, details, failed = draw.result
         # The plan began when it was submitted, or when the plan before it had ended.
         began, self._ended = max(started, self._ended), time.perf_counter()
-        return StepResult(step, tokens, self._ended - began, details=details, failed=refused | failed)
+        return StepResult(step, tokens, self._ended - began, details=details, failed=refused | failed, scores=scores)
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""
@@ -92,9 +93,3 @@ def blocks(kv_bytes: int, block_bytes: int) -> int:
     if kv_bytes < block_bytes:
         raise MemoryError(f"{max(0, kv_bytes):,} bytes hold no block of KV, which takes {block_bytes:,}; give it more memory")
     return kv_bytes // block_bytes
-
-
-def last_rows(work: Sequence[Work]) -> list[int]:
-    """The rows of a batch from which a token is sampled."""
-    ends = accumulate(w.count for w in work)
-    return [end - 1 for w, end in zip(work, ends, strict=True) if w.samples]

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, of_values, sampled_before, to_values
+from stallfree.executors.sampling import GREEDY, Sampling, Score, TokenLogprob, of_values, sampled_before, to_values
 
 MOST = 256 << 20
 """The longest message that is accepted, in bytes."""
@@ -58,7 +58,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "samples": [w.samples for w in plan.work],
         "tokens": _packed([token for w in plan.work for token in w.tokens]),
         "tables": [_packed(w.blocks) for w in plan.work],
-        "sampling": [_of_sampling(w) if w.samples else None for w in plan.work],
+        "sampling": [_of_sampling(w) if w.samples or _scored(w) else None for w in plan.work],
     }
 
 
@@ -84,6 +84,7 @@ def of_result(result: StepResult) -> dict[str, Any]:
         "error": result.error,
         "details": details,
         "failed": dict(result.failed),
+        "scores": {id: [start, scores] for id, (start, scores) in result.scores.items()},
     }
 
 
@@ -94,14 +95,22 @@ def to_result(message: dict[str, Any], bubble_s: float) -> StepResult:
     }
     tokens = {id: tuple(numbers) for id, numbers in message["tokens"].items()}
     step, seconds, error, failed = (message[key] for key in ("step", "seconds", "error", "failed"))
-    return StepResult(step, tokens, seconds, error, details=details, failed=failed, bubble_s=bubble_s)
+    scores: dict[str, tuple[int, list[object]]] = {
+        id: (start, [Score(logprob, tuple((t, v) for t, v in top), rank) for logprob, top, rank in rows])
+        for id, (start, rows) in message["scores"].items()
+    }
+    return StepResult(step, tokens, seconds, error, details=details, failed=failed, bubble_s=bubble_s, scores=scores)
 
 
 def _of_sampling(work: Work) -> list[Any]:
     sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
     output = sampled_before(work)
-    seen = not sampling.plain
+    seen = not sampling.plain or _scored(work)
     return [to_values(sampling, output), _packed(work.prompt) if seen else b"", _packed(output) if seen else b""]
+
+
+def _scored(work: Work) -> bool:
+    return isinstance(work.sampling, Sampling) and work.sampling.prompt_logprobs is not None
 
 
 def _to_sampling(message: list[Any] | None) -> tuple[Sampling, tuple[int, ...], tuple[int, ...]]:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from stallfree.checkpoint import open_checkpoint
 from stallfree.core.plan import Plan, StepResult
+from stallfree.executors.sampling import Rows
 from stallfree.executors.torch import wire
-from stallfree.executors.torch.executor import OUT_OF_MEMORY, blocks, last_rows
+from stallfree.executors.torch.executor import OUT_OF_MEMORY, blocks
 from stallfree.executors.torch.parallel import Alone, Group, Ranks
 from stallfree.executors.torch.runner import Options, Runner, stages, use_threads
 from stallfree.executors.torch.sampler import sample
@@ -95,15 +96,17 @@ class Rank:
             hidden = torch.empty(shape, dtype=self._runner.dtype, device=self._device)
             dist.recv(hidden, self._rank - self._tp)
         self._waits.begin()
-        out = self._runner.run(plan.work, last_rows(plan.work), hidden)
+        rows = Rows(plan.work)
+        out = self._runner.run(plan.work, rows.rows, hidden)
         message: dict[str, Any] = {"step": plan.step}
         if self._stage < self._pp - 1:
             message["waited_s"] = self._waits.end()
             dist.send(out.contiguous(), self._rank + self._tp)
         elif self._rank % self._tp == 0:
-            tokens, details, failed = sample(out, [w for w in plan.work if w.samples])
+            tokens, details, failed = sample(out[rows.sampled] if rows.scored else out, [w for w in plan.work if w.samples])
+            scores = rows.scores(out.cpu().numpy()) if rows.scored else {}
             seconds = time.perf_counter() - started
-            message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed))
+            message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed, scores=scores))
             message["waited_s"] = self._waits.end()
         return message if self._rank % self._tp == 0 else None
 

@@ -27,11 +27,34 @@ LEAST = -9999.0
 CALL_ID_BYTES = 12
 
 
-class Choice:
-    """One request of a call: how many tokens it has, and at which character of its text the next token begins. `parser`: finds the
-    parts of its text; None: all of it is content. `call_ids`: of the tool calls that it has made."""
+class Offsets:
+    """At which character of a text each token begins. The text has `start` characters, and continues that of the tokens
+    `before`."""
 
-    __slots__ = ("_detokenizer", "_hides_reasoning", "_offset", "call_ids", "echo", "index", "num_tokens", "parser", "request")
+    def __init__(self, pieces: Pieces, before: Sequence[int] = (), start: int = 0):
+        self._pieces = pieces
+        self._offset = start
+        self._detokenizer = Detokenizer(pieces, before)
+
+    def next(self, token: int) -> int:
+        """Characters before `token`, the next one. A token that continues a character begins where that character does."""
+        first = self._pieces[token][:1]
+        if first and not (b"\x80" <= first < b"\xc0" or self._pieces.special(token)):
+            self._offset += len(self._detokenizer.flush())  # it does not continue the character before it
+        offset, self._offset = self._offset, self._offset + len(self._detokenizer.push(token))
+        return offset
+
+
+class Choice:
+    """One request of a call. `parser`: finds the parts of its text; None: all of it is content. `num_tokens`: of its answer so far.
+    `call_ids`: of the tool calls that it has made. `scores`: of the prompt's tokens but the first, if they are wanted.
+    `echoes_scores`, `shows_scores`: whether they come with the echoed prompt, and in a list of their own. `is_echo`: the answer is
+    the prompt alone, though the engine samples a token."""
+
+    __slots__ = (
+        "_hides_reasoning", "call_ids", "echo", "echoes_scores", "index", "is_echo", "num_tokens", "offsets", "parser", "request",
+        "scores", "shows_scores",
+    )  # fmt: skip
 
     def __init__(self, index: int, request: Request, echo: str = "", parser: Parser | None = None, hides_reasoning: bool = False):
         self.index = index
@@ -40,9 +63,10 @@ class Choice:
         self.parser = parser
         self._hides_reasoning = hides_reasoning
         self.call_ids: list[str] = []
+        self.scores: Sequence[object] = ()
+        self.is_echo = self.echoes_scores = self.shows_scores = False
         self.num_tokens = 0
-        self._offset = len(echo)
-        self._detokenizer: Detokenizer | None = None
+        self.offsets: Offsets | None = None
 
     def pieces(self, output: Output) -> list[Piece]:
         """The parts of the answer that are certain after `output`."""
@@ -58,17 +82,9 @@ class Choice:
 
     def finish_reason(self, output: Output) -> str:
         """Why the answer ended, as OpenAI names it."""
+        if self.is_echo:
+            return "length"
         return "tool_calls" if self.call_ids and output.finish_reason == "stop" else str(output.finish_reason)
-
-    def offset(self, text: Text, token: int) -> int:
-        """Characters before `token`, the next one. A token that continues a character begins where that character does."""
-        if self._detokenizer is None:
-            self._detokenizer = Detokenizer(text.pieces, self.request.prompt)
-        first = text.pieces[token][:1]
-        if first and not (b"\x80" <= first < b"\xc0" or text.pieces.special(token)):
-            self._offset += len(self._detokenizer.flush())  # it does not continue the character before it
-        offset, self._offset = self._offset, self._offset + len(self._detokenizer.push(token))
-        return offset
 
 
 class Call:
@@ -97,7 +113,9 @@ class Call:
             shutting_down = output.finish_reason == "abort"
             raise ApiError(503 if shutting_down else 500, output.error, code="unavailable" if shutting_down else "engine_error")
         choice = self.choices[output.id]
-        choice.num_tokens += len(output.tokens)
+        choice.num_tokens += 0 if choice.is_echo else len(output.tokens)
+        if not choice.scores:
+            choice.scores = output.scores
         if output.tokens:
             self._log_entry.first_token()
         if output.finish_reason is not None:

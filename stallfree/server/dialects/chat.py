@@ -13,6 +13,7 @@ from stallfree.server.dialects.chunks import Chunked, Columns
 class Chat(Chunked):
     prefix, object, chunk_object, operation = "chatcmpl-", "chat.completion", "chat.completion.chunk", "chat"
     lists, constants = ("content",), ('"refusal": null',)
+    prompt_in_choice = False
     nothing, last = '"delta": {"content": ""}', '"delta": {}'
 
     def __init__(self, *arguments: Any, **named: Any):

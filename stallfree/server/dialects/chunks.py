@@ -5,12 +5,15 @@ The constant beginning of a chunk is made once per stream, so that a token costs
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from stallfree.engine.streams import Output
-from stallfree.server.dialects.call import Call, Choice, breathe, event
+from stallfree.executors.sampling import Score
+from stallfree.server.dialects.call import LEAST, Call, Choice, breathe, event, spelt
 from stallfree.server.errors import ApiError
 
+SOME = 256
+"""Tokens of a prompt whose log-probabilities are written at once, in about 2 ms."""
 DONE = event("[DONE]")
 
 Columns = tuple[str, ...]
@@ -19,12 +22,14 @@ Columns = tuple[str, ...]
 
 class Chunked(Call):
     """A call whose stream is chunks. The usage is in an extra last chunk (`include_usage`), or in every chunk (`continuous_usage`
-    too). `object`, `chunk_object`: names of a whole answer and of a chunk. `lists`, `constants`: of log-probabilities."""
+    too). `object`, `chunk_object`: names of a whole answer and of a chunk. `lists`, `constants`: of log-probabilities.
+    `prompt_in_choice`: where vLLM has those of the prompt, in each choice or once."""
 
     object: str
     chunk_object: str
     lists: tuple[str, ...]
     constants: tuple[str, ...] = ()
+    prompt_in_choice = True
     include_usage = False
     continuous_usage = False
 
@@ -45,20 +50,24 @@ class Chunked(Call):
 
     def take(self, choice: Choice, output: Output) -> None:
         self.add(choice, output)
-        if output.details is not None:
+        if output.details is not None and not choice.is_echo:
             self._logprobs[output.id].append(self.logprobs(choice, output))
         if output.finish_reason is not None:
             self._last[output.id] = output
 
     async def joined(self) -> bytes:
-        choices = []
+        choices, prompt = [], ""
         for id, choice in self.choices.items():
             last = self._last[id]
-            members, logprobs = self.members(choice), self._columns(self._logprobs[id])
+            members = self.members(choice)
+            logprobs = self._columns([*await self.of_prompt(choice), *self._logprobs[id]])
             ending = f'"finish_reason": "{choice.finish_reason(last)}", "stop_reason": {json.dumps(last.stop_reason)}'
-            choices.append(f'{{"index": {choice.index}, {members}, "logprobs": {logprobs}, {ending}}}')
+            prompt = await self._prompt_logprobs(choice) if choice.shows_scores else ""
+            own = prompt if self.prompt_in_choice else ""
+            choices.append(f'{{"index": {choice.index}, {members}, "logprobs": {logprobs}, {ending}{own}}}')
             await breathe()
-        return f'{self._envelope(self.object)[:-1]}, "choices": [{", ".join(choices)}], "usage": {self.usage()}}}'.encode()
+        top = f'{self._envelope(self.object)[:-1]}, "choices": [{", ".join(choices)}], "usage": {self.usage()}'
+        return f"{top}{'' if self.prompt_in_choice else prompt}}}".encode()
 
     def opening(self) -> str:
         openings = ((choice, self.first(choice)) for choice in self.choices.values())
@@ -81,6 +90,10 @@ class Chunked(Call):
 
     def failure(self, error: ApiError) -> str:
         return event(error.body().decode()) + DONE
+
+    async def of_prompt(self, choice: Choice) -> list[Columns]:
+        """The log-probabilities of an echoed prompt, as `logprobs` has those of an answer."""
+        return []
 
     def add(self, choice: Choice, output: Output) -> None:
         """Add an output's text to the whole answer."""
@@ -106,6 +119,22 @@ class Chunked(Call):
     def logprobs(self, choice: Choice, output: Output) -> Columns:
         """The log-probabilities of an output's token, an entry for each of `lists`."""
         raise NotImplementedError
+
+    async def _prompt_logprobs(self, choice: Choice) -> str:
+        """A member of the choice: for each token of the prompt its log-probability and the most probable ones, by id, as vLLM has
+        them; null for the first token."""
+        entries, pieces = ["null"], self._text.pieces
+        for token, score in zip(choice.request.prompt[1:], cast(Sequence[Score], choice.scores), strict=True):
+            ranked = {id: (logprob, rank) for rank, (id, logprob) in enumerate(score.top, 1)}
+            ranked[token] = (score.logprob, score.rank)
+            members = [
+                f'"{id}": {{"logprob": {max(logprob, LEAST)!r}, "rank": {rank}, "decoded_token": {spelt(pieces, id)[0]}}}'
+                for id, (logprob, rank) in ranked.items()
+            ]
+            entries.append("{" + ", ".join(members) + "}")
+            if len(entries) % SOME == 0:
+                await breathe()
+        return f', "prompt_logprobs": [{", ".join(entries)}]'
 
     def _columns(self, parts: Sequence[Columns]) -> str:
         """The log-probabilities of several outputs as one JSON value; null if none were requested."""
