@@ -167,3 +167,17 @@ def test_equal_grammars_that_come_at_once_are_tried_once(server):
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda seed: content(server, guided_regex="x[0-9]{5}y", seed=seed), range(8)))
     assert all(re.fullmatch("x[0-9]{5}y", answer) for answer in answers)
+
+
+def test_the_first_token_of_a_prompt_computed_elsewhere_is_held_too():
+    options = {"text": chat_text(), "executor": Random, "max_model_len": 4096}
+    with (
+        Server(serves_peers=True, **options) as prefill,
+        Server(asks=[prefill.peer_socket.getsockname()], **options) as decode,
+    ):
+        assert content(decode, guided_choice=["left", "right"]) in ("left", "right")
+        jsonschema.validate(json.loads(content(decode, **schema(PERSON))), PERSON)
+        decode.settled()
+        transfers = [line for line in decode.client.get("/metrics").text.splitlines() if line.startswith("stallfree_kv_transfers")]
+        assert any(float(line.split()[-1]) >= 2 for line in transfers), transfers
+        prefill.settled()

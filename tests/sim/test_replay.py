@@ -56,9 +56,13 @@ class Machinery:
         self._plans.clear()
 
 
-def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False) -> tuple[Run, list[StepRecord]]:
-    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as read from its file."""
-    draw = random.Random(seed)
+def record(
+    policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False, special: float = 0.0
+) -> tuple[Run, list[StepRecord]]:
+    """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as read from its file. `special`: the
+    share of requests that are constrained, and of those that are scored.
+    """
+    draw, odd = random.Random(seed), random.Random(seed)
     capacity = Capacity(8, 60, 320, depth, overlap)
     machine = Machinery(capacity, seed)
     options = {"token_budget": 24} if policy == "sarathi" else {}
@@ -92,6 +96,8 @@ def record(policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: 
             arrival=machine.clock(),
             priority=draw.choice((0, 0, 1)),
             slo=own,
+            constrained=odd.random() < special,
+            scored=odd.random() < special,
         )
         engine.submit(request, Reading(stop))
         for _ in range(draw.randrange(8)):
@@ -117,6 +123,14 @@ def test_the_unchanged_policy_decides_the_same(policy, seed):
 @pytest.mark.parametrize("policy", ["sarathi", "slo"])
 def test_with_several_plans_in_flight_too(policy):
     run, records = record(policy, 5, depth=3, reuse=False)
+    assert difference(run, records) is None
+
+
+@pytest.mark.parametrize("policy", ["sarathi", "slo"])
+def test_constrained_and_scored_requests_are_planned_as_they_were(policy):
+    run, records = record(policy, 6, depth=2, overlap=True, special=0.4)
+    assert any(r.constrained for r in records)
+    assert any(r.scored for r in records)
     assert difference(run, records) is None
 
 

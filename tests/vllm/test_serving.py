@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stallfree.engine.recording import load
 from tests.vllm.real import model_folder
@@ -153,17 +154,36 @@ def test_what_cannot_be_served_ends_the_start(arguments, says, tmp_path):
     assert re.search(says, ended.stdout + ended.stderr)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes, and an end token: structured output wants one."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 GREEDY = """import json, random, sys
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 def main():
     options = json.loads(sys.argv[1])
+    structured = options.pop("structured", False)
     rng = random.Random(5)
-    shared = [rng.randrange(400) for _ in range(70)]
+    shared = [rng.randrange(250) for _ in range(70)]
     lengths = [(rng.choice([0, 40, 70]), rng.choice([5, 60, 200])) for _ in range(200)]
-    prompts = [shared[:common] + [rng.randrange(400) for _ in range(own)] for common, own in lengths]
-    llm = LLM(sys.argv[2], skip_tokenizer_init=True, dtype="float32", load_format="dummy", enforce_eager=True, seed=0, **options)
-    params = [SamplingParams(temperature=0, max_tokens=8 + i % 17, ignore_eos=True, detokenize=False) for i in range(200)]
+    prompts = [shared[:common] + [rng.randrange(250) for _ in range(own)] for common, own in lengths]
+    options["skip_tokenizer_init"] = not structured
+    llm = LLM(sys.argv[2], dtype="float32", load_format="dummy", enforce_eager=True, seed=0, **options)
+    common = {"temperature": 0, "detokenize": False}
+    params = [SamplingParams(max_tokens=8 + i % 17, ignore_eos=True, **common) for i in range(200)]
+    for i in range(0, 200, 4) if structured else ():
+        held = StructuredOutputsParams(regex="[a-f]{3,6}-[0-9]{2,9}")
+        params[i] = SamplingParams(max_tokens=20, structured_outputs=held, **common)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 
@@ -178,11 +198,13 @@ if __name__ == "__main__":
         {"enable_prefix_caching": False},
         {"enable_prefix_caching": True},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+        {"structured": True},
     ],
-    ids=["plain", "prefix cache", "ngram"],
+    ids=["plain", "prefix cache", "ngram", "structured output"],
 )
 def test_greedy_tokens_are_those_of_vllms_own_scheduler(options, tmp_path):
     folder, script = model_folder(tmp_path, vocabulary=500), tmp_path / "greedy.py"
+    write_tokenizer(folder)
     script.write_text(GREEDY)
 
     def tokens(**more: object) -> str:
