@@ -26,14 +26,18 @@ WAIT_S = 5.0
 PROCESSES = 2
 """Processes that try grammars: two, so that a slow grammar does not delay the next one."""
 
-KEPT = 256
-"""Compiled grammars, and refusals, that are remembered: the last ones used."""
+KEPT, KEPT_CHARS = 64, 1 << 20
+"""Compiled grammars, and refusals, that are remembered: the last ones used, and the characters of their sources. A compiled grammar
+takes some 150 bytes for each character of its source, and up to 40 MB for a regular expression with very many states."""
 
 STEPS = 4
 """Tokens that a trial goes on after the start: some grammars only fail behind the first bracket."""
 
-LIMITS = LLParserLimits(step_lexer_fuel=100_000)
-"""llguidance's own limits, with half its work for one token: about 7 ms."""
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=20_000)
+"""llguidance's own limits, with half its work for one token, about 7 ms, and fewer states of a lexer, about 40 MB."""
+
+SEARCHES = 4
+"""Threads that search for allowed tokens: several, so that a slow search delays no other."""
 
 
 class GrammarError(ValueError):
@@ -54,11 +58,12 @@ class Grammars:
     def __init__(self, text: Text):
         self._text = text
         self._known: OrderedDict[str, LLMatcher | str] = OrderedDict()
+        self._known_chars = 0
         self._trials: dict[str, asyncio.Task[LLMatcher | str]] = {}
         self._helpers: list[Helper] = []
         self._free: asyncio.Queue[Helper] = asyncio.Queue()
         self._compiling = ThreadPoolExecutor(PROCESSES + 1, "grammar")
-        self._searching = ThreadPoolExecutor(1, "tokens")
+        self._searching = ThreadPoolExecutor(SEARCHES, "tokens")
 
     def start(self) -> None:
         """Start the processes, and prepare the vocabulary in a thread."""
@@ -113,8 +118,9 @@ class Grammars:
         if not refusal:
             compiled = await loop.run_in_executor(self._compiling, self._compile, source)
         self._known[source] = compiled
-        if len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        self._known_chars += len(source)
+        while len(self._known) > KEPT or self._known_chars > KEPT_CHARS:
+            self._known_chars -= len(self._known.popitem(last=False)[0])
         return compiled
 
     def _compile(self, source: str) -> LLMatcher | str:

@@ -4,6 +4,7 @@ A constraint's state follows from the request's output, so it needs no word of p
 knows no logits.
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
@@ -13,7 +14,8 @@ from llguidance import LLMatcher
 from stallfree.grammar.sources import Grammar
 
 MOST_SECONDS = 0.25
-"""Seconds that an iteration waits for the tokens of one request. llguidance's own limits end a search within about 15 ms."""
+"""Seconds from the beginning of an iteration to the end of its searches. llguidance's own limits end a search within about 15
+ms."""
 
 
 class GrammarConstraint:
@@ -25,19 +27,20 @@ class GrammarConstraint:
         self._opens, self._after = grammar.opens, grammar.after
         self._matcher: LLMatcher | None = None
         self._consumed = 0
-        self._search: tuple[int, Future[np.ndarray | None]] | None = None
+        self._search: tuple[int, float, Future[np.ndarray | None]] | None = None
 
     def begin(self, output: Sequence[int]) -> None:
         """See `Constraint`."""
-        self._search = len(output), self._threads.submit(self._allowed, output, len(output))
+        self._search = len(output), time.monotonic(), self._threads.submit(self._allowed, output, len(output))
 
     def allowed(self, output: Sequence[int]) -> np.ndarray | None:
-        """See `Constraint`. Raises ValueError also if the search takes longer than `MOST_SECONDS`."""
+        """See `Constraint`. Raises ValueError also if the search does not end within `MOST_SECONDS`."""
         if self._search is None or self._search[0] != len(output):
             self.begin(output)
         assert self._search is not None
+        _, began, search = self._search
         try:
-            return self._search[1].result(MOST_SECONDS)
+            return search.result(max(0.0, began + MOST_SECONDS - time.monotonic()))
         except TimeoutError:
             raise ValueError(
                 f"its grammar takes more than {MOST_SECONDS:g} s to say what may follow {len(output)} tokens; make it simpler"

@@ -38,8 +38,8 @@ HEALTH_S = 2.0
 """Seconds between two health checks of a server, and the longest that one may take."""
 CHARACTERS = 4
 """Characters per token, a rough guess. Its error is the same for all engines."""
-GENERATING = ("/v1/completions", "/v1/chat/completions")
-POST_PATHS = (*GENERATING, "/tokenize", "/detokenize")
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+POST_PATHS = (*GENERATING, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 GET_PATHS = ("/v1/models", "/v1/models/{name:path}", "/version")
 KEPT_BACK = {"host", "content-length", "connection", "transfer-encoding", "accept-encoding", "expect", PREFILL}
 """Request headers that the router does not pass on."""
@@ -225,6 +225,8 @@ def _size(path: str, body: bytes) -> tuple[int, int]:
         n = operator.index(fields.get("n") or 1)
         if path == "/v1/chat/completions":
             return sum(len(json.dumps(message.get("content"))) for message in fields["messages"]) // CHARACTERS, n
+        if path in ("/v1/responses", "/v1/messages"):  # two events tell of the answer before its first token
+            return len(json.dumps([fields.get("input"), fields.get("system"), fields.get("messages")])) // CHARACTERS, 2
         field = fields.get("prompt") or ""
         prompts = [field] if isinstance(field, str) or isinstance(field[0], int) else field
         tokens = sum(len(prompt) // CHARACTERS if isinstance(prompt, str) else len(prompt) for prompt in prompts)

@@ -46,13 +46,13 @@ class Offsets:
 
 
 class Choice:
-    """One request of a call. `parser`: finds the parts of its text; None: all of it is content. `num_tokens`: of its answer so far.
+    """One request of a call. `parser`: finds the parts of its text; None: all of it is content.
     `call_ids`: of the tool calls that it has made. `scores`: of the prompt's tokens but the first, if they are wanted.
     `echoes_scores`, `shows_scores`: whether they come with the echoed prompt, and in a list of their own. `is_echo`: the answer is
     the prompt alone, though the engine samples a token."""
 
     __slots__ = (
-        "_hides_reasoning", "call_ids", "echo", "echoes_scores", "index", "is_echo", "num_tokens", "offsets", "parser", "request",
+        "_hides_reasoning", "call_ids", "echo", "echoes_scores", "index", "is_echo", "offsets", "parser", "request",
         "scores", "shows_scores",
     )  # fmt: skip
 
@@ -65,7 +65,6 @@ class Choice:
         self.call_ids: list[str] = []
         self.scores: Sequence[object] = ()
         self.is_echo = self.echoes_scores = self.shows_scores = False
-        self.num_tokens = 0
         self.offsets: Offsets | None = None
 
     def pieces(self, output: Output) -> list[Piece]:
@@ -106,6 +105,8 @@ class Call:
         self._text = text
         self._log_entry = entry
         self._prompts = [choice.request for choice in choices[::n]]
+        self.prompt_tokens = sum(len(request.prompt) for request in self._prompts)
+        self.completion_tokens = 0
 
     def count(self, output: Output) -> Choice:
         """Count the output's tokens, and return its choice. Raises ApiError if the choice ended in an error."""
@@ -113,22 +114,14 @@ class Call:
             shutting_down = output.finish_reason == "abort"
             raise ApiError(503 if shutting_down else 500, output.error, code="unavailable" if shutting_down else "engine_error")
         choice = self.choices[output.id]
-        choice.num_tokens += 0 if choice.is_echo else len(output.tokens)
         if not choice.scores:
             choice.scores = output.scores
         if output.tokens:
             self._log_entry.first_token()
-        if output.finish_reason is not None:
-            self._log_entry.count(self.prompt_tokens, self.completion_tokens, [output.finish_reason])
+        self.completion_tokens += 0 if choice.is_echo else len(output.tokens)
+        ends = () if output.finish_reason is None else (output.finish_reason,)
+        self._log_entry.count(self.prompt_tokens, self.completion_tokens, ends)
         return choice
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(request.prompt) for request in self._prompts)
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.num_tokens for choice in self.choices.values())
 
     @property
     def cached_tokens(self) -> int:
