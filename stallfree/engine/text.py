@@ -131,7 +131,7 @@ class Text:
         control: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
+        extra: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as the model's template writes it, for `encode_rendered`. `extra`: further values for the template
         (`enable_thinking`). Control tokens in messages, tools and documents are recognised; without `control`, they are plain text.
@@ -140,7 +140,7 @@ class Text:
         template = self._template(tools)
         # Keys without a value are dropped, because templates test whether a message has tool calls.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        values = {"messages": plain, "tools": tools, "documents": documents, **extra}
+        values = {**(extra or {}), "messages": plain, "tools": tools, "documents": documents}
         if not control:
             values = self._marked(values, self._control_tokens(template))
         return template.render({**self._specials, "add_generation_prompt": generation_prompt, **values})

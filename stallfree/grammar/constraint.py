@@ -75,5 +75,7 @@ def _complete(matcher: LLMatcher) -> bool:
 
 def reason(error: str) -> str:
     """llguidance's reason in one line: it may quote the grammar before it."""
+    if error.startswith("NoExtension"):
+        return "it allows no text that ends"
     lines = [line.strip() for line in error.strip().splitlines()] or ["unknown"]
     return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])[:300]

@@ -31,7 +31,10 @@ class Grammar(NamedTuple):
 
 
 def of_schema(schema: Mapping[str, Any] | bool | str) -> str:
-    """JSON that `schema` (as JSON or values) allows. Raises ValueError if it is no JSON object."""
+    """JSON that `schema` (as JSON or values) allows. Raises ValueError if it is no schema, or if it allows nothing."""
+    if schema is False:
+        raise ValueError("the schema false allows no answer at all")
+    schema = {} if schema is True else schema
     text = schema if isinstance(schema, str) else json.dumps(schema)
     return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
 
@@ -47,7 +50,7 @@ def of_lark(text: str) -> str:
 
 def of_choice(choices: Sequence[str]) -> str:
     """One of these texts."""
-    return of_lark(f"start: {' | '.join(map(quoted, choices))}")
+    return of_lark(f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choices))}")
 
 
 def of_grammar(text: str) -> str:

@@ -15,7 +15,7 @@ from stallfree.parsers import formats, reasoning
 from stallfree.parsers.pieces import Parser, Tool, Verbatim
 from stallfree.parsers.reasoning import ReasoningParser
 from stallfree.server.errors import ApiError, path, shown
-from stallfree.server.schema import ChatRequest, Generation, Message, NamedTool
+from stallfree.server.schema import AllowedChoice, ChatRequest, Generation, Message, NamedTool
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 """OpenAI's names of functions, and dots, which MCP servers use."""
@@ -54,6 +54,7 @@ class Conversation:
     def __init__(self, text: Text, body: ChatRequest, tool_format: str | None):
         self._text, self._body = text, body
         self.tools = _tools(body)
+        self._callable, self._forced = _chosen(body, self.tools)
         source = text.template_source(bool(self.tools))
         self._format = formats.choose(source) if tool_format is None else formats.named(tool_format)
         self._marks = reasoning.marks(source)
@@ -73,27 +74,27 @@ class Conversation:
             messages = _with_hint(messages, self.tools)
         tools = [t.model_dump(exclude_none=True) for t in body.tools or ()] if self.tools and not self._hinted else None
         try:
-            return self._text.render(messages, control=control, tools=tools, documents=body.documents, **values)
+            return self._text.render(messages, control=control, tools=tools, documents=body.documents, extra=values)
         except TextError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
 
     def form(self, rendered: str) -> Form:
         """How the answer to the prompt `rendered` is to be read."""
         section = None if self._marks is None else (*self._marks, rendered.rstrip().endswith(self._marks[0]))
-        tools = (self._format.name, frozenset(tool.name for tool in self.tools)) if self.tools else None
+        tools = (self._format.name, frozenset(tool.name for tool in self._callable)) if self.tools else None
         marks = ([] if self._marks is None else list(self._marks)) + (list(self._format.marks) if self.tools else [])
         return Form(tools, section, self._body.include_reasoning is False, frozenset(self._text.own_tokens(marks).values()))
 
     def grammar(self, form: Form) -> Grammar | None:
-        """What the answer is held to; None if to nothing."""
-        body = self._body
-        answer = structured(body)
-        calls = self._calls() if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required" else None
-        if calls is not None and answer is not None:
+        """What the answer is held to; None if to nothing. As in OpenAI's API, `response_format` holds the content of the message,
+        and calls that are forced leave none."""
+        answer = structured(self._body)
+        calls = Grammar(self._lark(), "tools") if self._forced else None
+        if calls is not None and answer is not None and not answer.field.startswith("response_format"):
             message = f"{answer.field} and tool_choice contradict each other: the answer cannot be both; leave one of them out"
             raise ApiError(400, message, param="tool_choice")
-        if answer is not None and self.tools:
-            answer = answer._replace(source=sources.either(self._lark(self.tools), answer.source))
+        if answer is not None and calls is None and self.tools:
+            answer = answer._replace(source=sources.either(self._lark(), answer.source))
         answer = calls or answer
         return answer if form.section is None else self._with_section(answer, *form.section)
 
@@ -113,23 +114,11 @@ class Conversation:
         after = None if inside else opening.token
         return Grammar(sources.reasoning(closing.token or 0, most), "max_reasoning_tokens", opens=True, after=after)
 
-    def _calls(self) -> Grammar:
-        """The calls that `tool_choice` demands."""
-        choice, tools = self._body.tool_choice, self.tools
-        if isinstance(choice, NamedTool):
-            tools = [tool for tool in tools if tool.name == choice.function.name]
-            if not tools:
-                known = ", ".join(tool.name for tool in self.tools) or "there are none"
-                message = f"tool_choice names {shown(choice.function.name)}, which is not in tools ({known})"
-                raise ApiError(400, message, param="tool_choice")
-        if not tools:
-            raise ApiError(400, "tool_choice is required, but there are no tools; give some, or leave it out", param="tool_choice")
-        return Grammar(self._lark(tools), "tools")
-
-    def _lark(self, tools: Sequence[Tool]) -> str:
+    def _lark(self) -> str:
+        """A grammar of the calls that may be made."""
         parallel = self._body.parallel_tool_calls is not False and not isinstance(self._body.tool_choice, NamedTool)
         special = self._text.own_tokens(self._format.marks)
-        return sources.of_lark(self._format.grammar(tools, parallel=parallel, special=special))
+        return sources.of_lark(self._format.grammar(self._callable, parallel=parallel, special=special))
 
 
 def structured(body: Generation) -> Grammar | None:
@@ -242,6 +231,27 @@ def _tools(body: ChatRequest) -> list[Tool]:
             raise ApiError(400, f"{where} is {shown(kind)}; the arguments of a function are an object", param=where)
         tools.append(Tool(function.name, function.description or "", function.parameters or {}))
     return tools
+
+
+def _chosen(body: ChatRequest, tools: list[Tool]) -> tuple[list[Tool], bool]:
+    """The tools that `tool_choice` lets the model call, and whether it must call one. Raises ApiError if they are not among
+    `tools`."""
+    choice = body.tool_choice
+    named, forced = [], choice == "required"
+    if isinstance(choice, NamedTool):
+        named, forced = [choice], True
+    elif isinstance(choice, AllowedChoice):
+        named, forced = choice.allowed_tools.tools, choice.allowed_tools.mode == "required"
+    by_name = {tool.name: tool for tool in tools}
+    for each in named:
+        if each.function.name not in by_name:
+            known = ", ".join(by_name) or "there are none"
+            message = f"tool_choice names {shown(each.function.name)}, which is not in tools ({known})"
+            raise ApiError(400, message, param="tool_choice")
+    if forced and not tools:
+        raise ApiError(400, "tool_choice is required, but there are no tools; give some, or leave it out", param="tool_choice")
+    names = {each.function.name for each in named}
+    return [tool for tool in tools if not names or tool.name in names], forced
 
 
 def _with_hint(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:

@@ -16,18 +16,26 @@ from stallfree.server.errors import UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),  # vLLM
+    "allowed_callers": (["direct"],),  # Anthropic
     "allowed_token_ids": (),  # vLLM
     "annotations": ([],),
     "audio": (),
+    "background": (False,),
     "bad_words": ([],),  # vLLM
+    "conversation": (),
+    "container": (),  # Anthropic
     "continue_final_message": (False,),  # vLLM
+    "defer_loading": (False,),  # Anthropic
     "dry_multiplier": (0,),  # llama.cpp
     "function_call": ("none",),
     "functions": ([],),
+    "input_examples": ([],),  # Anthropic
     "length_penalty": (1,),  # vLLM
+    "mcp_servers": ([],),  # Anthropic
     "mirostat": (0,),  # llama.cpp, Ollama
     "modalities": (["text"],),
     "prediction": (),
+    "previous_response_id": (),
     "return_token_ids": (False,),  # vLLM
     "return_tokens_as_token_ids": (False,),  # vLLM
     "skip_special_tokens": (True,),  # vLLM, TGI
@@ -46,14 +54,19 @@ FORBIDDEN_BY = {"functions": "function_call"}
 
 WITHOUT_EFFECT = frozenset(
     {
+        "eager_input_streaming",  # Anthropic
         "guided_decoding_backend",  # vLLM
+        "inference_geo",  # Anthropic
         "keep_alive",  # Ollama
+        "max_tool_calls",  # limits tools that OpenAI runs
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",  # vLLM
         "safety_identifier",
         "service_tier",
+        "speed",  # Anthropic
         "store",
         "verbosity",
     }
@@ -265,6 +278,18 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    """The tools that may be called, of all that the model is shown. `mode` is as `tool_choice` itself."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(Generation):
     """`chat_template_kwargs` are further values for the model's template. `documents` are for templates that show some. After
     `max_reasoning_tokens` a reasoning section ends. `include_reasoning` false leaves its text out of the answer."""
@@ -274,7 +299,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     max_reasoning_tokens: int | None = Field(None, ge=1)

@@ -228,7 +228,7 @@ def test_an_empty_stop_string_is_named_as_that(server, stop, says):
     ("fields", "param"),
     [
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-        ({"echo": True, "logprobs": 1}, "logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "logprobs"),
         ({"n": 100, "prompt": ["a", "b", "c"]}, "n"),
         ({"prompt": ["a"] * 100_000}, "prompt"),
     ],

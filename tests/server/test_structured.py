@@ -181,3 +181,34 @@ def test_the_first_token_of_a_prompt_computed_elsewhere_is_held_too():
         transfers = [line for line in decode.client.get("/metrics").text.splitlines() if line.startswith("stallfree_kv_transfers")]
         assert any(float(line.split()[-1]) >= 2 for line in transfers), transfers
         prefill.settled()
+
+
+@pytest.mark.parametrize("value", [True, {}])
+def test_a_schema_that_allows_anything_gives_json(server, value):
+    json.loads(content(server, **schema(value)))
+
+
+def test_thousands_of_choices_are_one_choice(server):
+    assert content(server, guided_choice=[f"choice {i}" for i in range(5000)]).startswith("choice ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (schema(False), "allows no answer"),
+        (schema({"$ref": "#"}), "allows no text that ends"),
+        (schema({"$ref": "file:///etc/passwd"}), "does not fetch"),
+        ({"guided_grammar": "start: start"}, "allows no text that ends"),
+        ({"guided_grammar": "start: missing"}, "unknown name"),
+    ],
+)
+def test_what_allows_nothing_or_points_elsewhere_says_so(server, fields, says):
+    answer = server.post(CHAT, {"messages": MESSAGES, **fields})
+    assert 400 == answer.status_code
+    assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["control", "generation_prompt", "extra"])
+def test_a_template_s_value_may_have_any_name_but_those_of_fields(server, name):
+    body = {"messages": MESSAGES, "max_tokens": 2, "chat_template_kwargs": {name: False}}
+    assert 200 == server.post(CHAT, body).status_code

@@ -205,7 +205,7 @@ OTHER_RESULT = {"role": "tool", "content": "x", "tool_call_id": "d"}
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "guided_choice": ["a"]}, "tool_choice"),
         ({"tools": [TIME] * 257}, "tools"),
         ({"tools": [function({"type": "array"})]}, "tools[0].function.parameters.type"),
         ({"tools": [function({"not": {}})], "tool_choice": "required"}, "tools"),
