@@ -1,4 +1,4 @@
-"""The live page in a browser."""
+"""The page in a browser: charts, widths, names and keys. Its conversation is in test_conversation.py."""
 
 import json
 import threading
@@ -15,6 +15,7 @@ from tests.waiting import PATIENCE_S, until
 
 from selenium import webdriver  # isort: skip
 from selenium.webdriver.common.by import By  # isort: skip
+from selenium.webdriver.common.keys import Keys  # isort: skip
 
 __all__ = ["driver"]  # a fixture
 pytestmark = needs_browser
@@ -35,7 +36,8 @@ def page(driver) -> Iterator[webdriver.Chrome]:
     driver.get_log("browser")
     driver.get_log("performance")
     yield driver
-    routes = ("/live?since=", "/v1/chat/completions")  # Chromium logs every answer of 400 and more, and every missing one
+    # Chromium logs every answer of 400 and more, and every missing one.
+    routes = ("/live?since=", "/v1/models", "/v1/chat/completions")
     complaints = [entry for entry in driver.get_log("browser") if not any(route in entry["message"] for route in routes)]
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
@@ -76,6 +78,26 @@ def text(page: webdriver.Chrome, id: str) -> str:
     return page.find_element(By.ID, id).text
 
 
+def ask(page: webdriver.Chrome, question: str) -> None:
+    """Send `question` by the keyboard, and wait until the page shows it."""
+    turns = len(page.find_elements(By.CLASS_NAME, "turn"))
+    page.find_element(By.ID, "prompt").send_keys(question, Keys.ENTER)
+    until(lambda: len(page.find_elements(By.CLASS_NAME, "turn")) == turns + 1)
+
+
+def last(page: webdriver.Chrome, part: str) -> str:
+    """The text of a part of the last turn: its "question", "thoughts", "text", "trouble" or "note"."""
+    return page.execute_script(f"return document.querySelector('.turn:last-child .{part}').textContent")
+
+
+def answered(page: webdriver.Chrome) -> None:
+    until(lambda: page.find_element(By.ID, "send").is_displayed() and last(page, "note"))
+
+
+def focus(page: webdriver.Chrome) -> str:
+    return page.execute_script("return document.activeElement.id || document.activeElement.className")
+
+
 def test_every_chart_is_drawn_with_data(page, loaded):
     page.get(loaded.url)
     until(lambda: page.execute_script("return document.querySelectorAll('#stalls li').length"))
@@ -97,34 +119,14 @@ def test_header_latencies_and_stalls_say_what_the_server_does(page, loaded):
     assert "live" == text(page, "status")
 
 
-def test_a_prompt_streams(page, loaded):
-    page.get(loaded.url)
-    page.find_element(By.ID, "send").click()
-    until(lambda: text(page, "answer"))
-    until(lambda: "tokens/s" in text(page, "answer-note"))
-    assert text(page, "answer-note").startswith("200 tokens · TTFT ")
-    assert "abcdefghijklmnopqrstuvwxyz" in text(page, "answer")
-
-
-def test_a_stream_can_be_stopped(page):
-    with Server(COST) as server:
-        page.get(server.url)
-        page.execute_script("document.getElementById('max-tokens').value = 1900")
-        page.find_element(By.ID, "send").click()
-        until(lambda: text(page, "answer"))
-        server.executor.gate.clear()
-        page.find_element(By.ID, "stop").click()
-        until(lambda: "stopped" == text(page, "answer-note"))
-        assert page.find_element(By.ID, "send").is_displayed()
-
-
 @pytest.mark.parametrize("width", [360, 390, 768, 1400])
 def test_nothing_runs_over_the_edge(page, loaded, width):
     size(page, width, 740)
     page.get(loaded.url)
     until(lambda: page.execute_script("return document.querySelectorAll('#stalls li').length"))
-    page.find_element(By.ID, "send").click()
-    until(lambda: text(page, "answer"))
+    ask(page, "Why?")
+    until(lambda: last(page, "text"))
+    page.find_element(By.CSS_SELECTOR, "#settings summary").click()
     assert (width, 0) == beyond(page)
 
 
@@ -134,9 +136,8 @@ def test_long_names_and_words_fit_a_phone(page):
         page.get(server.url)
         until(lambda: "idle" == text(page, "status"))
         names = "for (const id of ['model', 'policy', 'context']) document.getElementById(id).textContent = id.repeat(40)"
-        page.execute_script("document.getElementById('prompt').value = 'x'.repeat(1000)")
-        page.find_element(By.ID, "send").click()
-        until(lambda: text(page, "answer"))
+        ask(page, "x" * 1000)
+        until(lambda: last(page, "text"))
         page.execute_script(names)
         assert (390, 0) == beyond(page)
 
@@ -144,22 +145,16 @@ def test_long_names_and_words_fit_a_phone(page):
 def test_every_field_and_picture_has_a_name(page, loaded):
     page.get(loaded.url)
     until(lambda: "live" == text(page, "status"))
+    ask(page, "Why?")
     nameless = """
     const fields = [...document.querySelectorAll('input, textarea')].filter((field) => !field.labels.length);
+    const buttons = [...document.querySelectorAll('button, summary')].filter((button) => !button.textContent.trim());
     const pictures = [...document.querySelectorAll('[role=img]')].filter((picture) => !picture.ariaLabel);
-    return [...fields, ...pictures].map((element) => element.outerHTML);
+    return [...fields, ...buttons, ...pictures].map((element) => element.outerHTML);
     """
     assert [] == page.execute_script(nameless)
     picture = page.find_element(By.CSS_SELECTOR, "[data-chart=tokens] [role=img]")
     assert "Tokens per iteration, last 30 seconds: decode " in picture.get_attribute("aria-label")
-
-
-def test_an_error_is_shown_in_words(page):
-    with Server() as server:
-        page.get(server.url)
-        page.execute_script("document.getElementById('prompt').value = 'x'.repeat(3000)")
-        page.find_element(By.ID, "send").click()
-        until(lambda: "at most 2047 fit" in text(page, "answer-note"))
 
 
 def test_with_a_key_the_page_asks_for_it_and_sends_it_in_no_address(page):
@@ -171,12 +166,27 @@ def test_with_a_key_the_page_asks_for_it_and_sends_it_in_no_address(page):
             page.find_element(By.CSS_SELECTOR, "#key-form button").click()
             until(lambda says=says: says == text(page, "status"))
         assert not page.find_element(By.ID, "key").is_displayed()
-        page.find_element(By.ID, "send").click()
-        until(lambda: "tokens/s" in text(page, "answer-note"))
+        ask(page, "Why?")
+        until(lambda: "tokens/s" in last(page, "note"))
         assert "" == page.execute_script("return JSON.stringify(localStorage) + JSON.stringify(sessionStorage)").replace("{}", "")
         assert "sesame" not in page.page_source
         urls = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
         assert not [url for url in urls if "sesame" in url]
+
+
+def test_without_a_key_the_conversation_says_so(page):
+    with Server(api_key="sesame") as server, quiet():
+        page.get(server.url)
+        until(lambda: "key" == focus(page))
+        ask(page, "2 + 2?")
+        answered(page)
+        assert "wants an API key" in last(page, "trouble")
+        page.find_element(By.ID, "key").send_keys("sesame", Keys.ENTER)
+        until(lambda: "idle" == text(page, "status"))
+        assert "prompt" == focus(page)
+        page.execute_script("document.getElementById('max-tokens').value = 5")
+        page.find_element(By.CLASS_NAME, "again").click()
+        until(lambda: "5 tokens" in last(page, "note"))
 
 
 def test_a_server_that_goes_away_is_noticed(page):

@@ -113,6 +113,7 @@ export class Conversation {
     });
     this.announcer.add(content);
   }
+
   // Changes the turns. A reader who is at their end stays there; one who reads further up is not moved.
   keepingPlace(change) {
     const turns = $("turns");
@@ -121,7 +122,8 @@ export class Conversation {
     if (following) turns.scrollTop = turns.scrollHeight;
   }
 
-  // While an answer comes, "Stop" takes the place of the button that asked for it, and its focus. The returned function undoes that.
+  // While an answer comes, "Stop" takes the place of the button that asked for it, and its focus. The function that is returned
+  // undoes that.
   busy(turn) {
     const asked = [$("send"), turn.again].find((button) => button === document.activeElement);
     const show = (busy) => {

@@ -2,10 +2,11 @@
 
 import { duration } from "./charts.js";
 
-// Sends `body` and calls `take(events)` once for each read from the network, so that a page that falls behind gets larger pieces, not
-// more of them. Throws an Error whose message is for the reader. If `signal` aborts, the browser's AbortError is thrown.
+// Sends `body` and calls `take(events)` once for each read from the network, so that a page that falls behind gets larger pieces,
+// not more of them. Throws an Error whose message is for the reader. If `signal` aborts, the browser's AbortError is thrown.
 export async function stream(body, headers, signal, take) {
-  const options = { method: "POST", body: JSON.stringify(body), headers: { ...headers, "Content-Type": "application/json" }, signal };
+  const all = { ...headers, "Content-Type": "application/json" };
+  const options = { method: "POST", body: JSON.stringify(body), headers: all, signal };
   const response = await reached(fetch("v1/chat/completions", options), signal, "the server does not answer");
   if (!response.ok) throw new Error(await refusal(response));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -2,8 +2,8 @@
 
 const BLOCK = 2000; // characters; the browser lays out a whole block for each text that is appended to it
 
-// Text that grows. It is appended to one text node, and after `BLOCK` characters to the node of a new block, which begins with a line.
-// So an event costs what is new, however long the answer is. A line break at the end of a block shows no line of its own.
+// Text that grows. New text is appended to one text node; after `BLOCK` characters, the next line begins a new block with a node of
+// its own. So an event costs what is new, however long the answer is. A line break at the end of a block shows no line of its own.
 class GrowingText {
   constructor(element) {
     this.element = element;
