@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test test-all test-vllm install lint clean
+.PHONY: serve test test-all test-vllm test-clients install lint clean
 
 serve: install
 	$(BIN)/stallfree serve
@@ -43,5 +43,22 @@ test-all: lint
 test-vllm: .venv-vllm/tested
 	.venv-vllm/bin/pytest -W default -m 'slow or not slow' tests/vllm
 
+# The clients that people use, each in its newest version. Some want OpenAI's SDK below 3, some above.
+.venv-clients/tested: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout httpx 'openai<3' anthropic instructor \
+	    langchain langchain-anthropic langchain-openai litellm llama-index-llms-openai-like openai-agents
+	touch $@
+
+.venv-clients-openai3/tested: pyproject.toml
+	$(PYTHON) -m venv .venv-clients-openai3
+	.venv-clients-openai3/bin/pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout httpx 'openai>=3' \
+	    'pydantic-ai-slim[anthropic,openai]'
+	touch $@
+
+test-clients: .venv-clients/tested .venv-clients-openai3/tested
+	.venv-clients/bin/pytest -W ignore tests/clients
+	.venv-clients-openai3/bin/pytest -W ignore tests/clients
+
 clean:
-	rm -rf .venv .venv-vllm build dist
+	rm -rf .venv .venv-vllm .venv-clients .venv-clients-openai3 build dist

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from stallfree.parsers.grammars import quoted
 
@@ -57,8 +57,8 @@ def of_grammar(text: str) -> str:
     """A grammar in Lark's form, or in GBNF (`root ::= ...`). Raises ValueError if it is neither."""
     try:
         return of_lark(any_to_lark(text))
-    except (GbnfToLarkError, RecursionError) as error:
-        raise ValueError(f"not GBNF: {error}") from None
+    except Exception as error:  # the converter also raises bare Exception
+        raise ValueError(f"neither Lark nor GBNF: {error}") from None
 
 
 def either(first: str, second: str) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -46,6 +46,16 @@ class ErrorBody(BaseModel):
     error: ErrorObject
 
 
+class AnthropicError(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    type: Literal["error"]
+    error: AnthropicError
+
+
 _MEANINGS: dict[int | str, str] = {
     400: "The request is at fault; `param` names the field.",
     401: "The API key is missing or wrong.",
@@ -61,6 +71,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
 }
 """Error answers that every route may give, for the OpenAPI schema."""
+ANTHROPIC_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": AnthropicErrorBody} for status in _MEANINGS}
+"""The same for the routes of Anthropic's API."""
 
 
 class ApiError(Exception):

@@ -36,6 +36,23 @@ from stallfree.server.schema import (
 Blocks = Text | list[dict[str, Any]]
 
 
+class NoThreads(ApiError):
+    """The refusal of `thread`. Anthropic's SDK (2.14, `lib/threads`) knows it by its details, and then sends the whole
+    conversation, as its tool runner needs."""
+
+    def __init__(self) -> None:
+        message = "thread is not supported by this server: it keeps no conversation; leave it out, and send all messages"
+        super().__init__(400, message, param="thread")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def body(self, *, anthropic: bool = False) -> bytes:
+        values = json.loads(super().body(anthropic=anthropic))
+        values["error"]["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        return json.dumps(values).encode()
+
+
 class Turn(Body):
     role: Literal["user", "assistant"]
     content: Blocks
@@ -87,6 +104,17 @@ class Metadata(Body):
     user_id: Text | None = None
 
 
+class ThinkingEdit(Body):
+    """`keep`: how many turns keep their thinking in the prompt. It has no effect: the model's template decides that."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Any = None
+
+
+class ContextManagement(Body):
+    edits: list[ThinkingEdit] | None = None
+
+
 class CountRequest(Body):
     """The fields of a message that decide about its prompt."""
 
@@ -97,6 +125,7 @@ class CountRequest(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
     cache_control: CacheControl | None = None
 
     def chat(self) -> ChatRequest:
@@ -124,7 +153,8 @@ class CountRequest(Body):
 
 
 class MessagesRequest(CountRequest):
-    """`top_k`, and `priority` and `slo` of this server, are as in a chat. `service_tier` has no effect."""
+    """`top_k`, and `priority` and `slo` of this server, are as in a chat. `service_tier` has no effect. `thread` asks the server to
+    keep the conversation, and is refused."""
 
     max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[Annotated[Text, Field(max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)] | None = None
@@ -133,10 +163,13 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
     metadata: Metadata | None = None
     stream: bool | None = None
+    thread: dict[str, Any] | None = None
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
 
     def _fields(self) -> dict[str, Any]:
+        if self.thread is not None:
+            raise NoThreads
         return super()._fields() | {
             "max_tokens": self.max_tokens,
             "stop": [stop for stop in self.stop_sequences or () if stop] or None,

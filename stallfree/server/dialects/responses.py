@@ -17,6 +17,8 @@ from stallfree.server.dialects.call import LEAST, Call, Choice, event
 from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import (
     MAX_TOOLS,
+    AllowedChoice,
+    AllowedTools,
     Body,
     ChatRequest,
     Function,
@@ -57,6 +59,14 @@ class FunctionChoice(Body):
 
     type: Literal["function"]
     name: Text
+
+
+class AllowedFunctions(Body):
+    """The functions that may be called. See `schema.AllowedTools`."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class FormatOfText(Body):
@@ -101,7 +111,7 @@ class ResponsesRequest(Body):
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -117,15 +127,12 @@ class ResponsesRequest(Body):
         """The same request as a chat. Raises ApiError for items that are not served."""
         format = None if self.text is None else self.text.format
         wants_logprobs = self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
-        choice: Any = self.tool_choice
-        if isinstance(choice, FunctionChoice):
-            choice = NamedTool(type="function", function=NamedFunction(name=choice.name))
         fields: dict[str, Any] = {name: getattr(self, name) for name in SAME} | {
             "messages": _messages(self),
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": wants_logprobs,
             "tools": [_tool(tool) for tool in self.tools or ()],
-            "tool_choice": choice,
+            "tool_choice": _choice(self.tool_choice),
             "response_format": None if format is None else _format(format),
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
         }
@@ -146,15 +153,22 @@ class ResponsesRequest(Body):
             "store": False,
             "temperature": self.temperature,
             "text": {"format": {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)},
-            "tool_choice": self.tool_choice.model_dump()
-            if isinstance(self.tool_choice, FunctionChoice)
-            else self.tool_choice or "auto",
+            "tool_choice": self.tool_choice.model_dump() if isinstance(self.tool_choice, Body) else self.tool_choice or "auto",
             "tools": [{"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in self.tools or ()],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": self.top_p,
             "truncation": "disabled",
             "user": self.user,
         }
+
+
+def _choice(choice: str | FunctionChoice | AllowedFunctions | None) -> str | NamedTool | AllowedChoice | None:
+    if isinstance(choice, FunctionChoice):
+        return NamedTool(type="function", function=NamedFunction(name=choice.name))
+    if isinstance(choice, AllowedFunctions):
+        tools = [NamedTool(type="function", function=NamedFunction(name=function.name)) for function in choice.tools]
+        return AllowedChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=choice.mode, tools=tools))
+    return choice
 
 
 def _tool(tool: FunctionTool) -> ToolDefinition:
