@@ -4,13 +4,26 @@ This module does not know what they do.
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
+
+NICE = 10
+"""Steps of priority below the model's threads: on a busy machine a helper gets a tenth of a core, not half of one."""
+
+START_S = 60.0
+"""Seconds in which a helper process must start."""
+
+
+def step_back() -> None:
+    """Lower this process's priority. For a helper whose work may wait."""
+    with suppress(OSError):
+        os.nice(NICE)
 
 
 class Helpers(ProcessPoolExecutor):
@@ -35,7 +48,7 @@ class Helper:
     """
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], *arguments: object):
-        self._make, self._arguments = make, arguments
+        self._work = pickle.dumps((make, arguments))  # once, though the process may be replaced often
         self._closed = self._ready = False
         self._start()
 
@@ -44,6 +57,8 @@ class Helper:
         and Died."""
         try:
             if not self._ready:
+                if not self._connection.poll(START_S):
+                    raise TimeoutError(f"the helper process does not start within {START_S:g} s")
                 self._connection.recv()
                 self._ready = True
             self._connection.send(value)
@@ -66,7 +81,7 @@ class Helper:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._make, self._arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         with _deaf():
             self._process.start()
         theirs.close()
@@ -90,8 +105,9 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _serve(connection: Connection, make: Callable[..., Callable[[Any], Any]], arguments: tuple[object, ...]) -> None:
+def _serve(connection: Connection, work: bytes) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    make, arguments = pickle.loads(work)  # noqa: S301  # from the parent process
     answer = make(*arguments)
     connection.send(None)
     while True:

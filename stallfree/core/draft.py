@@ -18,7 +18,8 @@ ENGINE_LIMIT = "the engine's limit"
 
 
 SCORED_TOKENS = 128
-"""Tokens in a chunk of a request that needs all its logits: with 152,064 of them for a token, 78 MB. Whole prompts are not cut."""
+"""The most tokens in an iteration whose logits are all needed, over all requests: with 152,064 logits for a token, 78 MB. A policy
+that computes prompts whole does not keep to it."""
 
 
 class Draft:
@@ -35,8 +36,8 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_ledger", "_passed", "_ready", "admitted", "budget", "chunks", "decoding", "left", "limit_s", "margin",
-        "now", "prefilling", "reason", "searched", "work",
+        "_block_size", "_ledger", "_passed", "_ready", "_scored_left", "admitted", "budget", "chunks", "decoding", "left",
+        "limit_s", "margin", "now", "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, now: float):
@@ -49,6 +50,7 @@ class Draft:
         self._passed: list[Entry] = []
         self.now = now
         self.left = self.budget = ledger.limits.max_tokens
+        self._scored_left = SCORED_TOKENS
         self.reason = ENGINE_LIMIT
         self.limit_s: float | None = None
         self.margin: float | None = None
@@ -128,7 +130,7 @@ class Draft:
             return 0
         size = min(request.remaining, self.left, request.remaining if count is None else count)
         if request.scored:
-            size = min(size, SCORED_TOKENS)
+            size = min(size, self._scored_left)
         if size <= 0 or not self._make_room(request, request.num_planned + size):
             return 0
         self._write(request, size)
@@ -148,7 +150,7 @@ class Draft:
         remaining = request.num_tokens - cached
         size = min(remaining, self.left, remaining if count is None else count)
         if request.scored:
-            size = min(size, SCORED_TOKENS)
+            size = min(size, self._scored_left)
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         first, whole_prompt = cached + size, request.num_tokens
@@ -228,6 +230,8 @@ class Draft:
         self.chunks[request] = count
         request.num_planned += count
         self.left -= count
+        if request.scored:
+            self._scored_left -= count
 
     def _make_room(self, request: Request, upto: int) -> bool:
         """Grow `request` to `upto` tokens. If KV is short, preempt requests after it that are not in flight, the last first."""

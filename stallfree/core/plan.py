@@ -3,7 +3,7 @@
 A plan is complete. An executor keeps KV tensors and nothing about requests. Both types know nothing of how they were chosen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,7 +94,8 @@ class StepResult:
     request of the plan fails with this message. `failed`: the same for single requests, by id. `bubble_s`: seconds that the stages
     of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work. `scores`: of requests
     that need the logits of their prompt: by id, the position of a prompt token, and what is known about it and those after it; the
-    engine passes them on unread, too.
+    engine passes them on unread, too. `deferred`: ids of requests whose token could not be chosen yet, because their constraint was
+    still being searched; the last token's KV is computed again in their next iteration.
     """
 
     step: int
@@ -105,6 +106,7 @@ class StepResult:
     failed: Mapping[str, str] = field(default_factory=dict)
     bubble_s: float = 0.0
     scores: Mapping[str, tuple[int, Sequence[object]]] = field(default_factory=dict)
+    deferred: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
-RARE = ("extra_rows", "constrained", "scored")
+RARE = ("extra_rows", "constrained", "scored", "deferred")
 """Fields of a record that are written only if they hold anything."""
 
 
@@ -119,6 +119,7 @@ class StepRecord:
     since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
     the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids of those in `arrived` that
     are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
+    `deferred`: see `StepResult`.
     """
 
     step: int
@@ -146,6 +147,7 @@ class StepRecord:
     extra_rows: list[tuple[str, int]] = field(default_factory=list)
     constrained: list[str] = field(default_factory=list)
     scored: list[str] = field(default_factory=list)
+    deferred: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -165,7 +167,7 @@ class StepRecord:
         """The record of a completed plan. `times`: (t_plan, t_start, t_end). `dropped`: see `Completed`. `prints`: takes the
         fingerprints of KV blocks; None takes none.
         """
-        lost = {*dropped, *(result.failed if result.error is None else [w.id for w in plan.work])}
+        lost = {*dropped, *result.deferred, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
             plan.step,
             *times,
@@ -201,6 +203,7 @@ class StepRecord:
             extra_rows=[(r.id, r.extra_rows) for r in arrived if r.extra_rows],
             constrained=[r.id for r in arrived if r.constrained],
             scored=[r.id for r in arrived if r.scored],
+            deferred=sorted(result.deferred),
         )
 
     def to_json(self) -> str:

@@ -105,7 +105,7 @@ class Scheduler:
         dropped: list[str] = []
         ledger, pool = self.ledger, self.ledger.pool
         block_size = pool.block_size
-        tokens, failed = result.tokens, result.error is not None or result.failed
+        tokens, deferred, failed = result.tokens, result.deferred, result.error is not None or result.failed
         running = Status.RUNNING
         for work, request in zip(plan.work, requests, strict=True):
             request.in_flight -= 1
@@ -116,10 +116,15 @@ class Scheduler:
             if failed and (result.error is not None or work.id in result.failed):
                 reason = "error"
             else:
-                request.num_computed = computed = work.start + work.count
+                computed = work.start + work.count
+                samples = work.samples
+                if samples and work.id in deferred:
+                    samples, computed = False, computed - 1
+                    request.num_planned = computed
+                request.num_computed = computed
                 if computed >= (request.num_shared + 1) * block_size:
                     pool.commit(request)
-                if work.samples:
+                if samples:
                     reason = request.append(tokens[work.id], now)
             if reason is not None:
                 ledger.end(request, reason)

@@ -106,6 +106,8 @@ class Engine:
             request.extra_rows = request.sampling.extra_rows
             request.constrained = request.sampling.constraint is not None
             request.scored = request.sampling.prompt_logprobs is not None
+            if transfer is not None and request.sampling.constraint is not None:
+                request.sampling.constraint.begin(request.output)  # the other engine gets what may come first
         stream = self._streams.make(request, reading)
         if transfer is None:
             self.scheduler.submit(request)
@@ -218,7 +220,7 @@ class Engine:
             error = result.error or result.failed.get(work.id)
             if error is not None:
                 outputs.append(self._streams.ended(work.id, error))
-            elif work.samples:
+            elif work.samples and work.id not in result.deferred:
                 outputs.append(self._streams.output(work.id, tuple(result.tokens[work.id]), result.details.get(work.id)))
         return outputs
 

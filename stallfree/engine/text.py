@@ -194,7 +194,7 @@ class Text:
         if isinstance(value, str):
             return control.sub(rf"\1{MARK}", value)
         if isinstance(value, Mapping):
-            return {key: self._marked(item, control) for key, item in value.items()}
+            return {self._marked(key, control): self._marked(item, control) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._marked(item, control) for item in value]
         return value

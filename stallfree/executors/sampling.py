@@ -6,6 +6,7 @@ follows from the request's output, too. It knows nothing of models, devices or g
 """
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -24,6 +25,9 @@ COLD = 0.5
 NEGLIGIBLE = 25.0
 """A logit this many temperatures below the largest has a weight below 2e-11. The weights of a whole vocabulary of such tokens are
 less than the last bit of a float."""
+
+GRACE_S = 0.005
+"""Seconds that an iteration waits for constraints after the model has run. Those that take longer are deferred."""
 
 MOST_KEPT = 10_000
 """Values of top_k above this count as this in `extra_rows`, because a vocabulary may be smaller than top_k."""
@@ -50,6 +54,9 @@ class Constraint(Protocol):
     def begin(self, output: Sequence[int]) -> None:
         """Begin to find out what may follow `output` (token ids), in another thread, while the model runs. May be left out."""
 
+    def ready(self, wait_s: float) -> bool:
+        """Whether the answer of `allowed` is there. Waits for at most `wait_s` seconds."""
+
     def allowed(self, output: Sequence[int]) -> np.ndarray | None:
         """Whether each token may follow `output`: bool, one for each logit; None if any may. Raises ValueError if none may."""
 
@@ -63,6 +70,9 @@ class Mask:
 
     def begin(self, output: Sequence[int]) -> None:
         pass
+
+    def ready(self, wait_s: float) -> bool:
+        return True
 
     def allowed(self, output: Sequence[int]) -> np.ndarray:
         if self._error:
@@ -256,6 +266,21 @@ def begin_constraints(works: Iterable[Work]) -> None:
     for work in works:
         if work.samples and isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
             work.sampling.constraint.begin(sampled_before(work))
+
+
+def ready_rows(works: Sequence[Work]) -> list[int]:
+    """Which of `works`, which all sample, can have their token now: after at most `GRACE_S` those whose constraint is not ready are
+    left out. For an executor, after it has run the model."""
+    end = None
+    rows = []
+    for row, work in enumerate(works):
+        if isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
+            now = time.monotonic()
+            end = now + GRACE_S if end is None else end
+            if not work.sampling.constraint.ready(max(0.0, end - now)):
+                continue
+        rows.append(row)
+    return rows
 
 
 def sampled_before(work: Work) -> Sequence[int]:

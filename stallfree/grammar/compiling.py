@@ -1,7 +1,7 @@
 """Compiles grammars where they can hurt nobody: each is tried in a helper process, with a limit of time, before this process takes
 it. A process that takes too long or dies is replaced, and its grammar refused.
 
-Requests wait for this in their own coroutine, beside the engine's queue. It knows no HTTP and no engine.
+Requests wait for this in their own coroutine, before they enter the engine's queue. It knows no HTTP and no engine.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from stallfree.engine.text import Text
 from stallfree.grammar.constraint import GrammarConstraint, reason
-from stallfree.grammar.sources import MOST_CHARS, Grammar
-from stallfree.processes import Died, Helper
+from stallfree.grammar.sources import MOST_CHARS, Grammar, as_lark
+from stallfree.processes import Died, Helper, step_back
 
 LIMIT_S = 1.0
 """Seconds in which a grammar must compile and begin."""
@@ -31,7 +31,7 @@ KEPT, KEPT_CHARS = 64, 1 << 20
 takes some 150 bytes for each character of its source, and up to 40 MB for a regular expression with very many states."""
 
 STEPS = 4
-"""Tokens that a trial goes on after the start: some grammars only fail behind the first bracket."""
+"""Tokens that a trial goes on after the start: some grammars only fail after the first bracket."""
 
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=20_000)
 """llguidance's own limits, with half its work for one token, about 7 ms, and fewer states of a lexer, about 40 MB."""
@@ -43,8 +43,8 @@ SEARCHES = 4
 class GrammarError(ValueError):
     """A grammar that cannot be served. `field`: the part of the request that it came from."""
 
-    def __init__(self, reason: str, field: str):
-        super().__init__(f"{field}: {reason}")
+    def __init__(self, why: str, field: str):
+        super().__init__(f"{field}: {why}")
         self.field = field
 
 
@@ -62,11 +62,12 @@ class Grammars:
         self._trials: dict[str, asyncio.Task[LLMatcher | str]] = {}
         self._helpers: list[Helper] = []
         self._free: asyncio.Queue[Helper] = asyncio.Queue()
+        self._starting = asyncio.Lock()
         self._compiling = ThreadPoolExecutor(PROCESSES + 1, "grammar")
         self._searching = ThreadPoolExecutor(SEARCHES, "tokens")
 
     def start(self) -> None:
-        """Start the processes, and prepare the vocabulary in a thread."""
+        """Start the processes, and prepare the vocabulary in a thread. It takes a while: call it before there are requests."""
         if not self._text.eos_ids:
             return
         for _ in range(PROCESSES - len(self._helpers)):
@@ -103,20 +104,25 @@ class Grammars:
         return await asyncio.shield(trial)
 
     async def _try(self, source: str) -> LLMatcher | str:
-        if not self._helpers:
-            self.start()
+        async with self._starting:
+            if not self._helpers:
+                await asyncio.get_running_loop().run_in_executor(self._compiling, self.start)
         try:
             helper = await asyncio.wait_for(self._free.get(), WAIT_S)
         except TimeoutError:
             raise Busy(f"{PROCESSES} processes have been compiling other grammars for {WAIT_S:g} s; try again later") from None
         loop = asyncio.get_running_loop()
         try:
-            refusal = await loop.run_in_executor(self._compiling, _answer, helper, source)
+            refusal, converted = await loop.run_in_executor(self._compiling, helper.call, source, LIMIT_S)
+        except TimeoutError:  # not remembered: the machine may have been busy
+            return f"it takes more than {LIMIT_S:g} s to compile; make it simpler, or try again"
+        except Died:
+            return "the process that compiled it has died; make it simpler, or try again"
         finally:
             self._free.put_nowait(helper)
         compiled: LLMatcher | str = refusal
         if not refusal:
-            compiled = await loop.run_in_executor(self._compiling, self._compile, source)
+            compiled = await loop.run_in_executor(self._compiling, self._compile, converted)
         self._known[source] = compiled
         self._known_chars += len(source)
         while len(self._known) > KEPT or self._known_chars > KEPT_CHARS:
@@ -151,30 +157,29 @@ class _Tokens:
         return self._text.encode(text if isinstance(text, str) else text.decode(errors="replace"), special=False)
 
 
-def _answer(helper: Helper, source: str) -> str:
-    """Why a grammar is refused; empty if it is not."""
-    try:
-        return str(helper.call(source, LIMIT_S))
-    except TimeoutError:
-        return f"it takes more than {LIMIT_S:g} s to compile; make it simpler"
-    except Died:
-        return "the process that compiled it has died; make it simpler"
-
-
-def _trial(text: Text) -> Callable[[str], str]:
-    """In a helper process: a function that says why a grammar is refused."""
+def _trial(text: Text) -> Callable[[str], tuple[str, str]]:
+    """In a helper process: a function that says why a source is refused (empty if it is not), and the source to compile."""
+    step_back()
     tokens = vocabulary(text)
 
-    def try_it(source: str) -> str:
-        matcher = LLMatcher(tokens, source, log_level=0, limits=LIMITS)
-        for _ in range(STEPS):
-            if matcher.is_error() or matcher.is_stopped():
-                break
-            bits = matcher.compute_bitmask()
-            first = next((8 * at + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
-            if first is None:
-                return "no token of this model can begin it"
-            matcher.consume_token(first)
-        return reason(matcher.get_error()) if matcher.is_error() else ""
+    def try_it(source: str) -> tuple[str, str]:
+        try:
+            converted = as_lark(source)
+        except ValueError as error:
+            return str(error), ""
+        return _refusal(tokens, converted), converted
 
     return try_it
+
+
+def _refusal(tokens: LLTokenizer, source: str) -> str:
+    matcher = LLMatcher(tokens, source, log_level=0, limits=LIMITS)
+    for _ in range(STEPS):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        bits = matcher.compute_bitmask()
+        first = next((8 * at + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
+        if first is None:
+            return "no token of this model can begin it"
+        matcher.consume_token(first)
+    return reason(matcher.get_error()) if matcher.is_error() else ""

@@ -6,16 +6,18 @@ knows no logits.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 
 import numpy as np
 from llguidance import LLMatcher
 
 from stallfree.grammar.sources import Grammar
 
-MOST_SECONDS = 0.25
-"""Seconds from the beginning of an iteration to the end of its searches. llguidance's own limits end a search within about 15
-ms."""
+MOST_WAIT_S = 0.25
+"""Seconds after its beginning in which a search must end where an executor cannot defer its request: in several processes."""
+
+HOPELESS_S = 5.0
+"""Seconds after which a search has failed, though its request is deferred and disturbs nobody."""
 
 
 class GrammarConstraint:
@@ -30,20 +32,28 @@ class GrammarConstraint:
         self._search: tuple[int, float, Future[np.ndarray | None]] | None = None
 
     def begin(self, output: Sequence[int]) -> None:
+        """See `Constraint`. A search that has begun for as many tokens goes on."""
+        if self._search is None or self._search[0] != len(output):
+            self._search = len(output), time.monotonic(), self._threads.submit(self._allowed, output, len(output))
+
+    def ready(self, wait_s: float) -> bool:
         """See `Constraint`."""
-        self._search = len(output), time.monotonic(), self._threads.submit(self._allowed, output, len(output))
+        if self._search is None:
+            return True  # it begins when it is asked
+        _, began, search = self._search
+        return bool(wait([search], wait_s).done) or time.monotonic() - began > HOPELESS_S
 
     def allowed(self, output: Sequence[int]) -> np.ndarray | None:
-        """See `Constraint`. Raises ValueError also if the search does not end within `MOST_SECONDS`."""
-        if self._search is None or self._search[0] != len(output):
-            self.begin(output)
+        """See `Constraint`. Raises ValueError also if the search does not end in time."""
+        self.begin(output)
         assert self._search is not None
         _, began, search = self._search
         try:
-            return search.result(max(0.0, began + MOST_SECONDS - time.monotonic()))
+            return search.result(max(0.0, began + MOST_WAIT_S - time.monotonic()))
         except TimeoutError:
+            seconds = time.monotonic() - began
             raise ValueError(
-                f"its grammar takes more than {MOST_SECONDS:g} s to say what may follow {len(output)} tokens; make it simpler"
+                f"its grammar takes more than {seconds:.2g} s to say what may follow {len(output)} tokens; make it simpler"
             ) from None
 
     def _allowed(self, output: Sequence[int], length: int) -> np.ndarray | None:

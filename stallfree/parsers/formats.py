@@ -29,7 +29,8 @@ class ToolFormat(Protocol):
     def grammar(self, tools: Sequence[Tool], *, parallel: bool, special: Mapping[str, int]) -> str:
         """A grammar in llguidance's Lark that allows one call of the tools, or with `parallel` one or more, and nothing else. The
         schema of each tool holds its arguments. `special`: the ids of those marks that are special tokens in the vocabulary
-        that llguidance has, because there they have no text; the other marks are text. Raises ValueError without any tool.
+        that llguidance has, because there they have no text; the other marks are text. Raises ValueError without any tool, and for
+        tools that the format cannot hold.
         """
 
 

@@ -43,10 +43,18 @@ class Pythonic:
         return grammars.grammar(start, calls, rules)
 
 
+MOST_ARGUMENTS = 64
+"""Arguments of one tool: the grammar's size grows with their square, because any of the optional ones may be the first."""
+
+
 def _arguments(tool: Tool, rule: str) -> tuple[str, list[str]]:
     """The arguments of a call in the grammar, and the rules of their values, whose names begin with `rule`."""
     properties, required = tool.parameters.get("properties"), tool.parameters.get("required")
     schemas = properties if isinstance(properties, Mapping) else {}
+    if len(schemas) > MOST_ARGUMENTS:
+        raise ValueError(
+            f"{tool.name} has {len(schemas)} arguments; in this format at most {MOST_ARGUMENTS} can be held to a schema"
+        )
     definitions = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
     needed: list[str] = []
     optional: list[str] = []

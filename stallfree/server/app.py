@@ -52,7 +52,7 @@ def create_app(
         app.include_router(group.routes(service))
     describe(app)
     # What is added later is further outside: the log sees all answers, and a preflight needs no key.
-    app.add_middleware(Door, keys=keys or Keys(), max_body_bytes=max_body_bytes)
+    app.add_middleware(Door, keys=keys or Keys(), max_body_bytes=max_body_bytes, origins=allow_origins)
     if allow_origins:
         origins.allow(app, allow_origins)
     if log_requests:

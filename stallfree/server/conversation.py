@@ -32,12 +32,13 @@ To call one, answer with nothing but a JSON object: {{"name": the function's nam
 class Form(NamedTuple):
     """How to read an answer. `tools`: the format of its calls, and the names that may be called; None: none are read. `section`:
     the marks of its reasoning, and whether the prompt already ends within it; None: it has none. `hides_reasoning`: the client does
-    not want its text. `visible`: ids of special tokens that belong to the text."""
+    not want its text. `visible`: ids of special tokens that belong to the text. `parallel`: more than one call counts."""
 
     tools: tuple[str, frozenset[str]] | None = None
     section: tuple[str, str, bool] | None = None
     hides_reasoning: bool = False
     visible: frozenset[int] = frozenset()
+    parallel: bool = True
 
     def parser(self) -> Parser | None:
         """A new parser of one answer; None if all of it is content."""
@@ -83,7 +84,9 @@ class Conversation:
         section = None if self._marks is None else (*self._marks, rendered.rstrip().endswith(self._marks[0]))
         tools = (self._format.name, frozenset(tool.name for tool in self._callable)) if self.tools else None
         marks = ([] if self._marks is None else list(self._marks)) + (list(self._format.marks) if self.tools else [])
-        return Form(tools, section, self._body.include_reasoning is False, frozenset(self._text.own_tokens(marks).values()))
+        visible = frozenset(self._text.own_tokens(marks).values())
+        parallel = self._body.parallel_tool_calls is not False
+        return Form(tools, section, self._body.include_reasoning is False, visible, parallel)
 
     def grammar(self, form: Form) -> Grammar | None:
         """What the answer is held to; None if to nothing. As in OpenAI's API, `response_format` holds the content of the message,
@@ -118,7 +121,14 @@ class Conversation:
         """A grammar of the calls that may be made."""
         parallel = self._body.parallel_tool_calls is not False and not isinstance(self._body.tool_choice, NamedTool)
         special = self._text.own_tokens(self._format.marks)
-        return sources.of_lark(self._format.grammar(self._callable, parallel=parallel, special=special))
+        size = sum(len(json.dumps(tool.parameters)) for tool in self._callable)
+        if size > sources.MOST_CHARS:
+            message = f"tools: their parameters have {size:,} characters; calls are held to at most {sources.MOST_CHARS:,}"
+            raise ApiError(400, message, param="tools")
+        try:
+            return sources.of_lark(self._format.grammar(self._callable, parallel=parallel, special=special))
+        except ValueError as error:
+            raise ApiError(400, f"tools: {error}", param="tools") from None
 
 
 def structured(body: Generation) -> Grammar | None:

@@ -7,11 +7,12 @@ begins the request's entry in the log.
 import asyncio
 import logging
 import secrets
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stallfree.server.errors import ApiError
+from stallfree.server.errors import ApiError, shown
 from stallfree.server.keys import Keys
 from stallfree.server.request_log import Entry
 
@@ -28,11 +29,14 @@ KEYLESS = ("/", "/health", "/health/live", "/health/ready")
 
 
 class Door:
-    """Wraps `app`. If there are `keys`, requests need one of them. Bodies hold at most `max_body_bytes`."""
+    """Wraps `app`. If there are `keys`, requests need one of them. Bodies hold at most `max_body_bytes`. Pages of other sites than
+    `origins` (`*`: all) may send none: a browser would let them, though not read the answer.
+    """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int):
+    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int, origins: Sequence[str] = ()):
         self._app = app
         self._keys = keys
+        self._origins = {origin.encode() for origin in origins}
         self._max_body_bytes = max_body_bytes
         self._arriving = 0
 
@@ -55,6 +59,7 @@ class Door:
             if not (scope["path"] in KEYLESS or scope["path"].startswith("/live/")):  # the page's files, not its data
                 entry.key = self._keys.check(scope)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+                self._check_site(dict(scope["headers"]))
                 body = await self._read(scope, receive)
                 # Every body is read as JSON, whatever its Content-Type: curl sends that of a form by default.
                 MutableHeaders(scope=scope)["Content-Type"] = "application/json"
@@ -76,6 +81,15 @@ class Door:
             await ApiError(500, "the server has a bug; its log says more", code="internal_error").response(scope["path"])(
                 scope, receive, send_with_id
             )
+
+    def _check_site(self, headers: Mapping[bytes, bytes]) -> None:
+        """Raises ApiError for what a page of another site sends, as its browser says (Fetch Metadata)."""
+        origin = headers.get(b"origin", b"")
+        if headers.get(b"sec-fetch-site") == b"cross-site" and not self._origins & {b"*", origin}:
+            message = (
+                f"pages of {shown(origin.decode(errors='replace'))} may not call this server; start it with --allow-origin ORIGIN"
+            )
+            raise ApiError(403, message, code="origin_not_allowed")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The body. Too large is one whose Content-Length says so, or that grows too large as it arrives."""

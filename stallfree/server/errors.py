@@ -98,15 +98,16 @@ class ApiError(Exception):
         return _api_error, (self.status, self.message, self.param, self.code, self.headers)
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The error for an API that has other names for the fields `names`."""
-        name = re.match("[a-z_]*", self.param or "")
-        new = names.get("" if name is None else name[0])
-        if name is None or new is None:
+        """The error for an API that has other `names` for a chat's fields. A message's number is left out, because the translation
+        may have other messages than the request."""
+        name = (self.param or "").partition(".")[0].partition("[")[0]
+        if name not in names:
             return self
-        own = re.compile(rf"\b{name[0]}\b")
-        return type(self)(
-            self.status, own.sub(new, self.message), param=own.sub(new, self.param or ""), code=self.code, headers=self.headers
-        )
+        inner = re.sub(r"^messages(\[[0-9]+\])?", "messages", self.param or "")
+        param = names[name] + inner[len(name) :]
+        place = f"a message in {param}" if inner == "messages" != self.param else param
+        message = self.message.replace(self.param or "", place, 1)
+        return type(self)(self.status, message, param=param, code=self.code, headers=self.headers)
 
     def body(self, *, anthropic: bool = False) -> bytes:
         """The error object as JSON, in OpenAI's form or in Anthropic's. It is ASCII, so that half a surrogate pair in a client's

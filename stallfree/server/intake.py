@@ -22,6 +22,9 @@ from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` for completions; for a chat it is all that fits."""
 
+MOST_SCORES = 500_000
+"""Log-probabilities of prompts in one answer. Each takes some 100 bytes until the answer is sent."""
+
 PREFILL = "x-stallfree-prefill"
 """Header in which a router names the prefill engine (host:port) that computes a request's prompt, or `HERE`."""
 HERE = "none"
@@ -80,7 +83,7 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
-    if query.grammar is not None and body.ignore_eos:
+    if query.grammar is not None and not query.grammar.opens and body.ignore_eos:
         message = f"ignore_eos and {query.grammar.field} contradict each other: a complete answer must end; leave ignore_eos out"
         raise ApiError(400, message, param="ignore_eos")
     check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
@@ -92,6 +95,15 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
     }
     fields |= {"logit_bias": query.bias, "logprobs": _logprobs(body), "prompt_logprobs": prompt_logprobs(body)}
     fields |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
+    alternatives = fields["prompt_logprobs"]
+    if alternatives is not None:
+        number = sum(len(prompt) for prompt, _ in query.prompts) * n * (alternatives + 1)
+        if number > MOST_SCORES:
+            field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            message = (
+                f"{field}: the prompts would have {number:,} log-probabilities, and at most {MOST_SCORES:,} are served at once"
+            )
+            raise ApiError(400, message, param=field)
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
     arrival = engine.clock()

@@ -81,6 +81,8 @@ def application(
             sanitize_control_tokens=sanitize_control_tokens,
             aliases=served_as[1:],
         )
+        service.reader.start()
+        service.grammars.start()
         utilisation = Utilisation(assembled.engine.clock)
         service.observers.append(utilisation.record)
         parts.update(service=service, utilisation=utilisation, slo=assembled.slo)

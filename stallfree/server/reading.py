@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -19,9 +18,9 @@ from pydantic import ValidationError
 from stallfree.engine.text import Text, TextError
 from stallfree.executors.sampling import Bias
 from stallfree.grammar.sources import Grammar
-from stallfree.processes import Helpers
+from stallfree.processes import Helpers, step_back
 from stallfree.server.conversation import Conversation, Form, plain, structured
-from stallfree.server.dialects.messages import CountRequest, MessagesRequest
+from stallfree.server.dialects.messages import CountRequest, Messages, MessagesRequest
 from stallfree.server.dialects.responses import Responses, ResponsesRequest
 from stallfree.server.errors import ApiError, of_validation, path, shown
 from stallfree.server.schema import (
@@ -43,8 +42,10 @@ LARGE = 8192
 PROCESSES = 2
 """Processes that read large bodies: two, so that one long text does not delay the next."""
 
-NICE = 10
-"""Steps of priority below the model's threads: on a busy machine a long text gets a tenth of a core, not half of one."""
+MOST_DEPTH = 200
+"""Levels of lists and objects in a body. Libraries that walk through values give up at 255 and more."""
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The escape of half a surrogate pair, the only way for one into JSON."""
 
 
 class BodyLimits(NamedTuple):
@@ -116,8 +117,7 @@ _settled: list[tuple[Text, BodyLimits]] = []
 
 
 def _settle(text: Text, limits: BodyLimits) -> None:
-    with suppress(OSError):
-        os.nice(NICE)
+    step_back()
     _settled.append((text, limits))
 
 
@@ -141,20 +141,27 @@ def read(text: Text, limits: BodyLimits, kind: type[AnyBody], raw: bytes) -> Any
             prompts, grammar = _prompts(text, body, limits), structured(body)
             return Query(body.model_copy(update={"prompt": "", **LARGE_FIELDS}), prompts, _bias(body, text), grammar)
         case ResponsesRequest():
-            try:
-                return _chat(text, body.chat(), limits)._replace(echo=body.echo())
-            except ApiError as error:
-                raise error.renamed(Responses.fields) from None
+            return _translated(text, body, limits, Responses.fields)._replace(echo=body.echo())
         case MessagesRequest():
-            return _chat(text, body.chat(), limits)
+            return _translated(text, body, limits, Messages.fields)
         case CountRequest():
-            return json.dumps({"input_tokens": len(_chat(text, body.chat(), limits).prompts[0][0])}).encode()
+            query = _translated(text, body, limits, Messages.fields)
+            return json.dumps({"input_tokens": len(query.prompts[0][0])}).encode()
         case TokenizeRequest():
             ids = _tokens(text, body, limits)
             return Tokens(count=len(ids), max_model_len=limits.max_len, tokens=ids).model_dump_json().encode()
         case DetokenizeRequest():
             check_ids(body.tokens, text, "tokens")
             return Prompt(prompt=text.decode(body.tokens, skip_special=False)).model_dump_json().encode()
+
+
+def _translated(text: Text, body: ResponsesRequest | CountRequest, limits: BodyLimits, fields: Mapping[str, str]) -> Query:
+    """The query of a body that is translated into a chat. Errors have the body's own names of `fields`."""
+    chat = body.chat()
+    try:
+        return _chat(text, chat, limits)
+    except ApiError as error:
+        raise error.renamed(fields) from None
 
 
 def _chat(text: Text, body: ChatRequest, limits: BodyLimits) -> Query:
@@ -183,11 +190,44 @@ def _checked(kind: type[AnyBody], raw: bytes) -> AnyBody:
     except ValueError:
         most = sys.get_int_max_str_digits()
         raise ApiError(400, f"the body has a number of more than {most:,} digits", code="invalid_json") from None
+    if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH and _depth(values) > MOST_DEPTH:
+        raise ApiError(400, f"the body is nested more than {MOST_DEPTH} levels deep", code="invalid_json")
     try:
-        return kind.model_validate(values)
+        body = kind.model_validate(values)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=True)
         raise of_validation([{**each, "loc": ("body", *each["loc"])} for each in errors], values) from None
+    if SURROGATE.search(raw) and (place := _broken(values)) is not None:
+        raise ApiError(400, f"{place}: text may not hold half a surrogate pair", param=place)
+    return body
+
+
+def _depth(values: Any) -> int:
+    """How many levels of lists and objects are in one another, counted up to one more than `MOST_DEPTH`."""
+    level, depth = [values], 0
+    while level and depth <= MOST_DEPTH:
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [item for value in inner for item in (value.values() if isinstance(value, dict) else value)]
+        depth += bool(inner)
+    return depth
+
+
+def _broken(values: Any) -> str | None:
+    """The place of a text with half a surrogate pair; None if there is none."""
+    waiting: list[tuple[Any, tuple[str | int, ...]]] = [(values, ())]
+    while waiting:
+        value, place = waiting.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return path(*place)
+        elif isinstance(value, dict):
+            waiting += [(key, (*place, "a name")) for key in value]
+            waiting += [(item, (*place, key)) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(item, (*place, at)) for at, item in enumerate(value)]
+    return None
 
 
 def check_model(name: str | None, served: Sequence[str]) -> None:

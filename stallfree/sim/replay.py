@@ -73,7 +73,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         plan = outstanding.popleft()
         failed = {f.id: "as recorded" for f in r.finished if f.reason == "error"} if r.error is None else {}
         tokens, seconds = _sampled(plan, served), r.t_end - r.t_start
-        result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s)
+        result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s, deferred=r.deferred)
         done, dropped = scheduler.complete(plan, result, r.t_end)
         ended += done
         ended += [scheduler.abort(f.id, f.reason) for f in r.finished if f.id in late]

@@ -1,5 +1,7 @@
 """The scheduler's promises, which hold under every policy."""
 
+from dataclasses import replace
+
 import pytest
 
 from stallfree.core import transfer
@@ -325,3 +327,23 @@ def test_a_scored_request_takes_no_cached_prefix_and_small_chunks():
         counts += [w.count for w in plan.work]
         s.complete(plan, answer(plan), 1)
     assert [128, 128, 128, 16] == counts
+
+
+def test_a_deferred_request_gets_its_token_in_a_later_iteration():
+    s = Scheduler(Sarathi(64), Capacity(4, 50, 200))
+    held, free = Request("held", range(16), 6), Request("free", range(50, 60), 6)
+    s.submit(held)
+    s.submit(free)
+    steps = 0
+    while s.ledger.requests:
+        plan = s.schedule(0)
+        result = answer(plan)
+        late = steps % 3 != 2 and any(w.id == "held" and w.samples for w in plan.work)
+        if late:
+            result = replace(result, tokens={id: t for id, t in result.tokens.items() if id != "held"}, deferred=("held",))
+        s.complete(plan, result, 1)
+        s.ledger.check()
+        steps += 1
+    assert list(range(16, 22)) == held.output
+    assert list(range(10, 16)) == free.output
+    assert steps > 12

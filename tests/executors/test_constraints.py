@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 
 from stallfree.core.plan import Plan
-from stallfree.executors.sampling import Rows, Sampling, begin_constraints, of_values, sample, to_values
+from stallfree.executors.sampling import Rows, Sampling, begin_constraints, of_values, ready_rows, sample, to_values
 from tests.executors.test_sampler import rows, work
 
 
 class Even:
     """Allows even tokens that are at least as large as the number of tokens so far; none from 50 on."""
 
-    def __init__(self, size: int = 50):
-        self.size = size
+    def __init__(self, size: int = 50, slow: bool = False):
+        self.size, self.slow = size, slow
         self.begun: list[int] = []
 
     def begin(self, output: Sequence[int]) -> None:
         self.begun.append(len(output))
+
+    def ready(self, wait_s: float) -> bool:
+        return not self.slow
 
     def allowed(self, output: Sequence[int]) -> np.ndarray:
         if len(output) >= 50:
@@ -122,3 +125,8 @@ def test_scores_are_those_of_the_tokens_that_follow():
     row = logits[1].astype(np.float64)
     assert row[3] - np.log(np.exp(row).sum()) == pytest.approx(scores[0].logprob, abs=1e-5)
     assert (1 + int((row > row[3]).sum()), int(row.argmax())) == (scores[0].rank, scores[0].top[0][0])
+
+
+def test_rows_whose_search_goes_on_are_left_out():
+    works = [work(0, None), constrained(1, 3), work(2, Sampling(constraint=Even(slow=True)), 3), work(3, Sampling())]
+    assert [0, 1, 3] == ready_rows(works)

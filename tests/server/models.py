@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stallfree.core.plan import StepResult
 from stallfree.engine.text import Text
-from stallfree.executors.sampling import begin_constraints, sample
+from stallfree.executors.sampling import begin_constraints, ready_rows, sample
 from tests.server.conftest import Executor
 
 END = "<|end|>"
@@ -48,8 +48,10 @@ class Random(Executor):
             np.random.default_rng([w.start + w.count, w.sampling.seed & 2**32 - 1]).normal(0, 2, len(self._favour)) for w in works
         ]
         logits = np.array(rows, np.float32).reshape(len(works), len(self._favour)) + self._favour
-        tokens, details, failed = sample(logits, works)
-        return StepResult(result.step, tokens, result.seconds, details=details, failed=failed)
+        ready = ready_rows(works)
+        tokens, details, failed = sample(logits[ready], [works[row] for row in ready])
+        deferred = {w.id for w in works} - {works[row].id for row in ready}
+        return StepResult(result.step, tokens, result.seconds, details=details, failed=failed, deferred=deferred)
 
 
 class Scripted(Executor):

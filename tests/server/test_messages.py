@@ -1,5 +1,7 @@
 """Anthropic's messages over HTTP, through Anthropic's own SDK."""
 
+import json
+
 import pytest
 from anthropic import Anthropic, AuthenticationError, BadRequestError, NotFoundError
 
@@ -43,7 +45,7 @@ def ask(client, server, script, **fields):
 
 
 def test_an_answer_is_a_text(client, server):
-    whole = ask(client, server, "Hm.\n</think>\n\nSunny.")
+    whole = ask(client, server, "Sunny.")
     assert (["text"], "Sunny.", "end_turn") == ([block.type for block in whole.content], whole.content[0].text, whole.stop_reason)
 
 
@@ -55,18 +57,18 @@ def test_thinking_is_a_block_where_it_is_asked_for(client, server):
 
 
 def test_a_tool_use_is_a_block_and_its_result_goes_on(client, server):
-    whole = ask(client, server, "Hm.\n</think>\n\nI look.\n" + CALL, tools=[TOOL])
+    whole = ask(client, server, "I look.\n" + CALL, tools=[TOOL])
     use = whole.content[-1]
     assert ("tool_use", "weather", {"city": "Rome"}, "tool_use") == (use.type, use.name, use.input, whole.stop_reason)
     result = {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "sunny"}]}
     history = [*USER, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
-    assert "Sunny." == ask(client, server, "Hm.\n</think>\n\nSunny.", messages=history, tools=[TOOL]).content[0].text
+    assert "Sunny." == ask(client, server, "Sunny.", messages=history, tools=[TOOL]).content[0].text
 
 
 def test_stop_sequences_and_limits_are_told(client, server):
-    whole = ask(client, server, "Hm.\n</think>\n\nOne. Two.", stop_sequences=["."])
+    whole = ask(client, server, "One. Two.", stop_sequences=["."])
     assert ("One", "stop_sequence", ".") == (whole.content[0].text, whole.stop_reason, whole.stop_sequence)
-    assert "max_tokens" == ask(client, server, "Hm.\n</think>\n\nOne. Two.", max_tokens=10).stop_reason
+    assert "max_tokens" == ask(client, server, "One. Two.", max_tokens=5).stop_reason
 
 
 def test_a_tool_that_must_be_used_is():
@@ -80,7 +82,7 @@ def test_a_tool_that_must_be_used_is():
 
 def test_tokens_are_counted(client, server):
     count = client.messages.count_tokens(model="toy", messages=USER, system="Be brief.").input_tokens
-    assert len(server.engine.text.encode("<|system|>Be brief.<|end|><|user|>Rome?<|end|><|assistant|><think>\n")) == count
+    assert len(server.engine.text.encode("<|system|>Be brief.<|end|><|user|>Rome?<|end|><|assistant|>")) == count
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_tokens_are_counted(client, server):
     [
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "a message in messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"temperature": 1.5}}, "temperature"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
@@ -108,3 +110,37 @@ def test_a_wrong_key_and_model_have_anthropics_form(server, client):
     assert "authentication_error" == error.value.body["error"]["type"]
     with pytest.raises(NotFoundError):
         client.messages.create(model="other", max_tokens=1, messages=USER)
+
+
+def test_a_model_thinks_only_where_it_is_asked_to(client, server):
+    hidden = {"type": "enabled", "budget_tokens": 99, "display": "omitted"}
+    for script, thinking in (("Sunny.", {"type": "disabled"}), ("Hm.\n</think>\n\nSunny.", hidden)):
+        whole = ask(client, server, script, thinking=thinking)
+        assert [("text", "Sunny.")] == [(block.type, block.text) for block in whole.content]
+
+
+def test_one_call_counts_where_only_one_may(client, server):
+    whole = ask(client, server, CALL + "\n" + CALL, tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert 1 == len(whole.content)
+
+
+def test_arguments_that_no_client_could_read_come_as_they_were_written(client, server):
+    call = '<tool_call>{"name": "weather", "arguments": {"city": NaN, "days": 1e999}}</tool_call>'
+    server.executor.script = call
+    whole = client.messages.create(model="toy", max_tokens=500, messages=USER, tools=[TOOL])
+    assert {"partial": '{"city": NaN, "days": 1e999}'} == whole.content[0].input
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (["text"], "messages[0].content[0]"),
+        ([{"type": "tool_result", "tool_use_id": "c", "content": ["text"]}], "messages[0].content[0].content[0].type"),
+        ([{"type": "text", "text": "\ud800"}], "surrogate"),
+        ([{"type": "tool_result", "tool_use_id": "\ud800", "content": "x"}], "surrogate"),
+    ],
+)
+def test_broken_blocks_are_named(server, content, word):
+    body = json.dumps({"model": "toy", "max_tokens": 5, "messages": [{"role": "user", "content": content}]})
+    answer = server.client.post("/v1/messages", content=body, headers={"x-api-key": "secret"})
+    assert (400, True) == (answer.status_code, word in answer.json()["error"]["message"]), answer.text

@@ -81,3 +81,17 @@ def test_what_is_no_origin_is_refused_by_name(origin):
     with pytest.raises(ValueError) as refused:
         origins.check([SITE, origin])
     assert f"--allow-origin {origin!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "status"), [((), 403), (("https://other.example",), 403), (("https://app.example",), 200), (("*",), 200)]
+)
+def test_what_a_page_of_another_site_sends_is_refused_unless_its_origin_is_allowed(allowed, status):
+    with Server(allow_origins=allowed) as server:
+        headers = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}
+        body = b'{"prompt": "a", "max_tokens": 1}'
+        assert status == server.client.post("/v1/completions", content=body, headers=headers).status_code
+        assert (
+            200
+            == server.client.post("/v1/completions", content=body, headers=headers | {"Sec-Fetch-Site": "same-origin"}).status_code
+        )

@@ -1,5 +1,7 @@
 """Log-probabilities of prompts over HTTP, computed in small chunks, as evaluation harnesses ask for them."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -99,8 +101,25 @@ def test_vllms_list_has_ranks_and_ids(server, path):
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": [7] * 1000, "n": 100, "prompt_logprobs": 20}, "prompt_logprobs"),
     ],
 )
 def test_what_cannot_be_served_is_named(server, fields, param):
     answer = server.post(COMPLETIONS, {"prompt": "ab", **fields})
     assert (400, param) == (answer.status_code, answer.json()["error"]["param"])
+
+
+def test_the_prompt_alone_is_streamed_too(server):
+    body = {"prompt": TEXT, "echo": True, "max_tokens": 0, "stream": True, "stream_options": {"include_usage": True}}
+    with server.client.stream("POST", COMPLETIONS, json=body) as answer:
+        chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert TEXT == "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert 0 == chunks[-1]["usage"]["completion_tokens"]
+
+
+def test_several_scored_prompts_share_the_rows_of_an_iteration(server):
+    Scoring.most_rows = 0
+    body = {"prompt": [[7 + (i * k) % 90 for i in range(300)] for k in range(1, 9)], "echo": True, "logprobs": 0, "max_tokens": 0}
+    choices = server.post(COMPLETIONS, body).json()["choices"]
+    assert [300] * 8 == [len(choice["logprobs"]["tokens"]) for choice in choices]
+    assert Scoring.most_rows <= SCORED_TOKENS + 8

@@ -1,11 +1,21 @@
 """OpenAI's responses over HTTP, through OpenAI's own SDK: its types check every event."""
 
+import json
+
 import pytest
 from openai import BadRequestError, OpenAI
 from pydantic import BaseModel
 
 from tests.server.conftest import Server
 from tests.server.models import HERMES, THINKING, Random, Scripted, chat_text
+
+
+def nested(depth):
+    schema = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
 
 TOOL = {
     "type": "function",
@@ -102,7 +112,7 @@ def test_a_pydantic_model_is_parsed():
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
-        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0]"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
@@ -115,3 +125,34 @@ def test_a_wrong_field_is_named(client, fields, param):
     with pytest.raises(BadRequestError) as error:
         client.responses.create(**{"model": "toy", "input": "Hello", **fields})
     assert param == error.value.param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": [{"role": "user", "content": ["input_text"]}]}, "input[0].content[0].type"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input[0].content"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+        ({"input": [{"role": "user", "content": "\ud800"}]}, "input[0].content"),
+        ({"input": "a", "tools": [TOOL | {"description": "\udc00"}]}, "tools[0].description"),
+        ({"instructions": "x", "input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
+        ({"input": "a", "tools": [TOOL | {"parameters": nested(300)}]}, None),
+    ],
+)
+def test_broken_items_are_named(server, body, param):
+    answer = server.client.post("/v1/responses", content=json.dumps(body))
+    assert (400, param) == (answer.status_code, answer.json()["error"]["param"]), answer.text
+
+
+def test_log_probabilities_cover_every_byte_of_the_message():
+    with Server(text=chat_text(HERMES), executor=Random, max_model_len=4096) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        fields = {"model": "toy", "input": "A city", "max_output_tokens": 60, "top_logprobs": 2, "temperature": 1.9}
+        whole = client.responses.create(**fields, extra_body={"seed": 3})
+        (part,) = whole.output[0].content
+        raw = b"".join(bytes(entry.bytes) for entry in part.logprobs if entry.token != "<|end|>")
+        assert part.text == raw.decode(errors="replace")
+        assert all(2 == len(entry.top_logprobs) for entry in part.logprobs)
+        with client.responses.stream(**fields, extra_body={"seed": 3}) as stream:
+            streamed = stream.get_final_response()
+        assert part.logprobs == streamed.output[0].content[0].logprobs

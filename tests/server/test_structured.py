@@ -3,10 +3,12 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import jsonschema
 import pytest
 
+from stallfree.grammar.constraint import GrammarConstraint
 from tests.server.conftest import Server
 from tests.server.models import Random, chat_text
 from tests.server.test_bad_input import CHAT, COMPLETIONS
@@ -189,7 +191,7 @@ def test_a_schema_that_allows_anything_gives_json(server, value):
 
 
 def test_thousands_of_choices_are_one_choice(server):
-    assert content(server, guided_choice=[f"choice {i}" for i in range(5000)]).startswith("choice ")
+    assert content(server, guided_choice=[f"choice {i}" for i in range(3000)]).startswith("choice ")
 
 
 @pytest.mark.parametrize(
@@ -212,3 +214,19 @@ def test_what_allows_nothing_or_points_elsewhere_says_so(server, fields, says):
 def test_a_template_s_value_may_have_any_name_but_those_of_fields(server, name):
     body = {"messages": MESSAGES, "max_tokens": 2, "chat_template_kwargs": {name: False}}
     assert 200 == server.post(CHAT, body).status_code
+
+
+@pytest.mark.parametrize("grammar", ['main ::= "a"', "root ::= b", 'root ::= "a\\', ""])
+def test_a_grammar_that_is_none_is_a_400(server, grammar):
+    answer = server.post(CHAT, {"messages": MESSAGES, "guided_grammar": grammar})
+    assert (400, "guided_grammar") == (answer.status_code, answer.json()["error"]["param"]), answer.text
+
+
+def test_a_request_whose_search_takes_long_is_deferred_and_gets_the_same_answer(server, monkeypatch):
+    expected = content(server, **schema(PERSON), seed=5)
+    asked = count()
+    ready = GrammarConstraint.ready
+    monkeypatch.setattr(GrammarConstraint, "ready", lambda self, wait_s: next(asked) % 3 == 0 and ready(self, 1.0))
+    assert expected == content(server, **schema(PERSON), seed=5)
+    monkeypatch.undo()
+    server.settled()

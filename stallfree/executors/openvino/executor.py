@@ -19,7 +19,7 @@ from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory
 from stallfree.executors.openvino.graph import INPUTS, build
 from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
-from stallfree.executors.sampling import Rows, begin_constraints, sample
+from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
 
 KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
 CACHED_PRIMITIVES = 500
@@ -98,10 +98,16 @@ class OpenVINOExecutor:
         begin_constraints(work)
         rows = Rows(work)
         logits = self._forward(feed, np.array(rows.rows, np.int32))
-        tokens, details, failed = sample(logits[rows.sampled] if rows.scored else logits, [w for w in work if w.samples])
+        sampling = [w for w in work if w.samples]
+        ready = ready_rows(sampling)
+        deferred = frozenset(w.id for w in sampling) - {sampling[row].id for row in ready} if len(ready) < len(sampling) else ()
+        wanted = [rows.sampled[row] for row in ready]
+        tokens, details, failed = sample(logits[wanted] if rows.scored or deferred else logits, [sampling[row] for row in ready])
         scores = rows.scores(logits)
         seconds = time.perf_counter() - started
-        self._results.append(StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed, scores=scores))
+        self._results.append(
+            StepResult(plan.step, tokens, seconds, details=details, failed=refused | failed, scores=scores, deferred=deferred)
+        )
 
     def collect(self) -> StepResult:
         return self._results.pop(0)

@@ -27,6 +27,7 @@ from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.executors.base import Lost
 from stallfree.executors.checks import sift
+from stallfree.executors.sampling import begin_constraints
 from stallfree.executors.torch import wire, worker
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages
@@ -180,6 +181,7 @@ class ParallelExecutor:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
         work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
         self._refused.append(refused)
+        begin_constraints(work)
         message = wire.of_plan(replace(plan, work=tuple(work)))
         self._bubbles.submitted(time.perf_counter())
         try:

@@ -6,7 +6,7 @@ It keeps KV tensors, and of requests only the tokens sampled last.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from stallfree.checkpoint import Checkpoint
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.checks import sift
-from stallfree.executors.sampling import Rows, Scores, begin_constraints
+from stallfree.executors.sampling import Rows, Scores, begin_constraints, ready_rows
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Options, Runner, layout, use_threads
@@ -40,7 +40,7 @@ class TorchExecutor:
         self.capacity, self._vocab_size = self._runner.capacity, checkpoint.config.vocab_size
         if options.device == "cuda" if overlap is None else overlap:
             self.capacity = replace(self.capacity, depth=2, overlap=True)
-        self._out: deque[tuple[int, float, Draw, dict[str, str], Scores]] = deque()
+        self._out: deque[tuple[int, float, Draw, dict[str, str], Scores, Collection[str]]] = deque()
         self._last: Draw | None = None
         self._ended = 0.0
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
@@ -58,18 +58,24 @@ class TorchExecutor:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
             rows = Rows(work)
             logits = self._runner.run(work, rows.rows, ahead=ahead)
-            self._last = Draw(logits[rows.sampled] if rows.scored else logits, [w for w in work if w.samples])
+            sampling = [w for w in work if w.samples]
+            ready = ready_rows(sampling)
+            deferred = frozenset(w.id for w in sampling) - {sampling[row].id for row in ready} if len(ready) < len(sampling) else ()
+            own = logits[[rows.sampled[row] for row in ready]] if rows.scored or deferred else logits
+            self._last = Draw(own, [sampling[row] for row in ready])
             scores = rows.scores(logits.cpu().numpy()) if rows.scored else {}
         except torch.OutOfMemoryError:
             raise MemoryError(OUT_OF_MEMORY) from None
-        self._out.append((plan.step, started, self._last, refused, scores))
+        self._out.append((plan.step, started, self._last, refused, scores, deferred))
 
     def collect(self) -> StepResult:
-        step, started, draw, refused, scores = self._out.popleft()
+        step, started, draw, refused, scores, deferred = self._out.popleft()
         tokens, details, failed = draw.result
         # The plan began when it was submitted, or when the plan before it had ended.
         began, self._ended = max(started, self._ended), time.perf_counter()
-        return StepResult(step, tokens, self._ended - began, details=details, failed=refused | failed, scores=scores)
+        return StepResult(
+            step, tokens, self._ended - began, details=details, failed=refused | failed, scores=scores, deferred=deferred
+        )
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""

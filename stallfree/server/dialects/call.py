@@ -46,22 +46,22 @@ class Offsets:
 
 
 class Choice:
-    """One request of a call. `parser`: finds the parts of its text; None: all of it is content.
-    `call_ids`: of the tool calls that it has made. `scores`: of the prompt's tokens but the first, if they are wanted.
-    `echoes_scores`, `shows_scores`: whether they come with the echoed prompt, and in a list of their own. `is_echo`: the answer is
-    the prompt alone, though the engine samples a token."""
+    """One request of a call. `parser`: finds the parts of its text; None: all of it is content. `call_ids`: of the tool calls that
+    it has made. `scores`: of the prompt's tokens but the first, if they are wanted. `echoes_scores`, `shows_scores`: whether they
+    come with the echoed prompt, and in a list of their own. `is_echo`: the answer is the prompt alone, though the engine samples a
+    token. `hides_reasoning`: the client does not want it. `parallel`: more than one call counts."""
 
     __slots__ = (
-        "_hides_reasoning", "call_ids", "echo", "echoes_scores", "index", "is_echo", "offsets", "parser", "request",
+        "call_ids", "echo", "echoes_scores", "hides_reasoning", "index", "is_echo", "offsets", "parallel", "parser", "request",
         "scores", "shows_scores",
     )  # fmt: skip
 
-    def __init__(self, index: int, request: Request, echo: str = "", parser: Parser | None = None, hides_reasoning: bool = False):
+    def __init__(self, index: int, request: Request, echo: str = "", parser: Parser | None = None):
         self.index = index
         self.request = request
         self.echo = echo
         self.parser = parser
-        self._hides_reasoning = hides_reasoning
+        self.hides_reasoning, self.parallel = False, True
         self.call_ids: list[str] = []
         self.scores: Sequence[object] = ()
         self.is_echo = self.echoes_scores = self.shows_scores = False
@@ -74,9 +74,11 @@ class Choice:
         pieces = self.parser.push(output.text) if output.text else []
         if output.finish_reason is not None:
             pieces += self.parser.end()
+        if not self.parallel:
+            pieces = [piece for piece in pieces if not isinstance(piece, CallStart | CallArguments) or piece.index == 0]
         self.call_ids += [f"call_{secrets.token_hex(CALL_ID_BYTES)}" for piece in pieces if isinstance(piece, CallStart)]
-        if self._hides_reasoning:
-            return [piece for piece in pieces if not isinstance(piece, Reasoning)]
+        if self.hides_reasoning:
+            pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return pieces
 
     def finish_reason(self, output: Output) -> str:

@@ -76,7 +76,7 @@ class Chunked(Call):
     def events(self, choice: Choice, output: Output) -> str:
         deltas = self.deltas(choice, output)
         logprobs = "null"
-        if output.details is not None:
+        if output.details is not None and not choice.is_echo:
             logprobs = self._columns([self.logprobs(choice, output)])
             deltas = deltas or [self.nothing]
         events = "".join(self._chunk(choice, members, "null" if at else logprobs) for at, members in enumerate(deltas))

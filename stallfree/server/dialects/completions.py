@@ -29,7 +29,7 @@ class Completions(Chunked):
         return _text(choice.echo) if choice.echo else None
 
     def deltas(self, choice: Choice, output: Output) -> list[str]:
-        return [_text(output.text)] if output.text else []
+        return [_text(output.text)] if output.text and not choice.is_echo else []
 
     async def of_prompt(self, choice: Choice) -> list[Columns]:
         if not choice.echoes_scores:

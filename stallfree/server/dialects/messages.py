@@ -5,7 +5,8 @@ requests.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -134,13 +135,13 @@ class CountRequest(Body):
 
     def _fields(self) -> dict[str, Any]:
         choice, thinking, output = self.tool_choice, self.thinking, self.output_config or OutputConfig()
-        values = None if thinking is None else {"enable_thinking": thinking.type != "disabled"}
+        thinks = thinking is not None and thinking.type != "disabled"  # as in Anthropic's API, a request has to ask for it
         fields: dict[str, Any] = {
             "model": self.model,
             "messages": _messages(self),
             "tools": [_tool(tool) for tool in self.tools or ()],
-            "chat_template_kwargs": values,
-            "include_reasoning": thinking is not None and thinking.display != "omitted",
+            "chat_template_kwargs": {"enable_thinking": thinks},
+            "include_reasoning": thinks and thinking is not None and thinking.display != "omitted",
             "reasoning_effort": {"max": "xhigh"}.get(output.effort or "", output.effort),
             "max_reasoning_tokens": None if thinking is None else thinking.budget_tokens,
         }
@@ -234,7 +235,8 @@ def _assistant(where: str, blocks: list[dict[str, Any]]) -> Message:
                 function = FunctionCall(name=_member(place, block, "name"), arguments=arguments)
                 calls.append(ToolCall(id=_member(place, block, "id"), function=function))
             case "thinking":
-                message.reasoning_content = _member(place, block, "thinking")
+                thought = _member(place, block, "thinking")
+                message.reasoning_content = "\n".join(filter(None, [message.reasoning_content, thought]))
             case "redacted_thinking":
                 pass
             case _:
@@ -253,7 +255,7 @@ def _texts(where: str, content: Any) -> list[Part]:
 
 def _part(where: str, block: Any) -> Part:
     kind = block.get("type") if isinstance(block, dict) else block
-    if kind != "text":
+    if not isinstance(block, dict) or kind != "text":
         raise ApiError(400, f"{where}.type is {shown(kind)}; this server takes text only", param=f"{where}.type")
     return Part(type="text", text=_member(where, block, "text"))
 
@@ -267,14 +269,21 @@ def _member(where: str, block: dict[str, Any], name: str) -> str:
 
 class Messages(Call):
     prefix, operation = "msg_", "messages"
+    fields: ClassVar[Mapping[str, str]] = {
+        "messages": "messages",
+        "response_format": "output_config.format",
+        "max_reasoning_tokens": "thinking.budget_tokens",
+    }
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self._blocks: list[dict[str, Any]] = []
         self._texts: list[str] = []
+        self._silent = False
         self._last: tuple[str, str | None] | None = None
 
     def take(self, choice: Choice, output: Output) -> None:
+        self._silent = True
         self.events(choice, output)
 
     async def joined(self) -> bytes:
@@ -365,12 +374,14 @@ class Messages(Call):
         }
 
     def _event(self, name: str, **values: Any) -> str:
-        return event({"type": name, **values}, name)
+        return "" if self._silent else event({"type": name, **values}, name)
 
 
 def _values(text: str) -> Any:
     """A call's arguments as values. Those of an answer that was cut off are no JSON: then they are in `partial`, as written."""
     try:
-        return json.loads(text or "{}")
+        values = json.loads(text or "{}")
+        json.dumps(values, allow_nan=False)  # NaN and 1e999 are no JSON
     except (ValueError, RecursionError):
         return {"partial": text}
+    return values

@@ -191,6 +191,8 @@ def _messages(body: ResponsesRequest) -> list[Message]:
         return [*messages, Message(role="user", content=body.input)]
     for index, item in enumerate(body.input):
         _add(messages, path("input", index), item)
+    if not messages:
+        raise ApiError(400, "input has no message, call or result; give what the model should answer", param="input")
     return messages
 
 
@@ -223,6 +225,8 @@ def _add(messages: list[Message], where: str, item: dict[str, Any]) -> None:
             messages.append(Message(role="tool", content=content, tool_call_id=_text(where, item, "call_id")))
         case "reasoning":
             parts = item.get("content") or item.get("summary") or []
+            if not isinstance(parts, list):
+                raise ApiError(400, f"{where}.content is {shown(parts)}; it must be a list of parts", param=f"{where}.content")
             text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
             if text:
                 _assistant(messages).reasoning_content = text
@@ -253,7 +257,7 @@ def _content(where: str, content: Any) -> str | list[Part]:
     parts = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in TEXT_PARTS:
+        if not isinstance(part, dict) or kind not in TEXT_PARTS:
             place = f"{where}.content[{at}].type"
             raise ApiError(400, f"{place} is {shown(kind)}; this server takes text only (input_text, output_text)", param=place)
         name = "refusal" if kind == "refusal" else "text"
@@ -275,7 +279,7 @@ class _Item:
     def __init__(self, kind: str, index: int, id: str, call: tuple[str, str] = ("", "")):
         self.kind, self.index, self.id, self.call = kind, index, id, call
         self.texts: list[str] = []
-        self.logprobs: list[dict[str, Any]] = []
+        self.logprobs: list[str] = []
 
     def values(self, status: str) -> dict[str, Any]:
         text = "".join(self.texts)
@@ -289,7 +293,7 @@ class _Item:
         text = "" if empty else "".join(self.texts)
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": [] if empty else self.logprobs}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 class Responses(Call):
@@ -305,22 +309,26 @@ class Responses(Call):
         self._number = 0
         self._finish: str | None = None
         self._reasoning_tokens = 0
+        self._entries: list[str] = []
+        self._silent = False
 
     def take(self, choice: Choice, output: Output) -> None:
+        self._silent = True
         self.events(choice, output)
 
     async def joined(self) -> bytes:
-        return json.dumps(self._response(self._status())).encode()
+        return self._written(self._response(self._status())).encode()
 
     def opening(self) -> str:
         response = self._response("in_progress")
         return self._event("response.created", response=response) + self._event("response.in_progress", response=response)
 
     def events(self, choice: Choice, output: Output) -> str:
-        logprobs = [] if output.details is None else [self._entry(output)]
+        if output.details is not None:
+            self._entries.append(json.dumps(self._entry(output)))
         events = ""
         for piece in choice.pieces(output):
-            events += self._add(choice, piece, logprobs)
+            events += self._add(choice, piece)
         if self._items and self._items[-1].kind == "reasoning":
             self._reasoning_tokens += len(output.tokens)
         if output.finish_reason is not None:
@@ -330,13 +338,14 @@ class Responses(Call):
 
     def ending(self) -> str:
         status = self._status()
-        return self._event(f"response.{status}", response=self._response(status))
+        last = {"type": f"response.{status}", "sequence_number": self._number, "response": self._response(status)}
+        return event(self._written(last), f"response.{status}")
 
     def failure(self, error: ApiError) -> str:
         response = self._response("failed") | {"error": {"code": "server_error", "message": error.message}}
         return self._event("response.failed", response=response)
 
-    def _add(self, choice: Choice, piece: Piece, logprobs: list[dict[str, Any]]) -> str:
+    def _add(self, choice: Choice, piece: Piece) -> str:
         kind = {Content: "message", CallStart: "function_call", CallArguments: "function_call"}.get(type(piece), "reasoning")
         events = ""
         if not self._items or self._items[-1].kind != kind or isinstance(piece, CallStart):
@@ -349,10 +358,12 @@ class Responses(Call):
         place: dict[str, Any] = {"item_id": item.id, "output_index": item.index, "delta": piece.text}
         if kind != "function_call":
             place["content_index"] = 0
-        if kind == "message":
-            item.logprobs += logprobs
-            place["logprobs"] = logprobs
-        return events + self._event(DELTAS[kind], **place)
+        if kind != "message":
+            self._entries.clear()  # only a message has log-probabilities
+            return events + self._event(DELTAS[kind], **place)
+        entries, self._entries = self._entries, []
+        item.logprobs += entries
+        return events + self._event(DELTAS[kind], **place, logprobs=[json.loads(entry) for entry in entries])
 
     def _open(self, kind: str, call: tuple[str, str]) -> str:
         index = len(self._items)
@@ -376,7 +387,8 @@ class Responses(Call):
         else:
             place["content_index"] = 0
             if item.kind == "message":
-                events = self._event("response.output_text.done", **place, text=text, logprobs=item.logprobs)
+                item.logprobs += self._entries
+                events = self._event("response.output_text.done", **place, text=text, logprobs=[])
             else:
                 events = self._event("response.reasoning_text.done", **place, text=text)
             events += self._event("response.content_part.done", **place, part=item.part())
@@ -418,6 +430,17 @@ class Responses(Call):
             entries.append({"token": piece.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(piece)})
         return entries[0] | {"top_logprobs": entries[1:]}
 
+    def _written(self, values: dict[str, Any]) -> str:
+        """The JSON of the last event or of the whole answer, with the log-probabilities, which are JSON already."""
+        text = json.dumps(values)
+        for item in self._items:
+            if item.logprobs:
+                head, mark, tail = text.partition('"logprobs": []')
+                text = f'{head}"logprobs": [{", ".join(item.logprobs)}]{tail}' if mark else text
+        return text
+
     def _event(self, kind: str, **values: Any) -> str:
+        if self._silent:
+            return ""
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **values}, kind)
