@@ -29,7 +29,7 @@ ALLOWED = {
         {"core", "checkpoint", "engine", "metrics", "perf", "policies", "sim", "vllm"},
         {"prometheus_client", "torch", "vllm"},
     ),
-    "grammar": ({"engine", "grammar", "parsers", "processes"}, {"llguidance", "numpy"}),
+    "grammar": ({"engine", "executors", "grammar", "parsers", "processes"}, {"llguidance", "numpy"}),
     "server": (
         {"core", "engine", "executors", "grammar", "parsers", "transfer", "metrics", "processes", "server"},
         {"aiohttp", "fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "ray", "starlette", "uvicorn"},

@@ -55,13 +55,14 @@ class Constraint(Protocol):
         """Begin to find out what may follow `output` (token ids), in another thread, while the model runs. May be left out."""
 
     def ready(self, wait_s: float) -> bool:
-        """Whether the answer of `allowed` is there. Waits for at most `wait_s` seconds."""
+        """Whether the answer of `mask` is there. Waits for at most `wait_s` seconds."""
 
-    def allowed(self, output: Sequence[int]) -> np.ndarray | None:
-        """Whether each token may follow `output`: bool, one for each logit; None if any may. Raises ValueError if none may."""
+    def mask(self, output: Sequence[int]) -> np.ndarray | None:
+        """What is added to each logit after `output`: float32, 0 for tokens that may follow, -inf for others; None if any may
+        follow. Raises ValueError if none may."""
 
 
-class Mask:
+class Fixed:
     """A constraint for one position, which another process has found out: `bits`, one for each logit, the lowest of a byte first;
     or `error`, the reason why no token may come."""
 
@@ -74,10 +75,10 @@ class Mask:
     def ready(self, wait_s: float) -> bool:
         return True
 
-    def allowed(self, output: Sequence[int]) -> np.ndarray:
+    def mask(self, output: Sequence[int]) -> np.ndarray:
         if self._error:
             raise ValueError(self._error)
-        return np.unpackbits(np.frombuffer(self._bits, np.uint8), bitorder="little").view(bool)
+        return mask_of(self._bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,10 @@ def to_values(sampling: Sampling, output: Sequence[int] = ()) -> dict[str, Any]:
 
 def _of_constraint(constraint: Constraint | None, output: Sequence[int]) -> dict[str, Any]:
     try:
-        allowed = None if constraint is None else constraint.allowed(output)
+        mask = None if constraint is None else constraint.mask(output)
     except ValueError as error:
         return {"allowed": ["", str(error)]}
-    return {} if allowed is None else {"allowed": [np.packbits(allowed, bitorder="little").tobytes().hex(), ""]}
+    return {} if mask is None else {"allowed": [np.packbits(mask == 0, bitorder="little").tobytes().hex(), ""]}
 
 
 def of_values(values: Mapping[str, Any]) -> Sampling:
@@ -184,11 +185,11 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
         raise ValueError(f"these values are not a sampling: {error}") from None
 
 
-def _to_constraint(values: Any) -> Mask | None:
+def _to_constraint(values: Any) -> Fixed | None:
     if values is None:
         return None
     bits, error = values
-    return Mask(bytes.fromhex(bits), str(error))
+    return Fixed(bytes.fromhex(bits), str(error))
 
 
 class Score(NamedTuple):
@@ -419,19 +420,25 @@ def _adjusted(row: np.ndarray, work: Work, sampling: Sampling) -> np.ndarray:
     if out.size and (sampling.presence_penalty or sampling.frequency_penalty):
         seen, counts = np.unique(out, return_counts=True)
         row[seen] -= (sampling.presence_penalty + sampling.frequency_penalty * counts).astype(np.float32)
-    allowed = allowed_after(output, sampling, len(row))
-    if allowed is not None:
-        row[~allowed] = -np.inf
-    if len(output) < sampling.min_tokens and (allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[stops])):
+    mask = mask_after(output, sampling, len(row))
+    if mask is not None:
+        row += mask
+    if len(output) < sampling.min_tokens and (mask is None or np.count_nonzero(mask == 0) > np.count_nonzero(mask[stops] == 0)):
         row[stops] = -np.inf
     return row
 
 
-def allowed_after(output: Sequence[int], sampling: Sampling, vocab_size: int) -> np.ndarray | None:
-    """Whether each of `vocab_size` tokens may follow `output`, by the constraint alone; None if any may. Raises ValueError if none
-    may."""
-    allowed = None if sampling.constraint is None else sampling.constraint.allowed(output)
-    return None if allowed is None else allowed[:vocab_size]
+def mask_after(output: Sequence[int], sampling: Sampling, vocab_size: int) -> np.ndarray | None:
+    """What a constraint adds to each of `vocab_size` logits after `output`; None without one. Raises ValueError if no token may
+    follow."""
+    mask = None if sampling.constraint is None else sampling.constraint.mask(output)
+    return None if mask is None else mask[:vocab_size]
+
+
+def mask_of(bits: bytes) -> np.ndarray:
+    """The mask from a bit for each token, the lowest of a byte first: float32, 0 where the bit is set, else -inf."""
+    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(bool)
+    return np.where(allowed, np.float32(0), np.float32(-np.inf))
 
 
 def _largest(row: np.ndarray, k: int) -> np.ndarray:

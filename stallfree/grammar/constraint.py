@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, wait
 import numpy as np
 from llguidance import LLMatcher
 
+from stallfree.executors.sampling import mask_of
 from stallfree.grammar.sources import Grammar
 
 MOST_WAIT_S = 0.25
@@ -34,7 +35,7 @@ class GrammarConstraint:
     def begin(self, output: Sequence[int]) -> None:
         """See `Constraint`. A search that has begun for as many tokens goes on."""
         if self._search is None or self._search[0] != len(output):
-            self._search = len(output), time.monotonic(), self._threads.submit(self._allowed, output, len(output))
+            self._search = len(output), time.monotonic(), self._threads.submit(self._find, output, len(output))
 
     def ready(self, wait_s: float) -> bool:
         """See `Constraint`."""
@@ -43,7 +44,7 @@ class GrammarConstraint:
         _, began, search = self._search
         return bool(wait([search], wait_s).done) or time.monotonic() - began > HOPELESS_S
 
-    def allowed(self, output: Sequence[int]) -> np.ndarray | None:
+    def mask(self, output: Sequence[int]) -> np.ndarray | None:
         """See `Constraint`. Raises ValueError also if the search does not end in time."""
         self.begin(output)
         assert self._search is not None
@@ -56,8 +57,8 @@ class GrammarConstraint:
                 f"its grammar takes more than {seconds:.2g} s to say what may follow {len(output)} tokens; make it simpler"
             ) from None
 
-    def _allowed(self, output: Sequence[int], length: int) -> np.ndarray | None:
-        """`allowed`, in the searching thread."""
+    def _find(self, output: Sequence[int], length: int) -> np.ndarray | None:
+        """`mask`, in the searching thread."""
         matcher = self._matcher = self._matcher or self._compiled.deep_copy()
         if length < self._consumed:
             matcher.reset()
@@ -73,10 +74,9 @@ class GrammarConstraint:
         bits = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
             raise ValueError(f"its grammar cannot go on after {length} tokens: {reason(matcher.get_error())}")
-        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._vocab_size].view(bool)
-        if not allowed.any():
+        if not any(bits):
             raise ValueError(f"its grammar allows no token of this model after {length} tokens")
-        return allowed
+        return mask_of(bits)[: self._vocab_size]
 
 
 def _complete(matcher: LLMatcher) -> bool:

@@ -23,11 +23,11 @@ class Even:
     def ready(self, wait_s: float) -> bool:
         return not self.slow
 
-    def allowed(self, output: Sequence[int]) -> np.ndarray:
+    def mask(self, output: Sequence[int]) -> np.ndarray:
         if len(output) >= 50:
             raise ValueError("nothing may follow")
         tokens = np.arange(self.size)
-        return (tokens % 2 == 0) & (tokens >= len(output))
+        return np.where((tokens % 2 == 0) & (tokens >= len(output)), 0, -np.inf).astype(np.float32)
 
 
 def constrained(row: int, position: int, **more: object):
@@ -51,7 +51,7 @@ def test_only_allowed_tokens_are_sampled(how):
 def test_the_largest_allowed_logit_wins_if_greedy():
     logits = rows(1)
     ((token,),) = sample(logits, [constrained(0, 10, temperature=0.0)])[0].values()
-    allowed = np.flatnonzero(Even().allowed([3] * 10))
+    allowed = np.flatnonzero(Even().mask([3] * 10) == 0)
     assert allowed[logits[0][allowed].argmax()] == token
 
 

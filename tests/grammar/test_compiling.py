@@ -65,8 +65,8 @@ def test_the_constraint_follows_the_output():
     (end,) = TEXT.eos_ids
 
     def letters(output):
-        allowed = constraint._allowed(output, len(output))
-        return {letter for letter, id in ids.items() if allowed[id]} | ({"end"} if allowed[end] else set())
+        mask = constraint._find(output, len(output))
+        return {letter for letter, id in ids.items() if mask[id] == 0} | ({"end"} if mask[end] == 0 else set())
 
     assert {"a"} == letters([])
     assert {"b", "c"} == letters([ids["a"]])

@@ -256,10 +256,17 @@ def test_what_a_router_does_not_wait_for_ends_in_an_error(stream):
     with Server() as server, Route(server.url) as route:
         server.executor.gate.clear()
         body = {"prompt": "a", "max_tokens": 9, "stream": stream}
-        answers = []
-        thread = threading.Thread(target=lambda: answers.append(route.client.post(COMPLETIONS, json=body)))
+        answers, began = [], threading.Event()
+
+        def ask():
+            with route.client.stream("POST", COMPLETIONS, json=body) as answer:
+                began.set()
+                answer.read()
+                answers.append(answer)
+
+        thread = threading.Thread(target=ask)
         thread.start()
-        until(lambda: server.engine.scheduler.ledger.running)
+        until(lambda: server.engine.scheduler.ledger.running and (began.is_set() or not stream))
         asyncio.run_coroutine_threadsafe(route.router.close(0), route.loop).result()
         thread.join()
         error = events(answers[0].text)[-1]["error"] if stream else answers[0].json()["error"]

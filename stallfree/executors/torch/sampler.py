@@ -17,7 +17,7 @@ from stallfree.executors.sampling import (
     GREEDY,
     Sampling,
     TokenLogprob,
-    allowed_after,
+    mask_after,
     no_token,
     not_finite,
     sampled_before,
@@ -84,18 +84,17 @@ class Draw:
         for place, work in enumerate(self._on_device):
             if isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
                 try:
-                    allowed = allowed_after(sampled_before(work), work.sampling, rows.shape[-1])
+                    mask = mask_after(sampled_before(work), work.sampling, rows.shape[-1])
                 except ValueError as error:
                     self._refused[work.id] = no_token(error)
-                    allowed = np.zeros(rows.shape[-1], bool)
-                if allowed is not None:
+                    mask = np.full(rows.shape[-1], -inf, np.float32)
+                if mask is not None:
                     places.append(place)
-                    masks.append(allowed)
+                    masks.append(mask)
         if not places:
             return rows
         at = upload(places, self._device)
-        allowed_rows = torch.from_numpy(np.stack(masks)).to(self._device)
-        return rows.index_copy(0, at, rows[at].masked_fill(~allowed_rows, -inf))
+        return rows.index_copy(0, at, rows[at] + torch.from_numpy(np.stack(masks)).to(self._device))
 
     def tokens(self, ids: Sequence[str]) -> torch.Tensor:
         """The tokens of these requests [ids], on the device. Waits only if one is sampled on the host. 0 for a request that has no

@@ -41,7 +41,7 @@ async function watch(show) {
     }
     const about = await response.json();
     if (about.run !== run) {
-      const again = run !== null; // another server: what was asked for was behind a step of the old one
+      const again = run !== null; // another server: the steps that were asked for follow one of the old server
       run = about.run;
       since = -1;
       rows = [];
