@@ -21,7 +21,7 @@ START_S = 60.0
 
 
 def step_back() -> None:
-    """Lower this process's priority. For a helper whose work may wait."""
+    """Lower the priority of this process; on Linux, that of this thread alone. For work that may wait."""
     with suppress(OSError):
         os.nice(NICE)
 

@@ -63,7 +63,7 @@ class Grammars:
         self._helpers: list[Helper] = []
         self._free: asyncio.Queue[Helper] = asyncio.Queue()
         self._starting = asyncio.Lock()
-        self._compiling = ThreadPoolExecutor(PROCESSES + 1, "grammar")
+        self._compiling = ThreadPoolExecutor(PROCESSES + 1, "grammar", step_back)
         self._searching = ThreadPoolExecutor(SEARCHES, "tokens")
 
     def start(self) -> None:
