@@ -228,7 +228,7 @@ def serve_simulated() -> None:
     service = Service(assembled.engine, "simulated", policy="sarathi")
     sock = bind("127.0.0.1", 0)
     print(json.dumps({"url": f"http://{address(*sock.getsockname()[:2])}"}), flush=True)
-    service.reader.start()
+    service.start_helpers()
     run(create_app(service), service.thread, sock, drain_timeout_s=0)
 
 

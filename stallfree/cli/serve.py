@@ -111,8 +111,7 @@ def serve(
                 service.serve(peer_sock, terms, peering.peer_key)
         url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
         _print_card(_card(assembled, service, peering, url, peer_sock), as_json)
-        service.reader.start()
-        service.grammars.start()
+        service.start_helpers()
         app = create_app(service, keys=keys, allow_origins=origins, log_requests=logging.log_requests)
         run(app, service.thread, sock, drain_timeout_s=drain_timeout, tls=tls)
     if service.thread.failure is not None:

@@ -73,19 +73,9 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
     """
     body = query.body
     n = 1 if body.n is None else body.n
-    if body.best_of is not None and body.best_of != n:
-        raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options is for streams only; set stream to true", param="stream_options")
-    max_tokens, field = _max_tokens(body)
-    if max_tokens == 0 and not (isinstance(body, CompletionRequest) and body.echo):
-        raise ApiError(400, "max_tokens is 0; only with echo may an answer have no token", param="max_tokens")
+    max_tokens, _ = _max_tokens(body)
     min_tokens = body.min_tokens or 0
-    if max_tokens is not None and min_tokens > max_tokens:
-        raise ApiError(400, f"min_tokens ({min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
-    if query.grammar is not None and not query.grammar.opens and body.ignore_eos:
-        message = f"ignore_eos and {query.grammar.field} contradict each other: a complete answer must end; leave ignore_eos out"
-        raise ApiError(400, message, param="ignore_eos")
+    _check(query, n)
     check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
     stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
     fields = {
@@ -95,15 +85,6 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
     }
     fields |= {"logit_bias": query.bias, "logprobs": _logprobs(body), "prompt_logprobs": prompt_logprobs(body)}
     fields |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
-    alternatives = fields["prompt_logprobs"]
-    if alternatives is not None:
-        number = sum(len(prompt) for prompt, _ in query.prompts) * n * (alternatives + 1)
-        if number > MOST_SCORES:
-            field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
-            message = (
-                f"{field}: the prompts would have {number:,} log-probabilities, and at most {MOST_SCORES:,} are served at once"
-            )
-            raise ApiError(400, message, param=field)
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
     arrival = engine.clock()
@@ -130,6 +111,30 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
                 )
             )
     return requests
+
+
+def _check(query: Query, n: int) -> None:
+    """Raises ApiError for fields that contradict each other, and for too many log-probabilities of prompts."""
+    body = query.body
+    if body.best_of is not None and body.best_of != n:
+        raise ApiError(400, f"best_of is {body.best_of}; it is supported only as equal to n ({n})", param="best_of")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams only; set stream to true", param="stream_options")
+    max_tokens, field = _max_tokens(body)
+    if max_tokens == 0 and not (isinstance(body, CompletionRequest) and body.echo):
+        raise ApiError(400, "max_tokens is 0; only with echo may an answer have no token", param="max_tokens")
+    if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+        raise ApiError(400, f"min_tokens ({body.min_tokens}) is more than {field} ({max_tokens})", param="min_tokens")
+    if query.grammar is not None and not query.grammar.opens and body.ignore_eos:
+        message = f"ignore_eos and {query.grammar.field} contradict each other: a complete answer must end; leave ignore_eos out"
+        raise ApiError(400, message, param="ignore_eos")
+    alternatives = prompt_logprobs(body)
+    if alternatives is not None:
+        number = sum(len(prompt) for prompt, _ in query.prompts) * n * (alternatives + 1)
+        if number > MOST_SCORES:
+            field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            most = f"at most {MOST_SCORES:,} are served at once"
+            raise ApiError(400, f"{field}: the prompts would have {number:,} log-probabilities, and {most}", param=field)
 
 
 def reading(query: Query) -> Reading:

@@ -81,11 +81,9 @@ def application(
             sanitize_control_tokens=sanitize_control_tokens,
             aliases=served_as[1:],
         )
-        service.reader.start()
-        service.grammars.start()
-        utilisation = Utilisation(assembled.engine.clock)
-        service.observers.append(utilisation.record)
-        parts.update(service=service, utilisation=utilisation, slo=assembled.slo)
+        service.start_helpers()
+        parts.update(service=service, utilisation=Utilisation(assembled.engine.clock), slo=assembled.slo)
+        service.observers.append(parts["utilisation"].record)
         return create_app(service, keys=keys)
 
     class Replica:

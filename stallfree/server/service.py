@@ -89,6 +89,12 @@ class Service:
         """Compute prompts for the engines that connect to `sock`."""
         self.serving = Serving(self.thread, terms, sock, key)
 
+    def start_helpers(self) -> None:
+        """Start the processes that read large bodies and try grammars. Without this call, the first of these requests waits for
+        them."""
+        self.reader.start()
+        self.grammars.start()
+
     def start(self) -> None:
         """Start the engine, its watchdog and the transfers. Call it in the event loop that serves."""
         self.thread.start()
