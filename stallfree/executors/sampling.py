@@ -269,19 +269,20 @@ def begin_constraints(works: Iterable[Work]) -> None:
             work.sampling.constraint.begin(sampled_before(work))
 
 
-def ready_rows(works: Sequence[Work]) -> list[int]:
-    """Which of `works`, which all sample, can have their token now: after at most `GRACE_S` those whose constraint is not ready are
-    left out. For an executor, after it has run the model."""
+def ready_rows(works: Sequence[Work]) -> tuple[list[int], frozenset[str]]:
+    """Which of `works`, which all sample, can have their token now, and the ids of the others: after at most `GRACE_S` those whose
+    constraint is not ready are left out. For an executor, after it has run the model."""
     end = None
-    rows = []
+    rows, deferred = [], set()
     for row, work in enumerate(works):
         if isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
             now = time.monotonic()
             end = now + GRACE_S if end is None else end
             if not work.sampling.constraint.ready(max(0.0, end - now)):
+                deferred.add(work.id)
                 continue
         rows.append(row)
-    return rows
+    return rows, frozenset(deferred)
 
 
 def sampled_before(work: Work) -> Sequence[int]:

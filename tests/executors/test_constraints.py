@@ -129,4 +129,4 @@ def test_scores_are_those_of_the_tokens_that_follow():
 
 def test_rows_whose_search_goes_on_are_left_out():
     works = [work(0, None), constrained(1, 3), work(2, Sampling(constraint=Even(slow=True)), 3), work(3, Sampling())]
-    assert [0, 1, 3] == ready_rows(works)
+    assert ([0, 1, 3], {"2"}) == ready_rows(works)

@@ -48,9 +48,8 @@ class Random(Executor):
             np.random.default_rng([w.start + w.count, w.sampling.seed & 2**32 - 1]).normal(0, 2, len(self._favour)) for w in works
         ]
         logits = np.array(rows, np.float32).reshape(len(works), len(self._favour)) + self._favour
-        ready = ready_rows(works)
+        ready, deferred = ready_rows(works)
         tokens, details, failed = sample(logits[ready], [works[row] for row in ready])
-        deferred = {w.id for w in works} - {works[row].id for row in ready}
         return StepResult(result.step, tokens, result.seconds, details=details, failed=failed, deferred=deferred)
 
 

@@ -99,8 +99,7 @@ class OpenVINOExecutor:
         rows = Rows(work)
         logits = self._forward(feed, np.array(rows.rows, np.int32))
         sampling = [w for w in work if w.samples]
-        ready = ready_rows(sampling)
-        deferred = frozenset(w.id for w in sampling) - {sampling[row].id for row in ready} if len(ready) < len(sampling) else ()
+        ready, deferred = ready_rows(sampling)
         wanted = [rows.sampled[row] for row in ready]
         tokens, details, failed = sample(logits[wanted] if rows.scored or deferred else logits, [sampling[row] for row in ready])
         scores = rows.scores(logits)

@@ -59,8 +59,7 @@ class TorchExecutor:
             rows = Rows(work)
             logits = self._runner.run(work, rows.rows, ahead=ahead)
             sampling = [w for w in work if w.samples]
-            ready = ready_rows(sampling)
-            deferred = frozenset(w.id for w in sampling) - {sampling[row].id for row in ready} if len(ready) < len(sampling) else ()
+            ready, deferred = ready_rows(sampling)
             own = logits[[rows.sampled[row] for row in ready]] if rows.scored or deferred else logits
             self._last = Draw(own, [sampling[row] for row in ready])
             scores = rows.scores(logits.cpu().numpy()) if rows.scored else {}
