@@ -31,7 +31,9 @@ class Machinery:
     def __init__(self, capacity: Capacity, seed: int):
         self.capacity = capacity
         self.now = 1000.0
-        self._random = random.Random(seed)
+        self._random, self._odd = random.Random(seed), random.Random(seed)
+        self.constrained: set[str] = set()
+        """Requests that are now and then deferred."""
         self._cost = Fitted(COST)
         self._plans = []
 
@@ -48,9 +50,11 @@ class Machinery:
         luck = self._random.random()
         if luck < 0.004:
             raise RuntimeError("no memory")
-        tokens = {w.id: (LETTERS[(w.start + w.count) % 26],) for w in plan.work if w.samples}
         failed = {plan.work[0].id: "not a number"} if luck > 0.995 else {}
-        return StepResult(plan.step, tokens, 0.0, failed=failed)
+        can_wait = [w.id for w in plan.work if w.samples and w.id in self.constrained and w.id not in failed]
+        deferred = {id for id in can_wait if self._odd.random() < 0.3}
+        tokens = {w.id: (LETTERS[(w.start + w.count) % 26],) for w in plan.work if w.samples and w.id not in deferred}
+        return StepResult(plan.step, tokens, 0.0, failed=failed, deferred=deferred)
 
     def close(self):
         self._plans.clear()
@@ -99,6 +103,8 @@ def record(
             constrained=odd.random() < special,
             scored=odd.random() < special,
         )
+        if request.constrained:
+            machine.constrained.add(request.id)
         engine.submit(request, Reading(stop))
         for _ in range(draw.randrange(8)):
             if engine.busy:
@@ -131,6 +137,7 @@ def test_constrained_and_scored_requests_are_planned_as_they_were(policy):
     run, records = record(policy, 6, depth=2, overlap=True, special=0.4)
     assert any(r.constrained for r in records)
     assert any(r.scored for r in records)
+    assert any(r.deferred for r in records)
     assert difference(run, records) is None
 
 
