@@ -13,6 +13,7 @@ from pydantic import Field
 from stallfree.engine.streams import Output
 from stallfree.parsers.pieces import CallArguments, CallStart, Content, Piece
 from stallfree.server.dialects.call import Call, Choice, event
+from stallfree.server.dialects.parts import named_tool, text_of, tool
 from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import (
     MAX_STOP_CHARS,
@@ -20,18 +21,15 @@ from stallfree.server.schema import (
     MAX_TOOLS,
     Body,
     ChatRequest,
-    Function,
     FunctionCall,
     JsonSchema,
     LatencyTargets,
     Message,
-    NamedFunction,
     NamedTool,
     Part,
     ResponseFormat,
     Text,
     ToolCall,
-    ToolDefinition,
 )
 
 Blocks = Text | list[dict[str, Any]]
@@ -139,7 +137,7 @@ class CountRequest(Body):
         fields: dict[str, Any] = {
             "model": self.model,
             "messages": _messages(self),
-            "tools": [_tool(tool) for tool in self.tools or ()],
+            "tools": [tool(t.name, t.description, t.input_schema, t.strict) for t in self.tools or ()],
             "chat_template_kwargs": {"enable_thinking": thinks},
             "include_reasoning": thinks and thinking is not None and thinking.display != "omitted",
             "reasoning_effort": {"max": "xhigh"}.get(output.effort or "", output.effort),
@@ -188,13 +186,8 @@ def _choice(choice: ToolChoice) -> str | NamedTool:
     if choice.type == "tool":
         if choice.name is None:
             raise ApiError(400, "tool_choice.name is missing; name the tool", param="tool_choice.name")
-        return NamedTool(type="function", function=NamedFunction(name=choice.name))
+        return named_tool(choice.name)
     return {"any": "required"}.get(choice.type, choice.type)
-
-
-def _tool(tool: ToolOfMessages) -> ToolDefinition:
-    function = Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
-    return ToolDefinition(type="function", function=function)
 
 
 def _messages(body: CountRequest) -> list[Message]:
@@ -218,7 +211,7 @@ def _user(where: str, blocks: list[dict[str, Any]]) -> list[Message]:
         if block.get("type") == "tool_result":
             content = block.get("content")
             text = _texts(f"{place}.content", [] if content is None else content)
-            messages.append(Message(role="tool", content=text, tool_call_id=_member(place, block, "tool_use_id")))
+            messages.append(Message(role="tool", content=text, tool_call_id=text_of(place, block, "tool_use_id")))
         else:
             parts.append(_part(place, block))
     return [*messages, Message(role="user", content=parts)] if parts or not messages else messages
@@ -232,10 +225,10 @@ def _assistant(where: str, blocks: list[dict[str, Any]]) -> Message:
         match block.get("type"):
             case "tool_use":
                 arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-                function = FunctionCall(name=_member(place, block, "name"), arguments=arguments)
-                calls.append(ToolCall(id=_member(place, block, "id"), function=function))
+                function = FunctionCall(name=text_of(place, block, "name"), arguments=arguments)
+                calls.append(ToolCall(id=text_of(place, block, "id"), function=function))
             case "thinking":
-                thought = _member(place, block, "thinking")
+                thought = text_of(place, block, "thinking")
                 message.reasoning_content = "\n".join(filter(None, [message.reasoning_content, thought]))
             case "redacted_thinking":
                 pass
@@ -257,14 +250,7 @@ def _part(where: str, block: Any) -> Part:
     kind = block.get("type") if isinstance(block, dict) else block
     if not isinstance(block, dict) or kind != "text":
         raise ApiError(400, f"{where}.type is {shown(kind)}; this server takes text only", param=f"{where}.type")
-    return Part(type="text", text=_member(where, block, "text"))
-
-
-def _member(where: str, block: dict[str, Any], name: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise ApiError(400, f"{where}.{name} is {shown(value)}; it must be a text", param=f"{where}.{name}")
-    return value
+    return Part(type="text", text=text_of(where, block, "text"))
 
 
 class Messages(Call):

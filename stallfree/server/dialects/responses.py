@@ -14,6 +14,7 @@ from stallfree.engine.streams import Output
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.parsers.pieces import CallArguments, CallStart, Content, Piece
 from stallfree.server.dialects.call import LEAST, Call, Choice, event
+from stallfree.server.dialects.parts import named_tool, text_of, tool
 from stallfree.server.errors import ApiError, path, shown
 from stallfree.server.schema import (
     MAX_TOOLS,
@@ -21,18 +22,15 @@ from stallfree.server.schema import (
     AllowedTools,
     Body,
     ChatRequest,
-    Function,
     FunctionCall,
     JsonSchema,
     LatencyTargets,
     Message,
-    NamedFunction,
     NamedTool,
     Part,
     ResponseFormat,
     Text,
     ToolCall,
-    ToolDefinition,
 )
 
 SAME = (
@@ -131,7 +129,7 @@ class ResponsesRequest(Body):
             "messages": _messages(self),
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": wants_logprobs,
-            "tools": [_tool(tool) for tool in self.tools or ()],
+            "tools": [tool(t.name, t.description, t.parameters, t.strict) for t in self.tools or ()],
             "tool_choice": _choice(self.tool_choice),
             "response_format": None if format is None else _format(format),
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
@@ -164,16 +162,11 @@ class ResponsesRequest(Body):
 
 def _choice(choice: str | FunctionChoice | AllowedFunctions | None) -> str | NamedTool | AllowedChoice | None:
     if isinstance(choice, FunctionChoice):
-        return NamedTool(type="function", function=NamedFunction(name=choice.name))
+        return named_tool(choice.name)
     if isinstance(choice, AllowedFunctions):
-        tools = [NamedTool(type="function", function=NamedFunction(name=function.name)) for function in choice.tools]
+        tools = [named_tool(function.name) for function in choice.tools]
         return AllowedChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=choice.mode, tools=tools))
     return choice
-
-
-def _tool(tool: FunctionTool) -> ToolDefinition:
-    function = Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
-    return ToolDefinition(type="function", function=function)
 
 
 def _format(format: FormatOfText) -> ResponseFormat:
@@ -214,15 +207,15 @@ def _add(messages: list[Message], where: str, item: dict[str, Any]) -> None:
                 messages.append(Message(role=role, content=content))
         case "function_call":
             call = ToolCall(
-                id=_text(where, item, "call_id"),
-                function=FunctionCall(name=_text(where, item, "name"), arguments=_text(where, item, "arguments")),
+                id=text_of(where, item, "call_id"),
+                function=FunctionCall(name=text_of(where, item, "name"), arguments=text_of(where, item, "arguments")),
             )
             message = _assistant(messages)
             message.tool_calls = [*(message.tool_calls or ()), call]
         case "function_call_output":
             output = item.get("output")
             content = output if isinstance(output, str) else _content(f"{where}.output", output)
-            messages.append(Message(role="tool", content=content, tool_call_id=_text(where, item, "call_id")))
+            messages.append(Message(role="tool", content=content, tool_call_id=text_of(where, item, "call_id")))
         case "reasoning":
             parts = item.get("content") or item.get("summary") or []
             if not isinstance(parts, list):
@@ -242,13 +235,6 @@ def _assistant(messages: list[Message]) -> Message:
     return messages[-1]
 
 
-def _text(where: str, item: dict[str, Any], name: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise ApiError(400, f"{where}.{name} is {shown(value)}; it must be a text", param=f"{where}.{name}")
-    return value
-
-
 def _content(where: str, content: Any) -> str | list[Part]:
     if isinstance(content, str):
         return content
@@ -261,7 +247,7 @@ def _content(where: str, content: Any) -> str | list[Part]:
             place = f"{where}.content[{at}].type"
             raise ApiError(400, f"{place} is {shown(kind)}; this server takes text only (input_text, output_text)", param=place)
         name = "refusal" if kind == "refusal" else "text"
-        parts.append(Part(type="text", text=_text(f"{where}.content[{at}]", part, name)))
+        parts.append(Part(type="text", text=text_of(f"{where}.content[{at}]", part, name)))
     return parts
 
 
