@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from stallfree.parsers import grammars
 from stallfree.parsers.calls import End, Held, calls
 from stallfree.parsers.pieces import Parser, Tool
-from stallfree.parsers.reading import SPACE, Marks, Out, Source, Steps, Streamed
+from stallfree.parsers.reading import SPACE, Marks, Out, Source, Steps, Streamed, end_mark
 
 FENCE, CLOSE = "```json", "```"
 END = Marks(CLOSE)
@@ -46,8 +46,5 @@ def _read(source: Source, out: Out, names: frozenset[str]) -> Steps[None]:
     elif end is End.BROKEN:
         yield from source.rest(out.arguments)
     elif fenced and out.num_calls:
-        out.content((yield from source.whole(SPACE)))
-        if (yield from source.starts(CLOSE)):
-            source.take(len(CLOSE))
-            out.closed()
+        yield from end_mark(source, out, CLOSE)
     yield from source.rest(out.content)

@@ -10,7 +10,7 @@ from stallfree.parsers import grammars
 from stallfree.parsers.calls import End, Held
 from stallfree.parsers.pieces import Parser, Tool
 from stallfree.parsers.python_text import literal
-from stallfree.parsers.reading import SPACE, Marks, Out, Source, Steps, Streamed
+from stallfree.parsers.reading import SPACE, Marks, Out, Source, Steps, Streamed, end_mark
 
 START, CLOSE = "<|python_start|>", "<|python_end|>"
 END = Marks(CLOSE)
@@ -82,10 +82,7 @@ def _read(source: Source, out: Out, names: frozenset[str]) -> Steps[None]:
     if end is End.BROKEN:
         yield from END.find(source, out.arguments)
     elif end is End.CALL:
-        out.content((yield from source.whole(SPACE)))
-        if (yield from source.starts(CLOSE)):
-            source.take(len(CLOSE))
-            out.closed()
+        yield from end_mark(source, out, CLOSE)
     yield from source.rest(out.content)
 
 

@@ -150,6 +150,14 @@ class Out:
         return join(pieces)
 
 
+def end_mark(source: Source, out: Out, mark: str) -> Steps[None]:
+    """Read white space and then `mark`, if it comes: it closes the calls before it, and is no content."""
+    out.content((yield from source.whole(SPACE)))
+    if (yield from source.starts(mark)):
+        source.take(len(mark))
+        out.closed()
+
+
 class Streamed:
     """The `Parser` of a reader. The reader must read up to the end of the answer."""
 
