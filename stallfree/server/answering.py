@@ -38,11 +38,20 @@ async def ask(service: Service, kind: type[Kind], query: Query, request: Request
         outputs = service.thread.submit(requests, intake.reading(query), transfer=transfer)
     except Refused as refusal:
         raise intake.refused(refusal, body, [ids for ids, _ in prompts]).renamed(kind.fields) from None
-    choices = [Choice(i, r, prompts[i // n][1], form.parser()) for i, r in enumerate(requests)]
-    for choice in choices:
-        choice.hides_reasoning, choice.parallel = form.hides_reasoning, form.parallel
-        choice.is_echo, choice.shows_scores = body.max_tokens == 0, body.prompt_logprobs is not None
-        choice.echoes_scores = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
+    choices = [
+        Choice(
+            index,
+            each,
+            prompts[index // n][1],
+            form.parser(),
+            hides_reasoning=form.hides_reasoning,
+            parallel=form.parallel,
+            is_echo=body.max_tokens == 0,
+            echoes_scores=isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None,
+            shows_scores=body.prompt_logprobs is not None,
+        )
+        for index, each in enumerate(requests)
+    ]
     return kind(service.name, service.engine.text, outputs, choices, n, Entry.of(request.scope))
 
 

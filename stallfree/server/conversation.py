@@ -15,7 +15,7 @@ from stallfree.parsers import formats, reasoning
 from stallfree.parsers.pieces import Parser, Tool, Verbatim
 from stallfree.parsers.reasoning import ReasoningParser
 from stallfree.server.errors import ApiError, path, shown
-from stallfree.server.schema import AllowedChoice, ChatRequest, Generation, Message, NamedTool
+from stallfree.server.schema import AllowedChoice, ChatRequest, Generation, Message, NamedTool, StructuredOutputs
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 """OpenAI's names of functions, and dots, which MCP servers use."""
@@ -133,33 +133,40 @@ class Conversation:
 
 def structured(body: Generation) -> Grammar | None:
     """The structured output that a body asks for. Raises ApiError if it asks for several, or for something that is none."""
-    found: list[tuple[str, Callable[[Any], str], Any]] = []
+    wishes: list[tuple[str, Callable[[Any], str], Any]] = []
     format = body.response_format
     if format is not None and format.type == "json_object":
-        found.append(("response_format", sources.of_schema, {"type": "object"}))
+        wishes.append(("response_format", sources.of_schema, {"type": "object"}))
     elif format is not None and format.type == "json_schema":
         if format.json_schema is None or format.json_schema.schema_ is None:
             missing = "response_format.json_schema" + ("" if format.json_schema is None else ".schema")
             raise ApiError(400, f"{missing} is missing; give the schema of the answer", param=missing)
-        found.append(("response_format.json_schema.schema", sources.of_schema, format.json_schema.schema_))
-    own = body.structured_outputs
-    if own is not None:
-        schema = {"type": "object"} if own.json_ is None and own.json_object else own.json_
-        found += [("structured_outputs.json", sources.of_schema, schema), ("structured_outputs.regex", sources.of_regex, own.regex)]
-        found += [("structured_outputs.choice", sources.of_choice, own.choice)]
-        found += [("structured_outputs.grammar", sources.of_grammar, own.grammar)]
-    found += [("guided_json", sources.of_schema, body.guided_json), ("guided_regex", sources.of_regex, body.guided_regex)]
-    found += [("guided_choice", sources.of_choice, body.guided_choice)]
-    found += [("guided_grammar", sources.of_grammar, body.guided_grammar)]
-    given = [(field, write, value) for field, write, value in found if value is not None]
-    if len(given) > 1:
-        raise ApiError(400, f"{given[0][0]} and {given[1][0]} both hold the answer; give one of them", param=given[1][0])
-    for field, write, value in given:
+        wishes.append(("response_format.json_schema.schema", sources.of_schema, format.json_schema.schema_))
+    outputs = body.structured_outputs or StructuredOutputs.model_construct()
+    wishes += [
+        ("structured_outputs.json", sources.of_schema, _schema(outputs)),
+        ("structured_outputs.regex", sources.of_regex, outputs.regex),
+        ("structured_outputs.choice", sources.of_choice, outputs.choice),
+        ("structured_outputs.grammar", sources.of_grammar, outputs.grammar),
+        ("guided_json", sources.of_schema, body.guided_json),
+        ("guided_regex", sources.of_regex, body.guided_regex),
+        ("guided_choice", sources.of_choice, body.guided_choice),
+        ("guided_grammar", sources.of_grammar, body.guided_grammar),
+    ]
+    wanted = [(field, write, value) for field, write, value in wishes if value is not None]
+    if len(wanted) > 1:
+        raise ApiError(400, f"{wanted[0][0]} and {wanted[1][0]} both hold the answer; give one of them", param=wanted[1][0])
+    for field, write, value in wanted:
         try:
             return Grammar(write(value), field)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"{field}: {str(error).splitlines()[0][:300]}", param=field) from None
     return None
+
+
+def _schema(outputs: StructuredOutputs) -> object:
+    """The schema that `json` or `json_object` asks for; None if neither does."""
+    return {"type": "object"} if outputs.json_ is None and outputs.json_object else outputs.json_
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -56,15 +56,27 @@ class Choice:
         "scores", "shows_scores",
     )  # fmt: skip
 
-    def __init__(self, index: int, request: Request, echo: str = "", parser: Parser | None = None):
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        echo: str,
+        parser: Parser | None,
+        *,
+        hides_reasoning: bool,
+        parallel: bool,
+        is_echo: bool,
+        echoes_scores: bool,
+        shows_scores: bool,
+    ):
         self.index = index
         self.request = request
         self.echo = echo
         self.parser = parser
-        self.hides_reasoning, self.parallel = False, True
+        self.hides_reasoning, self.parallel = hides_reasoning, parallel
+        self.is_echo, self.echoes_scores, self.shows_scores = is_echo, echoes_scores, shows_scores
         self.call_ids: list[str] = []
         self.scores: Sequence[object] = ()
-        self.is_echo = self.echoes_scores = self.shows_scores = False
         self.offsets: Offsets | None = None
 
     def pieces(self, output: Output) -> list[Piece]:
@@ -164,26 +176,6 @@ class Call:
     def failure(self, error: ApiError) -> str:
         """The events with which a stream ends that has failed."""
         raise NotImplementedError
-
-
-class Parts:
-    """A whole answer's parts, as its pieces come: texts of reasoning and content, and calls with their arguments."""
-
-    def __init__(self) -> None:
-        self.reasoning: list[str] = []
-        self.content: list[str] = []
-        self.calls: list[tuple[str, list[str]]] = []
-
-    def add(self, piece: Piece) -> None:
-        match piece:
-            case CallStart():
-                self.calls.append((piece.name, []))
-            case CallArguments():
-                self.calls[piece.index][1].append(piece.text)
-            case Content():
-                self.content.append(piece.text)
-            case _:
-                self.reasoning.append(piece.text)
 
 
 @lru_cache(KNOWN)

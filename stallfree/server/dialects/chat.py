@@ -6,7 +6,7 @@ from typing import Any, cast
 from stallfree.engine.streams import Output
 from stallfree.executors.sampling import TokenLogprob
 from stallfree.parsers.pieces import CallArguments, CallStart, Content, Piece
-from stallfree.server.dialects.call import LEAST, Choice, Parts, spelt
+from stallfree.server.dialects.call import LEAST, Choice, spelt
 from stallfree.server.dialects.chunks import Chunked, Columns
 
 
@@ -18,7 +18,7 @@ class Chat(Chunked):
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
-        self._parts = {id: Parts() for id in self.choices}
+        self._parts = {id: _Parts() for id in self.choices}
 
     def add(self, choice: Choice, output: Output) -> None:
         parts = self._parts[output.id]
@@ -68,3 +68,23 @@ def _delta(choice: Choice, piece: Piece) -> str:
             return json.dumps({"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]})
         case _:
             return '{"reasoning_content": ' + json.dumps(piece.text) + "}"
+
+
+class _Parts:
+    """A whole answer's parts, as its pieces come: texts of reasoning and content, and calls with their arguments."""
+
+    def __init__(self) -> None:
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.calls: list[tuple[str, list[str]]] = []
+
+    def add(self, piece: Piece) -> None:
+        match piece:
+            case CallStart():
+                self.calls.append((piece.name, []))
+            case CallArguments():
+                self.calls[piece.index][1].append(piece.text)
+            case Content():
+                self.content.append(piece.text)
+            case _:
+                self.reasoning.append(piece.text)
