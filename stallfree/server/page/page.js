@@ -22,9 +22,11 @@ async function watch(show) {
   for (;;) {
     if (document.hidden) await shown();
     let response;
+    let about;
     try {
       const headers = authorization();
       response = await fetch(`live?since=${since}`, { headers, signal: AbortSignal.timeout(5000) });
+      if (response.ok) about = await response.json(); // it may break off in the middle, too
     } catch {
       status("trouble", "the server does not answer; trying again");
       await sleep(RETRY_MS);
@@ -39,7 +41,6 @@ async function watch(show) {
       await sleep(RETRY_MS);
       continue;
     }
-    const about = await response.json();
     if (about.run !== run) {
       const again = run !== null; // another server: the steps that were asked for follow one of the old server
       run = about.run;
