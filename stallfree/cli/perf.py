@@ -44,7 +44,9 @@ def perf(
     ] = "32@2048,512",
     weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8 or int4.")] = "fp16",
     kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
-    engine: Annotated[str, typer.Option(help="What launches the kernels: graph, eager-2024.")] = "graph",
+    engine: Annotated[
+        str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")
+    ] = "vllm-2026",
     node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,
     as_json: options.Json = False,
@@ -115,13 +117,19 @@ def check(
     folder: Annotated[Path, typer.Argument(help="Profiles, as a100_Llama-2-7b-hf.csv or a100_dgx_all_reduce.csv.")],
     as_json: options.Json = False,
 ) -> None:
-    """Compare prices with measured kernels: the error of each operator in each file, and of each kind of operator in all."""
+    """Compare prices with measured kernels: the error of each operator in each file, and of each kind of operator in all.
+    Deployments (DEVICE_MODEL_ENGINE_deployments.csv) are simulated."""
     from stallfree.perf.profiles import KINDS, Error, by, read
+    from stallfree.sim import deployed
 
     with mistakes():
-        points, others = read(folder)
+        deployments = sorted(folder.rglob(f"*{deployed.SUFFIX}"))
+        points, others = read(folder, some=not deployments)
+        others = [file for file in others if file not in deployments]
+        points += [point for file in deployments for point in deployed.read(file)]
         files = {key: Error.of(group) for key, group in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
-        kinds = {kind: Error.of(group) for kind, group in by(points, lambda point: KINDS[point.operator]).items()}
+        groups = by(points, lambda point: KINDS.get(point.operator, point.operator))
+        kinds = {kind: Error.of(group) for kind, group in groups.items()}
     if as_json:
         rows = [dict(zip(("file", "operator"), key.split("\t"), strict=True)) | asdict(error) for key, error in files.items()]
         typer.echo(json.dumps({"operators": rows, "kinds": {kind: asdict(error) for kind, error in kinds.items()}}))

@@ -48,7 +48,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "pp": ("Pipeline parallelism.", None),
     "weights": ("Precision of the weights: bf16, fp16, fp8, int8 or int4.", None),
     "kv": ("Precision of the KV cache: bf16, fp16 or fp8.", None),
-    "engine": ("What launches the kernels: graph, eager-2024; or a DistServe profile, a .json.", None),
+    "engine": ("An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023; or a DistServe profile, a .json.", None),
     "node": ("Devices used on each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),
     "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),

@@ -5,6 +5,7 @@ no hash collision can give a request the wrong prefix. A node number is never us
 be reached. A shared block is only read, because its positions are already computed.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from stallfree.core.request import Request
@@ -24,7 +25,7 @@ class BlockPool:
         self.block_size = block_size
         self.reuse = reuse
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._idle: dict[int, None] = {}
+        self._idle = OrderedDict[int, None]()  # the first of a dict is found slowly once many before it were taken
         self._references = [0] * num_blocks
         self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}
         self._index: dict[tuple[object, tuple[int, ...]], tuple[int, int]] = {}
@@ -154,8 +155,7 @@ class BlockPool:
             raise RuntimeError("an idle KV block is not indexed, or a free one is")
 
     def _evict(self) -> int:
-        block = next(iter(self._idle))
+        block, _ = self._idle.popitem(last=False)
         self._evictions += 1
-        del self._idle[block]
         del self._index[self._keys.pop(block)]
         return block

@@ -1,13 +1,17 @@
 """The time of one kernel on one device: the peak rates of its data sheet, and the few ways in which kernels fall short of them.
 
-A matrix product is cut into tiles. Processors take them in waves, and the last wave may be nearly empty. Attention reads the KV
-once per KV head. A message takes its latency and the time of its bytes. This module does not know which kernels run, nor how often.
+A matrix product is cut into tiles. Processors take them in waves, and the last wave may be nearly empty. Attention has tiles, too:
+at least one for each sequence and KV head, which reads the KV once. A message takes its latency and the time of its bytes. This
+module does not know which kernels run, nor how often.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import reduce
+from math import ceil, inf
+from typing import NamedTuple
 
-from stallfree.perf.hardware import Hardware, Link
+from stallfree.perf.hardware import Attending, Hardware, Link, Measured, Switched
 from stallfree.perf.shape import WEIGHT_BYTES, Matrix
 
 SPLITS = (1, 2, 4)
@@ -17,19 +21,42 @@ EDGE = 0.2 * 64
 """How much its edges slow a tile: a tile of r x c reads (r + c) / (r c) numbers per operation from the cache. Fitted on the
 profiles of three devices together; 0.15 to 0.25 describes each about as well."""
 
-TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-"""Rows (tokens) and columns (outputs) of the tiles that a library's matrix product chooses from. The model assumes that it chooses
-the best."""
 
-LOW = ((16, 64), (32, 64), *TILES)
-"""Tiles for weights in fewer bits, whose kernels are made for few tokens (Marlin, arXiv 2408.11743)."""
+class Tile(NamedTuple):
+    """Rows (tokens) and columns (outputs) that a processor computes at once. The library takes it for products of `least` to `most`
+    tokens. Tiles come in `together` below each other, which share what they read."""
+
+    rows: int
+    columns: int
+    least: int = 1
+    most: float = inf
+    together: int = 1
+
+
+SQUARE = tuple(Tile(*sides) for sides in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)))
+"""Tiles that a library's 16-bit product chooses from. The model assumes that it chooses the best."""
+TILES = {
+    "fp16": SQUARE,
+    # Kernels for weights in fewer bits are made for few tokens (Marlin, arXiv 2408.11743).
+    "widened": (Tile(16, 64), Tile(32, 64), *SQUARE),
+    # vLLM's CUTLASS products choose by the number of tokens.
+    "fp8": (Tile(64, 64, most=64), Tile(64, 128, 65, 128), Tile(128, 128, 129, together=2)),
+    "fp8-block": (Tile(64, 64), Tile(64, 128), Tile(128, 128)),
+}
+"""Tiles by the arithmetic of a product (see `arithmetic`)."""
 
 OVERLAP = 3.0
 """Computing and reading overlap, but not completely: a kernel's time is the norm of this order of both. 2.5 to 4 describes profiles
 equally well."""
 
-STEP = 32
+TILE_OVERLAP = 1.5
+"""The same order for the fixed work of attention's tiles and for reading KV, which overlap less."""
+
+STEPS = {"fp16": 32, "widened": 32, "fp8": 128, "fp8-block": 128}
 """Columns that the inner loop of a matrix product takes at once."""
+
+QUANTISE_S = 2.3e-6
+"""The least time to quantise activations to fp8, for each token or tensor. For each block, it is part of the product's latency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,45 +100,74 @@ class Cost:
         return max(limits.items(), key=lambda item: item[1])
 
 
+def _norm(order: float, *seconds: float) -> float:
+    """The norm of `order` of times that overlap, but not completely: at least the longest, at most their sum."""
+    total = 0.0
+    for each in seconds:
+        total += each**order
+    return float(total ** (1 / order))
+
+
 def arithmetic(device: Hardware, precision: str) -> str:
-    """The precision of the arithmetic for weights of `precision`: the same if the device has a rate for it, else fp16."""
-    return precision if precision in device.peak else "fp16"
+    """How weights of `precision` are multiplied, a key of `TILES`: in fp8 if the device has a rate for it. Weights of fewer bits
+    are widened to 16 bits on the way."""
+    if precision in ("bf16", "fp16"):
+        return "fp16"
+    return precision if precision in TILES and "fp8" in device.peak else "widened"
 
 
-def matmul(device: Hardware, tokens: int, matrix: Matrix) -> Cost:
-    """`tokens` rows of activations times `matrix`. Of a mixture of experts, the expected number that at least one token meets."""
+def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) -> Cost:
+    """`tokens` rows of activations times `matrix`, and before it their quantisation. Of a mixture of experts, the expected number
+    that at least one token meets.
+    """
     copies, rows, columns = matrix.copies, matrix.rows, matrix.columns
     met = copies * (1 - (1 - matrix.active / copies) ** tokens)
     each = tokens * matrix.active / met
-    measured, precision = device.measured, arithmetic(device, matrix.precision)
-    peak, size = device.peak[precision], 1.0 if precision in ("fp8", "int8") else 2.0
-    weight_bytes = WEIGHT_BYTES[matrix.precision]
-    moved = met * (rows * columns * weight_bytes + each * (columns * size + rows * 2.0))
-    memory = moved / (device.bandwidth * measured.bandwidth)
+    how = arithmetic(device, matrix.precision)
+    product = measured.products.get(how, measured.products["fp16"])
+    eight = how.startswith("fp8")
+    peak, size = device.peak["fp8" if eight else "fp16"], 1.0 if eight else 2.0
+    moved = met * (rows * columns * WEIGHT_BYTES[matrix.precision] + each * (columns * size + rows * 2.0))
+    bandwidth = device.bandwidth * product.bandwidth
+    memory = moved / bandwidth
     processors = device.processors
-    rate = peak / processors * measured.compute
-    best = float("inf")
-    for parts in SPLITS:
-        deep = ceil(columns / parts / STEP) * STEP
-        quickest = float("inf")
-        for tall, wide in TILES if weight_bytes == 2.0 else LOW:
+    rate = peak / processors * product.compute
+    best = inf
+    for parts in (1,) if eight else SPLITS:
+        deep = ceil(columns / parts / STEPS[how]) * STEPS[how]
+        quickest = inf
+        for tile in TILES[how]:
+            if not tile.least <= each <= tile.most and eight:
+                continue
+            tall, wide = tile.rows, tile.columns
             work = 2 * tall * wide * (1 + EDGE / tall + EDGE / wide) / rate
-            tiles = met * ceil(each / tall) * ceil(rows / wide) * parts
+            tiles = met * ceil(each / tall / tile.together) * tile.together * ceil(rows / wide) * parts
             if parts == 1 or tiles <= processors:
-                quickest = min(quickest, ceil(tiles / processors) * (work * deep + measured.wave_s))
-        partial = 8.0 * tokens * matrix.active * rows * (parts - 1) / (device.bandwidth * measured.bandwidth)
-        best = min(best, (quickest**OVERLAP + (memory + partial) ** OVERLAP) ** (1 / OVERLAP))
+                quickest = min(quickest, ceil(tiles / processors) * (work * deep + product.wave_s))
+        partial = 8.0 * tokens * matrix.active * rows * (parts - 1) / bandwidth
+        best = min(best, _norm(OVERLAP, quickest, memory + partial))
     operations = 2 * tokens * matrix.active * rows * columns
-    return Cost(measured.kernel_s + best, operations / peak, moved / device.bandwidth, launch_s=measured.kernel_s)
+    before = quantise(device, measured, tokens, matrix)
+    return Cost(product.kernel_s + before + best, operations / peak, moved / device.bandwidth, launch_s=product.kernel_s)
 
 
-def elementwise(device: Hardware, name: str, tokens: int, width: float) -> Cost:
+def quantise(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) -> float:
+    """Seconds to quantise `tokens` rows of activations for a product with `matrix`; 0.0 if they stay in 16 bits."""
+    how = arithmetic(device, matrix.precision)
+    product = measured.products.get(how, measured.products["fp16"])
+    if not product.quantise:
+        return 0.0
+    moving = 3.0 * tokens * matrix.columns / (device.bandwidth * product.quantise)
+    return moving if how == "fp8-block" else _norm(OVERLAP, QUANTISE_S, moving)
+
+
+def elementwise(device: Hardware, measured: Measured, name: str, tokens: int, width: float) -> Cost:
     """The kernel `name` of `ELEMENTWISE` over `tokens` rows of `width` fp16 numbers."""
     kernel = ELEMENTWISE[name]
     moved = kernel.passes * width * 2.0 * tokens
-    memory = moved / (device.bandwidth * device.measured.stream)
+    memory = moved / (device.bandwidth * measured.stream)
     issue = moved / (device.processors * device.clock * kernel.bytes_per_clock)
-    seconds = (kernel.floor_s**OVERLAP + max(memory, issue) ** OVERLAP) ** (1 / OVERLAP)
+    seconds = _norm(OVERLAP, kernel.floor_s, max(memory, issue))
     return Cost(seconds, bandwidth_s=moved / device.bandwidth, launch_s=kernel.floor_s)
 
 
@@ -119,27 +175,70 @@ class Attention:
     """Attention of one layer on one device: `heads` query heads, `kv_heads` heads with `kv_bytes` of KV for each token.
 
     `masked`: the share of the masked half of a chunk's own square that the kernel computes. It is 1 for kernels of early 2024. It
-    is 0 for later ones, which compute only the tiles on the diagonal.
+    is 0 for later ones, which compute only the tiles on the diagonal. `warm`: the KV is in the device's cache as far as it fits,
+    as when a benchmark repeats a kernel.
     """
 
-    def __init__(self, device: Hardware, heads: int, kv_heads: int, head_dim: int, kv_bytes: float, masked: float):
-        measured, self.masked = device.measured, masked
-        self._launch_s, self._split_s = measured.attention_s, measured.split_s
+    def __init__(
+        self,
+        device: Hardware,
+        measured: Attending,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_bytes: float,
+        masked: float = 0.0,
+        warm: bool = False,
+    ):
+        self.masked, self._kv_heads, self._processors, self._measured = masked, kv_heads, device.processors, measured
+        self._cache, self._kv_bytes = device.cache if warm else 0.0, kv_bytes
         self._compute_s, self._read_s = 4 * heads * head_dim / device.peak["fp16"], kv_bytes / device.bandwidth
-        self._pair_s, self._token_s = self._compute_s / measured.attention, self._read_s / measured.stream
+        self._pair_s, self._token_s = self._compute_s / measured.compute, self._read_s / measured.stream
+        self._row_s = 4.0 * (heads + kv_heads) * head_dim / (device.bandwidth * measured.rows)
+        self._heads, self._group = heads, heads // kv_heads
+        self._regroups = measured.regroup_s > 0 and self._group > 1 and kv_heads > 1
+        self._splits = self._group > 1 or not measured.pace_s
         # Tokens whose tiles occupy all processors: each KV head has tiles of TALL queries of its heads.
         self._enough = device.processors // kv_heads * TALL * kv_heads / heads
 
-    def decodes(self, context: int) -> float:
-        """Seconds of decodes with `context` tokens of KV before them in total: the KV is read once."""
-        return self._split_s + context * self._token_s
+    def decodes(self, requests: int, context: int) -> float:
+        """Seconds of decodes with `context` tokens of KV before them in total. The KV is read once, by a tile for each sequence and
+        KV head. If these do not occupy the processors, each is split, unless its KV is short."""
+        measured, tiles, each = self._measured, requests * self._kv_heads, context / requests
+        seconds = measured.launch_s
+        reading = context * self._token_s * (1 + measured.alone / tiles)
+        if self._cache:
+            reading *= self._cold(context * self._kv_bytes)
+        if not self._splits:
+            reading = max(reading, each * measured.pace_s)
+        elif each > TALL:
+            seconds += measured.split_s
+        if self._regroups and requests > 1:
+            seconds += measured.regroup_s
+        return seconds + _norm(TILE_OVERLAP, tiles / self._processors * measured.tile_s, reading)
 
-    def chunks(self, tokens: int, cached: int, pairs: float) -> float:
-        """Seconds of chunks with `tokens` in total, and `cached` tokens of KV before them in total. `pairs`: the sum of
-        `self.pairs`. Chunks too small to occupy the processors are split along their KV, as decodes always are.
-        """
-        split = self._split_s if cached and tokens < self._enough else 0.0
-        return self._launch_s + split + max(pairs * self._pair_s, (cached + tokens) * self._token_s)
+    def _cold(self, size: float) -> float:
+        """The time to read `size` bytes of KV, of which what fits is in the cache, over that of reading it from memory. About two
+        thirds of the cache serve; beyond all of it, nothing stays."""
+        missing = min(1.0, max(0.0, 2 * size / self._cache - 1.2))
+        return missing + (1 - missing) / self._measured.warm
+
+    def chunks(self, sums: "Chunks") -> float:
+        """Seconds of chunks. Tiles of the same head take the processors in turn; no chunk ends before its longest tile."""
+        measured = self._measured
+        reading = max((sums.cached + sums.tokens) * self._token_s, sums.tokens * self._row_s)
+        tiles = sums.pairs * self._pair_s + sums.tiles / self._processors * measured.tile_s
+        longest = sums.longest * self._pair_s * self._processors / self._heads
+        return measured.launch_s + (measured.split_s if sums.split else 0.0) + _norm(OVERLAP, tiles, longest, reading)
+
+    def chunk(self, start: int, count: int) -> "Chunks":
+        """The sums of one chunk. If it is too small to occupy the processors, and has KV before it, it is split along its KV."""
+        split = start > 0 and count < self._enough
+        tiles = self._heads * ceil(count / TALL)
+        if not self._measured.regroup_s:  # the kernel puts the heads of a group into one tile
+            tiles = min(tiles, self._kv_heads * ceil(count * self._group / TALL))
+        longest = 0.0 if split else min(count, TALL) * (start + count)
+        return Chunks(count, start, self.pairs(start, count), tiles, longest, split)
 
     def pairs(self, start: int, count: int) -> float:
         """Pairs of query and key that a chunk's kernel computes: all with the KV before it, and those of its own that it does not
@@ -148,18 +247,46 @@ class Attention:
         return count * start + own + self.masked * (count * count - own)
 
     def cost_of_decodes(self, requests: int, context: int) -> Cost:
-        return Cost(self.decodes(context), (context + requests) * self._compute_s, context * self._read_s, launch_s=self._split_s)
+        read = context * self._read_s
+        return Cost(self.decodes(requests, context), (context + requests) * self._compute_s, read, launch_s=self._measured.launch_s)
 
-    def cost_of_chunks(self, tokens: int, cached: int, pairs: float) -> Cost:
-        launch = self.chunks(tokens, cached, 0.0) - (cached + tokens) * self._token_s
-        seconds = self.chunks(tokens, cached, pairs)
-        return Cost(seconds, pairs * self._compute_s, (cached + tokens) * self._read_s, launch_s=launch)
+    def cost_of_chunks(self, sums: "Chunks") -> Cost:
+        read = (sums.cached + sums.tokens) * self._read_s
+        return Cost(self.chunks(sums), sums.pairs * self._compute_s, read, launch_s=self._measured.launch_s)
+
+
+class Chunks(NamedTuple):
+    """What the attention of an iteration's chunks depends on: their tokens, and tokens of KV before them; pairs of query and key;
+    tiles, and the pairs of the longest; whether any is split along its KV."""
+
+    tokens: int = 0
+    cached: int = 0
+    pairs: float = 0.0
+    tiles: int = 0
+    longest: float = 0.0
+    split: bool = False
+
+    @classmethod
+    def of(cls, chunks: "Sequence[Chunks]") -> "Chunks":
+        return reduce(Chunks.plus, chunks, cls())
+
+    def plus(self, other: "Chunks") -> "Chunks":
+        return Chunks(
+            self.tokens + other.tokens,
+            self.cached + other.cached,
+            self.pairs + other.pairs,
+            self.tiles + other.tiles,
+            max(self.longest, other.longest),
+            self.split or other.split,
+        )
 
 
 TALL = 128
 """Rows of queries in a tile of attention."""
 
 
+SMALL = 8_000_000
+"""Bytes from which a sum inside a CUDA graph is NCCL's: the limit of vLLM's own all-reduce."""
 TREE = 700_000
 """Bytes per rank below which a sum over nodes of at least 4 devices takes a tree, through one network card. Larger ones take rings
 through all cards. Measured on 2 nodes of 4 and of 8 A100."""
@@ -170,6 +297,8 @@ def all_reduce(link: Link, devices: int, per_node: int, size: float, in_step: bo
     twice (Patarasuk and Yuan 2009). A tree moves all bytes up and down at once. `in_step`: the ranks start together, as from one
     CUDA graph. Between nodes the latency grows with the number of ranks.
     """
+    if in_step and link.graph is not None:
+        return _in_graph(link.graph, devices, devices == link.span, size)
     latency = link.step_s if in_step else link.collective_s
     moved, ring = 2 * (devices - 1) / devices * size, link.ring
     if not link.span:
@@ -179,6 +308,23 @@ def all_reduce(link: Link, devices: int, per_node: int, size: float, in_step: bo
         elif per_node >= 4:
             ring = link.node_ring
     return Cost(latency + moved / ring, link_s=moved / ring, launch_s=latency)
+
+
+def _in_graph(link: Switched, devices: int, whole: bool, size: float) -> Cost:
+    """See `Switched`; `whole`: the devices are a whole node."""
+    if size >= SMALL:
+        return ring(link, devices, whole, size)
+    ways = ((1, (devices - 1) * size), (2, 2 * (devices - 1) / devices * size))
+    seconds, latency, read = min((steps * link.step_s + read / link.read, steps * link.step_s, read) for steps, read in ways)
+    return Cost(seconds, link_s=read / link.read, launch_s=latency)
+
+
+def ring(link: Switched, devices: int, whole: bool, size: float) -> Cost:
+    """NCCL's all-reduce; `whole`: the devices are a whole node."""
+    moved = 2 * (devices - 1) / devices * size
+    latency = link.start_s + link.rank_s * devices
+    bandwidth = link.ring * (link.whole if whole else 1.0)
+    return Cost(latency + (moved + (moved * link.half) ** 0.5) / bandwidth, link_s=moved / bandwidth, launch_s=latency)
 
 
 def send(link: Link, size: float) -> Cost:

@@ -14,7 +14,7 @@ from stallfree.core.nearest import nearest
 from stallfree.core.plan import Shape, parts
 from stallfree.perf import kernels
 from stallfree.perf.hardware import Hardware
-from stallfree.perf.kernels import Attention, Cost
+from stallfree.perf.kernels import Attention, Chunks, Cost
 from stallfree.perf.shape import Sharded
 
 QUANTUM = 64
@@ -23,40 +23,61 @@ QUANTUM = 64
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The time that an engine adds to its kernels. On the host, before each iteration: `iteration_s`, `sequence_s` per piece of
-    work, and `workers_s` for messages to several devices. To launch a layer's kernels: `layer_s`, and `layer_sequence_s` per piece
-    of work; a layer with quicker kernels waits for that. `in_step`: collectives start together on all ranks. `masked`: see
-    `Attention`.
+    """An engine of a year: the kernels of the `libraries` it uses (`hardware.YEARS`), and the time that it adds to them.
+
+    On the host, before each iteration: `iteration_s`, `sequence_s` per piece of work, and `workers_s` for messages to several
+    devices. To launch a layer's kernels: `layer_s`, and `layer_sequence_s` per piece of work; a layer with quicker kernels waits
+    for that. All of these are of a DGX A100's host; `Hardware.host` says how much faster another one is. `front_s`: a request's way
+    to the scheduler and its first token's way back. `in_step`: collectives start together on all ranks. `fused`: the compiler
+    merges the addition of residuals into norms. `masked`: see `Attention`.
     """
 
     about: str
+    libraries: str
     iteration_s: float
     sequence_s: float
-    workers_s: float
-    layer_s: float
-    layer_sequence_s: float
-    in_step: bool
-    masked: float
+    workers_s: float = 0.0
+    layer_s: float = 0.0
+    layer_sequence_s: float = 0.0
+    front_s: float = 0.0
+    in_step: bool = True
+    fused: bool = False
+    masked: float = 0.0
 
 
 ENGINES = {
+    "vllm-2026": Engine(
+        # Fitted to whole deployments of Llama-3.1-70B in fp8 on 2, 4 and 8 H100 (vLLM 0.24, aiconfigurator): TPOT within 4 % at the
+        # median. front_s: their TTFT.
+        "vLLM 0.24: CUDA graphs, and the host's work for the next iteration while one runs",
+        libraries="2026",
+        iteration_s=0.4e-3,
+        sequence_s=12e-6,
+        front_s=16e-3,
+        fused=True,
+    ),
+    "fused": Engine(
+        # TurboMind of 2023 (LMDeploy 0.1, its published tables of an A100) is within 10 % at the median.
+        "kernels fused and launched from C++, as by TensorRT-LLM or TurboMind",
+        libraries="2026",
+        iteration_s=0.3e-3,
+        sequence_s=0.0,
+        fused=True,
+    ),
     "graph": Engine(
         # Schedule, sampling, input preparation and output processing of the 2024 reference engine: vidur, cpu_overheads, medians
         # on A100, Llama-2-7B on one device.
-        "CUDA graphs, attention that skips the mask",
+        "CUDA graphs, attention that skips the mask, and the host's work between iterations, as by engines of 2024",
+        libraries="2024",
         iteration_s=0.9e-3,
         sequence_s=0.04e-3,
-        workers_s=0.0,
-        layer_s=0.0,
-        layer_sequence_s=0.0,
-        in_step=True,
-        masked=0.0,
     ),
     "eager-2024": Engine(
         # Host: the same source, CodeLlama-34B on two devices; workers are Ray's. Layers: Yi-34B, TP2, A100 PCIe (Sarathi-Serve,
         # artifact of OSDI'24, figure 2): 46.8 ms for one decode in 60 layers, and about 1.1 ms for each further one up to 128,
         # which neither their KV (1,020 tokens each) nor the host accounts for.
         "kernels launched one by one from Python, as by research engines of early 2024",
+        libraries="2024",
         iteration_s=1.5e-3,
         sequence_s=0.05e-3,
         workers_s=6.3e-3,
@@ -65,7 +86,21 @@ ENGINES = {
         in_step=False,
         masked=1.0,
     ),
+    "vllm-2023": Engine(
+        # Splitwise (ISCA'24), the tables of its simulator: Llama-2-70B on 2, 4 and 8 A100 and H100. A decode takes 0.56 ms a
+        # layer on A100 and 0.37 on H100 however the layer is split, and 0.25 ms more for each sequence.
+        "vLLM of 2023: kernels launched one by one from Python, workers of Ray",
+        libraries="2024",
+        iteration_s=1.5e-3,
+        sequence_s=0.25e-3,
+        layer_s=0.54e-3,
+        front_s=20e-3,
+        in_step=False,
+        masked=1.0,
+    ),
 }
+USUAL = "vllm-2026"
+"""The engine that is meant if none is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +114,14 @@ class Operator:
 
 class Sums(NamedTuple):
     """The quantities that the price of an iteration depends on: pieces of work, and tokens; decodes, and the tokens of KV before
-    them; tokens in chunks, the tokens of KV before them, and their pairs of query and key.
+    them; what attention sums up over chunks.
     """
 
     requests: int
     tokens: int
     decodes: int
     context: int
-    chunked: int
-    cached: int
-    pairs: float
+    chunks: Chunks
 
 
 class Roofline:
@@ -99,7 +132,7 @@ class Roofline:
     """
 
     def __init__(
-        self, device: Hardware, sharded: Sharded, engine: str = "graph", *, node: int | None = None, network: str | None = None
+        self, device: Hardware, sharded: Sharded, engine: str = USUAL, *, node: int | None = None, network: str | None = None
     ):
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
@@ -107,21 +140,35 @@ class Roofline:
             raise ValueError(f"a node of {device.name} has {device.node} devices, so {node} of it cannot be used")
         model, tp = sharded.model, sharded.tp
         self.device, self.sharded, self.engine = device, sharded, ENGINES[engine]
+        self.measured = device.kernels(self.engine.libraries)
         used = node or device.node
         self._per_node = min(tp, used)
         self._ring = device.link(tp, self._per_node, network) if tp > 1 else None
         # A stage and the next are in one node if the first device of the one and the last of the other are.
         same = [(stage + 2) * tp <= (stage * tp // used + 1) * used for stage in range(sharded.pp - 1)]
         self._sends = [device.link(2 * tp, used) if here else device.link(used + 1, used, network) for here in same]
+        known = self.measured.attention
         self._attention = Attention(
-            device, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, self.engine.masked
+            device,
+            known.get(sharded.kv, known["fp16"]),
+            sharded.heads,
+            sharded.kv_heads,
+            model.head_dim,
+            sharded.kv_bytes_per_layer,
+            self.engine.masked,
         )
         self._num_layers = model.num_layers
-        self._host_s = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
+        host = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
+        self._host_s, self._sequence_s = host / device.host, self.engine.sequence_s / device.host
         # Seconds of a layer without attention, and before the layers, by the iteration's tokens; after them, by its rows of logits.
         self._layers: dict[int, float] = {}
         self._befores: dict[int, float] = {}
         self._afters: dict[int, float] = {}
+
+    @property
+    def front_s(self) -> float:
+        """Seconds of a request's way to the scheduler and of its first token's way back."""
+        return self.engine.front_s
 
     def seconds(self, shape: Shape) -> float:
         """From the begin of the host's part to the end of the last stage; the host's part alone if there is no work."""
@@ -167,9 +214,9 @@ class Roofline:
 
     def operators(self, shape: Shape) -> list[Operator]:
         """Every kernel of the iteration, in the order of a layer, and the time that the engine adds. They add up to `seconds`."""
-        engine, layers = self.engine, self._num_layers
+        layers = self._num_layers
         tokens, requests = sum(count for _, count in shape), len(shape)
-        operators = [Operator("host", 1, Cost(self._host_s + engine.sequence_s * requests))]
+        operators = [Operator("host", 1, Cost(self._host_s + self._sequence_s * requests))]
         operators.append(Operator("embedding", 1, self._embedding(tokens)))
         inside = [*self._linear(tokens), *self._attentions(shape)]
         operators += [Operator(op.name, op.count * layers, op.cost) for op in inside]
@@ -185,35 +232,31 @@ class Roofline:
         return self._summed(*parts(shape))
 
     def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
-        chunked = cached = 0
-        pairs = 0.0
+        together = Chunks()
         for start, count in chunks:
-            chunked += count
-            cached += start
-            pairs += self._attention.pairs(start, count)
-        return Sums(decodes + len(chunks), decodes + chunked, decodes, context, chunked, cached, pairs)
+            together = together.plus(self._attention.chunk(start, count))
+        return Sums(decodes + len(chunks), decodes + together.tokens, decodes, context, together)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
         """The sums with one more piece of work."""
-        requests, tokens, decodes, context, chunked, cached, pairs = sums
+        requests, tokens, decodes, context, chunks = sums
         if count == 1:
-            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunked, cached, pairs)
-        more = pairs + self._attention.pairs(start, count)
-        return Sums(requests + 1, tokens + count, decodes, context, chunked + count, cached + start, more)
+            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunks)
+        return Sums(requests + 1, tokens + count, decodes, context, chunks.plus(self._attention.chunk(start, count)))
 
     def _seconds(self, sums: Sums) -> float:
         between = sum(self.sends(sums.tokens)) if self._sends else 0.0
         return sum(self._ends(sums)) + self._num_layers * self._layer(sums) + between
 
     def _layer(self, sums: Sums) -> float:
-        requests, tokens, decodes, context, chunked, cached, pairs = sums
+        requests, tokens, decodes, context, chunks = sums
         layer = self._layers.get(tokens)
         if layer is None:
             layer = self._layers[tokens] = sum(op.count * op.cost.seconds for op in self._linear(tokens))
         if decodes:
-            layer += self._attention.decodes(context)
-        if chunked:
-            layer += self._attention.chunks(chunked, cached, pairs)
+            layer += self._attention.decodes(decodes, context)
+        if chunks.tokens:
+            layer += self._attention.chunks(chunks)
         launching = self._launching(requests)
         return layer if layer > launching else launching
 
@@ -225,43 +268,46 @@ class Roofline:
             before = self._befores[tokens] = self._embedding(tokens).seconds
         if after is None:
             after = self._afters[requests] = sum(op.cost.seconds for op in self._head(requests))
-        return self._host_s + self.engine.sequence_s * requests + before, after
+        return self._host_s + self._sequence_s * requests + before, after
 
     def _launching(self, requests: int) -> float:
-        return self.engine.layer_s + self.engine.layer_sequence_s * requests
+        return (self.engine.layer_s + self.engine.layer_sequence_s * requests) / self.device.host
 
     def _linear(self, tokens: int) -> Iterator[Operator]:
         """The kernels of one layer on one device that depend only on the number of tokens."""
-        device, sharded, model = self.device, self.sharded, self.sharded.model
-        yield Operator("norm", 2, kernels.elementwise(device, "norm", tokens, model.hidden_size))
+        device, measured, sharded, model = self.device, self.measured, self.sharded, self.sharded.model
+        yield Operator("norm", 2, kernels.elementwise(device, measured, "norm", tokens, model.hidden_size))
         for matrix in sharded.layer():
-            yield Operator(matrix.name, 1, kernels.matmul(device, tokens, matrix))
+            yield Operator(matrix.name, 1, kernels.matmul(device, measured, tokens, matrix))
         if not model.positions:
             turned = (sharded.heads + sharded.kv_heads) * model.head_dim
-            yield Operator("rope", 1, kernels.elementwise(device, "rope", tokens, turned))
+            yield Operator("rope", 1, kernels.elementwise(device, measured, "rope", tokens, turned))
         channels = model.active_experts * model.ffn_size // sharded.tp
         yield Operator(
-            "activation", 1, kernels.elementwise(device, "gated activation" if model.gated else "activation", tokens, channels)
+            "activation",
+            1,
+            kernels.elementwise(device, measured, "gated activation" if model.gated else "activation", tokens, channels),
         )
-        yield Operator("add", 2, kernels.elementwise(device, "add", tokens, model.hidden_size))
+        if not self.engine.fused:
+            yield Operator("add", 2, kernels.elementwise(device, measured, "add", tokens, model.hidden_size))
         if self._ring is not None:
             size = self._activations(tokens)
             cost = kernels.all_reduce(self._ring, sharded.tp, self._per_node, size, self.engine.in_step)
             yield Operator("all-reduce", 1 if model.parallel else 2, cost)
 
     def _attentions(self, shape: Shape) -> Iterator[Operator]:
-        _, _, decodes, context, chunked, cached, pairs = self._sums(shape)
+        _, _, decodes, context, chunks = self._sums(shape)
         if decodes:
             yield Operator("attention, decodes", 1, self._attention.cost_of_decodes(decodes, context))
-        if chunked:
-            yield Operator("attention, chunks", 1, self._attention.cost_of_chunks(chunked, cached, pairs))
+        if chunks.tokens:
+            yield Operator("attention, chunks", 1, self._attention.cost_of_chunks(chunks))
 
     def _embedding(self, tokens: int) -> Cost:
-        return kernels.elementwise(self.device, "embedding", tokens, self.sharded.model.hidden_size)
+        return kernels.elementwise(self.device, self.measured, "embedding", tokens, self.sharded.model.hidden_size)
 
     def _head(self, requests: int) -> list[Operator]:
         """One row of logits for each piece of work, and gathering their parts."""
-        operators = [Operator("lm head", 1, kernels.matmul(self.device, requests, self.sharded.head()))]
+        operators = [Operator("lm head", 1, kernels.matmul(self.device, self.measured, requests, self.sharded.head()))]
         if self._ring is not None:
             size = 2.0 * requests * self.sharded.head().rows * (self.sharded.tp - 1)
             operators.append(Operator("gather logits", 1, kernels.send(self._ring, size)))

@@ -15,8 +15,9 @@ from typing import Any, Self
 from stallfree.checkpoint.dimensions import Dimensions, dimensions
 from stallfree.core.nearest import nearest
 
-WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
-"""Bytes of a weight by precision; int4 has a 16-bit scale and a 4-bit zero for each group of 128 (AWQ, arXiv 2306.00978)."""
+WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8-block": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
+"""Bytes of a weight by precision. fp8-block has a 32-bit scale for each 128 x 128 of them; int4 has a 16-bit scale and a 4-bit zero
+for each group of 128 (AWQ, arXiv 2306.00978). int8 and int4 are weights alone, which are multiplied in 16 bits."""
 
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of a number in the KV cache by precision."""

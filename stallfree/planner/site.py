@@ -16,9 +16,14 @@ class Site:
     link: str = "ib-200g"
     weights: str = "fp16"
     kv: str = "fp16"
-    engine: str = "graph"
+    engine: str = "vllm-2026"
     max_model_len: int | None = None
 
     @property
     def per_node(self) -> int:
         return self.gpus // self.nodes
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as 1 node or 2 nodes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -26,7 +26,7 @@ class Deployment:
     pp: int = 1
     weights: str = "fp16"
     kv: str = "fp16"
-    engine: str = "graph"
+    engine: str = "vllm-2026"
     node: int | None = None
     network: str | None = None
     policy: str = "slo"

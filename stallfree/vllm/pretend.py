@@ -51,7 +51,7 @@ class PretendWorker(WorkerBase):
         self._dimensions = sharded.model
         self._kv_bytes = int(sharded.kv_bytes_per_token)
         self._kv_tokens = sharded.kv_tokens(device.memory, self.cache_config.gpu_memory_utilization)
-        self._prices = kernels(Roofline(device, sharded))
+        self._prices = kernels(Roofline(device, sharded, "graph"))
         scatter = tuple(wanted.get("scatter", ()))
         self._scatter = scattering(scatter) if scatter else None
         self._known: dict[str, int] = {}

@@ -1,12 +1,13 @@
 """Devices, one TOML file each; this folder is their registry. It does not know what runs on them.
 
-A file has the data sheet's figures, the links to other devices, the price of an hour, and the source of each. Under `[measured]` it
-has the coefficients by which kernels fall short of the data sheet. A new device is a new file, here or anywhere, named by its path.
+A file has the data sheet's figures, the links to other devices, the price of an hour, and the source of each. Under
+`[measured.YEAR]` it has the coefficients by which the kernels of a generation of libraries fall short of the data sheet. A new
+device is a new file, here or anywhere, named by its path.
 """
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,39 @@ from stallfree.core.nearest import nearest
 
 USUAL = "a100-80g"
 """The device to suggest first for a name that fits several."""
-SIZES = ("fp16", "fp8", "int8")
+SIZES = ("fp16", "fp8")
 """Precisions for which a device may have a peak rate. Each device has fp16, which also stands for bf16."""
+YEARS = ("2024", "2026")
+"""Generations of kernel libraries. 2024: cuBLAS, FlashInfer and NCCL as profiled for the first engines with chunked prefills. 2026:
+those of vLLM 0.24, mostly in CUDA graphs."""
 
-
-KEYS = {
-    *("about", "profiles", "processors", "clock_ghz", "memory_mib", "bandwidth_gb_s", "price_usd_hour", "node"),
+OPTIONAL = {"profiles", "cache_mib", "host"}
+KEYS = OPTIONAL | {
+    *("about", "processors", "clock_ghz", "memory_mib", "bandwidth_gb_s", "price_usd_hour", "node"),
     *("peak_tflops", "links", "measured", "sources"),
 }
-"""The keys of a device's file. `profiles` is optional."""
+"""The keys of a device's file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """All-reduce inside a CUDA graph, in a node. Up to `SMALL` bytes, each device reads what the others have (vLLM's own kernel):
+    in one step all of it, or in two steps a part and then the sums. Larger messages take NCCL's ring.
+
+    Seconds: `step_s` of a step; `start_s` and, for each rank, `rank_s` of a ring; `eager_s`, the least time of the same outside a
+    graph. Bytes per second: `read` from the others together;
+    `ring` of large messages. `half`: bytes that set how slowly a ring comes up to speed. `whole`: how much faster a ring of a whole
+    node is, because its switch adds (NVLink SHARP).
+    """
+
+    step_s: float
+    read: float
+    start_s: float
+    rank_s: float
+    eager_s: float
+    ring: float
+    half: float
+    whole: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +58,7 @@ class Link:
     Bytes per second: `bandwidth` from one device to another; `ring` that each device of a ring sends and receives (NCCL's bus
     bandwidth); `node_ring` the same for rings through nodes of at least 4 devices, which may share several network cards. Seconds:
     `latency_s` of a message; `collective_s` of an all-reduce whose ranks start one by one; `step_s` of one whose ranks start
-    together.
+    together. `graph`: the same inside a CUDA graph, where it was measured.
     """
 
     span: int
@@ -43,34 +68,67 @@ class Link:
     latency_s: float
     collective_s: float
     step_s: float
+    graph: Switched | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """How kernels fall short of the data sheet. Each is one physical quantity; `source` says what it was fitted to, and how well.
-
-    Shares: `compute` and `bandwidth` of the peak rates that a large matrix product sustains; `stream` of the bandwidth for reading
-    rows or KV in order; `attention` of peak fp16 for prefill attention. Seconds: `kernel_s`, a kernel's latency; `wave_s`, to fill
-    and drain the pipeline once per wave of tiles; `attention_s`, the latency of attention; `split_s`, to split the KV among
-    processors and to merge their results.
+class Product:
+    """How matrix products of one precision fall short of the data sheet. Shares: `compute` and `bandwidth` of the peak rates that a
+    large product sustains before tiles, waves and imperfect overlap are taken off; `quantise` of the bandwidth for quantising the
+    activations (0: they stay as they are). Seconds: `kernel_s`, a kernel's latency; `wave_s`, to fill and drain the pipeline once
+    per wave of tiles.
     """
 
     compute: float
     bandwidth: float
-    stream: float
     kernel_s: float
     wave_s: float
-    attention: float
-    attention_s: float
+    quantise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """How attention over KV of one precision falls short of the data sheet.
+
+    Shares: `compute` of the peak fp16 rate for prompts; `stream` of the bandwidth for reading KV; `rows` of the bandwidth for the
+    queries, keys, values and outputs of a chunk; `warm`, how much faster KV is read that is in the device's cache. `alone`: pairs
+    of a sequence and a KV head reach n / (n + alone) of the bandwidth. Seconds: `launch_s`; `split_s`, to split KV among processors
+    and to merge their results; `tile_s`, the fixed work of a tile; `regroup_s`, to bring the query heads of a KV head together,
+    where another kernel does that; `pace_s`, for each token of KV where a tile is not split, because no heads share KV.
+    """
+
+    compute: float
+    stream: float
+    rows: float
+    warm: float
+    alone: float
+    launch_s: float
     split_s: float
+    tile_s: float
+    regroup_s: float
+    pace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How the kernels of one generation of libraries fall short of the data sheet. `products` by precision (`fp16`, `fp8`,
+    `fp8-block`, and `widened` for weights of fewer bits that are multiplied in 16); `attention` by precision of the KV; `stream`:
+    the share of the bandwidth for reading rows in order. `source` says what they were fitted to, and how well.
+    """
+
+    products: Mapping[str, Product]
+    attention: Mapping[str, Attending]
+    stream: float
     source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device. `peak`: operations per second by precision (`SIZES`); `bandwidth`: bytes per second; `memory`: bytes;
-    `processors`: streaming multiprocessors, at `clock` Hz; `price`: US dollars per hour; `node`: devices per node; `profiles`: its
-    names, or its node's, in folders of measured profiles; `links` by name; `sources` of the figures, in words.
+    """One device. `peak`: operations per second by precision (`SIZES`); `bandwidth`: bytes per second; `memory` and `cache`: bytes
+    of memory and of the last cache; `processors`: streaming multiprocessors, at `clock` Hz; `price`: US dollars per hour; `node`:
+    devices per node; `host`: how fast its usual host launches kernels, over that of a DGX A100; `profiles`: its names, or its
+    node's, in folders of measured profiles; `links` by name; `measured` by generation of libraries (`YEARS`); `sources` of the
+    figures, in words.
     """
 
     name: str
@@ -79,13 +137,19 @@ class Hardware:
     processors: int
     clock: float
     memory: float
+    cache: float
     bandwidth: float
     price: float
     node: int
+    host: float
     peak: Mapping[str, float]
     links: Mapping[str, Link]
-    measured: Measured
+    measured: Mapping[str, Measured]
     sources: Mapping[str, str]
+
+    def kernels(self, year: str) -> Measured:
+        """The kernels of that generation of libraries, or of the other one if only that was measured."""
+        return self.measured[year] if year in self.measured else next(iter(self.measured.values()))
 
     def link(self, devices: int, per_node: int, network: str | None = None) -> Link:
         """The link that joins `devices`, `per_node` of them in each node. Within a node it has the smallest sufficient span.
@@ -138,43 +202,80 @@ def profiled(name: str) -> Hardware:
 
 
 def _read(values: Mapping[str, Any], name: str) -> Hardware:
-    def number(table: Mapping[str, Any], key: str, where: str, scale: float = 1.0) -> float:
-        value = table[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{key}{where} is {value!r}, expected a number above 0")
-        return value * scale
-
-    def link(table: Mapping[str, Any], where: str) -> Link:
-        ring = number(table, "ring_gb_s", where, 1e9)
-        return Link(
-            int(table["span"]),
-            number(table, "bandwidth_gb_s", where, 1e9),
-            ring,
-            number(table, "node_ring_gb_s", where, 1e9) if "node_ring_gb_s" in table else ring,
-            *(number(table, key, where, 1e-6) for key in ("latency_us", "collective_us", "step_us")),
-        )
-
     for key in values.keys() - KEYS:
         raise ValueError(f"{key!r} is not known{nearest(key, KEYS)}")
-    measured = values["measured"]
-    coefficients = {what: number(measured, what, " in measured") for what in ("compute", "bandwidth", "stream", "attention")}
-    for what in ("kernel", "wave", "attention", "split"):
-        coefficients[f"{what}_s"] = number(measured, f"{what}_us", " in measured", 1e-6)
-    peak = {size: number(values["peak_tflops"], size, " in peak_tflops", 1e12) for size in values["peak_tflops"]}
+    peak = {size: _number(values["peak_tflops"], size, " in peak_tflops", 1e12) for size in values["peak_tflops"]}
     if "fp16" not in peak or not peak.keys() <= set(SIZES):
         raise ValueError(f"peak_tflops has {', '.join(peak)}; expected fp16, and any of {', '.join(SIZES)}")
+    years = values["measured"]
+    if not years or not years.keys() <= set(YEARS):
+        raise ValueError(f"measured has {', '.join(years) or 'nothing'}; expected any of {', '.join(YEARS)}")
     return Hardware(
         name,
         str(values["about"]),
         tuple(values.get("profiles", ())),
-        int(number(values, "processors", "")),
-        number(values, "clock_ghz", "", 1e9),
-        number(values, "memory_mib", "", 2**20),
-        number(values, "bandwidth_gb_s", "", 1e9),
-        number(values, "price_usd_hour", ""),
-        int(number(values, "node", "")),
+        int(_number(values, "processors", "")),
+        _number(values, "clock_ghz", "", 1e9),
+        _number(values, "memory_mib", "", 2**20),
+        _number(values, "cache_mib", "", 2**20) if "cache_mib" in values else 0.0,
+        _number(values, "bandwidth_gb_s", "", 1e9),
+        _number(values, "price_usd_hour", ""),
+        int(_number(values, "node", "")),
+        _number(values, "host", "") if "host" in values else 1.0,
         peak,
-        {key: link(table, f" in links.{key}") for key, table in values["links"].items()},
-        Measured(**coefficients, source=str(measured["source"])),
+        {key: _link(table, f" in links.{key}") for key, table in values["links"].items()},
+        {year: _measured(table, f" in measured.{year}") for year, table in years.items()},
         {key: str(value) for key, value in values["sources"].items()},
     )
+
+
+def _number(table: Mapping[str, Any], key: str, where: str, scale: float = 1.0, zero: bool = False) -> float:
+    value = table[key]
+    least = zero and value == 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (least or 0 < value < float("inf")):
+        raise ValueError(f"{key}{where} is {value!r}, expected a number {'of at least' if zero else 'above'} 0")
+    return float(value * scale)
+
+
+def _link(table: Mapping[str, Any], where: str) -> Link:
+    ring = _number(table, "ring_gb_s", where, 1e9)
+    return Link(
+        int(table["span"]),
+        _number(table, "bandwidth_gb_s", where, 1e9),
+        ring,
+        _number(table, "node_ring_gb_s", where, 1e9) if "node_ring_gb_s" in table else ring,
+        _number(table, "latency_us", where, 1e-6),
+        _number(table, "collective_us", where, 1e-6),
+        _number(table, "step_us", where, 1e-6),
+        _switched(table["graph"], f"{where}.graph") if "graph" in table else None,
+    )
+
+
+def _switched(table: Mapping[str, Any], where: str) -> Switched:
+    return Switched(
+        _number(table, "step_us", where, 1e-6),
+        _number(table, "read_gb_s", where, 1e9),
+        _number(table, "start_us", where, 1e-6),
+        _number(table, "rank_us", where, 1e-6),
+        _number(table, "eager_us", where, 1e-6),
+        _number(table, "ring_gb_s", where, 1e9),
+        _number(table, "half_mb", where, 1e6),
+        _number(table, "whole", where),
+    )
+
+
+def _measured(table: Mapping[str, Any], where: str) -> Measured:
+    def rates(kind: type[Product] | type[Attending], values: Mapping[str, Any], where: str) -> dict[str, float]:
+        """The fields of `kind`. A name that ends in _s is in microseconds in the file, as NAME_us."""
+        names = {f"{f.name[:-2]}_us" if f.name.endswith("_s") else f.name: f.name for f in fields(kind)}
+        for key in values.keys() - names.keys():
+            raise ValueError(f"{key!r}{where} is not known{nearest(key, names)}")
+        given = {key: name for key, name in names.items() if key in values or name != "quantise"}
+        return {name: _number(values, key, where, 1e-6 if key != name else 1.0, zero=True) for key, name in given.items()}
+
+    products = {what: Product(**rates(Product, row, f"{where}.products.{what}")) for what, row in table["products"].items()}
+    attention = {what: Attending(**rates(Attending, row, f"{where}.attention.{what}")) for what, row in table["attention"].items()}
+    for what, known in (("products", products), ("attention", attention)):
+        if "fp16" not in known:
+            raise KeyError(f"fp16{where}.{what}")
+    return Measured(products, attention, _number(table, "stream", where), str(table["source"]))
