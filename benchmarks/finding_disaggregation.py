@@ -53,12 +53,16 @@ def best(answer: Answer) -> dict[str, Any]:
     """One row: the best of each kind, in requests per second of all GPUs."""
     split, alone = (next((unit for unit in answer.whole if (" -> " in unit.name) is kind), None) for kind in (True, False))
     row: dict[str, Any] = {
-        "co-located": f"{alone.deployed.replicas} x {alone.name}" if alone is not None else "none",
+        "co-located": alone.title if alone is not None else "none",
         "requests/s": alone.rate if alone is not None else 0.0,
         "two pools": split.name if split is not None else "none",
         "requests/s ": split.rate if split is not None else 0.0,
     }
-    return row | {"pools / co-located": row["requests/s "] / row["requests/s"] if row["requests/s"] else inf}
+    row |= {"pools / co-located": row["requests/s "] / row["requests/s"] if row["requests/s"] else inf}
+    if alone is None or split is None:
+        return row
+    ratios = sorted(pools / other if other else inf for pools, other in zip(split.draws, alone.draws, strict=True))
+    return row | {"over the draws": f"{ratios[0]:.3g} to {ratios[-1]:.3g}"}
 
 
 def searched(site: Site, traffic: Traffic, slo: str) -> Answer | None:
@@ -188,13 +192,14 @@ def pool_rates(instance: Instance, prompt: float, output: float, target: float) 
 
 
 def closed_form(site: Site, prompt: float, output: float, target: float) -> float:
-    """The ratio of two pools to co-located, each with its best split of the model and its best numbers of replicas."""
+    """The ratio of two pools to co-located, each with its best TP and its best numbers of replicas. It knows no pipelines."""
     candidates = Candidates(site)
     alone, pools = 0.0, 0.0
     rates = {}
     for (tp, pp), instance in candidates.shapes.items():
-        alone = max(alone, site.gpus // (tp * pp) * alone_rate(instance, prompt, output, target))
-        rates[tp * pp] = pool_rates(instance, prompt, output, target)
+        if pp == 1:
+            alone = max(alone, site.gpus // tp * alone_rate(instance, prompt, output, target))
+            rates[tp] = pool_rates(instance, prompt, output, target)
     for (a, (prefill, _)), (b, (_, decode)) in product(rates.items(), rates.items()):
         for number in range(1, site.gpus // a):
             pools = max(pools, min(number * prefill, (site.gpus - number * a) // b * decode))

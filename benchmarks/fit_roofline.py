@@ -80,6 +80,8 @@ def main() -> None:
     fits = [fit for _, own in by(points, lambda p: p.device.name).items() for fit in (*fits_2024(own), *fits_2026(own))]
     rounds = 40 if options.quick else 160
     rows = [row for fit in fits if options.only in fit.what for row in fit.rows(rounds)]
+    if not rows:
+        parser.error(f"nothing is fitted: no fit has {options.only!r} in its name; they are {', '.join(fit.what for fit in fits)}")
     harness.show("errors on measurements that were not fitted, and coefficients", rows, harness.machine(), options.json)
     if options.paper is not None:
         harness.show("Yi-34B, TP2, A100 PCIe, eager-2024 (ms)", iterations(options.paper), harness.machine(), None)

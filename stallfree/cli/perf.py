@@ -44,9 +44,7 @@ def perf(
     ] = "32@2048,512",
     weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8 or int4.")] = "fp16",
     kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
-    engine: Annotated[
-        str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")
-    ] = "vllm-2026",
+    engine: Annotated[str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")] = "vllm-2026",
     node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,
     as_json: options.Json = False,
@@ -119,6 +117,7 @@ def check(
 ) -> None:
     """Compare prices with measured kernels: the error of each operator in each file, and of each kind of operator in all.
     Deployments (DEVICE_MODEL_ENGINE_deployments.csv) are simulated."""
+    from stallfree.perf.aiconfigurator import left_out
     from stallfree.perf.profiles import KINDS, Error, by, read
     from stallfree.sim import deployed
 
@@ -127,6 +126,8 @@ def check(
         points, others = read(folder, some=not deployments)
         others = [file for file in others if file not in deployments]
         points += [point for file in deployments for point in deployed.read(file)]
+        if deployments:
+            typer.echo("simulating the deployments: about half a second each", err=True)
         files = {key: Error.of(group) for key, group in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
         groups = by(points, lambda point: KINDS.get(point.operator, point.operator))
         kinds = {kind: Error.of(group) for kind, group in groups.items()}
@@ -144,6 +145,8 @@ def check(
     lines += [(*key.split("\t"), *cells(error)) for key, error in files.items()]
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
     print_grid(lines)
+    for (name, dtype), number in left_out(folder).items():
+        typer.echo(f"left out, because {dtype} has no price: {number:,} row{'s' if number > 1 else ''} of {name}", err=True)
     for file in others:
         typer.echo(f"ignored, because its columns are not those of a profile: {file}", err=True)
 

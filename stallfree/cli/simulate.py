@@ -109,6 +109,8 @@ def simulate(
         return
     measuring.print_grid(table({name: report}))
     typer.echo(_summary(simulator, run, dollars))
+    if deployment.prefix_cache and not report.cached_tokens:
+        typer.echo("No prompt began as an earlier one, so the prefix cache had no hits. A trace with hash_ids says what is shared.")
 
 
 @words.spread("rate", "duration")
@@ -152,7 +154,7 @@ def capacity(
             rows_of[name].append(row | asdict(report))
 
         cases = {name: (traffic, Slo.parse(each.slo or ""), start) for name, each in deployments.items()}
-        capacities = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, seed=traffic.seed, shortest_s=shortest)
+        capacities = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, shortest_s=shortest)
     if as_json:
         answers = {
             name: {"deployment": _settings(deployments[name]), "slo": deployments[name].slo, "capacity": highest.rate}
@@ -208,8 +210,10 @@ def compare(
         runs = [{"configuration": name, "rate": rate} | asdict(report) for (name, rate), report in reports.items()]
         settings = {name: _settings(each) for name, each in deployments.items()}
         typer.echo(json.dumps({"workload": facts, "configurations": settings, "runs": runs}))
-    rows = [["", "requests/s", "TTFT p50, s", "TTFT p99, s", "TBT p50, ms", "TBT p99, ms", "output tokens/s", "SLO"]]
-    rows += [[name, f"{rate:g}", *_figures(report)] for (name, rate), report in reports.items()]
+    hits = any(report.cached_tokens for report in reports.values())
+    more = ["cached prompt tokens"] if hits else []
+    rows = [["", "requests/s", "TTFT p50, s", "TTFT p99, s", "TBT p50, ms", "TBT p99, ms", "output tokens/s", *more, "SLO"]]
+    rows += [[name, f"{rate:g}", *_figures(report, hits)] for (name, rate), report in reports.items()]
     if html is not None:
         about = [_words(facts), *(f"{name}: {_words(_settings(each))}" for name, each in deployments.items())]
         outputs.write_page(html, loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", about, rows, reports))
@@ -302,13 +306,16 @@ def _words(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
-def _figures(report: Report) -> list[str]:
+def _figures(report: Report, hits: bool) -> list[str]:
+    """Cells of a table. `hits`: one of them is the share of prompt tokens from the prefix cache."""
+    from stallfree.metrics.report import cached_share
+
     ttft, tbt = report.ttft_s, report.tbt_s
     times = ["-", "-"] if ttft is None else [f"{ttft.p50:.3g}", f"{ttft.p99:.3g}"]
     times += ["-", "-"] if tbt is None else [f"{1e3 * tbt.p50:.3g}", f"{1e3 * tbt.p99:.3g}"]
     attained = {name: each.in_time for name, each in report.slo_attainment.items() if each.in_time is not None}
     slo = ", ".join(f"{name} {100 * in_time:.4g} %" for name, in_time in attained.items())
-    return [*times, f"{report.output_tokens_per_s:,.0f}", slo or "-"]
+    return [*times, f"{report.output_tokens_per_s:,.0f}", *([cached_share(report)] if hits else []), slo or "-"]
 
 
 def _at_capacity(capacity: Capacity, trials: list[dict[str, Any]]) -> list[str]:

@@ -5,8 +5,10 @@ until one verdict leads by two. A trial passes as in the paper (Sarathi-Serve, O
 does not grow without bound.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from math import floor
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report
@@ -58,8 +60,11 @@ def search(
     tolerance: float = 0.05,
     most_trials: int = 5,
     seed: int = 0,
+    step: float = 2.0,
 ) -> Capacity:
-    """Find the capacity by `trial(rate, seed)`: doubling or halving from `start`, then bisection to a share of `tolerance`.
+    """Find the capacity by `trial(rate, seed)`: doubling or halving from `start`, then bisection to a share of `tolerance`. With a
+    `step` below 2 the first step from `start` is by this factor, and each later one by its square, up to 2. This is quicker if
+    `start` is close.
 
     No rate below `lowest` is tried: the lower the rate, the longer a trial. Each rate gets at most `most_trials` trials, with the
     same seeds as every other. Raises ValueError for invalid options.
@@ -70,6 +75,8 @@ def search(
         raise ValueError(f"a tolerance of {tolerance:g} cannot be reached; give a share from 0.001 to below 1, such as 0.05")
     if most_trials < 1 or most_trials % 2 == 0:
         raise ValueError(f"{most_trials} trials may have no majority; give an odd number")
+    if not 1 < step <= 2:
+        raise ValueError(f"a step of {step:g} times the rate is invalid; give a factor above 1 and at most 2")
     decisions: list[Decision] = []
 
     def met(rate: float) -> bool:
@@ -79,26 +86,33 @@ def search(
     low, high = 0.0, start
     if met(start):
         low = start
-        for _ in range(DOUBLINGS):
-            high = low * 2
+        for factor in islice(_factors(step), DOUBLINGS):
+            high = low * factor
             if not met(high):
                 break
             low = high
         else:
             return Capacity(low, None, tuple(decisions))
     else:
-        low = high / 2
+        factors = _factors(step)
+        low = high / next(factors)
         while low >= lowest and not met(low):
-            low, high = low / 2, low
+            low, high = low / next(factors), low
         if low < lowest:
             return Capacity(0.0, high, tuple(decisions))
-    while high - low > tolerance * low:
+    while high - low > tolerance * low * (1 + 1e-9):
         middle = (low + high) / 2
         if met(middle):
             low = middle
         else:
             high = middle
     return Capacity(low, high, tuple(decisions))
+
+
+def _factors(step: float) -> Iterator[float]:
+    while True:
+        yield step
+        step = min(2.0, step * step)
 
 
 def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, seed: int) -> Decision:
@@ -115,7 +129,7 @@ def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, s
 def shortfalls(report: Report, slo: Slo) -> list[str]:
     """The reasons why a trial fails, in words; empty if it passes."""
     reasons = [
-        f"{target.in_time or 0:.2%} within {name}={target.target}"
+        f"{_below(target.in_time or 0)} within {name}={target.target}"
         for name, target in report.slo_attainment.items()
         if not target.met
     ]
@@ -126,3 +140,8 @@ def shortfalls(report: Report, slo: Slo) -> list[str]:
     if failed > MOST_FAILED * (failed + report.completed):
         reasons.append(f"{failed} of {failed + report.completed} requests failed")
     return reasons
+
+
+def _below(share: float) -> str:
+    """A share that is too small, rounded down to a tenth of a per cent, so that it never reads like the target that it missed."""
+    return f"{floor(1000 * share) / 10:.1f}%"

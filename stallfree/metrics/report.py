@@ -84,6 +84,7 @@ class Goodput:
 class Report:
     """A run in numbers. `completed`: requests with their whole output. `errors`: how many ended otherwise, by kind. `unfinished`:
     how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` is over these seconds.
+    `cached_tokens`: how many of `prompt_tokens` were found in the prefix cache; None if it is not known.
 
     Over requests: `ttft_s` (with a first token), `tpot_s` (mean gap, with two tokens), `e2e_s` (arrival to last token, completed
     only), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s`: over the gaps of all requests, pooled.
@@ -95,6 +96,7 @@ class Report:
     errors: dict[str, int]
     unfinished: int
     prompt_tokens: int
+    cached_tokens: int | None
     output_tokens: int
     seconds: float
     output_tokens_per_s: float
@@ -120,6 +122,7 @@ class Tally:
         self._gaps = _Pool()
         self._reasons: Counter[str] = Counter()
         self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
+        self._cached_tokens: int | None = None
         self._last = 0.0
         self._due = self._late = self._good = 0
 
@@ -128,6 +131,8 @@ class Tally:
         self._lines += 1
         self._arrivals.append(line.arrival)
         self._prompt_tokens += line.prompt_tokens
+        if line.cached is not None:
+            self._cached_tokens = (self._cached_tokens or 0) + line.cached
         self._output_tokens += len(tokens)
         if line.scheduled is not None:
             self._delays.append(line.scheduled - line.arrival)
@@ -177,6 +182,7 @@ class Tally:
             errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},
             unfinished=self._lines - ended,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             seconds=seconds,
             output_tokens_per_s=self._output_tokens / seconds if seconds else 0.0,
@@ -215,6 +221,8 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
         ["requests/s, actual", *(_number(r.request_rate.actual) for r in each)],
         ["output tokens/s", *(_number(r.output_tokens_per_s) for r in each)],
     ]
+    if any(r.cached_tokens for r in each):
+        rows.append(["prompt tokens from the prefix cache", *(cached_share(r) for r in each)])
     for name in ("ttft", "tbt", "tpot", "e2e"):
         quantiles = [getattr(r, f"{name}_s") for r in each]
         for f in fields(Quantiles):
@@ -229,6 +237,11 @@ def table(reports: Mapping[str, Report]) -> list[list[str]]:
         rows.append(["requests within all targets", *("-" if r.goodput is None else f"{r.goodput.share:.2%}" for r in each)])
         rows.append(["goodput, requests/s", *(_number(None if r.goodput is None else r.goodput.requests_per_s) for r in each)])
     return rows
+
+
+def cached_share(report: Report) -> str:
+    """The share of the prompt tokens that were found in the prefix cache, in words."""
+    return "-" if report.cached_tokens is None else f"{report.cached_tokens / max(1, report.prompt_tokens):.1%}"
 
 
 def _number(value: float | None) -> str:

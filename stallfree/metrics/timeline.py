@@ -13,7 +13,8 @@ from stallfree.core.record import StepRecord
 class Timeline:
     """One request's life, in the run's seconds: its `arrival`, when it was first `scheduled`, when each output token came
     (`tokens`), when it `finished` and why (`reason`). None: it has not happened. `stalls`: iterations that left it out as a ready
-    decode; only records can tell them.
+    decode; only records can tell them. `cached`: prompt tokens found in the prefix cache when it was last admitted; a client does
+    not know them.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Timeline:
     finished: float | None = None
     reason: str | None = None
     stalls: int = 0
+    cached: int | None = None
 
     @property
     def ttft(self) -> float | None:
@@ -42,8 +44,10 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
     for r in records:
         for request in r.arrived:
             lines[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
+        for id, found in r.cached:
+            lines[id].cached = min(found, lines[id].prompt_tokens)
         for d in r.delivered:
-            lines[d.id].scheduled = d.asked
+            lines[d.id].scheduled, lines[d.id].cached = d.asked, d.cached
             lines[d.id].tokens.append(d.t)
         for id, _, _ in r.work:
             if lines[id].scheduled is None:

@@ -5,13 +5,15 @@ in each row, and its milliseconds. What belongs to the measuring and not to the 
 other formats.
 """
 
+import csv
+from collections import Counter
 from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
 
 from stallfree.perf import kernels
 from stallfree.perf.hardware import Hardware, profiled
-from stallfree.perf.kernels import Attention, Chunks
+from stallfree.perf.kernels import Attention
 from stallfree.perf.point import Point, Row
 from stallfree.perf.shape import KV_BYTES, Matrix
 
@@ -21,7 +23,15 @@ PREFILL = ("kv_cache_dtype", "num_heads", "num_key_value_heads", "batch_size", "
 DECODE = ("kv_cache_dtype", "num_heads", "num_key_value_heads", "batch_size", "context", "ms")
 REDUCE = ("how", "num_gpus", "bytes", "ms")
 
-DTYPES = {"bfloat16": "fp16", "float16": "fp16", "fp8": "fp8", "fp8_block": "fp8-block", "int8_wo": "int8", "int4_wo": "int4"}
+DTYPES = {
+    "bfloat16": "fp16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "fp8": "fp8",
+    "fp8_block": "fp8-block",
+    "int8_wo": "int8",
+    "int4_wo": "int4",
+}
 """The precision of weights or KV by its name in these files."""
 LARGE = 60e6
 """Bytes of weights from which they come from memory. A benchmark that repeats a product finds smaller ones in the device's
@@ -68,6 +78,15 @@ def product(file: Path, row: Row) -> Iterator[Point]:
     yield Point(file.name, device, f"{dtype}, {'from' if matrix.bytes >= LARGE else 'below'} 60 MB", seconds, price)
 
 
+def left_out(folder: Path) -> dict[tuple[str, str], int]:
+    """How many rows of products have no price, by file and dtype."""
+    number: Counter[tuple[str, str]] = Counter()
+    for file in sorted(folder.rglob("*_matmul.csv")):
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            number.update((file.name, row["dtype"]) for row in csv.DictReader(lines) if row.get("dtype", "") not in DTYPES)
+    return dict(number)
+
+
 def prefill(file: Path, row: Row) -> Iterator[Point]:
     device, make, batch, precision = _attention(file, row)
     tokens, seconds = row.whole("prompt_tokens"), row.measured("ms")
@@ -76,7 +95,7 @@ def prefill(file: Path, row: Row) -> Iterator[Point]:
 
     def price(device: Hardware) -> float:
         kernel = make(device)
-        return kernel.chunks(Chunks.of([kernel.chunk(0, tokens)] * batch))
+        return kernel.chunks(kernel.sums([(0, tokens)] * batch))
 
     size = f"{'from' if tokens >= LONG else 'below'} {LONG:,} tokens"
     yield Point(file.name, device, f"prefill, {precision} KV, {size}", seconds, price)

@@ -5,9 +5,8 @@ at least one for each sequence and KV head, which reads the KV once. A message t
 module does not know which kernels run, nor how often.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ profiles of three devices together; 0.15 to 0.25 describes each about as well.""
 
 class Tile(NamedTuple):
     """Rows (tokens) and columns (outputs) that a processor computes at once. The library takes it for products of `least` to `most`
-    tokens. Tiles come in `together` below each other, which share what they read."""
+    tokens. Tiles come `together` in this number, below each other, because they share what they read."""
 
     rows: int
     columns: int
@@ -33,12 +32,12 @@ class Tile(NamedTuple):
     together: int = 1
 
 
-SQUARE = tuple(Tile(*sides) for sides in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)))
+CHOICES = tuple(Tile(*sides) for sides in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)))
 """Tiles that a library's 16-bit product chooses from. The model assumes that it chooses the best."""
 TILES = {
-    "fp16": SQUARE,
+    "fp16": CHOICES,
     # Kernels for weights in fewer bits are made for few tokens (Marlin, arXiv 2408.11743).
-    "widened": (Tile(16, 64), Tile(32, 64), *SQUARE),
+    "widened": (Tile(16, 64), Tile(32, 64), *CHOICES),
     # vLLM's CUTLASS products choose by the number of tokens.
     "fp8": (Tile(64, 64, most=64), Tile(64, 128, 65, 128), Tile(128, 128, 129, together=2)),
     "fp8-block": (Tile(64, 64), Tile(64, 128), Tile(128, 128)),
@@ -137,7 +136,7 @@ def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) ->
         deep = ceil(columns / parts / STEPS[how]) * STEPS[how]
         quickest = inf
         for tile in TILES[how]:
-            if not tile.least <= each <= tile.most and eight:
+            if not tile.least - 1 < each <= tile.most:
                 continue
             tall, wide = tile.rows, tile.columns
             work = 2 * tall * wide * (1 + EDGE / tall + EDGE / wide) / rate
@@ -194,28 +193,31 @@ class Attention:
         self._cache, self._kv_bytes = device.cache if warm else 0.0, kv_bytes
         self._compute_s, self._read_s = 4 * heads * head_dim / device.peak["fp16"], kv_bytes / device.bandwidth
         self._pair_s, self._token_s = self._compute_s / measured.compute, self._read_s / measured.stream
-        self._row_s = 4.0 * (heads + kv_heads) * head_dim / (device.bandwidth * measured.rows)
+        self._row_s = max(4.0 * (heads + kv_heads) * head_dim / (device.bandwidth * measured.rows), self._token_s)
+        self._tile_s, self._alone_s = measured.tile_s / device.processors, self._token_s * measured.alone
+        self._longest_s = self._pair_s * device.processors / heads
         self._heads, self._group = heads, heads // kv_heads
-        self._regroups = measured.regroup_s > 0 and self._group > 1 and kv_heads > 1
-        self._splits = self._group > 1 or not measured.pace_s
+        self._packs = not measured.regroup_s  # the kernel puts the heads of a group into one tile
+        self._regroup_s = measured.regroup_s if self._group > 1 and kv_heads > 1 else 0.0
+        self._pace_s = measured.pace_s if self._group == 1 else 0.0
         # Tokens whose tiles occupy all processors: each KV head has tiles of TALL queries of its heads.
         self._enough = device.processors // kv_heads * TALL * kv_heads / heads
 
     def decodes(self, requests: int, context: int) -> float:
         """Seconds of decodes with `context` tokens of KV before them in total. The KV is read once, by a tile for each sequence and
-        KV head. If these do not occupy the processors, each is split, unless its KV is short."""
-        measured, tiles, each = self._measured, requests * self._kv_heads, context / requests
+        KV head, which is split unless its KV is short."""
+        measured, tiles = self._measured, requests * self._kv_heads
         seconds = measured.launch_s
-        reading = context * self._token_s * (1 + measured.alone / tiles)
+        reading = context * (self._token_s + self._alone_s / tiles)
         if self._cache:
             reading *= self._cold(context * self._kv_bytes)
-        if not self._splits:
-            reading = max(reading, each * measured.pace_s)
-        elif each > TALL:
+        if self._pace_s:
+            reading = max(reading, context / requests * self._pace_s)
+        elif context > TALL * requests:
             seconds += measured.split_s
-        if self._regroups and requests > 1:
-            seconds += measured.regroup_s
-        return seconds + _norm(TILE_OVERLAP, tiles / self._processors * measured.tile_s, reading)
+        if requests > 1:
+            seconds += self._regroup_s
+        return float(seconds + ((tiles * self._tile_s) ** TILE_OVERLAP + reading**TILE_OVERLAP) ** (1 / TILE_OVERLAP))
 
     def _cold(self, size: float) -> float:
         """The time to read `size` bytes of KV, of which what fits is in the cache, over that of reading it from memory. About two
@@ -225,26 +227,36 @@ class Attention:
 
     def chunks(self, sums: "Chunks") -> float:
         """Seconds of chunks. Tiles of the same head take the processors in turn; no chunk ends before its longest tile."""
-        measured = self._measured
-        reading = max((sums.cached + sums.tokens) * self._token_s, sums.tokens * self._row_s)
-        tiles = sums.pairs * self._pair_s + sums.tiles / self._processors * measured.tile_s
-        longest = sums.longest * self._pair_s * self._processors / self._heads
-        return measured.launch_s + (measured.split_s if sums.split else 0.0) + _norm(OVERLAP, tiles, longest, reading)
+        tokens, cached, pairs, tiles, longest, split = sums
+        reading = cached * self._token_s + tokens * self._row_s
+        computing = pairs * self._pair_s + tiles * self._tile_s
+        norm = (computing**OVERLAP + (longest * self._longest_s) ** OVERLAP + reading**OVERLAP) ** (1 / OVERLAP)
+        return float(self._measured.launch_s + (self._measured.split_s if split else 0.0) + norm)
 
-    def chunk(self, start: int, count: int) -> "Chunks":
-        """The sums of one chunk. If it is too small to occupy the processors, and has KV before it, it is split along its KV."""
-        split = start > 0 and count < self._enough
-        tiles = self._heads * ceil(count / TALL)
-        if not self._measured.regroup_s:  # the kernel puts the heads of a group into one tile
-            tiles = min(tiles, self._kv_heads * ceil(count * self._group / TALL))
-        longest = 0.0 if split else min(count, TALL) * (start + count)
-        return Chunks(count, start, self.pairs(start, count), tiles, longest, split)
+    def sums(self, chunks: Iterable[tuple[int, int]]) -> "Chunks":
+        """What the time of these chunks depends on. A chunk that is too small to occupy the processors, and has KV before it, is
+        split along its KV."""
+        tokens = cached = tiles = 0
+        pairs = longest = 0.0
+        split = False
+        for start, count in chunks:
+            tall = count if count < TALL else TALL
+            own = count * (count + tall) / 2
+            pairs += count * start + own + self.masked * (count * count - own)
+            tokens += count
+            cached += start
+            rows = self._heads * -(-count // TALL)
+            tiles += min(rows, self._kv_heads * -(-count * self._group // TALL)) if self._packs else rows
+            if start and count < self._enough:
+                split = True
+            elif tall * (start + count) > longest:
+                longest = tall * (start + count)
+        return Chunks(tokens, cached, pairs, tiles, longest, split)
 
     def pairs(self, start: int, count: int) -> float:
         """Pairs of query and key that a chunk's kernel computes: all with the KV before it, and those of its own that it does not
         skip."""
-        own = count * (count + min(count, TALL)) / 2
-        return count * start + own + self.masked * (count * count - own)
+        return self.sums([(start, count)]).pairs
 
     def cost_of_decodes(self, requests: int, context: int) -> Cost:
         read = context * self._read_s
@@ -259,26 +271,12 @@ class Chunks(NamedTuple):
     """What the attention of an iteration's chunks depends on: their tokens, and tokens of KV before them; pairs of query and key;
     tiles, and the pairs of the longest; whether any is split along its KV."""
 
-    tokens: int = 0
-    cached: int = 0
-    pairs: float = 0.0
-    tiles: int = 0
-    longest: float = 0.0
-    split: bool = False
-
-    @classmethod
-    def of(cls, chunks: "Sequence[Chunks]") -> "Chunks":
-        return reduce(Chunks.plus, chunks, cls())
-
-    def plus(self, other: "Chunks") -> "Chunks":
-        return Chunks(
-            self.tokens + other.tokens,
-            self.cached + other.cached,
-            self.pairs + other.pairs,
-            self.tiles + other.tiles,
-            max(self.longest, other.longest),
-            self.split or other.split,
-        )
+    tokens: int
+    cached: int
+    pairs: float
+    tiles: int
+    longest: float
+    split: bool
 
 
 TALL = 128

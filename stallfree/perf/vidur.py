@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stallfree.perf import kernels, shape
 from stallfree.perf.hardware import Hardware, profiled
-from stallfree.perf.kernels import Attention, Chunks
+from stallfree.perf.kernels import Attention
 from stallfree.perf.point import Point, Row
 from stallfree.perf.shape import Matrix
 
@@ -108,6 +108,6 @@ def attention(file: Path, row: Row) -> Iterator[Point]:
         kernel = Attention(device, rates, sharded.heads, sharded.kv_heads, model.head_dim, sharded.kv_bytes_per_layer, masked=1.0)
         if kind == "decode":
             return kernel.decodes(batch, batch * cached)
-        return kernel.chunks(Chunks.of([kernel.chunk(cached, chunk)] * batch))
+        return kernel.chunks(kernel.sums([(cached, chunk)] * batch))
 
     yield Point(file.name, device, kind, seconds, price)

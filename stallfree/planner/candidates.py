@@ -4,15 +4,24 @@ Each is a unit of few devices, which is repeated until the devices are used up. 
 candidate is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
-from stallfree.planner.site import Site
+from stallfree.perf import shape as models
+from stallfree.planner.site import Site, counted
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Instance, instance
+from stallfree.sim.split import place
 
+Shape = tuple[int, int]
+"""TP and PP of a replica."""
+Deployed = Deployment | Split
+
+PARTS, STAGES = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8)
+"""TP and PP that are tried. DistServe (OSDI'24) published placements with 3 of each."""
 PROMPT_BATCH = 2048
 """Most tokens in a batch of prompts, as in Splitwise (ISCA'24, section 4)."""
 SATURATED = 1.05
@@ -24,6 +33,8 @@ MOST_UNITS = 4
 class Candidates:
     """The deployments that `site` allows. `shapes`: a replica's instance for each (TP, PP) that the model and the devices fit.
     Raises ValueError for an invalid site, and if nothing fits, with what the largest split lacks.
+
+    A replica that fits in a node is in one. A larger one has one pipeline stage in each of several nodes.
     """
 
     def __init__(self, site: Site):
@@ -37,24 +48,44 @@ class Candidates:
             raise ValueError(f"{site.per_node} GPUs in a node are more than the {most} that {site.hardware} has; give more nodes")
         links.load(site.link)
         self.site = site
-        self.shapes: dict[tuple[int, int], Instance] = {}
+        self.shapes: dict[Shape, Instance] = {}
         why: list[str] = []
-        for pp, tp in ((pp, tp) for pp in (1, 2, 4, 8) for tp in (1, 2, 4, 8) if tp <= site.per_node and tp * pp <= site.gpus):
-            # Pipeline stages are for models that do not fit a node. Within a node, TP does the same with less waiting.
-            if pp > 1 and (self.shapes or tp < site.per_node):
-                continue
+        for shape in self._possible():
             try:
-                self.shapes[tp, pp] = instance(self.replica(tp, pp))
+                self.shapes[shape] = instance(self.replica(*shape))
             except ValueError as error:
                 why.append(str(error))
         if not self.shapes and len(set(why)) == 1:  # the split is not the reason
             raise ValueError(why[0])
         if not self.shapes:
-            raise ValueError(f"no split of {site.gpus} GPUs holds the model: {why[-1]}")
+            raise ValueError(f"no split of {counted(site.gpus, 'GPU')} holds the model: {why[-1]}")
+
+    def _possible(self) -> Iterator[Shape]:
+        """The shapes that the devices allow, with layers and heads that come out even; always TP 1."""
+        site = self.site
+        if site.model is None:
+            yield 1, 1
+            return
+        model = models.load(site.model)
+        # A file of fitted times has no pipelines.
+        stages = (1,) if site.engine.endswith(".json") else tuple(pp for pp in STAGES if model.num_layers % pp == 0)
+        for pp in stages:
+            for tp in PARTS:
+                in_nodes = tp * pp <= site.per_node or (tp <= site.per_node and pp <= site.nodes)
+                if in_nodes and tp * pp <= site.gpus and self._divides(tp):
+                    yield tp, pp
+
+    def _divides(self, tp: int) -> bool:
+        try:
+            models.Sharded(models.load(self.site.model or ""), tp)
+        except ValueError:
+            return False
+        return True
 
     def replica(self, tp: int, pp: int, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
         site = self.site
-        deployment = Deployment(site.model, site.hardware, tp, pp, site.weights, site.kv, site.engine, node=site.per_node)
+        used = site.per_node if tp * pp <= site.per_node else tp
+        deployment = Deployment(site.model, site.hardware, tp, pp, site.weights, site.kv, site.engine, node=used)
         deployment = replace(deployment, policy=policy, token_budget=budget, max_model_len=site.max_model_len)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
@@ -65,43 +96,44 @@ class Candidates:
         least = min(per_token.values())
         return min(size for size, seconds in per_token.items() if seconds <= SATURATED * least)
 
-    def prefill(self, shape: tuple[int, int], way: str) -> Deployment:
+    def prefill(self, shape: Shape, way: str) -> Deployment:
         """A prefill replica of a pair that works in `way`, a name of `WAYS`."""
         if way == "hybrid":
             return self.replica(*shape, "sarathi", PROMPT_BATCH)
         batch = PROMPT_BATCH if way == "splitwise" else self.saturation(*shape)
         return self.replica(*shape, "hybrid-only", max_tokens=max(batch, Deployment().max_seqs))
 
-    def decode(self, shape: tuple[int, int], way: str) -> Deployment:
+    def decode(self, shape: Shape, way: str) -> Deployment:
         """A decode replica of a pair that works in `way`. It also computes prompts: those that it preempted, or took over; in small
         chunks if `way` is hybrid.
         """
         return self.replica(*shape, "sarathi", 256 if way == "hybrid" else 512)
 
-    def split(
-        self, way: str, prefill: tuple[int, int], decode: tuple[int, int], numbers: tuple[int, int], *, whole: bool = False
-    ) -> Split:
+    def split(self, way: str, prefill: Shape, decode: Shape, numbers: tuple[int, int], *, whole: bool = False) -> Split:
         """A unit of so many prefill and decode replicas, on as few nodes as hold it; KV stays in its node if it can. `whole`: on
         all nodes, with KV transfers between any two.
         """
-        size = sum(number * tp * pp for number, (tp, pp) in zip(numbers, (prefill, decode), strict=True))
-        nodes = self.site.nodes if whole else min(self.site.nodes, -(-size // self.site.per_node))
-        return Split(
+        unit = Split(
             replace(self.prefill(prefill, way), replicas=numbers[0]),
             replace(self.decode(decode, way), replicas=numbers[1]),
             way,
             self.site.link,
-            nodes,
+            self.site.nodes,
             self.site.per_node,
             near=not whole,
         )
+        if whole:
+            return unit
+        least = min(self.site.nodes, -(-size(unit) // self.site.per_node))
+        fewer = (replace(unit, nodes=nodes) for nodes in range(least, self.site.nodes))
+        return next((each for each in fewer if fits(each)), unit)
 
     def like(self, pair: Split, way: str) -> Split:
         """The pools of `pair`, working in another `way`."""
         (a, b), numbers = ((p.tp, p.pp) for p in (pair.prefill, pair.decode)), (pair.prefill.replicas, pair.decode.replicas)
         return self.split(way, a, b, numbers)
 
-    def ratios(self, prefill: tuple[int, int], decode: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    def ratios(self, prefill: Shape, decode: Shape) -> Iterator[tuple[int, int]]:
         """Pairs of numbers of prefill and decode replicas in a unit: small, and without a common divisor."""
         each = [tp * pp for tp, pp in (prefill, decode)]
         for a in range(1, MOST_UNITS + 1):
@@ -110,18 +142,53 @@ class Candidates:
                 if not common and a * each[0] + b * each[1] <= self.site.gpus:
                     yield a, b
 
+    def most(self, unit: Deployed) -> int:
+        """How many of `unit` the nodes hold; 0 if none."""
+        if isinstance(unit, Split):
+            return next((n for n in range(self.site.gpus // size(unit), 0, -1) if fits(self._pairs(unit, n))), 0)
+        if unit.tp * unit.pp <= self.site.per_node:
+            return self.site.nodes * (self.site.per_node // (unit.tp * unit.pp))
+        return (self.site.nodes // unit.pp) * (self.site.per_node // unit.tp)
+
+    def repeated(self, unit: Deployed, number: int) -> Deployed:
+        """`number` of `unit` as one cluster."""
+        if isinstance(unit, Split):
+            return self._pairs(unit, number)
+        return replace(unit, replicas=number, router="shortest-queue")
+
+    def kv_rate(self, unit: Split) -> float:
+        """Prompt tokens per second whose KV the links between the nodes of `unit` carry; inf if KV stays in its node."""
+        sources, targets = place(unit)
+        if unit.near and set(sources) <= set(targets):
+            return inf
+        site = self.site
+        kv = models.Sharded(models.load(site.model or ""), 1, 1, site.weights, site.kv).kv_bytes_per_token
+        return len({nodes[0] for nodes in sources}) * links.load(site.link).bandwidth / kv
+
+    def _pairs(self, unit: Split, number: int) -> Split:
+        prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
+        return replace(unit, prefill=prefill, decode=decode, nodes=self.site.nodes)
+
 
 WAYS = ("distserve", "splitwise", "hybrid")
 """The ways in which two pools may work together: the pairings of `sim.pairings`."""
 
 
-def size(deployed: Deployment | Split) -> int:
+def size(deployed: Deployed) -> int:
     """How many devices a deployment takes."""
-    pools: Sequence[Deployment] = (deployed,) if isinstance(deployed, Deployment) else (deployed.prefill, deployed.decode)
+    pools = (deployed,) if isinstance(deployed, Deployment) else (deployed.prefill, deployed.decode)
     return sum(pool.replicas * pool.tp * pool.pp for pool in pools)
 
 
-def name(deployed: Deployment | Split) -> str:
+def fits(split: Split) -> bool:
+    """Whether the replicas of a split can be placed on its nodes."""
+    try:
+        return bool(place(split))
+    except ValueError:
+        return False
+
+
+def name(deployed: Deployed) -> str:
     """A deployment's name, such as slo TP2, or distserve 2 x TP1 -> 1 x TP2."""
     if isinstance(deployed, Deployment):
         return f"{_policy(deployed)} {_split(deployed)}"

@@ -9,6 +9,11 @@ from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.pairings import PAIRINGS
 
+SYSTEMS = {
+    **{"a100-80g": "a100_sxm", "a100-80g-pcie": "a100_pcie", "l40s": "l40s"},
+    **{"h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm"},
+}
+"""Names of devices in aiconfigurator (NVIDIA, PyPI, 0.12), by their names here."""
 ANYWHERE = "0.0.0.0"
 """The address to listen on for servers that other hosts must reach."""
 
@@ -35,6 +40,19 @@ def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
     if spill is not None:
         lines.append("# simulated, but not done by these servers: a prefill engine keeps requests while decode engines are full")
     return lines
+
+
+def cross_check(site: Site, prompt: float, output: float, slo: Slo) -> str | None:
+    """The command by which aiconfigurator answers the same question from kernels of its own, for mean tokens of `prompt` and
+    `output`; it knows means, no bursts and no percentiles. None if it does not know the device, or if the model is a file.
+    """
+    model, pace = repository(site.model or ""), slo.tpot or slo.tbt
+    if site.hardware not in SYSTEMS or model.count("/") != 1 or Path(model).exists():
+        return None
+    targets = "".join(f" --{name} {1000 * t.seconds:.0f}" for name, t in (("ttft", slo.ttft), ("tpot", pace)) if t is not None)
+    load = f"--isl {prompt:.0f} --osl {output:.0f}{targets}"
+    where = f"--total-gpus {site.gpus} --system {SYSTEMS[site.hardware]} --backend vllm"
+    return f"aiconfigurator cli default --model {model} {where} {load}"
 
 
 def _engine(site: Site, deployment: Deployment, slo: Slo) -> str:

@@ -1,67 +1,64 @@
 """Ranks candidates by their capacity in simulation. It simulates only the likely ones, which it finds by their parts' capacities.
 
-It searches each part alone: a co-located replica, prompts only, decodes only. These capacities give the best ratios of prefill to
-decode replicas. It simulates only the best pairs of each way whole, and the best of both kinds on all devices. It does not know how
-processes start, and prints nothing.
+The capacities of the parts give the best ratios of prefill to decode replicas. It simulates only the best pairs of each way, and
+the best of both kinds on all devices, in several draws of the load. It does not know how processes start, and prints nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import islice
 from math import ceil, inf
-from statistics import fmean
 
 from stallfree.core.slo import Slo
-from stallfree.metrics.capacity import Capacity
-from stallfree.metrics.report import Report, Tally
-from stallfree.planner.candidates import WAYS, Candidates, name, size
+from stallfree.metrics.report import Report
+from stallfree.planner.candidates import WAYS, Candidates, Deployed, name, size
+from stallfree.planner.capacities import SECONDS, Found, Open, capacities
+from stallfree.planner.parts import Parts, pairs, parts
+from stallfree.planner.site import counted
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
-from stallfree.sim.split import SplitSimulator, place, unlimited
-from stallfree.sim.trials import Trial, Trials, Tried
+from stallfree.sim.split import SplitSimulator
+from stallfree.sim.trials import Tried
 from stallfree.workload.traffic import Traffic
-
-Deployed = Deployment | Split
-Open = Callable[[Mapping[str, Tried]], AbstractContextManager[Trials]]
-"""Opens processes for trials of the named simulators."""
 
 BUDGETS = (512, 2048)
 """Token budgets of the co-located `sarathi` candidates: the paper's."""
 ROUGH, FINE = 0.08, 0.04
-"""Tolerances of the capacity searches, as shares of the capacity: of a unit, and of all devices."""
-SECONDS = 30.0
-"""Minimum seconds of arrivals in a trial."""
+"""Tolerances of the capacity searches, as shares of the capacity: of candidates and of further draws, and of finalists."""
+NEAR = 1.2
+"""The first step of a search whose first rate follows from the parts, or from an earlier search."""
 ROOM = 1.05
 """A target that can be met is so many times the latency seen almost without load."""
-SHAPES = 3
-"""At most this many splits of a model are tried co-located: the best by their estimated capacity."""
 FINALISTS = 2
-"""At most this many pairs of each way are simulated whole, and at most so many more that fit in a node. Of all these, at most so
-many are simulated on all devices."""
-
-
-class Prompts:
-    """Simulates a deployment that computes prompts up to the first token, and nothing after it."""
-
-    def __init__(self, deployment: Deployment):
-        self._simulator = Simulator(deployment)
-
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
-        tally = Tally(slo)
-        self._simulator.run((replace(a, output_tokens=1) for a in traffic.stream(rate, seed)), ended=tally.add)
-        return tally.report(rate)
+"""At most this many pairs of each way are candidates, and at most so many more that fit in a node. Of all these, at most so many
+are finalists."""
+DRAWS, BURSTY_DRAWS = 3, 5
+"""Draws of the load for the best of each kind, under Poisson arrivals and under others. The median capacity over all draws is
+between the least and the largest of n with a probability of 1 - 2 / 2^n: 75 % and 94 %, whatever the distribution."""
+PART = 64
+"""Requests in a part of a trace, at least."""
+ENOUGH = 512
+"""Candidates are compared in an eighth of a trace, and in at least this many requests."""
+LEAST = 1 / 3
+"""A candidate that misses the SLO at this share of what its parts promise is left there: it is not the best."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate: the unit `deployed`, how many `units` the devices hold, and the highest `rate` (1/s) at which one meets the SLO.
-    `at`, `above`: reports at that rate and at the lowest that failed, None if not tried. `why`: the reasons of the failure.
+    """A candidate: what was simulated (`deployed`), how many of it (`units`) the devices hold, and the highest `rate` (1/s) at
+    which one meets the SLO. `whole`: it was simulated on all devices, as one cluster, and is one unit.
+
+    `draws`: the capacities in several draws of the load, of which `rate` is the median, drawn with `seed`; or those in several
+    parts of a trace. `at`, `above`: reports at that rate and at the lowest that failed, None if not tried. `why`: the reasons of
+    the failure.
     """
 
     deployed: Deployed
     units: int
+    whole: bool
     rate: float
+    draws: tuple[float, ...]
+    seed: int
     at: Report | None
     above: Report | None
     why: tuple[str, ...]
@@ -71,6 +68,12 @@ class Ranked:
         return name(self.deployed)
 
     @property
+    def title(self) -> str:
+        """The name, with the number of all replicas or units."""
+        number = self.units * (self.deployed.replicas if isinstance(self.deployed, Deployment) else 1)
+        return self.name if number == 1 else f"{number} x {self.name}"
+
+    @property
     def total(self) -> float:
         """Requests per second of all units."""
         return self.units * self.rate
@@ -78,8 +81,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a search. `ranked`: all candidates. `whole`: the best co-located and the best split ones, each simulated with
-    its units as one cluster on all devices. Both have the best first.
+    """The result of a search. `ranked`: all candidates. `whole`: of these the best co-located and the best split one, each
+    simulated on all devices in several draws of the load. Both lists have the best first.
     """
 
     ranked: list[Ranked]
@@ -93,59 +96,55 @@ class Answer:
 def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda _: None) -> Answer:
     """Rank `candidates` for `traffic`, without its rate, and `slo`. Raises ValueError if none meets the SLO, with the nearest
     targets that can be met.
+
+    Under Poisson arrivals a candidate is a unit of few devices, and its rate counts for each unit. Under others a unit by itself
+    would meet the burstiness of all arrivals at a share of their rate, so every candidate is simulated on all devices.
     """
-    arrivals = list(replace(traffic, requests=300, duration=None, arrivals="poisson").stream(1.0, 0))
-    prompt, output = (fmean(getattr(a, field) for a in arrivals) for field in ("prompt_tokens", "output_tokens"))
-    guess = {shape: _estimate(candidates, shape, prompt, output, slo) for shape in candidates.shapes}
-    shapes = sorted(guess, key=lambda shape: -guess[shape] / (shape[0] * shape[1]))
-    alone = dict(islice(_possible(candidates, shapes, slo).items(), SHAPES))
-    first_token = Slo(ttft=slo.ttft)
-    tell(f"{len(shapes)} splits of the model over devices; each part by itself")
-    cases: dict[str, tuple[Tried, Slo, float]] = {}
-    for shape in shapes:
-        if shape in alone:
-            cases[f"slo {shape}"] = alone[shape], slo, guess[shape]
-        if 2 * shape[0] * shape[1] > candidates.site.gpus:
-            continue
-        cases[f"prompts {shape}"] = Prompts(candidates.prefill(shape, "distserve")), first_token, 2 * guess[shape]
-        pair = candidates.split("distserve", shape, shape, (1, 1))
-        cases[f"decodes {shape}"] = SplitSimulator(pair, prefill=unlimited(candidates.shapes[shape])), slo, 2 * guess[shape]
-    parts = {key: rate for key, (rate, *_) in _capacities(cases, traffic, run, ROUGH).items()}
-    best = max(alone, key=lambda shape: parts[f"slo {shape}"] / (shape[0] * shape[1]))
-    units: dict[str, Deployed] = {}
-    starts: dict[str, float] = {}
-    for shape in alone:
-        # Whole prompts first are better if the first token is urgent and later tokens are not.
-        for unit in (candidates.replica(*shape, "slo", slo=str(slo)), candidates.replica(*shape, "prefill-first")):
-            units[name(unit)], starts[name(unit)] = unit, parts[f"slo {shape}"]
-    for budget in BUDGETS:
-        unit = candidates.replica(*best, "sarathi", budget)
-        units[name(unit)], starts[name(unit)] = unit, parts[f"slo {best}"]
-    pools = [shape for shape in shapes if f"prompts {shape}" in parts]
-    pairs: list[tuple[float, float, bool, Split]] = []
-    for p, d in product(pools, pools):
-        for numbers in candidates.ratios(p, d):
-            rate = min(numbers[0] * parts[f"prompts {p}"], numbers[1] * parts[f"decodes {d}"])
-            pair = candidates.split(WAYS[0], p, d, numbers)
-            number, inside = candidates.site.gpus // size(pair), candidates.site.per_node % size(pair) == 0
-            if rate and _fits(_repeated(candidates, pair, number)):
-                pairs.append((rate * number, rate, inside, pair))
-    pairs.sort(key=lambda row: -row[0])
-    for way in WAYS:
-        for _, rate, _, pair in [*pairs[:FINALISTS], *[row for row in pairs if row[2]][:FINALISTS]]:
-            pair = candidates.like(pair, way)
-            units[name(pair)], starts[name(pair)] = pair, rate
-    tell(f"{len(units)} candidates, each a unit of few devices")
-    ranked = _ranked(candidates, units, starts, traffic, slo, run, ROUGH)
-    if not any(each.rate for each in ranked):
-        raise ValueError(_nearest(ranked, slo))
-    co_located = [each for each in ranked if isinstance(each.deployed, Deployment)][:1]
-    split = [each for each in ranked if isinstance(each.deployed, Split)][:FINALISTS]
+    bursty = not traffic.arrivals.startswith("poisson")
+
+    def find(cases: Mapping[str, tuple[Tried, Slo, float]], tolerance: float = ROUGH, least: float = 0.0) -> dict[str, Found]:
+        load = begin(traffic) if tolerance == ROUGH else traffic
+        return capacities({key: (*case, traffic.seed) for key, case in cases.items()}, load, run, tolerance, NEAR, least)
+
+    tell(f"{counted(len(candidates.shapes), 'split')} of the model over devices; the best for each part by itself")
+    each = parts(candidates, traffic, slo, bursty, lambda cases: {key: found.rate for key, found in find(cases).items()})
+    units = _units(candidates, each, slo)
+    numbers = {key: candidates.most(unit) for key, (unit, _) in units.items()}
+    if bursty:
+        units = {key: (candidates.repeated(unit, numbers[key]), numbers[key] * rate) for key, (unit, rate) in units.items()}
+    tell(f"{len(units)} candidates, each {'on all devices' if bursty else 'a unit of few devices'}")
+    cases = {key: (_simulator(unit), slo, rate) for key, (unit, rate) in units.items()}
+    founds = find(cases, least=LEAST)
+    if not any(found.rate for found in founds.values()):
+        founds = find(cases)
+    if bursty:
+        numbers = dict.fromkeys(units, 1)
+    ranked = {key: _ranked(found, units[key][0], numbers[key], traffic.seed) for key, found in founds.items()}
+    if not any(each.rate for each in ranked.values()):
+        raise ValueError(_nearest(ranked.values(), slo))
     tell("the best of both kinds on all devices together")
-    finalists = [each for each in co_located + split if each.rate]
-    clusters = {each.name: _repeated(candidates, each.deployed, each.units) for each in finalists}
-    whole = _ranked(candidates, clusters, {each.name: each.total for each in finalists}, traffic, slo, run, FINE)
-    return Answer(ranked, whole)
+    clusters = {
+        key: each.deployed if bursty else candidates.repeated(each.deployed, each.units)
+        for kind, most in ((Deployment, 1), (Split, FINALISTS))
+        for key, each in islice(_of(kind, ranked), most)
+    }
+    founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, FINE)
+    whole = {key: _ranked(found, clusters[key], 1, traffic.seed) for key, found in founds.items()}
+    draws = BURSTY_DRAWS if bursty else DRAWS
+    tell(f"the best of each kind in {draws} draws of the load")
+    best = dict(pair for kind in (Deployment, Split) for pair in islice(_of(kind, whole), 1))
+    if not best:
+        raise ValueError(_nearest(whole.values(), slo))
+    drawn = _drawn(best, traffic, slo, run, draws)
+    comparable = {} if traffic.arrivals == "trace" else whole
+    return Answer(_sorted((ranked | comparable | drawn).values()), _sorted(drawn.values()))
+
+
+def begin(traffic: Traffic) -> Traffic:
+    """The load in which candidates are compared: of a trace, its begin."""
+    if traffic.arrivals != "trace" or traffic.requests is None:
+        return traffic
+    return replace(traffic, requests=max(min(traffic.requests, ENOUGH), traffic.requests // 8))
 
 
 def attainments(
@@ -161,89 +160,60 @@ def attainments(
         return {name: [(rate, report) for (other, rate), report in reports.items() if other == name] for name in simulators}
 
 
-def _ranked(
-    candidates: Candidates,
-    units: Mapping[str, Deployed],
-    starts: Mapping[str, float],
-    traffic: Traffic,
-    slo: Slo,
-    run: Open,
-    tolerance: float,
-) -> list[Ranked]:
-    cases = {key: (_simulator(unit), slo, max(starts[key], 1e-3)) for key, unit in units.items()}
-    ranked = []
-    for key, (rate, at, above, why) in _capacities(cases, traffic, run, tolerance).items():
-        ranked.append(Ranked(units[key], candidates.site.gpus // size(units[key]), rate, at, above, why))
-    return sorted(ranked, key=lambda each: -each.total)
+def _units(candidates: Candidates, each: Parts, slo: Slo) -> dict[str, tuple[Deployed, float]]:
+    """The units to simulate by their names, and the requests per second that their parts promise."""
+    units: list[tuple[Deployed, float]] = []
+    for shape, rate in each.alone.items():
+        # Whole prompts first are better if the first token is urgent and later tokens are not.
+        units.append((candidates.replica(*shape, "slo", slo=str(slo)), rate))
+        units.append((candidates.replica(*shape, "prefill-first"), rate))
+    best = max(each.alone, key=lambda shape: each.alone[shape] / (shape[0] * shape[1]))
+    units += [(candidates.replica(*best, "sarathi", budget), each.alone[best]) for budget in BUDGETS]
+    rows = pairs(candidates, each)
+    inside = [row for row in rows if candidates.site.per_node % size(row[2]) == 0]
+    for way in WAYS:
+        units += [(candidates.like(pair, way), rate) for _, rate, pair in [*rows[:FINALISTS], *inside[:FINALISTS]]]
+    return {name(unit): (unit, rate) for unit, rate in units}
 
 
-def _capacities(
-    cases: Mapping[str, tuple[Tried, Slo, float]], traffic: Traffic, run: Open, tolerance: float
-) -> dict[str, tuple[float, Report | None, Report | None, tuple[str, ...]]]:
-    """For each case its capacity, the report at it, the report at the lowest rate that failed, and the reasons of that."""
-    trials: dict[str, list[Trial]] = {key: [] for key in cases}
-    with run({key: simulator for key, (simulator, _, _) in cases.items()}) as pool:
-        capacities: dict[str, Capacity] = pool.capacities(
-            {key: (traffic, slo, start) for key, (_, slo, start) in cases.items()},
-            lambda key, trial: trials[key].append(trial),
-            lowest=1e-3,
-            tolerance=tolerance,
-            seed=traffic.seed,
-            shortest_s=SECONDS,
-        )
-    results = {}
-    for key, capacity in capacities.items():
-        reports = {rate: (report, tuple(why)) for rate, _, report, why in trials[key]}
-        above, why = reports[capacity.above] if capacity.above is not None else (None, ())
-        results[key] = capacity.rate, reports[capacity.rate][0] if capacity.rate else None, above, why
-    return results
-
-
-def _possible(candidates: Candidates, shapes: Iterable[tuple[int, int]], slo: Slo) -> dict[tuple[int, int], Simulator]:
-    """Simulators of the `shapes` with which a lone request, co-located, meets `slo`. Raises ValueError if there are none, with the
-    fastest shape's reason.
+def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Slo, run: Open, draws: int) -> dict[str, Ranked]:
+    """Each of `whole` in so many draws of the load, the first of which it has had; or in so many parts of a trace, which has no
+    other draws. All get the same draws.
     """
-    simulators, why = {}, {}
-    for shape in shapes:
-        try:
-            simulators[shape] = Simulator(candidates.replica(*shape, "slo", slo=str(slo)))
-        except ValueError as error:
-            why[shape] = str(error)
-    if not simulators:
-        fastest = min(why, key=lambda shape: candidates.shapes[shape].cost.seconds([(1, 1)]))
-        raise ValueError(f"nothing here meets {slo}: with {name(candidates.replica(*fastest, 'slo'))}, the fastest, {why[fastest]}")
-    return simulators
-
-
-def _estimate(candidates: Candidates, shape: tuple[int, int], prompt: float, output: float, slo: Slo) -> float:
-    """The estimated capacity (requests per second) of a replica that always runs as many decodes as KV and the target allow."""
-    cost, capacity = candidates.shapes[shape].cost, candidates.shapes[shape].capacity
-    middle = int(prompt + output / 2)
-    decodes = max(1, min(Deployment().max_seqs, capacity.num_blocks * capacity.block_size // (middle + 1)))
-    pace = slo.tbt or slo.tpot
-    while decodes > 1 and pace is not None and cost.seconds([(middle, 1)] * decodes) > pace.seconds:
-        decodes = decodes * 3 // 4
-    return 1 / (cost.seconds([(0, int(prompt))]) + output * cost.seconds([(middle, 1)] * decodes) / decodes)
+    seeds = range(traffic.seed + 1, traffic.seed + draws)
+    if traffic.arrivals == "trace":
+        seeds = range(draws)
+        traffic = replace(traffic, requests=max(PART, (traffic.requests or 0) // draws))
+    simulators = {key: _simulator(each.deployed) for key, each in whole.items()}
+    cases = {f"{key} {seed}": (simulators[key], slo, each.rate, seed) for key, each in whole.items() for seed in seeds}
+    founds = capacities(cases, traffic, run, ROUGH, 1 + ROUGH)
+    drawn = {}
+    for key, each in whole.items():
+        others = [replace(each, seed=seed, **founds[f"{key} {seed}"]._asdict()) for seed in seeds]
+        if traffic.arrivals == "trace":
+            drawn[key] = replace(each, draws=tuple(other.rate for other in others))
+            continue
+        middle = sorted([each, *others], key=lambda each: each.rate)[draws // 2]
+        drawn[key] = replace(middle, draws=(each.rate, *(other.rate for other in others)))
+    return drawn
 
 
 def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:
     return Simulator(deployed) if isinstance(deployed, Deployment) else SplitSimulator(deployed)
 
 
-def _repeated(candidates: Candidates, unit: Deployed, number: int) -> Deployed:
-    """`number` units as one cluster."""
-    if isinstance(unit, Deployment):
-        return replace(unit, replicas=number, router="shortest-queue")
-    prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
-    return replace(unit, prefill=prefill, decode=decode, nodes=candidates.site.nodes)
+def _ranked(found: Found, deployed: Deployed, units: int, seed: int) -> Ranked:
+    return Ranked(deployed, units, units == 1, found.rate, (found.rate,), seed, found.at, found.above, found.why)
 
 
-def _fits(deployed: Deployed) -> bool:
-    """Whether the replicas of a split can be placed on the nodes, each one whole."""
-    try:
-        return isinstance(deployed, Deployment) or bool(place(deployed))
-    except ValueError:
-        return False
+def _sorted(ranked: Iterable[Ranked]) -> list[Ranked]:
+    return sorted(ranked, key=lambda each: -each.total)
+
+
+def _of(kind: type, ranked: Mapping[str, Ranked]) -> Iterator[tuple[str, Ranked]]:
+    """Those of one kind that meet the SLO, the best first."""
+    best = sorted(ranked.items(), key=lambda pair: -pair[1].total)
+    return (pair for pair in best if isinstance(pair[1].deployed, kind) and pair[1].rate)
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:

@@ -4,8 +4,9 @@ nothing."""
 from dataclasses import dataclass, replace
 
 from stallfree.core.slo import Slo
+from stallfree.planner.capacities import LOWEST, SECONDS
 from stallfree.planner.commands import commands
-from stallfree.planner.search import SECONDS, Answer, Ranked
+from stallfree.planner.search import Answer, Ranked
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
@@ -14,6 +15,8 @@ from stallfree.workload.traffic import Traffic
 
 CLOSE = 0.12
 """A lead of this share or less is too close to call: it is the cost model's error of ratios between policies (docs/fidelity.md)."""
+TIMES, NOTHING = 2.0, 10.0
+"""From these ratios on, a lead is said in times instead of per cent, and the other side is said to serve next to nothing."""
 BUSY = 0.1
 """A pool that idles less than this share of time is full."""
 DELAY = 0.3
@@ -23,13 +26,16 @@ DELAY = 0.3
 @dataclass(frozen=True)
 class Verdict:
     """The advice. `headline`: whether to disaggregate. `margin`: the rate of the best split deployment over that of the best
-    co-located one, less 1 (None with one kind only). `binds`: the limit of the chosen one. `dollars`: its price of a million output
-    tokens at capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity, the
-    share of time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
+    co-located one, less 1 (None with one kind only). `margins`: the least and the largest of that over the draws of the load.
+    `sure`: whether the order is called; see `verdict`. `binds`: the limit of the chosen one. `dollars`: its price of a million
+    output tokens at capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity,
+    the share of time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
     """
 
     headline: str
     margin: float | None
+    margins: tuple[float, float] | None
+    sure: bool
     binds: str
     dollars: float | None
     commands: list[str]
@@ -37,24 +43,42 @@ class Verdict:
 
 
 def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
-    """The advice that follows from `answer`: co-location, which is simpler, unless two pools lead by more than `CLOSE`."""
-    co_located = next((each for each in answer.whole if isinstance(each.deployed, Deployment) and each.rate), None)
-    split = next((each for each in answer.whole if isinstance(each.deployed, Split) and each.rate), None)
-    margin = split.rate / co_located.rate - 1 if split and co_located else None
-    take = co_located if co_located and (margin is None or margin <= CLOSE) else split
+    """The advice that follows from `answer`: co-location, which is simpler, unless two pools surely lead.
+
+    A lead is sure if it is larger than `CLOSE`, and if the same kind leads in every draw of the load. Both kinds get the same
+    draws, so a draw that is hard for both is no reason for doubt. Of five draws, a kind that is no better leads in all with a
+    probability of 1/32.
+    """
+    co_located = next((each for each in answer.whole if isinstance(each.deployed, Deployment)), None)
+    split = next((each for each in answer.whole if isinstance(each.deployed, Split)), None)
+    take = co_located or split
     if take is None:
-        return Verdict("Nothing meets the targets on all devices together.", None, "", None, [], None)
+        raise ValueError("an answer without a deployment has no verdict; `search` raises an error instead")
+    margin, margins, sure = None, None, True
+    if co_located is not None and split is not None:
+        margin = _over(split.rate, co_located.rate)
+        by_draw = [_over(a, b) for a, b in zip(split.draws, co_located.draws, strict=True)]
+        margins = min(by_draw), max(by_draw)
+        pools_lead = margin > CLOSE and margins[0] > 0
+        sure = pools_lead or (_over(co_located.rate, split.rate) > CLOSE and margins[1] < 0)
+        take = split if pools_lead else co_located
     price = _dollars(take)
     dollars = None if price is None or take.at is None else price / 3600 / take.at.output_tokens_per_s * 1e6
     pools = None if split is None else _pools(split, traffic)
-    binds = _binds(take, pools, slo)
-    return Verdict(_headline(site, co_located, split, margin), margin, binds, dollars, commands(site, take.deployed, slo), pools)
+    drawn = f"{len(take.draws)} {'parts of the trace' if traffic.arrivals == 'trace' else 'draws of the load'}"
+    headline = _headline(site, co_located, split, sure, drawn) if co_located and split else _alone(site, take, drawn)
+    return Verdict(headline, margin, margins, sure, _binds(take, pools, slo), dollars, commands(site, take.deployed, slo), pools)
+
+
+def _over(rate: float, other: float) -> float:
+    """A rate over another, less 1. A rate of 0 counts as the lowest that is tried, so that the result is a number."""
+    return max(rate, LOWEST) / max(other, LOWEST) - 1
 
 
 def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
     """Figures of both pools, from one more run at capacity."""
     assert isinstance(split.deployed, Split)
-    result: PoolsResult = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, traffic.seed))
+    result: PoolsResult = SplitSimulator(split.deployed).run(traffic.lasting(SECONDS, split.rate).stream(split.rate, split.seed))
     transfers = result.transfers
     return {
         "prefill_idle": result.prefill_idle,
@@ -66,28 +90,36 @@ def _pools(split: Ranked, traffic: Traffic) -> dict[str, float]:
     }
 
 
-def _headline(site: Site, co_located: Ranked | None, split: Ranked | None, margin: float | None) -> str:
-    def words(ranked: Ranked) -> str:
-        number = "" if isinstance(ranked.deployed, Split) else f"{ranked.deployed.replicas} x "
-        return f"{number}{ranked.name} ({ranked.rate:.3g} requests/s, {ranked.rate / site.gpus:.3g} a GPU)"
+def _alone(site: Site, only: Ranked, drawn: str) -> str:
+    """The headline if one kind meets the targets."""
+    if site.gpus == 1:
+        return f"One GPU cannot be two pools: {_words(site, only, drawn)}."
+    advice = "Do not disaggregate" if isinstance(only.deployed, Deployment) else "Disaggregate"
+    return f"{advice}: only {_words(site, only, drawn)} meets the targets."
 
-    if co_located is None or split is None or margin is None:
-        only = co_located or split
-        if only is None:
-            return "Nothing meets the targets."
-        if site.gpus == 1:
-            return f"One GPU cannot be two pools: {words(only)}."
-        return f"{'Do not disaggregate' if only is co_located else 'Disaggregate'}: only {words(only)} meets the targets."
-    if margin > CLOSE:
-        return f"Disaggregate: {words(split)} serves {margin:.0%} more than the best co-located, {words(co_located)}."
-    if margin < -CLOSE:
-        lead = 1 / (1 + margin) - 1
-        return f"Do not disaggregate: {words(co_located)} serves {lead:.0%} more than the best two pools, {words(split)}."
-    more = f"{abs(margin):.0%} {'more' if margin > 0 else 'less'}"
-    return (
-        f"Do not disaggregate: it is too close to call, and co-location is simpler. {words(split)} serves {more} than "
-        f"{words(co_located)}; the error of such a comparison is {CLOSE:.0%}."
-    )
+
+def _headline(site: Site, co_located: Ranked, split: Ranked, sure: bool, drawn: str) -> str:
+    first, second = sorted((co_located, split), key=lambda each: -each.rate)
+    words, other = _words(site, first, drawn), _words(site, second, drawn)
+    ratio = 1 + _over(first.rate, second.rate)
+    lead = f"{ratio - 1:.0%} more than" if ratio < TIMES else f"{ratio:.1f} times as much as"
+    if not sure:
+        reason = f"; the error of such a comparison is {CLOSE:.0%}."
+        if ratio - 1 > CLOSE:
+            behind = sum(a <= b for a, b in zip(first.draws, second.draws, strict=True))
+            reason = f", but not in {behind} of {drawn}."
+        return f"Do not disaggregate: it is too close to call, and co-location is simpler. {words} serves {lead} {other}{reason}"
+    advice, kind = ("Disaggregate", "best co-located") if first is split else ("Do not disaggregate", "best two pools")
+    if ratio < NOTHING:
+        return f"{advice}: {words} serves {lead} the {kind}, {other}."
+    missed = f"; at higher rates it misses: {'; '.join(second.why)}" if second.why else ""
+    return f"{advice}: {words}. The {kind}, {other}, serves next to nothing{missed}."
+
+
+def _words(site: Site, ranked: Ranked, drawn: str) -> str:
+    """A finalist with its rate, and the interval of its rates in what was `drawn`."""
+    interval = f"{min(ranked.draws):.3g} to {max(ranked.draws):.3g} in {drawn}"
+    return f"{ranked.title} ({ranked.rate:.3g} requests/s, {interval}; {ranked.rate / site.gpus:.3g} a GPU)"
 
 
 def _binds(take: Ranked, pools: dict[str, float] | None, slo: Slo) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from stallfree.core.nearest import nearest
+from stallfree.perf import shape
 from stallfree.perf.aiconfigurator import DTYPES
 from stallfree.perf.hardware import Hardware, profiled
 from stallfree.perf.point import Point, Row
@@ -24,6 +25,7 @@ SUFFIX = "_deployments.csv"
 OPERATORS = ("TTFT of deployments", "TPOT of deployments")
 ENGINES = {"vllm": "vllm-2026", "sglang": "vllm-2026", "trtllm": "fused"}
 MODELS = {"llama-70b": "llama3-70b", "llama-8b": "llama3-8b"}
+"""The model by its name in a file's name; else it is one of `perf.shape.names`."""
 ROUNDS = 12
 """Requests of each client. All begin at once, so the first requests wait long, and their number counts in the mean TTFT. The
 figures do not say how many there were; this number fits them best."""
@@ -68,7 +70,7 @@ def read(file: Path) -> Iterator[Point]:
     """TTFT and TPOT of each row. Raises ValueError that names file, line and column, or the nearest known name."""
     device, _, rest = file.name.removesuffix(SUFFIX).partition("_")
     model, _, engine = rest.rpartition("_")
-    for name, known in ((model, MODELS), (engine, ENGINES)):
+    for name, known in ((model, [*MODELS, *shape.names()]), (engine, [*ENGINES])):
         if name not in known:
             raise ValueError(f"{file}: {name!r} in its name is not known{nearest(name, known)}; known: {', '.join(known)}")
     with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -78,7 +80,7 @@ def read(file: Path) -> Iterator[Point]:
                 raise ValueError(f"{file}: the column {column} is missing; deployments have {','.join(COLUMNS)}")
         for cells in rows:
             yield from _points(
-                file.name, profiled(device), MODELS[model], ENGINES[engine], Row(cells, f"{file}: line {rows.line_num}")
+                file.name, profiled(device), MODELS.get(model, model), ENGINES[engine], Row(cells, f"{file}: line {rows.line_num}")
             )
 
 

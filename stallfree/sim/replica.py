@@ -37,10 +37,11 @@ class Script(NamedTuple):
     ends: int
 
 
-def script(request: Request, answer: Sequence[int]) -> Request:
-    """`request`, which will get the tokens `answer`."""
+def script(request: Request, answer: Sequence[int], sent: float | None = None) -> Request:
+    """`request`, which will get the tokens `answer`. Its client sent it at `sent`, or when it arrives."""
     length = len(request.prompt)
-    request.sampling = Script(answer, Timeline(request.id, request.arrival, length), length + len(answer))
+    line = Timeline(request.id, request.arrival if sent is None else sent, length)
+    request.sampling = Script(answer, line, length + len(answer))
     return request
 
 
@@ -369,6 +370,8 @@ class Replica:
     def _end(self, request: Request, t: float) -> None:
         line = _script(request).line
         line.finished, line.reason = t, request.finish_reason
+        if line.scheduled is not None:
+            line.cached = min(request.num_cached, len(request.prompt))
         self._ended(request)
 
 

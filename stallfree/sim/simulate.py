@@ -65,6 +65,7 @@ def simulate(
     spans: bool = False,
     leap: int = LEAP,
     between_s: float = 0.0,
+    front_s: float = 0.0,
     scatter: Sequence[float] = (),
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
@@ -73,7 +74,8 @@ def simulate(
     With `reuse`, equal prefixes share KV. Each request gets as many tokens as its arrival says. It asks for these, or for
     `max_tokens` if that is more and fits; this matters if the policy reserves KV for them. `ended`: called with the timeline of
     each request that ends; then no timelines are kept. `leap` 1 takes the iterations one by one, with the same result. `between_s`
-    pass from an iteration's end to the next planning. `scatter`: factors; each iteration's time is multiplied by one of them,
+    pass from an iteration's end to the next planning, and `front_s` from a request's arrival until the scheduler has it and its
+    first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them,
     chosen at random by the moment of its planning.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
@@ -98,7 +100,7 @@ def simulate(
         for number in range(replicas)
     ]
     with uncollected():
-        serve(scripted(arrivals, engines[0].scheduler, max_tokens), engines, choose)
+        serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s), engines, choose)
     return Simulation(engines, lines, result.records, result.spans)
 
 
@@ -127,16 +129,20 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None) -> Iterator[Request]:
+def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None, front_s: float = 0.0) -> Iterator[Request]:
     own = STOP  # counted down, so that each request has its own token
     for number, arrival in enumerate(arrivals):
         own -= 1
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
         length = arrival.output_tokens
         most = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
-        request = Request(str(number), prompt, most, stop_ids=frozenset({STOP}), arrival=arrival.at)
+        request = Request(str(number), prompt, most, stop_ids=frozenset({STOP}), arrival=arrival.at + front_s)
         try:
             scheduler.ledger.validate(request)
         except Refused as refused:
-            raise ValueError(f"request {number}, at {arrival.at:g} s, can never be served: {refused}") from None
-        yield script(request, [own] * length if most == length else [*[own] * (length - 1), STOP])
+            most = scheduler.ledger.max_len
+            raise ValueError(
+                f"request {number}, at {arrival.at:g} s, can never be served: {refused}. --max-total {most} draws only requests "
+                "that fit; --max-model-len, and more KV, allow longer ones"
+            ) from None
+        yield script(request, [own] * length if most == length else [*[own] * (length - 1), STOP], arrival.at)

@@ -28,8 +28,9 @@ from stallfree.workload.workload import Arrival
 
 class Instance(NamedTuple):
     """The machine of one replica. `cost`: of its iterations; `capacity`: its KV; `dollars`: US dollars per hour, if it has a price;
-    `about`: the machine in words; `between_s`: seconds between two iterations. `scatter`: factors, as on a real machine; each
-    iteration's time is multiplied by one at random (none: it takes exactly what it costs).
+    `about`: the machine in words; `between_s`: seconds between two iterations; `front_s`: of a request's way to the scheduler and
+    its first token's way back. `scatter`: factors, as on a real machine; each iteration's time is multiplied by one at random
+    (none: it takes exactly what it costs).
     """
 
     cost: CostModel
@@ -37,6 +38,7 @@ class Instance(NamedTuple):
     dollars: float | None
     about: str
     between_s: float = 0.0
+    front_s: float = 0.0
     scatter: tuple[float, ...] = ()
 
 
@@ -95,6 +97,7 @@ class Simulator:
             records=records,
             spans=spans,
             between_s=self.instance.between_s,
+            front_s=self.instance.front_s,
             scatter=self.instance.scatter,
         )
 
@@ -123,21 +126,24 @@ def instance(deployment: Deployment) -> Instance:
     length = model.max_model_len if deployment.max_model_len is None else deployment.max_model_len
     if not 1 < length <= tokens:
         raise ValueError(
-            f"a request of {length:,} tokens ({'the context' if deployment.max_model_len is None else 'max_model_len'}) does not "
-            f"fit: {tokens:,} tokens of KV fit beside the weights; give a max_model_len from 2 to {tokens:,}, more devices "
-            "(tp, pp), or devices with more memory"
+            f"a request of {length:,} tokens ({'the context' if deployment.max_model_len is None else '--max-model-len'}) does not "
+            f"fit: {tokens:,} tokens of KV fit beside the weights; give a --max-model-len from 2 to {tokens:,}, more devices "
+            "(--tp, --pp), or devices with more memory"
         )
     cost: CostModel
+    front_s = 0.0
     if deployment.engine.endswith(".json"):
         cost = Profiled(Path(deployment.engine), model.name, deployment.tp)  # type: ignore[assignment]  # it only prices
     else:
         cost = Roofline(device, sharded, deployment.engine, node=deployment.node, network=deployment.network)
+        front_s = cost.front_s
     number = deployment.tp * deployment.pp
     return Instance(
         cost,
         Capacity(deployment.block_size, tokens // deployment.block_size, length, depth=deployment.pp),
         device.price * number,
         f"{model.name} on {number} x {device.name}" if number > 1 else f"{model.name} on {device.name}",
+        front_s=front_s,
     )
 
 

@@ -59,6 +59,7 @@ class SplitSimulator:
         # Between replicas of one node, each device sends its own part.
         self._within = min(_size(split.prefill), _size(split.decode)) * device.link(2, device.node).bandwidth
         sources, targets = self._where
+        # Replicas on the same nodes have their stages beside each other, if they have the same number of stages.
         near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
         self._near = [numbers or list(range(len(targets))) for numbers in near]
         pairings.load(split.pairing, self._near)
@@ -100,7 +101,7 @@ class SplitSimulator:
             ended=note_end,
         )
         with uncollected():
-            pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output))
+            pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output, self.prefill.instance.front_s))
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
         return PoolsResult(result.lines, pools.transfers, *idle)
 
@@ -116,12 +117,12 @@ class SplitSimulator:
     def _paths(self) -> tuple[Callable[[int, int], tuple[Port, ...]], float]:
         """The ports between two replicas (within a node, their own links; else the nodes' ports), and the latency in seconds."""
         sources, targets = self._where
-        out, into = ({node: Port(self._network.bandwidth) for node in pool} for pool in (sources, targets))
+        out, into = ({nodes[0]: Port(self._network.bandwidth) for nodes in pool} for pool in (sources, targets))
         leaving, coming = ([Port(self._within) for _ in pool] for pool in (sources, targets))
 
         def path(source: int, target: int) -> tuple[Port, ...]:
             a, b = sources[source], targets[target]
-            return (leaving[source], coming[target]) if a == b else (out[a], into[b])
+            return (leaving[source], coming[target]) if a == b else (out[a[0]], into[b[0]])
 
         return path, self._network.latency_s
 
@@ -139,36 +140,47 @@ def unlimited(like: Instance) -> Instance:
     return like._replace(cost=_Free(), capacity=replace(held, num_blocks=20 * held.num_blocks))  # type: ignore[arg-type]
 
 
-def place(split: Split) -> tuple[Sequence[int], Sequence[int]]:
-    """The number of the node in which each prefill and each decode replica begins. Both kinds are placed in turn, each in the node
-    with room that has the fewest of its kind, or in nodes of its own. Raises ValueError if they do not fit.
+def place(split: Split) -> tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]]]:
+    """The numbers of the nodes of each prefill and each decode replica. A replica is in one node if it fits, else it has one of its
+    pipeline stages in each of several nodes. Both kinds are placed in turn, each where the fewest of its kind are. Raises
+    ValueError if they do not fit.
+
+    So replicas of both kinds with as many stages share nodes, if a stage of each fits, and KV stays in its node (DistServe,
+    OSDI'24, algorithm 2).
     """
     free = [split.per_node] * split.nodes
     pools = (split.prefill, split.decode)
-    placed: tuple[list[int], list[int]] = ([], [])
+    placed: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
     for _ in range(pools[0].replicas + pools[1].replicas):
         # The pool of which the smaller share is placed comes next.
         kind = min((0, 1), key=lambda k: (len(placed[k]) + 1) / pools[k].replicas if len(placed[k]) < pools[k].replicas else inf)
         size = _size(pools[kind])
-        whole = [node for node, room in enumerate(free) if room >= size]
-        if whole:
-            node = min(whole, key=placed[kind].count)
-            free[node] -= size
-            placed[kind].append(node)
-            continue
-        empty = [node for node, room in enumerate(free) if room == split.per_node]
-        nodes = -(-size // split.per_node)
-        if size <= split.per_node or len(empty) < nodes:
+        number = 1 if size <= split.per_node else max(pools[kind].pp, -(-size // split.per_node))
+        each = -(-size // number)
+        nodes = _nodes(free, number, each, placed[kind])
+        if nodes is None:
             need = sum(_size(pool) * pool.replicas for pool in pools)
             raise ValueError(
                 f"{pools[0].replicas} prefill replicas of {_size(pools[0])} devices and {pools[1].replicas} decode replicas of "
-                f"{_size(pools[1])} take {need} devices, which do not fit {split.nodes} nodes of {split.per_node}; take fewer"
+                f"{_size(pools[1])} take {need} devices, which do not fit {split.nodes} node{'s' if split.nodes > 1 else ''} of "
+                f"{split.per_node}; take fewer"
             )
-        for node in empty[:nodes]:
-            free[node] -= min(size, split.per_node)
-            size -= split.per_node
-        placed[kind].append(empty[0])
+        for node in nodes:
+            free[node] -= each
+        placed[kind].append(nodes)
     return placed
+
+
+def _nodes(free: Sequence[int], number: int, each: int, placed: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """`number` nodes, each with `each` of its devices `free`, where the fewest of `placed` are; None if there are none. They follow
+    each other, as other replicas' nodes do, if they can.
+    """
+    groups = (tuple(range(begin, begin + number)) for begin in range(0, len(free) - number + 1, number))
+    fitting = [group for group in groups if all(free[node] >= each for node in group)]
+    if fitting:
+        return min(fitting, key=placed.count)
+    single = [node for node, room in enumerate(free) if room >= each]
+    return tuple(single[:number]) if len(single) >= number else None
 
 
 def _size(deployment: Deployment) -> int:

@@ -101,14 +101,16 @@ class Trials:
         tell: Callable[[str, Trial], None] = lambda name, trial: None,
         *,
         lowest: float = 1e-6,
+        least: float = 0.0,
         tolerance: float = 0.05,
         most_trials: int = 1,
-        seed: int = 0,
+        step: float = 2.0,
         shortest_s: float = SHORTEST_S,
     ) -> dict[str, Capacity]:
         """The capacity of each case, searched in parallel. `cases`: by a simulator's name, its traffic, its targets and the rate to
-        try first. Drawn arrivals last at least `shortest_s`, even if fewer were wanted. `tell` is called with each trial. For the
-        other arguments and the errors see `metrics.capacity.search`.
+        try first. The first seed is the traffic's own. No rate below the share `least` of a case's first rate is tried. Drawn
+        arrivals last at least `shortest_s`, even if fewer were wanted. `tell` is called with each trial. For the other arguments
+        and the errors see `metrics.capacity.search`.
         """
 
         def find(name: str) -> Capacity:
@@ -120,7 +122,8 @@ class Trials:
                 tell(name, (rate, seed, report, why))
                 return not why
 
-            return search(passes, start, lowest=lowest, tolerance=tolerance, most_trials=most_trials, seed=seed)
+            bounds = {"lowest": max(lowest, least * start), "tolerance": tolerance, "step": step}
+            return search(passes, start, most_trials=most_trials, seed=traffic.seed, **bounds)
 
         with ThreadPoolExecutor(len(cases)) as threads:
             try:

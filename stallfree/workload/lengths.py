@@ -123,7 +123,9 @@ class Pair:
     def __post_init__(self) -> None:
         usual = self.prompt.median + self.output.median
         if self.max_total is not None and usual > self.max_total:
-            raise ValueError(f"requests with a median of {usual} tokens do not fit a limit of {self.max_total}; raise the limit")
+            raise ValueError(
+                f"requests with a median of {usual} tokens do not fit --max-total {self.max_total}; raise it, or draw shorter ones"
+            )
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:
         """Draw both lengths, again if they exceed the limit, so that lengths below it keep their proportions."""
@@ -131,7 +133,7 @@ class Pair:
             prompt, output = self.prompt.draw(rng), self.output.draw(rng)
             if self.max_total is None or prompt + output <= self.max_total:
                 return prompt, output
-        raise ValueError(f"none of {MOST_REDRAWS} requests had at most {self.max_total} tokens; raise the limit")
+        raise ValueError(f"none of {MOST_REDRAWS} requests had at most {self.max_total} tokens; raise --max-total")
 
 
 DATASETS = {

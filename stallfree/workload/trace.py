@@ -47,10 +47,27 @@ class Trace:
 
     @property
     def rate(self) -> float:
-        """Mean arrivals per second. Raises ValueError if there are no times, or all are the same."""
-        if self.times is None or self.times[-1] == 0:
-            raise ValueError("the trace has no times that give a rate; add a column arrived_at")
+        """Mean arrivals per second. Raises ValueError if there are no times, if there is one request, or if all times are equal."""
+        if self.times is None:
+            raise ValueError(f"{self.name} has no times, so it has no rate; add a column arrived_at")
+        if len(self.times) == 1:
+            raise ValueError(f"{self.name} has one request, and a rate needs two; add requests, or simulate it without --rate")
+        if self.times[-1] == 0:
+            raise ValueError(
+                f"all {len(self.times)} requests of {self.name} arrive at the same time, so it has no rate that could be changed; "
+                "give them different times, or simulate it without --rate"
+            )
         return (len(self.times) - 1) / self.times[-1]
+
+    def begun_at(self, number: int) -> Self:
+        """The trace from request `number` on. It goes on after its end with its first request, a mean gap later. It has times."""
+        if not number or self.times is None:
+            return self
+        again = self.times[-1] * (1 + 1 / (len(self.times) - 1))
+        times = [*self.times[number:], *(at + again for at in self.times[:number])]
+        lines = [*self.lines[number:], *self.lines[:number]]
+        lengths = [*self.lengths[number:], *self.lengths[:number]]
+        return type(self)(lengths, [at - times[0] for at in times], self.name, lines)
 
     def draw(self, rng: np.random.Generator) -> Row:
         """The lengths of a request, drawn at random."""
@@ -60,7 +77,7 @@ class Trace:
         """The trace of only the requests with at most `max_total` tokens, prompt and output. Raises ValueError without any."""
         kept = [i for i, row in enumerate(self.lengths) if row[0] + row[1] <= max_total]
         if not kept:
-            raise ValueError(f"no request of the trace has at most {max_total} tokens; raise the limit")
+            raise ValueError(f"no request of {self.name} has at most {max_total} tokens, prompt and output; raise --max-total")
         times = None if self.times is None else tuple(self.times[i] - self.times[kept[0]] for i in kept)
         lines = [self.lines[i] for i in kept] if self.lines else ()
         return type(self)(tuple(self.lengths[i] for i in kept), times, self.name, lines)
@@ -72,7 +89,7 @@ class Trace:
                 where = f"line {self.lines[number]}" if self.lines else f"request {number + 1}"
                 raise ValueError(
                     f"{self.name}: {where}: {row[0]} prompt and {row[1]} output tokens are more than the context of {context}; "
-                    f"a limit of {context} tokens in all leaves such requests out"
+                    f"--max-total {context} leaves such requests out, a larger --max-model-len may serve them"
                 )
 
     @classmethod
@@ -112,6 +129,8 @@ def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
     rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
     filled = (row for row in rows if any(row[1]))
     first, names = next(filled, (1, []))
+    if not names:
+        raise ValueError(f"it is empty; {_HEADER}")
     known = (columns for columns in (COLUMNS, BURSTGPT, AZURE, VIDUR) if set(columns[1:]) <= set(names))
     if (columns := next(known, None)) is None:
         raise ValueError(f"line {first} is {','.join(names)[:80]!r}; {_HEADER}")

@@ -5,7 +5,7 @@ rates then differ in the rate and not in luck.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from typing import Self
 
@@ -13,11 +13,14 @@ import numpy as np
 
 from stallfree.workload import arrivals as processes
 from stallfree.workload.arrivals import Arrivals
-from stallfree.workload.lengths import Lengths
+from stallfree.workload.lengths import Lengths, Pair
 from stallfree.workload.trace import Trace
 
 MOST_REQUESTS = 1_000_000
 """Most requests in one list. More count as a mistake: all are drawn, and a file is opened for each, before the first is sent."""
+GOLDEN = 0.618034
+"""Each next seed begins this share of a trace later, past its end from its begin on. Multiples of the golden ratio are spread
+evenly, however many seeds there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,17 @@ class Workload:
         arrivals = self.stream(rate, seed, requests=requests, duration_s=duration_s)
         number = requests if duration_s is None or rate is None else rate * duration_s
         if self.arrivals is not None and number is not None and number > MOST_REQUESTS:
-            raise ValueError(f"about {number:,.0f} requests are more than the limit of {MOST_REQUESTS:,}; ask for fewer")
+            raise ValueError(
+                f"about {number:,.0f} requests are more than the {MOST_REQUESTS:,} that fit in one run; ask for fewer --requests, "
+                "or for a shorter --duration"
+            )
         return list(arrivals)
 
     def stream(
         self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None
     ) -> Iterator[Arrival]:
         """`requests` arrivals, or those of the first `duration_s` seconds; without either, a whole trace. They are drawn one by
-        one, so that many need no memory.
+        one, so that many need no memory. Of a trace, `requests` begin at another place for each `seed`, and with 0 at its begin.
 
         `rate`: mean arrivals per second, of the distribution; a run's own differs by chance. A trace's times are stretched to it,
         or kept if it is None. Raises ValueError at once for invalid arguments, and at the end if none or too few arrived.
@@ -77,8 +83,13 @@ class Workload:
         if self.arrivals is not None and (requests is None) == (duration_s is None):
             raise ValueError("drawn arrivals have no end; give either a number of requests or a duration")
         timing, sizes = np.random.default_rng(seed).spawn(2)
-        rows = self.lengths.draws(sizes, in_order=self.arrivals is None)
-        arrivals = (Arrival(at, *row) for at, row in zip(self._times(rate, timing), rows, strict=False))
+        lengths = self.lengths
+        if self.arrivals is None and isinstance(lengths.base, Trace) and requests is not None:
+            number = int(seed * GOLDEN % 1 * len(lengths.base.lengths))
+            lengths = replace(lengths, base=lengths.base.begun_at(number))
+        rows = lengths.draws(sizes, in_order=self.arrivals is None)
+        times = self._times(lengths.base, rate, timing)
+        arrivals = (Arrival(at, *row) for at, row in zip(times, rows, strict=False))
         return self._first(arrivals, requests, duration_s)
 
     @staticmethod
@@ -94,10 +105,11 @@ class Workload:
         if requests is not None and duration_s is None and number < requests:
             raise ValueError(f"the trace has {number} requests that fit, fewer than {requests}; ask for that many or fewer")
 
-    def _times(self, rate: float | None, rng: np.random.Generator) -> Iterator[float]:
-        if self.arrivals is None and isinstance(self.lengths.base, Trace):
+    def _times(self, base: Pair | Trace, rate: float | None, rng: np.random.Generator) -> Iterator[float]:
+        """`base`: the lengths' base, begun where the seed says."""
+        if self.arrivals is None and isinstance(base, Trace) and isinstance(self.lengths.base, Trace):
             stretch = 1.0 if rate is None else self.lengths.base.rate / rate
-            return (t * stretch for t in self.lengths.base.times or ())
+            return (t * stretch for t in base.times or ())
         if rate is None or self.arrivals is None:
             raise ValueError("drawn arrivals need a rate; give requests per second")
         return self.arrivals.times(rate, rng)

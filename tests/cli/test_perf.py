@@ -114,3 +114,15 @@ def test_measured_kernels_are_held_against_the_model(stallfree, tmp_path):
     answer = json.loads(stallfree("perf", "check", str(tmp_path), "--json")[1])
     assert {"points", "median", "p90", "bias"} == set(answer["kinds"]["send-receive"])
     assert ["send_recv"] == [row["operator"] for row in answer["operators"]]
+
+
+def test_deployments_are_simulated_and_dtypes_without_a_price_are_named(stallfree, tmp_path):
+    head = "gemm_quant_mode,tp,concurrency,prompt_tokens,output_tokens,ttft_ms,tpot_ms\n"
+    (tmp_path / "h100_llama-70b_vllm_deployments.csv").write_text(head + "fp8,8,2,128,16,60,9\n")
+    code, out, err = stallfree("perf", "check", str(tmp_path))
+    assert 0 == code
+    assert ["TTFT", "TPOT"] == [line.split()[2] for line in out.splitlines() if "all files" in line]
+    assert "simulating the deployments" in err
+    (tmp_path / "b200_matmul.csv").write_text("dtype,m,n,k,ms\nnvfp4,8,8192,8192,0.05\nfp8,8,8192,8192,0.05\n")
+    _, _, err = stallfree("perf", "check", str(tmp_path))
+    assert "left out, because nvfp4 has no price: 1 row of b200_matmul.csv" in err

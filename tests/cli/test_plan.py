@@ -32,6 +32,25 @@ def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(plan
     assert best >= max(others)
     assert min(others) > 0
     assert best / 2 == answer["all_gpus"][0]["goodput_per_gpu"]
+    assert all(unit in answer["units"] for unit in answer["all_gpus"])
+
+
+def test_the_best_of_each_kind_have_an_interval_from_several_draws_of_the_load(planned):
+    for unit in planned[0]["all_gpus"]:
+        least, most = unit["interval"]
+        assert least <= unit["capacity"] <= most
+        assert (3, True) == (len(unit["draws"]), unit["simulated_whole"])
+        assert unit["capacity"] == sorted(unit["draws"])[1]
+    verdict = planned[0]["verdict"]
+    assert verdict["margins"][0] <= verdict["margin"] <= verdict["margins"][1]
+
+
+def test_an_answer_says_how_much_of_it_is_known(planned):
+    known = planned[0]["known"]
+    assert "fit_roofline" in known["kernels, measured"]
+    assert "drawn 3 times" in known["load"]
+    assert "on all 2 GPUs" in known["simulated"]
+    assert all(word in planned[1] for word in ("How much of this is known", "kernels, measured", "links between GPUs"))
 
 
 def test_the_verdict_says_who_wins_and_by_how_much(planned):
@@ -40,7 +59,8 @@ def test_the_verdict_says_who_wins_and_by_how_much(planned):
         next(unit["capacity"] for unit in planned[0]["all_gpus"] if (" -> " in unit["name"]) is kind) for kind in (True, False)
     )
     assert split / co_located - 1 == pytest.approx(verdict["margin"])
-    assert verdict["headline"].startswith("Disaggregate" if verdict["margin"] > 0.12 else "Do not disaggregate")
+    assert verdict["headline"].startswith("Disaggregate" if verdict["margin"] > 0.12 and verdict["sure"] else "Do not disaggregate")
+    assert all(f"{unit['capacity']:.3g} requests/s, " in verdict["headline"] for unit in planned[0]["all_gpus"])
     assert "misses" in verdict["binds"]
     assert 0 < verdict["dollars"] < 100
     assert verdict["commands"][0].startswith("stallfree ")
@@ -55,21 +75,37 @@ def test_attainments_fall_as_the_rate_rises(planned):
 
 def test_the_page_has_table_and_plot(planned):
     names = planned[0]["units"][0]["name"].replace(">", "&gt;")
-    question = "llama2-7b on 2 x a100-80g, 1 nodes, ib-200g; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
+    question = "llama2-7b on 2 x a100-80g, 1 node; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
     assert all(part in planned[1] for part in ("<svg", names, "isaggregate", question))
 
 
 def test_a_split_that_misses_the_target_by_itself_leaves_the_others(stallfree):
-    """A request by itself takes 11.8 ms a token at TP 1, and 8.6 ms at TP 2."""
-    code, out, err = stallfree(*SMALL, "--slo", "ttft=1s@p90,tbt=11ms@p99")
+    """A request by itself takes 10.7 ms a token at TP 1, and 6.7 ms at TP 2."""
+    code, out, err = stallfree(*SMALL, "--slo", "ttft=1s@p90,tbt=10ms@p99")
     assert 0 == code, err
-    assert "1 x slo TP2" in out
+    assert "slo TP2" in out
     assert "slo TP1" not in out
+
+
+def test_rows_say_whether_they_were_simulated_on_all_devices(stallfree):
+    """A load that one unit serves; under bursts no unit is judged by itself."""
+    options = ("plan", "--model", "llama2-7b", "--gpus", "2", "--lengths", "500/20", "--slo", "ttft=1s@p90,tbt=50ms@p99")
+    code, out, err = stallfree(*options)
+    assert 0 == code, err
+    assert any(
+        ("2 x slo TP1" in line or "2 x sarathi" in line or "2 x prefill-first" in line) and "1 GPU x 2" in line
+        for line in out.splitlines()
+    )
+    assert "the others are the rate of one unit times the number of units" in out
+    code, out, err = stallfree(*options, "--arrivals", "gamma:cv=3")
+    assert 0 == code, err
+    assert " x 2 " not in out
+    assert "Each row was simulated on all 2 GPUs" in out
 
 
 def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
     def trace(number):
-        rows = "".join(f"{0.5 * i},500,20\n" for i in range(number))
+        rows = "".join(f"{0.5 * i * i},500,20\n" for i in range(number))
         file = tmp_path / f"{number}.csv"
         file.write_text("arrived_at,prompt_tokens,output_tokens\n" + rows)
         return "plan", "--model", "llama2-7b", "--gpus", "1", "--slo", "ttft=1s,tbt=50ms", "--trace", str(file)
@@ -77,10 +113,14 @@ def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
     code, _, err = stallfree(*trace(20))
     assert 2 == code
     assert "has 20 requests that fit; a plan needs at least 64" in err
+    code, _, err = stallfree(*trace(1))
+    assert 2 == code
+    assert "1.csv has 1 request that fits; a plan needs at least 64" in err
     code, out, err = stallfree(*trace(80))
     assert 0 == code, err
     assert f"80 requests of {tmp_path / '80.csv'}" in out
     assert "One GPU cannot be two pools" in out
+    assert "- load: measured: 80 requests of the trace, at the trace's own pace; the intervals are of 5 parts of it" in out
     code, _, err = stallfree("plan", "--model", "llama2-7b", "--gpus", "1", "--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv")
     assert (2, True) == (code, "the trace nowhere.csv cannot be read" in err)
 
@@ -97,7 +137,10 @@ def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
         (["--slo", "ttft=1s,tbt=50ms", "--gpus", "3", "--nodes", "2"], "3 GPUs are not evenly on 2 nodes"),
         (["--slo", "ttft=1s,tbt=50ms", "--link", "eth-24g"], "did you mean 'eth-25g'"),
         (["--slo", "ttft=1s,tbt=50ms", "--model", "falcon-180b"], "no split of 2 GPUs holds the model"),
-        (["--slo", "ttft=1s,tbt=50ms", "--lengths", "5000/30"], "do not fit a limit of 4096"),
+        (
+            ["--slo", "ttft=1s,tbt=50ms", "--lengths", "5000/30"],
+            "do not fit --max-total 4096; raise it, or draw shorter ones (without",
+        ),
     ],
 )
 def test_mistakes_end_with_code_2_and_say_what_to_do(stallfree, arguments, says):

@@ -122,7 +122,11 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
         (["simulate", "--rate", "1"], "which model?"),
         (["simulate", *LLAMA, "--rate", "0"], "a rate of 0 requests"),
         (["simulate", *LLAMA, "--rate", "1", "--slo", "tbt=2ms"], "ask for at least about"),
-        (["simulate", *LLAMA, "--rate", "1", "--lengths", "9000/10"], "can never be served"),
+        (["simulate", *LLAMA, "--rate", "1", "--lengths", "9000/10"], "--max-total 8192 draws only requests that fit"),
+        (
+            ["simulate", *LLAMA, "--rate", "1", "--lengths", "9000/10", "--max-total", "8192"],
+            "do not fit --max-total 8192; raise it",
+        ),
         (["simulate", *LLAMA, "--rate", "1", "--lengths", "nowhere.csv"], "the trace nowhere.csv cannot be read"),
         (["simulate", *LLAMA, "--rate", "1", "--router", "randm"], "unknown router 'randm'"),
         (["simulate", *LLAMA, "--rate", "1", "--replicas", "0"], "0 replicas"),
@@ -147,7 +151,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(stallfree, arguments, says):
         ("arrived_at,prompt_tokens,output_tokens\n2,30,3\n1,20,5\n", "line 3: its time, 1 s, is before"),
         ("arrived_at,prompt_tokens,output_tokens\n-2,30,3\n", "line 2: arrived_at is '-2'"),
         ("arrived_at,prompt_tokens\n2,30\n", "line 1 is 'arrived_at,prompt_tokens'"),
-        ("arrived_at,prompt_tokens,output_tokens\n2,8000,500\n", "are more than the context of 8192"),
+        ("arrived_at,prompt_tokens,output_tokens\n2,8000,500\n", "context of 8192; --max-total 8192 leaves such requests out"),
+        ("arrived_at,prompt_tokens,output_tokens\n", "no request follows the header"),
+        ("", "trace.csv: it is empty; a trace's first line names its columns"),
+        ("arrived_at,prompt_tokens,output_tokens\nsoon,30,3\n", "line 2: arrived_at is 'soon'; write a time"),
+        ("arrived_at,prompt_tokens,output_tokens\n1,many,3\n", "line 2: prompt_tokens is 'many'; write a whole number"),
     ],
 )
 def test_a_mistake_in_a_trace_is_named_by_its_line(stallfree, tmp_path, trace, says):
@@ -155,3 +163,40 @@ def test_a_mistake_in_a_trace_is_named_by_its_line(stallfree, tmp_path, trace, s
     code, _, err = stallfree("simulate", "--model", "llama3-8b", "--arrivals", "trace", "--lengths", str(tmp_path / "trace.csv"))
     assert 2 == code
     assert says in err
+
+
+ONE, TWO_AT_ONCE = "1,300,30\n", "1,300,30\n1,300,30\n"
+
+
+@pytest.mark.parametrize("command", ["simulate", "capacity"])
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [(ONE, "trace.csv has one request, and a rate needs two"), (TWO_AT_ONCE, "all 2 requests of trace.csv arrive at")],
+)
+def test_a_trace_that_has_no_rate_says_why_if_it_needs_one(stallfree, tmp_path, command, rows, says):
+    (tmp_path / "trace.csv").write_text("arrived_at,prompt_tokens,output_tokens\n" + rows)
+    options = {"simulate": ("--rate", "1"), "capacity": ()}[command]
+    code, out, err = stallfree(
+        command, "--model", "llama3-8b", "--slo", "tbt=60ms", "--trace", str(tmp_path / "trace.csv"), *options
+    )
+    assert (2, "", 1) == (code, out, err.count("\n")), err
+    assert says in err
+
+
+@pytest.mark.parametrize("rows", [ONE, TWO_AT_ONCE])
+def test_such_a_trace_is_simulated_at_its_own_times(stallfree, tmp_path, rows):
+    (tmp_path / "trace.csv").write_text("arrived_at,prompt_tokens,output_tokens\n" + rows)
+    code, out, err = stallfree("simulate", "--model", "llama3-8b", "--trace", str(tmp_path / "trace.csv"), "--json")
+    assert 0 == code, err
+    assert rows.count("\n") == json.loads(out)["completed"]
+
+
+def test_prefix_cache_hits_are_reported(stallfree, tmp_path):
+    row = '{"timestamp":%d,"input_length":1024,"output_length":4,"hash_ids":[0,%d]}\n'
+    (tmp_path / "trace.jsonl").write_text("".join(row % (1000 * i, i + 1) for i in range(4)))
+    arguments = ("simulate", "--model", "llama3-8b", "--policy", "sarathi", "--trace", str(tmp_path / "trace.jsonl"))
+    out = stallfree(*arguments, "--prefix-cache")[1]
+    assert ["prompt", "tokens", "from", "the", "prefix", "cache", "37.5%"] in [line.split() for line in out.splitlines()]
+    assert 3 * 512 == json.loads(stallfree(*arguments, "--prefix-cache", "--json")[1])["cached_tokens"]
+    assert "prefix cache" not in stallfree(*arguments)[1]
+    assert "the prefix cache had no hits" in stallfree("simulate", *LLAMA, "--rate", "4", "--prefix-cache")[1]

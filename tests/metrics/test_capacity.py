@@ -22,6 +22,20 @@ def test_a_sharp_capacity_is_found_from_any_start(start):
     assert capacity.rate <= 3.7 < capacity.above <= 1.02 * capacity.rate
 
 
+@pytest.mark.parametrize("start", [0.1, 3.5, 3.69, 3.9, 40])
+def test_a_search_that_begins_with_a_small_step_ends_at_the_same_capacity(start):
+    capacity = search(lambda rate, _: rate <= 3.7, start, tolerance=0.04, step=1.04)
+    assert capacity.rate <= 3.7 < capacity.above <= 1.04 * capacity.rate * (1 + 1e-9)
+
+
+def test_a_search_that_begins_close_and_with_a_small_step_is_short():
+    def trials(start, step):
+        return len(search(lambda rate, _: rate <= 3.7, start, tolerance=0.04, most_trials=1, step=step).decisions)
+
+    assert 2 == trials(3.6, 1.04)
+    assert trials(3.6, 1.04) < trials(3.6, 2)
+
+
 def test_a_noisy_capacity_is_found_more_exactly_with_more_trials():
     def errors(most_trials):
         rates = [search(noisy(10, 2, run), 1, most_trials=most_trials, tolerance=0.02).rate for run in range(200)]
@@ -62,7 +76,13 @@ def test_decisions_are_told_in_their_order():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"start": 0}, "start at 0"), ({"tolerance": 0}, "0.001"), ({"most_trials": 4}, "odd number")]
+    ("options", "says"),
+    [
+        ({"start": 0}, "start at 0"),
+        ({"step": 1}, "a step of 1 times"),
+        ({"tolerance": 0}, "0.001"),
+        ({"most_trials": 4}, "odd number"),
+    ],
 )
 def test_options_that_cannot_be_are_named(options, says):
     with pytest.raises(ValueError, match=says):
@@ -77,7 +97,8 @@ def lines(ttft, gap, n=100, reason="length"):
     ("measured", "slo", "says"),
     [
         (lines(1, 0.05), "tbt=100ms", None),
-        (lines(1, 0.2), "tbt=100ms", "0.00% within tbt=100ms@p99"),
+        (lines(1, 0.2), "tbt=100ms", "0.0% within tbt=100ms@p99"),
+        (lines(1, 0.05, 9896) + lines(1, 0.2, 104), "tbt=100ms", "98.9% within tbt=100ms@p99"),
         (lines(3, 0.05), "tbt=100ms", "median TTFT 3 s"),
         (lines(3, 0.05), "tbt=100ms,ttft=5s", None),
         (lines(3, 0.05) + lines(3, 0.05, 1, "HTTP 429"), "tbt=100ms,ttft=5s", None),

@@ -39,6 +39,14 @@ def test_requests_that_ended_in_errors_are_counted_by_kind_and_their_gaps_count(
     assert (20, 11) == (result.tbt_s.max, result.e2e_s.max)
 
 
+def test_prompt_tokens_from_the_prefix_cache_are_counted_where_they_are_known():
+    hit = Timeline("x", 0, 10, tokens=[1, 2], reason="length", cached=6)
+    rows = {name: cell for name, *cell in table({"sim": report([hit, hit]), "client": report(TWO)})}
+    assert (12, None) == (report([hit, hit]).cached_tokens, report(TWO).cached_tokens)
+    assert ["60.0%", "-"] == rows["prompt tokens from the prefix cache"]
+    assert "prompt tokens from the prefix cache" not in [name for name, *_ in table({"client": report(TWO)})]
+
+
 def test_a_stall_is_a_gap_of_more_than_five_median_ones_if_there_is_no_target():
     tokens = [1, 2, 3, 4, 9, 15, 16]
     assert (5, 1, 1 / 6) == tuple(getattr(report([line(0, tokens)]).stalls, name) for name in ("after_s", "count", "share"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stallfree.perf import hardware, kernels
-from stallfree.perf.kernels import Attention, Chunks, all_reduce, send
+from stallfree.perf.kernels import Attention, all_reduce, send
 from stallfree.perf.shape import Matrix
 
 A100 = hardware.load("a100-80g")
@@ -67,6 +67,12 @@ def test_only_a_device_with_a_rate_for_it_multiplies_in_fewer_bits():
     assert 0.5 == pytest.approx(
         matmul(8192, big, h100).compute_s / matmul(8192, replace(big, precision="fp16"), h100).compute_s, rel=0.01
     )
+
+
+def test_experts_in_fp8_have_a_tile_for_any_number_of_tokens():
+    """On average an expert meets a fraction of a token more or less."""
+    experts = Matrix("experts", 14336, 4096, "fp8", 8, 2)
+    assert all(matmul(tokens, experts, hardware.load("h100"), "2026").seconds < 1e-3 for tokens in range(1, 600))
 
 
 def test_few_tokens_meet_few_experts():
@@ -150,7 +156,7 @@ def test_kernels_that_do_not_skip_the_mask_compute_the_square():
 
 def test_a_short_chunk_over_long_context_pays_for_splitting_it():
     kernel = attention()
-    short, long = kernel.chunk(64, 64), kernel.chunk(64, 2048)
+    short, long = kernel.sums([(64, 64)]), kernel.sums([(64, 2048)])
     assert [True, False] == [short.split, long.split]
     unsplit = short._replace(split=False)
     assert A100.measured["2024"].attention["fp16"].split_s == pytest.approx(kernel.chunks(short) - kernel.chunks(unsplit))
@@ -159,12 +165,12 @@ def test_a_short_chunk_over_long_context_pays_for_splitting_it():
 def test_no_chunk_ends_before_its_longest_tile():
     """One head of a long prompt has few tiles, so most processors wait for the last."""
     kernel = attention(1, 1, "2026")
-    one, eight = (kernel.chunks(Chunks.of([kernel.chunk(0, 8192)] * number)) for number in (1, 8))
+    one, eight = (kernel.chunks(kernel.sums([(0, 8192)] * number)) for number in (1, 8))
     assert eight < 4 * one
 
 
 def test_a_chunk_reads_the_kv_before_it_even_if_it_computes_little():
-    cost = attention(32).cost_of_chunks(attention(32).chunk(100_000, 2))
+    cost = attention(32).cost_of_chunks(attention(32).sums([(100_000, 2)]))
     assert "bandwidth" == cost.limit[0]
     assert cost.seconds > cost.bandwidth_s
 

@@ -5,12 +5,33 @@ import pytest
 from stallfree.planner.candidates import WAYS, Candidates, name, size
 from stallfree.planner.site import Site
 from stallfree.sim.pairings import PAIRINGS
+from stallfree.sim.split import place
 
 
-def test_a_model_is_split_over_as_many_devices_as_it_needs_and_no_more_nodes():
-    assert [(1, 1), (2, 1), (4, 1)] == list(Candidates(Site("llama2-7b", gpus=8, nodes=2)).shapes)
-    assert [(2, 1), (4, 1)] == list(Candidates(Site("llama2-70b", gpus=16, nodes=4)).shapes)
-    assert [(4, 2)] == list(Candidates(Site("falcon-180b", gpus=16, nodes=4)).shapes)
+def test_a_model_is_split_by_heads_and_by_layers_within_a_node_and_by_layers_over_nodes():
+    shapes = Candidates(Site("llama2-7b", gpus=8, nodes=2)).shapes
+    assert {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 2)} == set(shapes)
+    assert {(2, 1), (4, 1), (1, 2), (2, 2)} < set(Candidates(Site("llama2-70b", gpus=16, nodes=4)).shapes)
+    assert {(4, 2), (2, 4), (4, 4)} == set(Candidates(Site("falcon-180b", gpus=16, nodes=4)).shapes)
+
+
+def test_a_replica_larger_than_a_node_has_a_stage_in_each_node():
+    candidates = Candidates(Site("opt-175b", gpus=24, nodes=3))
+    assert 8 == candidates.replica(8, 1).node
+    assert 3 == candidates.replica(3, 3).node
+    assert 2 == candidates.most(candidates.replica(4, 3))
+
+
+def test_the_placements_that_distserve_published_are_candidates():
+    """arXiv 2401.09670, table of the parallelism strategies: OPT-66B and OPT-175B."""
+    medium = Candidates(Site("opt-66b", gpus=32, nodes=4))
+    assert {(4, 1), (2, 2)} < set(medium.shapes)
+    assert 1 == medium.split("distserve", (4, 1), (2, 2), (1, 1)).nodes
+    large = Candidates(Site("opt-175b", gpus=32, nodes=4))
+    assert {(3, 3), (4, 3)} < set(large.shapes)
+    pair = large.split("distserve", (3, 3), (4, 3), (1, 1))
+    assert (3, 1) == (pair.nodes, large.most(pair))
+    assert place(pair)[0] == place(pair)[1]
 
 
 def test_ratios_have_no_common_divisor_and_fit():

@@ -9,7 +9,7 @@ from typer.main import get_command
 from stallfree.cli import app
 from stallfree.core.slo import Slo
 from stallfree.planner.candidates import Candidates
-from stallfree.planner.commands import commands
+from stallfree.planner.commands import commands, cross_check
 from stallfree.planner.site import Site
 
 SLO = Slo.parse("ttft=2s@p90,tbt=100ms@p99")
@@ -82,3 +82,12 @@ def test_ranks_within_a_node_are_processes_of_it(shape):
     candidates = Candidates(Site("llama2-13b", gpus=4, nodes=2))
     (line,) = commands(candidates.site, candidates.replica(*shape), SLO)
     assert "--workers" not in line
+
+
+def test_another_tool_is_asked_the_same_question():
+    """By the options of aiconfigurator 0.12."""
+    expected = "aiconfigurator cli default --model meta-llama/Llama-2-13b-hf --total-gpus 8 --system h100_sxm --backend vllm "
+    site = Site("llama2-13b", hardware="h100", gpus=8)
+    assert expected + "--isl 1320 --osl 433 --ttft 2000 --tpot 100" == cross_check(site, 1319.6, 433.3, SLO)
+    assert cross_check(Site("llama2-13b", hardware="a40"), 1.0, 1.0, SLO) is None
+    assert cross_check(Site("/models/config.json", hardware="h100"), 1.0, 1.0, SLO) is None

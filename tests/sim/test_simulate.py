@@ -128,6 +128,14 @@ def test_the_timelines_are_those_that_the_records_tell(name, depth):
     assert timelines(result.records[0]) == {line.id: line for line in result.lines}
 
 
+def test_the_prefix_cache_hits_of_a_run_are_in_its_report():
+    result = run(conversations(), reuse=True, records=True)
+    figures = report(result.lines)
+    assert sum(count for r in result.records[0] for _, count in r.cached) == figures.cached_tokens > 1000
+    assert 0 == report(run(conversations()).lines).cached_tokens
+    assert timelines(result.records[0]) == {line.id: line for line in result.lines}
+
+
 def test_the_report_has_a_bench_reports_figures():
     result = run(load("calm"))
     figures = report(result.lines, Slo.parse("tbt=100ms"), 2.0)

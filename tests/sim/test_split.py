@@ -58,8 +58,8 @@ def test_kv_that_leaves_after_the_prompt_delays_the_first_token_by_its_transfer(
     network = links.load("eth-25g")
     waited, tokens = lone("distserve", link="eth-25g")
     assert network.latency_s + KV / network.bandwidth == pytest.approx(waited)
-    prompt = Simulator(PREFILL).instance.cost.seconds([(0, 2000)])
-    assert prompt + waited == pytest.approx(tokens[0])
+    instance = Simulator(PREFILL).instance
+    assert instance.front_s + instance.cost.seconds([(0, 2000)]) + waited == pytest.approx(tokens[0])
 
 
 def test_kv_that_leaves_layer_by_layer_delays_it_by_the_last_layer_where_the_link_keeps_up():
@@ -134,15 +134,31 @@ def test_idle_time_is_a_share_of_each_pool():
 
 def test_replicas_are_placed_in_turn():
     two = replace(PREFILL, replicas=2), replace(DECODE, replicas=2, tp=2)
-    assert ([0, 1], [0, 1]) == place(Split(*two, nodes=2, per_node=4))
+    assert ([(0,), (1,)], [(0,), (1,)]) == place(Split(*two, nodes=2, per_node=4))
     large = replace(PREFILL, replicas=1), replace(DECODE, tp=4)
-    assert ([0], [1]) == place(Split(*large, nodes=3, per_node=2))
+    assert ([(0,)], [(1, 2)]) == place(Split(*large, nodes=3, per_node=2))
+
+
+def test_replicas_larger_than_a_node_share_nodes_stage_by_stage():
+    """DistServe's placement of OPT-175B: on each of three nodes, one stage of TP3 prefill and one of TP4 decode."""
+    pools = replace(PREFILL, tp=3, pp=3), replace(DECODE, tp=4, pp=3)
+    assert ([(0, 1, 2)], [(0, 1, 2)]) == place(Split(*pools, nodes=4, per_node=8))
+    twice = tuple(replace(pool, replicas=2) for pool in pools)
+    assert ([(0, 1, 2), (3, 4, 5)],) * 2 == place(Split(*twice, nodes=6, per_node=8))
+
+
+def test_kv_of_stages_that_share_nodes_goes_over_the_devices_own_links():
+    pools = (replace(pool, pp=4, node=1) for pool in (PREFILL, DECODE))
+    shared = Split(*pools, "distserve", "eth-10g", nodes=4, per_node=3)
+    apart = replace(shared, nodes=8, per_node=1)
+    result = [SplitSimulator(each).run([Arrival(0.0, 2000, 3)]).transfers.exposed_s for each in (shared, apart)]
+    assert result[0] < result[1] / 10
 
 
 @pytest.mark.parametrize(
     ("deployment", "says"),
     [
-        (split(nodes=1), "take 2 devices, which do not fit 1 nodes of 1"),
+        (split(nodes=1), "take 2 devices, which do not fit 1 node of 1"),
         (split(link="eth-200g"), "unknown link 'eth-200g'"),
         (split(pairing="splitwize"), "did you mean 'splitwise'"),
         (replace(split(), decode=replace(DECODE, model="llama3-8b")), "prefill has model llama2-7b and decode llama3-8b"),

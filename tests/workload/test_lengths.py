@@ -116,16 +116,16 @@ def test_lengths_that_cannot_be_are_named(text, says):
 
 
 def test_a_limit_that_nothing_fits_is_said(file):
-    with pytest.raises(ValueError, match="do not fit a limit of 100"):
+    with pytest.raises(ValueError, match="do not fit --max-total 100"):
         Lengths.parse("100/10", max_total=100)
-    with pytest.raises(ValueError, match="no request of the trace"):
+    with pytest.raises(ValueError, match="no request of x.csv has at most 100 tokens"):
         Lengths.parse(str(file(HEADER + "0,100,10\n")), max_total=100)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "line 1"),
+        ("", "it is empty; a trace.s first line names its columns"),
         ("a,b\n1,2\n", "line 1 is 'a,b'.*prompt_tokens"),
         (HEADER, "no request follows"),
         (HEADER + "0,1,1\n0,x,1\n", "line 3: prompt_tokens is 'x'"),

@@ -128,6 +128,32 @@ def test_a_malformed_mooncake_line_is_named(tmp_path, text, says):
         Trace.read(write(tmp_path, "x.jsonl", text))
 
 
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (["3,1,1"], "x.csv has one request, and a rate needs two; add requests, or simulate it without --rate"),
+        (["3,1,1", "3,1,1"], "all 2 requests of x.csv arrive at the same time"),
+    ],
+)
+def test_a_trace_without_a_rate_says_why(tmp_path, rows, says):
+    trace = Trace.read(write(tmp_path, "x.csv", "arrived_at,prompt_tokens,output_tokens\n" + "\n".join(rows)))
+    with pytest.raises(ValueError, match=says):
+        assert trace.rate
+
+
+def test_a_trace_without_times_has_no_rate(tmp_path):
+    with pytest.raises(ValueError, match="x.csv has no times, so it has no rate; add a column arrived_at"):
+        assert Trace.read(write(tmp_path, "x.csv", "prompt_tokens,output_tokens\n1,1\n")).rate
+
+
+def test_a_limit_is_named_by_its_option(tmp_path):
+    trace = Trace.read(write(tmp_path, "x.csv", "prompt_tokens,output_tokens\n90,20\n"))
+    with pytest.raises(ValueError, match="no request of x.csv has at most 100 tokens, prompt and output; raise --max-total"):
+        trace.within(100)
+    with pytest.raises(ValueError, match="--max-total 100 leaves such requests out, a larger --max-model-len may serve them"):
+        trace.check(100)
+
+
 def test_a_negative_time_is_named(tmp_path):
     with pytest.raises(ValueError, match="line 2: arrived_at is '-3'"):
         Trace.read(write(tmp_path, "x.csv", "arrived_at,prompt_tokens,output_tokens\n-3,1,1\n"))

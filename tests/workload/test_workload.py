@@ -115,6 +115,30 @@ def test_a_trace_is_stretched_to_a_rate(trace):
     assert [0, 2, 8] == [a.at for a in Workload.parse("trace", trace).draw(0.25, 0)]
 
 
+def test_each_seed_begins_a_part_of_a_trace_at_another_place_and_goes_on_after_its_end(trace):
+    workload = Workload.parse("trace", trace)
+    first, second, third = (workload.draw(None, seed, requests=3) for seed in (0, 1, 2))
+    assert [100, 200, 300] == [a.prompt_tokens for a in first]
+    assert [200, 300, 100] == [a.prompt_tokens for a in second]
+    # After the last request, at 4 s, the first comes again a mean gap of 2 s later.
+    assert [0, 3, 5] == [a.at for a in second]
+    assert [100, 200, 300] == [a.prompt_tokens for a in third]
+    assert [0, 6, 10] == [a.at for a in workload.draw(0.25, 1, requests=3)]
+
+
+def test_parts_of_a_long_trace_do_not_overlap(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at,prompt_tokens,output_tokens\n" + "".join(f"{i},{i + 1},1\n" for i in range(4000)))
+    workload = Workload.parse("trace", str(path))
+    parts = [{a.prompt_tokens for a in workload.draw(None, seed, requests=512)} for seed in range(5)]
+    assert 5 * 512 == len(set().union(*parts))
+
+
+def test_a_whole_trace_is_the_same_for_all_seeds(trace):
+    workload = Workload.parse("trace", trace)
+    assert workload.draw(None, 0) == workload.draw(None, 1)
+
+
 def test_long_prompts_can_be_mixed_into_a_trace_without_moving_its_arrivals(trace):
     drawn = Workload.parse("trace", f"{trace} + 50%:2000/64").draw(None, 3)
     assert [0, 1, 4] == [a.at for a in drawn]
