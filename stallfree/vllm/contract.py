@@ -32,7 +32,7 @@ USED: Mapping[str, tuple[str, ...]] = {
 """The functions that are called or replaced, each with its parameters."""
 
 ATTRIBUTES = (
-    "block_size", "finished_recving_kv_req_ids", "finished_req_ids", "kv_cache_config", "kv_cache_manager",
+    "block_size", "finished_recving_kv_req_ids", "finished_req_ids", "hash_block_size", "kv_cache_config", "kv_cache_manager",
     "kv_holding_waiting", "max_model_len", "max_num_active_reqs", "max_num_running_reqs", "max_num_scheduled_tokens",
     "need_mamba_block_aligned_split", "num_spec_tokens", "num_waiting_for_streaming_input", "pause_state", "running",
     "scheduler_config", "vllm_config", "waiting",
@@ -40,7 +40,7 @@ ATTRIBUTES = (
 """What is read of a scheduler."""
 
 OF_A_REQUEST = (
-    "_all_token_ids", "_output_token_ids", "arrival_time", "drop_stale_output", "is_prefill_chunk", "max_tokens",
+    "_all_token_ids", "_output_token_ids", "arrival_time", "block_hashes", "drop_stale_output", "is_prefill_chunk", "max_tokens",
     "num_computed_tokens", "num_output_placeholders", "num_prompt_tokens", "num_stale_output_tokens", "num_tokens", "priority",
     "request_id", "sampling_params", "spec_token_ids", "status", "structured_output_request",
 )  # fmt: skip

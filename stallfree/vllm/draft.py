@@ -52,12 +52,12 @@ class VllmDraft:
     `running`: vLLM's running requests and those that wait with KV; `waiting`: the others, as far as they can begin. `most`: tokens
     that vLLM allows; `seats`: how many more requests may run; `free`: free KV blocks of `block_size` tokens; `cached` gives the
     tokens of a waiting request that are in the prefix cache. `ahead`: tokens may be in flight; `speculates`: decodes may have
-    tokens to verify.
+    tokens to verify. `work`: the (start, count) of everybody who gets tokens; `pieces`: those that each of `decoding` would get.
     """
 
     __slots__ = (
         "_block_size", "_cached", "_free", "_seats", "_speculates", "_waiting", "admitted", "budget", "chunks",
-        "decoding", "left", "limit_s", "margin", "now", "prefilling", "reason", "work",
+        "decoding", "left", "limit_s", "margin", "now", "pieces", "prefilling", "reason", "work",
     )  # fmt: skip
 
     def __init__(
@@ -79,24 +79,27 @@ class VllmDraft:
         self.reason = ENGINE_LIMIT
         self.limit_s: float | None = None
         self.margin: float | None = None
-        self.work: dict[View, int] = {}
+        self.work: dict[View, tuple[int, int]] = {}
         self.chunks: dict[View, int] = {}
         self.admitted: list[View] = []
         self.decoding: list[View] = []
         self.prefilling: list[View] = []
+        self.pieces: list[tuple[int, int]] = []
         self._waiting, self._seats, self._free, self._block_size, self._cached = waiting, seats, free, block_size, cached
         self._speculates = speculates
-        decoding = self.decoding
+        decoding, pieces = self.decoding, self.pieces
         for view in running:  # once for every stream in every iteration
             request = view.request
-            planned = view.num_planned = request.num_computed_tokens
+            start = request.num_computed_tokens
             in_flight = request.num_output_placeholders if ahead else 0
-            total = view.num_tokens = len(view.tokens) + in_flight
-            if total - planned == 1 and (in_flight or view.output):
+            missing = len(view.tokens) + in_flight - start
+            if missing == 1 and (view.output or in_flight):
                 # With its last token in flight, vLLM gives it no further one.
-                if not in_flight or planned + 2 - in_flight < request.num_prompt_tokens + request.max_tokens:
+                if not in_flight or len(view.output) + 1 < request.max_tokens:
                     decoding.append(view)
-            elif total > planned:
+                    pieces.append((start, 1 + len(request.spec_token_ids) if speculates else 1))
+            elif missing > 0:
+                view.num_planned, view.num_tokens = start, start + missing
                 view.status = RUNNING  # also if it waits with KV
                 self.prefilling.append(view)
 
@@ -106,7 +109,7 @@ class VllmDraft:
 
     @property
     def shape(self) -> list[tuple[int, int]]:
-        return [(view.num_planned - count, count) for view, count in self.work.items()]
+        return list(self.work.values())
 
     @property
     def waiting(self) -> Iterator[View]:
@@ -122,26 +125,17 @@ class VllmDraft:
             self.left -= self.budget - tokens
             self.budget, self.reason = tokens, reason
 
-    def decode(self, view: View) -> bool:
-        """Give a ready decode its token, and the speculated ones that vLLM will verify with it."""
-        count = 1 + len(view.request.spec_token_ids) if self._speculates else 1
-        if count > self.left or view in self.work:
-            return False
-        self.work[view] = count
-        view.num_planned += count
-        self.left -= count
-        return True
-
     def decode_all(self) -> None:
-        decoding = self.decoding
-        if self._speculates or self.work or len(decoding) > self.left:
-            for view in decoding:
-                self.decode(view)
+        """Give each ready decode its token, and the speculated ones that vLLM will verify with it, while tokens are left."""
+        pieces = zip(self.decoding, self.pieces, strict=True)
+        if not (self._speculates or self.work or len(self.decoding) > self.left):
+            self.work = dict(pieces)  # the usual case, for every stream in every iteration
+            self.left -= len(self.decoding)
             return
-        self.work = dict.fromkeys(decoding, 1)  # the usual case, for every stream in every iteration
-        self.left -= len(decoding)
-        for view in decoding:
-            view.num_planned += 1
+        for view, (start, count) in pieces:
+            if count <= self.left and view not in self.work:
+                self.work[view] = start, count
+                self.left -= count
 
     def prefill(self, view: View, count: int | None = None) -> int:
         size = min(view.remaining, self.left, view.remaining if count is None else count)
@@ -172,7 +166,7 @@ class VllmDraft:
         return caps
 
     def _write(self, view: View, count: int) -> None:
-        self.work[view] = count
+        self.work[view] = view.num_planned, count
         self.chunks[view] = count
         view.num_planned += count
         self.left -= count

@@ -77,13 +77,15 @@ class Pacer:
         self._telemetry = telemetry
         self._clock = clock
         self._views: dict[str, View] = {}
+        self._running: list[Any] = []
+        self._running_views: list[View] = []
         self._outstanding: dict[int, tuple[Any, Iteration]] = {}
         self._ended: Iteration | None = None
         self._completed = -inf
         self._arrived: list[View] = []
-        self._finished: list[tuple[str, str]] = []
+        self._finished: list[tuple[View, str]] = []
         self._preempted: list[str] = []
-        self._untold: list[tuple[Iteration, list[View], list[tuple[str, str]], tuple[int, int, int]]] = []
+        self._untold: list[tuple[Iteration, list[View], list[tuple[View, str]], tuple[int, int, int]]] = []
         self._step = self._drafts = 0
 
     @classmethod
@@ -128,23 +130,26 @@ class Pacer:
             bool(cache.enable_prefix_caching),
             str(slo),
             policy.options,
+            prices.state(),
         )
         file = os.environ.get(RECORD)
         path = None if not file else Path(f"{file}.{rank}" if rank else file)
-        clock = time.monotonic
+        clock, hashed = time.monotonic, scheduler.hash_block_size == scheduler.block_size
         log.info("stallfree: %s; prices %s", slo, source)
-        return cls(policy, scheduler.block_size, Telemetry(slo, header, clock(), rank, path), clock)
+        return cls(policy, scheduler.block_size, Telemetry(slo, header, clock(), rank, path, hashed=hashed), clock)
 
     def draft(self, scheduler: Any, *, waiting: bool) -> VllmDraft:
         """The next iteration as the policy writes it. `waiting`: whether requests may be admitted."""
         self.leave(scheduler)  # those who were aborted since the last iteration
         self._drafts += 1
         now = self._clock()
-        views = self._views
-        running = [views.get(r.request_id) or self._meet(r, now) for r in scheduler.running]
+        if scheduler.running != self._running:  # most iterations have the same requests as the one before
+            self._running = list(scheduler.running)
+            self._running_views = [self._views.get(r.request_id) or self._meet(r, now) for r in self._running]
+        running = self._running_views
         if scheduler.kv_holding_waiting:
             holding = [r for r in scheduler.kv_holding_waiting if not _blocked(scheduler, r)]
-            running += [self._view(r, now) for r in holding]
+            running = running + [self._view(r, now) for r in holding]
         self.blocked = []
         draft = VllmDraft(
             running,
@@ -218,12 +223,12 @@ class Pacer:
     def _iteration(self, draft: VllmDraft, output: Any) -> Iteration:
         """The iteration as vLLM scheduled it."""
         given: Mapping[str, int] = output.num_scheduled_tokens
-        chunks, written = draft.chunks, draft.work
-        decodes = [view for view in written if view not in chunks] if chunks else list(written)
+        work, decodes, shape = draft.work, draft.decoding, list(draft.pieces)
         # Nobody gets more than its share, so with as many tokens for as many requests each has got it.
-        if (output.total_num_scheduled_tokens, len(given)) != (draft.budget - draft.left, len(written)):
-            decodes = [view for view in decodes if given.get(view.id) == written[view]]
-        shape = [(view.num_planned - written[view], written[view]) for view in decodes]
+        as_written = (output.total_num_scheduled_tokens, len(given)) == (draft.budget - draft.left, len(work))
+        if not as_written or len(work) - len(draft.chunks) < len(decodes):
+            decodes = [view for view in decodes if view in work and given.get(view.id) == work[view][1]]
+            shape = [work[view] for view in decodes]
         others: list[View] = []
         if len(decodes) < len(given):
             there = {view.id for view in decodes}
@@ -243,7 +248,7 @@ class Pacer:
         for name in scheduler.finished_req_ids:
             view = self._views.pop(name, None)
             if view is not None:
-                self._finished.append((name, _reason(view.request)))
+                self._finished.append((view, _reason(view.request)))
 
     def _offered(self, scheduler: Any, now: float) -> Iterator[View]:
         """The requests that wait for the policy alone, in vLLM's order."""
@@ -268,7 +273,7 @@ class Pacer:
         if view is not None and view.request is request and view.arrival_time == request.arrival_time:
             return view
         if view is not None:
-            self._finished.append((view.id, "stop"))
+            self._finished.append((view, "stop"))
         return self._meet(request, now)
 
     def _meet(self, request: Any, now: float) -> View:

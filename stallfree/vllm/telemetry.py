@@ -2,8 +2,10 @@
 server uses. It decides nothing.
 """
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Sequence
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge
@@ -43,10 +45,10 @@ values = cache(Values)
 
 class Telemetry:
     """Tells of one engine, number `rank`, held to `slo`. `file`: where its records go, if anywhere; the run's first line is
-    `header`. Times count from `origin`.
+    `header`. Times count from `origin`. `hashed`: vLLM hashes blocks of the size in `header`, so records can have fingerprints.
     """
 
-    def __init__(self, slo: Slo, header: Run, origin: float, rank: int = 0, file: Path | None = None):
+    def __init__(self, slo: Slo, header: Run, origin: float, rank: int = 0, file: Path | None = None, *, hashed: bool):
         self._account = StallAccount(slo)
         self._origin, self._rank = origin, str(rank)
         self._values = values()
@@ -54,6 +56,8 @@ class Telemetry:
             self._values.late.labels(self._rank, cause)
             self._values.late_s.labels(self._rank, cause)
         self._values.stalled.labels(self._rank)
+        self._block_size = header.capacity.block_size
+        self._key = secrets.token_bytes(16) if hashed and file is not None else None
         self._file = None if file is None else RecordFile(file)
         if self._file is not None:
             self._file.begin(header)
@@ -62,11 +66,11 @@ class Telemetry:
         self,
         iteration: Iteration,
         arrived: Iterable[View],
-        finished: Iterable[tuple[str, str]],
+        finished: Iterable[tuple[View, str]],
         counts: tuple[int, int, int],
     ) -> None:
-        """Tell of an iteration that has ended. `finished`: (id, reason); `counts`: running and waiting requests, and free KV
-        blocks, after it."""
+        """Tell of an iteration that has ended. `finished`: each with its reason. `counts`: running and waiting requests, and free
+        KV blocks, after it."""
         origin, requests = self._origin, iteration.requests
         running, waiting, free = counts
         emitted = [view.id for view in iteration.decoding]
@@ -79,8 +83,8 @@ class Telemetry:
             work=[(view.id, start, count) for view, (start, count) in zip(requests, iteration.shape, strict=True)],
             emitted=emitted,
             cached=iteration.cached,
-            arrived=[_arrived(view, origin) for view in arrived],
-            finished=[Finished(name, reason) for name, reason in finished],
+            arrived=[self._arrived(view) for view in arrived],
+            finished=[self._finished(view, reason) for view, reason in finished],
             preempted=iteration.preempted,
             stalled=iteration.stalled,
             num_running=running,
@@ -112,8 +116,22 @@ class Telemetry:
                 metrics.late.labels(rank, stall.cause).inc()
                 metrics.late_s.labels(rank, stall.cause).inc(stall.late_s)
 
+    def _arrived(self, view: View) -> Arrived:
+        request = view.request
+        slo = "" if view.asked is None else str(view.asked)
+        prints = self._prints(request.block_hashes[: self._in_prompt(view)])
+        arrival = view.arrival - self._origin
+        return Arrived(view.id, arrival, request.num_prompt_tokens, request.max_tokens, view.priority, slo, prints)
 
-def _arrived(view: View, origin: float) -> Arrived:
-    request = view.request
-    slo = "" if view.asked is None else str(view.asked)
-    return Arrived(view.id, view.arrival - origin, request.num_prompt_tokens, request.max_tokens, view.priority, slo)
+    def _finished(self, view: View, reason: str) -> Finished:
+        return Finished(view.id, reason, self._prints(view.request.block_hashes[self._in_prompt(view) :]))
+
+    def _in_prompt(self, view: View) -> int:
+        """The number of full KV blocks of a prompt."""
+        return int(view.request.num_prompt_tokens // self._block_size)
+
+    def _prints(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
+        """Fingerprints of KV blocks (see `core.record.Fingerprints`), from vLLM's own hashes, which have no secret key."""
+        if self._key is None:
+            return ()
+        return tuple([int.from_bytes(blake2b(block, digest_size=6, key=self._key).digest()) for block in hashes])

@@ -3,4 +3,5 @@ project."""
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("vllm") else ["test_scheduler.py", "test_default.py", "test_contract_real.py", "test_serving.py"]
+WITH_VLLM = ["test_contract_real.py", "test_default.py", "test_greedy.py", "test_scheduler.py", "test_serving.py"]
+collect_ignore = [] if find_spec("vllm") else WITH_VLLM

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 BLOCK = 16
 LONGEST = 4096
+HIDDEN = 64
 _hasher: list[Any] = []
 
 
@@ -27,8 +28,8 @@ def model_folder(path: Path, vocabulary: int = 50_000) -> Path:
             {
                 "architectures": ["LlamaForCausalLM"],
                 "model_type": "llama",
-                "hidden_size": 64,
-                "intermediate_size": 64,
+                "hidden_size": HIDDEN,
+                "intermediate_size": HIDDEN,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 1,
                 "num_key_value_heads": 1,
@@ -52,9 +53,11 @@ def scheduler(
     threshold: int = 0,
     queue: str = "fcfs",
     chunked: bool = True,
+    connector: bool = False,
     **parallel: Any,
 ) -> Any:
-    """A scheduler of class `cls`, with `blocks` usable KV blocks; `ahead`: asynchronous scheduling."""
+    """A scheduler of class `cls`, with `blocks` usable KV blocks; `ahead`: asynchronous scheduling; `connector`: with the one of
+    connector.py."""
     model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=LONGEST)
     config = VllmConfig(
         model_config=model,
@@ -71,6 +74,11 @@ def scheduler(
         device_config=DeviceConfig("cpu"),
     )
     config.scheduler_config.async_scheduling = ahead  # vLLM switches it off on a processor
+    if connector:
+        config.kv_transfer_config = KVTransferConfig(
+            kv_connector="Remote", kv_role="kv_both", kv_connector_module_path="tests.vllm.connector"
+        )
+        config.scheduler_config.disable_hybrid_kv_cache_manager = True  # vLLM asks for it with such a connector
     for name, value in parallel.items():
         setattr(config.parallel_config, name, value)
     config.cache_config.num_gpu_blocks = blocks + 1  # the first is never used
@@ -110,6 +118,8 @@ class Runner:
     now: float = 0.0
     shapes: list[dict[str, int]] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
+    received: set[str] = field(default_factory=set)
+    """Requests whose KV has come from elsewhere since the last iteration."""
     _waiting: list[tuple[Any, dict[str, int], float]] = field(default_factory=list)
     _free_at: float = 0.0
 
@@ -132,7 +142,11 @@ class Runner:
         tokens = [[samples[id]] if id in samples else [] for id in ids]
         for id in samples:
             self.times.setdefault(id, []).append(self.now)
-        self.scheduler.update_from_output(output, ModelRunnerOutput(ids, {id: i for i, id in enumerate(ids)}, tokens))
+        result = ModelRunnerOutput(ids, {id: i for i, id in enumerate(ids)}, tokens)
+        if self.received:
+            result.kv_connector_output = KVConnectorOutput(finished_recving=self.received)
+            self.received = set()
+        self.scheduler.update_from_output(output, result)
         return bool(ids)
 
     def _scheduled(self) -> tuple[Any, dict[str, int], float]:

@@ -59,19 +59,21 @@ def test_a_request_is_a_decode_or_a_prefill(of, kind):
     assert {"decoding": ([of], []), "prefilling": ([], [of]), "neither": ([], [])}[kind] == (made.decoding, made.prefilling)
 
 
-def test_all_decodes_at_once_is_the_same_as_one_by_one():
+def test_decodes_get_their_tokens_in_order_while_there_are_any():
     def streams() -> list[View]:
         return [view(f"s{i}", 10 + i, computed=10 + i, output=1) for i in range(20)]
 
-    at_once, singly = draft(streams(), most=12), draft(streams(), most=12)
-    at_once.decode_all()
-    for each in singly.decoding:
-        singly.decode(each)
-    assert (at_once.shape, at_once.left) == (singly.shape, singly.left)
-    assert len(at_once.work) == 12
-    roomy = draft(streams())
+    short, roomy = draft(streams(), most=12), draft(streams())
+    short.decode_all()
+    assert (short.shape, short.left) == ([(10 + i, 1) for i in range(12)], 0)
     roomy.decode_all()
-    assert (len(roomy.work), roomy.left) == (20, 80)
+    assert (roomy.shape, roomy.left) == ([(10 + i, 1) for i in range(20)], 80)
+
+
+def test_a_decode_whose_speculated_tokens_do_not_fit_is_passed_over():
+    made = draft([view(f"s{n}", 10, computed=10, output=1, drafts=n) for n in (3, 9, 1)], most=8, speculates=True)
+    made.decode_all()
+    assert (made.shape, made.left) == ([(10, 4), (10, 2)], 2)
 
 
 def test_drafts_of_speculation_are_charged():
@@ -105,8 +107,10 @@ def test_caps_are_for_those_who_get_less_than_they_need():
 def test_nobody_gets_work_twice():
     stream, long = view("s", 10, computed=10, output=1), view("long", 500, computed=100)
     made = draft([stream, long])
-    assert made.decode(stream)
-    assert not made.decode(stream)
+    made.decode_all()
+    made.decode_all()
+    assert made.left == 99
     assert made.prefill(long, 10) == 10
     assert made.prefill(long, 10) == 0
     assert made.admit(long) == 0
+    assert made.shape == [(10, 1), (100, 10)]

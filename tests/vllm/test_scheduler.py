@@ -8,10 +8,13 @@ import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
+from stallfree.core.slo import Slo as Targets
 from stallfree.engine.recording import load
 from stallfree.perf.fitted import Fitted
 from stallfree.policies.slo import Slo
+from stallfree.sim.replay import Machine, what_if
 from stallfree.vllm import SloScheduler, pacer
+from tests.vllm.connector import ELSEWHERE
 from tests.vllm.real import BLOCK, LONGEST, Runner, model_folder, request, scheduler
 
 COST = Fitted((0.005, 0.01, 0.002, 0.002, 0.005, 0.0))
@@ -289,3 +292,37 @@ def test_waiting_requests_with_kv_and_without_a_share_stop_nobody(folder):
 def test_prompts_that_must_stay_whole_are_refused(folder, option, says):
     with pytest.raises(ValueError, match=says):
         scheduler(SloScheduler, folder, tokens=LONGEST, **option)
+
+
+def test_a_prompt_whose_kv_comes_from_elsewhere_delays_nobody(folder, ahead):
+    made, runner = paced(folder, ahead=ahead, connector=True)
+    made.add_request(request("stream", range(40), 400))
+    while not runner.times.get("stream"):
+        runner.step()
+    made.add_request(request("remote", range(5000, 6000), 3))
+    made.add_request(request("short", range(7000, 7060), 3))
+    for _ in range(12):
+        runner.step()
+    assert len(runner.times["short"]) == 3
+    assert "remote" not in runner.times
+    computed = len(runner.shapes)
+    runner.received.add("remote")
+    serve(made, runner, [])
+    assert len(runner.times["remote"]) == 3
+    assert sum(shape.get("remote", 0) for shape in runner.shapes[:computed]) == 0
+    assert sum(shape.get("remote", 0) for shape in runner.shapes) == 1000 - ELSEWHERE + 2
+    assert (made.kv_cache_manager.usage, made.pacer._views) == (0, {})
+
+
+def test_the_same_requests_can_be_simulated_with_another_target(folder, tmp_path, monkeypatch, ahead):
+    file = tmp_path / "run.jsonl"
+    monkeypatch.setenv(pacer.RECORD, str(file))
+    made, runner = paced(folder, ahead=ahead, caching=True)
+    shared = list(range(600))
+    serve(made, runner, [(0.5 * i, request(f"r{i}", [*shared, *range(1000 * i, 1000 * i + 50)], 20)) for i in range(1, 6)])
+    made.shutdown()
+    run, records = load(file)
+    simulated = what_if(run, records, Machine(records, overlap=ahead), "slo", Targets.parse("tbt=60ms"), {})
+    for steps in (records, simulated):
+        assert sum(len(step.emitted) for step in steps) == 100
+        assert [tokens for step in steps for _, tokens in step.cached] == [0] + 4 * [600 // BLOCK * BLOCK]

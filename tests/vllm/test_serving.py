@@ -1,6 +1,5 @@
-"""vLLM's whole server and engine with the policy: the OpenAI SDK, aborts, a storm, metrics, records, and the same greedy tokens."""
+"""vLLM's whole server with the policy: the OpenAI SDK, aborts, a storm, metrics, records, and data parallelism."""
 
-import json
 import os
 import re
 import signal
@@ -8,16 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stallfree.engine.recording import load
-from tests.vllm.real import model_folder
 
 START_S = 300.0
 pytestmark = pytest.mark.slow
@@ -33,12 +32,12 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The URL of a server on a pretended GPU, and its record file."""
-    folder, port = tmp_path_factory.mktemp("served"), free_port()
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, Path]]:
+    """A server on a pretended GPU: its URL, and its record file in `folder`."""
+    port = free_port()
     record, log = folder / "run.jsonl", folder / "log"
-    arguments = ["llama3-8b", "--pretend", "h100", "--slo", "tbt=50ms", "--record", str(record), "--port", str(port)]
+    arguments = ["llama3-8b", "--pretend", "h100", "--slo", "tbt=50ms", "--record", str(record), "--port", str(port), *options]
     with log.open("wb") as out:
         process = subprocess.Popen(command(*arguments), stdout=out, stderr=out, process_group=0)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
@@ -55,6 +54,12 @@ def served(tmp_path_factory):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    with serving(tmp_path_factory.mktemp("served")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -154,74 +159,16 @@ def test_what_cannot_be_served_ends_the_start(arguments, says, tmp_path):
     assert re.search(says, ended.stdout + ended.stderr)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer whose tokens are bytes, and an end token: structured output wants one."""
-    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-GREEDY = """import json, random, sys
-from vllm import LLM, SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
-
-def main():
-    options = json.loads(sys.argv[1])
-    structured = options.pop("structured", False)
-    rng = random.Random(5)
-    shared = [rng.randrange(250) for _ in range(70)]
-    lengths = [(rng.choice([0, 40, 70]), rng.choice([5, 60, 200])) for _ in range(200)]
-    prompts = [shared[:common] + [rng.randrange(250) for _ in range(own)] for common, own in lengths]
-    options["skip_tokenizer_init"] = not structured
-    llm = LLM(sys.argv[2], dtype="float32", load_format="dummy", enforce_eager=True, seed=0, **options)
-    common = {"temperature": 0, "detokenize": False}
-    params = [SamplingParams(max_tokens=8 + i % 17, ignore_eos=True, **common) for i in range(200)]
-    for i in range(0, 200, 4) if structured else ():
-        held = StructuredOutputsParams(regex="[a-f]{3,6}-[0-9]{2,9}")
-        params[i] = SamplingParams(max_tokens=20, structured_outputs=held, **common)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"enable_prefix_caching": False},
-        {"enable_prefix_caching": True},
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
-        {"structured": True},
-    ],
-    ids=["plain", "prefix cache", "ngram", "structured output"],
-)
-def test_greedy_tokens_are_those_of_vllms_own_scheduler(options, tmp_path):
-    folder, script = model_folder(tmp_path, vocabulary=500), tmp_path / "greedy.py"
-    write_tokenizer(folder)
-    script.write_text(GREEDY)
-
-    def tokens(**more: object) -> str:
-        environment = os.environ | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "STALLFREE_SLO": "tbt=50ms",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        base = {"max_num_batched_tokens": 512, "max_num_seqs": 32, "max_model_len": 1024}
-        ran = subprocess.run(
-            [sys.executable, str(script), json.dumps(base | options | more), str(folder)],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        lines = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS")]
-        assert lines, ran.stderr[-3000:]
-        return lines[0]
-
-    assert tokens() == tokens(scheduler_cls="stallfree.vllm.SloScheduler")
+def test_each_data_parallel_rank_has_its_own_scheduler_records_and_metrics(tmp_path):
+    with serving(tmp_path, "--data-parallel-size", "2") as (url, record):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(16) as pool:
+            counts = list(pool.map(lambda number: stream(client, 200 + 50 * (number % 8), 20), range(32)))
+        assert counts == [20] * 32
+        until_idle(url)
+        metrics = httpx.get(f"{url}/metrics").text
+    ranks = [load(path) for path in (record, record.with_name(f"{record.name}.1"))]
+    emitted = [sum(len(step.emitted) for step in steps) for _, steps in ranks]
+    assert min(emitted) > 0
+    assert sum(emitted) == sum(counts)
+    assert set(re.findall(r'^stallfree_budget_tokens{.*engine="(\d)".*} ', metrics, re.MULTILINE)) == {"0", "1"}
