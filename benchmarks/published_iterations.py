@@ -5,7 +5,7 @@
 Splitwise (ISCA'24): vLLM of 2023 on A100 and H100, from its simulator's repository. A prompt is one iteration and the front end's
 time; a token is a decode iteration of the batch, with the prompt and half of the 128 tokens before it. LMDeploy: TurboMind of 2023
 (version 0.1.0a1) on A100, from its documentation; first tokens of batches of one, and the median time of later ones. Nothing is
-fitted here. `vllm-2023` was fitted to Splitwise's token times of TP 4 and 8, and `fused` to nothing in these tables.
+fitted here. `vllm-2023` was fitted to Splitwise's token times of TP 4 and 8, `fused` to nothing.
 """
 
 import csv

@@ -42,7 +42,7 @@ def perf(
     shape: Annotated[
         str, typer.Option(help="32@2048: 32 decodes after 2,048 tokens each; 512: a first chunk; 4096+512: one after 4,096.")
     ] = "32@2048,512",
-    weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8 or int4.")] = "fp16",
+    weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, fp8-block, int8 or int4.")] = "fp16",
     kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
     engine: Annotated[str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")] = "vllm-2026",
     node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
@@ -131,9 +131,12 @@ def check(
         files = {key: Error.of(group) for key, group in by(points, lambda point: f"{point.file}\t{point.operator}").items()}
         groups = by(points, lambda point: KINDS.get(point.operator, point.operator))
         kinds = {kind: Error.of(group) for kind, group in groups.items()}
+        unpriced = left_out(folder)
     if as_json:
         rows = [dict(zip(("file", "operator"), key.split("\t"), strict=True)) | asdict(error) for key, error in files.items()]
-        typer.echo(json.dumps({"operators": rows, "kinds": {kind: asdict(error) for kind, error in kinds.items()}}))
+        without = [{"file": name, "dtype": dtype, "rows": number} for (name, dtype), number in unpriced.items()]
+        by_kind = {kind: asdict(error) for kind, error in kinds.items()}
+        typer.echo(json.dumps({"operators": rows, "kinds": by_kind, "left_out": without}))
         return
 
     from stallfree.cli.measuring import print_grid
@@ -145,7 +148,7 @@ def check(
     lines += [(*key.split("\t"), *cells(error)) for key, error in files.items()]
     lines += [("all files", kind, *cells(error)) for kind, error in kinds.items()]
     print_grid(lines)
-    for (name, dtype), number in left_out(folder).items():
+    for (name, dtype), number in unpriced.items():
         typer.echo(f"left out, because {dtype} has no price: {number:,} row{'s' if number > 1 else ''} of {name}", err=True)
     for file in others:
         typer.echo(f"ignored, because its columns are not those of a profile: {file}", err=True)

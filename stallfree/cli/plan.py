@@ -134,10 +134,10 @@ def _simulated(answer: Answer, site: Site, traffic: Traffic) -> str:
     draws = len(answer.best.draws)
     interval = f"in {draws} draws of the load; the rate is their median"
     if traffic.arrivals == "trace":
-        interval = f"in {draws} parts of the trace"
-    rows = f"Each row was simulated on all {site.gpus} GPUs."
+        interval = f"in {draws} parts of the trace" if draws > 1 else "of the whole trace, which is too short for parts"
+    rows = "Each row was simulated as one cluster on the GPUs that it names."
     if not all(ranked.whole for ranked in answer.ranked):
-        rows = f"Rows on {site.gpus} GPUs were simulated so; the others are the rate of one unit times the number of units."
+        rows = "Rows of one cluster were simulated so; the others are the rate of one unit times the number of units."
     return f"{rows} Intervals are the lowest and the highest capacity {interval}."
 
 

@@ -46,7 +46,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu, as calibrated.", None),
     "tp": ("Tensor parallelism.", None),
     "pp": ("Pipeline parallelism.", None),
-    "weights": ("Precision of the weights: bf16, fp16, fp8, int8 or int4.", None),
+    "weights": ("Precision of the weights: bf16, fp16, fp8, fp8-block, int8 or int4.", None),
     "kv": ("Precision of the KV cache: bf16, fp16 or fp8.", None),
     "engine": ("An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023; or a DistServe profile, a .json.", None),
     "node": ("Devices used on each node.", "all it has"),

@@ -64,7 +64,7 @@ def search(
 ) -> Capacity:
     """Find the capacity by `trial(rate, seed)`: doubling or halving from `start`, then bisection to a share of `tolerance`. With a
     `step` below 2 the first step from `start` is by this factor, and each later one by its square, up to 2. This is quicker if
-    `start` is close.
+    `start` is close, and `lowest` itself is tried then.
 
     No rate below `lowest` is tried: the lower the rate, the longer a trial. Each rate gets at most `most_trials` trials, with the
     same seeds as every other. Raises ValueError for invalid options.
@@ -94,12 +94,13 @@ def search(
         else:
             return Capacity(low, None, tuple(decisions))
     else:
-        factors = _factors(step)
-        low = high / next(factors)
-        while low >= lowest and not met(low):
-            low, high = low / next(factors), low
-        if low < lowest:
-            return Capacity(0.0, high, tuple(decisions))
+        for factor in _factors(step):
+            low = max(high / factor, lowest) if step < 2 else high / factor
+            if low < lowest or low == high:
+                return Capacity(0.0, high, tuple(decisions))
+            if met(low):
+                break
+            high = low
     while high - low > tolerance * low * (1 + 1e-9):
         middle = (low + high) / 2
         if met(middle):

@@ -83,7 +83,7 @@ def left_out(folder: Path) -> dict[tuple[str, str], int]:
     number: Counter[tuple[str, str]] = Counter()
     for file in sorted(folder.rglob("*_matmul.csv")):
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            number.update((file.name, row["dtype"]) for row in csv.DictReader(lines) if row.get("dtype", "") not in DTYPES)
+            number.update((file.name, row["dtype"]) for row in csv.DictReader(lines) if row.get("dtype") not in (None, *DTYPES))
     return dict(number)
 
 
@@ -95,7 +95,7 @@ def prefill(file: Path, row: Row) -> Iterator[Point]:
 
     def price(device: Hardware) -> float:
         kernel = make(device)
-        return kernel.chunks(kernel.sums([(0, tokens)] * batch))
+        return kernel.chunks(kernel.alike(batch, tokens))
 
     size = f"{'from' if tokens >= LONG else 'below'} {LONG:,} tokens"
     yield Point(file.name, device, f"prefill, {precision} KV, {size}", seconds, price)

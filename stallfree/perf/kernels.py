@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from typing import NamedTuple
 
-from stallfree.perf.hardware import Attending, Hardware, Link, Measured, Switched
+from stallfree.perf.hardware import Attending, Hardware, Link, Measured, Product, Switched
 from stallfree.perf.shape import WEIGHT_BYTES, Matrix
 
 SPLITS = (1, 2, 4)
@@ -55,7 +55,7 @@ STEPS = {"fp16": 32, "widened": 32, "fp8": 128, "fp8-block": 128}
 """Columns that the inner loop of a matrix product takes at once."""
 
 QUANTISE_S = 2.3e-6
-"""The least time to quantise activations to fp8, for each token or tensor. For each block, it is part of the product's latency."""
+"""The least time to quantise activations to fp8. With block scales it is part of the product's latency instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,13 @@ def arithmetic(device: Hardware, precision: str) -> str:
     return precision if precision in TILES and "fp8" in device.peak else "widened"
 
 
+def _product(device: Hardware, measured: Measured, precision: str) -> tuple[str, Product]:
+    """The arithmetic of weights of `precision`, and its coefficients: its own, or those of the nearest that was measured."""
+    how, known = arithmetic(device, precision), measured.products
+    near = known["fp8"] if how.startswith("fp8") and "fp8" in known else known["fp16"]
+    return how, known.get(how, near)
+
+
 def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) -> Cost:
     """`tokens` rows of activations times `matrix`, and before it their quantisation. Of a mixture of experts, the expected number
     that at least one token meets.
@@ -122,8 +129,7 @@ def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) ->
     copies, rows, columns = matrix.copies, matrix.rows, matrix.columns
     met = copies * (1 - (1 - matrix.active / copies) ** tokens)
     each = tokens * matrix.active / met
-    how = arithmetic(device, matrix.precision)
-    product = measured.products.get(how, measured.products["fp16"])
+    how, product = _product(device, measured, matrix.precision)
     eight = how.startswith("fp8")
     peak, size = device.peak["fp8" if eight else "fp16"], 1.0 if eight else 2.0
     moved = met * (rows * columns * WEIGHT_BYTES[matrix.precision] + each * (columns * size + rows * 2.0))
@@ -152,8 +158,7 @@ def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) ->
 
 def quantise(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) -> float:
     """Seconds to quantise `tokens` rows of activations for a product with `matrix`; 0.0 if they stay in 16 bits."""
-    how = arithmetic(device, matrix.precision)
-    product = measured.products.get(how, measured.products["fp16"])
+    how, product = _product(device, measured, matrix.precision)
     if not product.quantise:
         return 0.0
     moving = 3.0 * tokens * matrix.columns / (device.bandwidth * product.quantise)
@@ -252,6 +257,11 @@ class Attention:
             elif tall * (start + count) > longest:
                 longest = tall * (start + count)
         return Chunks(tokens, cached, pairs, tiles, longest, split)
+
+    def alike(self, number: int, count: int, start: int = 0) -> "Chunks":
+        """The same for `number` chunks of this size."""
+        tokens, cached, pairs, tiles, longest, split = self.sums([(start, count)])
+        return Chunks(number * tokens, number * cached, number * pairs, number * tiles, longest, split)
 
     def pairs(self, start: int, count: int) -> float:
         """Pairs of query and key that a chunk's kernel computes: all with the KV before it, and those of its own that it does not

@@ -37,6 +37,10 @@ class Error:
         return cls(size, errors[size // 2], errors[min(size - 1, size * 9 // 10)], signed[size // 2])
 
 
+MOST = 1_000_000_000
+"""No number of tokens, rows, sequences or devices is larger; a larger one is a mistake."""
+
+
 class Row:
     """A line of a csv. Its methods read a cell as what it has to be, and raise ValueError with `where` otherwise."""
 
@@ -54,7 +58,10 @@ class Row:
         return value
 
     def whole(self, column: str, least: int = 1) -> int:
-        return int(self.number(column, least))
+        value = self.number(column, least)
+        if value != int(value) or value > MOST:
+            raise ValueError(f"{self.where}: {column} is {self.cells[column]!r}; write a whole number up to {MOST:,}")
+        return int(value)
 
     def measured(self, column: str) -> float | None:
         """Seconds in a column of milliseconds; None for an empty cell or a time of 0."""

@@ -12,16 +12,19 @@ from stallfree.perf.point import Error, Point, Row, by
 __all__ = ["KINDS", "Error", "Point", "by", "read"]
 
 Reader = Callable[[Path, Row], Iterator[Point]]
-FORMATS: tuple[tuple[Reader, Sequence[str], set[str]], ...] = (
-    (vidur.attention, vidur.ATTENTION, {"chunk_tokens", "cached_tokens"}),
-    (vidur.network, vidur.NETWORK, {"num_workers", "devices_per_node"}),
-    (vidur.compute, vidur.COMPUTE, {"n_head", "n_embd", "num_tokens", *(f"{name}_ms" for name in vidur.LINEAR)}),
-    (aiconfigurator.decode, aiconfigurator.DECODE, {"context"}),
-    (aiconfigurator.prefill, aiconfigurator.PREFILL, {"kv_cache_dtype"}),
-    (aiconfigurator.reduce, aiconfigurator.REDUCE, {"num_gpus", "how"}),
-    (aiconfigurator.product, aiconfigurator.PRODUCT, {"dtype"}),
+FORMATS: tuple[tuple[Reader, Sequence[str], Sequence[set[str]]], ...] = (
+    (vidur.attention, vidur.ATTENTION, [{"chunk_tokens"}, {"cached_tokens"}]),
+    (vidur.network, vidur.NETWORK, [{"num_workers"}, {"devices_per_node"}]),
+    (vidur.compute, vidur.COMPUTE, [{"n_head"}, {"n_embd"}, {"num_tokens"}, *({f"{name}_ms"} for name in vidur.LINEAR)]),
+    (aiconfigurator.decode, aiconfigurator.DECODE, [{"kv_cache_dtype", "context"}]),
+    (aiconfigurator.prefill, aiconfigurator.PREFILL, [{"kv_cache_dtype", "prompt_tokens"}]),
+    (aiconfigurator.reduce, aiconfigurator.REDUCE, [{"how", "num_gpus"}]),
+    (aiconfigurator.product, aiconfigurator.PRODUCT, [{"dtype", "m"}]),
 )
-"""What reads a file, the columns it needs, and those of which one tells that a file is meant for it."""
+"""What reads a file, the columns it needs, and the sets of columns of which one tells that a file is meant for it."""
+
+APART = "_deployments.csv"
+"""Files whose names end so are no profiles of kernels; see `sim.deployed`."""
 
 
 KINDS = {**vidur.KINDS, **{name: name for name in aiconfigurator.OPERATORS}}
@@ -37,14 +40,17 @@ def read(folder: Path, *, some: bool = True) -> tuple[list[Point], list[Path]]:
     points: list[Point] = []
     others: list[Path] = []
     for file in sorted(folder.rglob("*.csv")):
-        measured = _file(file)
+        try:
+            measured = None if file.name.endswith(APART) else _file(file)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{file} is no csv: {error}") from None
         if measured is None:
             others.append(file)
         else:
             points += measured
     if some and not points:
-        needed = ",".join(vidur.COMPUTE)
-        raise ValueError(f"{folder} holds no profile; one is a csv with the columns {needed} and times in OPERATOR_ms")
+        needed = " or ".join(",".join(columns) for columns in (vidur.COMPUTE, aiconfigurator.PRODUCT))
+        raise ValueError(f"{folder} holds no profile with a price; one is a csv with the columns {needed}, ... (docs/fidelity.md)")
     return points, others
 
 
@@ -54,7 +60,7 @@ def _file(file: Path) -> list[Point] | None:
         rows = csv.DictReader(lines, restval="")
         columns = rows.fieldnames or ()
         for reader, needed, telling in FORMATS:
-            if telling.isdisjoint(columns):
+            if not any(names <= set(columns) for names in telling):
                 continue
             missing = [column for column in needed if column not in columns]
             if missing:

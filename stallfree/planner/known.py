@@ -30,7 +30,7 @@ def known(site: Site, answer: Answer, traffic: Traffic) -> dict[str, str]:
     facts["price"] = device.sources.get("price", "no source")
     facts["load"] = _load(answer, traffic)
     whole = sum(ranked.whole for ranked in answer.ranked)
-    facts["simulated"] = f"{whole} of {counted(len(answer.ranked), 'deployment')} on all {counted(site.gpus, 'GPU')}"
+    facts["simulated"] = f"{whole} of {counted(len(answer.ranked), 'deployment')} as one cluster, the others as one unit of several"
     facts["error"] = f"{CLOSE:.0%} of a ratio of two rates, the median against published ratios (docs/fidelity.md), not of this one"
     return facts
 
@@ -39,4 +39,5 @@ def _load(answer: Answer, traffic: Traffic) -> str:
     draws = len(answer.best.draws)
     if traffic.arrivals != "trace":
         return f"assumed, drawn {draws} times"
-    return f"measured: {traffic.requests} requests of the trace, at the trace's own pace; the intervals are of {draws} parts of it"
+    parts = f"; the intervals are of {draws} parts of it" if draws > 1 else ""
+    return f"measured: {traffic.requests} requests of the trace, stretched to each rate, so that bursts stay bursts{parts}"

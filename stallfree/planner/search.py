@@ -35,8 +35,9 @@ are finalists."""
 DRAWS, BURSTY_DRAWS = 3, 5
 """Draws of the load for the best of each kind, under Poisson arrivals and under others. The median capacity over all draws is
 between the least and the largest of n with a probability of 1 - 2 / 2^n: 75 % and 94 %, whatever the distribution."""
-PART = 64
-"""Requests in a part of a trace, at least."""
+APART, PART = 7, 64
+"""A part of a trace is this fraction of it, so that five parts that begin as `workload.GOLDEN` says do not overlap; and at least so
+many requests. A shorter trace has no parts."""
 ENOUGH = 512
 """Candidates are compared in an eighth of a trace, and in at least this many requests."""
 LEAST = 1 / 3
@@ -115,8 +116,10 @@ def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: 
     tell(f"{len(units)} candidates, each {'on all devices' if bursty else 'a unit of few devices'}")
     cases = {key: (_simulator(unit), slo, rate) for key, (unit, rate) in units.items()}
     founds = find(cases, least=LEAST)
-    if not any(found.rate for found in founds.values()):
-        founds = find(cases)
+    for kind in (Deployment, Split):  # if none of a kind keeps what its parts promise, it is searched to the end
+        own = {key: case for key, case in cases.items() if isinstance(units[key][0], kind)}
+        if own and not any(founds[key].rate for key in own):
+            founds |= find(own)
     if bursty:
         numbers = dict.fromkeys(units, 1)
     ranked = {key: _ranked(found, units[key][0], numbers[key], traffic.seed) for key, found in founds.items()}
@@ -178,12 +181,14 @@ def _units(candidates: Candidates, each: Parts, slo: Slo) -> dict[str, tuple[Dep
 
 def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Slo, run: Open, draws: int) -> dict[str, Ranked]:
     """Each of `whole` in so many draws of the load, the first of which it has had; or in so many parts of a trace, which has no
-    other draws. All get the same draws.
+    other draws, and none if it is short. All get the same draws.
     """
     seeds = range(traffic.seed + 1, traffic.seed + draws)
     if traffic.arrivals == "trace":
-        seeds = range(draws)
-        traffic = replace(traffic, requests=max(PART, (traffic.requests or 0) // draws))
+        part = (traffic.requests or 0) // APART
+        if part < PART:
+            return dict(whole)
+        seeds, traffic = range(draws), replace(traffic, requests=part)
     simulators = {key: _simulator(each.deployed) for key, each in whole.items()}
     cases = {f"{key} {seed}": (simulators[key], slo, each.rate, seed) for key, each in whole.items() for seed in seeds}
     founds = capacities(cases, traffic, run, ROUGH, 1 + ROUGH)

@@ -64,8 +64,10 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
         take = split if pools_lead else co_located
     price = _dollars(take)
     dollars = None if price is None or take.at is None else price / 3600 / take.at.output_tokens_per_s * 1e6
-    pools = None if split is None else _pools(split, traffic)
+    pools = None if split is None or not split.rate else _pools(split, traffic)
     drawn = f"{len(take.draws)} {'parts of the trace' if traffic.arrivals == 'trace' else 'draws of the load'}"
+    if len(take.draws) == 1:
+        drawn = "the whole trace, which is too short for parts"
     headline = _headline(site, co_located, split, sure, drawn) if co_located and split else _alone(site, take, drawn)
     return Verdict(headline, margin, margins, sure, _binds(take, pools, slo), dollars, commands(site, take.deployed, slo), pools)
 
@@ -118,7 +120,8 @@ def _headline(site: Site, co_located: Ranked, split: Ranked, sure: bool, drawn: 
 
 def _words(site: Site, ranked: Ranked, drawn: str) -> str:
     """A finalist with its rate, and the interval of its rates in what was `drawn`."""
-    interval = f"{min(ranked.draws):.3g} to {max(ranked.draws):.3g} in {drawn}"
+    least, most = min(ranked.draws), max(ranked.draws)
+    interval = f"{least:.3g} to {most:.3g} in {drawn}" if len(ranked.draws) > 1 else f"in {drawn}"
     return f"{ranked.title} ({ranked.rate:.3g} requests/s, {interval}; {ranked.rate / site.gpus:.3g} a GPU)"
 
 

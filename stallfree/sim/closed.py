@@ -13,8 +13,8 @@ from stallfree.sim.simulate import scripted, uncollected
 from stallfree.sim.simulator import Simulator
 from stallfree.workload.workload import Arrival
 
-LEAP = 4096
-"""The most iterations in one leap. Nobody arrives in the middle of one, because each arrival follows an end."""
+LEAP = 512
+"""The most iterations in one leap. Few arrivals cut one short: each follows an end by the time of the front end."""
 
 
 def closed_loop(simulator: Simulator, sizes: Iterable[tuple[int, int]], clients: int) -> list[Timeline]:
@@ -23,6 +23,7 @@ def closed_loop(simulator: Simulator, sizes: Iterable[tuple[int, int]], clients:
     """
     instance, deployment, lines = simulator.instance, simulator.deployment, list[Timeline]()
     scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=deployment.prefix_cache)
+    free = [0.0] * clients  # when the clients that have nothing under way got their last token
     now = latest = 0.0
 
     def sending() -> Iterator[Arrival]:
@@ -30,24 +31,26 @@ def closed_loop(simulator: Simulator, sizes: Iterable[tuple[int, int]], clients:
             yield Arrival(now, prompt, output)
 
     def ended(request: Request) -> None:
-        nonlocal now
         line: Timeline = request.sampling.line  # type: ignore[attr-defined]
         lines.append(line)
-        now = line.tokens[-1]
-        send()
+        free.append(line.tokens[-1])
 
     def send() -> None:
-        nonlocal latest
-        request = next(requests, None)
-        if request is not None:
-            latest = request.arrival
-            replica.take(request)
+        nonlocal now, latest
+        moments = list(free)
+        free.clear()
+        for moment in moments:
+            now = moment
+            request = next(requests, None)
+            if request is not None:
+                latest = request.arrival
+                replica.take(request)
 
     replica = Replica(scheduler, instance.cost, ended=ended, between_s=instance.between_s, leap=LEAP)
     requests = scripted(sending(), scheduler, deployment.max_output, instance.front_s)
     with uncollected():
-        for _ in range(clients):
-            send()
+        send()
         while replica.num_requests:
             replica.run(nextafter(replica.due if replica.due < inf else latest, inf))
+            send()
     return lines

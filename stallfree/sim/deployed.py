@@ -59,7 +59,7 @@ class Measured:
     @property
     def longest(self) -> int:
         """Tokens of the longest request."""
-        return self.prompt + self.output
+        return max(2, self.prompt) + max(2, self.output)
 
     @staticmethod
     def _drawn(nominal: int, rng: random.Random) -> int:
@@ -73,15 +73,18 @@ def read(file: Path) -> Iterator[Point]:
     for name, known in ((model, [*MODELS, *shape.names()]), (engine, [*ENGINES])):
         if name not in known:
             raise ValueError(f"{file}: {name!r} in its name is not known{nearest(name, known)}; known: {', '.join(known)}")
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines, restval="")
-        for column in COLUMNS:
-            if column not in (rows.fieldnames or ()):
-                raise ValueError(f"{file}: the column {column} is missing; deployments have {','.join(COLUMNS)}")
-        for cells in rows:
-            yield from _points(
-                file.name, profiled(device), MODELS.get(model, model), ENGINES[engine], Row(cells, f"{file}: line {rows.line_num}")
-            )
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no csv: {error}") from None
+    rows = csv.DictReader(text.splitlines(), restval="")
+    for column in COLUMNS:
+        if column not in (rows.fieldnames or ()):
+            raise ValueError(f"{file}: the column {column} is missing; deployments have {','.join(COLUMNS)}")
+    for cells in rows:
+        yield from _points(
+            file.name, profiled(device), MODELS.get(model, model), ENGINES[engine], Row(cells, f"{file}: line {rows.line_num}")
+        )
 
 
 def _points(file: str, device: Hardware, model: str, engine: str, row: Row) -> Iterator[Point]:
@@ -90,7 +93,13 @@ def _points(file: str, device: Hardware, model: str, engine: str, row: Row) -> I
         raise ValueError(f"{row.where}: gemm_quant_mode is {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
     numbers = [row.whole(column) for column in ("tp", "concurrency", "prompt_tokens", "output_tokens")]
     deployed = Measured(model, engine, DTYPES[dtype], *numbers)
-    simulated = cache(deployed.simulated)  # one simulation has both
+
+    @cache  # one simulation has both
+    def simulated(hardware: str) -> tuple[float, float]:
+        try:
+            return deployed.simulated(hardware)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
 
     def price(which: int) -> Callable[[Hardware], float]:
         return lambda device: simulated(device.name)[which]

@@ -58,7 +58,7 @@ class Workload:
         number = requests if duration_s is None or rate is None else rate * duration_s
         if self.arrivals is not None and number is not None and number > MOST_REQUESTS:
             raise ValueError(
-                f"about {number:,.0f} requests are more than the {MOST_REQUESTS:,} that fit in one run; ask for fewer --requests, "
+                f"about {number:,.0f} requests are more than the limit of {MOST_REQUESTS:,} in one run; ask for fewer --requests, "
                 "or for a shorter --duration"
             )
         return list(arrivals)

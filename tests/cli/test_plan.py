@@ -49,7 +49,7 @@ def test_an_answer_says_how_much_of_it_is_known(planned):
     known = planned[0]["known"]
     assert "fit_roofline" in known["kernels, measured"]
     assert "drawn 3 times" in known["load"]
-    assert "on all 2 GPUs" in known["simulated"]
+    assert "as one cluster" in known["simulated"]
     assert all(word in planned[1] for word in ("How much of this is known", "kernels, measured", "links between GPUs"))
 
 
@@ -100,7 +100,7 @@ def test_rows_say_whether_they_were_simulated_on_all_devices(stallfree):
     code, out, err = stallfree(*options, "--arrivals", "gamma:cv=3")
     assert 0 == code, err
     assert " x 2 " not in out
-    assert "Each row was simulated on all 2 GPUs" in out
+    assert "Each row was simulated as one cluster" in out
 
 
 def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
@@ -120,7 +120,7 @@ def test_a_trace_is_taken_as_long_as_it_is(stallfree, tmp_path):
     assert 0 == code, err
     assert f"80 requests of {tmp_path / '80.csv'}" in out
     assert "One GPU cannot be two pools" in out
-    assert "- load: measured: 80 requests of the trace, at the trace's own pace; the intervals are of 5 parts of it" in out
+    assert "- load: measured: 80 requests of the trace, stretched to each rate, so that bursts stay bursts" in out
     code, _, err = stallfree("plan", "--model", "llama2-7b", "--gpus", "1", "--slo", "ttft=1s,tbt=50ms", "--trace", "nowhere.csv")
     assert (2, True) == (code, "the trace nowhere.csv cannot be read" in err)
 

@@ -110,3 +110,16 @@ def test_a_trial_fails_for_late_tokens_a_growing_queue_or_refusals(measured, slo
     slo = Slo.parse(slo)
     reasons = "; ".join(shortfalls(report(measured, slo), slo))
     assert says in reasons if says else reasons == ""
+
+
+def test_the_lowest_rate_itself_is_tried_with_a_small_step():
+    tried = []
+
+    def passes(rate, seed):
+        tried.append(rate)
+        return rate <= 0.35
+
+    found = search(passes, 1.0, lowest=1 / 3, tolerance=0.05, most_trials=1, step=1.2)
+    assert 1 / 3 in tried
+    assert 1 / 3 <= found.rate <= 0.35
+    assert 0.0 == search(lambda rate, seed: False, 1.0, lowest=1 / 3, most_trials=1, step=1.2).rate

@@ -94,6 +94,7 @@ def test_a_device_from_elsewhere_is_loaded_by_its_path(tmp_path):
         ("kernel_us", "kernel_s", "'kernel_s' in measured.2024.products.fp16 is not known .did you mean 'kernel_us'"),
         ("kernel_us = 3.6, ", "", "has no kernel_us"),
         ("tile_us = 3.96", "tile_us = -1", "tile_us in measured.2026.attention.fp16 is -1, expected a number of at least 0"),
+        ("bandwidth = 0.79", "bandwidth = 0", "bandwidth in measured.2024.products.fp16 is 0, expected a number above 0"),
         ("fp16 = { compute = 0.93", "fp32 = { compute = 0.93", "has no fp16 in measured.2024.products"),
         ("rank_us", "rank_s", "has no rank_us"),
         ("processors = 108", "processors = ", "is no TOML"),

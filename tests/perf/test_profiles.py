@@ -106,6 +106,8 @@ def test_a_csv_of_something_else_is_set_aside(tmp_path):
         ("h100_all_reduce.csv", REDUCE + "gloo,2,1024,1\n", "how is 'gloo'; write vllm_graph, vllm_eager, nccl"),
         ("h100_all_reduce.csv", REDUCE + "nccl,1,1024,1\n", "num_gpus is '1'; write a number of at least 2"),
         ("h1000_matmul.csv", PRODUCT + "fp8,8,8,8,1\n", "no hardware is called 'h1000'"),
+        ("h100_matmul.csv", PRODUCT + "fp8,1e120,8,8,1\n", "m is '1e120'; write a whole number up to"),
+        ("h100_matmul.csv", PRODUCT + "fp8,8.5,8,8,1\n", "m is '8.5'; write a whole number"),
         ("notes.txt", "", "holds no profile"),
         ("a100_X.csv", COMPUTE, "holds no profile"),
     ],
@@ -113,6 +115,18 @@ def test_a_csv_of_something_else_is_set_aside(tmp_path):
 def test_what_is_wrong_in_a_profile_is_named(tmp_path, name, text, says):
     with pytest.raises(ValueError, match=says):
         read(write(tmp_path, name, text))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "h100_matmul.csv").write_bytes(b"dtype,m,n,k,ms\n\xff\xfe,1,1,1,1\n")
+    with pytest.raises(ValueError, match="h100_matmul.csv is no csv"):
+        read(tmp_path)
+
+
+def test_a_csv_with_one_of_the_columns_is_something_else(tmp_path):
+    write(tmp_path, "mine_matmul.csv", "dtype,ms\nfp8,1\n")
+    write(tmp_path, "a100_dgx_send_recv.csv", NETWORK + "2,2,1000,0.01\n")
+    assert [tmp_path / "mine_matmul.csv"] == read(tmp_path)[1]
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):

@@ -72,3 +72,9 @@ def test_no_ratio_over_nothing_is_printed():
     wide = advice([0.05, 0, 0, 0, 0], [3] * 5)
     assert "serves next to nothing" in wide.headline
     assert wide.margin < float("inf")
+
+
+def test_pools_that_serve_nothing_in_most_draws_end_no_plan():
+    poor = advice([3] * 5, [0, 0, 0, 0, 0.05])
+    assert poor.headline.startswith("Do not disaggregate: ")
+    assert None is poor.pools

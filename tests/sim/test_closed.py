@@ -38,3 +38,9 @@ def test_a_lone_client_waits_for_the_front_end_and_its_prompt():
 def test_a_request_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="can never be served"):
         closed_loop(Simulator(DEPLOYMENT), [(5000, 2)], 1)
+
+
+def test_many_clients_that_end_at_the_same_moment_go_on():
+    lines = closed_loop(Simulator(DEPLOYMENT), [(32, 2)] * 500, 128)
+    assert 500 == len(lines)
+    assert sorted(line.arrival for line in lines)[:128] == [0.0] * 128

@@ -32,6 +32,7 @@ def test_each_row_has_a_ttft_and_a_tpot(tmp_path):
         (NAME, HEAD.replace("tp,", "") + "fp8,fp8,4,256,64,70,9\n", "the column tp is missing"),
         (NAME, HEAD + "fp8,fp9,8,4,256,64,70,9\n", "line 2: gemm_quant_mode is 'fp9'.*did you mean 'fp8'"),
         (NAME, HEAD + "fp8,fp8,0,4,256,64,70,9\n", "line 2: tp is '0'; write a number of at least 1"),
+        (NAME, HEAD + "fp8,fp8,4.7,4,256,64,70,9\n", "tp is '4.7'; write a whole number up to"),
         (NAME, HEAD + "fp8,fp8,8,4,many,64,70,9\n", "line 2: prompt_tokens is 'many'"),
         (NAME.replace("vllm", "vlm"), HEAD, "'vlm' in its name is not known.*did you mean 'vllm'"),
         (NAME.replace("70b", "7b"), HEAD, "'llama-7b' in its name is not known"),
@@ -41,6 +42,17 @@ def test_each_row_has_a_ttft_and_a_tpot(tmp_path):
 def test_what_is_wrong_in_a_file_is_named(tmp_path, name, text, says):
     with pytest.raises(ValueError, match=says):
         list(read(write(tmp_path, text, name)))
+
+
+def test_a_row_that_cannot_be_simulated_is_named(tmp_path):
+    point, *_ = read(write(tmp_path, HEAD + "fp8,fp8,3,4,256,64,70,9\n"))
+    with pytest.raises(ValueError, match=r"deployments.csv: line 2: TP 3 does not divide"):
+        point.price(point.device)
+
+
+def test_a_deployment_with_one_token_of_output_can_be_simulated(tmp_path):
+    point, *_ = read(write(tmp_path, HEAD + "fp8,fp8,8,2,256,1,70,9\n"))
+    assert 0 < point.price(point.device) < 1
 
 
 @pytest.mark.slow

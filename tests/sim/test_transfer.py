@@ -136,7 +136,10 @@ def test_a_prompt_that_is_preempted_sends_its_kv_once():
         sent.setdefault(transfer, []).append(tokens)
         send(pools, transfer, tokens, begin)
 
-    one_each = {"prefill": replace(PREFILL, policy="sarathi", token_budget=256, replicas=1), "decode": replace(DECODE, replicas=1)}
+    one_each = {
+        "prefill": replace(PREFILL, policy="sarathi", token_budget=256, replicas=1, engine="graph"),
+        "decode": replace(DECODE, replicas=1, engine="graph"),
+    }
     with patch.object(Pools, "_send", noted):
         served("splitwise", sorted(many, key=lambda a: a.at), (150, 150), one_each)
     assert any(transfer.request.num_preemptions for transfer in sent)

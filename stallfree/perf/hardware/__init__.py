@@ -271,7 +271,11 @@ def _measured(table: Mapping[str, Any], where: str) -> Measured:
         for key in values.keys() - names.keys():
             raise ValueError(f"{key!r}{where} is not known{nearest(key, names)}")
         given = {key: name for key, name in names.items() if key in values or name != "quantise"}
-        return {name: _number(values, key, where, 1e-6 if key != name else 1.0, zero=True) for key, name in given.items()}
+        zero = {"alone", "quantise"}  # and times
+        return {
+            name: _number(values, key, where, 1e-6 if key != name else 1.0, zero=key != name or name in zero)
+            for key, name in given.items()
+        }
 
     products = {what: Product(**rates(Product, row, f"{where}.products.{what}")) for what, row in table["products"].items()}
     attention = {what: Attending(**rates(Attending, row, f"{where}.attention.{what}")) for what, row in table["attention"].items()}
