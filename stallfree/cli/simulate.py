@@ -110,9 +110,7 @@ def simulate(
     measuring.print_grid(table({name: report}))
     typer.echo(_summary(simulator, run, dollars))
     if deployment.prefix_cache and not report.cached_tokens:
-        typer.echo(
-            "No prompt began as an earlier one, so the prefix cache had no hits. A trace with hash_ids says what prompts share."
-        )
+        typer.echo("The prefix cache had no hits. A trace with hash_ids says what prompts share.")
 
 
 @words.spread("rate", "duration")
