@@ -194,11 +194,12 @@ class Attention:
         masked: float = 0.0,
         warm: bool = False,
     ):
-        self.masked, self._kv_heads, self._processors, self._measured = masked, kv_heads, device.processors, measured
+        self.masked, self._kv_heads, self._measured = masked, kv_heads, measured
         self._cache, self._kv_bytes = device.cache if warm else 0.0, kv_bytes
         self._compute_s, self._read_s = 4 * heads * head_dim / device.peak["fp16"], kv_bytes / device.bandwidth
         self._pair_s, self._token_s = self._compute_s / measured.compute, self._read_s / measured.stream
         self._row_s = max(4.0 * (heads + kv_heads) * head_dim / (device.bandwidth * measured.rows), self._token_s)
+        self._launch_s, self._split_s = measured.launch_s, measured.split_s
         self._tile_s, self._alone_s = measured.tile_s / device.processors, self._token_s * measured.alone
         self._longest_s = self._pair_s * device.processors / heads
         self._heads, self._group = heads, heads // kv_heads
@@ -211,18 +212,18 @@ class Attention:
     def decodes(self, requests: int, context: int) -> float:
         """Seconds of decodes with `context` tokens of KV before them in total. The KV is read once, by a tile for each sequence and
         KV head, which is split unless its KV is short."""
-        measured, tiles = self._measured, requests * self._kv_heads
-        seconds = measured.launch_s
+        tiles, seconds = requests * self._kv_heads, self._launch_s
         reading = context * (self._token_s + self._alone_s / tiles)
         if self._cache:
             reading *= self._cold(context * self._kv_bytes)
         if self._pace_s:
             reading = max(reading, context / requests * self._pace_s)
         elif context > TALL * requests:
-            seconds += measured.split_s
+            seconds += self._split_s
         if requests > 1:
             seconds += self._regroup_s
-        return float(seconds + ((tiles * self._tile_s) ** TILE_OVERLAP + reading**TILE_OVERLAP) ** (1 / TILE_OVERLAP))
+        norm: float = ((tiles * self._tile_s) ** TILE_OVERLAP + reading**TILE_OVERLAP) ** (1 / TILE_OVERLAP)
+        return seconds + norm
 
     def _cold(self, size: float) -> float:
         """The time to read `size` bytes of KV, of which what fits is in the cache, over that of reading it from memory. About two
@@ -235,8 +236,8 @@ class Attention:
         tokens, cached, pairs, tiles, longest, split = sums
         reading = cached * self._token_s + tokens * self._row_s
         computing = pairs * self._pair_s + tiles * self._tile_s
-        norm = (computing**OVERLAP + (longest * self._longest_s) ** OVERLAP + reading**OVERLAP) ** (1 / OVERLAP)
-        return float(self._measured.launch_s + (self._measured.split_s if split else 0.0) + norm)
+        norm: float = (computing**OVERLAP + (longest * self._longest_s) ** OVERLAP + reading**OVERLAP) ** (1 / OVERLAP)
+        return self._launch_s + (self._split_s if split else 0.0) + norm
 
     def sums(self, chunks: Iterable[tuple[int, int]]) -> "Chunks":
         """What the time of these chunks depends on. A chunk that is too small to occupy the processors, and has KV before it, is
@@ -247,11 +248,15 @@ class Attention:
         for start, count in chunks:
             tall = count if count < TALL else TALL
             own = count * (count + tall) / 2
-            pairs += count * start + own + self.masked * (count * count - own)
+            pairs += count * start + own
+            if self.masked:
+                pairs += self.masked * (count * count - own)
             tokens += count
             cached += start
-            rows = self._heads * -(-count // TALL)
-            tiles += min(rows, self._kv_heads * -(-count * self._group // TALL)) if self._packs else rows
+            if self._packs and count < TALL:
+                tiles += self._kv_heads * -(-count * self._group // TALL)
+            else:
+                tiles += self._heads * -(-count // TALL)
             if start and count < self._enough:
                 split = True
             elif tall * (start + count) > longest:
@@ -287,6 +292,9 @@ class Chunks(NamedTuple):
     tiles: int
     longest: float
     split: bool
+
+
+NONE = Chunks(0, 0, 0.0, 0, 0.0, False)
 
 
 TALL = 128

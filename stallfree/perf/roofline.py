@@ -14,7 +14,7 @@ from stallfree.core.nearest import nearest
 from stallfree.core.plan import Shape, parts
 from stallfree.perf import kernels
 from stallfree.perf.hardware import Hardware
-from stallfree.perf.kernels import Attention, Chunks, Cost
+from stallfree.perf.kernels import NONE, Attention, Chunks, Cost
 from stallfree.perf.shape import Sharded
 
 QUANTUM = 64
@@ -233,7 +233,7 @@ class Roofline:
         return self._summed(*parts(shape))
 
     def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
-        sums = self._attention.sums(chunks)
+        sums = self._attention.sums(chunks) if chunks else NONE
         return Sums(decodes + len(chunks), decodes + sums.tokens, decodes, context, sums)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
