@@ -31,6 +31,12 @@ def test_a_model_that_no_engine_here_serves_has_no_command(model):
         assert line.startswith(f"# no command: this engine does not serve {model}")
 
 
+def test_weights_that_no_engine_here_loads_have_no_command():
+    candidates = Candidates(Site("llama2-13b", gpus=4, hardware="h100", weights="fp8-block"))
+    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), SLO)
+    assert line.startswith("# no command: this engine has no products in fp8 with block scales")
+
+
 def test_a_model_of_a_file_is_named_by_its_folder(tmp_path):
     values = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32, "vocab_size": 32000}
     values |= {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}
