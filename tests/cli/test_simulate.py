@@ -199,4 +199,4 @@ def test_prefix_cache_hits_are_reported(stallfree, tmp_path):
     assert ["prompt", "tokens", "from", "the", "prefix", "cache", "37.5%"] in [line.split() for line in out.splitlines()]
     assert 3 * 512 == json.loads(stallfree(*arguments, "--prefix-cache", "--json")[1])["cached_tokens"]
     assert "prefix cache" not in stallfree(*arguments)[1]
-    assert "the prefix cache had no hits" in stallfree("simulate", *LLAMA, "--rate", "4", "--prefix-cache")[1]
+    assert "The prefix cache had no hits" in stallfree("simulate", *LLAMA, "--rate", "4", "--prefix-cache")[1]
