@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stallfree.cli import options
-from stallfree.cli.words import mistakes
+from stallfree.cli.words import ENGINE, mistakes
 
 if TYPE_CHECKING:
     from stallfree.perf.hardware import Hardware
@@ -44,7 +44,7 @@ def perf(
     ] = "32@2048,512",
     weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, fp8-block, int8 or int4.")] = "fp16",
     kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
-    engine: Annotated[str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")] = "vllm-2026",
+    engine: Annotated[str, typer.Option(help=ENGINE)] = "vllm-2026",
     node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,
     as_json: options.Json = False,
@@ -118,13 +118,12 @@ def check(
     """Compare prices with measured kernels: the error of each operator in each file, and of each kind of operator in all.
     Deployments (DEVICE_MODEL_ENGINE_deployments.csv) are simulated."""
     from stallfree.perf.aiconfigurator import left_out
-    from stallfree.perf.profiles import KINDS, Error, by, read
+    from stallfree.perf.profiles import DEPLOYMENTS, KINDS, Error, by, read
     from stallfree.sim import deployed
 
     with mistakes():
-        deployments = sorted(folder.rglob(f"*{deployed.SUFFIX}"))
+        deployments = sorted(folder.rglob(f"*{DEPLOYMENTS}"))
         points, others = read(folder, some=not deployments)
-        others = [file for file in others if file not in deployments]
         points += [point for file in deployments for point in deployed.read(file)]
         if deployments:
             typer.echo("simulating the deployments: about half a second each", err=True)

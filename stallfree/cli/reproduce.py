@@ -39,7 +39,7 @@ def sarathi(
         list[Part] | None, typer.Option(help="Only this part. May be given several times.", show_default="all of them")
     ] = None,
     requests: Annotated[int, typer.Option(help="Requests in a trial of capacity; the paper had 2,048.", min=1)] = 2048,
-    engine: Annotated[str, typer.Option(help="An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023.")] = "graph",
+    engine: Annotated[str, typer.Option(help=words.ENGINE)] = "graph",
     plots: Annotated[
         Path | None, typer.Option(help="Draw the results into this new or empty folder; needs matplotlib.", show_default=False)
     ] = None,

@@ -23,6 +23,9 @@ from stallfree.workload.traffic import Traffic
 if TYPE_CHECKING:
     from stallfree.sim.deployment import Deployment
 
+ENGINE = "An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023."
+"""The engines of `perf.roofline`, which is not loaded for a help text. A test compares them."""
+
 HELP: dict[str, tuple[str, str | None]] = {
     # Traffic
     "arrivals": (
@@ -48,7 +51,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "pp": ("Pipeline parallelism.", None),
     "weights": ("Precision of the weights: bf16, fp16, fp8, fp8-block, int8 or int4.", None),
     "kv": ("Precision of the KV cache: bf16, fp16 or fp8.", None),
-    "engine": ("An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023; or a DistServe profile, a .json.", None),
+    "engine": (f"{ENGINE[:-1]}; or a DistServe profile, a .json.", None),
     "node": ("Devices used on each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),
     "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),

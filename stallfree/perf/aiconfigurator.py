@@ -142,7 +142,7 @@ def reduce(file: Path, row: Row) -> Iterator[Point]:
     def price(device: Hardware) -> float:
         link = device.link(ranks, device.node)
         if how == "nccl" and link.graph is not None:
-            return kernels.ring(link.graph, ranks, ranks == link.span, size).seconds
+            return kernels.nccl(link.graph, ranks, ranks == link.span, size).seconds
         within = kernels.all_reduce(link, ranks, device.node, size, in_step=True).seconds
         outside = link.collective_s if link.graph is None else link.graph.eager_s
         return max(within, outside) if how == "vllm_eager" else within

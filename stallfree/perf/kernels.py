@@ -100,7 +100,8 @@ class Cost:
 
 
 def _norm(order: float, *seconds: float) -> float:
-    """The norm of `order` of times that overlap, but not completely: at least the longest, at most their sum."""
+    """The norm of `order` of times that overlap, but not completely: at least the longest, at most their sum. `Attention` writes it
+    out, because a simulation asks it for every iteration; the other kernels are remembered by their tokens."""
     total = 0.0
     for each in seconds:
         total += each**order
@@ -194,8 +195,8 @@ class Attention:
         masked: float = 0.0,
         warm: bool = False,
     ):
-        self.masked, self._kv_heads, self._measured = masked, kv_heads, measured
-        self._cache, self._kv_bytes = device.cache if warm else 0.0, kv_bytes
+        self.masked, self._kv_heads, self._kv_bytes = masked, kv_heads, kv_bytes
+        self._cache, self._warm = device.cache if warm else 0.0, measured.warm
         self._compute_s, self._read_s = 4 * heads * head_dim / device.peak["fp16"], kv_bytes / device.bandwidth
         self._pair_s, self._token_s = self._compute_s / measured.compute, self._read_s / measured.stream
         self._row_s = max(4.0 * (heads + kv_heads) * head_dim / (device.bandwidth * measured.rows), self._token_s)
@@ -229,7 +230,7 @@ class Attention:
         """The time to read `size` bytes of KV, of which what fits is in the cache, over that of reading it from memory. About two
         thirds of the cache serve; beyond all of it, nothing stays."""
         missing = min(1.0, max(0.0, 2 * size / self._cache - 1.2))
-        return missing + (1 - missing) / self._measured.warm
+        return missing + (1 - missing) / self._warm
 
     def chunks(self, sums: "Chunks") -> float:
         """Seconds of chunks. Tiles of the same head take the processors in turn; no chunk ends before its longest tile."""
@@ -240,8 +241,9 @@ class Attention:
         return self._launch_s + (self._split_s if split else 0.0) + norm
 
     def sums(self, chunks: Iterable[tuple[int, int]]) -> "Chunks":
-        """What the time of these chunks depends on. A chunk that is too small to occupy the processors, and has KV before it, is
-        split along its KV."""
+        """What the time of these chunks depends on. A chunk's kernel computes the pairs of its queries with the KV before it, and
+        those of its own that it does not skip. A chunk that is too small to occupy the processors, and has KV before it, is split
+        along its KV."""
         tokens = cached = tiles = 0
         pairs = longest = 0.0
         split = False
@@ -268,18 +270,13 @@ class Attention:
         tokens, cached, pairs, tiles, longest, split = self.sums([(start, count)])
         return Chunks(number * tokens, number * cached, number * pairs, number * tiles, longest, split)
 
-    def pairs(self, start: int, count: int) -> float:
-        """Pairs of query and key that a chunk's kernel computes: all with the KV before it, and those of its own that it does not
-        skip."""
-        return self.sums([(start, count)]).pairs
-
     def cost_of_decodes(self, requests: int, context: int) -> Cost:
         read = context * self._read_s
-        return Cost(self.decodes(requests, context), (context + requests) * self._compute_s, read, launch_s=self._measured.launch_s)
+        return Cost(self.decodes(requests, context), (context + requests) * self._compute_s, read, launch_s=self._launch_s)
 
     def cost_of_chunks(self, sums: "Chunks") -> Cost:
         read = (sums.cached + sums.tokens) * self._read_s
-        return Cost(self.chunks(sums), sums.pairs * self._compute_s, read, launch_s=self._measured.launch_s)
+        return Cost(self.chunks(sums), sums.pairs * self._compute_s, read, launch_s=self._launch_s)
 
 
 class Chunks(NamedTuple):
@@ -329,13 +326,13 @@ def all_reduce(link: Link, devices: int, per_node: int, size: float, in_step: bo
 def _in_graph(link: Switched, devices: int, whole: bool, size: float) -> Cost:
     """See `Switched`; `whole`: the devices are a whole node."""
     if size >= SMALL:
-        return ring(link, devices, whole, size)
+        return nccl(link, devices, whole, size)
     ways = ((1, (devices - 1) * size), (2, 2 * (devices - 1) / devices * size))
     seconds, latency, read = min((steps * link.step_s + read / link.read, steps * link.step_s, read) for steps, read in ways)
     return Cost(seconds, link_s=read / link.read, launch_s=latency)
 
 
-def ring(link: Switched, devices: int, whole: bool, size: float) -> Cost:
+def nccl(link: Switched, devices: int, whole: bool, size: float) -> Cost:
     """NCCL's all-reduce; `whole`: the devices are a whole node."""
     moved = 2 * (devices - 1) / devices * size
     latency = link.start_s + link.rank_s * devices

@@ -23,8 +23,8 @@ FORMATS: tuple[tuple[Reader, Sequence[str], Sequence[set[str]]], ...] = (
 )
 """What reads a file, the columns it needs, and the sets of columns of which one tells that a file is meant for it."""
 
-APART = "_deployments.csv"
-"""Files whose names end so are no profiles of kernels; see `sim.deployed`."""
+DEPLOYMENTS = "_deployments.csv"
+"""Files whose names end so have whole deployments, not kernels; `sim.deployed` reads them."""
 
 
 KINDS = {**vidur.KINDS, **{name: name for name in aiconfigurator.OPERATORS}}
@@ -32,16 +32,18 @@ KINDS = {**vidur.KINDS, **{name: name for name in aiconfigurator.OPERATORS}}
 
 
 def read(folder: Path, *, some: bool = True) -> tuple[list[Point], list[Path]]:
-    """The measurements in all profiles below `folder`, and the csv files that are no profiles. Raises ValueError that names file,
-    line and column, or the nearest known device; also if there are no measurements, unless `some` is False.
+    """The measurements of kernels in all profiles below `folder`, and the csv files that are no profiles. Raises ValueError that
+    names file, line and column, or the nearest known device; also if there are no measurements, unless `some` is False.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one with profiles, as DEVICE_MODEL.csv or NODE_all_reduce.csv")
     points: list[Point] = []
     others: list[Path] = []
     for file in sorted(folder.rglob("*.csv")):
+        if file.name.endswith(DEPLOYMENTS):
+            continue
         try:
-            measured = None if file.name.endswith(APART) else _file(file)
+            measured = _file(file)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{file} is no csv: {error}") from None
         if measured is None:

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report, Tally
-from stallfree.planner.candidates import WAYS, Candidates, Shape, name, size
+from stallfree.planner.candidates import WAYS, Candidates, Shape, name, size, together
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Instance, Simulator
 from stallfree.sim.split import SplitSimulator, unlimited
@@ -114,7 +114,7 @@ def parts(candidates: Candidates, traffic: Traffic, slo: Slo, bursty: bool, find
     for shape, deployment in alone.items():
         key = f"alone {shape}"
         numbers[key] = candidates.most(deployment) if bursty else 1
-        cases[key] = Simulator(_together(deployment, numbers[key])), slo, numbers[key] * guess[shape].whole
+        cases[key] = Simulator(together(deployment, numbers[key])), slo, numbers[key] * guess[shape].whole
     for kind, targets in (("prompts", Slo(ttft=slo.ttft)), ("decodes", slo)):
         for shape in _best(guess, kind, in_pools)[:SHAPES]:
             key = f"{kind} {shape}"
@@ -156,14 +156,9 @@ def _best(guess: Mapping[Shape, Estimate], kind: str, shapes: list[Shape]) -> li
 def _pool(candidates: Candidates, kind: str, shape: Shape, number: int) -> Tried:
     """A simulator of one pool of `number` replicas by itself. Decodes come from prompts that take no time, in the same node."""
     if kind == "prompts":
-        return Prompts(_together(candidates.prefill(shape, WAYS[0]), number))
+        return Prompts(together(candidates.prefill(shape, WAYS[0]), number))
     pair = candidates.split(WAYS[0], shape, shape, (1, number))
     return SplitSimulator(replace(pair, nodes=1, per_node=size(pair)), prefill=unlimited(candidates.shapes[shape]))
-
-
-def _together(deployment: Deployment, number: int) -> Deployment:
-    """`number` replicas. One alone needs no router, and then runs faster in simulation."""
-    return deployment if number == 1 else replace(deployment, replicas=number, router="shortest-queue")
 
 
 def _possible(candidates: Candidates, shapes: list[Shape], slo: Slo) -> dict[Shape, Deployment]:

@@ -103,23 +103,27 @@ def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: 
     """
     bursty = not traffic.arrivals.startswith("poisson")
 
-    def find(cases: Mapping[str, tuple[Tried, Slo, float]], tolerance: float = ROUGH, least: float = 0.0) -> dict[str, Found]:
-        load = begin(traffic) if tolerance == ROUGH else traffic
+    def find(
+        cases: Mapping[str, tuple[Tried, Slo, float]], load: Traffic, tolerance: float, least: float = 0.0
+    ) -> dict[str, Found]:
         return capacities({key: (*case, traffic.seed) for key, case in cases.items()}, load, run, tolerance, NEAR, least)
 
+    def roughly(cases: Mapping[str, tuple[Tried, Slo, float]], least: float = 0.0) -> dict[str, Found]:
+        return find(cases, begin(traffic), ROUGH, least)
+
     tell(f"{counted(len(candidates.shapes), 'split')} of the model over devices; the best for each part by itself")
-    each = parts(candidates, traffic, slo, bursty, lambda cases: {key: found.rate for key, found in find(cases).items()})
+    each = parts(candidates, traffic, slo, bursty, lambda cases: {key: found.rate for key, found in roughly(cases).items()})
     units = _units(candidates, each, slo)
     numbers = {key: candidates.most(unit) for key, (unit, _) in units.items()}
     if bursty:
         units = {key: (candidates.repeated(unit, numbers[key]), numbers[key] * rate) for key, (unit, rate) in units.items()}
     tell(f"{len(units)} candidates, each {'on all devices' if bursty else 'a unit of few devices'}")
     cases = {key: (_simulator(unit), slo, rate) for key, (unit, rate) in units.items()}
-    founds = find(cases, least=LEAST)
+    founds = roughly(cases, LEAST)
     for kind in (Deployment, Split):  # if none of a kind keeps what its parts promise, it is searched to the end
         own = {key: case for key, case in cases.items() if isinstance(units[key][0], kind)}
         if own and not any(founds[key].rate for key in own):
-            founds |= find(own)
+            founds |= roughly(own)
     if bursty:
         numbers = dict.fromkeys(units, 1)
     ranked = {key: _ranked(found, units[key][0], numbers[key], traffic.seed) for key, found in founds.items()}
@@ -131,7 +135,7 @@ def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: 
         for kind, most in ((Deployment, 1), (Split, FINALISTS))
         for key, each in islice(_of(kind, ranked), most)
     }
-    founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, FINE)
+    founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, traffic, FINE)
     whole = {key: _ranked(found, clusters[key], 1, traffic.seed) for key, found in founds.items()}
     draws = BURSTY_DRAWS if bursty else DRAWS
     tell(f"the best of each kind in {draws} draws of the load")

@@ -16,12 +16,12 @@ from stallfree.perf import shape
 from stallfree.perf.aiconfigurator import DTYPES
 from stallfree.perf.hardware import Hardware, profiled
 from stallfree.perf.point import Point, Row
+from stallfree.perf.profiles import DEPLOYMENTS
 from stallfree.sim.closed import closed_loop
 from stallfree.sim.deployment import Deployment
 from stallfree.sim.simulator import Simulator
 
 COLUMNS = ("gemm_quant_mode", "tp", "concurrency", "prompt_tokens", "output_tokens", "ttft_ms", "tpot_ms")
-SUFFIX = "_deployments.csv"
 OPERATORS = ("TTFT of deployments", "TPOT of deployments")
 ENGINES = {"vllm": "vllm-2026", "sglang": "vllm-2026", "trtllm": "fused"}
 MODELS = {"llama-70b": "llama3-70b", "llama-8b": "llama3-8b"}
@@ -34,7 +34,7 @@ SHORTER = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Case:
     """One deployment: `weights` and `engine` by their names here; `clients` at a time, prompts and outputs of these tokens."""
 
     model: str
@@ -68,7 +68,7 @@ class Measured:
 
 def read(file: Path) -> Iterator[Point]:
     """TTFT and TPOT of each row. Raises ValueError that names file, line and column, or the nearest known name."""
-    device, _, rest = file.name.removesuffix(SUFFIX).partition("_")
+    device, _, rest = file.name.removesuffix(DEPLOYMENTS).partition("_")
     model, _, engine = rest.rpartition("_")
     for name, known in ((model, [*MODELS, *shape.names()]), (engine, [*ENGINES])):
         if name not in known:
@@ -92,12 +92,12 @@ def _points(file: str, device: Hardware, model: str, engine: str, row: Row) -> I
     if dtype not in DTYPES:
         raise ValueError(f"{row.where}: gemm_quant_mode is {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
     numbers = [row.whole(column) for column in ("tp", "concurrency", "prompt_tokens", "output_tokens")]
-    deployed = Measured(model, engine, DTYPES[dtype], *numbers)
+    case = Case(model, engine, DTYPES[dtype], *numbers)
 
     @cache  # one simulation has both
     def simulated(hardware: str) -> tuple[float, float]:
         try:
-            return deployed.simulated(hardware)
+            return case.simulated(hardware)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
 

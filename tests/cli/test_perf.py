@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from stallfree.cli import words
 from stallfree.cli.perf import parse
 from stallfree.core.plan import Capacity
 from stallfree.engine import calibrate
 from stallfree.perf import hardware, shape
 from stallfree.perf.fitted import Fitted
+from stallfree.perf.roofline import ENGINES
 
 QUESTION = ("perf", "--model", "llama2-7b", "--hardware", "a100-80g", "--tp", "1", "--shape", "32@2048,512")
 
@@ -126,3 +128,7 @@ def test_deployments_are_simulated_and_dtypes_without_a_price_are_named(stallfre
     (tmp_path / "b200_matmul.csv").write_text("dtype,m,n,k,ms\nnvfp4,8,8192,8192,0.05\nfp8,8,8192,8192,0.05\n")
     _, _, err = stallfree("perf", "check", str(tmp_path))
     assert "left out, because nvfp4 has no price: 1 row of b200_matmul.csv" in err
+
+
+def test_the_help_names_every_engine():
+    assert f"An engine of a year: {', '.join(ENGINES)}." == words.ENGINE

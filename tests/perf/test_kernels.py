@@ -145,13 +145,13 @@ def test_kv_in_the_cache_is_read_sooner():
 
 
 def test_a_prompt_in_chunks_has_the_pairs_of_the_whole_but_for_the_tiles_on_the_diagonal():
-    whole = attention().pairs(0, 8192)
-    chunks = sum(attention().pairs(start, 512) for start in range(0, 8192, 512))
+    whole = attention().sums([(0, 8192)]).pairs
+    chunks = sum(attention().sums([(start, 512)]).pairs for start in range(0, 8192, 512))
     assert whole == chunks == 8192 * (8192 + 128) / 2
 
 
 def test_kernels_that_do_not_skip_the_mask_compute_the_square():
-    assert 4096 * 4096 == attention(masked=1.0).pairs(0, 4096)
+    assert 4096 * 4096 == attention(masked=1.0).sums([(0, 4096)]).pairs
 
 
 def test_a_short_chunk_over_long_context_pays_for_splitting_it():

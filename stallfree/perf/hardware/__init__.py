@@ -32,13 +32,12 @@ KEYS = OPTIONAL | {
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """All-reduce inside a CUDA graph, in a node. Up to `SMALL` bytes, each device reads what the others have (vLLM's own kernel):
-    in one step all of it, or in two steps a part and then the sums. Larger messages take NCCL's ring.
+    """All-reduce inside a CUDA graph, in a node. Of small messages (`kernels.SMALL`) each device reads what the others have, by
+    vLLM's own kernel: in one step all of it, or in two steps a part and then the sums. Larger messages take NCCL's ring.
 
     Seconds: `step_s` of a step; `start_s` and, for each rank, `rank_s` of a ring; `eager_s`, the least time of the same outside a
-    graph. Bytes per second: `read` from the others together;
-    `ring` of large messages. `half`: bytes that set how slowly a ring comes up to speed. `whole`: how much faster a ring of a whole
-    node is, because its switch adds (NVLink SHARP).
+    graph. Bytes per second: `read` from the others together; `ring` of large messages. `half`: bytes that set how slowly a ring
+    comes up to speed. `whole`: how much faster a ring of a whole node is, because its switch adds (NVLink SHARP).
     """
 
     step_s: float
