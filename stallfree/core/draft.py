@@ -4,12 +4,12 @@ A draft enforces the engine's limits and keeps the KV accounts, so a policy cann
 limit. A draft chooses nothing itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
 from stallfree.core.queue import Entry
-from stallfree.core.request import Request, Status
+from stallfree.core.request import Lane, Request, Status
 
 RUNNING = Status.RUNNING  # looked up once: attributes of an enum are slow, and every decode needs this one
 
@@ -26,10 +26,10 @@ class Draft:
     """One iteration, from an empty draft to a sealed plan.
 
     A policy reads: `now` (s); `left`, tokens that still fit; `running`; `decoding`, the ready decodes (with overlap, also those
-    that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; `num_waiting`; and
-    `shape`, the work written so far. The lists are in the policy's order; `decoding` and `prefilling` are as they were in the empty
-    draft. Verbs: `decode`, `decode_all`, `prefill`, `admit`, `preempt`, `cap`. `limit_s` and `margin` are optional; the plan only
-    copies them.
+    that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; `num_waiting`;
+    `lanes` with a waiting request, and `first`, the first requests of one; and `shape`, the work written so far. The lists are in
+    the policy's order; `decoding` and `prefilling` are as they were in the empty draft. Verbs: `decode`, `decode_all`, `prefill`,
+    `admit`, `displace`, `preempt`, `relegate`, `cap`. `limit_s` and `margin` are optional; the plan only copies them.
 
     The scheduler reads: `work`, the tokens written per request, in order; `chunks`, the part of it that is not decodes; `admitted`;
     and `searched`: whether the prefix cache was searched for a request that then found no room.
@@ -92,6 +92,21 @@ class Draft:
             if queue.live(entry):
                 self._passed.append(queue.pop())
 
+    @property
+    def lanes(self) -> Collection[Lane]:
+        """Those with a waiting request."""
+        return self._ledger.queue.lanes
+
+    def first(self, lane: Lane, most: int = 1) -> list[Request]:
+        """The first `most` waiting requests of a lane, in order."""
+        return self._ledger.queue.first(lane, most)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV all running requests together can have."""
+        pool = self._ledger.pool
+        return (pool.num_blocks - self._ledger.watermark) * pool.block_size
+
     def start(self, request: Request) -> int:
         """The position at which the next chunk of a request begins. For a waiting request: its tokens in the prefix cache now."""
         return self._ledger.pool.look(request) if request.status is Status.WAITING else request.num_planned
@@ -119,10 +134,11 @@ class Draft:
         self.left -= 1
         return True
 
-    def decode_all(self) -> None:
-        """`decode` for every ready decode, in order."""
+    def decode_all(self, but: Collection[Request] = ()) -> None:
+        """`decode` for every ready decode that is not in `but`, in order."""
         for request in self.decoding:
-            self.decode(request)
+            if request not in but:
+                self.decode(request)
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""
@@ -165,6 +181,31 @@ class Draft:
         self.admitted.append(request)
         self._write(request, size)
         return size
+
+    def displace(self, request: Request, victims: Iterable[Request], count: int) -> int:
+        """`admit` a request for which there is no room, after preempting as many of the `victims` as this takes, in their order.
+        Victims in flight stay. If all together would not make room, none is preempted. Returns the tokens of its chunk, or 0.
+        """
+        ledger = self._ledger
+        size = ledger.pool.block_size
+        possible = [v for v in victims if v.status is RUNNING and not v.in_flight and v is not request]
+        free = ledger.pool.num_free + sum([len(v.blocks) for v in possible])
+        if not possible or free - ledger.watermark < -(-request.num_tokens // size):
+            return 0
+        for victim in possible:
+            self.preempt(victim)
+            if taken := self.admit(request, count):
+                return taken
+        return 0
+
+    def relegate(self, request: Request, relegated: bool = True) -> None:
+        """Put a request among those whose targets cannot be met any more, or take it out again. This moves it to another lane."""
+        waits = bool(request.ticket)
+        if waits:
+            self._ledger.queue.discard(request)
+        request.relegated = relegated
+        if waits:
+            self._ledger.queue.push(request)
 
     def preempt(self, request: Request) -> None:
         """Put a running request, not in flight, back at its old place in the queue, without its KV. It is recomputed later."""

@@ -11,6 +11,11 @@ from typing import Any
 
 from stallfree.core.slo import Slo
 
+Lane = tuple[str, str, int]
+"""Requests that are alike: of one tenant and class, and `RESUMED`, new or `RELEGATED`."""
+RESUMED, NEW, RELEGATED = range(3)
+"""A waiting request whose answer has begun, because it was preempted; one whose targets cannot be met any more; any other one."""
+
 
 class Refused(ValueError):
     """The request can never be served as it is. `field` names the part of it that is wrong."""
@@ -36,26 +41,27 @@ class Request:
 
     The user of the scheduler writes, once: `id`, `prompt` (token ids; any sequence, a `range` in simulation), `max_tokens` (output
     tokens, at least 1), `stop_ids` (token ids that end the output), `min_tokens` (output tokens before a stop id counts), `arrival`
-    (seconds, any origin), `priority` (lower is served first), `tenant`, `slo` (its own targets, or None), `adapter`, `salt` (only
-    requests with the same adapter and salt share cached prefixes; `root` is both), `sampling` (passed on unread), `extra_rows` (the
-    time that sampling adds per token, in plain rows of logits), `constrained` (its next token depends on the last one beyond
-    the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`), and `scored` (the logits
-    of all its prompt are needed, so it takes no cached prefix, and its chunks are small).
+    (seconds, any origin), `priority` (lower is served first), `tenant` (whose share of the machine it uses), `weight` (of its
+    tenant's share), `slo` (its own targets, or None), `service_class` (the name of the class that these are of), `adapter`, `salt`
+    (only requests with the same adapter and salt share cached prefixes; `root` is both), `sampling` (passed on unread),
+    `extra_rows` (the time that sampling adds per token, in plain rows of logits), `constrained` (its next token depends on the last
+    one beyond the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`), and `scored`
+    (the logits of all its prompt are needed, so it takes no cached prefix, and its chunks are small).
 
     Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
     (another engine computes its prompt; the KV is not here yet), `num_cached` (prompt tokens found in the prefix cache at the last
     admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and `last_token`
-    (when they were sampled, in seconds; inf before), `key` (its place in the order), and `ticket` (its live queue entry; 0 if
-    none). Only the block pool writes: `num_shared` (leading blocks that are indexed), `prefix` (the node of the last of these) and
-    `lookup` (what the last search of the index found).
+    (when they were sampled, in seconds; inf before), `relegated` (its targets cannot be met any more), `key` (its place in the
+    order), and `ticket` (its live queue entry; 0 if none). Only the block pool writes: `num_shared` (leading blocks that are
+    indexed), `prefix` (the node of the last of these) and `lookup` (what the last search of the index found).
     """
 
     __slots__ = (
         "adapter", "arrival", "blocks", "constrained", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key",
         "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions",
-        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "root", "salt", "sampling", "scored", "slo", "status",
-        "stop_ids", "tenant", "ticket", "transferring",
+        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "relegated", "root", "salt", "sampling", "scored",
+        "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -69,7 +75,9 @@ class Request:
         arrival: float = 0.0,
         priority: int = 0,
         tenant: str = "",
+        weight: float = 1.0,
         slo: Slo | None = None,
+        service_class: str = "",
         adapter: str = "",
         salt: str = "",
         sampling: object = None,
@@ -85,6 +93,8 @@ class Request:
         self.arrival = arrival
         self.priority = priority
         self.tenant = tenant
+        self.weight = weight
+        self.service_class = service_class
         self.slo = slo
         self.adapter = adapter
         self.salt = salt
@@ -110,8 +120,13 @@ class Request:
         self.num_preemptions = 0
         self.first_token = inf
         self.last_token = inf
+        self.relegated = False
         self.key: tuple[Any, ...] = ()
         self.ticket = 0
+
+    @property
+    def lane(self) -> Lane:
+        return self.tenant, self.service_class, RELEGATED if self.relegated else RESUMED if self.output else NEW
 
     @property
     def remaining(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
+UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60, "h": 1 / 3600}
 """Units per second. Dividing by this gives the float nearest to the written number, so words and numbers agree."""
 _ITEM = re.compile(
     r"(?P<name>[^=@]*)=\s*(?P<number>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?P<unit>[a-zA-Z]*)(?:@(?P<percentile>.*))?"
@@ -40,12 +40,14 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Slo:
     """Latency targets; None: no such target. `ttft`: arrival to first token. `tbt`: each gap between two consecutive tokens of a
-    request. `tpot`: token i is due i times this after the first token was due, so early tokens save slack for later ones.
+    request. `tpot`: token i is due i times this after the first token was due, so early tokens save slack for later ones. `ttlt`:
+    arrival to last token; nothing before it is urgent.
     """
 
     ttft: Target | None = None
     tbt: Target | None = None
     tpot: Target | None = None
+    ttlt: Target | None = None
 
     def __post_init__(self) -> None:
         if self.tbt is not None and self.tpot is not None:
@@ -53,8 +55,8 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Targets from words: name=time[@percentile], separated by commas; times in us, ms or s. The default percentile is p99, for
-        ttft p90. Raises ValueError that says what to write instead.
+        """Targets from words: name=time[@percentile], separated by commas; times in us, ms, s, min or h. The default percentile is
+        p99, for ttft p90. Raises ValueError that says what to write instead.
         """
         targets: dict[str, Target] = {}
         known = [f.name for f in fields(cls)]
@@ -80,13 +82,17 @@ class Slo:
         """Targets from the milliseconds of each, by name, with the percentiles of `default`. Raises ValueError as `parse` does."""
         usual = {"ttft": default.ttft or Target(1, 90), "tbt": default.tbt or default.tpot or Target(1, 99)}
         usual["tpot"] = usual["tbt"]
+        usual["ttlt"] = default.ttlt or Target(1, 99)
         for name in milliseconds:
             if name not in usual:
                 raise ValueError(f"unknown latency target {name!r}; known are {', '.join(usual)}")
         return cls(**{name: Target(value / 1000, usual[name].percentile) for name, value in milliseconds.items()})
 
     def within(self, default: "Slo") -> "Slo":
-        """These targets, completed by those of `default`. `tbt` and `tpot` are completed together."""
+        """These targets, completed by those of `default`. `tbt` and `tpot` are completed together. Targets with a `ttlt` are
+        complete: who wants the whole answer by some time did not ask for its tokens one by one."""
+        if self.ttlt is not None:
+            return self
         pace = {"tbt": self.tbt, "tpot": self.tpot} if self.tbt or self.tpot else {"tbt": default.tbt, "tpot": default.tpot}
         return replace(default, ttft=self.ttft or default.ttft, **pace)
 

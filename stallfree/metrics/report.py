@@ -124,7 +124,7 @@ class Tally:
         self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
         self._cached_tokens: int | None = None
         self._last = 0.0
-        self._due = self._late = self._good = 0
+        self._due = self._late = self._good = self._whole_late = 0
 
     def add(self, line: Timeline) -> None:
         tokens, slo = np.array(line.tokens), self._slo
@@ -161,6 +161,10 @@ class Tally:
                 good = good and late <= _may_be_late(slo.tpot, len(gaps))
             if slo.tbt:
                 good = good and int((gaps > slo.tbt.seconds).sum()) <= _may_be_late(slo.tbt, len(gaps))
+        if slo.ttlt and line.reason is not None:
+            late = line.reason not in COMPLETED or not len(tokens) or line.tokens[-1] - line.arrival > slo.ttlt.seconds
+            self._whole_late += late
+            good = good and not late
         self._good += good
 
     def report(self, nominal_rate: float | None = None) -> Report:
@@ -177,6 +181,8 @@ class Tally:
             attainment["tbt"] = _attainment(slo.tbt, gaps.above(slo.tbt.seconds), gaps.size)
         if slo.tpot:
             attainment["tpot"] = _attainment(slo.tpot, self._late, self._due)
+        if slo.ttlt:
+            attainment["ttlt"] = _attainment(slo.ttlt, self._whole_late, ended)
         return Report(
             completed=sum(self._reasons[reason] for reason in COMPLETED),
             errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},

@@ -14,7 +14,7 @@ class Timeline:
     """One request's life, in the run's seconds: its `arrival`, when it was first `scheduled`, when each output token came
     (`tokens`), when it `finished` and why (`reason`). None: it has not happened. `stalls`: iterations that left it out as a ready
     decode; only records can tell them. `cached`: prompt tokens found in the prefix cache when it was last admitted; a client does
-    not know them.
+    not know them. `tenant`, `service_class`, `priority`: the request's.
     """
 
     id: str
@@ -26,6 +26,9 @@ class Timeline:
     reason: str | None = None
     stalls: int = 0
     cached: int | None = None
+    tenant: str = ""
+    service_class: str = ""
+    priority: int = 0
 
     @property
     def ttft(self) -> float | None:

@@ -1,24 +1,31 @@
-"""A token budget from a latency target: every ready decode is in every iteration, and prefill gets the time that is left until the
-earliest decode token is due.
+"""A token budget from a latency target: prefill gets the time that is left until the earliest decode token is due. Who gets it, and
+which decodes can wait, is decided by tenants' credits, priorities and deadlines.
 
 It takes times from a cost model and from `now`, and learns from its own lateness. It does not know what runs the plans.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from heapq import nsmallest
 from itertools import islice
 from math import ceil, inf
-from typing import Self
+from typing import NamedTuple, Self
 
 from stallfree.core.draft import RUNNING, Draft
 from stallfree.core.plan import Plan
 from stallfree.core.policy import CostModel, Reserve, Setup
-from stallfree.core.request import Request, Status
+from stallfree.core.request import Lane, Request, Status
 from stallfree.core.slo import Slo as Targets
 from stallfree.core.slo import Target
 from stallfree.perf.fitted import Fitted
 from stallfree.perf.margin import Margin
+from stallfree.qos import prices
+from stallfree.qos.answers import Answers
+from stallfree.qos.credits import Credits
+from stallfree.qos.deadlines import Deadlines, gap
+
+FINISHED = Status.FINISHED
 
 STRICT = 5
 """The default target for TBT at P99, in decode iterations of `SMALL_BATCH`: the paper's strict SLO (section 5)."""
@@ -38,64 +45,109 @@ LEAST = 16
 LOOKAHEAD = 16
 """How many waiting requests, the oldest, compete for the next prefill. To order all would cost more than it gains."""
 
+FEW, SPARE = 4, 1.05
+"""Prefill that takes at most `FEW` iterations is spread evenly over them, with 5 % to spare for wrong prices."""
+
+FILLED = 0.95
+"""A request is admitted while the running ones will not hold more than this share of the KV at once, if their answers are as long
+as usual. Without this, streams lose their KV and stand still until there is room again."""
+
+LOOSE = 1.5
+"""Streams whose targets are this much looser than the tightest may sit out iterations. Among equals it gains nothing (docs/log.md).
+"""
+
+BILLING = 16
+"""A request's bill is looked at in every so manieth iteration."""
+
+SHARE_HABIT = 0.05
+"""The weight of the newest iteration in `share`."""
+
 EFFICIENT = 1.05
 """Without decodes, an iteration is as small as possible while its time per token is at most this times the least possible."""
+
+
+class Prompt(NamedTuple):
+    """A request that wants prefill, the `seconds` that this takes, and its relative `slack`."""
+
+    request: Request
+    seconds: float
+    slack: float
 
 
 class Slo:
     """`slo`: the targets, in words or parsed, completed by the default TBT. `cost` prices iterations, and learns.
 
     `follow`: the target for TBT grows while the machine is slower than `cost` says at first. By default, only the default target
-    follows: it is a number of decode iterations, not a time that a user chose. `options`: with the targets in `slo`, these make the
-    same policy again.
+    follows: it is a number of decode iterations, not a time that a user chose. `slack`: a stream that is early by its own target
+    may sit out an iteration for the sake of others. `options`: with the targets in `slo`, these make the same policy again.
 
     Raises ValueError for targets that not even a lone request could meet.
     """
 
     reserve: Reserve = "prompt"
-    stall_free = True
+    stall_free = True  # for streams with equal targets
 
-    def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None):
+    def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None, slack: bool = True):
         self.cost = cost or Fitted()
         targets = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
         default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
-        self.slo = targets.within(Targets(tbt=default))
-        self._follows = targets.tbt is targets.tpot is None if follow is None else follow
-        self.options = {"follow": True} if self._follows else {}
+        self.answers = Answers()
+        self.credits = Credits()
+        self._deadlines = Deadlines(targets.within(Targets(tbt=default)), self.answers)
+        self._follows = targets.tbt is targets.tpot is targets.ttlt is None if follow is None else follow
+        self._slack = slack
+        self.options = ({"follow": True} if self._follows else {}) | ({} if slack else {"slack": False})
         self._least = self.slo.tbt
         possible(self.slo, self.cost)
         between = self.slo.tbt or self.slo.tpot or default
         self.margin = Margin(between.late_share)
+        self.share = 1.0
+        """The share of the time that prefill gets while it wants more."""
         self._patience = ceil(1 / between.late_share)
         self._owed = 0.0
         self._passed = self._kept_out = 0
-        self._merged = lru_cache(1024)(self._merge)
+        self._alone = 0.0
 
     @classmethod
-    def of(cls, setup: Setup, *, follow: bool | None = None) -> Self:
-        return cls(setup.targets or "", setup.cost, follow)
+    def of(cls, setup: Setup, *, follow: bool | None = None, slack: bool = True) -> Self:
+        return cls(setup.targets or "", setup.cost, follow, slack)
+
+    @property
+    def slo(self) -> Targets:
+        return self._deadlines.slo
 
     def plan(self, draft: Draft) -> None:
-        draft.decode_all()
+        self._settle()
+        wanted = self._by_urgency(draft)
+        dues = self._deadlines.nexts(draft.decoding)
+        sitting, latest = self._sitting(draft, dues, sum([prompt.seconds for prompt in wanted]))
+        draft.decode_all(but=sitting)
         shape = draft.shape
         if extra := sum([r.extra_rows for r in draft.decoding]):
             shape.append((extra, 0))
         written = len(shape)
-        alone = self.cost.seconds(shape)
-        if shape:
-            until, first = self._slack(draft, alone)
+        alone = self._alone = self.cost.seconds(shape) if shape or not sitting else 0.0
+        if shape or sitting:
+            until, first = self._until(draft, dues, alone)
             limit, least, why = self._limit(until, alone)
+            limit = min(limit, latest)
             draft.limit_s, draft.margin = until, self.margin.value
             why = f"{1000 * until:.0f} ms until {first} is due, {why}"
         else:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
-        full, crowd = self._fill(draft, shape, limit, least, alone)
+        full, crowd = self._fill(draft, shape, wanted, limit, least, alone)
+        prefill = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
+        if sitting and not full:
+            self._join(draft, shape, sitting, limit)
         if not draft.empty:  # an empty plan is not recorded, so it must change nothing
-            prefill = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
             self._account(prefill, alone, full=full, crowded=crowd > 0)
+            if full and limit < inf:
+                self.share += SHARE_HABIT * (prefill / (alone + prefill) - self.share)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
+        if sitting:
+            why += f"; {len(sitting)} streams have time and wait"
         spare = 0 if full else self.cost.room(shape, 0, draft.left, limit)
         draft.cap(draft.budget - draft.left + spare, why)
 
@@ -108,7 +160,11 @@ class Slo:
         score = self.cost.learn(shape, seconds)
         if self._follows:
             self._follow()
-        due = self._dues(plan.decoders(requests))
+        if self.credits.contended:
+            for r in requests[plan.step % BILLING :: BILLING]:
+                if r in self.credits.billed:
+                    self.credits.bill(r, prices.used(self.cost, r))
+        due = self._deadlines.nexts(plan.decoders(requests))
         if not due or plan.limit_s is None:
             return
         late = sum([at < now for at in due]) if min(due) < now else 0
@@ -126,8 +182,53 @@ class Slo:
             return
         wanted = max(least.seconds, STRICT * self.cost.seconds(SMALL_BATCH))
         if abs(wanted / now.seconds - 1) > NOTABLE or wanted == least.seconds != now.seconds:
-            self.slo = replace(self.slo, tbt=replace(now, seconds=wanted))
-            self._merged.cache_clear()
+            self._deadlines.slo = replace(self.slo, tbt=replace(now, seconds=wanted))
+
+    def _settle(self) -> None:
+        """Learn from the requests that have ended, and correct their bills, and those of requests that were preempted."""
+        for r in [r for r in self.credits.billed if r.status is not RUNNING]:
+            self.credits.correct(r, prices.used(self.cost, r))
+            if r.status is FINISHED:
+                self.answers.learn(r)
+                self.credits.close(r)
+
+    def _sitting(self, draft: Draft, dues: Sequence[float], wanted: float) -> tuple[set[Request], float]:
+        """The decodes that sit out this iteration, and the seconds that it may take for their sake. `wanted`: the seconds of all
+        prefill at hand.
+
+        Only a stream sits out whose target is looser than that of the tightest, and if its token will be in time although it comes
+        only with the next iteration. And somebody has to gain by it: there is more prefill than fits beside all decodes, or these
+        alone would be too slow for the tightest. Then a stream whose target is k times looser joins about every k-th iteration.
+        """
+        decoding, margin = draft.decoding, self.margin.value
+        if not self._slack or len(dues) < 2 or max(dues) - min(dues) <= margin * self._alone:
+            return set(), inf  # nearly always: all are as urgent
+        gaps = [self._deadlines.gap(r) for r in decoding]
+        loose = LOOSE * min(gaps)
+        if max(gaps) <= loose:
+            return set(), inf
+        slacks = [due - draft.now if due < inf else pause for due, pause in zip(dues, gaps, strict=True)]
+        alone = self.cost.seconds([(r.num_planned, 1) for r in decoding])
+        limit = min(slacks) / margin
+        if limit < alone:
+            first = self.cost.seconds([(decoding[0].num_planned, 1)])
+            share = max(0.0, max(limit, min(gaps) / margin) - first) / max(alone - first, 1e-9)
+            order = sorted(range(len(slacks)), key=lambda i: slacks[i] / gaps[i])
+            return {decoding[i] for i in order[1 + int(share * (len(slacks) - 1)) :] if gaps[i] > loose}, inf
+        if wanted <= limit - alone:
+            return set(), inf
+        enough = margin * (min(limit, wanted) + alone)
+        rows = zip(decoding, slacks, gaps, strict=True)
+        sitting = {r: slack for r, slack, pause in rows if slack >= enough and pause > loose}
+        return set(sitting), min(sitting.values(), default=inf) / margin - alone
+
+    def _join(self, draft: Draft, shape: list[tuple[int, int]], sitting: set[Request], limit: float) -> None:
+        """Prefill has all that it wants: the streams that wait join as far as the time allows, the most urgent first."""
+        streams = [r for r in draft.decoding if r in sitting and r.status is RUNNING]
+        now, all_in = self.cost.seconds(shape), self.cost.seconds([*shape, *((r.num_planned, 1) for r in streams)])
+        fit = len(streams) if all_in <= limit or draft.empty else int((limit - now) * len(streams) / (all_in - now))
+        streams.sort(key=lambda r: self._deadlines.next(r, self._deadlines.targets(r)))
+        draft.decode_all(but=sitting.difference(streams[: max(0, fit)]))
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
         """Seconds that the iteration may take by the cost model, tokens of the smallest useful chunk, and the reason. The decodes
@@ -141,13 +242,13 @@ class Slo:
         margin = self.margin.value
         limit = until / margin
         if self._passed >= self._patience:
-            return max(limit, alone + self._gap(self.slo)), 1, f"but nobody got prefill in {self._passed} iterations"
+            return max(limit, alone + gap(self.slo)), 1, f"but nobody got prefill in {self._passed} iterations"
         late_anyway = alone > until or self.margin.broken
         if self._owed and (late_anyway or self.margin.credit > 0):
             most = inf if late_anyway else until
             owed = min(alone + self._owed, most)
             if owed > limit:
-                least = LEAST if owed < most and self._owed < self._gap(self.slo) else 1
+                least = LEAST if owed < most and self._owed < gap(self.slo) else 1
                 return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
         return limit, 1, f"margin {margin:.2f}"
 
@@ -155,56 +256,41 @@ class Slo:
         """Update the seconds owed to waiting requests, and the iterations without prefill and with requests kept out. This
         iteration had `prefill` seconds of prefill; `full`: there was no time for more."""
         self._passed = 0 if prefill or not full else self._passed + 1
-        self._owed = max(0.0, min(self._owed + FLOOR * alone - prefill, self._gap(self.slo))) if full else 0.0
+        self._owed = max(0.0, min(self._owed + FLOOR * alone - prefill, gap(self.slo))) if full else 0.0
         self._kept_out = self._kept_out + 1 if crowded else self._kept_out if full else 0
 
-    def _merge(self, own: Targets) -> Targets:
-        return own.within(self.slo)
-
-    def _slack(self, draft: Draft, alone: float) -> tuple[float, str]:
-        """Seconds until the first token of this iteration's decodes is due, and its request's id. The decodes alone take `alone`
-        seconds. If these already miss a request's own target, the server's target counts for it: one client's impatience must not
-        keep others out.
+    def _until(self, draft: Draft, dues: Sequence[float], alone: float) -> tuple[float, str]:
+        """Seconds until the first token of this iteration's decodes is due, and its request's id. `dues`: of `draft.decoding`. The
+        decodes alone take `alone` seconds. If these already miss a request's own target, the server's target counts for it: one
+        client's impatience must not keep others out.
         """
         alone *= self.margin.value
         least, first = inf, ""
-        everybody = len(draft.work) == len(draft.decoding)
-        streams = draft.decoding if everybody else [r for r in draft.decoding if r.status is RUNNING]
-        dues = self._dues(streams)
+        streams = draft.decoding
+        if len(draft.work) != len(streams):
+            streams = [r for r in streams if r in draft.work]
+            dues = self._deadlines.nexts(streams)
         earliest = min(dues, default=inf)
         if earliest - draft.now >= alone and max(dues, default=inf) < inf:  # nearly always: nobody is late or without output
             return earliest - draft.now, streams[dues.index(earliest)].id
         for r, due in zip(streams, dues, strict=True):
-            slack = due - draft.now if r.output else self._gap(self._targets(r))  # no output: its first token is in flight
+            slack = due - draft.now if r.output else self._deadlines.gap(r)  # no output: its first token is in flight
             if slack < alone and r.slo is not None:
-                slack = self._due(r, self.slo) - draft.now if r.output else self._gap(self.slo)
+                slack = self._deadlines.next(r, self.slo) - draft.now if r.output else gap(self.slo)
             if slack < least:
                 least, first = slack, r.id
         return least, first
 
-    def _targets(self, r: Request) -> Targets:
-        return self.slo if r.slo is None else self._merged(r.slo)
-
-    def _dues(self, requests: Sequence[Request]) -> list[float]:
-        """When the next token of each request is due. For nearly all requests this needs no call."""
-        if self.slo.tbt is None:
-            return [self._due(r, self._targets(r)) for r in requests]
-        gap = self.slo.tbt.seconds
-        return [r.last_token + gap if r.slo is None else self._due(r, self._targets(r)) for r in requests]
-
-    def _due(self, r: Request, slo: Targets) -> float:
-        """When the next token of a request with output is due by `slo`."""
-        tbt = slo.tbt
-        if tbt is not None:
-            return r.last_token + tbt.seconds
-        if slo.tpot is None:
-            return inf
-        start = r.first_token if slo.ttft is None else max(r.first_token, r.arrival + slo.ttft.seconds)
-        # After a standstill, a late request keeps its pace from there. To catch up, it would stall the others.
-        return max(start + len(r.output) * slo.tpot.seconds, r.last_token + slo.tpot.seconds)
-
-    def _fill(self, draft: Draft, shape: list[tuple[int, int]], limit: float, least: int, alone: float) -> tuple[bool, float]:
-        """Add prefill to the draft and to `shape`, the most urgent first. The decodes alone take `alone` seconds.
+    def _fill(
+        self,
+        draft: Draft,
+        shape: list[tuple[int, int]],
+        wanted: Sequence[Prompt],
+        limit: float,
+        least: int,
+        alone: float,
+    ) -> tuple[bool, float]:
+        """Add prefill to the draft and to `shape`, of `wanted` the most urgent first. The decodes alone take `alone` seconds.
 
         A new request is kept out if with it the decodes alone would be too slow for the targets, because no budget helps against
         too many decodes. A lone request always comes in.
@@ -213,7 +299,10 @@ class Slo:
         """
         streams: list[Request] = []
         admitting, overdue, crowd = True, False, 0.0
-        for r in self._by_urgency(draft):
+        limit = min(limit, alone + _even([prompt.seconds for prompt in wanted], limit - alone))
+        rest = deque(wanted)
+        while rest:
+            r = rest.popleft().request
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
                 continue
@@ -222,19 +311,19 @@ class Slo:
                 alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
                 joined = alone + self._stream(r)
-                patience = self._patience * (1 if self.margin.credit > 0 and joined <= self._gap(self.slo) else len(streams))
+                patience = self._patience * (1 if self.margin.credit > 0 and joined <= gap(self.slo) else len(streams))
                 overdue = self._kept_out >= patience
                 if not overdue and self._too_slow(joined * self.margin.value, [*streams, r]):
                     admitting, crowd = False, joined
                     continue
             start = draft.start(r)
-            wanted = min(r.num_tokens - start, draft.left)
-            count = self.cost.room(shape, start, wanted, limit)
+            wanted_tokens = min(r.num_tokens - start, draft.left)
+            count = self.cost.room(shape, start, wanted_tokens, limit)
             if not count and self._passed >= self._patience and not draft.chunks:
-                count = min(wanted, LEAST)
-            if count < min(wanted, least):
+                count = min(wanted_tokens, LEAST)
+            if count < min(wanted_tokens, least):
                 return True, crowd
-            taken = draft.admit(r, count) if waiting else draft.prefill(r, count)
+            taken = self._admit(draft, r, count, shape) if waiting else draft.prefill(r, count)
             if not taken:  # KV is short
                 admitting = admitting and not waiting
                 continue
@@ -242,46 +331,89 @@ class Slo:
             if waiting:
                 streams.append(r)
                 alone += self._stream(r)
+                if self.credits.contended:  # its bill may have taken its tenant's credit
+                    rest = deque(sorted(rest, key=self._order))
                 if overdue:
                     overdue, self._kept_out = False, 0
             if r.remaining and taken == count:
                 return True, crowd
         return False, crowd
 
+    def _admit(self, draft: Draft, r: Request, count: int, shape: list[tuple[int, int]]) -> int:
+        """Admit a request and bill it. If there is no room, less important ones give way: prefills before relegated streams before
+        other streams, of these the lowest priority first, and of these the last to arrive; never an equal. Updates `shape` then.
+        """
+        billed = len(draft.lanes) > 0
+        if draft.running and self._peak([*draft.running, r]) > FILLED * draft.kv_tokens:
+            return 0
+        taken = draft.admit(r, count)
+        if not taken and (others := [other for other in draft.running if other.priority > r.priority]):
+            others.sort(key=lambda o: (bool(o.output), not o.relegated, -o.priority, -o.arrival))
+            taken = draft.displace(r, others, count)
+            if taken:
+                shape[:] = [*draft.shape[:-1], *(piece for piece in shape if not piece[1])]
+        if taken and billed:
+            self.credits.bill(r, prices.expected(self.cost, r, r.num_cached, self.answers.left(r)))
+        return taken
+
+    def _peak(self, requests: Sequence[Request]) -> float:
+        """Tokens of KV that these requests will hold at most at once, if their answers are as long as usual."""
+        left = sorted([(self.answers.left(r), r.num_tokens) for r in requests], reverse=True)
+        held = peak = 0.0
+        for number, (more, now) in enumerate(left, 1):
+            held += now
+            peak = max(peak, held + number * more)
+        return peak
+
     def _stream(self, r: Request) -> float:
         """Seconds that the request adds to an iteration as one more decode."""
-        decode = (r.num_tokens, 1)
-        extra = [(r.extra_rows, 0)] if r.extra_rows else []
-        return self.cost.seconds([decode, decode, *extra]) - self.cost.seconds([decode])
+        return prices.decode(self.cost, r.num_tokens, r.extra_rows)
 
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
         """Whether an iteration of this many seconds is longer than the gap between tokens may be. A request's own target counts
         only if it is longer than the server's; for a shorter one, the others need not make room."""
-        return seconds > self._gap(self.slo) and seconds > min(self._gap(self._targets(r)) for r in streams)
+        return seconds > gap(self.slo) and seconds > min(self._deadlines.gap(r) for r in streams)
 
-    @staticmethod
-    def _gap(slo: Targets) -> float:
-        """Seconds between tokens."""
-        target = slo.tbt or slo.tpot
-        return inf if target is None else target.seconds
+    def _by_urgency(self, draft: Draft) -> list[Prompt]:
+        """The requests that compete for prefill, the most urgent first: those that can still meet
+        their targets; among these, answers that were interrupted, and requests of tenants with credit; by priority; then by
+        relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due, over the request's prefill time.
 
-    def _by_urgency(self, draft: Draft) -> list[Request]:
-        """Prefills by priority, then by relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due,
-        over the request's prefill time. A long prompt does not block short ones, and does not starve, because its slack falls as it
-        waits. Without a TTFT target, this is the order by waiting time over prefill time.
+        A long prompt does not block short ones, and does not starve, because its slack falls as it waits. Without a TTFT target,
+        this is the order by waiting time over prefill time. Cached tokens take no time, so of equals the one with the longest
+        cached prefix comes first.
         """
-        requests = [*draft.prefilling, *islice(draft.waiting, LOOKAHEAD)]
-        if len(requests) < 2:
-            return requests
-
-        def urgency(r: Request) -> tuple[int, float]:
+        prompts = []
+        for r in self._candidates(draft):
             start = draft.start(r)
             seconds = self.cost.seconds([(start, r.num_tokens - start)])
-            slo = self._targets(r)
-            due = self._due(r, slo) if r.output else r.arrival + (0.0 if slo.ttft is None else slo.ttft.seconds)
-            return r.priority, (due - draft.now - seconds) / seconds
+            slack = self._deadlines.first(r) - draft.now - seconds
+            relegated = self._deadlines.missed(r, draft.now + seconds / self.share)
+            if relegated != r.relegated:
+                draft.relegate(r, relegated)
+            prompts.append(Prompt(r, seconds, slack / seconds))
+        return sorted(prompts, key=self._order) if len(prompts) > 1 else prompts
 
-        return sorted(requests, key=urgency)
+    def _order(self, prompt: Prompt) -> tuple[bool, bool, int, bool, float]:
+        return *self._rank(prompt.request), prompt.slack
+
+    def _rank(self, r: Request) -> tuple[bool, bool, int, bool]:
+        """What decides before deadlines do: the least is served first."""
+        return r.relegated, not (r.output or self.credits.has(r.tenant)), r.priority, not r.output
+
+    def _candidates(self, draft: Draft) -> list[Request]:
+        """All that are being prefilled, and of the waiting ones the first of each lane, at most `LOOKAHEAD`."""
+        lanes, prefilling = draft.lanes, draft.prefilling
+        tenants = {r.tenant for r in prefilling}
+        self.credits.wait(tenants.union([tenant for tenant, _, _ in lanes]))
+        if len(lanes) < 2:
+            return [*prefilling, *islice(draft.waiting, LOOKAHEAD)]
+
+        def order(lane: Lane) -> tuple[bool, bool, int, bool, float]:
+            return *self._rank(draft.first(lane)[0]), self.credits.ahead(lane[0])
+
+        nearest = nsmallest(LOOKAHEAD, lanes, key=order)
+        return [*prefilling, *(r for lane in nearest for r in draft.first(lane, LOOKAHEAD // len(nearest)))]
 
     def _efficient(self, most: int) -> int:
         """The smallest efficient number of prefill tokens (see `EFFICIENT`): a power of two, at most `most`."""
@@ -289,6 +421,19 @@ class Slo:
         per_token = {size: self.cost.seconds([(0, size)]) / size for size in sizes}
         enough = EFFICIENT * min(per_token.values())
         return min(size for size, seconds in per_token.items() if seconds <= enough)
+
+
+def _even(prefills: Sequence[float], room: float) -> float:
+    """Seconds of prefill for an iteration that has room for `room`, so that no first token comes later and no iteration is longer
+    than this takes. `prefills`: seconds of each prompt, in their order. A prompt that takes two iterations anyway is halved.
+    """
+    if room <= 0 or room == inf or sum(prefills) > FEW * room:
+        return room
+    total = needed = 0.0
+    for seconds in prefills:
+        total += seconds
+        needed = max(needed, total / ceil(total / room))
+    return min(room, SPARE * needed) if needed else room
 
 
 def possible(slo: Targets, cost: CostModel) -> None:

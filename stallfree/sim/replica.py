@@ -40,7 +40,14 @@ class Script(NamedTuple):
 def script(request: Request, answer: Sequence[int], sent: float | None = None) -> Request:
     """`request`, which will get the tokens `answer`. Its client sent it at `sent`, or when it arrives."""
     length = len(request.prompt)
-    line = Timeline(request.id, request.arrival if sent is None else sent, length)
+    line = Timeline(
+        request.id,
+        request.arrival if sent is None else sent,
+        length,
+        tenant=request.tenant,
+        service_class=request.service_class,
+        priority=request.priority,
+    )
     request.sampling = Script(answer, line, length + len(answer))
     return request
 

@@ -4,10 +4,11 @@ It knows no rates, targets or model names: arrivals are drawn elsewhere, and `me
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from struct import pack
+from types import MappingProxyType
 from zlib import crc32
 
 from stallfree.core.ledger import Limits
@@ -16,6 +17,7 @@ from stallfree.core.policy import CostModel, Policy
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.slo import Slo
 from stallfree.metrics.timeline import Timeline
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import LEAP, Replica, Span, script
@@ -67,6 +69,8 @@ def simulate(
     between_s: float = 0.0,
     front_s: float = 0.0,
     scatter: Sequence[float] = (),
+    classes: Mapping[str, Slo] = MappingProxyType({}),
+    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
     pipeline stages) and `limits`. Each replica has its own policy. `cost`: the seconds of an iteration, over all stages.
@@ -75,8 +79,8 @@ def simulate(
     `max_tokens` if that is more and fits; this matters if the policy reserves KV for them. `ended`: called with the timeline of
     each request that ends; then no timelines are kept. `leap` 1 takes the iterations one by one, with the same result. `between_s`
     pass from an iteration's end to the next planning, and `front_s` from a request's arrival until the scheduler has it and its
-    first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them,
-    chosen at random by the moment of its planning.
+    first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them, chosen at random by the moment
+    of its planning. `classes`: the targets of requests that name a class; `weights`: of tenants, 1 for others.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -100,7 +104,7 @@ def simulate(
         for number in range(replicas)
     ]
     with uncollected():
-        serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s), engines, choose)
+        serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s, classes, weights), engines, choose)
     return Simulation(engines, lines, result.records, result.spans)
 
 
@@ -129,14 +133,32 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def scripted(arrivals: Iterable[Arrival], scheduler: Scheduler, max_tokens: int | None, front_s: float = 0.0) -> Iterator[Request]:
+def scripted(
+    arrivals: Iterable[Arrival],
+    scheduler: Scheduler,
+    max_tokens: int | None,
+    front_s: float = 0.0,
+    classes: Mapping[str, Slo] = MappingProxyType({}),
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> Iterator[Request]:
     own = STOP  # counted down, so that each request has its own token
     for number, arrival in enumerate(arrivals):
         own -= 1
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
         length = arrival.output_tokens
         most = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
-        request = Request(str(number), prompt, most, stop_ids=frozenset({STOP}), arrival=arrival.at + front_s)
+        request = Request(
+            str(number),
+            prompt,
+            most,
+            stop_ids=frozenset({STOP}),
+            arrival=arrival.at + front_s,
+            priority=arrival.priority,
+            tenant=arrival.tenant,
+            weight=weights.get(arrival.tenant, 1.0),
+            slo=classes.get(arrival.service_class),
+            service_class=arrival.service_class,
+        )
         try:
             scheduler.ledger.validate(request)
         except Refused as refused:

@@ -1,7 +1,7 @@
 """vLLM's requests as a policy sees them, and the iteration that it writes. This changes nothing in vLLM; `scheduler.py` applies
 it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -23,7 +23,7 @@ class View:
 
     __slots__ = (
         "arrival", "arrival_time", "asked", "cached", "extra_rows", "first_token", "id", "last_token", "looked", "num_planned",
-        "num_tokens", "offered_from", "output", "priority", "request", "slo", "status", "tokens",
+        "num_tokens", "offered_from", "output", "priority", "relegated", "request", "slo", "status", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Any, arrival: float, slo: Slo | None, asked: Slo | None):
@@ -39,6 +39,14 @@ class View:
         self.first_token = self.last_token = inf
         self.status = Status.WAITING
         self.offered_from = 0
+        self.relegated = False
+
+    # vLLM knows no tenants.
+    tenant, service_class, weight = "", "", 1.0
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.request.max_tokens)
 
     @property
     def remaining(self) -> int:
@@ -111,6 +119,8 @@ class VllmDraft:
     def shape(self) -> list[tuple[int, int]]:
         return list(self.work.values())
 
+    lanes: tuple[()] = ()
+
     @property
     def waiting(self) -> Iterator[View]:
         return self._waiting
@@ -125,17 +135,22 @@ class VllmDraft:
             self.left -= self.budget - tokens
             self.budget, self.reason = tokens, reason
 
-    def decode_all(self) -> None:
-        """Give each ready decode its token, and the speculated ones that vLLM will verify with it, while tokens are left."""
+    def decode_all(self, but: Collection[View] = ()) -> None:
+        """Give each ready decode its token, and the speculated ones that vLLM will verify with it, while tokens are left; but not
+        those of `but`."""
         pieces = zip(self.decoding, self.pieces, strict=True)
-        if not (self._speculates or self.work or len(self.decoding) > self.left):
+        if not (but or self._speculates or self.work or len(self.decoding) > self.left):
             self.work = dict(pieces)  # the usual case, for every stream in every iteration
             self.left -= len(self.decoding)
             return
         for view, (start, count) in pieces:
-            if count <= self.left and view not in self.work:
+            if count <= self.left and view not in self.work and view not in but:
                 self.work[view] = start, count
                 self.left -= count
+
+    @staticmethod
+    def relegate(view: View, relegated: bool = True) -> None:
+        view.relegated = relegated
 
     def prefill(self, view: View, count: int | None = None) -> int:
         size = min(view.remaining, self.left, view.remaining if count is None else count)

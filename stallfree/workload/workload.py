@@ -26,13 +26,16 @@ evenly, however many seeds there are."""
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """A request that arrives `at` (s from the start of the run), with its sizes in tokens, and the numbers of its prompt's prefix
-    blocks (see `Prompt`), if the trace has them.
+    blocks (see `Prompt`), if the trace has them. `tenant`, `service_class` and `priority`: whose it is, and what it is promised.
     """
 
     at: float
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
+    tenant: str = ""
+    service_class: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def streams(count, length=100):
 def wait(serving, name):
     """Seconds until the prompt of that name has its first token."""
     request = next(r for r in serving.coming if r.id == name)
-    serving.run(lambda s: request.output or s.now > 1000)
+    serving.run(lambda s: request.output or s.now > 5000)
     return request.first_token - request.arrival
 
 
