@@ -5,7 +5,9 @@ nothing.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -76,9 +78,11 @@ class Dialect:
                 return with_ids
         return cls(model, None, await _tokens_of_words(client, plain), options)
 
-    def body(self, rng: np.random.Generator, prompt_tokens: int, output_tokens: int) -> bytes:
-        """The body of a streamed request of these lengths. A text's length is estimated by `words`."""
-        return json.dumps(self._fields(rng, prompt_tokens, output_tokens) | {"stream": True} | self.options).encode()
+    def body(
+        self, rng: np.random.Generator, prompt_tokens: int, output_tokens: int, own: Mapping[str, Any] = MappingProxyType({})
+    ) -> bytes:
+        """The body of a streamed request of these lengths, with its `own` fields. A text's length is estimated by `words`."""
+        return json.dumps(self._fields(rng, prompt_tokens, output_tokens) | {"stream": True, **self.options, **own}).encode()
 
     def _fields(self, rng: np.random.Generator, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         prompt: list[int] | str

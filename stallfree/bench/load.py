@@ -115,9 +115,9 @@ async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], ti
     worked, origin = time.process_time(), loop.time()
     try:
         for number, arrival in enumerate(arrivals):
-            body = dialect.body(rng, arrival.prompt_tokens, arrival.output_tokens)
+            body = dialect.body(rng, arrival.prompt_tokens, arrival.output_tokens, _own(arrival))
             await asyncio.sleep(origin + arrival.at - loop.time())
-            task = asyncio.create_task(serve(arrival, Timeline(str(number), arrival.at, arrival.prompt_tokens), body))
+            task = asyncio.create_task(serve(arrival, _line(number, arrival), body))
             running.add(task)
             task.add_done_callback(running.discard)
         while running:
@@ -129,6 +129,31 @@ async def load(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], ti
         await asyncio.gather(*running, return_exceptions=True)
     run.cpu_share = (time.process_time() - worked) / (loop.time() - origin)
     return run
+
+
+def _line(number: int, arrival: Arrival) -> Timeline:
+    return Timeline(
+        str(number),
+        arrival.at,
+        arrival.prompt_tokens,
+        tenant=arrival.tenant,
+        service_class=arrival.service_class,
+        priority=arrival.priority,
+    )
+
+
+def _own(arrival: Arrival) -> dict[str, Any]:
+    """The fields that say whose a request is and what it is promised, those that differ from their defaults. The class is named in
+    OpenAI's field and in this project's, so a server needs to know only one of them.
+    """
+    fields: dict[str, Any] = {}
+    if arrival.tenant:
+        fields["user"] = arrival.tenant
+    if arrival.service_class:
+        fields |= {"service_tier": arrival.service_class, "slo": {"class": arrival.service_class}}
+    if arrival.priority:
+        fields["priority"] = arrival.priority
+    return fields
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:

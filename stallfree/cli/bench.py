@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from stallfree.bench.client import Client
     from stallfree.bench.dialect import Dialect
     from stallfree.cli.measuring import Place
-    from stallfree.core.slo import Slo
+    from stallfree.metrics.report import Targets
     from stallfree.workload.workload import Arrival
 
 app = typer.Typer(help="Measure servers under load. They must have OpenAI's API.", no_args_is_help=True, rich_markup_mode=None)
 
 Url = Annotated[str, typer.Option(help="The server, with or without /v1.")]
-Targets = Annotated[str | None, typer.Option("--slo", help="Latency targets: ttft=2s@p90,tbt=100ms@p99.", show_default=False)]
+Slos = Annotated[
+    str | None,
+    typer.Option(
+        "--slo",
+        help="Latency targets: ttft=2s@p90,tbt=100ms@p99; or of classes, as 'interactive: ttft=1s,tbt=50ms; batch: ttlt=10min'.",
+        show_default=False,
+    ),
+]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="The server's name of the model.", show_default="its first")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="STALLFREE_API_KEY", help="Sent as a bearer token.", show_envvar=True, show_default=False)
@@ -38,7 +45,7 @@ LONGEST_S = 1800.0
 def load(
     traffic: Traffic,
     url: Url = "http://127.0.0.1:8000",
-    slo: Targets = None,
+    slo: Slos = None,
     model: Model = None,
     api_key: ApiKey = None,
     timeout: Timeout = 600,
@@ -52,12 +59,13 @@ def load(
     Exit code 1 if the run is not valid: the client fell behind its schedule, was interrupted, or no request completed.
     """
     from stallfree.cli import measuring, outputs
+    from stallfree.core.classes import Classes
     from stallfree.core.slo import Slo
 
-    targets = Slo() if slo is None else Slo.parse(slo)
+    targets = Slo() if slo is None else Classes.parse(slo)
     measuring.check_page(html)
     outputs.check_rows(requests_out, "--requests-out")
-    arrivals, facts = _draw(words.traced(traffic, trace))
+    arrivals, facts = _draw(words.traced(traffic, trace), targets)
     access = measuring.Access(model, api_key, timeout)
     results, error = measuring.measure([measuring.Place(url, url)], access, arrivals, targets, traffic.rate)
     if requests_out is not None:
@@ -84,7 +92,7 @@ def compare(
         ),
     ],
     traffic: Traffic,
-    slo: Targets = None,
+    slo: Slos = None,
     serve: Annotated[
         str,
         typer.Option(help="More arguments of `stallfree serve` for policies: 'model.gguf --threads 2'.", show_default=False),
@@ -102,14 +110,15 @@ def compare(
     For each policy the command starts `stallfree serve` with the SLO, and stops it afterwards. Exit code 1 if a run is not valid.
     """
     from stallfree.cli import measuring
+    from stallfree.core.classes import Classes
     from stallfree.core.slo import Slo
 
-    targets = Slo() if slo is None else Slo.parse(slo)
+    targets = Slo() if slo is None else Classes.parse(slo)
     measuring.check_page(html)
     places = [_place(text, slo, serve) for text in servers]
     if twice := {place.name for place in places if sum(other.name == place.name for other in places) > 1}:
         raise ValueError(f"{sorted(twice)[0]!r} is named twice; give each server its own name, and each policy once")
-    arrivals, facts = _draw(words.traced(traffic, trace))
+    arrivals, facts = _draw(words.traced(traffic, trace), targets)
     results, error = measuring.measure(places, measuring.Access(None, api_key, timeout), arrivals, targets, traffic.rate)
     if html is not None:
         measuring.write_page(html, results, facts, targets)
@@ -144,12 +153,13 @@ def capacity(
     """
 
     from stallfree.cli import measuring
-    from stallfree.core.slo import Slo
+    from stallfree.core.classes import Classes
     from stallfree.metrics.capacity import Capacity, search
 
     traffic = words.traced(traffic, trace)
     requests = REQUESTS if traffic.requests is None else traffic.requests
-    traffic, targets = replace(traffic, requests=requests), Slo.parse(slo)
+    traffic, targets = replace(traffic, requests=requests), Classes.parse(slo)
+    _check_classes(traffic, targets)
     trial = _Trial(measuring.Access(model, api_key, timeout).client(url), model, traffic, shortest, targets)
     highest, problems = Capacity(0.0, None, ()), []
     try:
@@ -180,7 +190,7 @@ def capacity(
 class _Trial:
     """The trials of a search. `rows`: their results. `behind`: the rates at which the client was too slow, and why."""
 
-    def __init__(self, client: Client, model: str | None, traffic: Traffic, shortest: float, targets: Slo):
+    def __init__(self, client: Client, model: str | None, traffic: Traffic, shortest: float, targets: Targets):
         self.rows: list[dict[str, Any]] = []
         self.behind: dict[float, str] = {}
         self._client, self._model, self._targets = client, model, targets
@@ -210,10 +220,21 @@ class _Trial:
         return not why
 
 
-def _draw(traffic: Traffic) -> tuple[list[Arrival], dict[str, Any]]:
-    """The arrivals of `traffic`, and the facts that describe how they were drawn."""
+def _draw(traffic: Traffic, targets: Targets) -> tuple[list[Arrival], dict[str, Any]]:
+    """The arrivals of `traffic`, and the facts that describe how they were drawn. Raises ValueError for classes that `targets`, if
+    they have any, do not have.
+    """
+    _check_classes(traffic, targets)
     arrivals = traffic.ending(REQUESTS).draw()
     return arrivals, traffic.facts(len(arrivals))
+
+
+def _check_classes(traffic: Traffic, targets: Targets) -> None:
+    """Raises ValueError for a class without targets, unless no class has any: then only the server knows its classes."""
+    from stallfree.core.classes import Classes
+
+    if isinstance(targets, Classes) and any(targets):
+        words.check_classes(traffic, targets)
 
 
 def _place(text: str, slo: str | None, serve: str) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,14 @@ def deploy(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: options.ServersKey = None,
     api_key_file: options.KeyFile = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tenants with keys, weights, classes and limits for each replica (TOML); read at the start.",
+            show_default=False,
+        ),
+    ] = None,
     served_model_name: options.ServedNames = None,
     sanitize_control_tokens: options.Sanitize = False,
     replicas: Annotated[str, typer.Option(help="How many, such as 2; or the fewest and the most, such as 1-4.")] = "1",
@@ -35,19 +44,17 @@ def deploy(
         raise ValueError(f"deploy needs {error.name}, which is not installed: {extra('ray')}") from None
     from stallfree import policies
     from stallfree.checkpoint.fetch import named
-    from stallfree.core.slo import Slo as Targets
     from stallfree.engine.assemble import Options
 
     least, most = bounds(replicas)
     policies.options(served.policy, served.token_budget, served.policy_option)
     if served.executor != "simulated":
         named(served.model)
-    if served.slo is not None:
-        Targets.parse(served.slo)
-    names, keys = options.names(served_model_name), options.keys(host, api_key, api_key_file)
+    keys = options.keys(host, api_key, api_key_file, tenants=tenants)
+    names, sharing = options.names(served_model_name), options.tenants(tenants, keys, served.slo)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
-    app = application(Options(**vars(served)), names, least, most, max_queue, keys, sanitize_control_tokens)
+    app = application(Options(**vars(served)), names, least, most, max_queue, sharing, sanitize_control_tokens)
     serve.run(app, blocking=True)
 
 

@@ -27,6 +27,7 @@ class Front:
     sanitize_control_tokens: options.Sanitize = False
     tool_parser: options.ToolParser = None
     max_queue: Annotated[int, typer.Option(help="Most waiting requests; one more gets status 429.", min=1)] = 1024
+    on_late: options.OnLate = "refuse"
 
     def keys(self) -> Keys:
         """The keys that open the server. Raises ValueError for keys that cannot be read. See `options.keys` for its warnings."""

@@ -27,7 +27,8 @@ from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.metrics.capacity import Capacity
 from stallfree.metrics.page import page
-from stallfree.metrics.report import Report, report, table
+from stallfree.metrics.report import Report, Targets, by_class, report
+from stallfree.metrics.table import classes, table, tenants
 from stallfree.workload.workload import Arrival
 
 Results = Mapping[str, tuple[Load, Report]]
@@ -58,7 +59,7 @@ class Access:
 
 
 def measure(
-    places: Sequence[Place], access: Access, arrivals: Sequence[Arrival], slo: Slo, rate: float | None
+    places: Sequence[Place], access: Access, arrivals: Sequence[Arrival], slo: Targets, rate: float | None
 ) -> tuple[Results, ValueError | None]:
     """Put `arrivals` on every server in turn; an interruption ends the measurement. Returns the results, and the error of a server
     that failed after others were measured. Raises ValueError if the first server fails.
@@ -113,8 +114,8 @@ def follow(client: Client, dialect: Dialect, arrivals: Sequence[Arrival], name: 
 
 
 def show(results: Results) -> None:
-    """Print the runs as a table."""
-    print_grid(table({name: report for name, (_, report) in results.items()}))
+    """Print the runs as tables."""
+    print_reports({name: report for name, (_, report) in results.items()})
 
 
 def end(results: Results, error: ValueError | None) -> None:
@@ -153,13 +154,27 @@ def check_page(file: Path | None) -> None:
     outputs.check(file, "--html")
 
 
-def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Slo) -> None:
+def write_page(file: Path, results: Results, facts: Mapping[str, Any], slo: Targets) -> None:
     about = [", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)]
     about += [f"{name}: {run.server}" for name, (run, _) in results.items()]
     about.append(f"SLO {slo}" if slo != Slo() else "no SLO")
     problems = [f"{name} is not valid: {problem}" for name, (run, _) in results.items() for problem in run.problems]
     runs = {name: (report, run.lines) for name, (run, report) in results.items()}
-    outputs.write_page(file, page(f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}", about, problems, runs, slo))
+    title = f"stallfree bench, {time.strftime('%Y-%m-%d %H:%M')}"
+    outputs.write_page(file, page(title, about, problems, runs, by_class(slo).default))
+
+
+def print_reports(reports: Mapping[str, Report]) -> None:
+    """Print reports side by side, then what `print_parts` does."""
+    print_grid(table(reports))
+    print_parts(reports)
+
+
+def print_parts(reports: Mapping[str, Report]) -> None:
+    """Print a row for each class, and one for each tenant, if there are any."""
+    for rows in (classes(reports), tenants(reports)):
+        if rows:
+            print_grid(rows)
 
 
 def print_grid(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:

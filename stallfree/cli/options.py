@@ -13,24 +13,43 @@ import typer
 
 if TYPE_CHECKING:
     from stallfree.server.keys import Keys
+    from stallfree.server.tenants import Tenants
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine can reach."""
 
 
-def keys(host: str, key: str | None, file: Path | None) -> Keys:
+def keys(host: str, key: str | None, file: Path | None, *, tenants: Path | None = None) -> Keys:
     """The keys of --api-key and --api-key-file. Prints a warning if other machines can reach `host` without a key, and if others
-    can read the file. Raises ValueError for keys that cannot be read.
+    can read the file. The file of --tenants always has keys. Raises ValueError for keys that cannot be read.
     """
-    from stallfree.server.keys import Keys, open_to_others
+    from stallfree.server.keys import Keys
 
     keys = Keys.of(key, file)
-    if not keys and host not in LOOPBACK:
+    if not keys and tenants is None and host not in LOOPBACK:
         remedy = "set STALLFREE_API_KEY (or --api-key, --api-key-file)"
         typer.echo(f"warning: --host {host} without an API key lets in all who can reach it; {remedy}", err=True)
-    if file is not None and open_to_others(file):
-        typer.echo(f"warning: all users of this machine can read or change --api-key-file {file}; run `chmod 600 {file}`", err=True)
+    _warn_if_open("--api-key-file", file)
     return keys
+
+
+def tenants(file: Path | None, keys: Keys, slo: str | None) -> Tenants:
+    """The tenants in the `file` of --tenants. Their keys open the server together with `keys`. `slo`: the words of --slo, which
+    have the classes. Raises ValueError for a file that cannot be used, and for words that are no targets.
+    """
+    from stallfree.core.classes import Classes
+    from stallfree.server.tenants import Tenants
+
+    tenants = Tenants(file, keys, None if slo is None else Classes.parse(slo))
+    _warn_if_open("--tenants", file)
+    return tenants
+
+
+def _warn_if_open(option: str, file: Path | None) -> None:
+    from stallfree.server.keys import open_to_others
+
+    if file is not None and open_to_others(file):
+        typer.echo(f"warning: all users of this machine can read or change {option} {file}; run `chmod 600 {file}`", err=True)
 
 
 def names(given: Sequence[str] | None) -> tuple[str, ...]:
@@ -92,7 +111,10 @@ Executor = Annotated[str, typer.Option(help="What runs the model: openvino, torc
 Policy = Annotated[str, typer.Option(help="Scheduling policy (see `stallfree list policies`), or ./file.py:Class.")]
 Slo = Annotated[
     str | None,
-    typer.Option(help="Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", show_default="5 small decode iterations"),
+    typer.Option(
+        help="Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms; of several classes: 'chat: ttft=1s; batch: ttlt=10min'.",
+        show_default="5 small decode iterations",
+    ),
 ]
 TokenBudget = Annotated[
     int | None, typer.Option(help="Tokens per iteration, for policies that take a budget.", show_default="the policy's")
@@ -147,6 +169,18 @@ ServersKey = Annotated[
 KeyFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Keys of clients, one a line: name:key or name:sha256=HEX.", show_default=False),
+]
+TenantsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Tenants with keys, weights, classes and limits (TOML); SIGHUP reads it again.", show_default=False
+    ),
+]
+OnLate = Annotated[
+    Literal["refuse", "serve"],
+    typer.Option(
+        help="Requests whose first token would miss the target for ttft: refused with status 429 and the predicted time, or served."
+    ),
 ]
 ServedNames = Annotated[
     list[str] | None,

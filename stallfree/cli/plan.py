@@ -32,7 +32,7 @@ RATES = (0.6, 0.8, 0.95, 1.1, 1.3)
 def plan(
     site: Site,
     traffic: Traffic,
-    slo: Annotated[str, typer.Option(help="Latency targets, such as ttft=2s@p90,tbt=100ms@p99.")],
+    slo: Annotated[str, typer.Option(help="Latency targets, such as ttft=2s@p90,tbt=100ms@p99; or of classes, as for `simulate`.")],
     trace: words.Trace = None,
     as_json: options.Json = False,
     html: options.Html = None,
@@ -44,7 +44,7 @@ def plan(
 
     from stallfree.cli import measuring, outputs
     from stallfree.cli.simulate import running
-    from stallfree.core.slo import Slo
+    from stallfree.core.classes import Classes
     from stallfree.metrics.page import plan_page
     from stallfree.planner.candidates import Candidates
     from stallfree.planner.commands import cross_check
@@ -55,9 +55,11 @@ def plan(
 
     measuring.check_page(html)
     traffic = words.traced(traffic, trace)
-    targets = Slo.parse(slo)
-    if targets.ttft is None:
-        raise ValueError(f"a KV transfer delays first tokens, and {slo} has no target for them; add one: ttft=2s@p90,{slo}")
+    targets = Classes.parse(slo)
+    first = targets.default
+    if first.ttft is None:
+        raise ValueError(f"a KV transfer delays first tokens, and {first} has no target for them; add one: ttft=2s@p90,{first}")
+    words.check_classes(traffic, targets)
     candidates = Candidates(site)
     traffic = _fitting(traffic, min(shape.capacity.max_model_len for shape in candidates.shapes.values()))
     answer = search(candidates, traffic, targets, running, lambda line: typer.echo(line, err=True))
@@ -72,7 +74,7 @@ def plan(
     if advice.dollars is not None:
         lines.append(f"${advice.dollars:.2f} per million output tokens at capacity.")
     sources, lengths = known(site, answer, traffic), Lengths.of(traffic)
-    other = cross_check(site, lengths.prompt, lengths.output, targets)
+    other = cross_check(site, lengths.prompt, lengths.output, first)
     about = ["How much of this is known:", *(f"- {what}: {source}" for what, source in sources.items())]
     if other is not None:
         about.append(f"- another tool's answer, for mean lengths without bursts: {other}")
@@ -84,7 +86,7 @@ def plan(
         typer.echo(json.dumps(result | {"attainment": attained}))
     if html is not None:
         facts = [time.strftime("%Y-%m-%d %H:%M"), question, *lines, *advice.commands, *about]
-        outputs.write_page(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, targets))
+        outputs.write_page(html, plan_page(f"stallfree plan: {planned}", facts, rows, points, first))
     if not as_json:
         typer.echo(question)
         measuring.print_grid(rows)

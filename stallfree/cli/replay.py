@@ -1,12 +1,20 @@
 """`stallfree replay`: runs a recorded run through the scheduler again, unchanged or with another policy, SLO or budget."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stallfree.cli import options
+
+if TYPE_CHECKING:
+    from stallfree.core.classes import Classes
+    from stallfree.core.record import StepRecord
+    from stallfree.core.slo import Slo
 
 
 def replay(
@@ -24,10 +32,10 @@ def replay(
     """
 
     from stallfree import policies
-    from stallfree.cli.measuring import print_grid
+    from stallfree.cli.measuring import print_reports
     from stallfree.core.slo import Slo
     from stallfree.engine.recording import load
-    from stallfree.metrics.report import report, table
+    from stallfree.metrics.report import report
     from stallfree.metrics.timeline import timelines
     from stallfree.sim.replay import Machine, difference, policy_of, what_if
 
@@ -54,11 +62,22 @@ def replay(
         "the same, simulated": what_if(run, records, machine, run.policy, getattr(policy_of(run), "slo", None), run.options or {}),
         "what if": what_if(run, records, machine, policy or run.policy, targets, changed),
     }
-    reports = {name: report(timelines(steps).values(), targets) for name, steps in runs.items()}
+    judged_by = _classes(targets, records)
+    reports = {name: report(timelines(steps).values(), judged_by) for name, steps in runs.items()}
     median, p90 = machine.errors.median, machine.errors.p90
     if as_json:
         typer.echo(json.dumps({"model_error": {"median": median, "p90": p90}, "runs": {n: asdict(r) for n, r in reports.items()}}))
         return
     typer.echo(f"what if: policy {policy or run.policy}, {targets or 'no SLO'}{f', {token_budget} tokens' if token_budget else ''}")
-    print_grid(table(reports))
+    print_reports(reports)
     typer.echo(f"iteration times: a model fitted to the record, error {median:.1%} at the median, {p90:.1%} at p90")
+
+
+def _classes(targets: Slo | None, records: Sequence[StepRecord]) -> Classes:
+    """What requests are judged by: `targets`, or those of their class as recorded."""
+    from stallfree.core.classes import Classes
+    from stallfree.core.slo import Slo
+
+    own = {arrived.id: arrived.slo for step in records for arrived in step.arrived}
+    named = {name: Slo.parse(own[id]) for step in records for id, name in step.classes if own[id]}
+    return Classes({"": targets or Slo()} | named)

@@ -1,4 +1,4 @@
-"""`stallfree route`: one address for several decode servers, which also chooses each request's prefill engine. It has no engine."""
+"""`stallfree route`: one address for several servers. It chooses each request's server and prefill engine, and has no engine."""
 
 from typing import Annotated
 
@@ -25,7 +25,10 @@ def route(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
 ) -> None:
-    """Pass each request on to the decode server with the fewest, until SIGTERM or Ctrl-C. The servers check API keys."""
+    """Pass each request on to the server that forecasts the earliest first token, until SIGTERM or Ctrl-C.
+
+    Servers without a forecast get requests by how few they have. The servers check API keys.
+    """
     from stallfree.server.route import Router, create_router
     from stallfree.server.run import bind, run
     from stallfree.transfer.terms import address

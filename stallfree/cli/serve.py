@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from stallfree.engine.assemble import Assembled
     from stallfree.server.service import Service
+    from stallfree.server.tenants import Tenants
 
 Role = Literal["both", "prefill", "decode"]
 ROLES = {"prefill": "asked at", "decode": "asks"}
@@ -64,6 +65,7 @@ def serve(
     peering: Peering,
     web: Web,
     logging: Logging,
+    tenants: options.TenantsFile = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
@@ -77,19 +79,22 @@ def serve(
     from stallfree.engine.recording import RecordFile
     from stallfree.parsers import formats
     from stallfree.server.app import create_app
-    from stallfree.server.run import run
+    from stallfree.server.run import Hangups, run
     from stallfree.server.traces import exporter_to
-    from stallfree.transfer.terms import Terms, address
+    from stallfree.transfer.terms import address
 
     addresses = peering.addresses()
     outputs.check(record, "--record")
-    names, keys, origins, tls = options.names(front.served_model_name), front.keys(), web.origins(), web.tls()
+    names, origins, tls = options.names(front.served_model_name), web.origins(), web.tls()
+    keys = options.keys(front.host, front.api_key, front.api_key_file, tenants=tenants)
+    sharing = options.tenants(tenants, keys, served.slo)
     if front.tool_parser is not None:
         formats.named(front.tool_parser)
     logging.configure()
     sock, peer_sock = _bound(front, peering)  # before the model loads, so that a port in use costs no time
     exporter = None if otlp_endpoint is None else exporter_to(otlp_endpoint)
     with ExitStack() as stack:
+        hangups = None if tenants is None else stack.enter_context(Hangups(sharing.reload))
         file = None if record is None else stack.enter_context(closing(RecordFile(record)))
         assembled = assemble(
             Options(**vars(served)),
@@ -97,28 +102,25 @@ def serve(
             say=lambda line: typer.echo(line, err=True),
             progress=options.progress("calibrating"),
         )
-        service = _service(assembled, front, names or (assembled.name,), served.policy, exporter)
+        service = _service(assembled, front, sharing, names or (assembled.name,), served.policy, exporter)
         if service.traces is not None:
             stack.enter_context(closing(service.traces))
         if file is not None:
             file.begin(assembled.run)
             service.observers.append(lambda step, _: file.write(step))
-        if addresses or peer_sock is not None:
-            terms = Terms.of(assembled.engine.executor, assembled.identity)
-            if addresses:
-                service.ask(addresses, terms, peering.peer_key)
-            if peer_sock is not None:
-                service.serve(peer_sock, terms, peering.peer_key)
+        _peer(service, assembled, addresses, peer_sock, peering.peer_key)
         url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
         _print_card(_card(assembled, service, peering, url, peer_sock), as_json)
         service.start_helpers()
-        app = create_app(service, keys=keys, allow_origins=origins, log_requests=logging.log_requests)
-        run(app, service.thread, sock, drain_timeout_s=drain_timeout, tls=tls)
+        app = create_app(service, keys=sharing, allow_origins=origins, log_requests=logging.log_requests)
+        run(app, service.thread, sock, drain_timeout_s=drain_timeout, tls=tls, hangups=hangups)
     if service.thread.failure is not None:
         raise typer.Exit(1)
 
 
-def _service(assembled: Assembled, front: Front, names: tuple[str, ...], policy: str, exporter: SpanExporter | None) -> Service:
+def _service(
+    assembled: Assembled, front: Front, tenants: Tenants, names: tuple[str, ...], policy: str, exporter: SpanExporter | None
+) -> Service:
     from stallfree.server.service import Service
 
     return Service(
@@ -126,12 +128,27 @@ def _service(assembled: Assembled, front: Front, names: tuple[str, ...], policy:
         names[0],
         policy=policy,
         slo=assembled.slo,
+        classes=assembled.classes,
+        tenants=tenants,
         max_queue=front.max_queue,
+        serve_late=front.on_late == "serve",
         exporter=exporter,
         sanitize_control_tokens=front.sanitize_control_tokens,
         aliases=names[1:],
         tool_format=front.tool_parser,
     )
+
+
+def _peer(
+    service: Service, assembled: Assembled, addresses: list[tuple[str, int]], peer_sock: socket.socket | None, key: str
+) -> None:
+    """Let the engines at `addresses` prefill, or prefill for the engines that connect to `peer_sock`."""
+    from stallfree.transfer.terms import Terms
+
+    if addresses:
+        service.ask(addresses, Terms.of(assembled.engine.executor, assembled.identity), key)
+    if peer_sock is not None:
+        service.serve(peer_sock, Terms.of(assembled.engine.executor, assembled.identity), key)
 
 
 def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket | None]:
@@ -161,6 +178,7 @@ def _card(assembled: Assembled, service: Service, peering: Peering, url: str, pe
         "policy": service.live.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
         "slo_basis": assembled.slo_basis or None,
+        "classes": {name: str(slo) for name, slo in service.classes.items() if name},
         "sampling": service.sampling,
         "token_budget": getattr(service.engine.scheduler.policy, "token_budget", None),
         "url": url,
@@ -187,6 +205,7 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
         **({"also named": ", ".join(card["names"][1:])} if card["names"][1:] else {}),
         "KV cache": kv,
         "policy": f"{card['policy']}{budget}{slo}",
+        **({"classes": "; ".join(f"{name}: {slo}" for name, slo in card["classes"].items())} if card["classes"] else {}),
         **({} if card["slo_basis"] is None else {"target": str(card["slo_basis"])}),
         **({"sampling": f"{sampling}, unless a request says otherwise"} if sampling else {}),
         **({} if card["role"] == "both" else {"role": f"{card['role']}, {ROLES[str(card['role'])]} {card['peers']}"}),

@@ -67,7 +67,7 @@ def simulate(
     from stallfree.cli import measuring, outputs
     from stallfree.core.slo import Slo
     from stallfree.metrics.page import page
-    from stallfree.metrics.report import Tally, table
+    from stallfree.metrics.report import Tally
     from stallfree.metrics.timeline import Timeline
     from stallfree.sim import chrome
 
@@ -79,7 +79,7 @@ def simulate(
         raise ValueError(f"a record is of one replica, not of {deployment.replicas}; leave out --record or --replicas")
     traffic = words.traced(traffic, trace).ending(REQUESTS)
     simulator = _simulator(deployment, traffic)
-    targets = simulator.targets or Slo()
+    targets = simulator.classes or Slo()
     tally, lines, keeps = Tally(targets), list[Timeline](), html is not None or requests_out is not None
 
     def ended(line: Timeline) -> None:
@@ -101,13 +101,13 @@ def simulate(
     if html is not None:
         facts = [simulator.instance.about, _words(_settings(deployment)), _words(traffic.facts(requests))]
         title = f"stallfree simulate, {time.strftime('%Y-%m-%d %H:%M')}"
-        outputs.write_page(html, page(title, facts, [], {name: (report, lines)}, targets))
+        outputs.write_page(html, page(title, facts, [], {name: (report, lines)}, simulator.targets or Slo()))
     dollars = simulator.dollars_per_million(report)
     if as_json:
         more = {"iterations": run.iterations, "bubbles": run.bubbles, "dollars_per_million_tokens": dollars}
         typer.echo(json.dumps({"deployment": _settings(deployment), "workload": traffic.facts(requests)} | more | asdict(report)))
         return
-    measuring.print_grid(table({name: report}))
+    measuring.print_reports({name: report})
     typer.echo(_summary(simulator, run, dollars))
     if deployment.prefix_cache and not report.cached_tokens:
         typer.echo("The prefix cache had no hits. A trace with hash_ids says what prompts share.")
@@ -136,7 +136,7 @@ def capacity(
     """
 
     from stallfree.cli import measuring
-    from stallfree.core.slo import Slo
+    from stallfree.core.classes import Classes
 
     deployments = words.configurations(context, deployment, policies or [])
     traffic = words.traced(traffic, trace).ending(REQUESTS)
@@ -153,7 +153,7 @@ def capacity(
             row = {"rate": rate, "seed": seed, "passed": not why, "why": why, "dollars_per_million_tokens": cost}
             rows_of[name].append(row | asdict(report))
 
-        cases = {name: (traffic, Slo.parse(each.slo or ""), start) for name, each in deployments.items()}
+        cases = {name: (traffic, Classes.parse(each.slo or ""), start) for name, each in deployments.items()}
         capacities = pool.capacities(cases, tell, tolerance=tolerance, most_trials=trials, shortest_s=shortest)
     if as_json:
         answers = {
@@ -191,6 +191,7 @@ def compare(
     """
 
     from stallfree.cli import measuring, outputs
+    from stallfree.core.classes import Classes
     from stallfree.core.slo import Slo
     from stallfree.metrics.page import loads_page
 
@@ -200,7 +201,7 @@ def compare(
     simulators = {name: _simulator(each, traffic) for name, each in deployments.items()}
     with running(simulators, len(simulators) * len(loads)) as pool:
         cases = {
-            (name, rate): (name, traffic, rate, traffic.seed, Slo.parse(each.slo) if each.slo else Slo())
+            (name, rate): (name, traffic, rate, traffic.seed, Classes.parse(each.slo) if each.slo else Slo())
             for rate in loads
             for name, each in deployments.items()
         }
@@ -219,6 +220,7 @@ def compare(
         outputs.write_page(html, loads_page(f"stallfree compare, {time.strftime('%Y-%m-%d %H:%M')}", about, rows, reports))
     if not as_json:
         measuring.print_grid(rows)
+        measuring.print_parts({f"{name}, {rate:g}/s": report for (name, rate), report in reports.items()})
 
 
 def _summary(simulator: Simulator, run: Simulation, dollars: float | None) -> str:
@@ -231,11 +233,14 @@ def _summary(simulator: Simulator, run: Simulation, dollars: float | None) -> st
 
 
 def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
-    """A simulator of the deployment. Raises ValueError if it cannot be, or if lengths of `traffic` exceed its context."""
+    """A simulator of the deployment. Raises ValueError if it cannot be, if lengths of `traffic` exceed its context, or if its
+    requests name a class that is not there.
+    """
     from stallfree.sim.simulator import Simulator
 
     simulator = Simulator(deployment, _instance(deployment))
     traffic.workload.lengths.check(simulator.instance.capacity.max_model_len)
+    words.check_classes(traffic, simulator.classes)
     return simulator
 
 
@@ -308,7 +313,7 @@ def _words(facts: Mapping[str, Any]) -> str:
 
 def _figures(report: Report, hits: bool) -> list[str]:
     """Cells of a table. `hits`: one of them is the share of prompt tokens from the prefix cache."""
-    from stallfree.metrics.report import cached_share
+    from stallfree.metrics.table import cached_share
 
     ttft, tbt = report.ttft_s, report.tbt_s
     times = ["-", "-"] if ttft is None else [f"{ttft.p50:.3g}", f"{ttft.p99:.3g}"]

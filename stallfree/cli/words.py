@@ -21,6 +21,7 @@ from stallfree.core.nearest import nearest
 from stallfree.workload.traffic import Traffic
 
 if TYPE_CHECKING:
+    from stallfree.core.classes import Classes
     from stallfree.sim.deployment import Deployment
 
 ENGINE = "An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023."
@@ -44,6 +45,11 @@ HELP: dict[str, tuple[str, str | None]] = {
     "requests": ("How many requests.", "200; simulated 2,048; all of a trace"),
     "duration": ("Seconds of arrivals, instead of a number of requests.", "none"),
     "seed": ("The same seed draws the same arrivals and lengths.", None),
+    "mix": (
+        "Whose the requests are: 'acme: 75% class=interactive; crawler: 25% class=batch priority=1'. A .csv may say it itself, in "
+        "columns tenant, class and priority.",
+        "nobody's",
+    ),
     # Deployment
     "model": ("A name of `stallfree list models`, or a Hugging Face config.json.", "none"),
     "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu, as calibrated.", None),
@@ -57,7 +63,12 @@ HELP: dict[str, tuple[str, str | None]] = {
     "policy": ("Scheduling policy (see `stallfree list policies`), or ./file.py:Class.", None),
     "policy_option": ("An option of the policy, as NAME=VALUE. May be given several times.", "none"),
     "token_budget": ("Tokens per iteration, for policies that take a budget.", "the policy's"),
-    "slo": ("Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms.", "none; with policy slo, 5 small decode iterations"),
+    "slo": (
+        "Latency targets, as tbt=100ms@p99 or ttft=2s@p90,tpot=50ms; or of classes, the first for requests without one: "
+        "'interactive: ttft=1s,tbt=50ms; batch: ttlt=10min'.",
+        "none; with policy slo, 5 small decode iterations",
+    ),
+    "tenant_weights": ("Tenants' weights: acme=3,crawler=1.", "1 each"),
     "max_seqs": ("Most requests running at once.", None),
     "max_tokens": ("Most tokens in one iteration, whatever the policy.", None),
     "max_model_len": ("Longest request, in tokens, prompt and output.", "the model's context"),
@@ -70,7 +81,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "nodes": ("Nodes with these devices.", None),
     "link": ("Link between nodes, one port each: ib-400g, ib-200g, ib-100g, eth-100g, eth-25g, eth-10g.", None),
     "replicas": ("Copies of the engine, each on its own devices.", None),
-    "router": ("Which replica a request goes to: round-robin, least-loaded, shortest-queue, prefix-affinity.", None),
+    "router": ("Which replica a request goes to: round-robin, least-loaded, shortest-queue, prefix-affinity, least-ttft.", None),
     "prefix_cache": ("Share the KV of equal prompt beginnings.", None),
 }
 """The help of each field, and the words that --help shows for a default of None."""
@@ -252,6 +263,16 @@ def traced(traffic: Traffic, trace: Path | None) -> Traffic:
     if (traffic.arrivals, traffic.lengths) != (usual.arrivals, usual.lengths):
         raise ValueError("--trace has arrivals and lengths of its own; give it alone, or --arrivals and --lengths without it")
     return replace(traffic, arrivals="trace", lengths=str(trace))
+
+
+def check_classes(traffic: Traffic, targets: Classes | None) -> None:
+    """Raises ValueError for a class that requests of `traffic` name, and `targets` do not have."""
+    from stallfree.core.classes import Classes
+    from stallfree.core.slo import Slo
+
+    known = targets or Classes({"": Slo()})
+    for name in sorted(traffic.workload.classes):
+        known.find(name)
 
 
 def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:

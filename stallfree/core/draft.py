@@ -4,7 +4,7 @@ A draft enforces the engine's limits and keeps the KV accounts, so a policy cann
 limit. A draft chooses nothing itself.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
@@ -97,9 +97,19 @@ class Draft:
         """Those with a waiting request."""
         return self._ledger.queue.lanes
 
+    @property
+    def queue_version(self) -> tuple[int, int]:
+        """Another one whenever the waiting requests are others."""
+        return self._ledger.queue.version
+
     def first(self, lane: Lane, most: int = 1) -> list[Request]:
         """The first `most` waiting requests of a lane, in order."""
         return self._ledger.queue.first(lane, most)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests have KV as may run."""
+        return self._ledger.full
 
     @property
     def kv_tokens(self) -> int:
@@ -136,9 +146,8 @@ class Draft:
 
     def decode_all(self, but: Collection[Request] = ()) -> None:
         """`decode` for every ready decode that is not in `but`, in order."""
-        for request in self.decoding:
-            if request not in but:
-                self.decode(request)
+        for request in [r for r in self.decoding if r not in but] if but else self.decoding:
+            self.decode(request)
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""
@@ -182,21 +191,18 @@ class Draft:
         self._write(request, size)
         return size
 
-    def displace(self, request: Request, victims: Iterable[Request], count: int) -> int:
-        """`admit` a request for which there is no room, after preempting as many of the `victims` as this takes, in their order.
-        Victims in flight stay. If all together would not make room, none is preempted. Returns the tokens of its chunk, or 0.
+    def displace(self, request: Request, victims: Collection[Request], count: int) -> int:
+        """Preempt the `victims`, and `admit` a request in their place. If one of them is in flight, or all together would not make
+        room, nothing happens. Returns the tokens of the request's chunk, or 0.
         """
         ledger = self._ledger
         size = ledger.pool.block_size
-        possible = [v for v in victims if v.status is RUNNING and not v.in_flight and v is not request]
-        free = ledger.pool.num_free + sum([len(v.blocks) for v in possible])
-        if not possible or free - ledger.watermark < -(-request.num_tokens // size):
+        free = ledger.pool.num_free + sum([len(v.blocks) for v in victims]) - ledger.watermark
+        if any(v.in_flight for v in victims) or free < -(-request.num_tokens // size):
             return 0
-        for victim in possible:
+        for victim in victims:
             self.preempt(victim)
-            if taken := self.admit(request, count):
-                return taken
-        return 0
+        return self.admit(request, count)
 
     def relegate(self, request: Request, relegated: bool = True) -> None:
         """Put a request among those whose targets cannot be met any more, or take it out again. This moves it to another lane."""

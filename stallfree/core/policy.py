@@ -85,6 +85,34 @@ class Learner(Policy, Protocol):
         """`plan` ran without error and ended at `now` (s). `requests` are those of its work, before the result is applied."""
 
 
+class Guess(Protocol):
+    """Guesses the lengths of answers."""
+
+    def left(self, request: Request) -> float:
+        """Tokens that the request's answer will still have, on average."""
+
+
+@runtime_checkable
+class Forecasting(Priced, Protocol):
+    """A policy that tells enough of its order and its pace to forecast first tokens. Any thread may read it.
+
+    `slo`: the server's targets. `share`: the share of the time that prefill gets while it wants more. `decoding_s`: seconds of the
+    last iteration's decodes. `crowding`: from 0 to 1, how often of late requests were kept out for want of room, not of time.
+    """
+
+    slo: Slo
+    answers: Guess
+    share: float
+    decoding_s: float
+    crowding: float
+
+    def targets(self, request: Request) -> Slo:
+        """The targets of a request, completed by the server's."""
+
+    def first_due(self, request: Request) -> float:
+        """When its first token is due (s)."""
+
+
 class CostModel(Protocol):
     """Predicts how many seconds an iteration takes."""
 

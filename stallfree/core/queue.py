@@ -30,6 +30,11 @@ class Queue:
         """Those with a waiting request."""
         return self._waiting.keys()
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one after each change."""
+        return self._tickets, self._live
+
     def push(self, request: Request) -> None:
         self._tickets += 1
         request.ticket = self._tickets
@@ -56,6 +61,8 @@ class Queue:
     def first(self, lane: Lane, most: int = 1) -> list[Request]:
         """The first `most` waiting requests of a lane, in order."""
         heap = self._lanes.get(lane, [])
+        if most == 1 and heap and self.live(heap[0]):
+            return [heap[0][2]]
         entries: list[Entry] = []
         while heap and len(entries) < most:
             entry = heapq.heappop(heap)

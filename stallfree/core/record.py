@@ -15,7 +15,7 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
-RARE = ("extra_rows", "constrained", "scored", "deferred")
+RARE = ("extra_rows", "constrained", "scored", "deferred", "tenants", "classes", "predicted", "refused")
 """Fields of a record that are written only if they hold anything."""
 
 
@@ -38,6 +38,14 @@ class Finished(NamedTuple):
     id: str
     reason: str
     blocks: tuple[int, ...] = ()
+
+
+class Refusal(NamedTuple):
+    """A request that was refused at `t` (s, the run's), before it came to the scheduler: its tenant, and the reason in words."""
+
+    t: float
+    tenant: str
+    why: str
 
 
 class Delivered(NamedTuple):
@@ -119,7 +127,9 @@ class StepRecord:
     since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
     the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids of those in `arrived` that
     are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
-    `deferred`: see `StepResult`.
+    `deferred`: see `StepResult`. `tenants`: (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1.
+    `classes`: (id, class) of those with a class. `predicted`: (id, seconds from its arrival to its first token, as forecast then)
+    of those with a forecast. `refused`: requests that were refused since the last record.
     """
 
     step: int
@@ -148,6 +158,10 @@ class StepRecord:
     constrained: list[str] = field(default_factory=list)
     scored: list[str] = field(default_factory=list)
     deferred: list[str] = field(default_factory=list)
+    tenants: list[tuple[str, str, float]] = field(default_factory=list)
+    classes: list[tuple[str, str]] = field(default_factory=list)
+    predicted: list[tuple[str, float]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -204,6 +218,9 @@ class StepRecord:
             constrained=[r.id for r in arrived if r.constrained],
             scored=[r.id for r in arrived if r.scored],
             deferred=sorted(result.deferred),
+            tenants=[(r.id, r.tenant, r.weight) for r in arrived if r.tenant or r.weight != 1],
+            classes=[(r.id, r.service_class) for r in arrived if r.service_class],
+            predicted=[(r.id, r.predicted) for r in arrived if r.predicted is not None],
         )
 
     def to_json(self) -> str:
@@ -221,10 +238,11 @@ class StepRecord:
         values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "extra_rows"):
+        for name in ("work", "cached", "extra_rows", "tenants", "classes", "predicted"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]
+        values["refused"] = [Refusal(*row) for row in values["refused"]]
         values["finished"] = [Finished(*row)._replace(blocks=tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
 

@@ -48,6 +48,8 @@ class Request:
     one beyond the model, so it is never planned before this is known; its last may be a stop id before `min_tokens`), and `scored`
     (the logits of all its prompt are needed, so it takes no cached prefix, and its chunks are small).
 
+    Whoever admits it writes `predicted` (seconds from its arrival to its first token, as forecast; None: nobody asked).
+
     Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
     (another engine computes its prompt; the KV is not here yet), `num_cached` (prompt tokens found in the prefix cache at the last
@@ -60,8 +62,8 @@ class Request:
     __slots__ = (
         "adapter", "arrival", "blocks", "constrained", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key",
         "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions",
-        "num_shared", "num_tokens", "output", "prefix", "priority", "prompt", "relegated", "root", "salt", "sampling", "scored",
-        "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring", "weight",
+        "num_shared", "num_tokens", "output", "predicted", "prefix", "priority", "prompt", "relegated", "root", "salt",
+        "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +122,7 @@ class Request:
         self.num_preemptions = 0
         self.first_token = inf
         self.last_token = inf
+        self.predicted: float | None = None
         self.relegated = False
         self.key: tuple[Any, ...] = ()
         self.ticket = 0

@@ -16,6 +16,7 @@ from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
 from stallfree.checkpoint.identity import identity
+from stallfree.core.classes import Classes
 from stallfree.core.ledger import Limits
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
@@ -28,7 +29,7 @@ from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted
-from stallfree.policies.slo import SMALL_BATCH, STRICT
+from stallfree.policies.slo import SMALL_BATCH, STRICT, possible
 
 MOST_KV = 4 << 30
 """The default KV cache takes at most this many bytes."""
@@ -51,7 +52,8 @@ class Options:
     """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own). `kv_memory`: bytes (None: a quarter of
     the free memory, at most 4 GiB; on GPUs the rest of `gpu_memory_utilization`, a share of their memory). `token_budget`,
     `max_model_len`: tokens (None: the policy's and the model's own). `policy_option`: the policy's options, each NAME=VALUE.
-    `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens.
+    `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens; of
+    several classes, the policy gets those of the first.
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
     layers. `workers`: who places the ranks. `generation_config`: "auto" takes the sampling values that the model's makers recommend
@@ -84,14 +86,16 @@ class Options:
 @dataclass(frozen=True)
 class Assembled:
     """An engine, and what its server tells about it. `name`: under which the model is served; `weights`: in words; `slo`: the
-    latency targets, if any; `slo_basis`: the source of the default targets in words, "" if the user gave all; `run`: the first line
-    of its record; `identity` of the model: engines may exchange KV only if it is equal.
+    latency targets, if any; `classes`: the targets of each class, if any were given; `slo_basis`: the source of the default targets
+    in words, "" if the user gave all; `run`: the first line of its record; `identity` of the model: engines may exchange KV only if
+    it is equal.
     """
 
     engine: Engine
     name: str
     weights: str
     slo: Slo | None
+    classes: Classes | None
     slo_basis: str
     run: Run
     identity: str
@@ -108,7 +112,8 @@ def assemble(
     checked first. The caller sets `Engine.record`; with `fingerprints`, records hold what replay needs. `say` gets lines for the
     user. `progress` is called during a calibration, if one is needed.
     """
-    targets = None if options.slo is None else Slo.parse(options.slo)
+    classes = None if options.slo is None else Classes.parse(options.slo)
+    targets = None if classes is None else classes.default
     policy_options = policies.options(options.policy, options.token_budget, options.policy_option)
     tuned = policies.wants_setup(options.policy)
     if not tuned:
@@ -128,8 +133,9 @@ def assemble(
     cost, basis = None, ""
     if tuned:
         cost = _cost(executor, key, say, progress)
-        if targets is None or targets.tbt is targets.tpot is None:
+        if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
             basis = _basis(cost, key)
+        _check_possible(classes or {}, cost)
     policy = policies.load(options.policy, Setup(cost, targets), **policy_options)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
@@ -154,7 +160,7 @@ def assemble(
         policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
     )
-    return Assembled(engine, name, weights, slo, basis if slo is not None else "", run, model_identity)
+    return Assembled(engine, name, weights, slo, classes, basis if slo is not None else "", run, model_identity)
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
@@ -182,6 +188,15 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
     model, errors = calibrate.calibrate(executor, progress)
     calibrate.remember(model, errors, key, folder, executor.capacity)
     return model
+
+
+def _check_possible(classes: Mapping[str, Slo], cost: Fitted) -> None:
+    """Raises ValueError for a class with a target that not even a lone request could meet. The policy checks the first class."""
+    for name, slo in list(classes.items())[1:]:
+        try:
+            possible(slo, cost)
+        except ValueError as error:
+            raise ValueError(f"class {name!r}: {error}") from None
 
 
 def _basis(cost: Fitted, key: Mapping[str, object] | None) -> str:

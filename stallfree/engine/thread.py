@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from math import ceil
 from typing import Self
 
+from stallfree.core.policy import Forecasting
 from stallfree.core.request import Refused, Request
 from stallfree.engine.engine import Engine
 from stallfree.engine.prefetch import Transfer
 from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Watch
+from stallfree.qos.forecast import Forecast, Late
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,18 @@ class Unavailable(RuntimeError):
     def __init__(self, message: str, retry_after: int | None = None):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class TooLate(Unavailable):
+    """The request's first token would come too late, and it is refused instead. `late`: by how much."""
+
+    def __init__(self, late: Late):
+        super().__init__(
+            f"the first token would come in about {late.predicted:.2f} s, and its target is {late.target:g} s; try again later, or "
+            "ask to be served late",
+            ceil(late.retry_after),
+        )
+        self.late = late
 
 
 class Outputs:
@@ -76,11 +91,15 @@ class Outputs:
 
 
 class EngineThread:
-    """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; more raise `Unavailable`."""
+    """Owns `engine` from `start` to `close`. At most `max_queue` requests wait for admission; more raise `Unavailable`. `forecast`
+    forecasts first tokens, if the policy tells enough for that.
+    """
 
     def __init__(self, engine: Engine, max_queue: int):
         self.engine = engine
         self.max_queue = max_queue
+        policy = engine.scheduler.policy
+        self.forecast = Forecast(policy) if isinstance(policy, Forecasting) else None
         self.failure: str | None = None
         self._mailbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._streams: dict[str, Outputs] = {}
@@ -120,9 +139,11 @@ class EngineThread:
         *,
         transfer: Callable[[], Transfer | None] = lambda: None,
         watch: Watch | None = None,
+        serve_late: bool = True,
     ) -> Outputs:
         """Queue all `requests` or none. Raises `Unavailable`, or `Refused` if one can never be served. `transfer` makes each
-        request's `Transfer`, if another engine computes its prompt. `reading`, `watch`: see `Engine.submit`.
+        request's `Transfer`, if another engine computes its prompt. `reading`, `watch`: see `Engine.submit`. Without `serve_late`,
+        raises `TooLate` if a first token would miss its target.
 
         Nothing is awaited between the check for room and the queueing, so the queue's limit holds.
         """
@@ -134,6 +155,7 @@ class EngineThread:
             self.engine.scheduler.ledger.validate(request)
         if self.num_waiting + len(requests) > self.max_queue:
             raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
+        self._foresee(requests, serve_late=serve_late)
         outputs = Outputs([r.id for r in requests], self._abort)
         self._idle.clear()
         for request in requests:
@@ -141,6 +163,17 @@ class EngineThread:
             submit = partial(self.engine.submit, request, reading, transfer=transfer(), watch=watch)
             self.call(partial(self._submit, request.id, submit))
         return outputs
+
+    def _foresee(self, requests: Sequence[Request], *, serve_late: bool) -> None:
+        if self.forecast is None:
+            return
+        look = self.engine.scheduler.ledger.pool.look  # it only reads, so it may run beside the engine
+        cached = [look(request) for request in requests]
+        for request, found in zip(requests, cached, strict=True):
+            if not serve_late and (late := self.forecast.late(request, found)) is not None:
+                raise TooLate(late)
+        for request, found in zip(requests, cached, strict=True):
+            self.forecast.enter(request, found)
 
     def _submit(self, id: str, submit: Callable[[], None]) -> None:
         try:
@@ -160,6 +193,8 @@ class EngineThread:
 
     def _forget(self, id: str) -> None:
         self._streams.pop(id, None)
+        if self.forecast is not None:
+            self.forecast.leave(id)
         if not self._streams:
             self._idle.set()
 
@@ -213,6 +248,8 @@ class EngineThread:
         for output in outputs:
             stream = self._streams.get(output.id)
             if stream is not None:
+                if self.forecast is not None:
+                    self.forecast.leave(output.id)
                 stream.put(output)
                 if output.finish_reason is not None:
                     self._forget(output.id)

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from math import floor
 
-from stallfree.core.slo import Slo
-from stallfree.metrics.report import Report
+from stallfree.metrics.report import Report, Targets, by_class
 
 LEAD = 2
 """Trials by which one verdict must lead before a rate is decided."""
 DOUBLINGS = 20
 """At most so many doublings of the first rate: no server is a million times faster than expected."""
 MEDIAN_TTFT_S = 2.0
-"""Seconds that the median scheduling delay may be at most, without a target for TTFT: the paper's limit. A client cannot see that
-delay; then the limit is for the median TTFT. A queue that grows without bound exceeds any limit."""
+"""Seconds that the median scheduling delay may be at most, without a target for TTFT or TTLT: the paper's limit. A client cannot
+see that delay; then the limit is for the median TTFT. A queue that grows without bound exceeds any limit."""
 MOST_FAILED = 0.01
 """Share of requests that may end with an error: a server that refuses half of them can be quick with the others."""
 
@@ -127,7 +126,7 @@ def decide(rate: float, trial: Callable[[float, int], bool], most_trials: int, s
     return Decision(rate, passed, failed)
 
 
-def shortfalls(report: Report, slo: Slo) -> list[str]:
+def shortfalls(report: Report, slo: Targets) -> list[str]:
     """The reasons why a trial fails, in words; empty if it passes."""
     reasons = [
         f"{_below(target.in_time or 0)} within {name}={target.target}"
@@ -135,7 +134,8 @@ def shortfalls(report: Report, slo: Slo) -> list[str]:
         if not target.met
     ]
     name, delay = ("TTFT", report.ttft_s) if report.scheduling_s is None else ("delay of scheduling", report.scheduling_s)
-    if slo.ttft is None and (delay is None or delay.p50 > MEDIAN_TTFT_S):
+    waits = all(each.ttft is each.ttlt is None for each in by_class(slo).values())
+    if waits and (delay is None or delay.p50 > MEDIAN_TTFT_S):
         reasons.append(f"median {name} {'none' if delay is None else f'{delay.p50:.3g} s'}, of at most {MEDIAN_TTFT_S:g} s")
     failed = sum(report.errors.values())
     if failed > MOST_FAILED * (failed + report.completed):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from statistics import median
 
 from stallfree.core.record import Arrived, Run, StepRecord
+from stallfree.metrics.shares import Shares
 from stallfree.metrics.stalls import Stall, StallAccount, Wait
 
 WORST = 5
@@ -40,6 +41,7 @@ class Explained:
             self.waits += account.waits
             self.prefills.append(dict(account.iteration.prefills))
         self.origin = min([records[0].t_plan, *(a.arrival for a in self.arrived.values())])
+        self.shares = Shares(run, records, self.origin)
 
     def on_the_whole(self) -> Iterator[str]:
         """The whole run: what was served, how well, which tokens were late, why, and because of which requests."""
@@ -58,11 +60,15 @@ class Explained:
         if margins:
             spread = f"{min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median"
             yield f"Expected times were multiplied by a margin of {spread}."
+        yield from self.shares.forecasts()
+        yield from self.shares.refused()
+        yield from self.shares.relegations()
         late = [s for s in stalls if s.kind == "late"]
         left_out = len(stalls) - len(late)
         yield f"{_number(left_out, 'ready decode')} left out of iterations, {_number(len(late), 'token')} late."
         for cause, count in Counter(s.cause for s in late).most_common():
             yield f"  {count} late because of {CAUSES[cause]}"
+        yield from self.shares.late(late)
         culprits = Counter(id for s in stalls for id, _ in s.culprits)
         for id, count in culprits.most_common(WORST):
             yield f"  the prompt of {id} ({self._prompt(id)}) delayed {_number(count, 'token')}"
@@ -115,6 +121,9 @@ class Explained:
             yield f"KV transfers delivered since the step before{_list([d.id for d in r.delivered])}."
         if r.recalled:
             yield f"KV transfers failed since the step before; these prompts are computed here{_list(r.recalled)}."
+        for refusal in r.refused:
+            whose = f" of tenant {refusal.tenant}" if refusal.tenant else ""
+            yield f"A request{whose} was refused {self._at(refusal.t)}, because: {refusal.why}"
         for f in r.finished:
             yield f"{f.id} ended: {f.reason}."
         yield f"After it {r.num_running} requests were running and {r.num_waiting} waiting; {r.free_blocks} KV blocks were free."
@@ -127,8 +136,9 @@ class Explained:
         scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
         delivered = [d for r in self.records for d in r.delivered if d.id == a.id]
         tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
-        targets = f", own targets {a.slo}" if a.slo else ""
+        targets = f"{self.shares.whose(a.id)}{f', own targets {a.slo}' if a.slo else ''}"
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{targets}."
+        yield from self.shares.fate(a.id)
         if any(a.id in r.recalled for r in self.records):
             yield "Its KV transfer failed, so this engine computed its prompt."
         if delivered:
@@ -146,6 +156,11 @@ class Explained:
             yield f"{first}; {_number(len(tokens), 'token')} in all{paces}."
         own = [s for of_record in self.stalls for s in of_record if s.id == a.id]
         yield f"{_number(len(own), 'stalled or late token')}{':' if own else '.'}"
+        passed = [s for s in own if s.kind == "left out"]
+        if len(passed) > WORST:
+            last = next(r for r in reversed(self.records) if r.step == passed[-1].step)
+            yield f"  passed over in {len(passed)} iterations, the last one step {last.step}: {last.reason}"
+            own = [s for s in own if s.kind == "late"]
         for s in own:
             yield f"  {self._at(s.t)}, step {s.step}: {s.kind}, {_ms(s.gap_s)} since its token before; {s.words()}"
         blamed = Counter(s.id for of_record in self.stalls for s in of_record for other, _ in s.culprits if other == a.id)

@@ -5,7 +5,8 @@ from html import escape
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.plot import attainment, latencies, loads
-from stallfree.metrics.report import Report, table
+from stallfree.metrics.report import Report
+from stallfree.metrics.table import classes, table, tenants
 from stallfree.metrics.timeline import Timeline
 
 _STYLE = """
@@ -23,15 +24,16 @@ def page(
     title: str, facts: Sequence[str], problems: Sequence[str], runs: Mapping[str, tuple[Report, Sequence[Timeline]]], slo: Slo
 ) -> str:
     """The file's text. `facts`: lines on how the runs were made. `problems`: why they are not valid, if they are not."""
-    rows = table({name: report for name, (report, _) in runs.items()})
-    return _page(title, facts, problems, rows, latencies({name: lines for name, (_, lines) in runs.items()}, slo))
+    reports = {name: report for name, (report, _) in runs.items()}
+    tables = [rows for rows in (table(reports), classes(reports), tenants(reports)) if rows]
+    return _page(title, facts, problems, tables, latencies({name: lines for name, (_, lines) in runs.items()}, slo))
 
 
 def loads_page(title: str, facts: Sequence[str], rows: Sequence[Sequence[str]], reports: Mapping[tuple[str, float], Report]) -> str:
     """The text of a file on several configurations at several rates: a table of `rows`, the first of which are names, and plots of
     the `reports`, by configuration and requests per second.
     """
-    return _page(title, facts, [], rows, loads(reports))
+    return _page(title, facts, [], [rows], loads(reports))
 
 
 def plan_page(
@@ -42,12 +44,10 @@ def plan_page(
     slo: Slo,
 ) -> str:
     """The text of a file on searched deployments: `rows` as in `loads_page`, and their attainments at several rates."""
-    return _page(title, facts, [], rows, attainment(points, slo))
+    return _page(title, facts, [], [rows], attainment(points, slo))
 
 
-def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequence[Sequence[str]], plots: str) -> str:
-    names, *rows = table
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+def _page(title: str, facts: Sequence[str], problems: Sequence[str], tables: Sequence[Sequence[Sequence[str]]], plots: str) -> str:
     paragraphs = [f"<p>{escape(fact)}</p>" for fact in facts] + [f"<p class=problem>{escape(problem)}</p>" for problem in problems]
     return f"""<!doctype html>
 <html lang="en">
@@ -57,11 +57,16 @@ def _page(title: str, facts: Sequence[str], problems: Sequence[str], table: Sequ
 <style>{_STYLE}</style>
 <h1>{escape(title)}</h1>
 {"".join(paragraphs)}
-<div class="wide" tabindex="0"><table>
-<tr>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>
-{cells}</table></div>
-<div class="plots">
+{"".join(map(_table, tables))}<div class="plots">
 {plots}
 </div>
 </html>
 """
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first of the rows has the names of its columns."""
+    names, *others = rows
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in others)
+    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return f'<div class="wide" tabindex="0"><table>\n<tr>{heads}</tr>\n{cells}</table></div>\n'

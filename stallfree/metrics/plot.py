@@ -285,8 +285,9 @@ def _legend(axis: Any) -> None:
 
 
 def _in_time(report: Report, target: str) -> float:
-    """The share of cases within a target; 1 if there is no such target."""
-    return report.slo_attainment[target].in_time or 0.0 if target in report.slo_attainment else 1.0
+    """The share of cases within a target, of several classes with one of the first that has it; 1 if there is no such target."""
+    attained = next((met for name, met in report.slo_attainment.items() if name.split()[-1] == target), None)
+    return 1.0 if attained is None else attained.in_time or 0.0
 
 
 def _svg(axis: Any) -> str:

@@ -7,13 +7,14 @@ records, or a simulator. Times are in seconds.
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.pool import Floats, Pool
 from stallfree.metrics.stalls import LONG_WAIT_S
 from stallfree.metrics.timeline import Timeline
 
@@ -24,7 +25,8 @@ STALL = 5.0
 
 QUANTILES = (50, 90, 99, 100)
 
-Floats = npt.NDArray[np.float64]
+Targets = Slo | Classes
+"""What requests are judged by: the same for all, or for each what its class promises, completed by the first class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,28 @@ class Goodput:
 
 
 @dataclass(frozen=True, slots=True)
+class OfClass:
+    """The requests of one service class that ended or run, by its own targets. The names are those of `Report`. The rate of its
+    `goodput` is over the seconds of the whole run."""
+
+    requests: int
+    ttft_s: Quantiles | None
+    tbt_s: Quantiles | None
+    slo_attainment: dict[str, Attainment]
+    goodput: Goodput | None
+
+
+@dataclass(frozen=True, slots=True)
+class OfTenant:
+    """The requests of one tenant. `tokens`: of prompts whose first token came, and of outputs; `share`: of all tenants' tokens."""
+
+    requests: int
+    tokens: int
+    share: float
+    ttft_s: Quantiles | None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A run in numbers. `completed`: requests with their whole output. `errors`: how many ended otherwise, by kind. `unfinished`:
     how many had not ended. `seconds`: from the first arrival to the last token; `output_tokens_per_s` is over these seconds.
@@ -89,7 +113,9 @@ class Report:
     Over requests: `ttft_s` (with a first token), `tpot_s` (mean gap, with two tokens), `e2e_s` (arrival to last token, completed
     only), `scheduling_s` (arrival to first scheduling, which a client cannot see). `tbt_s`: over the gaps of all requests, pooled.
     `long_waits`: by the target for TTFT, or `LONG_WAIT_S` without one. `slo_attainment`: by the target's name; `goodput`: by all
-    targets together. None: there was no case, or no target.
+    targets together. None: there was no case, or no target. With several classes, a request is judged by its own, and a target's
+    name begins with its class. `classes`: each that has requests, by itself; empty with one. `tenants`: each by itself; empty if
+    none has a name.
     """
 
     completed: int
@@ -110,25 +136,85 @@ class Report:
     long_waits: LongWaits
     slo_attainment: dict[str, Attainment]
     goodput: Goodput | None
+    classes: dict[str, OfClass] = field(default_factory=dict)
+    tenants: dict[str, OfTenant] = field(default_factory=dict)
+
+
+def by_class(targets: Targets | None) -> Classes:
+    """The targets of each class, completed by the first; without classes, of the class ""."""
+    if not isinstance(targets, Classes):
+        return Classes({"": targets or Slo()})
+    return Classes({name: slo.within(targets.default) for name, slo in targets.items()})
 
 
 class Tally:
-    """Adds timelines to a report one by one and keeps none, so that a million of them need little memory."""
+    """Adds timelines to a report one by one and keeps none, so that a million of them need little memory. A request of an unknown
+    class, or of none, is judged by the first class."""
 
-    def __init__(self, slo: Slo | None = None):
-        self._slo = slo or Slo()
+    def __init__(self, targets: Targets | None = None):
+        classes = by_class(targets)
+        self._first = next(iter(classes))
+        several = len(classes) > 1
+        self._whole = _Tally(Slo() if several else classes.default)
+        self._classes = {name: _Tally(slo) for name, slo in classes.items()} if several else {}
+        self._tenants: dict[str, _Tenant] = {}
+
+    def add(self, line: Timeline) -> None:
+        self._whole.add(line)
+        tenant = self._tenants.get(line.tenant) or self._tenants.setdefault(line.tenant, _Tenant())
+        tenant.add(line)
+        if self._classes:
+            self._classes[line.service_class if line.service_class in self._classes else self._first].add(line)
+
+    def report(self, nominal_rate: float | None = None) -> Report:
+        """The report of all timelines so far."""
+        report = self._whole.report(nominal_rate)
+        if self._classes:
+            parts = {name: tally.part(report.seconds) for name, tally in self._classes.items() if tally.requests}
+            attainment = {f"{name} {target}": met for name, part in parts.items() for target, met in part.slo_attainment.items()}
+            ended, good = self._whole.ended, sum(tally.good for tally in self._classes.values())
+            goodput = _goodput(good, ended, report.seconds) if attainment else None
+            report = replace(report, slo_attainment=attainment, goodput=goodput, classes=parts)
+        if self._tenants.keys() - {""}:
+            tokens = max(1, sum(tenant.tokens for tenant in self._tenants.values()))
+            report = replace(report, tenants={name: tenant.part(tokens) for name, tenant in self._tenants.items()})
+        return report
+
+
+class _Tenant:
+    """Adds the timelines of one tenant."""
+
+    def __init__(self) -> None:
+        self.tokens = self._requests = 0
+        self._firsts = array("d")
+
+    def add(self, line: Timeline) -> None:
+        self._requests += 1
+        if line.tokens:
+            self.tokens += line.prompt_tokens + len(line.tokens)
+            self._firsts.append(line.tokens[0] - line.arrival)
+
+    def part(self, all_tokens: int) -> OfTenant:
+        return OfTenant(self._requests, self.tokens, self.tokens / all_tokens, _quantiles(np.array(self._firsts)))
+
+
+class _Tally:
+    """Adds the timelines of requests with the same targets. `requests`: how many; `good`: how many met all targets."""
+
+    def __init__(self, slo: Slo):
+        self._slo = slo
         self._arrivals, self._firsts, self._paces, self._whole = array("d"), array("d"), array("d"), array("d")
         self._delays, self._in_vain = array("d"), array("d")
-        self._gaps = _Pool()
+        self._gaps = Pool()
         self._reasons: Counter[str] = Counter()
-        self._lines = self._prompt_tokens = self._output_tokens = self._lost = 0
+        self.requests = self._prompt_tokens = self._output_tokens = self._lost = 0
         self._cached_tokens: int | None = None
         self._last = 0.0
-        self._due = self._late = self._good = self._whole_late = 0
+        self._due = self._late = self.good = self._whole_late = 0
 
     def add(self, line: Timeline) -> None:
         tokens, slo = np.array(line.tokens), self._slo
-        self._lines += 1
+        self.requests += 1
         self._arrivals.append(line.arrival)
         self._prompt_tokens += line.prompt_tokens
         if line.cached is not None:
@@ -165,15 +251,46 @@ class Tally:
             late = line.reason not in COMPLETED or not len(tokens) or line.tokens[-1] - line.arrival > slo.ttlt.seconds
             self._whole_late += late
             good = good and not late
-        self._good += good
+        self.good += good
+
+    @property
+    def ended(self) -> int:
+        return self._reasons.total()
 
     def report(self, nominal_rate: float | None = None) -> Report:
-        """The report of all timelines so far."""
         slo, gaps, firsts = self._slo, self._gaps, np.array(self._firsts)
         arrivals = np.sort(self._arrivals)
         seconds = self._last - float(arrivals[0]) if self._output_tokens else 0.0
-        ended = self._reasons.total()
-        attainment = {}
+        attainment = self._attained()
+        return Report(
+            completed=sum(self._reasons[reason] for reason in COMPLETED),
+            errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},
+            unfinished=self.requests - self.ended,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            seconds=seconds,
+            output_tokens_per_s=self._output_tokens / seconds if seconds else 0.0,
+            request_rate=Rate(nominal_rate, _rate(arrivals)),
+            ttft_s=_quantiles(firsts),
+            tbt_s=_pooled(gaps),
+            tpot_s=_quantiles(np.array(self._paces)),
+            e2e_s=_quantiles(np.array(self._whole)),
+            scheduling_s=_quantiles(np.array(self._delays)),
+            stalls=_stalls(gaps, slo.tbt),
+            long_waits=_long_waits(np.concatenate([firsts, self._in_vain]), slo.ttft),
+            slo_attainment=attainment,
+            goodput=_goodput(self.good, self.ended, seconds) if attainment else None,
+        )
+
+    def part(self, seconds: float) -> OfClass:
+        """These requests as a part of a run of so many `seconds`."""
+        attainment = self._attained()
+        goodput = _goodput(self.good, self.ended, seconds) if attainment else None
+        return OfClass(self.requests, _quantiles(np.array(self._firsts)), _pooled(self._gaps), attainment, goodput)
+
+    def _attained(self) -> dict[str, Attainment]:
+        slo, gaps, firsts, attainment = self._slo, self._gaps, np.array(self._firsts), {}
         if slo.ttft:
             late = self._lost + int((firsts > slo.ttft.seconds).sum())
             attainment["ttft"] = _attainment(slo.ttft, late, len(firsts) + self._lost)
@@ -182,30 +299,11 @@ class Tally:
         if slo.tpot:
             attainment["tpot"] = _attainment(slo.tpot, self._late, self._due)
         if slo.ttlt:
-            attainment["ttlt"] = _attainment(slo.ttlt, self._whole_late, ended)
-        return Report(
-            completed=sum(self._reasons[reason] for reason in COMPLETED),
-            errors={reason: n for reason, n in self._reasons.most_common() if reason not in COMPLETED},
-            unfinished=self._lines - ended,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            output_tokens=self._output_tokens,
-            seconds=seconds,
-            output_tokens_per_s=self._output_tokens / seconds if seconds else 0.0,
-            request_rate=Rate(nominal_rate, _rate(arrivals)),
-            ttft_s=_quantiles(firsts),
-            tbt_s=Quantiles(*gaps.percentiles(QUANTILES)) if gaps.size else None,
-            tpot_s=_quantiles(np.array(self._paces)),
-            e2e_s=_quantiles(np.array(self._whole)),
-            scheduling_s=_quantiles(np.array(self._delays)),
-            stalls=_stalls(gaps, slo.tbt),
-            long_waits=_long_waits(np.concatenate([firsts, self._in_vain]), slo.ttft),
-            slo_attainment=attainment,
-            goodput=Goodput(self._good / ended, self._good / seconds) if attainment and ended and seconds else None,
-        )
+            attainment["ttlt"] = _attainment(slo.ttlt, self._whole_late, self.ended)
+        return attainment
 
 
-def report(lines: Iterable[Timeline], slo: Slo | None = None, nominal_rate: float | None = None) -> Report:
+def report(lines: Iterable[Timeline], slo: Targets | None = None, nominal_rate: float | None = None) -> Report:
     """The report of `lines`. A request that ended before its first token is late for `ttft`, however soon it ended. Under `tpot`
     the token after i others is due i times the target after the first one was due by `ttft`; without `ttft`, after it came.
     """
@@ -213,51 +311,6 @@ def report(lines: Iterable[Timeline], slo: Slo | None = None, nominal_rate: floa
     for line in lines:
         tally.add(line)
     return tally.report(nominal_rate)
-
-
-def table(reports: Mapping[str, Report]) -> list[list[str]]:
-    """Reports side by side as text: a row of their names, then a row for each figure. Times are in milliseconds."""
-    each = list(reports.values())
-    rows = [
-        ["", *reports],
-        ["completed", *(str(r.completed) for r in each)],
-        ["errors", *(", ".join(f"{n} {kind}" for kind, n in r.errors.items()) or "0" for r in each)],
-        ["unfinished", *(str(r.unfinished) for r in each)],
-        ["requests/s, nominal", *(_number(r.request_rate.nominal) for r in each)],
-        ["requests/s, actual", *(_number(r.request_rate.actual) for r in each)],
-        ["output tokens/s", *(_number(r.output_tokens_per_s) for r in each)],
-    ]
-    if any(r.cached_tokens for r in each):
-        rows.append(["prompt tokens from the prefix cache", *(cached_share(r) for r in each)])
-    for name in ("ttft", "tbt", "tpot", "e2e"):
-        quantiles = [getattr(r, f"{name}_s") for r in each]
-        for f in fields(Quantiles):
-            values = (None if q is None else getattr(q, f.name) * 1e3 for q in quantiles)
-            rows.append([f"{name.upper()} {f.name}, ms", *map(_number, values)])
-    rows.append(["stalls", *("-" if r.stalls is None else f"{r.stalls.count} (> {r.stalls.after_s * 1e3:.4g} ms)" for r in each)])
-    waits = (r.long_waits for r in each)
-    rows.append(["waits for a first token", *(f"{w.count} (> {w.after_s:.4g} s), longest {w.longest_s:.3g} s" for w in waits)])
-    for name, target in dict.fromkeys((name, attained.target) for r in each for name, attained in r.slo_attainment.items()):
-        rows.append([f"within {name}={target}", *(_in_time(r.slo_attainment.get(name)) for r in each)])
-    if any(r.goodput for r in each):
-        rows.append(["requests within all targets", *("-" if r.goodput is None else f"{r.goodput.share:.2%}" for r in each)])
-        rows.append(["goodput, requests/s", *(_number(None if r.goodput is None else r.goodput.requests_per_s) for r in each)])
-    return rows
-
-
-def cached_share(report: Report) -> str:
-    """The share of the prompt tokens that were found in the prefix cache, in words."""
-    return "-" if report.cached_tokens is None else f"{report.cached_tokens / max(1, report.prompt_tokens):.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _in_time(attained: Attainment | None) -> str:
-    if attained is None or attained.in_time is None:
-        return "-"
-    return f"{attained.in_time:.2%} {'met' if attained.met else 'MISSED'}"
 
 
 def _rate(arrivals: Floats) -> float | None:
@@ -268,7 +321,15 @@ def _quantiles(values: Floats) -> Quantiles | None:
     return Quantiles(*map(float, np.percentile(values, QUANTILES))) if len(values) else None
 
 
-def _stalls(gaps: "_Pool", target: Target | None) -> Stalls | None:
+def _pooled(gaps: Pool) -> Quantiles | None:
+    return Quantiles(*gaps.percentiles(QUANTILES)) if gaps.size else None
+
+
+def _goodput(good: int, ended: int, seconds: float) -> Goodput | None:
+    return Goodput(good / ended, good / seconds) if ended and seconds else None
+
+
+def _stalls(gaps: Pool, target: Target | None) -> Stalls | None:
     if not gaps.size:
         return None
     # Tokens that come together have gaps of 0. Their share says nothing about the pace, and they must not make the median 0.
@@ -292,59 +353,3 @@ def _attainment(target: Target, late: int, cases: int) -> Attainment:
     if not cases:
         return Attainment(str(target), None, False)
     return Attainment(str(target), 1 - late / cases, late <= target.late_share * cases + 1e-9)
-
-
-class _Pool:
-    """A multiset of numbers, each kept once with its count: all decodes of an iteration have the same gap. `size`: of all."""
-
-    BUFFER = 1 << 20
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._values: Floats = np.array([])
-        self._counts: npt.NDArray[np.int64] = np.array([], dtype=np.int64)
-        self._new: list[Floats] = []
-        self._unsorted = 0
-
-    def add(self, values: Floats) -> None:
-        self._new.append(values)
-        self._unsorted += len(values)
-        self.size += len(values)
-        if self._unsorted > max(self.BUFFER, len(self._values)):
-            self._sort()
-
-    def above(self, limit: float) -> int:
-        """How many numbers are above `limit`."""
-        self._sort()
-        return int(self._counts[np.searchsorted(self._values, limit, side="right") :].sum())
-
-    def percentiles(self, percents: Sequence[float], largest: int | None = None) -> list[float]:
-        """Percentiles of all numbers, or of the `largest` so many; linear between two numbers, as numpy's."""
-        self._sort()
-        size = self.size if largest is None else largest
-        upto = np.cumsum(self._counts)
-
-        def at(rank: int) -> float:
-            return float(self._values[np.searchsorted(upto, self.size - size + rank, side="right")])
-
-        values = []
-        for percent in percents:
-            place = (size - 1) * (percent / 100)
-            low, share = int(place), place % 1
-            a, b = at(low), at(min(low + 1, size - 1))
-            values.append(a + (b - a) * share if share < 0.5 else b - (b - a) * (1 - share))
-        return values
-
-    def _sort(self) -> None:
-        if not self._new:
-            return
-        values, counts = np.unique(np.concatenate(self._new), return_counts=True)
-        self._new.clear()
-        self._unsorted = 0
-        if len(self._values):
-            values, counts = np.concatenate([self._values, values]), np.concatenate([self._counts, counts])
-            order = np.argsort(values, kind="stable")
-            values, counts = values[order], counts[order]
-            firsts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-            values, counts = values[firsts], np.add.reduceat(counts, firsts)
-        self._values, self._counts = values, counts

@@ -5,7 +5,7 @@ from stallfree.metrics.timeline import Timeline
 
 COLUMNS = (
     *("id", "arrival_s", "scheduled_s", "first_token_s", "finished_s", "reason", "prompt_tokens", "output_tokens"),
-    *("ttft_s", "tpot_s", "tbt_max_s", "e2e_s", "stalls"),
+    *("ttft_s", "tpot_s", "tbt_max_s", "e2e_s", "stalls", "tenant", "class", "priority"),
 )
 """Names of `row`'s columns, with their units. Times count from the run's start. None: it has not happened, or is not known. A
 client does not know `scheduled_s`. Only records tell `stalls`, the iterations without a token for a ready decode."""
@@ -31,4 +31,7 @@ def row(line: Timeline) -> tuple[str | float | int | None, ...]:
         max(gaps, default=None),
         tokens[-1] - line.arrival if done else None,
         line.stalls,
+        line.tenant,
+        line.service_class,
+        line.priority,
     )

@@ -3,21 +3,22 @@
 It takes records one by one, so it serves a file and a live server alike. It knows no clock and draws nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 from stallfree.core.record import Arrived, Delivered, StepRecord
 from stallfree.core.slo import Slo, Target
+from stallfree.metrics.tenants import Tenants
 
 Kind = Literal["left out", "late"]
 Cause = Literal["prefill", "decodes", "left out", "preempted", "unexpected"]
 
 NEVER = float("inf")
-TARGETS = ("ttft", "tbt", "tpot")
+TARGETS = ("ttft", "tbt", "tpot", "ttlt")
 CAUSES: tuple[str, ...] = get_args(Cause)
 LONG_WAIT_S = 10.0
-"""Seconds from which on a wait for a first token is long, without a target for TTFT: a person's attention stays with a dialogue for
-so long (Nielsen, Usability Engineering, 1993, section 5.5)."""
+"""Seconds from which on a wait for a first token is long, without a target for TTFT or TTLT: a person's attention stays with a
+dialogue for so long (Nielsen, Usability Engineering, 1993, section 5.5)."""
 FAIR_SHARE = 0.9
 """Share of the time between two tokens that an iteration may take if its policy set no limit; the rest is for all else."""
 
@@ -77,9 +78,9 @@ class Stall(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A first token that came later than the target for TTFT, or than `LONG_WAIT_S` without one. It came in iteration `step`, at
-    `t` (s, the run's), `seconds` after the request `id` arrived. Of the `iterations` in between, `unserved` held no prefill at all;
-    `reason`: the policy's reason for the last of these.
+    """A first token that came later than the target for TTFT, or without one for TTLT, or without both than `LONG_WAIT_S`. It came
+    in iteration `step`, at `t` (s, the run's), `seconds` after the request `id` arrived. Of the `iterations` in between, `unserved`
+    held no prefill at all; `reason`: the policy's reason for the last of these.
     """
 
     step: int
@@ -99,8 +100,9 @@ class Wait(NamedTuple):
 
 class Ended(NamedTuple):
     """A request that ended at `t`, with the times (s, the run's) of its `arrival`, when it was first `scheduled`, and of its
-    `first` and `last` token (None if that never happened). `in_time`: whether it met its targets: the first token was in time, and
-    no more of the others were late than the target's percentile allows; None without a target.
+    `first` and `last` token (None if that never happened). `in_time`: whether it met its targets: the first token was in time, the
+    last one too, and no more of the others were late than the target's percentile allows; None without a target. `judged_tokens`:
+    those with a deadline, of which `late_tokens` were late. `tenant`, `service_class`: "" for none.
     """
 
     id: str
@@ -116,6 +118,9 @@ class Ended(NamedTuple):
     late_tokens: int
     preemptions: int
     in_time: bool | None
+    judged_tokens: int = 0
+    tenant: str = ""
+    service_class: str = ""
 
     @property
     def tpot(self) -> float | None:
@@ -130,8 +135,9 @@ class _Stream:
     `met`: how many iterations there had been when it arrived, and how many of them had no prefill."""
 
     __slots__ = (
-        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "met",
-        "preemptions", "prompt_tokens", "scheduled", "target_s", "tokens", "ttft", "ttft_s", "waited",
+        "arrival", "blame", "cached", "due", "envelope", "first", "last", "late", "late_first", "late_share", "long_s", "met",
+        "predicted", "preemptions", "prompt_tokens", "scheduled", "service_class", "target_s", "tokens", "ttft", "ttft_s", "ttlt",
+        "waited",
     )  # fmt: skip
 
     def __init__(self, request: Arrived, slo: Slo, met: tuple[int, int]):
@@ -139,7 +145,11 @@ class _Stream:
         self.met = met
         self.arrival = request.arrival
         self.prompt_tokens = request.prompt_tokens
-        self.ttft = slo.ttft
+        self.service_class = ""
+        self.predicted: float | None = None
+        self.ttft, self.ttlt = slo.ttft, slo.ttlt
+        wanted = slo.ttft or slo.ttlt
+        self.long_s = LONG_WAIT_S if wanted is None else wanted.seconds
         self.late_share = 1.0 if between is None else between.late_share
         self.scheduled: float | None = None
         self.first: float | None = None
@@ -158,13 +168,16 @@ class StallAccount:
     """Judges records in their order, by `slo` and by the requests' own targets. Without any target nothing is late.
 
     Under `tbt` a token is due that long after the one before. Under `tpot` token i is due i times that after the first token was
-    due or came, whichever is later. Ids that did not arrive, such as those of aborted requests still in flight, are not judged.
+    due or came, whichever is later. Under `ttlt` only the last token is judged. Ids that did not arrive, such as those of aborted
+    requests still in flight, are not judged.
 
     Of the latest record: `stalls`. `iteration`: its work. `gaps`: the TBT of its decode tokens, and `ttfts`, both in seconds. `due`
     and `late`: by target, how many tokens had a deadline, and missed it. `first_late_s`: the total lateness of first tokens.
     `slack`: seconds from planning until its first decode was due (None if none was). `looked_up`: prompt and output tokens of
     admitted requests, looked up in the prefix cache. `ended`: the requests that ended. `waits`: first tokens with long waits.
-    `waiting`: the arrivals of requests that have no first token, in order.
+    `forecasts`: of each first token that was forecast, actual over predicted seconds. `served`: see `Tenants.served`.
+
+    Of all records so far: `waiting`, the arrivals of requests that have no first token, in order; and `tenants`.
     """
 
     def __init__(self, slo: Slo | None = None):
@@ -178,7 +191,10 @@ class StallAccount:
         self.ended: list[Ended] = []
         self.looked_up = 0
         self.waits: list[Wait] = []
+        self.forecasts: list[float] = []
+        self.served: dict[str, int] = {}
         self.waiting: dict[str, float] = {}
+        self.tenants = Tenants()
         self._counts = 0, 0
         self._unserved = ""
         self._slo = slo or Slo()
@@ -192,10 +208,11 @@ class StallAccount:
     def record(self, step: StepRecord) -> list[Stall]:
         """Judge one iteration. Returns its stalls."""
         stalls = self.stalls = []
-        self.waits = []
-        self._meet(step.arrived)
+        self.waits, self.forecasts = [], []
+        self._meet(step)
         self.iteration = self._iteration(step)
         self._count(step)
+        self.served = self.tenants.served(step)
         gaps = self.gaps = []
         self.ttfts = []
         self.first_late_s = 0.0
@@ -246,11 +263,16 @@ class StallAccount:
         self.ended = [self._end(id, reason, t) for id, reason, _ in step.finished if id in streams]
         return stalls
 
-    def _meet(self, requests: Iterable[Arrived]) -> None:
-        for request in requests:
+    def _meet(self, step: StepRecord) -> None:
+        for request in step.arrived:
             slo = Slo.parse(request.slo).within(self._slo) if request.slo else self._slo
             self._streams[request.id] = _Stream(request, slo, self._counts)
             self.waiting[request.id] = request.arrival
+        self.tenants.arrive(step)
+        for id, service_class in step.classes:
+            self._streams[id].service_class = service_class
+        for id, predicted in step.predicted:
+            self._streams[id].predicted = predicted
 
     def _count(self, step: StepRecord) -> None:
         iterations, unserved = self._counts
@@ -273,10 +295,13 @@ class StallAccount:
         """The first token in the records, sampled after `reached` tokens; the request's first if these are its whole prompt."""
         stream.first = t
         self.waiting.pop(id, None)
+        self.tenants.answer(id)
         if reached == stream.prompt_tokens:
             ttft = t - stream.arrival
             self.ttfts.append(ttft)
-            if ttft > (LONG_WAIT_S if stream.ttft is None else stream.ttft.seconds):
+            if stream.predicted:
+                self.forecasts.append(ttft / stream.predicted)
+            if ttft > stream.long_s:
                 iterations, unserved = (now - then for now, then in zip(self._counts, stream.met, strict=True))
                 self.waits.append(Wait(self.iteration.step, t, id, ttft, iterations, unserved, self._unserved))
             if stream.ttft is not None:
@@ -296,11 +321,17 @@ class StallAccount:
     def _end(self, id: str, reason: str, t: float) -> Ended:
         stream = self._streams.pop(id)
         self.waiting.pop(id, None)
+        tenant = self.tenants.end(id)
         if reason not in ("abort", "error") and stream.last is not None:
             t = stream.last  # before the iteration's end, if a KV transfer delivered the last token
-        in_time = None
+        in_time, judged = None, max(0, stream.tokens - 1) if stream.target_s < NEVER else 0
         if stream.ttft is not None or stream.target_s < NEVER:
             in_time = not stream.late_first and stream.late <= stream.late_share * max(0, stream.tokens - 1)
+        if stream.ttlt is not None and reason != "abort":
+            late = reason == "error" or t - stream.arrival > stream.ttlt.seconds
+            self.due["ttlt"] += 1
+            self.late["ttlt"] += late
+            in_time = in_time is not False and not late
         return Ended(
             id,
             reason,
@@ -315,6 +346,9 @@ class StallAccount:
             stream.late,
             stream.preemptions,
             in_time,
+            judged,
+            tenant,
+            stream.service_class,
         )
 
     def _left_out(self, step: StepRecord, id: str, stream: _Stream) -> Stall:

@@ -46,7 +46,11 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
     lines: dict[str, Timeline] = {}
     for r in records:
         for request in r.arrived:
-            lines[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens)
+            lines[request.id] = Timeline(request.id, request.arrival, request.prompt_tokens, priority=request.priority)
+        for id, tenant, _ in r.tenants:
+            lines[id].tenant = tenant
+        for id, service_class in r.classes:
+            lines[id].service_class = service_class
         for id, found in r.cached:
             lines[id].cached = min(found, lines[id].prompt_tokens)
         for d in r.delivered:

@@ -87,6 +87,7 @@ class Candidates:
         used = site.per_node if tp * pp <= site.per_node else tp
         deployment = Deployment(site.model, site.hardware, tp, pp, site.weights, site.kv, site.engine, node=used)
         deployment = replace(deployment, policy=policy, token_budget=budget, max_model_len=site.max_model_len)
+        deployment = replace(deployment, tenant_weights=site.tenant_weights)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
     def saturation(self, tp: int, pp: int) -> int:

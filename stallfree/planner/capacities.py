@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
 
-from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity
-from stallfree.metrics.report import Report
+from stallfree.metrics.report import Report, Targets
 from stallfree.sim.trials import Trial, Trials, Tried
 from stallfree.workload.traffic import Traffic
 
@@ -32,7 +31,7 @@ class Found(NamedTuple):
 
 
 def capacities(
-    cases: Mapping[str, tuple[Tried, Slo, float, int]],
+    cases: Mapping[str, tuple[Tried, Targets, float, int]],
     traffic: Traffic,
     run: Open,
     tolerance: float,

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from stallfree.core.slo import Slo
+from stallfree.metrics.report import Targets
 from stallfree.perf.shape import load, repository
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
@@ -18,7 +20,7 @@ ANYWHERE = "0.0.0.0"
 """The address to listen on for servers that other hosts must reach."""
 
 
-def commands(site: Site, deployed: Deployment | Split, slo: Slo) -> list[str]:
+def commands(site: Site, deployed: Deployment | Split, slo: Targets) -> list[str]:
     """The commands for `deployed` on `site`, with how often to run each; or a comment that the engine cannot serve the model."""
     model = load(site.model or "")
     if model.positions:
@@ -57,10 +59,10 @@ def cross_check(site: Site, prompt: float, output: float, slo: Slo) -> str | Non
     return f"aiconfigurator cli default --model {model} {where} {load}"
 
 
-def _engine(site: Site, deployment: Deployment, slo: Slo) -> str:
+def _engine(site: Site, deployment: Deployment, slo: Targets) -> str:
     model = Path(site.model or "")
     served = str(model.parent if model.suffix == ".json" else repository(site.model or ""))
-    return " ".join((served, "--executor torch", *_options(site, deployment), f"--slo {slo}"))
+    return " ".join((served, "--executor torch", *_options(site, deployment), f"--slo {quote(str(slo))}"))
 
 
 def _options(site: Site, deployment: Deployment) -> Iterator[str]:

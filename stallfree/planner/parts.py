@@ -10,8 +10,9 @@ from itertools import product
 from math import log
 from statistics import fmean
 
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
-from stallfree.metrics.report import Report, Tally
+from stallfree.metrics.report import Report, Tally, Targets, by_class
 from stallfree.planner.candidates import WAYS, Candidates, Shape, name, size, together
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Instance, Simulator
@@ -28,7 +29,7 @@ each other."""
 DRAWN = 300
 """Requests that are drawn to find the mean lengths of a load."""
 
-Capacities = Callable[[Mapping[str, tuple[Tried, Slo, float]]], Mapping[str, float]]
+Capacities = Callable[[Mapping[str, tuple[Tried, Targets, float]]], Mapping[str, float]]
 """Finds the capacity of each simulator for its targets, from a first rate on."""
 
 
@@ -38,7 +39,7 @@ class Prompts:
     def __init__(self, deployment: Deployment):
         self._simulator = Simulator(deployment)
 
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
         tally = Tally(slo)
         self._simulator.run((replace(a, output_tokens=1) for a in traffic.stream(rate, seed)), ended=tally.add)
         return tally.report(rate)
@@ -100,22 +101,24 @@ class Parts:
     decodes: dict[Shape, float]
 
 
-def parts(candidates: Candidates, traffic: Traffic, slo: Slo, bursty: bool, find: Capacities) -> Parts:
+def parts(candidates: Candidates, traffic: Traffic, slo: Targets, bursty: bool, find: Capacities) -> Parts:
     """Simulate the parts of `candidates`. Under `bursty` arrivals a single replica would meet all the burstiness with a share of
     the rate. A part is then as many replicas as the devices hold, or half of them for a pool, and its rate is shared out. Raises
     ValueError if a request by itself misses the SLO everywhere.
     """
     lengths = Lengths.of(traffic)
-    guess = {shape: estimate(instance, lengths, slo) for shape, instance in candidates.shapes.items()}
+    classes = by_class(slo)
+    guess = {shape: estimate(instance, lengths, classes.default) for shape, instance in candidates.shapes.items()}
     in_pools = [shape for shape in guess if 2 * shape[0] * shape[1] <= candidates.site.gpus]
     alone = _possible(candidates, _best(guess, "whole", list(guess)), slo)
-    cases: dict[str, tuple[Tried, Slo, float]] = {}
+    cases: dict[str, tuple[Tried, Targets, float]] = {}
     numbers: dict[str, int] = {}
     for shape, deployment in alone.items():
         key = f"alone {shape}"
         numbers[key] = candidates.most(deployment) if bursty else 1
         cases[key] = Simulator(together(deployment, numbers[key])), slo, numbers[key] * guess[shape].whole
-    for kind, targets in (("prompts", Slo(ttft=slo.ttft)), ("decodes", slo)):
+    first_tokens = Classes({name: Slo(ttft=each.ttft, ttlt=each.ttlt) for name, each in classes.items()})
+    for kind, targets in (("prompts", first_tokens), ("decodes", slo)):
         for shape in _best(guess, kind, in_pools)[:SHAPES]:
             key = f"{kind} {shape}"
             numbers[key] = max(1, candidates.most(candidates.replica(*shape)) // 2) if bursty else 1
@@ -161,7 +164,7 @@ def _pool(candidates: Candidates, kind: str, shape: Shape, number: int) -> Tried
     return SplitSimulator(replace(pair, nodes=1, per_node=size(pair)), prefill=unlimited(candidates.shapes[shape]))
 
 
-def _possible(candidates: Candidates, shapes: list[Shape], slo: Slo) -> dict[Shape, Deployment]:
+def _possible(candidates: Candidates, shapes: list[Shape], slo: Targets) -> dict[Shape, Deployment]:
     """Co-located replicas of the first `SHAPES` of the `shapes` with which a request by itself meets `slo`. Raises ValueError if
     there are none, with the fastest shape's reason.
     """

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, inf
 
-from stallfree.core.slo import Slo
-from stallfree.metrics.report import Report
+from stallfree.metrics.report import Report, Targets, by_class
 from stallfree.planner.candidates import WAYS, Candidates, Deployed, name, size
 from stallfree.planner.capacities import SECONDS, Found, Open, capacities
 from stallfree.planner.parts import Parts, pairs, parts
@@ -94,7 +93,9 @@ class Answer:
         return max(self.whole, key=lambda ranked: ranked.total)
 
 
-def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: Callable[[str], None] = lambda _: None) -> Answer:
+def search(
+    candidates: Candidates, traffic: Traffic, slo: Targets, run: Open, tell: Callable[[str], None] = lambda _: None
+) -> Answer:
     """Rank `candidates` for `traffic`, without its rate, and `slo`. Raises ValueError if none meets the SLO, with the nearest
     targets that can be met.
 
@@ -104,11 +105,11 @@ def search(candidates: Candidates, traffic: Traffic, slo: Slo, run: Open, tell: 
     bursty = not traffic.arrivals.startswith("poisson")
 
     def find(
-        cases: Mapping[str, tuple[Tried, Slo, float]], load: Traffic, tolerance: float, least: float = 0.0
+        cases: Mapping[str, tuple[Tried, Targets, float]], load: Traffic, tolerance: float, least: float = 0.0
     ) -> dict[str, Found]:
         return capacities({key: (*case, traffic.seed) for key, case in cases.items()}, load, run, tolerance, NEAR, least)
 
-    def roughly(cases: Mapping[str, tuple[Tried, Slo, float]], least: float = 0.0) -> dict[str, Found]:
+    def roughly(cases: Mapping[str, tuple[Tried, Targets, float]], least: float = 0.0) -> dict[str, Found]:
         return find(cases, begin(traffic), ROUGH, least)
 
     tell(f"{counted(len(candidates.shapes), 'split')} of the model over devices; the best for each part by itself")
@@ -155,7 +156,7 @@ def begin(traffic: Traffic) -> Traffic:
 
 
 def attainments(
-    whole: Iterable[Ranked], rates: Iterable[float], traffic: Traffic, slo: Slo, run: Open
+    whole: Iterable[Ranked], rates: Iterable[float], traffic: Traffic, slo: Targets, run: Open
 ) -> dict[str, list[tuple[float, Report]]]:
     """(rate, report) at each of `rates`, by the names of `whole`."""
     simulators = {each.name: _simulator(each.deployed) for each in whole}
@@ -167,7 +168,7 @@ def attainments(
         return {name: [(rate, report) for (other, rate), report in reports.items() if other == name] for name in simulators}
 
 
-def _units(candidates: Candidates, each: Parts, slo: Slo) -> dict[str, tuple[Deployed, float]]:
+def _units(candidates: Candidates, each: Parts, slo: Targets) -> dict[str, tuple[Deployed, float]]:
     """The units to simulate by their names, and the requests per second that their parts promise."""
     units: list[tuple[Deployed, float]] = []
     for shape, rate in each.alone.items():
@@ -183,7 +184,7 @@ def _units(candidates: Candidates, each: Parts, slo: Slo) -> dict[str, tuple[Dep
     return {name(unit): (unit, rate) for unit, rate in units}
 
 
-def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Slo, run: Open, draws: int) -> dict[str, Ranked]:
+def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Targets, run: Open, draws: int) -> dict[str, Ranked]:
     """Each of `whole` in so many draws of the load, the first of which it has had; or in so many parts of a trace, which has no
     other draws, and none if it is short. All get the same draws.
     """
@@ -225,13 +226,14 @@ def _of(kind: type, ranked: Mapping[str, Ranked]) -> Iterator[tuple[str, Ranked]
     return (pair for pair in best if isinstance(pair[1].deployed, kind) and pair[1].rate)
 
 
-def _nearest(ranked: Iterable[Ranked], slo: Slo) -> str:
-    """The error for an SLO that no candidate meets, with the targets that the nearest candidate can meet."""
+def _nearest(ranked: Iterable[Ranked], slo: Targets) -> str:
+    """The error for an SLO that no candidate meets, with the targets, of the first class, that the nearest candidate can meet."""
     nearest: tuple[float, list[str]] = inf, []
+    first = by_class(slo).default
     for report in (each.above for each in ranked if each.above is not None):
         worst, words = 0.0, []
         for metric in ("ttft", "tbt", "tpot"):
-            target, quantiles = getattr(slo, metric), getattr(report, f"{metric}_s")
+            target, quantiles = getattr(first, metric), getattr(report, f"{metric}_s")
             if target is None or quantiles is None:
                 continue
             label = "p90" if target.percentile <= 90 else "p99"

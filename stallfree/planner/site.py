@@ -18,6 +18,7 @@ class Site:
     kv: str = "fp16"
     engine: str = "vllm-2026"
     max_model_len: int | None = None
+    tenant_weights: str | None = None
 
     @property
     def per_node(self) -> int:

@@ -4,6 +4,7 @@ nothing."""
 from dataclasses import dataclass, replace
 
 from stallfree.core.slo import Slo
+from stallfree.metrics.report import Targets, by_class
 from stallfree.planner.capacities import LOWEST, SECONDS
 from stallfree.planner.commands import commands
 from stallfree.planner.search import Answer, Ranked
@@ -42,7 +43,7 @@ class Verdict:
     pools: dict[str, float] | None
 
 
-def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
+def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Targets) -> Verdict:
     """The advice that follows from `answer`: co-location, which is simpler, unless two pools surely lead.
 
     A lead is sure if it is larger than `CLOSE`, and if the same kind leads in every draw of the load. Both kinds get the same
@@ -69,7 +70,8 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Slo) -> Verdict:
     if len(take.draws) == 1:
         drawn = "the whole trace, which is too short for parts"
     headline = _headline(site, co_located, split, sure, drawn) if co_located and split else _alone(site, take, drawn)
-    return Verdict(headline, margin, margins, sure, _binds(take, pools, slo), dollars, commands(site, take.deployed, slo), pools)
+    binds = _binds(take, pools, by_class(slo).default)
+    return Verdict(headline, margin, margins, sure, binds, dollars, commands(site, take.deployed, slo), pools)
 
 
 def _over(rate: float, other: float) -> float:

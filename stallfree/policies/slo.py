@@ -4,28 +4,24 @@ which decodes can wait, is decided by tenants' credits, priorities and deadlines
 It takes times from a cost model and from `now`, and learns from its own lateness. It does not know what runs the plans.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from heapq import nsmallest
-from itertools import islice
 from math import ceil, inf
-from typing import NamedTuple, Self
+from typing import Self
 
-from stallfree.core.draft import RUNNING, Draft
+from stallfree.core.draft import Draft
 from stallfree.core.plan import Plan
 from stallfree.core.policy import CostModel, Reserve, Setup
-from stallfree.core.request import Lane, Request, Status
+from stallfree.core.request import Request, Status
 from stallfree.core.slo import Slo as Targets
 from stallfree.core.slo import Target
 from stallfree.perf.fitted import Fitted
 from stallfree.perf.margin import Margin
 from stallfree.qos import prices
 from stallfree.qos.answers import Answers
-from stallfree.qos.credits import Credits
 from stallfree.qos.deadlines import Deadlines, gap
-
-FINISHED = Status.FINISHED
+from stallfree.qos.order import Order, Prompt
+from stallfree.qos.turns import Turns
 
 STRICT = 5
 """The default target for TBT at P99, in decode iterations of `SMALL_BATCH`: the paper's strict SLO (section 5)."""
@@ -42,9 +38,6 @@ NOTABLE = 0.05
 LEAST = 16
 """Tokens of the smallest chunk that is worth its fixed costs."""
 
-LOOKAHEAD = 16
-"""How many waiting requests, the oldest, compete for the next prefill. To order all would cost more than it gains."""
-
 FEW, SPARE = 4, 1.05
 """Prefill that takes at most `FEW` iterations is spread evenly over them, with 5 % to spare for wrong prices."""
 
@@ -52,26 +45,11 @@ FILLED = 0.95
 """A request is admitted while the running ones will not hold more than this share of the KV at once, if their answers are as long
 as usual. Without this, streams lose their KV and stand still until there is room again."""
 
-LOOSE = 1.5
-"""Streams whose targets are this much looser than the tightest may sit out iterations. Among equals it gains nothing (docs/log.md).
-"""
-
-BILLING = 16
-"""A request's bill is looked at in every so manieth iteration."""
-
-SHARE_HABIT = 0.05
-"""The weight of the newest iteration in `share`."""
+HABIT = 0.1
+"""The weight of the newest iteration in `share` and `crowding`."""
 
 EFFICIENT = 1.05
 """Without decodes, an iteration is as small as possible while its time per token is at most this times the least possible."""
-
-
-class Prompt(NamedTuple):
-    """A request that wants prefill, the `seconds` that this takes, and its relative `slack`."""
-
-    request: Request
-    seconds: float
-    slack: float
 
 
 class Slo:
@@ -92,8 +70,10 @@ class Slo:
         targets = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
         default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
         self.answers = Answers()
-        self.credits = Credits()
         self._deadlines = Deadlines(targets.within(Targets(tbt=default)), self.answers)
+        self._order = Order(self.cost, self._deadlines, self.answers)
+        self._turns = Turns(self.cost, self._deadlines)
+        self.credits = self._order.credits
         self._follows = targets.tbt is targets.tpot is targets.ttlt is None if follow is None else follow
         self._slack = slack
         self.options = ({"follow": True} if self._follows else {}) | ({} if slack else {"slack": False})
@@ -101,12 +81,12 @@ class Slo:
         possible(self.slo, self.cost)
         between = self.slo.tbt or self.slo.tpot or default
         self.margin = Margin(between.late_share)
-        self.share = 1.0
-        """The share of the time that prefill gets while it wants more."""
+        self.share, self.crowding = 1.0, 0.0
         self._patience = ceil(1 / between.late_share)
         self._owed = 0.0
         self._passed = self._kept_out = 0
-        self._alone = 0.0
+        self._crowded: tuple[Request, int] | None = None
+        self.decoding_s = 0.0
 
     @classmethod
     def of(cls, setup: Setup, *, follow: bool | None = None, slack: bool = True) -> Self:
@@ -116,22 +96,31 @@ class Slo:
     def slo(self) -> Targets:
         return self._deadlines.slo
 
+    def targets(self, request: Request) -> Targets:
+        return self._deadlines.targets(request)
+
+    def first_due(self, request: Request) -> float:
+        return self._deadlines.first(request)
+
     def plan(self, draft: Draft) -> None:
-        self._settle()
-        wanted = self._by_urgency(draft)
+        self._order.settle(draft.running)
+        wanted, margin = self._order.prompts(draft, self.share), self.margin.value
         dues = self._deadlines.nexts(draft.decoding)
-        sitting, latest = self._sitting(draft, dues, sum([prompt.seconds for prompt in wanted]))
+        sitting: set[Request] = set()
+        latest = inf
+        if self._slack and dues and max(dues) - min(dues) > margin * self.decoding_s:  # nearly never: most are as urgent
+            sitting, latest = self._turns.sitting(draft, dues, sum([prompt.seconds for prompt in wanted]), margin)
         draft.decode_all(but=sitting)
         shape = draft.shape
         if extra := sum([r.extra_rows for r in draft.decoding]):
             shape.append((extra, 0))
         written = len(shape)
-        alone = self._alone = self.cost.seconds(shape) if shape or not sitting else 0.0
+        alone = self.decoding_s = self.cost.seconds(shape) if shape or not sitting else 0.0
         if shape or sitting:
             until, first = self._until(draft, dues, alone)
             limit, least, why = self._limit(until, alone)
             limit = min(limit, latest)
-            draft.limit_s, draft.margin = until, self.margin.value
+            draft.limit_s, draft.margin = until, margin
             why = f"{1000 * until:.0f} ms until {first} is due, {why}"
         else:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
@@ -139,11 +128,13 @@ class Slo:
         full, crowd = self._fill(draft, shape, wanted, limit, least, alone)
         prefill = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
         if sitting and not full:
-            self._join(draft, shape, sitting, limit)
+            self._turns.join(draft, shape, sitting, limit)
         if not draft.empty:  # an empty plan is not recorded, so it must change nothing
             self._account(prefill, alone, full=full, crowded=crowd > 0)
-            if full and limit < inf:
-                self.share += SHARE_HABIT * (prefill / (alone + prefill) - self.share)
+            share = 1.0 if limit == inf else max(1 - alone / limit, FLOOR / (1 + FLOOR))
+            self.share += HABIT * (share - self.share)
+            kept_out = crowd > 0 or (draft.num_waiting > 0 and not full)
+            self.crowding += HABIT * (kept_out - self.crowding)
         if crowd:
             why += f"; one more stream, and decodes alone would take {1000 * crowd:.0f} ms"
         if sitting:
@@ -160,10 +151,7 @@ class Slo:
         score = self.cost.learn(shape, seconds)
         if self._follows:
             self._follow()
-        if self.credits.contended:
-            for r in requests[plan.step % BILLING :: BILLING]:
-                if r in self.credits.billed:
-                    self.credits.bill(r, prices.used(self.cost, r))
+        self._order.review(plan.step, requests)
         due = self._deadlines.nexts(plan.decoders(requests))
         if not due or plan.limit_s is None:
             return
@@ -183,52 +171,6 @@ class Slo:
         wanted = max(least.seconds, STRICT * self.cost.seconds(SMALL_BATCH))
         if abs(wanted / now.seconds - 1) > NOTABLE or wanted == least.seconds != now.seconds:
             self._deadlines.slo = replace(self.slo, tbt=replace(now, seconds=wanted))
-
-    def _settle(self) -> None:
-        """Learn from the requests that have ended, and correct their bills, and those of requests that were preempted."""
-        for r in [r for r in self.credits.billed if r.status is not RUNNING]:
-            self.credits.correct(r, prices.used(self.cost, r))
-            if r.status is FINISHED:
-                self.answers.learn(r)
-                self.credits.close(r)
-
-    def _sitting(self, draft: Draft, dues: Sequence[float], wanted: float) -> tuple[set[Request], float]:
-        """The decodes that sit out this iteration, and the seconds that it may take for their sake. `wanted`: the seconds of all
-        prefill at hand.
-
-        Only a stream sits out whose target is looser than that of the tightest, and if its token will be in time although it comes
-        only with the next iteration. And somebody has to gain by it: there is more prefill than fits beside all decodes, or these
-        alone would be too slow for the tightest. Then a stream whose target is k times looser joins about every k-th iteration.
-        """
-        decoding, margin = draft.decoding, self.margin.value
-        if not self._slack or len(dues) < 2 or max(dues) - min(dues) <= margin * self._alone:
-            return set(), inf  # nearly always: all are as urgent
-        gaps = [self._deadlines.gap(r) for r in decoding]
-        loose = LOOSE * min(gaps)
-        if max(gaps) <= loose:
-            return set(), inf
-        slacks = [due - draft.now if due < inf else pause for due, pause in zip(dues, gaps, strict=True)]
-        alone = self.cost.seconds([(r.num_planned, 1) for r in decoding])
-        limit = min(slacks) / margin
-        if limit < alone:
-            first = self.cost.seconds([(decoding[0].num_planned, 1)])
-            share = max(0.0, max(limit, min(gaps) / margin) - first) / max(alone - first, 1e-9)
-            order = sorted(range(len(slacks)), key=lambda i: slacks[i] / gaps[i])
-            return {decoding[i] for i in order[1 + int(share * (len(slacks) - 1)) :] if gaps[i] > loose}, inf
-        if wanted <= limit - alone:
-            return set(), inf
-        enough = margin * (min(limit, wanted) + alone)
-        rows = zip(decoding, slacks, gaps, strict=True)
-        sitting = {r: slack for r, slack, pause in rows if slack >= enough and pause > loose}
-        return set(sitting), min(sitting.values(), default=inf) / margin - alone
-
-    def _join(self, draft: Draft, shape: list[tuple[int, int]], sitting: set[Request], limit: float) -> None:
-        """Prefill has all that it wants: the streams that wait join as far as the time allows, the most urgent first."""
-        streams = [r for r in draft.decoding if r in sitting and r.status is RUNNING]
-        now, all_in = self.cost.seconds(shape), self.cost.seconds([*shape, *((r.num_planned, 1) for r in streams)])
-        fit = len(streams) if all_in <= limit or draft.empty else int((limit - now) * len(streams) / (all_in - now))
-        streams.sort(key=lambda r: self._deadlines.next(r, self._deadlines.targets(r)))
-        draft.decode_all(but=sitting.difference(streams[: max(0, fit)]))
 
     def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
         """Seconds that the iteration may take by the cost model, tokens of the smallest useful chunk, and the reason. The decodes
@@ -300,9 +242,9 @@ class Slo:
         streams: list[Request] = []
         admitting, overdue, crowd = True, False, 0.0
         limit = min(limit, alone + _even([prompt.seconds for prompt in wanted], limit - alone))
-        rest = deque(wanted)
+        rest = list(wanted)
         while rest:
-            r = rest.popleft().request
+            r = rest.pop(0).request
             waiting = r.status is Status.WAITING
             if waiting and not admitting:
                 continue
@@ -331,8 +273,7 @@ class Slo:
             if waiting:
                 streams.append(r)
                 alone += self._stream(r)
-                if self.credits.contended:  # its bill may have taken its tenant's credit
-                    rest = deque(sorted(rest, key=self._order))
+                rest = self._order.again(draft, rest, r, self.share)
                 if overdue:
                     overdue, self._kept_out = False, 0
             if r.remaining and taken == count:
@@ -340,21 +281,35 @@ class Slo:
         return False, crowd
 
     def _admit(self, draft: Draft, r: Request, count: int, shape: list[tuple[int, int]]) -> int:
-        """Admit a request and bill it. If there is no room, less important ones give way: prefills before relegated streams before
-        other streams, of these the lowest priority first, and of these the last to arrive; never an equal. Updates `shape` then.
+        """Admit a request if there is room for it, or if less important ones make room; then this updates `shape`. vLLM keeps its
+        own accounts of KV.
         """
-        billed = len(draft.lanes) > 0
-        if draft.running and self._peak([*draft.running, r]) > FILLED * draft.kv_tokens:
-            return 0
-        taken = draft.admit(r, count)
-        if not taken and (others := [other for other in draft.running if other.priority > r.priority]):
-            others.sort(key=lambda o: (bool(o.output), not o.relegated, -o.priority, -o.arrival))
-            taken = draft.displace(r, others, count)
+        if not draft.lanes:
+            return draft.admit(r, count)
+        most, state = FILLED * draft.kv_tokens, (r, len(draft.running))
+        crowded = draft.full or self._crowded == state
+        if not crowded and draft.running and self._peak([*draft.running, r]) > most:
+            self._crowded, crowded = state, True  # until a request has ended, this need not be asked again
+        taken = 0 if crowded else draft.admit(r, count)
+        if not taken and (victims := self._victims(draft, r, most)):
+            taken = draft.displace(r, victims, count)
             if taken:
                 shape[:] = [*draft.shape[:-1], *(piece for piece in shape if not piece[1])]
-        if taken and billed:
-            self.credits.bill(r, prices.expected(self.cost, r, r.num_cached, self.answers.left(r)))
+        if taken:
+            self._order.bill(r)
         return taken
+
+    def _victims(self, draft: Draft, r: Request, most: float) -> list[Request]:
+        """The requests that make room for `r`: prefills before relegated streams before other streams, of these the lowest priority
+        first, and of these the last to arrive; never an equal. None if all of them would not do."""
+        others = [other for other in draft.running if other.priority > r.priority]
+        others.sort(key=lambda other: (bool(other.output), not other.relegated, -other.priority, -other.arrival))
+        staying = [*draft.running, r]
+        for number, other in enumerate(others, 1):
+            staying.remove(other)
+            if self._peak(staying) <= most or len(staying) == 1:
+                return others[:number]
+        return []
 
     def _peak(self, requests: Sequence[Request]) -> float:
         """Tokens of KV that these requests will hold at most at once, if their answers are as long as usual."""
@@ -373,47 +328,6 @@ class Slo:
         """Whether an iteration of this many seconds is longer than the gap between tokens may be. A request's own target counts
         only if it is longer than the server's; for a shorter one, the others need not make room."""
         return seconds > gap(self.slo) and seconds > min(self._deadlines.gap(r) for r in streams)
-
-    def _by_urgency(self, draft: Draft) -> list[Prompt]:
-        """The requests that compete for prefill, the most urgent first: those that can still meet
-        their targets; among these, answers that were interrupted, and requests of tenants with credit; by priority; then by
-        relative slack (Medha's LARS, arXiv 2409.17264): the time until the first token is due, over the request's prefill time.
-
-        A long prompt does not block short ones, and does not starve, because its slack falls as it waits. Without a TTFT target,
-        this is the order by waiting time over prefill time. Cached tokens take no time, so of equals the one with the longest
-        cached prefix comes first.
-        """
-        prompts = []
-        for r in self._candidates(draft):
-            start = draft.start(r)
-            seconds = self.cost.seconds([(start, r.num_tokens - start)])
-            slack = self._deadlines.first(r) - draft.now - seconds
-            relegated = self._deadlines.missed(r, draft.now + seconds / self.share)
-            if relegated != r.relegated:
-                draft.relegate(r, relegated)
-            prompts.append(Prompt(r, seconds, slack / seconds))
-        return sorted(prompts, key=self._order) if len(prompts) > 1 else prompts
-
-    def _order(self, prompt: Prompt) -> tuple[bool, bool, int, bool, float]:
-        return *self._rank(prompt.request), prompt.slack
-
-    def _rank(self, r: Request) -> tuple[bool, bool, int, bool]:
-        """What decides before deadlines do: the least is served first."""
-        return r.relegated, not (r.output or self.credits.has(r.tenant)), r.priority, not r.output
-
-    def _candidates(self, draft: Draft) -> list[Request]:
-        """All that are being prefilled, and of the waiting ones the first of each lane, at most `LOOKAHEAD`."""
-        lanes, prefilling = draft.lanes, draft.prefilling
-        tenants = {r.tenant for r in prefilling}
-        self.credits.wait(tenants.union([tenant for tenant, _, _ in lanes]))
-        if len(lanes) < 2:
-            return [*prefilling, *islice(draft.waiting, LOOKAHEAD)]
-
-        def order(lane: Lane) -> tuple[bool, bool, int, bool, float]:
-            return *self._rank(draft.first(lane)[0]), self.credits.ahead(lane[0])
-
-        nearest = nsmallest(LOOKAHEAD, lanes, key=order)
-        return [*prefilling, *(r for lane in nearest for r in draft.first(lane, LOOKAHEAD // len(nearest)))]
 
     def _efficient(self, most: int) -> int:
         """The smallest efficient number of prefill tokens (see `EFFICIENT`): a power of two, at most `most`."""

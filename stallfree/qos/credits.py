@@ -6,7 +6,7 @@ priorities nor deadlines.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Mapping, Set
 
 from stallfree.core.request import Request
 
@@ -23,7 +23,7 @@ MOST_TENANTS = 1024
 
 
 class Credits:
-    """Seconds of service of each tenant, over its weight.
+    """Seconds of service of each tenant, over its weight. `version`: another one after each change.
 
     A request is billed at its admission with what it will probably take, because a bill that comes later lets a tenant be served
     twice; the bill grows if it takes more, and is corrected when it ends.
@@ -35,6 +35,7 @@ class Credits:
         self._bills: dict[Request, float] = {}
         self._backlogged: frozenset[str] = frozenset()
         self._least = 0.0
+        self.version = 0
 
     @property
     def contended(self) -> bool:
@@ -42,14 +43,16 @@ class Credits:
         return len(self._backlogged) > 1
 
     @property
-    def billed(self) -> Collection[Request]:
-        """The requests with an open bill."""
-        return self._bills.keys()
+    def billed(self) -> Mapping[Request, float]:
+        """The requests with an open bill, and its seconds."""
+        return self._bills
 
-    def wait(self, tenants: Collection[str]) -> None:
+    def wait(self, tenants: Set[str]) -> None:
         """These tenants have requests that want to be served. One that had no request at all begins at the least of the others:
         its idle time gives it no claim."""
         served = self._served
+        if tenants == self._backlogged:
+            return
         known = [served[tenant] for tenant in tenants if tenant in self._backlogged]
         self._least = min(known, default=self._least)
         begin = [tenant for tenant in tenants if tenant not in self._backlogged]
@@ -85,9 +88,12 @@ class Credits:
 
     def _charge(self, request: Request, seconds: float) -> None:
         more = seconds - self._bills.get(request, 0.0)
+        if not more:
+            return
         self._bills[request] = seconds
         self._served[request.tenant] = self._served.get(request.tenant, self._least) + more / request.weight
         self._find_least()
 
     def _find_least(self) -> None:
+        self.version += 1
         self._least = min([self._served[tenant] for tenant in self._backlogged], default=self._least)

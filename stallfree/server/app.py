@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 import stallfree
 from stallfree.server import errors, origins
-from stallfree.server.door import Door
+from stallfree.server.door import Door, Opens
 from stallfree.server.keys import Keys
 from stallfree.server.request_log import RequestLog
 from stallfree.server.routes import anthropic, openai, operation, page, text
@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 4 << 20
 def create_app(
     service: Service,
     *,
-    keys: Keys | None = None,
+    keys: Opens | None = None,
     allow_origins: Sequence[str] = (),
     log_requests: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,

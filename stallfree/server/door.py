@@ -8,12 +8,12 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stallfree.server.errors import ApiError, shown
-from stallfree.server.keys import Keys
 from stallfree.server.request_log import Entry
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,19 @@ KEYLESS = ("/", "/health", "/health/live", "/health/ready")
 """Routes that need no key, besides the page's files under /live/: they tell nothing about the model or its users."""
 
 
+class Opens(Protocol):
+    """What knows the keys: `Keys`, or `Tenants`, whose keys may change."""
+
+    def check(self, scope: Scope) -> str | None:
+        """The name of a request's key; None if no key is needed. Raises ApiError if it has no key, or a wrong one."""
+
+
 class Door:
     """Wraps `app`. If there are `keys`, requests need one of them. Bodies hold at most `max_body_bytes`. Pages of other sites than
     `origins` (`*`: all) may send none: a browser would let them, though not read the answer.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int, origins: Sequence[str] = ()):
+    def __init__(self, app: ASGIApp, *, keys: Opens, max_body_bytes: int, origins: Sequence[str] = ()):
         self._app = app
         self._keys = keys
         self._origins = {origin.encode() for origin in origins}

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from stallfree.engine.text import TextError
-from stallfree.engine.thread import Unavailable
+from stallfree.engine.thread import TooLate, Unavailable
 from stallfree.grammar.compiling import Busy, GrammarError
 
 UNKNOWN_PARAMETER, UNSUPPORTED_PARAMETER = "unknown_parameter", "unsupported_parameter"
@@ -62,7 +62,8 @@ _MEANINGS: dict[int | str, str] = {
     404: "No such route or model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    429: "The queue is full; try again after the seconds in `Retry-After`.",
+    429: "The queue is full, a tenant's limit is exceeded, or the first token would come too late. Try again after the seconds in "
+    "`Retry-After`.",
     500: "The engine failed this request.",
     503: "The server is shutting down, its engine has failed, or too many large bodies are arriving.",
     "default": "Any other error.",
@@ -76,7 +77,8 @@ ANTHROPIC_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": Anthro
 
 
 class ApiError(Exception):
-    """An error for the client: its HTTP `status`, and the field `param` that is at fault, if one is."""
+    """An error for the client: its HTTP `status`, and the field `param` that is at fault, if one is. `details`: numbers that a
+    program wants, by name; they are beside the message in the error object."""
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, float] | None = None,
     ):
         super().__init__(message)
         self.status = status
@@ -93,6 +96,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+        self.details = dict(details or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _api_error, (self.status, self.message, self.param, self.code, self.headers)
@@ -114,9 +118,9 @@ class ApiError(Exception):
         field name cannot break it."""
         if anthropic:
             kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-            return json.dumps({"type": "error", "error": {"type": kind, "message": self.message}}).encode()
+            return json.dumps({"type": "error", "error": {"type": kind, "message": self.message, **self.details}}).encode()
         type_ = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": type_, "param": self.param, "code": self.code}
+        error = {"message": self.message, "type": type_, "param": self.param, "code": self.code, **self.details}
         return json.dumps({"error": error}).encode()
 
     def response(self, route: str) -> Response:
@@ -137,7 +141,11 @@ def shown(value: object) -> str:
 def unavailable(error: Unavailable) -> ApiError:
     if error.retry_after is None:
         return ApiError(503, str(error), code="unavailable")
-    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+    headers = {"Retry-After": str(error.retry_after)}
+    if isinstance(error, TooLate):
+        times = {"predicted_ttft_ms": round(1000 * error.late.predicted, 1), "target_ttft_ms": round(1000 * error.late.target, 1)}
+        return ApiError(429, str(error), code="too_late", headers=headers, details=times)
+    return ApiError(429, str(error), code="queue_full", headers=headers)
 
 
 def install(app: FastAPI) -> None:

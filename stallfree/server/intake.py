@@ -3,21 +3,19 @@
 `schema` defines the bodies and `reading` reads them. Whether a request fits, the scheduler decides.
 """
 
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from starlette.datastructures import Headers
-
 from stallfree.core.request import Refused, Request
-from stallfree.core.slo import Slo
 from stallfree.engine.engine import Engine
 from stallfree.engine.streams import Reading
 from stallfree.executors.sampling import Constraint
-from stallfree.server.errors import ApiError, shown
+from stallfree.server.allowance import Tenant
+from stallfree.server.errors import ApiError
 from stallfree.server.reading import Query, check_ids
-from stallfree.server.schema import LEAST_TARGET_MS, MOST_TARGET_MS, ChatRequest, CompletionRequest, Generation
+from stallfree.server.schema import ChatRequest, CompletionRequest, Generation
+from stallfree.server.targets import Promise
 
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` for completions; for a chat it is all that fits."""
@@ -30,51 +28,19 @@ PREFILL = "x-stallfree-prefill"
 HERE = "none"
 """Value of that header: the server itself computes the prompt."""
 
-TARGET_HEADERS = ("x-slo", "x-llm-d-slo")
-"""Prefixes of the headers with a request's latency targets: this server's, and that of llm-d's gateway."""
 
-
-def targets(body: Generation, headers: Headers, default: Slo) -> Slo | None:
-    """A request's own latency targets, from `slo` in its body and from its headers; None without any. Their percentiles are those
-    of `default`. Raises ApiError, with the place, for a value that is no time, and for two that contradict each other.
-    """
-    times: dict[str, tuple[float, str]] = {}
-    for name in ("ttft", "tbt", "tpot"):
-        own = None if body.slo is None else getattr(body.slo, f"{name}_ms")
-        values = [] if own is None else [(float(own), f"slo.{name}_ms")]
-        for header in (f"{prefix}-{name}-ms" for prefix in TARGET_HEADERS):
-            values += [(_milliseconds(value, header), header) for value in headers.getlist(header)]
-        for value, place in values:
-            first, where = times.setdefault(name, (value, place))
-            if value != first:
-                raise ApiError(
-                    400, f"{place} asks for {name} {value:g} ms, {where} for {first:g} ms; give one of them", param=place
-                )
-    if not times:
-        return None
-    if "tbt" in times and "tpot" in times:
-        message = "tbt_ms and tpot_ms both say when the next token is due; give one of them"
-        raise ApiError(400, message, param=times["tpot"][1])
-    return Slo.of({name: value for name, (value, _) in times.items()}, default)
-
-
-def _milliseconds(text: str, header: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text) or not LEAST_TARGET_MS <= float(text) <= MOST_TARGET_MS:
-        limits = f"from {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:,}"
-        message = f"{header}: {shown(text)} is not a number of milliseconds {limits}; write {header}: 100"
-        raise ApiError(400, message, param=header)
-    return float(text)
-
-
-def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequence[Constraint] = ()) -> list[Request]:
-    """`n` requests for each prompt of `query`, with targets `slo`. Choice k of a prompt samples with `seed` + k. `constraints`: one
-    for each of them, or none. Sampling that the body leaves open is the engine's default. Raises ApiError for fields that
-    contradict each other.
+def requests(
+    engine: Engine, query: Query, tenant: Tenant, promise: Promise, constraints: Sequence[Constraint] = ()
+) -> list[Request]:
+    """`n` requests for each prompt of `query`, of this `tenant` and with what it is promised. Choice k of a prompt samples with
+    `seed` + k. `constraints`: one for each of them, or none. Sampling that the body leaves open is the engine's default. Raises
+    ApiError for fields that contradict each other.
     """
     body = query.body
     n = 1 if body.n is None else body.n
     max_tokens, _ = _max_tokens(body)
     min_tokens = body.min_tokens or 0
+    priority = tenant.priority_of(body.priority)
     _check(query, n)
     check_ids(body.stop_token_ids or [], engine.text, "stop_token_ids")
     stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else engine.text.eos_ids)
@@ -103,14 +69,26 @@ def requests(engine: Engine, query: Query, slo: Slo | None, constraints: Sequenc
                     stop_ids=stop_ids,
                     min_tokens=min_tokens,
                     arrival=arrival,
-                    priority=body.priority or 0,
-                    tenant=body.user or "",
-                    slo=slo,
+                    priority=priority,
+                    tenant=tenant.name,
+                    weight=tenant.weight,
+                    slo=promise.slo,
+                    service_class=promise.service_class,
                     salt=body.cache_salt or "",
                     sampling=sampling,
                 )
             )
     return requests
+
+
+def tokens(query: Query) -> int:
+    """The tokens that a query asks for: its prompts, each once, and the `max_tokens` of each answer. A chat that leaves max_tokens
+    out asks for its prompt alone."""
+    max_tokens, _ = _max_tokens(query.body)
+    if max_tokens is None:
+        max_tokens = COMPLETION_TOKENS if isinstance(query.body, CompletionRequest) else 0
+    prompts = [len(prompt) for prompt, _ in query.prompts]
+    return sum(prompts) + len(prompts) * (query.body.n or 1) * max_tokens
 
 
 def _check(query: Query, n: int) -> None:
@@ -153,6 +131,11 @@ def refused(refusal: Refused, body: Generation, prompts: Sequence[Sequence[int]]
     if isinstance(body, ChatRequest):
         field = {"prompt": "messages", "max_tokens": _max_tokens(body)[1]}.get(field, field)
     return ApiError(400, str(refusal), param=field, code=code)
+
+
+def over_limit(refusal: ApiError, body: Generation) -> ApiError:
+    """A tenant's refusal with the body's name of `max_tokens`."""
+    return refusal.renamed({"max_tokens": _max_tokens(body)[1]})
 
 
 def _max_tokens(body: Generation) -> tuple[int | None, str]:

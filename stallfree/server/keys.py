@@ -19,37 +19,45 @@ ALONE = "default"
 """The name of the key that --api-key gives: this option has no room for a name."""
 
 FORMS = "write name:key, or name:sha256=HEX with the 64 hex digits of the key's SHA-256"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What may be the name of a key. Names are in the log and in metrics."""
+_DIGEST = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
 class Keys:
-    """Keys by their names: `digests` holds each key's SHA-256, 32 bytes. Without any, requests need no key."""
+    """`names` has the name of each key, by the key's SHA-256, 32 bytes. Several keys may have the same name. Without any key,
+    requests need none."""
 
-    def __init__(self, digests: Mapping[str, bytes] | None = None):
-        self._digests = dict(digests or {})
+    def __init__(self, names: Mapping[bytes, str] | None = None):
+        self._names = dict(names or {})
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._names)
+
+    @property
+    def names(self) -> Mapping[bytes, str]:
+        """The name of each key, by its SHA-256."""
+        return self._names
 
     @classmethod
     def of(cls, key: str | None, file: Path | None = None) -> Self:
         """The `key` of --api-key, named `ALONE`, and those in the `file` of --api-key-file. Raises ValueError for an empty key, and
         for a file that cannot be read, has no keys or has a bad line. No message has a key.
         """
-        digests = {} if file is None else _read(file)
+        names = {} if file is None else {digest: name for name, digest in _read(file).items()}
         if key is not None:
             if not key:
                 raise ValueError("--api-key is empty; give a key, or leave the option out")
-            if ALONE in digests:
+            if ALONE in names.values():
                 raise ValueError(f"--api-key-file {file} has a key named {ALONE!r}, the name of --api-key; rename it in the file")
-            digests[ALONE] = sha256(key.encode()).digest()
-        return cls(digests)
+            names.setdefault(sha256(key.encode()).digest(), ALONE)
+        return cls(names)
 
     def check(self, scope: Scope) -> str | None:
         """The name of the key in a request's headers, `Authorization: Bearer KEY` or `x-api-key: KEY`; None if no key is needed.
         Raises ApiError if it has no key, or a wrong one. The time that this takes tells nothing about the keys.
         """
-        if not self._digests:
+        if not self._names:
             return None
         headers = dict(scope["headers"])
         names = [name for key in _sent(headers) if (name := self._name(key)) is not None]
@@ -62,8 +70,14 @@ class Keys:
     def _name(self, key: bytes) -> str | None:
         """The name of `key`. Every digest is compared in full, so that the time does not depend on which one matches."""
         digest = sha256(key).digest()
-        same = [name for name, known in self._digests.items() if hmac.compare_digest(digest, known)]
+        same = [name for known, name in self._names.items() if hmac.compare_digest(digest, known)]
         return same[0] if same else None
+
+
+def digest_of(text: str) -> bytes | None:
+    """The 32 bytes in "sha256=HEX", a key's SHA-256; None if the text is anything else."""
+    match = _DIGEST.fullmatch(text)
+    return None if match is None else bytes.fromhex(match[1])
 
 
 def open_to_others(file: Path) -> bool:
@@ -107,18 +121,18 @@ def _key(text: str, where: str) -> tuple[str, bytes]:
     name, key = name.strip(), key.strip()
     if not colon:
         raise ValueError(f"{where}: there is no colon; {FORMS}")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"{where}: the name before the colon must be 1 to 64 letters, digits, dots, dashes or underscores; {FORMS}"
         )
     if not key:
         raise ValueError(f"{where}: {name!r} has no key; {FORMS}")
     if key.startswith("sha256="):
-        if not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", key):
+        if (digest := digest_of(key)) is None:
             raise ValueError(
                 f"{where}: after sha256= of {name!r} there are not 64 hex digits; make them with `printf %s KEY | sha256sum`"
             )
-        return name, bytes.fromhex(key.removeprefix("sha256="))
+        return name, digest
     if not key.isprintable() or " " in key:
         raise ValueError(f"{where}: the key of {name!r} has a space or a character that cannot be printed; take these out")
     return name, sha256(key.encode()).digest()

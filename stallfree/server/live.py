@@ -7,7 +7,7 @@ bounded amount at a time. It knows neither HTTP nor the engine.
 import math
 import secrets
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.metrics.stalls import LONG_WAIT_S, Iteration, Stall, StallAccount, Wait
+from stallfree.metrics.tenants import Tenant
 
 KEPT = 512
 """Records kept for the next look: a page that is opened shows that many past iterations."""
@@ -24,6 +25,12 @@ ROWS = 2000
 """Rows of iterations kept for another page, or for the same one after a lost answer."""
 ROWS_AT_ONCE = 500
 STALLS = 20
+TENANTS = 20
+"""Rows of tenants: those with the largest shares."""
+MOST_TENANTS = 1024
+"""Tenants whose weight is remembered, those seen last."""
+MOST_REFUSALS = 4096
+"""Refusals of the last minute that are counted."""
 WINDOW_S = 60
 """Percentiles cover this many seconds before a look."""
 ID_CHARS = 8
@@ -41,14 +48,20 @@ class Judged(NamedTuple):
     ttfts: list[float]
     stalls: list[Stall]
     waits: list[Wait]
+    forecasts: list[float]
+    served: dict[str, int]
 
 
 class Live:
-    """The engine's thread calls `record`; one other thread calls `look`. `slo`: the target of first tokens. `policy`: its name."""
+    """The engine's thread calls `record`; one other thread calls `look` and `refuse`. `slo`: the target of first tokens. `policy`:
+    its name. `ahead`: seconds, over its weight, by which a tenant was served more than the least; None if the policy keeps no such
+    account.
+    """
 
-    def __init__(self, policy: str, slo: Slo | None = None):
+    def __init__(self, policy: str, slo: Slo | None = None, ahead: Callable[[str], float] | None = None):
         self.policy = policy
         self.slo = slo or Slo()
+        self._ahead = ahead
         self._run = secrets.token_hex(4)
         self._unseen: deque[Judged] = deque(maxlen=KEPT)  # appending and popping need no lock
         self._rows: deque[tuple[Any, ...]] = deque(maxlen=ROWS)
@@ -56,11 +69,25 @@ class Live:
         self._stalls: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._waits: deque[Wait] = deque(maxlen=STALLS)
         self._oldest: tuple[str, float] | None = None
+        self._here: dict[str, Tenant] = {}
+        self._weights: dict[str, float] = {}
+        self._refusals: deque[tuple[float, str]] = deque(maxlen=MOST_REFUSALS)
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
         """Keep one iteration, which `account` has judged. The engine's thread calls it after each."""
-        self._unseen.append(Judged(step, account.iteration, account.gaps, account.ttfts, account.stalls, account.waits))
+        found = account.gaps, account.ttfts, account.stalls, account.waits, account.forecasts, account.served
+        self._unseen.append(Judged(step, account.iteration, *found))
         self._oldest = account.oldest
+        self._here = account.tenants.here
+        for _, tenant, weight in step.tenants:
+            self._weights.pop(tenant, None)
+            self._weights[tenant] = weight
+            if len(self._weights) > MOST_TENANTS:
+                del self._weights[next(iter(self._weights))]
+
+    def refuse(self, tenant: str, now: float) -> None:
+        """A request of `tenant` was refused at `now` (s, the run's)."""
+        self._refusals.append((now, tenant))
 
     def look(self, now: float, since: int = -1) -> dict[str, Any]:
         """All that is new after step `since` at `now` (s, the run's), as JSON values; times in seconds.
@@ -70,7 +97,10 @@ class Live:
         or count, p50, p90, p99 and the late share. `stalls`, the last ones, newest first: one for each iteration at fault, with the
         `count` of tokens and the `id` of the request that waited longest. `waits`: the last long waits for first tokens, newest
         first, with their reasons in `words`. `longest_wait`: the longest that still lasts, as `id` and `seconds`, or null.
-        `long_wait_s`: from how many seconds a wait is long.
+        `long_wait_s`: from how many seconds a wait is long. `forecast`: of actual over forecast times to first token, as `ttft`.
+        `tenants`, the largest share first, if there are two or more: `name`, `share` of the tokens computed in the last minute,
+        `weight`, `ahead_s` (seconds, over its weight, by which it was served more than the least; or null), requests `waiting` for
+        a first token, and requests `refused` in the last minute.
         """
         pieces = 0
         while self._unseen and pieces < PIECES:
@@ -90,10 +120,34 @@ class Live:
             "waits": [wait._asdict() | {"words": wait.words()} for wait in reversed(self._waits)],
             "longest_wait": oldest and {"id": oldest[0][:ID_CHARS], "seconds": now - oldest[1]},
             "long_wait_s": LONG_WAIT_S if self.slo.ttft is None else self.slo.ttft.seconds,
+            "forecast": _summary([second.forecasts for second in seconds]),
+            "tenants": self._tenants(seconds, now),
         }
 
+    def _tenants(self, seconds: Iterable["_Second"], now: float) -> list[dict[str, Any]]:
+        served = Counter[str]()
+        for second in seconds:
+            served.update(second.served)
+        refused = Counter(tenant for t, tenant in self._refusals if t >= now - WINDOW_S)
+        here = {name: tenant.waiting for name, tenant in list(self._here.items())}
+        names = {*served, *refused, *here}
+        if len(names) < 2:
+            return []
+        total = max(1, served.total())
+        return [
+            {
+                "name": name,
+                "share": served[name] / total,
+                "weight": self._weights.get(name, 1.0),
+                "ahead_s": None if self._ahead is None else self._ahead(name),
+                "waiting": here.get(name, 0),
+                "refused": refused[name],
+            }
+            for name in sorted(names, key=lambda name: (-served[name], name))[:TENANTS]
+        ]
+
     def _reduce(self, judged: Judged) -> None:
-        step, iteration, gaps, ttfts, stalls, waits = judged
+        step, iteration, gaps, ttfts, stalls, waits, forecasts, served = judged
         self._rows.append(
             (
                 step.step,
@@ -112,6 +166,8 @@ class Live:
         if not self._seconds or self._seconds[-1].at != int(step.t_end):
             self._seconds.append(_Second(int(step.t_end)))
         second, ttft = self._seconds[-1], self.slo.ttft
+        second.forecasts.add(forecasts, 0)
+        second.served.update(served)
         second.ttft.add(ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in ttfts))
         alike: dict[tuple[str, str, int], list[Stall]] = {}
         for (kind, cause, blamed), run in groupby(stalls, key=FAULT):
@@ -135,7 +191,7 @@ class Live:
 
 
 class _Times:
-    """How many latencies fall in each bucket, and how many are late."""
+    """How many latencies, or ratios of two, fall in each bucket, and how many are late."""
 
     __slots__ = ("buckets", "late")
 
@@ -150,13 +206,14 @@ class _Times:
 
 
 class _Second:
-    """The latencies of one second of the run, `at`."""
+    """The latencies of one second of the run, `at`, the ratios of its `forecasts`, and the tokens `served` by tenant."""
 
-    __slots__ = ("at", "tbt", "ttft")
+    __slots__ = ("at", "forecasts", "served", "tbt", "ttft")
 
     def __init__(self, at: int):
         self.at = at
-        self.ttft, self.tbt = _Times(), _Times()
+        self.ttft, self.tbt, self.forecasts = _Times(), _Times(), _Times()
+        self.served = Counter[str]()
 
 
 def _summary(times: Iterable[_Times]) -> dict[str, float] | None:

@@ -21,6 +21,7 @@ from stallfree.core.ledger import Ledger
 from stallfree.core.record import StepRecord
 from stallfree.core.slo import Slo
 from stallfree.metrics.stalls import CAUSES, TARGETS, Ended, StallAccount
+from stallfree.server.sharing import Sharing
 from stallfree.server.vllm_names import Aliases
 
 REASONS = ("policy", "deadline", "engine")
@@ -39,12 +40,13 @@ REQUEST_S = (
     0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+FORECAST_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 REQUEST_TOKENS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
 
 
 class Metrics(Collector):
-    """Counts the iterations of `model`, held to `slo`. The engine's thread calls `record`, any other `expose`."""
+    """Counts the iterations of `model`, held to `slo`. The engine's thread calls `record`, any other `expose` and `refuse`."""
 
     def __init__(self, model: str, slo: Slo | None = None) -> None:
         self._slo = slo or Slo()
@@ -71,6 +73,8 @@ class Metrics(Collector):
         self._ttft, self._tbt, self._tpot = _Histogram(TTFT_S), _Histogram(GAPS_S), _Histogram(GAPS_S)
         self._e2e, self._queue, self._prefill, self._decode, self._service = (_Histogram(REQUEST_S) for _ in range(5))
         self._prompts, self._outputs = _Histogram(REQUEST_TOKENS), _Histogram(REQUEST_TOKENS)
+        self._forecasts = _Histogram(FORECAST_RATIOS)
+        self._sharing = Sharing()
         self._gauges: dict[str, float] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -110,10 +114,20 @@ class Metrics(Collector):
                     self._late[stall.cause] += 1
                     self._late_s[stall.cause] += stall.late_s
             self._end(account.ended)
+            self._forecasts.observe_all(account.forecasts)
+            self._sharing.record(account)
 
-    def expose(self, ledger: Ledger, now: float, prefill_engines: tuple[int, int] | None = None) -> bytes:
+    def refuse(self, tenant: str, reason: str) -> None:
+        """Count a request of `tenant` ("" for none) that was refused. `reason`: one of a few words, such as late."""
+        with self._lock:
+            self._sharing.refuse(tenant, reason)
+
+    def expose(
+        self, ledger: Ledger, now: float, prefill_engines: tuple[int, int] | None = None, prefill_room_s: float | None = None
+    ) -> bytes:
         """Prometheus' text format, with the gauges at `now` (s, the run's): the last record may be old, because an idle engine
         writes none. `prefill_engines`: how many are connected and how many are configured, for an engine with KV transfers.
+        `prefill_room_s`: seconds of prefill that can still be admitted, if the policy forecasts.
         """
         with self._lock:
             oldest = self._oldest
@@ -128,6 +142,8 @@ class Metrics(Collector):
         }
         if prefill_engines is not None:
             self._gauges["prefill_engines"], self._gauges["prefill_engines_configured"] = prefill_engines
+        if prefill_room_s is not None:
+            self._gauges["prefill_room_seconds"] = prefill_room_s
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -206,6 +222,8 @@ class Metrics(Collector):
         yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving this KV.", self._transfer_s)
         share = self._transfer_s / self._decode_s if self._decode_s else None
         yield _gauge("kv_transfer_ratio", "KV transfer seconds over the seconds from first tokens to ends of all requests.", share)
+        yield self._forecasts.family("first_token_forecast_ratio", "Actual over forecast time to first token.")
+        yield from self._sharing.families()
         for name, text in GAUGES.items():
             yield _gauge(name, text, self._gauges.get(name))
 
@@ -217,6 +235,7 @@ GAUGES = {
     "free_kv_blocks": "KV blocks that are free, or hold only KV that the prefix cache can drop.",
     "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
     "longest_wait_seconds": "How long the oldest request without a first token has waited for it.",
+    "prefill_room_seconds": "Seconds of prefill that can still be admitted within the target for TTFT.",
     "prefill_engines": "Prefill engines that are connected.",
     "prefill_engines_configured": "Prefill engines that are configured.",
 }

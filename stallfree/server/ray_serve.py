@@ -2,8 +2,9 @@
 decides their number. It knows Ray Serve, and nothing of how a replica serves.
 
 Utilisation is the share of time that a replica spends in iterations, each weighted by the share of its limit that it used. If the
-oldest waiting request has waited for a larger share of the target for TTFT, utilisation is that share. `n` replicas with a mean
-utilisation `u` become n x u / `TARGET` replicas.
+oldest waiting request has waited for a larger share of the target for TTFT, utilisation is that share. A replica that can admit no
+more prefill within its targets is full: its utilisation is at least 1. `n` replicas with a mean utilisation `u` become
+n x u / `TARGET` replicas.
 """
 
 import math
@@ -19,8 +20,8 @@ from stallfree.engine.assemble import Options, assemble
 from stallfree.metrics.capacity import MEDIAN_TTFT_S
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.app import create_app
-from stallfree.server.keys import Keys
 from stallfree.server.service import Service
+from stallfree.server.tenants import Tenants
 
 TARGET = 0.7
 """Mean utilisation that scaling aims at."""
@@ -39,12 +40,14 @@ class Utilisation:
         seconds = step.t_end - step.t_start
         self._used += seconds * (min(1.0, seconds / step.limit_s) if step.limit_s else 1.0)
 
-    def read(self, oldest_s: float, ttft_s: float) -> float:
-        """The utilisation since the last call. `oldest_s`: how long the oldest waiting request has waited."""
+    def read(self, oldest_s: float, ttft_s: float, room_s: float | None = None) -> float:
+        """The utilisation since the last call. `oldest_s`: how long the oldest waiting request has waited. `room_s`: seconds of
+        prefill that can still be admitted within the targets; None if the policy does not forecast."""
         now = self._clock()
         share = self._used / max(now - self._since, 1e-9)
         self._since, self._used = now, 0.0
-        return max(share, oldest_s / ttft_s)
+        full = 1.0 if room_s is not None and room_s <= 0 else 0.0
+        return max(share, oldest_s / ttft_s, full)
 
 
 def wanted(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -60,11 +63,12 @@ def application(
     least: int,
     most: int,
     max_queue: int,
-    keys: Keys,
+    tenants: Tenants,
     sanitize_control_tokens: bool = False,
 ) -> serve.Application:
     """The application for `serve.run`: from `least` to `most` replicas of an engine made of `options`, under `names` (none: the
-    model's own) to clients with one of the `keys`. A replica is healthy until its engine fails, or an iteration is overdue.
+    model's own). Each replica has its own copy of `tenants`: their keys open it, and their limits are those of one replica. A
+    replica is healthy until its engine fails, or an iteration is overdue.
     """
     parts: dict[str, Any] = {}
 
@@ -77,6 +81,8 @@ def application(
             served_as[0],
             policy=options.policy,
             slo=assembled.slo,
+            classes=assembled.classes,
+            tenants=tenants,
             max_queue=max_queue,
             sanitize_control_tokens=sanitize_control_tokens,
             aliases=served_as[1:],
@@ -84,15 +90,18 @@ def application(
         service.start_helpers()
         parts.update(service=service, utilisation=Utilisation(assembled.engine.clock), slo=assembled.slo)
         service.observers.append(parts["utilisation"].record)
-        return create_app(service, keys=keys)
+        return create_app(service, keys=tenants)
 
     class Replica:
         def record_autoscaling_stats(self) -> dict[str, float]:
-            engine, slo = parts["service"].engine, parts["slo"]
+            thread, engine, slo = parts["service"].thread, parts["service"].engine, parts["slo"]
             head = engine.scheduler.ledger.queue.head()
             oldest = 0.0 if head is None else engine.clock() - head[2].arrival
             ttft = slo.ttft.seconds if slo is not None and slo.ttft is not None else MEDIAN_TTFT_S
-            return {"utilisation": parts["utilisation"].read(oldest, ttft)}
+            if thread.forecast is None:
+                return {"utilisation": parts["utilisation"].read(oldest, ttft)}
+            room = thread.forecast.room
+            return {"utilisation": parts["utilisation"].read(oldest, ttft, room), "prefill_room": room}
 
         def check_health(self) -> None:
             service = parts["service"]

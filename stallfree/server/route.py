@@ -1,19 +1,16 @@
-"""A router. It passes each request on to the decode server with the fewest requests, and names the prefill engine with the fewest
+"""A router. It passes each request on to the decode server that `choosing` puts first, and names the prefill engine with the fewest
 prompt tokens to compute, as far as the router knows. It names none while all have too many.
 
-It reads only the length of a prompt, and whether a stream has its first token. All else passes unchanged, the API key too. It sends
+It reads only the outline of a body, and whether a stream has its first token. All else passes unchanged, the API key too. It sends
 nothing to a server that is down, until its /health answers 200.
 """
 
 import asyncio
-import json
 import logging
-import operator
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from fastapi import FastAPI, Request, Response
@@ -26,9 +23,10 @@ from starlette.types import Receive, Scope, Send
 import stallfree
 from stallfree.server import errors
 from stallfree.server.app import MAX_BODY_BYTES
+from stallfree.server.choosing import Outline, Pending, Prefixes, Server, earliest, least_outstanding, outline
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError
-from stallfree.server.intake import HERE, PREFILL
+from stallfree.server.intake import PREFILL
 from stallfree.server.keys import Keys
 from stallfree.server.schema import Health
 
@@ -36,8 +34,8 @@ log = logging.getLogger(__name__)
 
 HEALTH_S = 2.0
 """Seconds between two health checks of a server, and the longest that one may take."""
-CHARACTERS = 4
-"""Characters per token, a rough guess. Its error is the same for all engines."""
+MOST_REFUSALS = 2
+"""Servers that may refuse a request with status 429 before its client learns of it."""
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 POST_PATHS = (*GENERATING, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 GET_PATHS = ("/v1/models", "/v1/models/{name:path}", "/version")
@@ -46,9 +44,6 @@ KEPT_BACK = {"host", "content-length", "connection", "transfer-encoding", "accep
 PASSED = ("content-type", "cache-control", "retry-after", "www-authenticate")
 """Response headers that the router passes on."""
 
-OUTCOMES = ("answered", "refused", "failed", "broken", "left")
-"""How a request ends at a server. `answered`: in full. `refused`: with a status from 400 to 499. `failed`: without an answer, or
-with a status from 500. `broken`: in the middle. `left`: its client went away, or the router shut down."""
 ENDING = ApiError(503, "the router is shutting down", code="unavailable")
 
 
@@ -57,17 +52,14 @@ def _ending(error: ApiError) -> bytes:
     return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
 
 
-class _Server:
-    """A decode server: whether it is `up`, how many `outstanding` requests of this router it has, and how the others ended."""
+class _Refusal(Exception):
+    """A server's answer of status 429. `retry_after`: seconds; inf if it names none."""
 
-    def __init__(self, url: str):
-        parts = urlsplit(url.strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--decode {url!r} is not a server's URL; write http://127.0.0.1:8001, with commas between several")
-        self.url = url.strip().rstrip("/").removesuffix("/v1")
-        self.up = True
-        self.outstanding = 0
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+    def __init__(self, answer: Response):
+        super().__init__()
+        self.answer = answer
+        seconds = answer.headers.get("retry-after", "")
+        self.retry_after = int(seconds) if seconds.isdecimal() else inf
 
 
 class Router:
@@ -76,7 +68,8 @@ class Router:
     """
 
     def __init__(self, decodes: Sequence[str], prefills: Sequence[str] = (), spill: int | None = None):
-        self.servers = [_Server(url) for url in decodes]
+        self.servers = [Server(url) for url in decodes]
+        self.prefixes = Prefixes()
         self.pending = dict.fromkeys(prefills, 0)
         self.spill = inf if spill is None else spill
         self.draining = False
@@ -115,53 +108,91 @@ class Router:
         return self._session
 
     async def pass_on(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer of the server with the fewest requests; if it gives none, of the next. ApiError if no server answers."""
+        """Send the answer of the first server in `_order` that gives one. Raises ApiError if none does, or if the router ends."""
         if self.draining:
             raise ENDING
-        failures = []
-        for server in sorted((server for server in self.servers if server.up), key=lambda server: server.outstanding):
-            prompt = _Prompt(self.pending, self.spill, request.url.path, body)
-            server.outstanding += 1
-            outcome = "left"
+        try:
+            await self._pass_on(request, body, scope, receive, send)
+        except asyncio.CancelledError:
+            if self.ending.is_set():
+                raise ENDING from None
+            raise
+
+    async def _pass_on(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        path = request.url.path
+        prompt = outline(path, body) if path in GENERATING else None
+        failures: list[str] = []
+        refusals: list[_Refusal] = []
+        for server in await self._order(prompt, request):
             try:
-                outcome = await self._through(server, prompt, request, body, scope, receive, send)
+                await self._try(server, prompt, request, body, scope, receive, send)
                 return
-            except asyncio.CancelledError:
-                if self.ending.is_set():
-                    raise ENDING from None
-                raise
+            except _Refusal as refusal:
+                refusals.append(refusal)
+                if len(refusals) == MOST_REFUSALS:
+                    break
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                outcome = "failed"
                 log.warning("decode server %s did not answer: %s", server.url, error or type(error).__name__)
                 failures.append(f"{server.url} did not answer ({type(error).__name__})")
                 await self._check_health(server)
-            finally:
-                prompt.computed()
-                server.outstanding -= 1
-                server.outcomes[outcome] += 1
+        if refusals:
+            await min(refusals, key=lambda refusal: refusal.retry_after).answer(scope, receive, send)
+            return
         down = [f"{s.url} is down" for s in self.servers if not s.up and not any(s.url in failure for failure in failures)]
         raise ApiError(503, "no decode server answers: " + ", ".join(failures + down), code="unavailable")
 
+    async def _order(self, prompt: Outline | None, request: Request) -> list[Server]:
+        """The servers that are up, in the order in which they are to be tried."""
+        if prompt is None:
+            return least_outstanding(self.servers)
+        return await earliest(self.session, self.servers, prompt, self.prefixes, request.headers)
+
+    async def _try(
+        self, server: Server, prompt: Outline | None, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send the server's answer, and count its outcome. Raises _Refusal, and the errors of aiohttp, before anything is sent."""
+        pending = Pending(self.pending, self.spill, prompt)
+        if prompt is not None:
+            self.prefixes.remember(prompt.pieces, server)
+        server.sent += 1
+        server.outstanding += 1
+        outcome = "left"
+        try:
+            outcome = await self._through(server, pending, request, body, scope, receive, send)
+        except _Refusal:
+            outcome = "refused"
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            outcome = "failed"
+            raise
+        finally:
+            pending.computed()
+            server.outstanding -= 1
+            server.outcomes[outcome] += 1
+
     async def _through(
-        self, server: _Server, prompt: "_Prompt", request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
+        self, server: Server, pending: Pending, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> str:
-        """Send the server's answer. Returns its outcome, one of `OUTCOMES`."""
+        """Send the server's answer. Returns its outcome, one of `OUTCOMES`. Raises _Refusal for an answer of status 429."""
         headers = {name: value for name, value in request.headers.items() if name not in KEPT_BACK}
-        if prompt.named is not None:
-            headers[PREFILL] = prompt.named
+        if pending.named is not None:
+            headers[PREFILL] = pending.named
         url = server.url + request.url.path
         async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
             if answer.status == 503:
                 raise aiohttp.ClientError("status 503: it takes no requests")
             passed = {name: answer.headers[name] for name in PASSED if name in answer.headers}
             if answer.content_type != "text/event-stream":
-                await Response(await answer.read(), answer.status, passed)(scope, receive, send)
+                whole = Response(await answer.read(), answer.status, passed)
+                if answer.status == 429:
+                    raise _Refusal(whole)
+                await whole(scope, receive, send)
                 return "answered" if answer.status < 400 else "refused" if answer.status < 500 else "failed"
             start = {"type": "http.response.start", "status": answer.status}
             await send(start | {"headers": [(name.encode(), value.encode("latin-1")) for name, value in passed.items()]})
             try:
                 async for events in answer.content.iter_any():
-                    prompt.receive(events)
+                    pending.receive(events)
                     await send({"type": "http.response.body", "body": events, "more_body": True})
                 outcome, last = "answered", b""
             except (aiohttp.ClientError, OSError) as error:  # too late for another server: the client has some of it
@@ -175,12 +206,12 @@ class Router:
             await send({"type": "http.response.body", "body": last, "more_body": False})
             return outcome
 
-    async def _watch(self, server: _Server) -> None:
+    async def _watch(self, server: Server) -> None:
         while True:
             await asyncio.sleep(HEALTH_S)
             await self._check_health(server)
 
-    async def _check_health(self, server: _Server) -> None:
+    async def _check_health(self, server: Server) -> None:
         up = False
         with suppress(aiohttp.ClientError, TimeoutError, OSError):
             timeout = aiohttp.ClientTimeout(total=HEALTH_S)
@@ -189,49 +220,6 @@ class Router:
         if up != server.up:
             log.warning("decode server %s is %s", server.url, "up" if up else "down")
         server.up = up
-
-
-class _Prompt:
-    """A request's prompt. It is pending at the prefill engine `named` until its first token passes, or the request ends."""
-
-    def __init__(self, pending: dict[str, int], spill: float, path: str, body: bytes):
-        self._pending = pending
-        self._tokens, self._openings = _size(path, body) if path in GENERATING else (0, 0)
-        self.named = min(pending, key=lambda name: pending[name]) if pending and path in GENERATING else None
-        self._is_pending = False
-        if self.named is not None and pending[self.named] > spill:
-            self.named = HERE
-        elif self.named is not None:
-            self._is_pending = True
-            pending[self.named] += self._tokens
-
-    def receive(self, events: bytes) -> None:
-        """Count `events` of the stream. The first ones may be openings, without a token."""
-        if self._is_pending:
-            self._openings -= events.count(b"data: ")
-            if self._openings < 0:
-                self.computed()
-
-    def computed(self) -> None:
-        if self._is_pending and self.named is not None:
-            self._pending[self.named] -= self._tokens
-            self._is_pending = False
-
-
-def _size(path: str, body: bytes) -> tuple[int, int]:
-    """About how many tokens a body's prompts have, and how many events of its stream come before the first token."""
-    with suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError):  # the server refuses a malformed body
-        fields: dict[str, Any] = json.loads(body)
-        n = operator.index(fields.get("n") or 1)
-        if path == "/v1/chat/completions":
-            return sum(len(json.dumps(message.get("content"))) for message in fields["messages"]) // CHARACTERS, n
-        if path in ("/v1/responses", "/v1/messages"):  # two events tell of the answer before its first token
-            return len(json.dumps([fields.get("input"), fields.get("system"), fields.get("messages")])) // CHARACTERS, 2
-        field = fields.get("prompt") or ""
-        prompts = [field] if isinstance(field, str) or isinstance(field[0], int) else field
-        tokens = sum(len(prompt) // CHARACTERS if isinstance(prompt, str) else len(prompt) for prompt in prompts)
-        return tokens, len(prompts) * n if fields.get("echo") else 0
-    return 0, 0
 
 
 class _PassedOn(Response):

@@ -7,10 +7,12 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 import socket
+from collections.abc import Callable
 from functools import partial
-from types import FrameType
-from typing import Protocol
+from types import FrameType, TracebackType
+from typing import Protocol, Self
 
 import uvicorn
 from fastapi import FastAPI
@@ -74,14 +76,50 @@ def bind(host: str, port: int, kind: str = "") -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, served: Drains, sock: socket.socket, *, drain_timeout_s: float, tls: Tls | None = None) -> None:
+class Hangups:
+    """In a `with`, SIGHUP calls `action` instead of ending the process. Calls begin once `run` serves, in its event loop; signals
+    before that make one call then. For the main thread."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_due = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGHUP, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        signal.signal(signal.SIGHUP, self._before)
+
+    def begin(self) -> None:
+        """Make the calls in the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        if self._is_due:
+            self._action()
+
+    def _handle(self, sig: int, frame: FrameType | None) -> None:
+        self._is_due = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._action)
+
+
+def run(
+    app: FastAPI,
+    served: Drains,
+    sock: socket.socket,
+    *,
+    drain_timeout_s: float,
+    tls: Tls | None = None,
+    hangups: Hangups | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT. Then take no new requests, let the others finish, and return. `served`: see `Drains`. `tls`:
-    serve https alone.
+    serve https alone. `hangups`: what SIGHUP does, instead of ending the process.
 
     Requests that are unfinished after `drain_timeout_s`, or at a second signal, end with an error. Raises SystemExit after a second
     signal. A third one ends the process at once.
     """
-    server = _Server(configure(app, tls), served, drain_timeout_s)
+    server = _Server(configure(app, tls), served, drain_timeout_s, hangups)
     server.run(sockets=[sock])
     if server.hurried:
         raise SystemExit(128 + server.hurried)
@@ -108,8 +146,9 @@ def configure(app: FastAPI, tls: Tls | None = None) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """A uvicorn server that drains its engine or router before it closes its port. `hurried`: the second signal, else 0."""
 
-    def __init__(self, config: uvicorn.Config, served: Drains, drain_timeout_s: float):
+    def __init__(self, config: uvicorn.Config, served: Drains, drain_timeout_s: float, hangups: Hangups | None):
         super().__init__(config)
+        self._hangups = hangups
         self._served = served
         self._drain_timeout_s = drain_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,6 +159,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self._hangups is not None:
+            self._hangups.begin()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1

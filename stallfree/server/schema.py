@@ -64,8 +64,6 @@ WITHOUT_EFFECT = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",  # vLLM
-        "safety_identifier",
-        "service_tier",
         "speed",  # Anthropic
         "store",
         "verbosity",
@@ -77,6 +75,7 @@ MAX_CHOICES = 128
 MAX_TOOLS = 256
 LEAST_TARGET_MS = 0.001
 MOST_TARGET_MS = 3_600_000
+LONGEST_CLASS = 64
 
 
 class Body(BaseModel):
@@ -137,17 +136,23 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+ClassName = Annotated[Text, Field(min_length=1, max_length=LONGEST_CLASS)]
+"""The name of a service class. `service_tier` has one too; "auto" and "default" there are the default class."""
 Milliseconds = Annotated[float, Field(ge=LEAST_TARGET_MS, le=MOST_TARGET_MS, allow_inf_nan=False)]
 
 
 class LatencyTargets(Body):
-    """A request's own targets, in place of the server's: from arrival to the first token (`ttft_ms`), and either between any two
-    tokens (`tbt_ms`) or as an envelope (`tpot_ms`).
+    """The class of a request, and its own targets, in place of those of the class: from arrival to the first token (`ttft_ms`), and
+    either between any two tokens (`tbt_ms`) or as an envelope (`tpot_ms`); or from arrival to the last token (`ttlt_ms`).
     """
 
+    class_: ClassName | None = Field(None, alias="class")
     ttft_ms: Milliseconds | None = None
     tbt_ms: Milliseconds | None = None
     tpot_ms: Milliseconds | None = None
+    ttlt_ms: Milliseconds | None = None
+    on_late: Literal["refuse", "serve"] | None = None
+    """What happens if the first token would come too late. By default what `--on-late` says."""
 
 
 class JsonSchema(Body):
@@ -180,7 +185,8 @@ class Generation(Body):
     """Fields of both chat and completions. Numbers out of OpenAI's ranges are refused. vLLM's fields are `top_k`, `min_p`,
     `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `include_stop_str_in_output`, `priority` (lower is served
     first), `cache_salt` (only requests with the same one share cached prefixes), `prompt_logprobs`, `structured_outputs` and the
-    older `guided_*`. `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's.
+    older `guided_*`. `sanitize_control_tokens` is named as in `transformers`; `slo` is this project's. `safety_identifier` is a
+    newer name of `user`.
     """
 
     model: str | None = None
@@ -206,6 +212,7 @@ class Generation(Body):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
+    service_tier: ClassName | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | Text | None = None
@@ -215,6 +222,7 @@ class Generation(Body):
     cache_salt: Text | None = Field(None, max_length=512)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     user: Text | None = Field(None, max_length=512)
+    safety_identifier: Text | None = Field(None, max_length=512)
 
 
 class Part(BaseModel):
@@ -391,6 +399,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: str | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -415,6 +424,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    service_tier: str | None = None
 
 
 class Model(BaseModel):

@@ -12,7 +12,8 @@ class Deployment:
     with an engine's fitted times (`perf.profiled`). `node`: devices used of each node (None: all). `network`: between nodes (None:
     the device's first).
 
-    `policy`: by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short). `slo`: in words.
+    `policy`: by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short). `slo`: in words,
+    perhaps of several classes. `tenant_weights`: of tenants with another weight than 1, in words (`workload.mix.weights`).
     `max_seqs` requests run at once; an iteration has at most `max_tokens`, a request `max_model_len` tokens (None: the model's
     context). KV is in blocks of `block_size` tokens; it gets what the weights leave of `gpu_memory_utilization`, a share of the
     device's memory. An admission leaves the share `watermark` of it free. `max_output`: the tokens that requests ask for, which
@@ -33,6 +34,7 @@ class Deployment:
     policy_option: list[str] | None = None
     token_budget: int | None = None
     slo: str | None = None
+    tenant_weights: str | None = None
     max_seqs: int = 256
     max_tokens: int = 8192
     max_model_len: int | None = None

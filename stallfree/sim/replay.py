@@ -90,6 +90,7 @@ def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:
         plain = replace(
             recorded,
             arrived=[a._replace(blocks=()) for a in recorded.arrived],
+            refused=[],  # no decision of the scheduler
             finished=[f._replace(blocks=()) for f in recorded.finished],
         )
         for f in fields(StepRecord):
@@ -193,6 +194,9 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     extra = dict(pair for r in records for pair in r.extra_rows)
     constrained = {id for r in records for id in r.constrained}
     scored = {id for r in records for id in r.scored}
+    tenants = {id: (tenant, weight) for r in records for id, tenant, weight in r.tenants}
+    classes = dict(pair for r in records for pair in r.classes)
+    predicted = dict(pair for r in records for pair in r.predicted)
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -200,6 +204,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             )
         tokens = Prompt(a.prompt_tokens, (*a.blocks, *outputs.get(a.id, ())), -number, size)
         slo = Slo.parse(a.slo) if a.slo else None
+        tenant, weight = tenants.get(a.id, ("", 1.0))
         request = Request(
             a.id,
             tokens,
@@ -207,11 +212,15 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             stop_ids=frozenset({STOP}),
             arrival=a.arrival,
             priority=a.priority,
+            tenant=tenant,
+            weight=weight,
             slo=slo,
+            service_class=classes.get(a.id, ""),
             extra_rows=extra.get(a.id, 0),
             constrained=a.id in constrained,
             scored=a.id in scored,
         )
+        request.predicted = predicted.get(a.id)
         served[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return served
 

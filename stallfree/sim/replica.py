@@ -14,11 +14,12 @@ from typing import NamedTuple, cast
 from stallfree.core import transfer
 from stallfree.core.leap import Stretch
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.core.policy import BatchModel, CostModel
+from stallfree.core.policy import BatchModel, CostModel, Forecasting
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.metrics.timeline import Timeline
+from stallfree.qos.forecast import Forecast
 
 LEAP = 64
 """The most iterations in one leap. If an arrival cuts a leap short, the rest of its prediction was wasted."""
@@ -68,9 +69,10 @@ class Replica:
     time by `cost`.
 
     Nothing is planned before `begin`. `between_s` pass from an iteration's end to the next planning. `slowness`: the factor on the
-    time of an iteration planned at a given moment. `ended` is called with each request that ended, `record` with each record,
-    `span` with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once; with 1,
-    `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run.
+    time of an iteration planned at a given moment. Without `serve_late`, requests are refused whose first token would come too late
+    by the policy's forecast; they end with the reason "refused". `ended` is called with each request that ended, `record` with each
+    record, `span` with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once;
+    with 1, `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run.
 
     `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
     each stage ran; the difference are bubbles. `iterations`: how many have ended.
@@ -90,6 +92,7 @@ class Replica:
         between_s: float = 0.0,
         slowness: Callable[[float], float] | None = None,
         leap: int = LEAP,
+        serve_late: bool = True,
     ):
         self.scheduler = scheduler
         self.due = inf
@@ -103,6 +106,8 @@ class Replica:
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
         self._steady = leap > 1 and scheduler.steady and scheduler.ledger.capacity.depth == 1
+        self._serve_late = serve_late
+        self._forecast = None if serve_late else self._forecaster()
         # Requests that were taken and arrive later, and requests that arrived and are not submitted to the scheduler yet.
         self._coming: deque[Request] = deque()
         self._unsubmitted: list[Request] = []
@@ -133,6 +138,24 @@ class Replica:
             begun = bisect_left(self._moments, now, 1)
             tokens -= (begun - 1) * sum(self._stretch.draft.chunks.values())
         return tokens
+
+    def forecast(self, request: Request) -> float | None:
+        """Seconds until `request`, if it arrived now, would have its first token; None if the policy forecasts nothing. Only
+        requests taken after the first call count. One that is taken and has not arrived counts as one more like this one.
+        """
+        if self._forecast is None:
+            self._forecast = self._forecaster()
+        if self._forecast is None:
+            return None
+        before = request.lookup  # of another replica's cache
+        request.lookup = (-1, request.root, 0)
+        seconds = self._forecast.seconds(request, self.scheduler.ledger.pool.look(request))
+        request.lookup = before
+        return seconds * (1 + len(self._coming))
+
+    def _forecaster(self) -> Forecast | None:
+        policy = self.scheduler.policy
+        return Forecast(policy) if isinstance(policy, Forecasting) else None
 
     def take(self, request: Request) -> None:
         """Take a request with a `Script`; it comes in at its arrival. This must not be before the arrivals of requests taken
@@ -184,10 +207,21 @@ class Replica:
             request = coming.popleft()
             while self.due < request.arrival:
                 self._wake()
-            self._unsubmitted.append(request)
-            self._reschedule(request.arrival)
+            self._arrive(request)
         while self.due < until:
             self._wake()
+
+    def _arrive(self, request: Request) -> None:
+        """Forecast its first token, as a server does at once. Refuse it for that, or let the scheduler have it at its next plan."""
+        if self._forecast is not None:
+            cached = self.scheduler.ledger.pool.look(request)
+            if not self._serve_late and self._forecast.late(request, cached) is not None:
+                request.finish_reason = "refused"
+                self._end(request, request.arrival)
+                return
+            self._forecast.enter(request, cached)
+        self._unsubmitted.append(request)
+        self._reschedule(request.arrival)
 
     def _wake(self) -> None:
         """Go on at `due`: complete the iterations that have ended, submit arrivals, abort departures, and begin iterations."""
@@ -266,6 +300,9 @@ class Replica:
                     line.tokens.append(end)
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done, dropped = scheduler.complete(plan, result, end)
+        if self._forecast is not None:
+            for id in tokens:
+                self._forecast.leave(id)
         self.iterations += 1
         self._ready = end + self._between_s
         for request in done:
@@ -375,6 +412,8 @@ class Replica:
             self._record(record if last else replace(record, num_running=running, free_blocks=free))  # type: ignore[misc]
 
     def _end(self, request: Request, t: float) -> None:
+        if self._forecast is not None:
+            self._forecast.leave(request.id)
         line = _script(request).line
         line.finished, line.reason = t, request.finish_reason
         if line.scheduled is not None:

@@ -73,7 +73,20 @@ def prefix_affinity() -> Router:
     return choose
 
 
-NAMES = ("round-robin", "least-loaded", "shortest-queue", "prefix-affinity")
+def least_ttft() -> Router:
+    """The replica with the earliest first token by its own forecast, which knows what of the prompt is in its prefix cache; among
+    equal ones, and if the policy forecasts nothing, the one with the fewest unfinished requests.
+    """
+
+    def choose(request: Request, cluster: Cluster) -> int:
+        replicas = cluster.at(request.arrival)
+        times = [(replica.forecast(request) or 0.0, replica.num_requests) for replica in replicas]
+        return times.index(min(times))
+
+    return choose
+
+
+NAMES = ("round-robin", "least-loaded", "shortest-queue", "prefix-affinity", "least-ttft")
 
 
 def load(name: str) -> Router:

@@ -71,6 +71,7 @@ def simulate(
     scatter: Sequence[float] = (),
     classes: Mapping[str, Slo] = MappingProxyType({}),
     weights: Mapping[str, float] = MappingProxyType({}),
+    serve_late: bool = True,
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
     pipeline stages) and `limits`. Each replica has its own policy. `cost`: the seconds of an iteration, over all stages.
@@ -80,7 +81,8 @@ def simulate(
     each request that ends; then no timelines are kept. `leap` 1 takes the iterations one by one, with the same result. `between_s`
     pass from an iteration's end to the next planning, and `front_s` from a request's arrival until the scheduler has it and its
     first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them, chosen at random by the moment
-    of its planning. `classes`: the targets of requests that name a class; `weights`: of tenants, 1 for others.
+    of its planning. `classes`: the targets of requests that name a class; `weights`: of tenants, 1 for others. `serve_late`: see
+    `Replica`.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -100,6 +102,7 @@ def simulate(
             leap=leap,
             between_s=between_s,
             slowness=scattering(scatter) if scatter else None,
+            serve_late=serve_late,
         )
         for number in range(replicas)
     ]

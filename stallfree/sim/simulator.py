@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stallfree import policies
+from stallfree.core.classes import Classes
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.policy import CostModel, Policy, Setup, Tuned
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
-from stallfree.metrics.report import Report, Tally
+from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
@@ -22,6 +23,7 @@ from stallfree.perf.roofline import QUANTUM, Roofline
 from stallfree.policies.slo import possible
 from stallfree.sim.deployment import Deployment
 from stallfree.sim.simulate import Simulation, simulate
+from stallfree.workload.mix import weights
 from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
@@ -52,12 +54,23 @@ class Simulator:
         self.deployment = deployment
         self.instance = placed or instance(deployment)
         self.limits = Limits(deployment.max_seqs, deployment.max_tokens, deployment.watermark)
-        self.targets = None if deployment.slo is None else Slo.parse(deployment.slo)
-        if self.targets is not None:
-            possible(self.targets, self.instance.cost)
+        self.classes = None if deployment.slo is None else Classes.parse(deployment.slo)
+        for slo in () if self.classes is None else self.classes.values():
+            possible(slo, self.instance.cost)
+        self.weights = {} if deployment.tenant_weights is None else weights(deployment.tenant_weights)
         self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
         self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
         self.policy()  # report a mistake before anything is simulated
+
+    @property
+    def targets(self) -> Slo | None:
+        """The targets of requests that name no class."""
+        return None if self.classes is None else self.classes.default
+
+    @property
+    def named(self) -> dict[str, Slo]:
+        """The targets of each class that requests can name."""
+        return {} if self.classes is None else {name: slo for name, slo in self.classes.items() if name}
 
     def policy(self) -> Policy:
         """A new policy for one replica. If it wants a cost model, it gets one as calibrated on the instance, which learns."""
@@ -99,9 +112,11 @@ class Simulator:
             between_s=self.instance.between_s,
             front_s=self.instance.front_s,
             scatter=self.instance.scatter,
+            classes=self.named,
+            weights=self.weights,
         )
 
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
         """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
         tally = Tally(slo)
         self.run(traffic.stream(rate, seed), ended=tally.add)

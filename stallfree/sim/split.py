@@ -8,8 +8,7 @@ from typing import Any
 from stallfree.core.plan import Shape
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-from stallfree.core.slo import Slo
-from stallfree.metrics.report import Report, Tally
+from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
@@ -64,7 +63,7 @@ class SplitSimulator:
         self._near = [numbers or list(range(len(targets))) for numbers in near]
         pairings.load(split.pairing, self._near)
 
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
         """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
         tally = Tally(slo)
         self.run(traffic.stream(rate, seed), ended=tally.add)
@@ -101,7 +100,16 @@ class SplitSimulator:
             ended=note_end,
         )
         with uncollected():
-            pools.serve(scripted(arrivals, pools.prefill[0].scheduler, self.split.decode.max_output, self.prefill.instance.front_s))
+            pools.serve(
+                scripted(
+                    arrivals,
+                    pools.prefill[0].scheduler,
+                    self.split.decode.max_output,
+                    self.prefill.instance.front_s,
+                    self.prefill.named,
+                    self.prefill.weights,
+                )
+            )
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
         return PoolsResult(result.lines, pools.transfers, *idle)
 

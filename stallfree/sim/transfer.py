@@ -197,8 +197,19 @@ class Pools:
         if transfer.target is None:
             transfer.target = self._pairing.decode(transfer.source, self)
         self._promised[transfer.target].discard(transfer)
-        prompt, stop_ids, arrival, sampling = request.prompt, request.stop_ids, request.arrival, request.sampling
-        transfer.twin = Request(request.id, prompt, request.max_tokens, stop_ids=stop_ids, arrival=arrival, sampling=sampling)
+        transfer.twin = Request(
+            request.id,
+            request.prompt,
+            request.max_tokens,
+            stop_ids=request.stop_ids,
+            arrival=request.arrival,
+            priority=request.priority,
+            tenant=request.tenant,
+            weight=request.weight,
+            slo=request.slo,
+            service_class=request.service_class,
+            sampling=request.sampling,
+        )
         self.decode[transfer.target].expect(transfer.twin)
         self._admit(transfer.target, now)
 

@@ -11,9 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from stallfree.core.slo import Slo
 from stallfree.metrics.capacity import Capacity, search, shortfalls
-from stallfree.metrics.report import Report
+from stallfree.metrics.report import Report, Targets
 from stallfree.processes import Helpers
 from stallfree.workload.traffic import SHORTEST_S, Traffic
 
@@ -28,7 +27,7 @@ TICK_S = 0.2
 class Tried(Protocol):
     """A simulator that can run trials. It is sent to other processes."""
 
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
         """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
 
 
@@ -76,11 +75,11 @@ class Trials:
             if process not in self._others:
                 process.terminate()
 
-    def reports(self, cases: Mapping[Key, tuple[str, Traffic, float | None, int, Slo]]) -> dict[Key, Report]:
+    def reports(self, cases: Mapping[Key, tuple[str, Traffic, float | None, int, Targets]]) -> dict[Key, Report]:
         """Run a trial for each case: a simulator's name, and the arguments of `Tried.trial`."""
         return _results({key: self._submit(*case) for key, case in cases.items()})
 
-    def _submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Future[Report]:
+    def _submit(self, name: str, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Future[Report]:
         main = threading.current_thread() is threading.main_thread()
         with self._submitting:
             if self._stopped:
@@ -97,7 +96,7 @@ class Trials:
 
     def capacities(
         self,
-        cases: Mapping[str, tuple[Traffic, Slo, float]],
+        cases: Mapping[str, tuple[Traffic, Targets, float]],
         tell: Callable[[str, Trial], None] = lambda name, trial: None,
         *,
         lowest: float = 1e-6,
@@ -145,5 +144,5 @@ def _begin(simulators: Mapping[str, Tried]) -> None:
     _simulators.update(simulators)
 
 
-def _trial(name: str, traffic: Traffic, rate: float | None, seed: int, slo: Slo) -> Report:
+def _trial(name: str, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
     return _simulators[name].trial(traffic, rate, seed, slo)

@@ -286,6 +286,9 @@ class _Transfer:
             "salt": request.salt,
             "priority": request.priority,
             "slo": "" if request.slo is None else str(request.slo),
+            "tenant": request.tenant,
+            "weight": request.weight,
+            "class": request.service_class,
         }
 
 

@@ -9,6 +9,7 @@ has reserved blocks for.
 import asyncio
 import errno
 import logging
+import math
 import secrets
 import socket
 import sys
@@ -166,14 +167,19 @@ class _Caller:
         size = self._thread.engine.text.vocab_size
         if tokens and not (0 <= min(tokens) and max(tokens) < size):
             raise Broken(f"a token id outside the vocabulary of {size}")
-        priority = header.get("priority")
+        priority, weight = header.get("priority"), header.get("weight", 1.0)
+        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise Broken(f"a weight of {str(weight)[:20]}, which is no number above 0")
         return Request(
             secrets.token_hex(12),
             tokens.tolist(),
             1,
             arrival=self._thread.engine.clock(),
             priority=priority if isinstance(priority, int) else 0,
+            tenant=str(header.get("tenant", "")),
+            weight=weight,
             slo=slo,
+            service_class=str(header.get("class", "")),
             salt=str(header.get("salt", "")),
             sampling=sampling,
         )

@@ -120,6 +120,7 @@ class VllmDraft:
         return list(self.work.values())
 
     lanes: tuple[()] = ()
+    running: tuple[()] = ()
 
     @property
     def waiting(self) -> Iterator[View]:

@@ -20,8 +20,9 @@ from stallfree.core.plan import Capacity
 from stallfree.core.record import Run
 from stallfree.core.request import Status
 from stallfree.core.slo import Slo, Target
-from stallfree.policies.slo import LOOKAHEAD, possible
 from stallfree.policies.slo import Slo as SloPolicy
+from stallfree.policies.slo import possible
+from stallfree.qos.order import LOOKAHEAD
 from stallfree.vllm import cost
 from stallfree.vllm.draft import Iteration, View, VllmDraft
 from stallfree.vllm.targets import own_targets

@@ -190,11 +190,14 @@ class Lengths:
             at = bisect(edges, rng.random())
             yield lengths if at == len(edges) else self.mixed[at][1].draw(rng)
 
+    @property
+    def traces(self) -> list[Trace]:
+        return [part for part in (self.base, *(part for _, part in self.mixed)) if isinstance(part, Trace)]
+
     def check(self, context: int) -> None:
         """Raises ValueError, with the line, if a trace has a request of more than `context` tokens, prompt and output."""
-        for part in (self.base, *(part for _, part in self.mixed)):
-            if isinstance(part, Trace):
-                part.check(context)
+        for trace in self.traces:
+            trace.check(context)
 
 
 def _check_range(low: int, high: int, name: str) -> None:

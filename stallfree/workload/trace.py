@@ -1,8 +1,9 @@
 """Reads a trace, the requests that some server once got, from a file. It knows the files' columns and nothing of their use.
 
 A .csv has a header: this project's own columns, or those of BurstGPT (HPMLL/BurstGPT), of Azure's LLM inference traces
-(Azure/AzurePublicDataset) or of vidur (microsoft/vidur). A .jsonl is Mooncake's (kvcache-ai/Mooncake, FAST'25): requests with the
-numbers of their prompts' prefix blocks. Equal numbers mean an equal prompt up to the block's end. Blank lines are skipped in both.
+(Azure/AzurePublicDataset) or of vidur (microsoft/vidur); and perhaps `OWNERS`. A .jsonl is Mooncake's (kvcache-ai/Mooncake,
+FAST'25): requests with the numbers of their prompts' prefix blocks. Equal numbers mean an equal prompt up to the block's end. Blank
+lines are skipped in both.
 """
 
 import csv
@@ -25,13 +26,16 @@ AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """The same three columns in Azure's traces; the first is a date and time, such as 2023-11-16 18:17:03.9799600."""
 VIDUR = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
 """The same three columns in vidur's traces, in seconds and tokens."""
+OWNERS = ("tenant", "class", "priority")
+"""Columns that say whose a request is, its service class, and its priority (a whole number; lower is served first). An empty cell
+is none, and priority 0."""
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 _HEADER = (
     f"a trace's first line names its columns: {','.join(COLUMNS)}, or those of Azure, BurstGPT or vidur; the time may be left out"
 )
 
-Row = tuple[int, int] | tuple[int, int, tuple[int, ...]]
-"""A request's prompt and output tokens and, if the trace has them, the numbers of its prompt's prefix blocks."""
+Row = tuple[int, int] | tuple[int, int, tuple[int, ...]] | tuple[int, int, tuple[int, ...], str, str, int]
+"""A request's prompt and output tokens and, if the trace has them, the numbers of its prompt's prefix blocks, and its `OWNERS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,16 @@ class Trace:
     times: Sequence[float] | None = None
     name: str = field(default="the trace", compare=False)
     lines: Sequence[int] = field(default=(), compare=False)
+
+    @property
+    def owned(self) -> bool:
+        """Whether the file says whose its requests are."""
+        return len(self.lengths[0]) > 3
+
+    @property
+    def classes(self) -> set[str]:
+        """The service classes that it names."""
+        return {row[4] for row in self.lengths if len(row) > 3 and row[4]}
 
     @property
     def rate(self) -> float:
@@ -135,12 +149,18 @@ def _csv(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
     if (columns := next(known, None)) is None:
         raise ValueError(f"line {first} is {','.join(names)[:80]!r}; {_HEADER}")
     arrived_at, prompt, output = columns
+    owned = not set(OWNERS).isdisjoint(names)
     for line, cells in filled:
         row = dict(zip_longest(names, cells[: len(names)], fillvalue=""))
         if columns is BURSTGPT and row[output] == "0":
             continue
         at = _seconds(row[arrived_at], arrived_at, line) if arrived_at in names else None
-        yield line, (_count(row[prompt], prompt, line), _count(row[output], output, line)), at
+        lengths = _count(row[prompt], prompt, line), _count(row[output], output, line)
+        if owned:
+            priority = _priority(row.get("priority") or "0", line)
+            yield line, (*lengths, (), row.get("tenant", ""), row.get("class", ""), priority), at
+        else:
+            yield line, lengths, at
 
 
 def _mooncake(file: TextIO) -> Iterator[tuple[int, Row, float | None]]:
@@ -170,6 +190,13 @@ def _count(value: Any, column: str, line: int) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise ValueError(f"line {line}: {column} is {text!r}; write a whole number above 0")
     return int(text)
+
+
+def _priority(text: str, line: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"line {line}: priority is {text!r}; write a whole number, lower for what is served first") from None
 
 
 def _seconds(value: Any, column: str, line: int) -> float:

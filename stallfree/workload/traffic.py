@@ -24,6 +24,7 @@ queue that grows without bound do not yet differ from those in a stable one.
 class Traffic:
     """A load. `arrivals`, `lengths`, `max_total`: see `Workload.parse`. `rate`: requests per second; only a trace has its own. It
     ends after `requests` arrivals or `duration` seconds; without either, at a trace's end. The same `seed` draws the same requests.
+    `mix`: whose they are, with which class and priority (see `mix`).
     """
 
     arrivals: str = "poisson"
@@ -33,11 +34,12 @@ class Traffic:
     requests: int | None = None
     duration: float | None = None
     seed: int = 0
+    mix: str | None = None
 
     @property
     def workload(self) -> Workload:
         """The workload of these words. Raises ValueError for words that are not understood."""
-        return _parsed(self.arrivals, self.lengths, self.max_total)
+        return _parsed(self.arrivals, self.lengths, self.max_total, self.mix)
 
     def ending(self, requests: int) -> Self:
         """This traffic; if its arrivals are drawn and have no end, only so many `requests` of it."""
@@ -76,6 +78,7 @@ class Traffic:
             "rate": self.rate,
             "requests": requests,
             "seed": self.seed,
+            "mix": self.mix,
         }
 
     def _check_rate(self, rate: float | None) -> None:
@@ -86,8 +89,8 @@ class Traffic:
 
 
 @lru_cache(16)
-def _parsed(arrivals: str, lengths: str, max_total: int | None) -> Workload:
+def _parsed(arrivals: str, lengths: str, max_total: int | None, mix: str | None) -> Workload:
     """The workload, parsed once for all trials: a trace is a file to read."""
     from stallfree.workload.workload import Workload  # only here, because a command line needs the words alone
 
-    return Workload.parse(arrivals, lengths, max_total)
+    return Workload.parse(arrivals, lengths, max_total, mix)

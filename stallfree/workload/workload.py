@@ -1,7 +1,7 @@
 """A workload: arrivals and lengths in words, drawn from a seed. The same seed draws the same requests on any machine.
 
-Arrivals are drawn apart from lengths, so at another rate the same requests come in the same order, only closer. Comparisons of
-rates then differ in the rate and not in luck.
+Arrivals, lengths and owners are drawn apart from each other, so at another rate the same requests come in the same order, only
+closer. Comparisons of rates then differ in the rate and not in luck.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import numpy as np
 from stallfree.workload import arrivals as processes
 from stallfree.workload.arrivals import Arrivals
 from stallfree.workload.lengths import Lengths, Pair
+from stallfree.workload.mix import Mix
 from stallfree.workload.trace import Trace
 
 MOST_REQUESTS = 1_000_000
@@ -40,20 +41,32 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`lengths`, and the `arrivals` to draw; None: the times of the trace that is the base of `lengths`, in its order."""
+    """`lengths`, and the `arrivals` to draw; None: the times of the trace that is the base of `lengths`, in its order. `mix`: whose
+    the requests are; None: as the trace says, or nobody's.
+    """
 
     lengths: Lengths
     arrivals: Arrivals | None
+    mix: Mix | None = None
 
     def __post_init__(self) -> None:
+        if self.mix is not None and (trace := next((part for part in self.lengths.traces if part.owned), None)) is not None:
+            raise ValueError(f"{trace.name} says itself whose its requests are; leave out the mix, or its columns")
         if self.arrivals is None and not (isinstance(self.lengths.base, Trace) and self.lengths.base.times):
             raise ValueError("arrivals as in a trace need lengths from a .csv with a column arrived_at, or from a .jsonl")
 
     @classmethod
-    def parse(cls, arrivals: str, lengths: str, max_total: int | None = None) -> Self:
-        """`arrivals`: "trace", or as in `arrivals.parse`. `lengths`, `max_total`, and the errors: as in `Lengths.parse`."""
+    def parse(cls, arrivals: str, lengths: str, max_total: int | None = None, mix: str | None = None) -> Self:
+        """`arrivals`: "trace", or as in `arrivals.parse`. `lengths`, `max_total`, and the errors: as in `Lengths.parse`. `mix`: as
+        in `Mix.parse`."""
         parsed = Lengths.parse(lengths, max_total)
-        return cls(parsed, None if arrivals == "trace" else processes.parse(arrivals))
+        return cls(parsed, None if arrivals == "trace" else processes.parse(arrivals), None if mix is None else Mix.parse(mix))
+
+    @property
+    def classes(self) -> set[str]:
+        """The service classes that requests may name."""
+        own = set() if self.mix is None else {part.service_class for part in self.mix.parts}
+        return (own | {name for trace in self.lengths.traces for name in trace.classes}) - {""}
 
     def draw(self, rate: float | None, seed: int, *, requests: int | None = None, duration_s: float | None = None) -> list[Arrival]:
         """As `stream`, all in one list. Raises ValueError as it does, and for more than `MOST_REQUESTS`."""
@@ -85,7 +98,7 @@ class Workload:
             raise ValueError(f"a duration of {duration_s:g} s is invalid; give seconds above 0")
         if self.arrivals is not None and (requests is None) == (duration_s is None):
             raise ValueError("drawn arrivals have no end; give either a number of requests or a duration")
-        timing, sizes = np.random.default_rng(seed).spawn(2)
+        timing, sizes, owners = np.random.default_rng(seed).spawn(3)
         lengths = self.lengths
         if self.arrivals is None and isinstance(lengths.base, Trace) and requests is not None:
             number = int(seed * GOLDEN % 1 * len(lengths.base.lengths))
@@ -93,6 +106,11 @@ class Workload:
         rows = lengths.draws(sizes, in_order=self.arrivals is None)
         times = self._times(lengths.base, rate, timing)
         arrivals = (Arrival(at, *row) for at, row in zip(times, rows, strict=False))
+        if self.mix is not None:
+            arrivals = (
+                replace(arrival, tenant=part.tenant, service_class=part.service_class, priority=part.priority)
+                for arrival, part in zip(arrivals, self.mix.draws(owners), strict=False)
+            )
         return self._first(arrivals, requests, duration_s)
 
     @staticmethod

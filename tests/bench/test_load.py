@@ -51,6 +51,16 @@ def test_this_projects_server_gives_every_token_that_was_asked_for_in_order(key)
     assert (40, 0, 40) == (report(lines).completed, result.short, result.ended)
 
 
+def test_requests_say_whose_they_are_and_what_they_were_promised():
+    fake = Fake()
+    result = loaded(fake, [Arrival(0.0, 20, 6, (), "acme", "batch", 1), Arrival(0.01, 20, 6)])
+    mine, nobodys = sorted(fake.bodies[-2:], key=lambda body: "user" not in body)
+    assert ("acme", "batch", {"class": "batch"}, 1) == tuple(mine[name] for name in ("user", "service_tier", "slo", "priority"))
+    assert nobodys.keys().isdisjoint({"user", "service_tier", "slo", "priority"})
+    lines = sorted(result.lines, key=lambda line: line.arrival)
+    assert [("acme", "batch", 1), ("", "", 0)] == [(line.tenant, line.service_class, line.priority) for line in lines]
+
+
 def test_a_wrong_key_is_said_before_the_run():
     async def probe(url):
         async with Client(url, api_key="wrong") as client:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from stallfree.cli import bench
+from stallfree.core.classes import Classes
 from tests.server.conftest import SLOW, Server
 from tests.waiting import PATIENCE_S, until
 
@@ -45,6 +46,26 @@ def test_load_prints_json_for_programs(stallfree, url):
     assert 80 == report["output_tokens"]
     assert report["output_tokens_per_s"] > 0
     assert ("poisson", 200, 10) == tuple(report["workload"][key] for key in ("arrivals", "rate", "requests"))
+
+
+CLASSES = "chat: ttft=300s,tbt=300s; batch: ttlt=600s"
+MIX = "acme: 50% class=chat; crawler: 50% class=batch priority=1"
+
+
+def test_load_is_of_tenants_in_classes_and_reports_each(stallfree):
+    with Server(classes=Classes.parse(CLASSES)) as server:
+        code, out, err = stallfree("bench", "load", "--url", server.url, *QUICK, "--mix", MIX, "--slo", CLASSES, "--json")
+        server.settled()
+    report = json.loads(out)
+    assert (0, 10, {}) == (code, report["completed"], report["errors"]), err
+    assert ({"chat", "batch"}, {"acme", "crawler"}) == (set(report["classes"]), set(report["tenants"]))
+    assert (1.0, MIX) == (report["goodput"]["share"], report["workload"]["mix"])
+
+
+def test_a_class_that_has_no_targets_is_named_before_the_run(stallfree):
+    code, _, err = stallfree("bench", "load", "--url", NOBODY, *QUICK, "--mix", MIX, "--slo", "chat: tbt=1s; bulk: ttlt=9s")
+    assert 1 == code
+    assert "unknown class 'batch'" in err
 
 
 def test_load_writes_a_page(stallfree, url, tmp_path):

@@ -54,7 +54,7 @@ def test_a_bench_writes_a_row_for_each_request(stallfree, tmp_path, url, name):
 
 
 def test_a_request_that_got_nothing_has_an_empty_row():
-    assert ("a", 1.0, None, None, None, "HTTP 429", 5, 0, None, None, None, None, 0) == row(
+    assert ("a", 1.0, None, None, None, "HTTP 429", 5, 0, None, None, None, None, 0, "", "", 0) == row(
         Timeline("a", 1.0, 5, reason="HTTP 429")
     )
 

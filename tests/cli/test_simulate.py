@@ -31,6 +31,48 @@ def test_simulate_prints_the_keys_of_bench_for_programs(stallfree):
     assert 40 * 30 == report["output_tokens"]
 
 
+SHARED = (
+    *("--slo", "interactive: ttft=1s,tbt=60ms; batch: ttlt=60s", "--tenant-weights", "acme=3"),
+    *("--mix", "acme: 50% class=interactive; crawler: 50% class=batch priority=1"),
+)
+
+
+def test_simulate_reports_each_class_and_each_tenant(stallfree, tmp_path):
+    record = tmp_path / "run.jsonl"
+    code, out, _ = stallfree("simulate", *LLAMA, "--rate", "4", *SHARED, "--record", str(record), "--json")
+    report = json.loads(out)
+    assert (0, {"interactive", "batch"}, {"acme", "crawler"}) == (code, set(report["classes"]), set(report["tenants"]))
+    assert {"interactive ttft", "interactive tbt", "batch ttlt"} == set(report["slo_attainment"])
+    assert 40 == sum(part["requests"] for part in report["classes"].values())
+    assert pytest.approx(1) == sum(part["share"] for part in report["tenants"].values())
+    records = read(record.read_text().splitlines())[1]
+    assert {("acme", 3.0), ("crawler", 1.0)} == {(tenant, weight) for r in records for _, tenant, weight in r.tenants}
+    assert 0 == stallfree("replay", str(record))[0]
+
+
+def test_classes_and_tenants_are_tables_for_people(stallfree):
+    out = stallfree("simulate", *LLAMA, "--rate", "4", *SHARED)[1]
+    heads = [line.split()[0] for line in out.splitlines() if line.split()]
+    assert {"class", "interactive", "batch", "tenant", "acme", "crawler"} <= set(heads)
+    out = stallfree("compare", "slo", "vtc", *LLAMA, "--rates", "4", *SHARED)[1]
+    assert all(part in out for part in ("vtc, 4/s: batch", "slo, 4/s: crawler", "batch ttlt 100 %"))
+
+
+def test_what_if_judges_each_request_by_its_class(stallfree, tmp_path):
+    record = tmp_path / "run.jsonl"
+    stallfree("simulate", *LLAMA, "--rate", "4", *SHARED, "--record", str(record))
+    runs = json.loads(stallfree("replay", str(record), "--policy", "vtc", "--json")[1])["runs"]
+    assert [{"interactive", "batch"}] * 3 == [set(run["classes"]) for run in runs.values()]
+
+
+def test_capacity_is_where_each_class_keeps_its_targets(stallfree):
+    search = (*SHARED, "--start", "8", "--tolerance", "0.5", "--trials", "1", "--json")
+    ((_, found),) = json.loads(stallfree("capacity", "slo", *LLAMA, *search)[1])["configurations"].items()
+    assert 0 < found["capacity"] < found["above"]
+    missed = [why for trial in found["trials"] if not trial["passed"] for why in trial["why"]]
+    assert all("interactive" in why or "batch" in why for why in missed)
+
+
 def test_simulate_writes_records_that_explain_reads_a_trace_and_a_page(stallfree, tmp_path):
     record, trace, html = tmp_path / "run.jsonl", tmp_path / "trace.json", tmp_path / "page.html"
     files = ("--record", str(record), "--chrome-trace", str(trace), "--html", str(html))
@@ -118,6 +160,12 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("simulate", *LLAMA, "--rate", "1", "--mix", "acme: 50% class=batch"), "unknown class 'batch'"),
+        (("simulate", *LLAMA, "--rate", "1", "--slo", "a: tbt=60ms", "--mix", "acme: 50% class=b"), "unknown class 'b'; known: a"),
+        (("simulate", *LLAMA, "--rate", "1", "--mix", "acme"), "'acme' is no part of a mix"),
+        (("simulate", *LLAMA, "--rate", "1", "--tenant-weights", "acme=0"), "'acme=0' is not the weight of a tenant"),
+        (("simulate", *LLAMA, "--rate", "1", "--tenant-weights", "acme=1,acme=2"), "tenant 'acme' has two weights"),
+        (("simulate", *LLAMA, "--rate", "1", "--slo", "a: tbt=60ms; b: tbt=1us"), "tbt=0.001ms cannot be met"),
         (["simulate", *LLAMA], "how many requests a second?"),
         (["simulate", "--rate", "1"], "which model?"),
         (["simulate", *LLAMA, "--rate", "0"], "a rate of 0 requests"),

@@ -4,8 +4,9 @@ import pytest
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.record import Run
+from stallfree.core.record import Refusal, Run
 from stallfree.core.request import Request
+from stallfree.core.slo import Slo as Targets
 from stallfree.metrics.explain import Explained
 from stallfree.perf.fitted import Fitted
 from stallfree.policies.prefill_first import PrefillFirst
@@ -98,3 +99,59 @@ def test_the_whole_names_the_longest_waits_for_a_first_token(kept_waiting):
     assert "waited for long. The longest waits:" in text
     assert "patient waited" in text
     assert "iterations until then held no prefill at all; the last:" in text
+
+
+def shared() -> Explained:
+    """Three streams, and a prompt that comes in between and waits too long. One more was refused."""
+    short = [Request(f"short-{i}", range(100 * i, 100 * i + 20), 40, arrival=0.01 * i, tenant="acme", weight=3.0) for i in range(3)]
+    long = Request(
+        "long", range(5000, 6000), 5, arrival=0.2, tenant="crawler", slo=Targets.parse("ttft=100ms"), service_class="batch"
+    )
+    long.predicted = 0.2
+    records = run(PrefillFirst(), [*short, long], CAPACITY)
+    records[3].refused.append(Refusal(0.3, "crawler", "the first token would come in about 2.50 s"))
+    records[4].refused.append(Refusal(0.4, "crawler", "the first token would come in about 3.25 s"))
+    return Explained(Run("slo", CAPACITY, Limits(), slo="tbt=50ms@p99"), records)
+
+
+def test_the_whole_says_whose_tokens_were_late():
+    text = "\n".join(shared().on_the_whole())
+    assert "3 of these late tokens are of tenant acme" in text
+    assert "class" not in text
+
+
+def test_the_whole_says_who_was_refused_and_why():
+    text = "\n".join(shared().on_the_whole())
+    assert "2 requests were refused:" in text
+    assert "2 of tenant crawler, the last one at 0.400 s, because: the first token would come in about 3.25 s" in text
+
+
+def test_the_whole_counts_relegations_and_compares_forecasts():
+    text = "\n".join(shared().on_the_whole())
+    assert "1 request was relegated" in text
+    assert "1 first token was forecast; actual times are 2." in text
+
+
+def test_a_request_says_whose_it_is_what_was_expected_and_when_it_was_relegated():
+    text = "\n".join(shared().request("long"))
+    assert "at most 5 of output, of tenant crawler with weight 1, class batch, own targets ttft=100ms@p90." in text
+    assert "At its arrival, its first token was expected after 200 ms." in text
+    assert "It was relegated at 0.300 s at the latest: ttft=100ms@p90 could not be met any more" in text
+
+
+def test_a_step_says_who_was_refused_before_it():
+    explanation = shared()
+    text = "\n".join(explanation.step(explanation.records[3].step))
+    assert "A request of tenant crawler was refused at 0.300 s, because: the first token would" in text
+
+
+def test_a_run_that_nobody_shares_says_nothing_of_it(stopped):
+    text = "\n".join([*stopped.on_the_whole(), *stopped.request("long")])
+    assert not [word for word in ("tenant", "class", "refused", "relegated", "forecast") if word in text]
+
+
+def test_a_stream_that_is_passed_over_often_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr("stallfree.metrics.explain.WORST", 0)
+    lines = list(explained(PrefillFirst(), "").request("short-2"))
+    assert 1 == sum("passed over in" in line for line in lines)
+    assert not [line for line in lines if "left out of step" in line]

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
-from stallfree.metrics.report import Attainment, LongWaits, Quantiles, Tally, report, table
+from stallfree.metrics.report import Attainment, LongWaits, Quantiles, Tally, by_class, report
+from stallfree.metrics.table import classes, table, tenants
 from stallfree.metrics.timeline import Timeline
 
 
@@ -111,7 +113,7 @@ def test_reports_stand_side_by_side():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100, 5000])
 def test_a_tally_that_sorts_often_has_numpys_percentiles(monkeypatch, count):
-    monkeypatch.setattr("stallfree.metrics.report._Pool.BUFFER", 16)
+    monkeypatch.setattr("stallfree.metrics.pool.Pool.BUFFER", 16)
     rng = np.random.default_rng(count)
     gaps = rng.choice(rng.random(50), count)
     tally = Tally()
@@ -139,3 +141,60 @@ def test_a_long_wait_for_a_first_token_is_counted_whether_it_came_or_not():
 
 def test_a_target_for_ttft_says_what_a_long_wait_is():
     assert LongWaits(0.5, 2, 1.0) == report(TWO, Slo.parse("ttft=500ms")).long_waits
+
+
+CLASSES = Classes.parse("chat: ttft=2s,tbt=1.5s; batch: ttlt=20s")
+MIXED = [
+    Timeline("a", 0, 10, tokens=[1, 2, 3], finished=3, reason="length", tenant="acme", service_class="chat"),
+    Timeline("b", 0, 10, tokens=[5, 6], finished=6, reason="length", tenant="acme"),
+    Timeline("c", 0, 80, tokens=[9, 19], finished=19, reason="length", tenant="crawler", service_class="batch"),
+    Timeline("d", 0, 80, tokens=[9, 29], finished=29, reason="length", tenant="crawler", service_class="batch"),
+]
+
+
+def test_a_request_is_judged_by_its_own_class_and_one_of_no_class_by_the_first():
+    result = report(MIXED, CLASSES)
+    assert (0.5, 2 / 29) == (result.goodput.share, result.goodput.requests_per_s)
+    shares = {name: met.in_time for name, met in result.slo_attainment.items()}
+    assert {"chat ttft": 0.5, "chat tbt": 1.0, "batch ttlt": 0.5} == shares
+
+
+def test_each_class_is_reported_by_itself():
+    chat, batch = report(MIXED, CLASSES).classes.values()
+    assert (2, 5, 1) == (chat.requests, chat.ttft_s.max, chat.tbt_s.max)
+    assert (2, 9, 20, 0.5, 1 / 29) == (
+        batch.requests, batch.ttft_s.max, batch.tbt_s.max, batch.goodput.share, batch.goodput.requests_per_s,
+    )  # fmt: skip
+
+
+def test_a_class_without_requests_misses_nothing():
+    assert ["batch ttlt"] == list(report(MIXED[2:], CLASSES).slo_attainment)
+
+
+def test_a_class_is_completed_by_the_first_unless_it_has_a_target_for_the_last_token():
+    slow = Classes.parse("chat: ttft=2s,tbt=1.5s; slow: ttft=9s; batch: ttlt=20s")
+    assert Slo.parse("ttft=9s,tbt=1.5s") == by_class(slow)["slow"]
+    assert Slo.parse("ttlt=20s") == by_class(slow)["batch"]
+
+
+def test_each_tenant_has_its_share_of_the_tokens_and_its_own_ttft():
+    result = report(MIXED)
+    assert ({}, {"acme", "crawler"}) == (result.classes, result.tenants.keys())
+    acme, crawler = result.tenants.values()
+    assert (2, 25, 25 / 189, 5) == (acme.requests, acme.tokens, acme.share, acme.ttft_s.max)
+    assert (164, 9) == (crawler.tokens, crawler.ttft_s.p50)
+
+
+def test_without_tenants_and_classes_there_are_no_parts():
+    assert ({}, {}) == (report(TWO).tenants, report(TWO, Slo.parse("tbt=1s")).classes)
+    assert ([], []) == (classes({"run": report(TWO)}), tenants({"run": report(TWO)}))
+
+
+def test_classes_and_tenants_are_rows():
+    one = {"run": report(MIXED, CLASSES)}
+    assert ["class", "chat", "batch"] == [row[0] for row in classes(one)]
+    assert "ttlt=20s@p99 50.00% MISSED" == classes(one)[2][-1]
+    assert [["crawler", "2", "86.8%", "164", "9000", "9000"]] == [row for row in tenants(one) if row[0] == "crawler"]
+    assert ["tenant", "run: crawler", "run: acme", "also: crawler", "also: acme"] == [
+        row[0] for row in tenants(one | {"also": one["run"]})
+    ]

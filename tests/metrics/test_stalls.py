@@ -176,3 +176,43 @@ def test_a_long_wait_says_how_many_iterations_held_no_prefill_and_why():
     (wait,) = account.waits
     assert ("b", 4, 12.08, 4, 2) == (wait.id, wait.step, pytest.approx(wait.seconds), wait.iterations, wait.unserved)
     assert "2 of the 4 iterations until then held no prefill at all; the last: one more stream" in wait.words()
+
+
+@pytest.mark.parametrize(("ttlt", "reason", "late"), [("1s", "length", 0), ("100ms", "length", 1), ("1s", "error", 1)])
+def test_under_a_target_for_the_last_token_only_that_one_is_judged(ttlt, reason, late):
+    account = StallAccount(TBT)
+    account.record(step(0, 0.0, 0.02, [("a", 0, 10)], arrived=[arrived("a", f"ttlt={ttlt}")]))
+    assert [] == account.record(step(1, 0.02, 0.5, DECODE, finished=[Finished("a", reason)]))
+    assert (1, late) == (account.due["ttlt"], account.late["ttlt"])
+    assert (not late, 0) == (account.ended[0].in_time, account.ended[0].judged_tokens)
+
+
+def test_who_left_has_met_and_missed_no_target_for_the_last_token():
+    account = StallAccount(Slo.parse("ttlt=1s"))
+    account.record(FIRST)
+    account.record(step(1, 0.02, 0.5, DECODE, finished=[Finished("a", "abort")]))
+    assert (0, None) == (account.due["ttlt"], account.ended[0].in_time)
+
+
+def test_a_wait_within_the_target_for_the_last_token_is_not_long():
+    account = StallAccount(Slo.parse("ttlt=60s"))
+    account.record(step(0, 0.0, 20.0, [("a", 0, 10)]))
+    assert [] == account.waits
+
+
+def test_a_request_that_ended_says_whose_it_was_and_in_which_class():
+    account = StallAccount(TBT)
+    account.record(
+        step(0, 0.0, 0.02, [("a", 0, 10)], arrived=[arrived("a")], tenants=[("a", "acme", 3.0)], classes=[("a", "chat")])
+    )
+    account.record(step(1, 0.02, 0.5, DECODE, finished=[Finished("a", "length")]))
+    (ended,) = account.ended
+    assert ("acme", "chat", 1, 1) == (ended.tenant, ended.service_class, ended.judged_tokens, ended.late_tokens)
+
+
+def test_a_forecast_is_compared_with_what_came():
+    account = StallAccount()
+    account.record(step(0, 0.0, 0.5, [("a", 0, 10)], arrived=[arrived("a")], predicted=[("a", 0.25)]))
+    assert [2.0] == account.forecasts
+    account.record(step(1, 0.5, 0.6, DECODE))
+    assert [] == account.forecasts

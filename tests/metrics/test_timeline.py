@@ -36,3 +36,10 @@ def test_a_whole_prompt_makes_tokens_late_under_orca_though_nobody_is_left_out()
     lines = two_streams_and_a_long_prompt("orca").values()
     assert 0 == sum(line.stalls for line in lines)
     assert 2 == sum(gap > 0.1 for line in lines for gap in line.gaps)
+
+
+def test_a_timeline_says_whose_it_is_and_what_was_promised():
+    request = Request("a", range(10), 2, tenant="acme", service_class="batch", priority=1)
+    line = timelines(run(load("sarathi"), [request, Request("b", range(10), 2)], ROOMY))
+    assert ("acme", "batch", 1) == (line["a"].tenant, line["a"].service_class, line["a"].priority)
+    assert ("", "", 0) == (line["b"].tenant, line["b"].service_class, line["b"].priority)

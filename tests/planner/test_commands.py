@@ -7,6 +7,7 @@ import pytest
 from typer.main import get_command
 
 from stallfree.cli import app
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
 from stallfree.planner.candidates import Candidates
 from stallfree.planner.commands import commands, cross_check
@@ -20,6 +21,13 @@ def parsed(line: str) -> dict[str, object]:
     _, name, *arguments = shlex.split(line, comments=True)
     command = get_command(app).commands[name]
     return command.make_context(name, arguments).params
+
+
+def test_classes_are_typed_as_one_argument():
+    candidates = Candidates(Site("llama3-8b", gpus=1))
+    classes = Classes.parse("chat: ttft=2s,tbt=100ms; batch: ttlt=10min")
+    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), classes)
+    assert Classes.parse(parsed(line)["slo"]) == classes
 
 
 @pytest.mark.parametrize("model", ["opt-13b", "opt-66b", "opt-175b"])

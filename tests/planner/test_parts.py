@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
 from stallfree.planner.candidates import Candidates
 from stallfree.planner.parts import SHAPES, Lengths, estimate, pairs, parts
@@ -28,7 +29,7 @@ def test_a_pipeline_has_as_many_iterations_under_way_as_stages():
     assert one < two < 2.5 * one
 
 
-def simulated(bursty):
+def simulated(bursty, slo=SLO):
     """What `parts` simulates, by name, without running it."""
     cases = {}
 
@@ -36,7 +37,7 @@ def simulated(bursty):
         cases.update(wanted)
         return {key: rate for key, (_, _, rate) in wanted.items()}
 
-    return parts(Candidates(Site("llama2-7b", gpus=8)), TRAFFIC, SLO, bursty, find), cases
+    return parts(Candidates(Site("llama2-7b", gpus=8)), TRAFFIC, slo, bursty, find), cases
 
 
 def test_few_splits_are_simulated_for_each_part():
@@ -53,6 +54,14 @@ def test_under_bursty_arrivals_a_part_is_a_whole_pool_and_its_rate_is_shared_out
         assert whole == rate * simulator.deployment.replicas
     for shape in found.decodes:
         assert max(1, 4 // (shape[0] * shape[1])) == cases[f"decodes {shape}"][0].split.decode.replicas
+
+
+def test_prompts_alone_are_judged_by_what_each_class_asks_of_its_first_token():
+    classes = Classes.parse("chat: ttft=1s,tbt=50ms; batch: ttlt=60s")
+    _, cases = simulated(bursty=False, slo=classes)
+    expected = Classes.parse("chat: ttft=1s; batch: ttlt=60s")
+    assert [expected] * SHAPES == [targets for key, (_, targets, _) in cases.items() if key.startswith("prompts")]
+    assert {str(classes)} == {simulator.deployment.slo for key, (simulator, *_) in cases.items() if key.startswith("alone")}
 
 
 def test_pairs_are_as_good_as_their_weaker_part_and_the_best_is_first():

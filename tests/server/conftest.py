@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from stallfree import policies
+from stallfree.core.classes import Classes
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
@@ -25,6 +26,7 @@ from stallfree.server.app import create_app
 from stallfree.server.keys import Keys
 from stallfree.server.run import bind, configure
 from stallfree.server.service import Service
+from stallfree.server.tenants import Tenants
 from stallfree.server.tls import Tls
 from stallfree.transfer.terms import Terms
 from tests.waiting import PATIENCE_S, until
@@ -73,6 +75,8 @@ class Server:
         max_model_len: int = 2048,
         max_queue: int = 256,
         slo: Slo | None = None,
+        classes: Classes | None = None,
+        tenants: Tenants | None = None,
         text: Text | None = None,
         exporter=None,
         asks: Sequence[tuple[str, int]] = (),
@@ -96,7 +100,9 @@ class Server:
             self.engine,
             "toy",
             policy="sarathi",
-            slo=slo,
+            slo=slo if classes is None else classes.default,
+            classes=classes,
+            tenants=tenants,
             max_queue=max_queue,
             exporter=exporter,
             sanitize_control_tokens=sanitize_control_tokens,
@@ -111,7 +117,7 @@ class Server:
         if self.peer_socket is not None:
             self.service.serve(self.peer_socket, terms, "")
         self.asking = self.service.asking
-        self.app: FastAPI = create_app(self.service, **{"keys": Keys.of(api_key)} | options)
+        self.app: FastAPI = create_app(self.service, **{"keys": tenants or Keys.of(api_key)} | options)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self.port}"

@@ -3,11 +3,13 @@
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from urllib.parse import urlparse
 
 import httpx
 import pytest
 
+from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 from tests.browser import beyond, driver, needs_browser, size
 from tests.server.conftest import Linear, Server, quiet
@@ -117,6 +119,26 @@ def test_header_latencies_and_stalls_say_what_the_server_does(page, loaded):
     assert text(page, "tbt").startswith("TBT")
     assert "ms" in text(page, "tbt")
     assert "live" == text(page, "status")
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_tenants_have_a_table_once_there_are_two(page, width):
+    with Server() as server:
+        size(page, width, 900)
+        page.get(server.url)
+        until(lambda: text(page, "status") in ("live", "idle"))
+        assert not page.find_element(By.ID, "tenants").is_displayed()
+        server.live.refuse("acme", server.engine.clock())
+        for name, weight in (("acme", 3.0), ("a-crawler-with-a-long-name-that-goes-on", 1.0)):
+            request = Request(name, list(range(20)), 2, arrival=server.engine.clock(), tenant=name, weight=weight)
+            server.engine_thread.call(partial(server.engine.submit, request))
+        until(lambda: page.find_element(By.ID, "tenants").is_displayed())
+        cells = (
+            "return [...document.querySelectorAll('#tenants-rows tr')].map((row) => [...row.cells].map(({textContent: t}) => t))"
+        )
+        expected = {("acme", "3", "–", "0", "1"), ("a-crawler-with-a-long-name-that-goes-on", "1", "–", "0", "0")}
+        until(lambda: expected == {(name, *others) for name, _, *others in page.execute_script(cells)})
+        assert (width, 0) == beyond(page)
 
 
 @pytest.mark.parametrize("width", [360, 390, 768, 1400])

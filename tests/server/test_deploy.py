@@ -2,14 +2,17 @@
 
 import json
 import socket
+from hashlib import sha256
 from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from stallfree.cli.deploy import bounds
+from stallfree.core.classes import Classes
 from stallfree.engine.assemble import Options
 from stallfree.server.keys import Keys
+from stallfree.server.tenants import Tenants
 from tests.waiting import PATIENCE_S
 
 ray = pytest.importorskip("ray")
@@ -25,13 +28,18 @@ def cluster():
     ray.shutdown()
 
 
-def test_a_replica_answers_as_the_server_does(cluster):
+def test_a_replica_answers_as_the_server_does(cluster, tmp_path):
     from ray import serve
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(application(Options(executor="simulated"), ["tiny"], 1, 2, 16, Keys.of("secret")))
+    (file := tmp_path / "tenants.toml").write_text(
+        f'[tenants.jo]\nkeys = ["sha256={sha256(b"jo").hexdigest()}"]\nclass = "batch"\n'
+    )
+    words = "chat: ttft=1s; batch: ttlt=10min"
+    options = Options(executor="simulated", policy="slo", slo=words)
+    serve.run(application(options, ["tiny"], 1, 2, 16, Tenants(file, Keys.of("secret"), Classes.parse(words))))
     try:
         key = {"Authorization": "Bearer secret"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=key, timeout=PATIENCE_S) as client:
@@ -43,6 +51,9 @@ def test_a_replica_answers_as_the_server_does(cluster):
             assert "[DONE]" == last
             assert 5 == sum(len(json.loads(event)["choices"][0]["text"]) for event in events)
             assert 400 == client.post("/v1/completions", json={"prompt": 3.5}).status_code
+            classes = [client.post("/v1/completions", json=body | {"service_tier": name}).status_code for name in ("chat", "slow")]
+            assert [200, 400] == classes
+            assert 200 == client.get("/load", headers={"Authorization": "Bearer jo"}).status_code
     finally:
         serve.shutdown()
 
@@ -85,3 +96,8 @@ def test_a_replica_is_used_by_the_share_of_the_limit_that_its_iterations_took():
     assert used.read(0.0, 2.0) == pytest.approx(0.025 + 0.2 + 0.1)
     now[0] = 2.0
     assert (0.0, 1.5) == (used.read(0.0, 2.0), used.read(3.0, 2.0))
+
+
+@pytest.mark.parametrize(("room_s", "expected"), [(0.0, 1.0), (0.1, 0.25), (None, 0.25)])
+def test_a_replica_without_room_for_prefill_is_full(room_s, expected):
+    assert expected == Utilisation(lambda: 0.0).read(0.5, 2.0, room_s)

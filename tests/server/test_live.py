@@ -32,8 +32,8 @@ END = step(2, 0.3, 0.35, [("a", 11, 1), ("b", 30, 1)], finished=[Finished("a", "
 class Recorded(Live):
     """`Live` with an account of its own."""
 
-    def __init__(self, policy: str = "sarathi", slo: Slo | None = None):
-        super().__init__(policy, slo)
+    def __init__(self, policy: str = "sarathi", slo: Slo | None = None, ahead=None):
+        super().__init__(policy, slo, ahead)
         self.account = StallAccount(slo)
 
     def keep(self, *steps: StepRecord) -> None:
@@ -146,3 +146,56 @@ def test_who_still_waits_for_a_first_token_is_shown_while_it_waits():
     assert "later" == live.look(288.0)["longest_wait"]["id"]
     live.keep(step(3, 288.0, 288.1, [], finished=[Finished("later", "abort")]))
     assert None is live.look(289.0)["longest_wait"]
+
+
+def tenants(*names: str):
+    """A record in which a request of each arrives and gets ten tokens."""
+    return step(
+        0, 0.0, 0.1, [(name, 0, 10) for name in names], arrived=[arrival(name) for name in names],
+        tenants=[(name, name, 3.0) for name in names],
+    )  # fmt: skip
+
+
+def test_each_tenant_is_a_row_with_its_share_of_the_last_minute():
+    live = Recorded("slo")
+    live.keep(tenants("acme", "crawler"), step(1, 0.1, 0.2, [("acme", 10, 20)]))
+    acme, crawler = live.look(1.0)["tenants"]
+    assert ("acme", 0.75, 3.0, None, 0, 0) == tuple(acme.values())
+    assert ("crawler", 0.25) == (crawler["name"], crawler["share"])
+    assert [] == [row for row in live.look(200.0)["tenants"] if row["share"]]
+
+
+def test_one_tenant_is_no_table():
+    live = Recorded("slo")
+    live.keep(tenants("acme"))
+    assert [] == live.look(1.0)["tenants"]
+
+
+def test_a_tenant_that_waits_or_was_refused_is_there_without_a_share():
+    live = Recorded("slo")
+    live.keep(tenants("acme"), step(1, 0.1, 0.2, [], arrived=[arrival("b")], tenants=[("b", "crawler", 1.0)]))
+    live.refuse("greedy", 0.5)
+    rows = {row["name"]: (row["share"], row["waiting"], row["refused"]) for row in live.look(1.0)["tenants"]}
+    assert {"acme": (1.0, 0, 0), "crawler": (0.0, 1, 0), "greedy": (0.0, 0, 1)} == rows
+    assert "greedy" not in [row["name"] for row in live.look(100.0)["tenants"]]
+
+
+def test_the_credit_is_the_policys():
+    live = Recorded("slo", ahead={"acme": 0.25, "crawler": 0.0}.__getitem__)
+    live.keep(tenants("acme", "crawler"))
+    assert [("acme", 0.25), ("crawler", 0.0)] == [(row["name"], row["ahead_s"]) for row in live.look(1.0)["tenants"]]
+
+
+def test_however_many_tenants_come_few_are_shown(monkeypatch):
+    monkeypatch.setattr(module, "MOST_TENANTS", 4)
+    live = Recorded("slo")
+    live.keep(tenants(*(f"t{number:02}" for number in range(50))))
+    assert module.TENANTS == len(live.look(1.0)["tenants"])
+    assert 4 == len(live._weights)
+
+
+def test_forecasts_are_compared_with_what_came():
+    live = Recorded("slo")
+    live.keep(step(0, 0.0, 0.5, [("a", 0, 10)], arrived=[arrival("a")], predicted=[("a", 0.25)]))
+    forecast = live.look(1.0)["forecast"]
+    assert (1, pytest.approx(2, rel=0.02)) == (forecast["count"], forecast["p50"])

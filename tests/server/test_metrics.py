@@ -15,6 +15,7 @@ from stallfree.core.record import Arrived, Delivered, Finished, StepRecord
 from stallfree.core.slo import Slo
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.metrics import FINISHED, Metrics
+from stallfree.server.sharing import MOST_LABELS
 from stallfree.server.vllm_names import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,48 @@ def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
     assert pytest.approx(0.1) == samples["time_to_first_token_seconds_sum",]
     assert pytest.approx([0.02, 0.08, 0.5]) == [samples[f"request_{p}_seconds_sum",] for p in ("queue", "prefill", "decode")]
     assert pytest.approx(0.5) == samples["inter_token_seconds_sum",]
+
+
+OWNED = [
+    replace(FIRST, tenants=[("a", "acme", 3.0)], classes=[("a", "chat")], predicted=[("a", 0.05)]),
+    HYBRID,
+    END,
+]
+
+
+def test_requests_and_tokens_are_counted_by_tenant():
+    samples = served(*OWNED)
+    assert (1, 8) == (samples["tenant_requests_total", "acme"], samples["tenant_tokens_total", "acme"])
+    assert {"acme"} == {name[1] for name in samples if name[0].startswith("tenant_")}
+
+
+def test_late_tokens_are_counted_by_class():
+    samples = served(*OWNED)
+    assert (2, 1) == (samples["class_tokens_total", "chat"], samples["class_late_tokens_total", "chat"])
+    assert (1, 0) == (samples["class_requests_total", "chat"], samples["class_requests_in_time_total", "chat"])
+
+
+def test_a_forecast_is_counted_by_how_wrong_it_was():
+    samples = served(*OWNED)
+    assert (1, pytest.approx(2)) == (samples["first_token_forecast_ratio_count",], samples["first_token_forecast_ratio_sum",])
+
+
+def test_refusals_are_counted_by_tenant_and_reason():
+    metrics = Metrics("toy")
+    for tenant, reason in (("acme", "late"), ("acme", "late"), ("", "queue")):
+        metrics.refuse(tenant, reason)
+    text = metrics.expose(Ledger(Capacity(16, 10, 128), reserve="prompt"), 0.0).decode()
+    assert 'stallfree_refused_total{reason="late",tenant="acme"} 2.0' in text
+    assert 'stallfree_refused_total{reason="queue",tenant=""} 1.0' in text
+
+
+def test_a_client_that_makes_up_names_gets_no_more_series():
+    metrics = Metrics("toy")
+    for number in range(100):
+        metrics.refuse(f"tenant-{number}", "late")
+    (family,) = [family for family in metrics.collect() if family.name == "stallfree_refused"]
+    assert MOST_LABELS + 1 == len(family.samples)
+    assert 100 - MOST_LABELS == next(sample.value for sample in family.samples if sample.labels["tenant"] == "other")
 
 
 def test_prefill_engines_are_counted_where_they_are_asked():

@@ -1,5 +1,6 @@
 """A replay decides as the run did, whatever happened in it; with another policy it answers what-if questions."""
 
+import itertools
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +11,7 @@ from stallfree import policies
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.policy import Setup
-from stallfree.core.record import Fingerprints, Run, StepRecord, read
+from stallfree.core.record import Fingerprints, Refusal, Run, StepRecord, read
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
@@ -19,6 +20,8 @@ from stallfree.engine.streams import Reading
 from stallfree.metrics.timeline import timelines
 from stallfree.perf.fitted import Fitted
 from stallfree.sim.replay import Machine, difference, what_if
+from stallfree.sim.simulate import simulate
+from stallfree.workload.workload import Arrival
 
 TEXT = bytes_as_text()
 LETTERS = TEXT.encode("abcdefghijklmnopqrstuvwxyz")
@@ -60,13 +63,23 @@ class Machinery:
         self._plans.clear()
 
 
+TENANTS = {"acme": 3.0, "crawler": 1.0}
+CLASSES = {"interactive": Slo.parse("ttft=200ms,tbt=30ms"), "batch": Slo.parse("ttlt=3s")}
+
+
 def record(
-    policy: str, seed: int, depth: int = 1, reuse: bool = True, overlap: bool = False, special: float = 0.0
+    policy: str,
+    seed: int,
+    depth: int = 1,
+    reuse: bool = True,
+    overlap: bool = False,
+    special: float = 0.0,
+    shared: bool = False,
 ) -> tuple[Run, list[StepRecord]]:
     """A busy run with conversations that share beginnings, ends of all kinds, and KV for few; as read from its file. `special`: the
-    share of requests that are constrained, and of those that are scored.
+    share of requests that are constrained, and of those that are scored. `shared`: among the tenants, in both classes.
     """
-    draw, odd = random.Random(seed), random.Random(seed)
+    draw, odd, whose = random.Random(seed), random.Random(seed), random.Random(seed)
     capacity = Capacity(8, 60, 320, depth, overlap)
     machine = Machinery(capacity, seed)
     options = {"token_budget": 24} if policy == "sarathi" else {}
@@ -92,6 +105,7 @@ def record(
         stop_ids = frozenset(LETTERS[:2]) if draw.random() < 0.3 else frozenset()
         stop = ["fg", "tu"] if draw.random() < 0.3 else []
         own = Slo.parse("tbt=61.7ms") if draw.random() < 0.2 else None
+        tenant, service_class = (whose.choice([*TENANTS]), whose.choice([*CLASSES])) if shared else ("", "")
         request = Request(
             f"r{number}",
             prompt,
@@ -99,7 +113,10 @@ def record(
             stop_ids=stop_ids,
             arrival=machine.clock(),
             priority=draw.choice((0, 0, 1)),
-            slo=own,
+            tenant=tenant,
+            weight=TENANTS.get(tenant, 1.0),
+            slo=CLASSES.get(service_class, own),
+            service_class=service_class,
             constrained=odd.random() < special,
             scored=odd.random() < special,
         )
@@ -149,6 +166,53 @@ def test_with_iterations_that_overlap_too(policy, seed):
     assert any(b.t_plan < a.t_end for a, b in pairwise(records))
     assert {"stop", "length", "abort"} <= {f.reason for r in records for f in r.finished}
     assert difference(run, records) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("policy", policies.names())
+def test_tenants_of_different_weights_in_two_classes_are_served_as_they_were(policy, seed, overlap):
+    run, records = record(policy, seed, depth=1 + overlap, overlap=overlap, shared=True)
+    assert {*TENANTS.items()} == {(tenant, weight) for r in records for _, tenant, weight in r.tenants}
+    assert {*CLASSES} == {service_class for r in records for _, service_class in r.classes}
+    assert difference(run, records) is None
+
+
+def test_tenants_and_classes_in_a_simulation_are_served_as_they_were():
+    capacity, cost = Capacity(16, 200, 600), Fitted(COST)
+    targets = CLASSES["interactive"]
+    mix = itertools.cycle(itertools.product(TENANTS, CLASSES))
+    arrivals = [
+        Arrival(number / 40, 20 + 37 * number % 400, 5 + 11 * number % 60, (), tenant, service_class)
+        for number, (tenant, service_class) in zip(range(80), mix, strict=False)
+    ]
+    result = simulate(
+        arrivals,
+        lambda: policies.load("slo", Setup(Fitted.from_state(cost.state()), targets)),
+        cost,
+        capacity,
+        Limits(8, 512),
+        records=True,
+        leap=1,
+        classes=CLASSES,
+        weights=TENANTS,
+    )
+    header = Run("slo", capacity, Limits(8, 512), reuse=False, slo=str(targets), options={}, cost=cost.state())
+    run, records = read([header.to_json(), *(step.to_json() for step in result.records[0])])
+    assert {*TENANTS.items()} == {(tenant, weight) for r in records for _, tenant, weight in r.tenants}
+    assert any(r.num_waiting for r in records)
+    assert difference(run, records) is None
+
+
+def test_a_forecast_is_kept_and_a_refusal_is_no_decision_of_the_scheduler():
+    run, records = record("sarathi", 1)
+    first = records[0].arrived[0].id
+    changed = [
+        replace(records[0], predicted=[(first, 0.25)], refused=[Refusal(0.1, "acme", "too many requests")]),
+        *records[1:],
+    ]
+    assert difference(run, changed) is None
 
 
 def test_what_if_of_overlapping_iterations_takes_them_one_after_the_other():

@@ -6,11 +6,15 @@ import pytest
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
+from stallfree.core.policy import Setup
+from stallfree.core.request import Request
+from stallfree.core.slo import Slo
 from stallfree.metrics.report import report
 from stallfree.perf.fitted import Fitted
 from stallfree.policies import load as policy
 from stallfree.sim.routers import NAMES, load
 from stallfree.sim.simulate import simulate
+from stallfree.workload.prompt import Prompt
 from stallfree.workload.workload import Arrival, Workload
 
 COST = Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005))
@@ -28,6 +32,13 @@ def run(arrivals, router, replicas=2, **more):
         records=True,
         **more,
     )
+
+
+def run_slo(arrivals, **more):
+    def slo():
+        return policy("slo", Setup(Fitted.from_state(COST.state()), Slo.parse("ttft=5s,tbt=100ms")))
+
+    return simulate(arrivals, slo, COST, CAPACITY, replicas=2, router="least-ttft", records=True, **more)
 
 
 def served(result) -> list[list[str]]:
@@ -70,6 +81,34 @@ def test_prefix_affinity_keeps_a_familys_prompts_together_and_hits_the_cache():
 def test_prefix_affinity_does_not_put_everybody_in_one_place():
     arrivals = [Arrival(0.001 * i, 1024, 50, (7, 8)) for i in range(40)]
     assert all(len(ids) >= 8 for ids in served(run(arrivals, "prefix-affinity", reuse=True)))
+
+
+def test_least_ttft_takes_the_replica_that_is_done_earliest():
+    arrivals = [Arrival(0.0, 4000, 5), *(Arrival(0.001 * i, 200, 5) for i in range(1, 6))]
+    assert [["0"], ["1", "2", "3", "4", "5"]] == served(run_slo(arrivals))
+
+
+def test_least_ttft_spreads_what_arrives_at_one_moment():
+    assert [["0", "2"], ["1", "3"]] == served(run_slo([Arrival(0.0, 1000, 5) for _ in range(4)]))
+
+
+def test_least_ttft_takes_a_busier_replica_if_its_cache_saves_more_than_the_wait():
+    arrivals = [
+        Arrival(0.0, 4097, 2, tuple(range(8))),
+        Arrival(20.0, 2500, 2, (0, 1)),  # some 1,500 tokens to compute where the first one was
+        Arrival(20.001, 4097, 2, tuple(range(8))),
+        Arrival(20.002, 1100, 2, (0, 1)),  # here the cache saves less than the wait
+    ]
+    assert [["0", "1", "2"], ["3"]] == served(run_slo(arrivals, reuse=True))
+
+
+def test_a_forecast_does_not_keep_what_another_replicas_cache_has():
+    replicas = run_slo([Arrival(0.0, 2049, 2, tuple(range(4)))], reuse=True).replicas
+    request = Request("a", Prompt(2049, tuple(range(4)), -9), 2)
+    before = request.lookup
+    cached, uncached = (replica.forecast(request) for replica in replicas)
+    assert cached < uncached
+    assert before == request.lookup
 
 
 @pytest.mark.parametrize("router", NAMES)

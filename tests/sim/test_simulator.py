@@ -28,6 +28,22 @@ def test_stages_are_plans_in_flight_and_devices_are_paid():
     assert 4 * single.dollars == four.dollars
 
 
+def test_classes_and_weights_come_from_words():
+    simulator = Simulator(replace(LLAMA, slo="chat: tbt=60ms; batch: ttlt=60s", tenant_weights="acme=3, crawler=0.5"))
+    assert (Slo.parse("tbt=60ms"), {"acme": 3.0, "crawler": 0.5}) == (simulator.targets, simulator.weights)
+    assert {"chat": Slo.parse("tbt=60ms"), "batch": Slo.parse("ttlt=60s")} == simulator.named
+
+
+def test_targets_without_a_name_are_of_no_class():
+    assert {} == Simulator(replace(LLAMA, slo="tbt=60ms")).named
+
+
+@pytest.mark.parametrize("weights", ["acme", "acme=0", "acme=inf", "=1", "acme=1,acme=2", "acme=x"])
+def test_weights_that_are_none_are_named(weights):
+    with pytest.raises(ValueError, match="weight"):
+        Simulator(replace(LLAMA, tenant_weights=weights))
+
+
 def test_a_trial_is_the_same_here_and_in_another_process():
     simulator = Simulator(LLAMA)
     direct = simulator.trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import report
 from stallfree.perf import links, shape
@@ -36,6 +37,18 @@ def test_everybody_gets_all_tokens_in_order(pairing, rate):
     assert all(line.tokens == sorted(line.tokens) for line in result.lines)
     assert all(line.scheduled >= line.arrival for line in result.lines)
     assert result.transfers.transferred + result.transfers.local == sum(number for length, number in wanted.items() if length > 1)
+
+
+def test_both_pools_know_whose_a_request_is_and_judge_it_by_its_class():
+    owned = replace(CHATS, mix="acme: 50% class=chat; crawler: 50% class=batch priority=1")
+    classes = Classes.parse("chat: ttft=2s,tbt=100ms; batch: ttlt=60s")
+    pools = split()
+    pools = replace(pools, prefill=replace(PREFILL, tenant_weights="acme=3"), decode=replace(DECODE, tenant_weights="acme=3"))
+    simulator = SplitSimulator(pools)
+    lines = simulator.run(owned.stream(2.0, 0)).lines
+    assert {("acme", "chat", 0), ("crawler", "batch", 1)} == {(line.tenant, line.service_class, line.priority) for line in lines}
+    judged = simulator.trial(owned, 2.0, 0, classes)
+    assert ({"chat", "batch"}, {"acme", "crawler"}) == (judged.classes.keys(), judged.tenants.keys())
 
 
 def test_what_moves_is_the_kv_of_the_prompts():

@@ -317,6 +317,8 @@ def prefill_frame(**fields):
         prefill_frame(sampling=to_values(Sampling()) | {"temprature": 1}),
         prefill_frame(sampling=None),
         prefill_frame(slo="soon"),
+        prefill_frame(weight=0),
+        prefill_frame(weight="heavy"),
         prefill_frame(number=-1),
         prefill_frame(number="x"),
         prefill_frame(first=4),

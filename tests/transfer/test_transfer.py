@@ -6,6 +6,7 @@ import random
 import pytest
 
 from stallfree.core.request import Request, Status
+from stallfree.core.slo import Slo
 from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve
 from tests.waiting import PATIENCE_S, comes
 
@@ -236,6 +237,24 @@ def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hur
     assert 0 < len(whole) < len(prompts)
     for each in (decoder, prefiller, other):
         free(each)
+
+
+def test_a_prompt_is_computed_for_its_tenant_and_in_its_class():
+    decoder, prefiller = engine(), engine(Remembering(turns=1))
+    slo = Slo.parse("ttft=1s,tbt=50ms")
+    request = Request("a", PROMPTS[-1], 6, priority=2, sampling=GREEDY)
+    request.tenant, request.weight, request.service_class, request.slo = "acme", 3.0, "interactive", slo
+
+    async def run():
+        async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
+            task = asyncio.create_task(read(thread.submit([request], transfer=asks.transfers(None))))
+            await comes(lambda: prefiller.scheduler.ledger.running)
+            (there,) = prefiller.scheduler.ledger.running
+            prefiller.executor.go()
+            await task
+            return there.tenant, there.weight, there.service_class, there.slo, there.priority
+
+    assert ("acme", 3.0, "interactive", slo, 2) == asyncio.run(run())
 
 
 def test_a_first_token_can_be_the_last(way):

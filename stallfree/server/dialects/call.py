@@ -8,7 +8,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -102,7 +102,8 @@ class Choice:
 
 class Call:
     """An HTTP request in the engine: its `choices` by request id, and their `outputs`. `n` choices share a prompt. `entry`: what
-    the log tells about it. A dialect's class writes the answer."""
+    the log tells about it. `service_tier`: the class that the answer names, if it names one. `ended` is called once nothing more
+    is sent. A dialect's class writes the answer."""
 
     prefix: str
     operation: str
@@ -110,10 +111,22 @@ class Call:
     fields: ClassVar[Mapping[str, str]] = {}
     """The API's own names of a chat's fields, where they differ."""
 
-    def __init__(self, model: str, text: Text, outputs: Outputs, choices: Sequence[Choice], n: int, entry: Entry):
+    def __init__(
+        self,
+        model: str,
+        text: Text,
+        outputs: Outputs,
+        choices: Sequence[Choice],
+        n: int,
+        entry: Entry,
+        *,
+        service_tier: str | None = None,
+    ):
         self.id = f"{self.prefix}{choices[0].request.id}"
         self.created = int(time.time())
         self.model = model
+        self.service_tier = service_tier
+        self.ended: Callable[[], None] = lambda: None
         self.outputs = outputs
         self.choices = {choice.request.id: choice for choice in choices}
         self._text = text

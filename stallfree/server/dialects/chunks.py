@@ -144,7 +144,8 @@ class Chunked(Call):
         return "{" + ", ".join([*lists, *self.constants]) + "}"
 
     def _envelope(self, object: str) -> str:
-        return json.dumps({"id": self.id, "object": object, "created": self.created, "model": self.model})
+        values = {"id": self.id, "object": object, "created": self.created, "model": self.model}
+        return json.dumps(values if self.service_tier is None else values | {"service_tier": self.service_tier})
 
     def _chunk(self, choice: Choice, members: str, logprobs: str = "null", finish_reason: str = "null") -> str:
         usage = ""

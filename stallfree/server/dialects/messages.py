@@ -21,6 +21,7 @@ from stallfree.server.schema import (
     MAX_TOOLS,
     Body,
     ChatRequest,
+    ClassName,
     FunctionCall,
     JsonSchema,
     LatencyTargets,
@@ -152,8 +153,8 @@ class CountRequest(Body):
 
 
 class MessagesRequest(CountRequest):
-    """`top_k`, and `priority` and `slo` of this server, are as in a chat. `service_tier` has no effect. `thread` asks the server to
-    keep the conversation, and is refused."""
+    """`top_k`, `service_tier`, and `priority` and `slo` of this server, are as in a chat. `thread` asks the server to keep the
+    conversation, and is refused."""
 
     max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[Annotated[Text, Field(max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)] | None = None
@@ -165,6 +166,7 @@ class MessagesRequest(CountRequest):
     thread: dict[str, Any] | None = None
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
+    service_tier: ClassName | None = None
 
     def _fields(self) -> dict[str, Any]:
         if self.thread is not None:
@@ -178,6 +180,7 @@ class MessagesRequest(CountRequest):
             "stream": self.stream,
             "priority": self.priority,
             "slo": self.slo,
+            "service_tier": self.service_tier,
             "user": None if self.metadata is None or self.metadata.user_id is None else self.metadata.user_id[:512],
         }
 
@@ -356,6 +359,7 @@ class Messages(Call):
                 "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": self.cached_tokens,
                 "output_tokens": self.completion_tokens,
+                **({} if self.service_tier is None else {"service_tier": self.service_tier}),
             },
         }
 

@@ -22,6 +22,7 @@ from stallfree.server.schema import (
     AllowedTools,
     Body,
     ChatRequest,
+    ClassName,
     FunctionCall,
     JsonSchema,
     LatencyTargets,
@@ -34,8 +35,8 @@ from stallfree.server.schema import (
 )
 
 SAME = (
-    "model", "temperature", "top_p", "top_k", "min_p", "seed", "priority", "slo", "top_logprobs", "parallel_tool_calls",
-    "chat_template_kwargs", "stream", "user",
+    "model", "temperature", "top_p", "top_k", "min_p", "seed", "priority", "slo", "service_tier", "top_logprobs",
+    "parallel_tool_calls", "chat_template_kwargs", "stream", "user", "safety_identifier",
 )  # fmt: skip
 """Fields that are those of a chat."""
 TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
@@ -94,7 +95,8 @@ class StreamOptions(Body):
 
 class ResponsesRequest(Body):
     """`input`: a text, or items: messages, function calls and their outputs, and reasoning. `store` has no effect: nothing is kept.
-    `truncation` may only be "disabled". `top_k`, `min_p`, `seed`, `priority` and `slo` are as in a chat."""
+    `truncation` may only be "disabled". `top_k`, `min_p`, `seed`, `priority`, `slo` and `service_tier` are as in a
+    chat."""
 
     model: str | None = None
     input: Text | Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -108,6 +110,7 @@ class ResponsesRequest(Body):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
+    service_tier: ClassName | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = None
@@ -120,6 +123,7 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, max_length=512)
+    safety_identifier: Text | None = Field(None, max_length=512)
 
     def chat(self) -> ChatRequest:
         """The same request as a chat. Raises ApiError for items that are not served."""
@@ -405,6 +409,7 @@ class Responses(Call):
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "output": [item.values(self._item_status(item)) for item in self._items] if ended else [],
             "usage": usage if ended else None,
+            **({} if self.service_tier is None else {"service_tier": self.service_tier}),
             **self.echo,
         }
 

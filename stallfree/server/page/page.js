@@ -4,6 +4,7 @@
 import { charts, duration, WINDOW_S } from "./charts.js";
 import { Conversation } from "./conversation.js";
 import { showDefaults } from "./settings.js";
+import { tenants } from "./tenants.js";
 
 const PERIOD_MS = 250;
 const RETRY_MS = 1000;
@@ -99,6 +100,10 @@ function latency(about) {
   line($("tbt"), about.tbt, tbt ?? tpot);
   const counted = [about.ttft, about.tbt].map((times) => (times?.count ?? 0).toLocaleString("en"));
   $("latency-note").textContent = `of ${counted[0]} first tokens and ${counted[1]} others`;
+  const forecast = about.forecast;
+  $("forecast-note").textContent = forecast
+    ? `first tokens came after ${forecast.p50.toFixed(2)} times the forecast (p50), ${forecast.p90.toFixed(2)} times (p90)`
+    : "";
   const wait = about.longest_wait;
   $("wait-note").textContent = wait ? `${wait.id} has waited ${duration(wait.seconds)} for its first token` : "";
   $("wait-note").dataset.state = wait && wait.seconds > about.long_wait_s ? "trouble" : "";
@@ -161,4 +166,5 @@ watch((rows, about) => {
   draw(rows, about);
   latency(about);
   stalls(about);
+  tenants(about);
 });

@@ -1,16 +1,35 @@
-"""Routes for operators: the server's health, version and metrics. They start and change nothing."""
+"""Routes for operators and routers: the server's health, version, metrics and load. They start and change nothing."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 import stallfree
+from stallfree.core import request as core
 from stallfree.server import schema
 from stallfree.server.errors import ApiError
+from stallfree.server.request_log import Entry
 from stallfree.server.service import Service
+
+
+class Load(BaseModel):
+    """What the server has to do. `prefill_room_s`: seconds of prefill that it can still take within its targets. `backlog_s`:
+    seconds of prefill that wait. `running`, `waiting`: requests. `predicted_ttft_s`: seconds until a new request would have its
+    first token. All seconds are null if the policy forecasts nothing, or if other engines compute the prompts.
+    """
+
+    prefill_room_s: float | None = None
+    backlog_s: float | None = None
+    running: int
+    waiting: int
+    predicted_ttft_s: float | None = None
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
+    most = service.engine.scheduler.ledger.max_len
 
     @router.get("/health")
     async def health() -> schema.Health:
@@ -38,12 +57,42 @@ def routes(service: Service) -> APIRouter:
     async def version() -> schema.Version:
         return schema.Version(version=stallfree.__version__)
 
+    @router.get("/load")
+    async def load(request: Request, prompt_tokens: Annotated[int, Query(ge=1, le=most)] = 1) -> Load:
+        """How much the server has to do, and when a new request of `prompt_tokens` uncached tokens would have its first token. The
+        request is one of the asking key's tenant, and of the class that this tenant's requests have by default."""
+        thread = service.thread
+        load = Load(running=thread.num_running, waiting=thread.num_waiting)
+        if thread.forecast is not None and service.asking is None:
+            load.prefill_room_s, load.backlog_s = thread.forecast.room, thread.forecast.backlog
+            load.predicted_ttft_s = thread.forecast.seconds(_newcomer(service, request, prompt_tokens))
+        return load
+
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Prometheus' text format."""
         asking, engine = service.asking, service.engine
         prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
-        text = service.metrics.expose(engine.scheduler.ledger, engine.clock(), prefill_engines)
+        forecast = service.thread.forecast if asking is None else None
+        room = None if forecast is None else forecast.room
+        text = service.metrics.expose(engine.scheduler.ledger, engine.clock(), prefill_engines, room)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router
+
+
+def _newcomer(service: Service, request: Request, prompt_tokens: int) -> core.Request:
+    """A request of so many tokens that arrives now, from the tenant that asks by `request`. It is never queued."""
+    tenant = service.tenants.of(Entry.of(request.scope).key, None, request.headers)
+    usual, own = next(iter(service.classes)), tenant.service_class
+    return core.Request(
+        "",
+        range(prompt_tokens),
+        max(1, service.engine.scheduler.ledger.max_len - prompt_tokens),
+        arrival=service.engine.clock(),
+        priority=tenant.priority_of(None),
+        tenant=tenant.name,
+        weight=tenant.weight,
+        slo=None if own in ("", usual) else service.classes[own],
+        service_class=own or usual,
+    )
