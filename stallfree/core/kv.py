@@ -6,7 +6,7 @@ be reached. A shared block is only read, because its positions are already compu
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from stallfree.core.request import Request
 
@@ -14,8 +14,8 @@ from stallfree.core.request import Request
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. With `reuse`, equal prefixes share blocks.
 
-    A block is free (in no block table and not indexed), idle (indexed, in no table; the least recently used is evicted first) or
-    held by as many requests as its reference count says.
+    A block is free (in no block table and not indexed), idle (indexed, in no table; see `_Idle` for which is evicted first) or held
+    by as many requests as its reference count says.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True):
@@ -25,7 +25,7 @@ class BlockPool:
         self.block_size = block_size
         self.reuse = reuse
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._idle = OrderedDict[int, None]()  # the first of a dict is found slowly once many before it were taken
+        self._idle = _Idle()
         self._references = [0] * num_blocks
         self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}
         self._index: dict[tuple[object, tuple[int, ...]], tuple[int, int]] = {}
@@ -66,7 +66,7 @@ class BlockPool:
             references[block] -= 1
             if references[block] == 0:
                 if block in keys:
-                    self._idle[block] = None
+                    self._idle.add(block, request)
                 else:
                     self._free.append(block)
         request.blocks = []
@@ -87,7 +87,7 @@ class BlockPool:
                 break
             block, request.prefix = entry
             if self._references[block] == 0:
-                del self._idle[block]
+                self._idle.remove(block)
             self._references[block] += 1
             request.blocks.append(block)
         request.num_shared = len(request.blocks)
@@ -127,8 +127,8 @@ class BlockPool:
 
     def forget(self) -> None:
         """Forget the contents of all blocks: nothing is indexed any more. Only while no request holds a block."""
-        self._free += self._idle
-        self._idle.clear()
+        self._free += self._idle.blocks
+        self._idle = _Idle()
         self._keys.clear()
         self._index.clear()
         self._evictions += 1
@@ -146,16 +146,65 @@ class BlockPool:
         if held != self._references:
             wrong = [b for b in range(self.num_blocks) if held[b] != self._references[b]]
             raise RuntimeError(f"KV blocks {wrong[:8]} have reference counts that no request explains")
-        away = [*self._free, *self._idle]
+        away = [*self._free, *self._idle.blocks]
         if len(away) != len(set(away)) or set(away) != {b for b in range(self.num_blocks) if held[b] == 0}:
             raise RuntimeError("the free and idle KV blocks are not exactly those that no request holds")
         if {block: key for key, (block, _) in self._index.items()} != self._keys:
             raise RuntimeError("the prefix index and the blocks' keys disagree")
-        if not self._idle.keys() <= self._keys.keys() or not self._keys.keys().isdisjoint(self._free):
+        if not self._idle.blocks <= self._keys.keys() or not self._keys.keys().isdisjoint(self._free):
             raise RuntimeError("an idle KV block is not indexed, or a free one is")
 
     def _evict(self) -> int:
-        block, _ = self._idle.popitem(last=False)
+        block = self._idle.pop()
         self._evictions += 1
         del self._index[self._keys.pop(block)]
+        return block
+
+
+TOGETHER = 32
+"""Blocks that are evicted before it is looked again whose they should be."""
+
+
+class _Idle:
+    """Indexed blocks that no request holds, and whose they were last. The lowest priority's are evicted first, of these those of
+    the tenant that has most of them over its weight, and of these the least recently used.
+    """
+
+    def __init__(self) -> None:
+        self._homes: dict[int, tuple[int, str]] = {}
+        # The first of a plain dict is found slowly once many before it were taken.
+        self._lines: dict[tuple[int, str], OrderedDict[int, None]] = {}
+        self._weights: dict[tuple[int, str], float] = {}
+        self._next: tuple[int, str] | None = None
+        self._left = 0
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    @property
+    def blocks(self) -> Set[int]:
+        return self._homes.keys()
+
+    def add(self, block: int, request: Request) -> None:
+        home = self._homes[block] = request.priority, request.tenant
+        if home not in self._lines:
+            self._lines[home] = OrderedDict()
+        self._lines[home][block] = None
+        self._weights[home] = request.weight
+
+    def remove(self, block: int) -> None:
+        home = self._homes.pop(block)
+        line = self._lines[home]
+        del line[block]
+        if not line:
+            del self._lines[home], self._weights[home]
+
+    def pop(self) -> int:
+        """Take out the block to evict."""
+        if self._next not in self._lines or not self._left:
+            self._next = max(self._lines, key=lambda home: (home[0], len(self._lines[home]) / self._weights[home]))
+            self._left = TOGETHER
+        self._left -= 1
+        block = next(iter(self._lines[self._next]))
+        self.remove(block)
         return block

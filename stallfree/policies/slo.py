@@ -86,6 +86,7 @@ class Slo:
         self._owed = 0.0
         self._passed = self._kept_out = 0
         self._crowded: tuple[Request, int] | None = None
+        self._giving: set[Request] = set()
         self.decoding_s = 0.0
 
     @classmethod
@@ -110,7 +111,8 @@ class Slo:
         latest = inf
         if self._slack and dues and max(dues) - min(dues) > margin * self.decoding_s:  # nearly never: most are as urgent
             sitting, latest = self._turns.sitting(draft, dues, sum([prompt.seconds for prompt in wanted]), margin)
-        draft.decode_all(but=sitting)
+        giving, self._giving = self._giving, set()
+        draft.decode_all(but=sitting | giving if giving else sitting)
         shape = draft.shape
         if extra := sum([r.extra_rows for r in draft.decoding]):
             shape.append((extra, 0))
@@ -125,7 +127,7 @@ class Slo:
         else:
             limit, least, why = inf, 1, "nobody decodes: as many tokens as use the machine well"
             draft.cap(self._efficient(draft.left), why)
-        full, crowd = self._fill(draft, shape, wanted, limit, least, alone)
+        full, crowd = self._fill(draft, shape, [p for p in wanted if p.request not in giving], limit, least, alone)
         prefill = self.cost.seconds(shape) - alone if len(shape) > written else 0.0
         if sitting and not full:
             self._turns.join(draft, shape, sitting, limit)
@@ -293,7 +295,9 @@ class Slo:
         taken = 0 if crowded else draft.admit(r, count)
         if not taken and (victims := self._victims(draft, r, most)):
             taken = draft.displace(r, victims, count)
-            if taken:
+            if not taken:  # what is in flight can be preempted once it is not planned again
+                self._giving = {victim for victim in victims if victim.in_flight}
+            else:
                 shape[:] = [*draft.shape[:-1], *(piece for piece in shape if not piece[1])]
         if taken:
             self._order.bill(r)

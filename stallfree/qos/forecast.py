@@ -16,8 +16,10 @@ from stallfree.core.policy import Forecasting
 from stallfree.core.request import Request
 from stallfree.qos import prices
 
-RECENT = 64
-"""Outcomes that say how wrong forecasts are at present."""
+RECENT, FIRST = 64, 8
+"""Outcomes that say how wrong forecasts are at present, and how many of them count as right before any is known."""
+GRAIN_S = 0.1
+"""Seconds that are added to both times of an outcome: a few milliseconds of 5 say nothing about seconds."""
 STEP, AIM = 0.05, 0.75
 """How fast `caution` follows late first tokens, and the share of the allowed late ones that it aims at (as in `perf.margin`)."""
 MOST_CAUTION = 2.0
@@ -48,21 +50,23 @@ class _Work(NamedTuple):
 
 
 class Outcomes:
-    """The last `RECENT` ratios of actual over forecast times, by size."""
+    """The last `RECENT` outcomes of forecasts, as ratios of actual over forecast time."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._recent = deque([1.0] * FIRST)
+        self._sorted = [1.0] * FIRST
 
-    def add(self, ratio: float) -> None:
+    def add(self, forecast_s: float, actual_s: float) -> None:
+        ratio = (actual_s + GRAIN_S) / (forecast_s + GRAIN_S)
         if len(self._recent) == RECENT:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._recent.append(ratio)
         insort(self._sorted, ratio)
 
-    def quantile(self, share: float) -> float:
-        """The ratio that `share` of the outcomes do not exceed; 1 before there are any."""
-        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))] if self._sorted else 1.0
+    def corrected(self, forecast_s: float) -> float:
+        """A forecast that half of such outcomes exceed."""
+        middle = self._sorted[len(self._sorted) // 2]
+        return max(forecast_s / 4, (forecast_s + GRAIN_S) * middle - GRAIN_S)
 
 
 class Forecast:
@@ -88,7 +92,7 @@ class Forecast:
     def seconds(self, request: Request, cached: int = 0) -> float:
         """Seconds until a request that arrives now has its first token; half of all take longer. `cached`: tokens of its prompt
         that are in the prefix cache."""
-        return self._raw(self._work(request, cached)) * self.outcomes.quantile(0.5)
+        return self.outcomes.corrected(self._raw(self._work(request, cached)))
 
     def late(self, request: Request, cached: int = 0) -> Late | None:
         """Whether a request that arrives now would miss its target for the first token. `caution` sees to it that of those that are
@@ -98,14 +102,14 @@ class Forecast:
         target, work = self.policy.targets(request).ttft, self._work(request, cached)
         if target is None or not self._waiting or work.alone > target.seconds:
             return None
-        likely = self._raw(work) * self.outcomes.quantile(0.5) * self.caution
+        likely = self.outcomes.corrected(self._raw(work)) * self.caution
         return Late(likely, target.seconds, likely - target.seconds) if likely > target.seconds else None
 
     def enter(self, request: Request, cached: int = 0) -> None:
         """A request has arrived. Its `predicted` becomes the forecast."""
         work = self._work(request, cached)
         raw = self._raw(work)
-        request.predicted = raw * self.outcomes.quantile(0.5)
+        request.predicted = self.outcomes.corrected(raw)
         self._waiting[request.id] = request, work, raw
 
     def leave(self, id: str) -> None:
@@ -114,7 +118,7 @@ class Forecast:
             request, _, raw = self._waiting.pop(id)
             if request.output:
                 seconds = request.first_token - request.arrival
-                self.outcomes.add(seconds / raw)
+                self.outcomes.add(raw, seconds)
                 if (target := self.policy.targets(request).ttft) is not None:
                     late = seconds > target.seconds
                     caution = self.caution * exp(STEP * (late - AIM * target.late_share))

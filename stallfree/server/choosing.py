@@ -175,7 +175,7 @@ async def earliest(
 async def _forecast(session: aiohttp.ClientSession, server: Server, tokens: int, headers: Mapping[str, str]) -> float | None:
     """Seconds until a prompt of so many uncached tokens would have its first token at `server`; None if it does not say in time."""
     timeout = aiohttp.ClientTimeout(total=ASK_S)
-    with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
+    with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, OverflowError):
         url = f"{server.url}/load?prompt_tokens={tokens}"
         async with session.get(url, headers=headers, timeout=timeout) as answer:
             load = await answer.json() if answer.status == 200 else None

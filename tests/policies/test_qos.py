@@ -142,3 +142,26 @@ def test_kv_is_not_given_to_more_answers_than_it_will_hold():
     while any(r.finish_reason is None for r in first):
         serving.step()
     assert sum(r.num_preemptions for r in first) <= 5
+
+
+def test_what_is_in_flight_gives_way_an_iteration_later():
+    policy = Slo(Targets.parse("tbt=200ms"), Fitted())
+    scheduler, now = Scheduler(policy, Capacity(16, 135, 8192, depth=2, overlap=True)), 0.0
+    low = prompt("low", 700, 400, priority=1)
+    lower = prompt("lower", 700, 400, priority=2)
+    urgent = prompt("urgent", 700, 10)
+    scheduler.submit(low)
+    scheduler.submit(lower)
+    ahead: list[Plan] = []
+    for step in range(40):
+        if step == 20:
+            assert low.output
+            assert lower.output
+            scheduler.submit(urgent)
+        while len(ahead) < 2 and (plan := scheduler.schedule(now)).work:
+            ahead.append(plan)
+        plan = ahead.pop(0)
+        now += policy.cost.seconds(plan.shape)
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
+    assert urgent.output
+    assert [0, 1] == [low.num_preemptions, lower.num_preemptions]

@@ -96,6 +96,7 @@ def test_a_lone_server_is_not_asked():
         {"predicted_ttft_s": None},
         {"predicted_ttft_s": "1"},
         {"predicted_ttft_s": float("nan")},
+        {"predicted_ttft_s": 10**400},
         [1.0],
         TimeoutError(),
         aiohttp.ClientConnectionError(),
