@@ -28,7 +28,8 @@ from stallfree.workload.workload import Arrival, Workload
 
 TARGETS = Slo.parse("ttft=2s,tbt=250ms")
 WORKLOAD = Workload.parse("poisson", "median=150,p90=500/median=50,p90=120", 2000)
-STEP = 1.2
+STEPS = (1.5, 1.15)
+"""Ratios between two rates of the climb, first a coarse one, then a fine one."""
 HIGH = -1
 
 
@@ -57,14 +58,16 @@ def find_load(seconds: float) -> float:
     with server(["--slo", str(TARGETS), "--on-late", "serve"]) as url:
         side = Server(url, WORKLOAD)
         side.warm_up()
-        rate = 1.0
-        while True:
-            lines = side.run(WORKLOAD.draw(rate * STEP, SEED, duration_s=seconds)).lines
+        rate, steps = 1.5, list(STEPS)
+        while steps:
+            lines = side.run(WORKLOAD.draw(rate * steps[0], SEED, duration_s=seconds)).lines
             share = judged(lines, seconds)[1] * seconds / len(lines)
-            print(f"  {rate * STEP:.2f}/s: {share:.1%} of the requests meet all targets", file=sys.stderr)
+            print(f"  {rate * steps[0]:.2f}/s: {share:.1%} of the requests meet all targets", file=sys.stderr)
             if share < 0.9:
-                return rate
-            rate *= STEP
+                del steps[0]
+            else:
+                rate *= steps[0]
+        return rate
 
 
 def alone(prompts: Sequence[Arrival]) -> float:
