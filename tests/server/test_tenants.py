@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 
@@ -428,7 +429,9 @@ class Process:
     def __init__(self, *arguments: str):
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", "stallfree", *SERVE, *arguments]
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        # Where the tests run under nohup, their children would ignore SIGHUP.
+        usual = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=usual)
         self.card = json.loads(self.process.stdout.readline())
 
     def __enter__(self):
