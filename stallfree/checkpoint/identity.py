@@ -1,11 +1,15 @@
-"""A short name for the contents of a checkpoint's files, to see whether two engines have the same model.
+"""A short name for the contents of a checkpoint's or an adapter's files, to see whether two engines have the same.
 
 It hashes sizes and a sample of the bytes, so gigabytes take milliseconds. It does not protect against deliberate forgery.
 """
 
+from collections.abc import Iterable
 from hashlib import blake2b
+from pathlib import Path
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.adapter import WEIGHTS, Adapter
+from stallfree.checkpoint.adapter_config import CONFIG
 
 PIECES, PIECE = 256, 4096
 """Pieces of each file that are hashed, evenly spread, and bytes of a piece. Different weights of one shape differ everywhere."""
@@ -13,8 +17,17 @@ PIECES, PIECE = 256, 4096
 
 def identity(checkpoint: Checkpoint) -> str:
     """The same name for copies of the same files in any place; another one for other weights or another configuration."""
-    digest = blake2b(repr(checkpoint.config).encode(), digest_size=12)
-    for file in checkpoint.files:
+    return _name(repr(checkpoint.config), checkpoint.files)
+
+
+def adapter_identity(adapter: Adapter) -> str:
+    """As `identity`, for an adapter. Raises OSError if its files cannot be read."""
+    return _name("", [adapter.path / CONFIG, adapter.path / WEIGHTS])
+
+
+def _name(text: str, files: Iterable[Path]) -> str:
+    digest = blake2b(text.encode(), digest_size=12)
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{size}".encode())
         with file.open("rb") as opened:

@@ -38,10 +38,11 @@ def read_folder(path: Path) -> Checkpoint:
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
     check_tensors(config, {name: shape for name, (_, _, shape, _) in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(_read, tensors), None, tuple(files))
+    return Checkpoint(path, config, partial(read_tensor, tensors), None, tuple(files))
 
 
-def _json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file. Raises CheckpointError for anything else."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -55,7 +56,7 @@ def _config(path: Path) -> ModelConfig:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; a Hugging Face folder needs it (is {path} the right folder?)")
-    values, source = _json(file), str(file)
+    values, source = read_json(file), str(file)
     served = [name for name, family in FAMILIES.items() if family.torch]
     if (kind := values.get("model_type")) not in served:
         raise CheckpointError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(served)}")
@@ -143,7 +144,7 @@ def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple
 def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:
     """The tokens that end a reply, by generation_config.json, or else by config.json."""
     generation = path / "generation_config.json"
-    eos = (_json(generation).get("eos_token_id") if generation.is_file() else None) or values.get("eos_token_id")
+    eos = (read_json(generation).get("eos_token_id") if generation.is_file() else None) or values.get("eos_token_id")
     tokens = eos if isinstance(eos, list) else [eos]
     return tuple(t for t in tokens if isinstance(t, int))
 
@@ -154,7 +155,7 @@ def indexed(folder: Path) -> dict[str, str] | None:
     file = folder / INDEX
     if not file.is_file():
         return None
-    names = _json(file).get("weight_map")
+    names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{file}: 'weight_map' is no object that names a file for each tensor; fetch the file again")
     for name in names.values():
@@ -195,41 +196,55 @@ def _index(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, str, tu
     names = indexed(folder) or {}
     tensors: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
     for file in files:
-        header = _header(file)
+        header = read_header(file)
         tensors |= {name: entry for name, entry in header.items() if folder / names.get(name, file) == file}
     return tensors
 
 
-def _header(file: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+def read_header(file: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """Every tensor of a file, by name: the file, its type, its shape and the offset of its bytes. Raises CheckpointError for a
+    damaged file."""
+    return parse_header(file, *header_bytes(file))
+
+
+def header_bytes(file: Path) -> tuple[bytes, int]:
+    """The header of a file, which is JSON, and the size of the file in bytes. Raises CheckpointError if it is no such file."""
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if file_bytes < 8 or length > min(HEADER_LIMIT, file_bytes - 8):
             raise CheckpointError(f"{file}: not a safetensors file, or truncated at {file_bytes} bytes; fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            tensors = {}
-            for name, entry in entries.items():
-                shape, (begin, end), kind = tuple(map(int, entry["shape"])), entry["data_offsets"], entry["dtype"]
-                tensors[name] = (file, kind, shape, 8 + length + begin)
-                if kind not in TYPES:
-                    continue
-                num_bytes = np.dtype(TYPES[kind]).itemsize
-                for extent in shape:
-                    num_bytes *= extent
-                if min(shape, default=0) < 0 or begin < 0 or num_bytes != end - begin:
-                    raise CheckpointError(f"{file}: tensor {name!r} of shape {shape} does not fit its bytes; fetch the file again")
-                if 8 + length + end > file_bytes:
-                    raise CheckpointError(f"{file}: the file ends early, at {file_bytes} bytes; it is truncated, fetch it again")
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}); fetch it again") from None
+        return stream.read(length), file_bytes
+
+
+def parse_header(file: Path, raw: bytes, file_bytes: int) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """What `read_header` returns, from what `header_bytes` returns."""
+    first = 8 + len(raw)
+    try:
+        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        tensors = {}
+        for name, entry in entries.items():
+            shape, (begin, end), kind = tuple(map(int, entry["shape"])), entry["data_offsets"], entry["dtype"]
+            tensors[name] = (file, kind, shape, first + begin)
+            if kind not in TYPES:
+                continue
+            num_bytes = np.dtype(TYPES[kind]).itemsize
+            for extent in shape:
+                num_bytes *= extent
+            if min(shape, default=0) < 0 or begin < 0 or num_bytes != end - begin:
+                raise CheckpointError(f"{file}: tensor {name!r} of shape {shape} does not fit its bytes; fetch the file again")
+            if first + end > file_bytes:
+                raise CheckpointError(f"{file}: the file ends early, at {file_bytes} bytes; it is truncated, fetch it again")
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}); fetch it again") from None
     return tensors
 
 
-def _read(tensors: dict[str, tuple[Path, str, tuple[int, ...], int]], name: str) -> np.ndarray:
+def read_tensor(tensors: dict[str, tuple[Path, str, tuple[int, ...], int]], name: str) -> np.ndarray:
+    """A tensor of a header as float32, freshly allocated. Raises CheckpointError if its type is unknown or the file is too
+    short."""
     file, kind, shape, offset = tensors[name]
     if kind not in TYPES:
         raise CheckpointError(f"{file}: tensor {name!r} is {kind}; supported are {', '.join(TYPES)}")

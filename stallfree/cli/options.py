@@ -197,6 +197,28 @@ ToolParser = Annotated[
     str | None,
     typer.Option(help="How the model writes tool calls: hermes, mistral, pythonic, llama_json, plain; by its chat template."),
 ]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER",
+        help="A LoRA adapter (PEFT's safetensors), served as a model of that name. May be given several times.",
+        show_default=False,
+    ),
+]
+AdaptersFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="A folder of LoRA adapters: each sub-folder is one, under its name.", show_default=False),
+]
+MaxAdapterRank = Annotated[int, typer.Option(help="The largest rank of an adapter.", min=1)]
+AdminKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="STALLFREE_ADMIN_KEY",
+        help="Who sends this key may add and remove adapters while the server runs.",
+        show_envvar=True,
+        show_default="nobody may",
+    ),
+]
 Start = Annotated[float, typer.Option(help="The first rate to try, in requests per second.")]
 Tolerance = Annotated[float, typer.Option(help="Largest error of the capacity, as a share of it.")]
 Trials = Annotated[int, typer.Option(help="Most trials at one rate. They end once one verdict leads by two.")]
@@ -235,3 +257,6 @@ class Served:
     gpu_memory_utilization: GpuMemory = 0.9
     generation_config: GenerationConfig = "auto"
     on_worker_loss: OnWorkerLoss = "fail"
+    adapter: Adapter = None
+    adapters: AdaptersFolder = None
+    max_adapter_rank: MaxAdapterRank = 256

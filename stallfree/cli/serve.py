@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stallfree.server.tenants import Tenants
 
 Role = Literal["both", "prefill", "decode"]
+MOST_SHOWN = 5
+"""Adapters whose names are on the card."""
 ROLES = {"prefill": "asked at", "decode": "asks"}
 
 
@@ -66,6 +68,7 @@ def serve(
     web: Web,
     logging: Logging,
     tenants: options.TenantsFile = None,
+    admin_key: options.AdminKey = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
@@ -79,6 +82,7 @@ def serve(
     from stallfree.engine.recording import RecordFile
     from stallfree.parsers import formats
     from stallfree.server.app import create_app
+    from stallfree.server.keys import Keys
     from stallfree.server.run import Hangups, run
     from stallfree.server.traces import exporter_to
     from stallfree.transfer.terms import address
@@ -88,6 +92,7 @@ def serve(
     names, origins, tls = options.names(front.served_model_name), web.origins(), web.tls()
     keys = options.keys(front.host, front.api_key, front.api_key_file, tenants=tenants)
     sharing = options.tenants(tenants, keys, served.slo)
+    admin = Keys.of(admin_key)
     if front.tool_parser is not None:
         formats.named(front.tool_parser)
     logging.configure()
@@ -112,7 +117,7 @@ def serve(
         url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
         _print_card(_card(assembled, service, peering, url, peer_sock), as_json)
         service.start_helpers()
-        app = create_app(service, keys=sharing, allow_origins=origins, log_requests=logging.log_requests)
+        app = create_app(service, keys=sharing, admin=admin, allow_origins=origins, log_requests=logging.log_requests)
         run(app, service.thread, sock, drain_timeout_s=drain_timeout, tls=tls, hangups=hangups)
     if service.thread.failure is not None:
         raise typer.Exit(1)
@@ -136,6 +141,7 @@ def _service(
         sanitize_control_tokens=front.sanitize_control_tokens,
         aliases=names[1:],
         tool_format=front.tool_parser,
+        library=assembled.library,
     )
 
 
@@ -180,11 +186,18 @@ def _card(assembled: Assembled, service: Service, peering: Peering, url: str, pe
         "slo_basis": assembled.slo_basis or None,
         "classes": {name: str(slo) for name, slo in service.classes.items() if name},
         "sampling": service.sampling,
+        "adapters": list(assembled.library.named),
         "token_budget": getattr(service.engine.scheduler.policy, "token_budget", None),
         "url": url,
         "role": peering.role,
         "peers": peering.prefill if peer_sock is None else address(*peer_sock.getsockname()[:2]),
     }
+
+
+def _shortened(names: list[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    shown, more = names[:MOST_SHOWN], len(names) - MOST_SHOWN
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _print_card(card: dict[str, Any], as_json: bool) -> None:
@@ -208,6 +221,7 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
         **({"classes": "; ".join(f"{name}: {slo}" for name, slo in card["classes"].items())} if card["classes"] else {}),
         **({} if card["slo_basis"] is None else {"target": str(card["slo_basis"])}),
         **({"sampling": f"{sampling}, unless a request says otherwise"} if sampling else {}),
+        **({"adapters": _shortened(card["adapters"])} if card["adapters"] else {}),
         **({} if card["role"] == "both" else {"role": f"{card['role']}, {ROLES[str(card['role'])]} {card['peers']}"}),
         "URL": f"{card['url']}/v1",
         "live page": f"{card['url']}/",

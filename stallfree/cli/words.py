@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stallfree.core.classes import Classes
     from stallfree.sim.deployment import Deployment
 
-ENGINE = "An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023."
+ENGINE = "An engine of a year: vllm-2026, fused, graph, eager-2024, vllm-2023, lightllm-2023."
 """The engines of `perf.roofline`, which is not loaded for a help text. A test compares them."""
 
 HELP: dict[str, tuple[str, str | None]] = {
@@ -50,6 +50,8 @@ HELP: dict[str, tuple[str, str | None]] = {
         "columns tenant, class and priority.",
         "nobody's",
     ),
+    "adapters": ("Different LoRA adapters that the requests ask for.", "none"),
+    "adapter_zipf": ("How unevenly: the k-th most popular adapter has a share that falls as 1 / k^this.", None),
     # Deployment
     "model": ("A name of `stallfree list models`, or a Hugging Face config.json.", "none"),
     "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu, as calibrated.", None),
@@ -76,6 +78,9 @@ HELP: dict[str, tuple[str, str | None]] = {
     "gpu_memory_utilization": ("Share of the devices' memory for weights and KV.", None),
     "watermark": ("Share of the KV blocks that an admission leaves free.", None),
     "max_output": ("The max_tokens that each request declares; the actual output may be shorter.", "the actual output"),
+    "rank": ("Ranks of the adapters, in turn: 8 or 8,16,32.", "no adapters"),
+    "adapter_modules": ("What adapters change: attention, or all matrices.", None),
+    "on_late": ("Requests whose first token would miss its target by the policy's forecast: refuse, or serve.", None),
     # Site
     "gpus": ("All devices, evenly spread over the nodes.", None),
     "nodes": ("Nodes with these devices.", None),

@@ -81,7 +81,21 @@ class Draft:
 
     @property
     def shape(self) -> list[tuple[int, int]]:
-        return [(r.num_planned - count, count) for r, count in self.work.items()]
+        pieces = [(r.num_planned - count, count) for r, count in self.work.items()]
+        return [(ranks, -1), *pieces] if (ranks := self._ranks) else pieces
+
+    def brings(self, request: Request) -> list[tuple[int, int]]:
+        """What the request's adapter would add to `shape`: nothing if it has none, or if work in the draft uses it already."""
+        adapter = request.adapter
+        if not adapter or any(r.adapter == adapter for r in self.work):
+            return []
+        return [(self._ledger.adapters.rank(adapter), -1)]
+
+    @property
+    def _ranks(self) -> int:
+        """The sum of the ranks of the adapters in the draft."""
+        adapters = self._ledger.adapters
+        return sum(map(adapters.rank, {r.adapter for r in self.work})) if adapters.resident else 0
 
     @property
     def waiting(self) -> Iterator[Request]:
@@ -180,8 +194,9 @@ class Draft:
             size = remaining if remaining <= self.left or self.empty else 0
         first, whole_prompt = cached + size, request.num_tokens
         upto = {"chunk": first, "fit": first, "prompt": whole_prompt, "max": len(request.prompt) + request.max_tokens}
-        fits = ledger.reserve != "fit" or pool.fits(request, whole_prompt, ledger.spare)
-        if size <= 0 or not fits or not pool.grow(request, upto[ledger.reserve], ledger.spare):
+        spare = ledger.spare + ledger.adapters.owed(request)
+        fits = ledger.reserve != "fit" or pool.fits(request, whole_prompt, spare)
+        if size <= 0 or not fits or not pool.grow(request, upto[ledger.reserve], spare):
             pool.release(request)
             self.searched = self.searched or pool.reuse
             return 0
@@ -241,8 +256,9 @@ class Draft:
         ]  # fmt: skip
         preempted = tuple(self._ledger.preempted)
         plan = Plan(
-            step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin
-        )
+            step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin,
+            self._ranks,
+        )  # fmt: skip
         return plan, list(self.work)
 
     def close(self) -> None:

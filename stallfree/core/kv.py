@@ -6,16 +6,28 @@ be reached. A shared block is only read, because its positions are already compu
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
+from typing import Protocol
 
 from stallfree.core.request import Request
+
+
+class Lender(Protocol):
+    """Holds blocks for something else than requests, and gives back what is not in use: `num_idle` blocks."""
+
+    @property
+    def num_idle(self) -> int: ...
+
+    def reclaim(self, number: int, request: Request) -> None:
+        """Give back idle blocks until `number` more are free, or all. They are for the KV of `request`."""
 
 
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. With `reuse`, equal prefixes share blocks.
 
     A block is free (in no block table and not indexed), idle (indexed, in no table; see `_Idle` for which is evicted first) or held
-    by as many requests as its reference count says.
+    by as many requests as its reference count says. `take` and `give` are for blocks that hold something else; the `lender`, if
+    there is one, gives some back when KV is short.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True):
@@ -31,28 +43,47 @@ class BlockPool:
         self._index: dict[tuple[object, tuple[int, ...]], tuple[int, int]] = {}
         self._nodes = 0
         self._evictions = 0
+        self.lender: Lender | None = None
 
     @property
     def num_free(self) -> int:
-        """Blocks that a request can have now, including idle ones."""
-        return len(self._free) + len(self._idle)
+        """Blocks that a request can have now, including idle ones and those that the lender would give back."""
+        return len(self._free) + len(self._idle) + (self.lender.num_idle if self.lender is not None else 0)
 
     def grow(self, request: Request, upto: int, spare: int = 0) -> bool:
         """Give `request` all blocks for `upto` tokens, or none. If it takes any, at least `spare` blocks stay free."""
         need = -(-upto // self.block_size) - len(request.blocks)
         if need <= 0:
             return True
-        if need + spare > len(self._free) + len(self._idle):
+        short = need + spare - len(self._free) - len(self._idle)
+        if short > 0:
+            if self.lender is None or short > self.lender.num_idle:
+                return False
+            self.lender.reclaim(short, request)
+        taken = self.take(need, spare)
+        if taken is None:
             return False
-        taken = self._free[-need:]
-        del self._free[-need:]
+        request.blocks += taken
+        return True
+
+    def take(self, number: int, spare: int = 0) -> list[int] | None:
+        """Take `number` blocks, if at least `spare` stay free; else None. The lender is not asked."""
+        if number + spare > len(self._free) + len(self._idle):
+            return None
+        taken = self._free[-number:]
+        del self._free[-number:]
         taken.reverse()
-        while len(taken) < need:
+        while len(taken) < number:
             taken.append(self._evict())
         for block in taken:
             self._references[block] = 1
-        request.blocks += taken
-        return True
+        return taken
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """Take back blocks that `take` gave."""
+        for block in blocks:
+            self._references[block] = 0
+            self._free.append(block)
 
     def fits(self, request: Request, upto: int, spare: int) -> bool:
         """Whether `grow` would succeed."""
@@ -133,9 +164,13 @@ class BlockPool:
         self._index.clear()
         self._evictions += 1
 
-    def check(self, requests: Iterable[Request]) -> None:
-        """Raise RuntimeError unless every block is free, idle or held by exactly the given requests."""
+    def check(self, requests: Iterable[Request], lent: Iterable[Sequence[int]] = ()) -> None:
+        """Raise RuntimeError unless every block is free, idle, held by exactly the given requests, or in one of the pieces
+        `lent`."""
         held = [0] * self.num_blocks
+        for blocks in lent:
+            for block in blocks:
+                held[block] += 1
         for request in requests:
             if len(set(request.blocks)) != len(request.blocks):
                 raise RuntimeError(f"{request!r} holds a block twice: {request.blocks}")

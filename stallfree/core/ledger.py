@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from stallfree.core.adapters import Adapters
 from stallfree.core.kv import BlockPool
 from stallfree.core.plan import Capacity
 from stallfree.core.queue import Queue
@@ -45,10 +46,10 @@ class Limits:
 
 
 class Ledger:
-    """`requests`: all that are not finished. Each is in one of four places: `running` (in the order of their keys), `queue`
-    (waiting), `expected` (waiting for room for a KV transfer, in the order of their keys), or held (`num_held` requests keep KV and
-    get no work). `preempted`: ids since the last plan. `max_len`: tokens of the longest request that fits. `reserve`: the KV blocks
-    that an admission takes. `reuse`: equal prefixes share KV.
+    """`requests`: all that are not finished. Each is in one of five places: `running` (in the order of their keys), `queue`
+    (waiting), parked by `adapters` (waiting for its adapter), `expected` (waiting for room for a KV transfer, in the order of their
+    keys), or held (`num_held` requests keep KV and get no work). `preempted`: ids since the last plan. `max_len`: tokens of the
+    longest request that fits. `reserve`: the KV blocks that an admission takes. `reuse`: equal prefixes share KV.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Ledger:
         self.running: list[Request] = []
         self.queue = Queue()
         self.expected: list[Request] = []
+        self.adapters = Adapters(self.pool, self.queue, self.expected)
         self.num_held = 0
         self.preempted: list[str] = []
         self._key = key
@@ -71,7 +73,7 @@ class Ledger:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.queue) + len(self.expected)
+        return len(self.queue) + len(self.expected) + self.adapters.num_parked
 
     @property
     def spare(self) -> int:
@@ -85,21 +87,27 @@ class Ledger:
 
     def validate(self, request: Request) -> None:
         """Raise `Refused` for a request that could never be served. Reads nothing that changes, so any thread may call it."""
-        length = len(request.prompt)
+        length, max_len = len(request.prompt), self.max_len
+        if request.adapter:
+            if request.adapter not in self.adapters.known:
+                raise Refused(f"adapter {request.adapter!r} is not loaded", "model")
+            blocks, _ = self.adapters.known[request.adapter]
+            max_len = min(max_len, (self.capacity.num_blocks - blocks) * self.capacity.block_size)
         if length == 0:
             raise Refused("the prompt is empty; it needs at least one token", "prompt")
         if request.max_tokens < 1:
             raise Refused(f"max_tokens is {request.max_tokens}; it must be at least 1", "max_tokens")
-        if length >= self.max_len:
+        if length >= max_len:
             raise Refused(
-                f"the prompt has {length} tokens; with room for one more, at most {self.max_len - 1} fit "
-                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens)",
+                f"the prompt has {length} tokens; with room for one more, at most {max_len - 1} fit "
+                f"(context {self.capacity.max_model_len}, KV cache {self.capacity.num_blocks * self.capacity.block_size} tokens"
+                + (f", of which adapter {request.adapter!r} takes some)" if max_len < self.max_len else ")"),
                 "prompt",
             )
-        if length + request.max_tokens > self.max_len:
+        if length + request.max_tokens > max_len:
             raise Refused(
                 f"{length} prompt tokens and max_tokens {request.max_tokens} make {length + request.max_tokens}, more than "
-                f"the {self.max_len} that fit; ask for at most {self.max_len - length}",
+                f"the {max_len} that fit; ask for at most {max_len - length}",
                 "max_tokens",
             )
 
@@ -117,6 +125,8 @@ class Ledger:
         """Move a request, which has its KV blocks, from any other place to `running`."""
         if request.ticket:
             self.queue.discard(request)
+        if request.adapter:
+            self.adapters.use(request)
         request.status = Status.RUNNING
         insort(self.running, request, key=lambda r: r.key)
 
@@ -132,7 +142,14 @@ class Ledger:
         self.running.remove(request)
         self.drop_kv(request)
         request.status = Status.WAITING
-        self.queue.push(request)
+        self.wait(request)
+
+    def wait(self, request: Request) -> None:
+        """Queue a registered request, or park it if its adapter is not here."""
+        if request.adapter:
+            self.adapters.wait(request)
+        else:
+            self.queue.push(request)
 
     def leave(self, request: Request) -> None:
         """Remove a request from the accounts, wherever it is. It keeps its KV blocks."""
@@ -143,7 +160,7 @@ class Ledger:
             self.num_held -= 1
         elif request.ticket:
             self.queue.discard(request)
-        else:
+        elif not self.adapters.unpark(request):
             self.expected.remove(request)
 
     def end(self, request: Request, reason: str) -> None:
@@ -159,15 +176,21 @@ class Ledger:
         """Mark a request, which has left the accounts, as finished, and free its KV blocks."""
         request.status = Status.FINISHED
         request.finish_reason = reason
-        self.pool.release(request)
+        self._release(request)
 
     def drop_kv(self, request: Request) -> None:
-        self.pool.release(request)
+        self._release(request)
         request.num_computed = request.num_planned = 0
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request)
+        if request.adapter:
+            self.adapters.leave(request)
 
     def check(self) -> None:
         """Raise RuntimeError if the accounts of requests, queue and KV blocks do not agree. For tests and idle moments."""
-        self.pool.check(self.requests.values())
+        self.pool.check(self.requests.values(), [resident.blocks for resident in self.adapters.resident.values()])
+        self.adapters.check()
         running = [r for r in self.requests.values() if r.status is Status.RUNNING]
         held = [r for r in self.requests.values() if r.status is Status.HELD]
         counts = len(self.running), self.num_waiting, self.num_held

@@ -11,7 +11,8 @@ from stallfree.core.request import Request
 
 Shape = Sequence[tuple[int, int]]
 """An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for extra rows:
-the time that the requests' sampling takes on the host, counted in plain rows of logits."""
+the time that the requests' sampling takes on the host, counted in plain rows of logits. A piece (ranks, -1) stands for adapters:
+the sum of the ranks of those that the requests use."""
 
 
 def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
@@ -54,7 +55,8 @@ class Plan:
 
     `stalled`: the ready decodes that get no token in this iteration (generation stalls). `cached`: (id, tokens found in the prefix
     cache) of the requests that this iteration admits. `limit_s`: seconds that the policy allows the iteration; None if it sets no
-    limit. `margin`: the policy's factor on expected times, so that the limit holds as often as promised.
+    limit. `margin`: the policy's factor on expected times, so that the limit holds as often as promised. `ranks`: the sum of the
+    ranks of the adapters that the work uses.
     """
 
     step: int
@@ -67,15 +69,20 @@ class Plan:
     reason: str = ""
     limit_s: float | None = None
     margin: float | None = None
+    ranks: int = 0
 
     @property
     def shape(self) -> list[tuple[int, int]]:
-        return [(w.start, w.count) for w in self.work]
+        return [*self._adapters, *[(w.start, w.count) for w in self.work]]
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
-        """The part of `shape` that was ready decodes."""
-        return [(w.start, w.count) for w in self.work if w.decode]
+        """The part of `shape` that was ready decodes, and the adapters."""
+        return [*self._adapters, *[(w.start, w.count) for w in self.work if w.decode]]
+
+    @property
+    def _adapters(self) -> list[tuple[int, int]]:
+        return [(self.ranks, -1)] if self.ranks else []
 
     def decoders(self, requests: Sequence[Request]) -> Sequence[Request]:
         """Those of `requests`, which are those of the work, that were ready decodes."""

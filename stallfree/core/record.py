@@ -15,7 +15,7 @@ from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
-RARE = ("extra_rows", "constrained", "scored", "deferred", "tenants", "classes", "predicted", "refused")
+RARE = ("extra_rows", "constrained", "scored", "deferred", "tenants", "classes", "predicted", "refused", "adapters", "loaded")
 """Fields of a record that are written only if they hold anything."""
 
 
@@ -59,6 +59,17 @@ class Delivered(NamedTuple):
     cached: int
     num_bytes: int
     seconds: float
+
+
+class Loaded(NamedTuple):
+    """An adapter whose weights are in KV blocks since `t` (s): its key, its `rank`, the number of its `blocks`, and when it was
+    asked for."""
+
+    key: str
+    rank: int
+    blocks: int
+    asked: float
+    t: float
 
 
 class Fingerprints:
@@ -129,7 +140,8 @@ class StepRecord:
     are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
     `deferred`: see `StepResult`. `tenants`: (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1.
     `classes`: (id, class) of those with a class. `predicted`: (id, seconds from its arrival to its first token, as forecast then)
-    of those with a forecast. `refused`: requests that were refused since the last record.
+    of those with a forecast. `refused`: requests that were refused since the last record. `adapters`: (id, its adapter's key) of
+    those with an adapter. `loaded`: adapters that were loaded since the last record.
     """
 
     step: int
@@ -162,6 +174,8 @@ class StepRecord:
     classes: list[tuple[str, str]] = field(default_factory=list)
     predicted: list[tuple[str, float]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    adapters: list[tuple[str, str]] = field(default_factory=list)
+    loaded: list[Loaded] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -177,6 +191,7 @@ class StepRecord:
         dropped: Sequence[str] = (),
         delivered: Sequence[Delivered] = (),
         recalled: Sequence[str] = (),
+        loaded: Sequence[Loaded] = (),
     ) -> Self:
         """The record of a completed plan. `times`: (t_plan, t_start, t_end). `dropped`: see `Completed`. `prints`: takes the
         fingerprints of KV blocks; None takes none.
@@ -221,6 +236,8 @@ class StepRecord:
             tenants=[(r.id, r.tenant, r.weight) for r in arrived if r.tenant or r.weight != 1],
             classes=[(r.id, r.service_class) for r in arrived if r.service_class],
             predicted=[(r.id, r.predicted) for r in arrived if r.predicted is not None],
+            adapters=[(r.id, r.adapter) for r in arrived if r.adapter],
+            loaded=list(loaded),
         )
 
     def to_json(self) -> str:
@@ -238,11 +255,12 @@ class StepRecord:
         values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "extra_rows", "tenants", "classes", "predicted"):
+        for name in ("work", "cached", "extra_rows", "tenants", "classes", "predicted", "adapters"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]
         values["refused"] = [Refusal(*row) for row in values["refused"]]
+        values["loaded"] = [Loaded(*row) for row in values["loaded"]]
         values["finished"] = [Finished(*row)._replace(blocks=tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
 

@@ -53,7 +53,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a new request. Raises `Refused`, and changes nothing, if it could never be served."""
         self.ledger.enter(request)
-        self.ledger.queue.push(request)
+        self.ledger.wait(request)
 
     def abort(self, id: str, reason: str = "abort") -> Request | None:
         """End a request now. Returns None if it has already ended. The results of its plans in flight will be ignored.
@@ -151,6 +151,7 @@ class Scheduler:
                 ledger.end(request, "error")
                 ended.append(request)
         ledger.sweep()
+        ledger.adapters.lost()
         ledger.pool.forget()
         return ended
 

@@ -40,22 +40,22 @@ def expect(ledger: Ledger, request: Request) -> None:
 
 
 def admit(ledger: Ledger) -> Request | None:
-    """Admit the first expected request: reserve blocks for the KV of its prompt. The first `num_cached` tokens are already here.
-    Until `deliver` or `recall`, a policy sees a prompt that is entirely in flight.
+    """Admit the first expected request whose adapter is here: reserve blocks for the KV of its prompt. The first `num_cached`
+    tokens are already here. Until `deliver` or `recall`, a policy sees a prompt that is entirely in flight.
 
-    Returns None and changes nothing if none is expected, if there is no room, or if the head of the queue comes before it.
+    Returns None and changes nothing if there is none, if there is no room, or if the head of the queue comes before it.
     """
     if not ledger.expected or ledger.full:
         return None
-    request, head = ledger.expected[0], ledger.queue.head()
-    if head is not None and head[0] < request.key:
+    request, head = next(filter(ledger.adapters.ready, ledger.expected), None), ledger.queue.head()
+    if request is None or (head is not None and head[0] < request.key):
         return None
     cached = ledger.pool.match(request)
     upto = request.num_tokens + (request.max_tokens if ledger.reserve == "max" else 0)
-    if not ledger.pool.grow(request, upto, ledger.spare):
+    if not ledger.pool.grow(request, upto, ledger.spare + ledger.adapters.owed(request)):
         ledger.pool.release(request)
         return None
-    del ledger.expected[0]
+    ledger.expected.remove(request)
     request.num_cached = request.num_computed = cached
     request.num_planned = request.num_tokens
     request.in_flight, request.transferring = 1, True

@@ -12,7 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stallfree import __version__, extra, policies, user_classes
-from stallfree.checkpoint import Checkpoint, open_checkpoint
+from stallfree.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from stallfree.checkpoint.adapter import MAX_RANK
 from stallfree.checkpoint.fetch import EMBEDDED, cache_folder, locate, named
 from stallfree.checkpoint.generation import EMBEDDED_SAMPLING, recommended
 from stallfree.checkpoint.identity import identity
@@ -24,6 +25,7 @@ from stallfree.core.policy import Setup, Tuned
 from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
 from stallfree.engine import calibrate
+from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
@@ -56,8 +58,10 @@ class Options:
     several classes, the policy gets those of the first.
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
-    layers. `workers`: who places the ranks. `generation_config`: "auto" takes the sampling values that the model's makers recommend
-    as defaults, "none" the model's own distribution. `on_worker_loss`: running requests fail or restart when a worker is lost.
+    layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER; `adapters`: a folder whose sub-folders are
+    adapters under their own names; `max_adapter_rank`: the largest that is accepted. `generation_config`: "auto" takes the sampling
+    values that the model's makers recommend as defaults, "none" the model's own distribution. `on_worker_loss`: running requests
+    fail or restart when a worker is lost.
     """
 
     model: str | None = None
@@ -81,17 +85,21 @@ class Options:
     gpu_memory_utilization: float = 0.9
     generation_config: str = "auto"
     on_worker_loss: str = "fail"
+    adapter: Sequence[str] | None = None
+    adapters: Path | None = None
+    max_adapter_rank: int = MAX_RANK
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """An engine, and what its server tells about it. `name`: under which the model is served; `weights`: in words; `slo`: the
-    latency targets, if any; `classes`: the targets of each class, if any were given; `slo_basis`: the source of the default targets
-    in words, "" if the user gave all; `run`: the first line of its record; `identity` of the model: engines may exchange KV only if
-    it is equal.
+    """An engine, the `library` of its adapters, and what its server tells about it. `name`: under which the model is served;
+    `weights`: in words; `slo`: the latency targets, if any; `classes`: the targets of each class, if any were given; `slo_basis`:
+    the source of the default targets in words, "" if the user gave all; `run`: the first line of its record; `identity` of the
+    model: engines may exchange KV only if it is equal.
     """
 
     engine: Engine
+    library: Library
     name: str
     weights: str
     slo: Slo | None
@@ -129,7 +137,8 @@ def assemble(
         raise ValueError(f"generation_config {options.generation_config!r} is unknown; known are {known}")
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
-    executor, text, name, weights, key, model_identity, sampling = _parts(options, say)
+    adapters = folders(options.adapter or (), options.adapters)
+    executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say)
     cost, basis = None, ""
     if tuned:
         cost = _cost(executor, key, say, progress)
@@ -150,6 +159,13 @@ def assemble(
         restart=restart,
         sampling=sampling,
     )
+    library = Library(engine.adapters, config, options.max_adapter_rank)
+    named = {text.partition("=")[0] for text in options.adapter or ()}
+    for title, folder in adapters.items():
+        adapter = library.open(title, folder)
+        if title in named:  # of a whole folder, only the headers are read now: thousands of files would take minutes
+            adapter.check()
+        library.add(title, adapter)
     slo = policy.slo if isinstance(policy, Tuned) else targets
     run = Run(
         options.policy,
@@ -160,7 +176,7 @@ def assemble(
         policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
     )
-    return Assembled(engine, name, weights, slo, classes, basis if slo is not None else "", run, model_identity)
+    return Assembled(engine, library, name, weights, slo, classes, basis if slo is not None else "", run, model_identity)
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
@@ -207,9 +223,9 @@ def _basis(cost: Fitted, key: Mapping[str, object] | None) -> str:
     return f"default, the paper's strict SLO: {STRICT} x {1e3 * cost.seconds(SMALL_BATCH):.1f} ms, {iteration}"
 
 
-Parts = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling]
+Parts = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling, ModelConfig | None]
 """An executor, its text, the model's name, its weights in words, what its speed depends on (None: nothing to measure), the model's
-identity, and the sampling values for what a request leaves open."""
+identity, the sampling values for what a request leaves open, and the model's numbers, if it has any."""
 
 
 def _parts(options: Options, say: Callable[[str], None]) -> Parts:
@@ -240,7 +256,7 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     }
     weights, kv = options.weights or "its own", options.kv or "its own"
     whole = f"{identity(checkpoint)} with {weights} weights"
-    return executor, text, name, f"{weights} weights, {kv} KV", key | depends, whole, sampling
+    return executor, text, name, f"{weights} weights, {kv} KV", key | depends, whole, sampling, checkpoint.config
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
@@ -330,6 +346,7 @@ def _simulated(options: Options) -> Parts:
         None,
         "simulated",
         Sampling(),
+        None,
     )
 
 

@@ -17,6 +17,7 @@ from stallfree.core.policy import Policy
 from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
+from stallfree.engine.adapters import Loader
 from stallfree.engine.prefetch import Prefetch, Transfer
 from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Streams, Watch
 from stallfree.engine.text import Text
@@ -61,12 +62,13 @@ class Engine:
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
         self.clock = clock
         self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token)
+        self.adapters = Loader(self.scheduler.ledger, executor, clock, self._without_adapter)
         self.record = record
         self._prints = prints
         self._restart = restart
         self._streams = Streams(text, self._end)
         self.waits = False
-        """Whether the last step found nothing to run, because every request waits for a prompt computed elsewhere."""
+        """Whether the last step found nothing to run, because every request waits for a prompt computed elsewhere or an adapter."""
         self._outstanding: deque[_Outstanding] = deque()
         self._last_end = -inf
         # Requests since the last record, and outputs for the next step.
@@ -76,7 +78,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.ledger.requests or self._outstanding or self._pending)
+        return bool(self.scheduler.ledger.requests or self._outstanding or self._pending or self.adapters.due)
 
     @property
     def running_plan(self) -> tuple[Plan, float] | None:
@@ -137,9 +139,11 @@ class Engine:
             return outputs + self._recover(lost)
 
     def close(self) -> None:
+        self.adapters.close()
         self.executor.close()
 
     def _step(self) -> list[Output]:
+        self.adapters.start()
         self.prefetch.start()
         self._submit_plans()
         if not self._outstanding:
@@ -161,7 +165,7 @@ class Engine:
                 break
             outstanding.append(_Outstanding(plan, self.clock()))  # first, because `submit` of some executors runs the whole plan
             outstanding[-1].error = self._try(partial(self.executor.submit, plan))
-        self.waits = not outstanding and self.prefetch.under_way
+        self.waits = not outstanding and (self.prefetch.under_way or self.adapters.under_way)
         if requests and not outstanding and not self.waits:
             raise RuntimeError(f"the policy plans no work for {len(requests)} requests; they would wait for ever")
 
@@ -234,7 +238,7 @@ class Engine:
             self.record(
                 StepRecord.of(
                     plan, result, self.scheduler.ledger, times, arrived, ended, self._prints,
-                    dropped=dropped, delivered=delivered, recalled=recalled,
+                    dropped=dropped, delivered=delivered, recalled=recalled, loaded=self.adapters.news(),
                 )
             )  # fmt: skip
         except Exception:
@@ -245,6 +249,13 @@ class Engine:
         if request.finish_reason is not None:
             self._ended.append(request)
         self._pending.append(self._streams.output(request.id, (token,), details))
+
+    def _without_adapter(self, requests: Sequence[Request], reason: str) -> None:
+        """The adapter of these requests cannot be loaded: they end with this error."""
+        for request in requests:
+            self.prefetch.drop(request.id)
+            self._end(request.id, "error")
+            self._pending.append(self._streams.ended(request.id, reason))
 
     def _recover(self, lost: Lost) -> list[Output]:
         """Go on after a loss of all KV. Returns the last outputs of the requests that it ends."""

@@ -28,8 +28,9 @@ class LLM:
     """`LLM()` is the embedded model; `LLM("model.gguf", policy="orca", ...)` takes the fields of `Options`.
 
     Sampling arguments of the methods: `max_tokens` (default: what fits), `min_tokens`, `stop` (a string or several), `ignore_eos`,
-    and the fields of `executors.sampling.Sampling`. The default seed is random; the other defaults are those that the model's
-    makers recommend (`checkpoint.generation`). Unknown names raise TypeError. A request that cannot be served raises `Refused`.
+    `adapter` (the name of one of the option `adapter`; default: the model as it is), and the fields of
+    `executors.sampling.Sampling`. The default seed is random; the other defaults are those that the model's makers recommend
+    (`checkpoint.generation`). Unknown names raise TypeError. A request that cannot be served raises `Refused`.
     """
 
     def __init__(self, model: str | None = None, **options: Any):
@@ -94,6 +95,8 @@ class LLM:
             while unfinished:
                 for output in self._engine.step():
                     self._pending[output.id].append(output)
+                if self._engine.waits:
+                    self._engine.adapters.join()
                 for index, id in enumerate(ids):
                     outputs, self._pending[id] = self._pending[id], []
                     for output in outputs:
@@ -112,6 +115,9 @@ class LLM:
         stop = arguments.pop("stop", ())
         max_tokens = arguments.pop("max_tokens", None)
         ignore_eos = arguments.pop("ignore_eos", False)
+        adapter = self._assembled.library.key(name) if (name := arguments.pop("adapter", "")) else ""
+        if adapter is None:
+            raise Refused(f"adapter {name!r} is not loaded{self._assembled.library.nearest(name)}", "adapter")
         unknown = arguments.keys() - {f.name for f in fields(Sampling) if f.init}
         if unknown:
             raise TypeError(f"unknown sampling argument {sorted(unknown)[0]!r}")
@@ -131,6 +137,7 @@ class LLM:
             stop_ids=stop_ids,
             min_tokens=arguments.get("min_tokens", 0),
             arrival=self._engine.clock(),
+            adapter=adapter,
             sampling=replace(self._engine.sampling, stop_ids=stop_ids, **arguments),
         )
         self._engine.submit(request, Reading((stop,) if isinstance(stop, str) else tuple(stop), continues=continues))

@@ -107,6 +107,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
         self._idle = asyncio.Event()
+        engine.adapters.wake = partial(self.call, engine.adapters.start)
 
     def start(self) -> None:
         """Start the thread. Call it in the event loop that will submit requests."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from stallfree.checkpoint.adapter import Adapter
 from stallfree.core.plan import Capacity, Plan, StepResult
 
 
@@ -42,6 +43,28 @@ class MovesKV(Protocol):
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
 
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """Optional ability of an executor: it runs LoRA adapters, whose weights are in KV blocks. Work names its adapter by a key. Work
+    whose key is not loaded fails its request alone, as other bad work does.
+
+    `adapter_blocks`: KV blocks that the adapter takes. Any thread may call it. Raises ValueError if the executor cannot run it.
+
+    `load_adapter`: reads the adapter and writes it into `blocks`, `adapter_blocks` of them. Work may have this `key` afterwards.
+    The engine calls it in a thread of its own while plans run, one adapter at a time; the blocks belong to no request and no other
+    adapter. Raises OSError or CheckpointError if the adapter cannot be read; then nothing has changed.
+
+    `drop_adapter`: `key` is unknown afterwards, and its blocks belong to others. The engine calls it in its own thread, while no
+    plan in flight uses the key.
+    """
+
+    def adapter_blocks(self, adapter: Adapter) -> int: ...
+
+    def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None: ...
+
+    def drop_adapter(self, key: str) -> None: ...
 
 
 class Lost(RuntimeError):

@@ -11,11 +11,19 @@ from typing import Any, Self
 
 from stallfree.core.plan import Shape, parts
 
-FEATURES = ("iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows")
+FEATURES = (
+    "iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows", "adapter ranks",
+    "adapter products",
+)  # fmt: skip
 """In this order: 1; the iteration's tokens; tokens of KV that its decodes read; tokens of KV that its prefill chunks read; pairs of
-query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as."""
+query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as; the sum of
+the ranks of its adapters; that sum times the tokens. The last two cost nothing until iterations with adapters show what they
+cost."""
 
-SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0)
+SIZES = (len(FEATURES) - 2, len(FEATURES))
+"""How many prices a cost model may be made of: those of adapters may be left out."""
+
+SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0)
 """The unit of each feature. With these units all prices have one order of magnitude, and the least squares are well conditioned."""
 
 ANCHOR = 50.0
@@ -47,7 +55,8 @@ class Errors:
 
 
 class Fitted:
-    """A cost model with `prices`: seconds for each of `FEATURES`, in units of `SCALE`. None is negative.
+    """A cost model with `prices`: seconds for each of `FEATURES`, in units of `SCALE`; those of adapters are 0 if left out, and
+    none is negative.
 
     `quantum`: tokens of an executor's tile. An iteration that fills whole tiles wastes nothing, so `room` keeps to multiples of it.
     The fit is least squares on relative errors, because a millisecond matters more in a short iteration. It is recursive with
@@ -55,17 +64,17 @@ class Fitted:
     """
 
     def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1):
-        if len(prices) != len(FEATURES) or not all(0 <= price < inf for price in prices) or not any(prices):
+        if len(prices) not in SIZES or not all(0 <= price < inf for price in prices) or not any(prices):
             raise ValueError(f"prices are {len(FEATURES)} times in seconds, none negative and not all 0; these are {list(prices)}")
         if quantum < 1:
             raise ValueError(f"quantum is {quantum}, expected at least 1 token")
-        self.prices = [float(price) for price in prices]
+        self.prices = _padded(prices)
         self.quantum = quantum
         self.pace = 1.0
         self.error = 0.0
         # Without a calibration, each price is anchored by itself.
         size = len(prices)
-        self._anchor_to([[ANCHOR / size / p**2 if i == j and p else 0.0 for j in range(size)] for i, p in enumerate(prices)])
+        self._anchor_to([[ANCHOR / size / p**2 if i == j and p else 0.0 for j in range(size)] for i, p in enumerate(self.prices)])
 
     @classmethod
     def fit(cls, samples: Sequence[Sample], quantum: int = 1) -> Self:
@@ -91,7 +100,7 @@ class Fitted:
             anchor = [[float(value) for value in row] for row in state["anchor"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the state of a cost model: {error!r}") from None
-        if [len(FEATURES)] * len(FEATURES) != [len(row) for row in anchor]:
+        if [len(anchor)] * len(anchor) != [len(row) for row in anchor] or len(anchor) not in SIZES:
             raise ValueError("not the state of a cost model: its anchor is not square")
         model._anchor_to(anchor)
         return model
@@ -104,15 +113,17 @@ class Fitted:
         return self.batch(*parts(shape))
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
-        _, tokens, decoding, prefilling, pairs, rows = _row(decodes, context, chunks)
-        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row = self.prices
+        _, tokens, decoding, prefilling, pairs, rows, ranks, products = _row(decodes, context, chunks)
+        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product = self.prices
         return self.pace * (
             fixed + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
-        )
+            + per_rank * ranks + per_product * products
+        )  # fmt: skip
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
-        _, per_token, _, per_context, per_pair, per_row = prices
+        _, per_token, _, per_context, per_pair, per_row, _, per_product = prices
+        per_token += per_product * sum([ranks for ranks, count in shape if count < 0])
         spare = limit - self.seconds(shape) - per_row - per_context * start
         if spare <= 0:
             return 0
@@ -123,7 +134,7 @@ class Fitted:
         count = int(2 * spare / (linear + sqrt(linear**2 + 4 * square * spare)))
         if self.quantum == 1:
             return count
-        waste = (sum(count for _, count in shape) + count) % self.quantum
+        waste = (sum(count for _, count in shape if count > 0) + count) % self.quantum
         return count - waste if waste < count else count
 
     def learn(self, shape: Shape, seconds: float) -> float:
@@ -152,7 +163,7 @@ class Fitted:
 
     def _anchor_to(self, anchor: list[Row]) -> None:
         self._start = list(self.prices)
-        self._anchor = anchor
+        self._anchor = anchor = [_padded(row) for row in (*anchor, *[[]] * (len(FEATURES) - len(anchor)))]
         self._pull = [_product(row, self.prices) for row in anchor]
         self._matrix: list[Row] = [[0.0] * len(self.prices) for _ in self.prices]
         self._target: Row = [0.0] * len(self.prices)
@@ -174,18 +185,26 @@ def features(shape: Shape) -> Row:
     return list(_row(*parts(shape)))
 
 
-def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float]:
-    tokens, before, pairs, rows = decodes, 0, 0.0, decodes
+def _padded(row: Sequence[float]) -> Row:
+    """The values of all features, of those of the first few."""
+    return [*map(float, row), *[0.0] * (len(FEATURES) - len(row))]
+
+
+def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float, float, float]:
+    tokens, before, pairs, rows, ranks = decodes, 0, 0.0, decodes, 0
     for start, count in chunks:
-        if not count:
-            rows += start
+        if count <= 0:
+            rows, ranks = (rows, ranks + start) if count else (rows + start, ranks)
             continue
         rows += 1
         tokens += count
         before += start
         pairs += count * (start + (count + 1) / 2)
-    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row = SCALE
-    return 1 / fixed, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row
+    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product = SCALE
+    return (
+        1 / fixed, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row,
+        ranks / per_rank, ranks * tokens / per_product,
+    )  # fmt: skip
 
 
 def _product(a: Iterable[float], b: Iterable[float]) -> float:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Shape, parts
 from stallfree.perf import kernels
+from stallfree.perf.adapters import Adapters
 from stallfree.perf.hardware import Hardware
 from stallfree.perf.kernels import NONE, Attention, Chunks, Cost
 from stallfree.perf.shape import Sharded
@@ -29,7 +30,8 @@ class Engine:
     devices. To launch a layer's kernels: `layer_s`, and `layer_sequence_s` per piece of work; a layer with quicker kernels waits
     for that. All of these are of a DGX A100's host; `Hardware.host` says how much faster another one is. `front_s`: a request's way
     to the scheduler and its first token's way back. `in_step`: collectives start together on all ranks. `fused`: the compiler
-    merges the addition of residuals into norms. `masked`: see `Attention`.
+    merges the addition of residuals into norms. `masked`: see `Attention`. `adapter_s`: of a device, for each of the
+    adapters' kernels, besides the time of its bytes.
     """
 
     about: str
@@ -43,6 +45,7 @@ class Engine:
     in_step: bool = True
     fused: bool = False
     masked: float = 0.0
+    adapter_s: float = 3e-6
 
 
 ENGINES = {
@@ -99,6 +102,18 @@ ENGINES = {
         in_step=False,
         masked=1.0,
     ),
+    "lightllm-2023": Engine(
+        # S-LoRA (arXiv 2311.03285), which is built on it: Llama-7B on an A100-80G, 10 requests/s. layer_s: 9.64 requests/s without
+        # adapters. adapter_s: 8.05 with five of rank 8.
+        "LightLLM of 2023 with S-LoRA's kernels: launched one by one from Python",
+        libraries="2024",
+        iteration_s=1.5e-3,
+        sequence_s=0.05e-3,
+        layer_s=0.8e-3,
+        in_step=False,
+        masked=1.0,
+        adapter_s=68e-6,
+    ),
 }
 USUAL = "vllm-2026"
 """The engine that is meant if none is named."""
@@ -115,7 +130,7 @@ class Operator:
 
 class Sums(NamedTuple):
     """The quantities that the price of an iteration depends on: pieces of work, and tokens; decodes, and the tokens of KV before
-    them; what attention sums up over chunks.
+    them; what attention sums up over chunks; the ranks of its adapters.
     """
 
     requests: int
@@ -123,17 +138,26 @@ class Sums(NamedTuple):
     decodes: int
     context: int
     chunks: Chunks
+    ranks: int = 0
 
 
 class Roofline:
     """The cost model of `sharded` on `device`s, with one of `ENGINES`. `node`: devices used on each node, None for all. `network`:
-    the link between nodes, None for the device's first. Raises ValueError if no link joins the devices.
+    the link between nodes, None for the device's first. `adapters`: the matrices that they are on (`adapters.MODULES`). Raises
+    ValueError if no link joins the devices.
 
     A tensor-parallel group lies within a node if it fits. Pipeline stages follow each other in the same node while it has room.
     """
 
     def __init__(
-        self, device: Hardware, sharded: Sharded, engine: str = USUAL, *, node: int | None = None, network: str | None = None
+        self,
+        device: Hardware,
+        sharded: Sharded,
+        engine: str = USUAL,
+        *,
+        node: int | None = None,
+        network: str | None = None,
+        adapters: str = "attention",
     ):
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
@@ -159,6 +183,7 @@ class Roofline:
             self.engine.masked,
         )
         self._num_layers = model.num_layers
+        self.adapters = Adapters(device, sharded, adapters, self.engine.adapter_s)
         host = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
         self._host_s, self._sequence_s = host / device.host, self.engine.sequence_s / device.host
         # Seconds of a layer without attention, and before the layers, by the iteration's tokens; after them, by its rows of logits.
@@ -216,7 +241,8 @@ class Roofline:
     def operators(self, shape: Shape) -> list[Operator]:
         """Every kernel of the iteration, in the order of a layer, and the time that the engine adds. They add up to `seconds`."""
         layers = self._num_layers
-        tokens, requests = sum(count for _, count in shape), len(shape)
+        sums = self._sums(shape)
+        tokens, requests = sums.tokens, sums.requests
         operators = [Operator("host", 1, Cost(self._host_s + self._sequence_s * requests))]
         operators.append(Operator("embedding", 1, self._embedding(tokens)))
         inside = [*self._linear(tokens), *self._attentions(shape)]
@@ -233,27 +259,31 @@ class Roofline:
         return self._summed(*parts(shape))
 
     def _summed(self, decodes: int, context: int, chunks: Shape) -> Sums:
+        ranks = 0
+        if chunks and min(chunks, key=_count)[1] < 0:
+            ranks = sum([total for total, count in chunks if count < 0])
+            chunks = [piece for piece in chunks if piece[1] >= 0]
         sums = self._attention.sums(chunks) if chunks else NONE
-        return Sums(decodes + len(chunks), decodes + sums.tokens, decodes, context, sums)
+        return Sums(decodes + len(chunks), decodes + sums.tokens, decodes, context, sums, ranks)
 
     def _with(self, sums: Sums, start: int, count: int) -> Sums:
         """The sums with one more piece of work."""
-        requests, tokens, decodes, context, chunks = sums
+        requests, tokens, decodes, context, chunks, ranks = sums
         if count == 1:
-            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunks)
+            return Sums(requests + 1, tokens + 1, decodes + 1, context + start, chunks, ranks)
         more, cached, pairs, tiles, longest, split = self._attention.sums(((start, count),))
         both = Chunks(
             chunks.tokens + more, chunks.cached + cached, chunks.pairs + pairs, chunks.tiles + tiles,
             max(chunks.longest, longest), chunks.split or split,
         )  # fmt: skip
-        return Sums(requests + 1, tokens + count, decodes, context, both)
+        return Sums(requests + 1, tokens + count, decodes, context, both, ranks)
 
     def _seconds(self, sums: Sums) -> float:
         between = sum(self.sends(sums.tokens)) if self._sends else 0.0
         return sum(self._ends(sums)) + self._num_layers * self._layer(sums) + between
 
     def _layer(self, sums: Sums) -> float:
-        requests, tokens, decodes, context, chunks = sums
+        requests, tokens, decodes, context, chunks, ranks = sums
         layer = self._layers.get(tokens)
         if layer is None:
             layer = self._layers[tokens] = sum(op.count * op.cost.seconds for op in self._linear(tokens))
@@ -261,6 +291,8 @@ class Roofline:
             layer += self._attention.decodes(decodes, context)
         if chunks.tokens:
             layer += self._attention.chunks(chunks)
+        if ranks:
+            layer += self.adapters.seconds(ranks, tokens)
         launching = self._launching(requests)
         return layer if layer > launching else launching
 
@@ -300,11 +332,13 @@ class Roofline:
             yield Operator("all-reduce", 1 if model.parallel else 2, cost)
 
     def _attentions(self, shape: Shape) -> Iterator[Operator]:
-        _, _, decodes, context, chunks = self._sums(shape)
+        _, tokens, decodes, context, chunks, ranks = self._sums(shape)
         if decodes:
             yield Operator("attention, decodes", 1, self._attention.cost_of_decodes(decodes, context))
         if chunks.tokens:
             yield Operator("attention, chunks", 1, self._attention.cost_of_chunks(chunks))
+        if ranks:
+            yield Operator("adapters", 1, Cost(self.adapters.seconds(ranks, tokens)))
 
     def _embedding(self, tokens: int) -> Cost:
         return kernels.elementwise(self.device, self.measured, "embedding", tokens, self.sharded.model.hidden_size)
@@ -320,3 +354,7 @@ class Roofline:
     def _activations(self, tokens: int) -> float:
         """Bytes of the activations between two layers."""
         return 2.0 * tokens * self.sharded.model.hidden_size
+
+
+def _count(piece: tuple[int, int]) -> int:
+    return piece[1]

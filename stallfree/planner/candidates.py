@@ -88,6 +88,7 @@ class Candidates:
         deployment = Deployment(site.model, site.hardware, tp, pp, site.weights, site.kv, site.engine, node=used)
         deployment = replace(deployment, policy=policy, token_budget=budget, max_model_len=site.max_model_len)
         deployment = replace(deployment, tenant_weights=site.tenant_weights)
+        deployment = replace(deployment, rank=site.rank, adapter_modules=site.adapter_modules)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
     def saturation(self, tp: int, pp: int) -> int:

@@ -27,6 +27,8 @@ def known(site: Site, answer: Answer, traffic: Traffic) -> dict[str, str]:
         facts["iterations, measured"] = f"the times fitted to an engine in {site.engine}"
     if site.nodes > 1:
         facts["links between nodes, assumed"] = f"{site.link} at its nominal rate, shared evenly by all transfers of a node"
+    if site.rank is not None:
+        facts["adapters, assumed"] = "the bandwidth of their kernels, and PCIe 4.0 from the host's memory"
     facts["price"] = device.sources.get("price", "no source")
     facts["load"] = _load(answer, traffic)
     whole = sum(ranked.whole for ranked in answer.ranked)

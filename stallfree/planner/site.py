@@ -19,6 +19,8 @@ class Site:
     engine: str = "vllm-2026"
     max_model_len: int | None = None
     tenant_weights: str | None = None
+    rank: str | None = None
+    adapter_modules: str = "attention"
 
     @property
     def per_node(self) -> int:

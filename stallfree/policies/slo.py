@@ -254,15 +254,15 @@ class Slo:
                 streams = [*draft.decoding, *draft.prefilling]
                 alone += sum(self._stream(other) for other in draft.prefilling)
             if waiting and streams:
-                joined = alone + self._stream(r)
+                joined = alone + self._stream(r) + self._brought(draft, r)
                 patience = self._patience * (1 if self.margin.credit > 0 and joined <= gap(self.slo) else len(streams))
                 overdue = self._kept_out >= patience
                 if not overdue and self._too_slow(joined * self.margin.value, [*streams, r]):
                     admitting, crowd = False, joined
                     continue
-            start = draft.start(r)
+            start, brought = draft.start(r), draft.brings(r)
             wanted_tokens = min(r.num_tokens - start, draft.left)
-            count = self.cost.room(shape, start, wanted_tokens, limit)
+            count = self.cost.room([*shape, *brought] if brought else shape, start, wanted_tokens, limit)
             if not count and self._passed >= self._patience and not draft.chunks:
                 count = min(wanted_tokens, LEAST)
             if count < min(wanted_tokens, least):
@@ -271,7 +271,7 @@ class Slo:
             if not taken:  # KV is short
                 admitting = admitting and not waiting
                 continue
-            shape.append((r.num_planned - taken, taken))
+            shape += [*brought, (r.num_planned - taken, taken)]
             if waiting:
                 streams.append(r)
                 alone += self._stream(r)
@@ -298,7 +298,7 @@ class Slo:
             if not taken:  # what is in flight can be preempted once it is not planned again
                 self._giving = {victim for victim in victims if victim.in_flight}
             else:
-                shape[:] = [*draft.shape[:-1], *(piece for piece in shape if not piece[1])]
+                shape[:] = [*draft.shape[:-1], *(piece for piece in shape if not piece[1])]  # without its own chunk
         if taken:
             self._order.bill(r)
         return taken
@@ -327,6 +327,11 @@ class Slo:
     def _stream(self, r: Request) -> float:
         """Seconds that the request adds to an iteration as one more decode."""
         return prices.decode(self.cost, r.num_tokens, r.extra_rows)
+
+    def _brought(self, draft: Draft, r: Request) -> float:
+        """Seconds that the request's adapter adds to an iteration, if nobody else in the draft uses it."""
+        brought = draft.brings(r)
+        return self.cost.seconds([*brought, (1, 1)]) - self.cost.seconds([(1, 1)]) if brought else 0.0
 
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
         """Whether an iteration of this many seconds is longer than the gap between tokens may be. A request's own target counts

@@ -37,7 +37,8 @@ async def ask(service: Service, kind: type[Kind], query: Query, request: Request
         raise intake.over_limit(refusal, body).renamed(kind.fields) from None
     try:
         constraints = () if query.grammar is None else await service.grammars.constraints(query.grammar, number)
-        requests = intake.requests(service.engine, query, tenant, promise, constraints)
+        adapter = service.models.adapter(body.model)
+        requests = intake.requests(service.engine, query, tenant, promise, adapter, constraints)
         outputs = _submit(service, kind, query, requests, request)
     except Unavailable as refusal:
         charge.cancel()
@@ -47,7 +48,7 @@ async def ask(service: Service, kind: type[Kind], query: Query, request: Request
         charge.cancel()
         raise
     call = kind(
-        service.name,
+        body.model if adapter and body.model else service.name,
         service.engine.text,
         outputs,
         _choices(query, requests),

@@ -10,7 +10,7 @@ from stallfree.server import errors, origins
 from stallfree.server.door import Door, Opens
 from stallfree.server.keys import Keys
 from stallfree.server.request_log import RequestLog
-from stallfree.server.routes import anthropic, openai, operation, page, text
+from stallfree.server.routes import adapters, anthropic, openai, operation, page, text
 from stallfree.server.routes.bodies import describe
 from stallfree.server.service import Service
 
@@ -21,6 +21,7 @@ def create_app(
     service: Service,
     *,
     keys: Opens | None = None,
+    admin: Keys | None = None,
     allow_origins: Sequence[str] = (),
     log_requests: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -28,7 +29,8 @@ def create_app(
     """The app that serves `service` and owns it: the service starts and closes with the app.
 
     If there are `keys`, every route requires one except the health checks and the page's own files, which tell nothing about this
-    server. Pages of the sites `allow_origins` may call it. With `log_requests`, every request gets a line in the log.
+    server. Routes that change adapters require the `admin` key instead. Pages of the sites `allow_origins` may call it. With
+    `log_requests`, every request gets a line in the log.
     """
 
     @asynccontextmanager
@@ -50,9 +52,10 @@ def create_app(
     errors.install(app)
     for group in (openai, anthropic, text, operation, page):
         app.include_router(group.routes(service))
+    app.include_router(adapters.routes(service, changeable=bool(admin)))
     describe(app)
     # What is added later is further outside: the log sees all answers, and a preflight needs no key.
-    app.add_middleware(Door, keys=keys or Keys(), max_body_bytes=max_body_bytes, origins=allow_origins)
+    app.add_middleware(Door, keys=keys or Keys(), admin=admin, max_body_bytes=max_body_bytes, origins=allow_origins)
     if allow_origins:
         origins.allow(app, allow_origins)
     if log_requests:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from heapq import merge
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -31,6 +31,8 @@ PIECE = 512
 """Characters of the pieces by which prompts are compared: some 128 tokens, a few KV blocks."""
 MOST_PIECES = 1 << 16
 """Pieces that are remembered, those used last: 33 million characters of prompts in about 10 MB."""
+MOST_NAME = 200
+"""Characters of a model's name that a server is asked about."""
 TELLING = ("authorization", "x-api-key", FAIRNESS)
 """Request headers that say whose a request is. A server needs them for its forecast."""
 OPENING = ("tools", "system", "instructions")
@@ -60,12 +62,14 @@ class Server:
 
 class Outline(NamedTuple):
     """What the router reads of a body. `tokens`: about how many its prompts have. `openings`: the events of its stream before the
-    first token. `pieces`: for each piece of the prompts' text, a hash of it and of all before it. `characters`: of that text."""
+    first token. `pieces`: for each piece of the prompts' text, a hash of it and of all before it. `characters`: of that text.
+    `model`: its name, "" for none."""
 
     tokens: int = 0
     openings: int = 0
     pieces: Sequence[bytes] = ()
     characters: int = 1
+    model: str = ""
 
 
 def outline(path: str, body: bytes) -> Outline:
@@ -74,12 +78,13 @@ def outline(path: str, body: bytes) -> Outline:
         fields: dict[str, Any] = json.loads(body)
         tokens, openings = _size(path, fields)
         text = json.dumps([fields.get(name) for name in (*OPENING, *PROMPTS)]).encode()
-        piece = _digest(json.dumps(fields.get("cache_salt")).encode(), b"")
+        model = str(fields.get("model") or "")
+        piece = _digest(json.dumps([fields.get("cache_salt"), model]).encode(), b"")
         pieces = []
         for start in range(0, len(text) - PIECE + 1, PIECE):
             piece = _digest(text[start : start + PIECE], piece)
             pieces.append(piece)
-        return Outline(tokens, openings, pieces, len(text))
+        return Outline(tokens, openings, pieces, len(text), model)
     return Outline()
 
 
@@ -151,7 +156,7 @@ async def earliest(
     not asked.
 
     A server that has been sent another request since it was asked does not know that one yet. Each of these counts as one more
-    prompt like this one.
+    prompt like this one. If the model is an adapter, a server whose adapter is not in its memory forecasts that it comes later.
     """
     up = least_outstanding(servers)
     if len(up) < 2:
@@ -160,7 +165,7 @@ async def earliest(
     telling = {name: headers[name] for name in TELLING if name in headers}
     sent = {server: server.sent for server in up}
     tokens = {server: _uncached(prompt, cached.get(server, 0)) for server in up}
-    answers = await asyncio.gather(*[_forecast(session, server, tokens[server], telling) for server in up])
+    answers = await asyncio.gather(*[_forecast(session, server, tokens[server], prompt.model, telling) for server in up])
     seconds = {
         server: forecast * (1 + server.sent - sent[server])
         for server, forecast in zip(up, answers, strict=True)
@@ -172,12 +177,17 @@ async def earliest(
     return list(merge(forecasting, others, key=_outstanding))
 
 
-async def _forecast(session: aiohttp.ClientSession, server: Server, tokens: int, headers: Mapping[str, str]) -> float | None:
-    """Seconds until a prompt of so many uncached tokens would have its first token at `server`; None if it does not say in time."""
+async def _forecast(
+    session: aiohttp.ClientSession, server: Server, tokens: int, model: str, headers: Mapping[str, str]
+) -> float | None:
+    """Seconds until a prompt for `model` of so many uncached tokens would have its first token at `server`; inf if the server does
+    not have the model, None if it does not say in time."""
     timeout = aiohttp.ClientTimeout(total=ASK_S)
-    with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, OverflowError):
-        url = f"{server.url}/load?prompt_tokens={tokens}"
-        async with session.get(url, headers=headers, timeout=timeout) as answer:
+    with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, OverflowError, LookupError, TypeError):
+        query = {"prompt_tokens": str(tokens)} | ({"model": model[:MOST_NAME]} if model else {})
+        async with session.get(f"{server.url}/load", params=query, headers=headers, timeout=timeout) as answer:
+            if answer.status == 404 and (await answer.json())["error"]["code"] == "model_not_found":
+                return inf
             load = await answer.json() if answer.status == 200 else None
         seconds = load.get("predicted_ttft_s") if isinstance(load, dict) else None  # vLLM's /load has other keys
         if isinstance(seconds, int | float) and isfinite(seconds):

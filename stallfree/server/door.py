@@ -14,6 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stallfree.server.errors import ApiError, shown
+from stallfree.server.keys import Keys
 from stallfree.server.request_log import Entry
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ KEYLESS = ("/", "/health", "/health/live", "/health/ready")
 """Routes that need no key, besides the page's files under /live/: they tell nothing about the model or its users."""
 
 
+ADAPTERS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Routes that change adapters. Their key is the admin key, if there is one."""
+
+
 class Opens(Protocol):
     """What knows the keys: `Keys`, or `Tenants`, whose keys may change."""
 
@@ -36,13 +41,14 @@ class Opens(Protocol):
 
 
 class Door:
-    """Wraps `app`. If there are `keys`, requests need one of them. Bodies hold at most `max_body_bytes`. Pages of other sites than
-    `origins` (`*`: all) may send none: a browser would let them, though not read the answer.
+    """Wraps `app`. If there are `keys`, requests need one of them; those that change adapters need the `admin` key if there is one.
+    Bodies hold at most `max_body_bytes`. Pages of other sites than `origins` (`*`: all) may send none: a browser would let them,
+    though not read the answer.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Opens, max_body_bytes: int, origins: Sequence[str] = ()):
+    def __init__(self, app: ASGIApp, *, keys: Opens, max_body_bytes: int, admin: Keys | None = None, origins: Sequence[str] = ()):
         self._app = app
-        self._keys = keys
+        self._keys, self._admin = keys, admin
         self._origins = {origin.encode() for origin in origins}
         self._max_body_bytes = max_body_bytes
         self._arriving = 0
@@ -64,7 +70,7 @@ class Door:
 
         try:
             if not (scope["path"] in KEYLESS or scope["path"].startswith("/live/")):  # the page's files, not its data
-                entry.key = self._keys.check(scope)
+                entry.key = (self._admin if self._admin and _changes(scope) else self._keys).check(scope)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 self._check_site(dict(scope["headers"]))
                 body = await self._read(scope, receive)
@@ -129,6 +135,12 @@ class Door:
             message = f"the body is larger than the {self._max_body_bytes} bytes that are accepted"
             raise ApiError(413, message, code="body_too_large")
         return bytes(body)
+
+
+def _changes(scope: Scope) -> bool:
+    """Whether a request changes adapters."""
+    path: str = scope["path"]
+    return scope["method"] in ("POST", "DELETE") and (path in ADAPTERS or path.startswith("/v1/adapters/"))
 
 
 class _Gone(Exception):

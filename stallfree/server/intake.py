@@ -30,11 +30,11 @@ HERE = "none"
 
 
 def requests(
-    engine: Engine, query: Query, tenant: Tenant, promise: Promise, constraints: Sequence[Constraint] = ()
+    engine: Engine, query: Query, tenant: Tenant, promise: Promise, adapter: str = "", constraints: Sequence[Constraint] = ()
 ) -> list[Request]:
-    """`n` requests for each prompt of `query`, of this `tenant` and with what it is promised. Choice k of a prompt samples with
-    `seed` + k. `constraints`: one for each of them, or none. Sampling that the body leaves open is the engine's default. Raises
-    ApiError for fields that contradict each other.
+    """`n` requests for each prompt of `query`, of this `tenant`, with what it is promised and for this `adapter`. Choice k of a
+    prompt samples with `seed` + k. `constraints`: one for each of them, or none. Sampling that the body leaves open is the engine's
+    default. Raises ApiError for fields that contradict each other.
     """
     body = query.body
     n = 1 if body.n is None else body.n
@@ -74,6 +74,7 @@ def requests(
                     weight=tenant.weight,
                     slo=promise.slo,
                     service_class=promise.service_class,
+                    adapter=adapter,
                     salt=body.cache_salt or "",
                     sampling=sampling,
                 )

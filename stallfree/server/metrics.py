@@ -74,6 +74,8 @@ class Metrics(Collector):
         self._e2e, self._queue, self._prefill, self._decode, self._service = (_Histogram(REQUEST_S) for _ in range(5))
         self._prompts, self._outputs = _Histogram(REQUEST_TOKENS), _Histogram(REQUEST_TOKENS)
         self._forecasts = _Histogram(FORECAST_RATIOS)
+        self._loads = _Histogram(GAPS_S)
+        self._adapters: dict[str, int] = {}
         self._sharing = Sharing()
         self._gauges: dict[str, float] = {}
         self._registry = CollectorRegistry()
@@ -113,6 +115,7 @@ class Metrics(Collector):
                 if stall.kind == "late":
                     self._late[stall.cause] += 1
                     self._late_s[stall.cause] += stall.late_s
+            self._loads.observe_all([load.t - load.asked for load in step.loaded])
             self._end(account.ended)
             self._forecasts.observe_all(account.forecasts)
             self._sharing.record(account)
@@ -140,6 +143,10 @@ class Metrics(Collector):
             "kv_usage_ratio": 1 - free / blocks,
             "longest_wait_seconds": 0.0 if oldest is None else now - oldest[1],
         }
+        adapters = ledger.adapters
+        if adapters.known:
+            self._gauges["adapter_kv_blocks"], self._gauges["adapter_waiting_requests"] = adapters.num_blocks, adapters.num_parked
+        self._adapters = adapters.counts() if adapters.known else {}
         if prefill_engines is not None:
             self._gauges["prefill_engines"], self._gauges["prefill_engines_configured"] = prefill_engines
         if prefill_room_s is not None:
@@ -224,6 +231,8 @@ class Metrics(Collector):
         yield _gauge("kv_transfer_ratio", "KV transfer seconds over the seconds from first tokens to ends of all requests.", share)
         yield self._forecasts.family("first_token_forecast_ratio", "Actual over forecast time to first token.")
         yield from self._sharing.families()
+        yield _gauge("adapters", "Adapters, by where their weights are.", self._adapters, "state")
+        yield self._loads.family("adapter_load_seconds", "From the moment an adapter was asked for to its weights' arrival.")
         for name, text in GAUGES.items():
             yield _gauge(name, text, self._gauges.get(name))
 
@@ -236,6 +245,8 @@ GAUGES = {
     "kv_usage_ratio": "Share of the KV blocks that running requests hold.",
     "longest_wait_seconds": "How long the oldest request without a first token has waited for it.",
     "prefill_room_seconds": "Seconds of prefill that can still be admitted within the target for TTFT.",
+    "adapter_kv_blocks": "KV blocks that hold the weights of adapters.",
+    "adapter_waiting_requests": "Requests that wait for their adapter's weights.",
     "prefill_engines": "Prefill engines that are connected.",
     "prefill_engines_configured": "Prefill engines that are configured.",
 }

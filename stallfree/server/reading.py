@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -49,11 +49,10 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyLimits(NamedTuple):
-    """Limits of bodies: the names of the served model, `models`; at most `max_len` - 1 tokens a prompt, and `max_choices` choices.
-    `sanitized`: whether control tokens that a client writes are read as text, unless its request says otherwise. `tool_format`: the
-    name of the format of tool calls; None: the one that the template suits."""
+    """Limits of bodies: at most `max_len` - 1 tokens a prompt, and `max_choices` choices. `sanitized`: whether control tokens that
+    a client writes are read as text, unless its request says otherwise. `tool_format`: the name of the format of tool calls; None:
+    the one that the template suits."""
 
-    models: tuple[str, ...]
     max_len: int
     max_choices: int
     sanitized: bool
@@ -80,10 +79,11 @@ class Query(NamedTuple):
 
 
 class Reader:
-    """Reads bodies for a model with `text`, within `limits`."""
+    """Reads bodies for a model with `text`, within `limits`. `check`: raises ApiError for the name of a model that is not served;
+    None stands for a body that names none."""
 
-    def __init__(self, text: Text, limits: BodyLimits):
-        self._text, self._limits = text, limits
+    def __init__(self, text: Text, limits: BodyLimits, check: Callable[[str | None], None]):
+        self._text, self._limits, self._check = text, limits, check
         self._pool: Helpers | None = None
 
     def start(self) -> None:
@@ -92,14 +92,18 @@ class Reader:
             self._processes().submit(os.getpid)
 
     async def read(self, kind: type[AnyBody], raw: bytes) -> Any:
-        """As the function `read`. Also raises ApiError if the process that read a large body has died."""
+        """As the function `read`, without the name. Also raises ApiError for a model that is not served, and if the process that
+        read a large body has died."""
         if len(raw) < LARGE:
-            return read(self._text, self._limits, kind, raw)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._processes(), _read, kind, raw)
-        except BrokenProcessPool:
-            self.close()
-            raise ApiError(500, "the process that read this body has died; try again, or with a smaller one") from None
+            model, answer = read(self._text, self._limits, kind, raw)
+        else:
+            try:
+                model, answer = await asyncio.get_running_loop().run_in_executor(self._processes(), _read, kind, raw)
+            except BrokenProcessPool:
+                self.close()
+                raise ApiError(500, "the process that read this body has died; try again, or with a smaller one") from None
+        self._check(model)
+        return answer
 
     def close(self) -> None:
         if self._pool is not None:
@@ -121,19 +125,23 @@ def _settle(text: Text, limits: BodyLimits) -> None:
     _settled.append((text, limits))
 
 
-def _read(kind: type[AnyBody], raw: bytes) -> Any:
+def _read(kind: type[AnyBody], raw: bytes) -> tuple[str | None, Any]:
     text, limits = _settled[0]
     return read(text, limits, kind, raw)
 
 
-def read(text: Text, limits: BodyLimits, kind: type[AnyBody], raw: bytes) -> Any:
-    """Read a `raw` body of that `kind`: a `Query`, or the answer (JSON) to a question about text alone.
+def read(text: Text, limits: BodyLimits, kind: type[AnyBody], raw: bytes) -> tuple[str | None, Any]:
+    """Read a `raw` body of that `kind`. Returns the model that it names, and a `Query`, or the answer (JSON) to a question about
+    text alone.
 
     Raises ApiError for another kind of body, for content that is no text, for token ids that the model does not have, and for
     prompts that are certain to be too long; TextError if the chat template refuses the messages.
     """
     body = _checked(kind, raw)
-    check_model(body.model, limits.models)
+    return body.model, _answered(text, body, limits)
+
+
+def _answered(text: Text, body: AnyBody, limits: BodyLimits) -> Any:
     match body:
         case ChatRequest():
             return _chat(text, body, limits)
@@ -228,14 +236,6 @@ def _broken(values: Any) -> str | None:
         elif isinstance(value, list):
             waiting += [(item, (*place, at)) for at, item in enumerate(value)]
     return None
-
-
-def check_model(name: str | None, served: Sequence[str]) -> None:
-    """Raises ApiError if `name` is none of the names under which the model is `served`."""
-    if name is not None and name not in served:
-        names = ", ".join(map(repr, served))
-        message = f"the model {shown(name)} is not served here; {names} {'is' if len(served) == 1 else 'are'}"
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _recognised(sanitized: bool | None, limits: BodyLimits) -> bool:

@@ -428,10 +428,14 @@ class Completion(BaseModel):
 
 
 class Model(BaseModel):
+    """`parent`: of an adapter, the model that it changes, and `root` its folder."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "stallfree"
+    parent: str | None = None
+    root: str | None = None
     max_model_len: int
     default_sampling: dict[str, int | float]
 
@@ -439,6 +443,12 @@ class Model(BaseModel):
 class Models(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    deleted: bool = True
 
 
 class Tokens(BaseModel):

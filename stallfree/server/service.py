@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from stallfree.core.classes import Classes
 from stallfree.core.record import Refusal, StepRecord
 from stallfree.core.slo import Slo
+from stallfree.engine.adapters import Library
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.grammar.compiling import Grammars
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.live import Live
 from stallfree.server.metrics import Metrics
+from stallfree.server.models import Models
 from stallfree.server.reading import BodyLimits, Reader
 from stallfree.server.tenants import Tenants
 from stallfree.server.traces import Traces
@@ -49,8 +51,8 @@ class Service:
     would come too late, unless they say otherwise.
 
     `exporter` sends a trace of every request. `sanitize_control_tokens`: whether control tokens that clients write are read as
-    text, unless a request says otherwise. `tool_format`: how the model writes tool calls; None: as its template says. `start`
-    starts the engine and `close` closes it; until then `observers` may be added.
+    text, unless a request says otherwise. `tool_format`: how the model writes tool calls; None: as its template says. `library`:
+    the adapters of the engine (None: none). `start` starts the engine and `close` closes it; until then `observers` may be added.
     """
 
     def __init__(
@@ -68,17 +70,20 @@ class Service:
         sanitize_control_tokens: bool = False,
         aliases: Sequence[str] = (),
         tool_format: str | None = None,
+        library: Library | None = None,
     ):
         self.engine = engine
         self.name = name
         self.names = (name, *aliases)
+        self.models = Models(self.names, library or Library(engine.adapters, None))
         self.classes = classes or Classes({"": slo or Slo()})
         self.tenants = tenants or Tenants()
         self.thread = EngineThread(engine, max_queue)
+        self.models.library.call = self.thread.call
         self.serve_late = serve_late
         self.watchdog = Watchdog(engine)
-        limits = BodyLimits(self.names, engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens, tool_format)
-        self.reader = Reader(engine.text, limits)
+        limits = BodyLimits(engine.scheduler.ledger.max_len, max_queue, sanitize_control_tokens, tool_format)
+        self.reader = Reader(engine.text, limits, self.models.check)
         self.grammars = Grammars(engine.text)
         self.metrics = Metrics(name, slo)
         credits = getattr(engine.scheduler.policy, "credits", None)

@@ -18,7 +18,9 @@ class Deployment:
     context). KV is in blocks of `block_size` tokens; it gets what the weights leave of `gpu_memory_utilization`, a share of the
     device's memory. An admission leaves the share `watermark` of it free. `max_output`: the tokens that requests ask for, which
     matters if the policy reserves KV for them (None: the actual output). `prefix_cache`: equal prefixes share KV; `router`: for the
-    `replicas`.
+    `replicas`. `rank`: the ranks of adapters, in turn, in words (None: there are none); `adapter_modules`: what they change
+    (`perf.adapters.MODULES`). `on_late`: requests whose first token would come too late by the policy's forecast are refused
+    ("refuse"), or served ("serve").
     """
 
     model: str | None = None
@@ -45,6 +47,9 @@ class Deployment:
     replicas: int = 1
     router: str = "round-robin"
     prefix_cache: bool = False
+    rank: str | None = None
+    adapter_modules: str = "attention"
+    on_late: str = "serve"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from stallfree import policies
 from stallfree.core.plan import Plan, StepResult
 from stallfree.core.policy import Policy, Setup
-from stallfree.core.record import Run, StepRecord
+from stallfree.core.record import Loaded, Run, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
@@ -53,6 +53,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
     prefix that it looks up as recently used. With overlap there are no such attempts.
     """
     scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse)
+    _know_adapters(scheduler, records)
     late = {id for r in records for id in _ended_by_text(r)}
     served = _served(run, records, {f.id for r in records for f in r.finished if f.reason == "stop"} - late)
     outstanding: deque[Plan] = deque()
@@ -62,6 +63,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         for request in arrived:
             scheduler.submit(request)
         ended = [scheduler.abort(f.id) for f in r.finished if f.reason == "abort"]
+        _load(scheduler, r.loaded)
         while len(outstanding) < run.capacity.depth and planned < len(records) and records[planned].t_plan <= r.t_end:
             plan = scheduler.schedule(records[planned].t_plan)
             if not plan.work:
@@ -90,7 +92,8 @@ def difference(run: Run, records: Sequence[StepRecord]) -> Difference | None:
         plain = replace(
             recorded,
             arrived=[a._replace(blocks=()) for a in recorded.arrived],
-            refused=[],  # no decision of the scheduler
+            refused=[],  # no decision of the scheduler, and when an adapter had arrived is none either
+            loaded=[],
             finished=[f._replace(blocks=()) for f in recorded.finished],
         )
         for f in fields(StepRecord):
@@ -111,13 +114,14 @@ class Machine:
     def __init__(self, records: Sequence[StepRecord], *, overlap: bool = False):
         ends = [-inf, *(r.t_end for r in records)]
         times = [r.t_end - (max(r.t_plan, end) if overlap else r.t_plan) for r, end in zip(records, ends, strict=False)]
-        samples = [(_shape(r), time) for r, time in zip(records, times, strict=True) if r.error is None and time > 0]
+        shapes = _shapes(records)
+        samples = [(s, time) for r, s, time in zip(records, shapes, times, strict=True) if r.error is None and time > 0]
         if not samples:
             raise ValueError("no recorded iteration took time, so the time of others is unknown; record a longer run")
         self.model = Fitted.fit(samples)
         self.errors: Errors = self.model.errors(samples)
         self._since = [r.t_plan for r in records]
-        self._slowness = [time / self.model.seconds(_shape(r)) for r, time in zip(records, times, strict=True)]
+        self._slowness = [time / self.model.seconds(shape) for shape, time in zip(shapes, times, strict=True)]
         busy = [b.t_plan - a.t_end for a, b in pairwise(records) if a.num_running + a.num_waiting]
         self.between_s = max(0.0, median(busy)) if busy else 0.0
 
@@ -142,10 +146,13 @@ def what_if(
     lost = {f.id: r.t_plan for r in records for f in r.finished if f.reason in ("abort", "error")}
     served = _served(run, records, {a.id for r in records for a in r.arrived} - lost.keys())
     written: list[StepRecord] = []
+    _know_adapters(scheduler, records)
+    took = {row.key: row.t - row.asked for r in records for row in r.loaded}
     replica = Replica(
         scheduler,
         machine.model,
         record=written.append,
+        load_s=lambda adapter: took.get(adapter.key, 0.0),
         begin=records[0].t_plan,
         between_s=machine.between_s,
         slowness=machine.slowness,
@@ -197,6 +204,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     tenants = {id: (tenant, weight) for r in records for id, tenant, weight in r.tenants}
     classes = dict(pair for r in records for pair in r.classes)
     predicted = dict(pair for r in records for pair in r.predicted)
+    adapters = dict(pair for r in records for pair in r.adapters)
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -216,6 +224,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
             weight=weight,
             slo=slo,
             service_class=classes.get(a.id, ""),
+            adapter=adapters.get(a.id, ""),
             extra_rows=extra.get(a.id, 0),
             constrained=a.id in constrained,
             scored=a.id in scored,
@@ -223,6 +232,23 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
         request.predicted = predicted.get(a.id)
         served[a.id] = _Served(request, tokens, max(1, lengths[a.id]) if a.id in stopped else 0)
     return served
+
+
+def _know_adapters(scheduler: Scheduler, records: Sequence[StepRecord]) -> None:
+    """Tell the scheduler the sizes of the recorded adapters. Of one that never arrived none is known; it takes one block."""
+    known = scheduler.ledger.adapters.known
+    known |= {key: (1, 1) for r in records for _, key in r.adapters}
+    known |= {row.key: (row.blocks, row.rank) for r in records for row in r.loaded}
+
+
+def _load(scheduler: Scheduler, loaded: Sequence[Loaded]) -> None:
+    """Give adapters their blocks as the engine does, and let those of `loaded` arrive."""
+    adapters, spare = scheduler.ledger.adapters, scheduler.ledger.spare
+    for key in [None, *[row.key for row in loaded]]:
+        if key is not None and key in adapters.resident:
+            adapters.loaded(key)
+        while adapters.next(spare) is not None:
+            pass
 
 
 def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]:
@@ -245,5 +271,13 @@ def _ended_by_text(r: StepRecord) -> list[str]:
     return []
 
 
-def _shape(r: StepRecord) -> list[tuple[int, int]]:
-    return [(start, count) for _, start, count in r.work]
+def _shapes(records: Sequence[StepRecord]) -> list[list[tuple[int, int]]]:
+    """The shape of each iteration, with the ranks of its adapters."""
+    adapter = dict(pair for r in records for pair in r.adapters)
+    ranks = {row.key: row.rank for r in records for row in r.loaded}
+    shapes = []
+    for r in records:
+        used = {adapter[id] for id, _, _ in r.work if id in adapter}
+        pieces = [(start, count) for _, start, count in r.work]
+        shapes.append([(sum(ranks.get(key, 0) for key in used), -1), *pieces] if used else pieces)
+    return shapes

@@ -12,10 +12,11 @@ from math import inf
 from typing import NamedTuple, cast
 
 from stallfree.core import transfer
+from stallfree.core.adapters import Resident
 from stallfree.core.leap import Stretch
 from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import BatchModel, CostModel, Forecasting
-from stallfree.core.record import StepRecord
+from stallfree.core.record import Loaded, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.metrics.timeline import Timeline
@@ -69,10 +70,12 @@ class Replica:
     time by `cost`.
 
     Nothing is planned before `begin`. `between_s` pass from an iteration's end to the next planning. `slowness`: the factor on the
-    time of an iteration planned at a given moment. Without `serve_late`, requests are refused whose first token would come too late
-    by the policy's forecast; they end with the reason "refused". `ended` is called with each request that ended, `record` with each
-    record, `span` with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once;
-    with 1, `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run.
+    time of an iteration planned at a given moment. `load_s`: the seconds in which an adapter's weights come, one after another
+    (None: there are no adapters). Without `serve_late`, requests are refused whose first token would come too late by the policy's
+    forecast; they end with the reason "refused". `ended` is called with each request that ended, `record` with each record, `span`
+    with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once; with 1,
+    `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run. `loaded` is called
+    with the moment at which adapters have arrived.
 
     `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
     each stage ran; the difference are bubbles. `iterations`: how many have ended.
@@ -88,9 +91,11 @@ class Replica:
         span: Callable[[Span], None] | None = None,
         launched: Callable[[Plan, float, float], None] = lambda plan, begin, end: None,
         completed: Callable[[Plan, float], None] = lambda plan, end: None,
+        loaded: Callable[[float], None] = lambda now: None,
         begin: float = 0.0,
         between_s: float = 0.0,
         slowness: Callable[[float], float] | None = None,
+        load_s: Callable[[Resident], float] | None = None,
         leap: int = LEAP,
         serve_late: bool = True,
     ):
@@ -102,10 +107,15 @@ class Replica:
         self._cost = cost
         self._batch = cost.batch if isinstance(cost, BatchModel) else None
         self._ended, self._record, self._span = ended, record, span
-        self._launched, self._completed = launched, completed
+        self._launched, self._completed, self._on_load = launched, completed, loaded
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
-        self._steady = leap > 1 and scheduler.steady and scheduler.ledger.capacity.depth == 1
+        one = scheduler.ledger.capacity.depth == 1 and load_s is None
+        self._steady = leap > 1 and scheduler.steady and one
+        # Adapters on their way, with the moments at which they are here, in order.
+        self._load_s = load_s or (lambda adapter: 0.0)
+        self._loads = deque[tuple[float, Resident]]()
+        self._loaded: list[Loaded] = []
         self._serve_late = serve_late
         self._forecast = None if serve_late else self._forecaster()
         # Requests that were taken and arrive later, and requests that arrived and are not submitted to the scheduler yet.
@@ -179,9 +189,11 @@ class Replica:
         transfer.release(self.scheduler.ledger, id)
         self._reschedule(now)
 
-    def expect(self, request: Request) -> None:
+    def expect(self, request: Request, now: float) -> None:
         """Queue a request whose prompt is computed elsewhere. It goes on here once `admit` has reserved blocks."""
         transfer.expect(self.scheduler.ledger, request)
+        if not self.scheduler.ledger.adapters.ready(request):
+            self._reschedule(now)
 
     def admit(self) -> Request | None:
         """Reserve blocks for the first expected request. None if there is no room, or if none is expected."""
@@ -240,6 +252,7 @@ class Replica:
                 self._end(gone, now)
                 self._gone.append(gone)
         self._leaving.clear()
+        self._load(now)
         if self._steady:
             self._plan_stretch(now)
         else:
@@ -256,7 +269,22 @@ class Replica:
         scheduler = self.scheduler
         while len(self._out) < scheduler.ledger.capacity.depth and (plan := scheduler.schedule(now)).work:
             self._launch(plan)
-        self.due = self._out[0][2] + self._between_s if self._out else inf
+        coming = max(self._loads[0][0], self._ready) if self._loads else inf
+        self.due = self._out[0][2] + self._between_s if self._out else coming
+
+    def _load(self, now: float) -> None:
+        """Use the adapters that are here by now, and let others come that find room."""
+        ledger, loads = self.scheduler.ledger, self._loads
+        before = len(self._loaded)
+        while loads and loads[0][0] <= now:
+            t, adapter = loads.popleft()
+            ledger.adapters.loaded(adapter.key)
+            self._loaded.append(Loaded(adapter.key, adapter.rank, len(adapter.blocks), t - self._load_s(adapter), now))
+        while (wanted := ledger.adapters.next(ledger.spare)) is not None:
+            loads.append((max(now, loads[-1][0] if loads else now) + self._load_s(wanted), wanted))
+        ledger.adapters.evicted.clear()
+        if len(self._loaded) > before:
+            self._on_load(now)
 
     def _launch(self, plan: Plan) -> None:
         """Run a plan through the stages. Each begins when the stage before it has ended this plan, and itself its last plan."""
@@ -310,8 +338,9 @@ class Replica:
         self._completed(plan, end)
         if self._record is not None:
             times = (plan.now, start, end)
-            self._record(StepRecord.of(plan, result, scheduler.ledger, times, self._arrived, [*self._gone, *done], dropped=dropped))
-        self._arrived, self._gone = [], []
+            gone, loaded = [*self._gone, *done], self._loaded
+            self._record(StepRecord.of(plan, result, scheduler.ledger, times, self._arrived, gone, dropped=dropped, loaded=loaded))
+        self._arrived, self._gone, self._loaded = [], [], []
 
     def _plan_stretch(self, now: float) -> None:
         stretch = Stretch(self.scheduler, now, self._leap)

@@ -22,6 +22,7 @@ from stallfree.metrics.timeline import Timeline
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import LEAP, Replica, Span, script
 from stallfree.sim.routers import load
+from stallfree.sim.shelf import Shelf
 from stallfree.workload.prompt import Prompt
 from stallfree.workload.workload import Arrival
 
@@ -72,6 +73,7 @@ def simulate(
     classes: Mapping[str, Slo] = MappingProxyType({}),
     weights: Mapping[str, float] = MappingProxyType({}),
     serve_late: bool = True,
+    shelf: Shelf | None = None,
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
     pipeline stages) and `limits`. Each replica has its own policy. `cost`: the seconds of an iteration, over all stages.
@@ -82,7 +84,7 @@ def simulate(
     pass from an iteration's end to the next planning, and `front_s` from a request's arrival until the scheduler has it and its
     first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them, chosen at random by the moment
     of its planning. `classes`: the targets of requests that name a class; `weights`: of tenants, 1 for others. `serve_late`: see
-    `Replica`.
+    `Replica`. `shelf`: the adapters, if requests ask for any.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -94,7 +96,7 @@ def simulate(
     end = lines.append if ended is None else ended
     engines = [
         Replica(
-            Scheduler(policy(), capacity, limits, reuse=reuse),
+            holding(Scheduler(policy(), capacity, limits, reuse=reuse), shelf),
             cost,
             ended=lambda request: end(request.sampling.line),  # type: ignore[attr-defined]
             record=result.records[number].append if records else None,
@@ -103,12 +105,21 @@ def simulate(
             between_s=between_s,
             slowness=scattering(scatter) if scatter else None,
             serve_late=serve_late,
+            load_s=None if shelf is None else shelf.load_s,
         )
         for number in range(replicas)
     ]
+    shelves = () if shelf is None else (shelf,)
     with uncollected():
-        serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s, classes, weights), engines, choose)
+        serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s, classes, weights, shelves), engines, choose)
     return Simulation(engines, lines, result.records, result.spans)
+
+
+def holding(scheduler: Scheduler, shelf: Shelf | None) -> Scheduler:
+    """The scheduler, which knows the adapters of `shelf`, also those that will be met later."""
+    if shelf is not None:
+        scheduler.ledger.adapters.known = shelf.known
+    return scheduler
 
 
 def scattering(scatter: Sequence[float]) -> Callable[[float], float]:
@@ -143,10 +154,16 @@ def scripted(
     front_s: float = 0.0,
     classes: Mapping[str, Slo] = MappingProxyType({}),
     weights: Mapping[str, float] = MappingProxyType({}),
+    shelves: Sequence[Shelf] = (),
 ) -> Iterator[Request]:
     own = STOP  # counted down, so that each request has its own token
     for number, arrival in enumerate(arrivals):
         own -= 1
+        if arrival.adapter:
+            if not shelves:
+                raise ValueError("the requests ask for adapters, and it is not said how large these are; give --rank 8")
+            for shelf in shelves:
+                shelf.meet(arrival.adapter)
         prompt = Prompt(arrival.prompt_tokens, arrival.blocks, own)
         length = arrival.output_tokens
         most = length if max_tokens is None else max(length, min(max_tokens, scheduler.ledger.max_len - arrival.prompt_tokens))
@@ -161,6 +178,7 @@ def scripted(
             weight=weights.get(arrival.tenant, 1.0),
             slo=classes.get(arrival.service_class),
             service_class=arrival.service_class,
+            adapter=arrival.adapter,
         )
         try:
             scheduler.ledger.validate(request)

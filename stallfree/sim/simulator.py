@@ -10,7 +10,7 @@ from stallfree import policies
 from stallfree.core.classes import Classes
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.policy import CostModel, Policy, Setup, Tuned
+from stallfree.core.policy import CostModel, Forecasting, Policy, Setup, Tuned
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Report, Tally, Targets
@@ -22,6 +22,7 @@ from stallfree.perf.profiled import Profiled
 from stallfree.perf.roofline import QUANTUM, Roofline
 from stallfree.policies.slo import possible
 from stallfree.sim.deployment import Deployment
+from stallfree.sim.shelf import Shelf, ranks
 from stallfree.sim.simulate import Simulation, simulate
 from stallfree.workload.mix import weights
 from stallfree.workload.traffic import Traffic
@@ -32,7 +33,7 @@ class Instance(NamedTuple):
     """The machine of one replica. `cost`: of its iterations; `capacity`: its KV; `dollars`: US dollars per hour, if it has a price;
     `about`: the machine in words; `between_s`: seconds between two iterations; `front_s`: of a request's way to the scheduler and
     its first token's way back. `scatter`: factors, as on a real machine; each iteration's time is multiplied by one at random
-    (none: it takes exactly what it costs).
+    (none: it takes exactly what it costs). `shelf`: its adapters, if there are any.
     """
 
     cost: CostModel
@@ -42,6 +43,7 @@ class Instance(NamedTuple):
     between_s: float = 0.0
     front_s: float = 0.0
     scatter: tuple[float, ...] = ()
+    shelf: Shelf | None = None
 
 
 class Simulator:
@@ -60,7 +62,11 @@ class Simulator:
         self.weights = {} if deployment.tenant_weights is None else weights(deployment.tenant_weights)
         self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
         self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
-        self.policy()  # report a mistake before anything is simulated
+        policy = self.policy()  # report a mistake before anything is simulated
+        if deployment.on_late not in ("serve", "refuse"):
+            raise ValueError(f"--on-late {deployment.on_late!r} is neither serve nor refuse")
+        if deployment.on_late == "refuse" and not isinstance(policy, Forecasting):
+            raise ValueError(f"policy {deployment.policy!r} forecasts no first tokens, so none can be refused; take policy slo")
 
     @property
     def targets(self) -> Slo | None:
@@ -114,6 +120,8 @@ class Simulator:
             scatter=self.instance.scatter,
             classes=self.named,
             weights=self.weights,
+            serve_late=deployment.on_late == "serve",
+            shelf=self.instance.shelf,
         )
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
@@ -146,11 +154,22 @@ def instance(deployment: Deployment) -> Instance:
             "(--tp, --pp), or devices with more memory"
         )
     cost: CostModel
-    front_s = 0.0
+    shelf, front_s = None, 0.0
     if deployment.engine.endswith(".json"):
+        if deployment.rank is not None:
+            raise ValueError("a fitted engine (.json) has no prices of adapters; leave out --rank, or take another --engine")
         cost = Profiled(Path(deployment.engine), model.name, deployment.tp)  # type: ignore[assignment]  # it only prices
     else:
-        cost = Roofline(device, sharded, deployment.engine, node=deployment.node, network=deployment.network)
+        cost = Roofline(
+            device,
+            sharded,
+            deployment.engine,
+            node=deployment.node,
+            network=deployment.network,
+            adapters=deployment.adapter_modules,
+        )
+        if deployment.rank is not None:
+            shelf = Shelf.of(ranks(deployment.rank), cost.adapters, deployment.block_size)
         front_s = cost.front_s
     number = deployment.tp * deployment.pp
     return Instance(
@@ -159,6 +178,7 @@ def instance(deployment: Deployment) -> Instance:
         device.price * number,
         f"{model.name} on {number} x {device.name}" if number > 1 else f"{model.name} on {device.name}",
         front_s=front_s,
+        shelf=shelf,
     )
 
 
@@ -169,4 +189,6 @@ def calibrated(instance: Instance) -> Fitted:
     if isinstance(instance.cost, Fitted):
         return Fitted.from_state(instance.cost.state())
     shapes = device_shapes(instance.capacity.max_model_len)
+    if instance.shelf is not None:
+        shapes += [[(total, -1), *shape] for shape in shapes for total in (8, 128, 1024)]
     return Fitted.fit([(shape, instance.cost.seconds(shape)) for shape in shapes], QUANTUM)

@@ -17,7 +17,7 @@ from stallfree.sim import pairings
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.fabric import Port
 from stallfree.sim.replica import Replica
-from stallfree.sim.simulate import scripted, uncollected
+from stallfree.sim.simulate import holding, scripted, uncollected
 from stallfree.sim.simulator import Instance, Simulator
 from stallfree.sim.transfer import Pools, Totals
 from stallfree.workload.traffic import Traffic
@@ -108,6 +108,7 @@ class SplitSimulator:
                     self.prefill.instance.front_s,
                     self.prefill.named,
                     self.prefill.weights,
+                    [pool.instance.shelf for pool in (self.prefill, self.decode) if pool.instance.shelf is not None],
                 )
             )
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
@@ -118,7 +119,9 @@ class SplitSimulator:
 
         def make(**hooks: Any) -> Replica:
             scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=deployment.prefix_cache)
-            return Replica(scheduler, instance.cost, leap=1, between_s=instance.between_s, **hooks)
+            load_s = None if instance.shelf is None else instance.shelf.load_s
+            holding(scheduler, instance.shelf)
+            return Replica(scheduler, instance.cost, leap=1, between_s=instance.between_s, load_s=load_s, **hooks)
 
         return [make] * deployment.replicas
 

@@ -8,6 +8,7 @@ does not know who goes where (a `Pairing` does) or how fast KV moves (the fabric
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, nextafter
 from typing import Protocol
 
@@ -93,7 +94,10 @@ class Pools:
         self._on_end = ended
         self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
         self._promised: list[set[Transfer]] = [set() for _ in decode]
-        self.decode = [make(ended=self._ended, completed=self._admitting(number)) for number, make in enumerate(decode)]
+        self.decode = [
+            make(ended=self._ended, completed=self._admitting(number), loaded=partial(self._admit, number))
+            for number, make in enumerate(decode)
+        ]
         self._block_size = self.decode[0].scheduler.ledger.capacity.block_size
 
     def load(self, number: int) -> int:
@@ -208,9 +212,10 @@ class Pools:
             weight=request.weight,
             slo=request.slo,
             service_class=request.service_class,
+            adapter=request.adapter,
             sampling=request.sampling,
         )
-        self.decode[transfer.target].expect(transfer.twin)
+        self.decode[transfer.target].expect(transfer.twin, now)
         self._admit(transfer.target, now)
 
     def _admitting(self, number: int) -> Callable[[Plan, float], None]:

@@ -180,9 +180,17 @@ class _Caller:
             weight=weight,
             slo=slo,
             service_class=str(header.get("class", "")),
+            adapter=self._adapter(header),
             salt=str(header.get("salt", "")),
             sampling=sampling,
         )
+
+    def _adapter(self, header: Header) -> str:
+        """The key of the adapter that the decode engine names, or one that is not known: then the request is refused."""
+        name, identity = str(header.get("adapter", ""))[:200], str(header.get("identity", ""))[:100]
+        if not name:
+            return ""
+        return self._thread.engine.adapters.find(name, identity) or f"{name} with the contents {identity}"
 
     def _begin(self, number: int, first: int, request: Request) -> None:
         blocks = _Blocks(self._thread, self.link, self._ring, self._room, number, first)

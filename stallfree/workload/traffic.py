@@ -24,7 +24,8 @@ queue that grows without bound do not yet differ from those in a stable one.
 class Traffic:
     """A load. `arrivals`, `lengths`, `max_total`: see `Workload.parse`. `rate`: requests per second; only a trace has its own. It
     ends after `requests` arrivals or `duration` seconds; without either, at a trace's end. The same `seed` draws the same requests.
-    `mix`: whose they are, with which class and priority (see `mix`).
+    `mix`: whose they are, with which class and priority (see `mix`). `adapters`: how many different ones they ask for (None: they
+    ask for none), by a popularity with the exponent `adapter_zipf` (see `workload.Popular`).
     """
 
     arrivals: str = "poisson"
@@ -35,11 +36,13 @@ class Traffic:
     duration: float | None = None
     seed: int = 0
     mix: str | None = None
+    adapters: int | None = None
+    adapter_zipf: float = 1.0
 
     @property
     def workload(self) -> Workload:
         """The workload of these words. Raises ValueError for words that are not understood."""
-        return _parsed(self.arrivals, self.lengths, self.max_total, self.mix)
+        return _parsed(self.arrivals, self.lengths, self.max_total, self.mix, self.adapters, self.adapter_zipf)
 
     def ending(self, requests: int) -> Self:
         """This traffic; if its arrivals are drawn and have no end, only so many `requests` of it."""
@@ -79,6 +82,8 @@ class Traffic:
             "requests": requests,
             "seed": self.seed,
             "mix": self.mix,
+            "adapters": self.adapters,
+            "adapter_zipf": self.adapter_zipf if self.adapters is not None else None,
         }
 
     def _check_rate(self, rate: float | None) -> None:
@@ -89,8 +94,11 @@ class Traffic:
 
 
 @lru_cache(16)
-def _parsed(arrivals: str, lengths: str, max_total: int | None, mix: str | None) -> Workload:
+def _parsed(
+    arrivals: str, lengths: str, max_total: int | None, mix: str | None, adapters: int | None, adapter_zipf: float
+) -> Workload:
     """The workload, parsed once for all trials: a trace is a file to read."""
-    from stallfree.workload.workload import Workload  # only here, because a command line needs the words alone
+    from stallfree.workload.workload import Popular, Workload  # only here, because a command line needs the words alone
 
-    return Workload.parse(arrivals, lengths, max_total, mix)
+    popular = None if adapters is None else Popular(adapters, adapter_zipf)
+    return Workload.parse(arrivals, lengths, max_total, mix, popular)

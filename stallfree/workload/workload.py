@@ -28,6 +28,7 @@ evenly, however many seeds there are."""
 class Arrival:
     """A request that arrives `at` (s from the start of the run), with its sizes in tokens, and the numbers of its prompt's prefix
     blocks (see `Prompt`), if the trace has them. `tenant`, `service_class` and `priority`: whose it is, and what it is promised.
+    `adapter`: the number of the one that it asks for; "" for none.
     """
 
     at: float
@@ -37,17 +38,39 @@ class Arrival:
     tenant: str = ""
     service_class: str = ""
     priority: int = 0
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Popular:
+    """`number` adapters, of which the k-th most popular is asked for by a share that falls as 1 / k^`zipf`. With 0, all alike."""
+
+    number: int
+    zipf: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"{self.number} adapters are none; give 1 or more, or leave --adapters out")
+        if not 0 <= self.zipf <= 10:
+            raise ValueError(f"an exponent of {self.zipf:g} for the popularity of adapters is invalid; give 0 to 10")
+
+    def draws(self, rng: np.random.Generator) -> Iterator[str]:
+        """An endless series of adapters; the most popular is "0"."""
+        edges = np.cumsum(np.arange(1, self.number + 1, dtype=float) ** -self.zipf)
+        while True:
+            yield from map(str, np.searchsorted(edges, edges[-1] * rng.random(1024), side="right").tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """`lengths`, and the `arrivals` to draw; None: the times of the trace that is the base of `lengths`, in its order. `mix`: whose
-    the requests are; None: as the trace says, or nobody's.
+    the requests are; None: as the trace says, or nobody's. `adapters`: which the requests ask for; None: for none.
     """
 
     lengths: Lengths
     arrivals: Arrivals | None
     mix: Mix | None = None
+    adapters: Popular | None = None
 
     def __post_init__(self) -> None:
         if self.mix is not None and (trace := next((part for part in self.lengths.traces if part.owned), None)) is not None:
@@ -56,11 +79,18 @@ class Workload:
             raise ValueError("arrivals as in a trace need lengths from a .csv with a column arrived_at, or from a .jsonl")
 
     @classmethod
-    def parse(cls, arrivals: str, lengths: str, max_total: int | None = None, mix: str | None = None) -> Self:
+    def parse(
+        cls,
+        arrivals: str,
+        lengths: str,
+        max_total: int | None = None,
+        mix: str | None = None,
+        adapters: Popular | None = None,
+    ) -> Self:
         """`arrivals`: "trace", or as in `arrivals.parse`. `lengths`, `max_total`, and the errors: as in `Lengths.parse`. `mix`: as
         in `Mix.parse`."""
-        parsed = Lengths.parse(lengths, max_total)
-        return cls(parsed, None if arrivals == "trace" else processes.parse(arrivals), None if mix is None else Mix.parse(mix))
+        times = None if arrivals == "trace" else processes.parse(arrivals)
+        return cls(Lengths.parse(lengths, max_total), times, None if mix is None else Mix.parse(mix), adapters)
 
     @property
     def classes(self) -> set[str]:
@@ -98,7 +128,7 @@ class Workload:
             raise ValueError(f"a duration of {duration_s:g} s is invalid; give seconds above 0")
         if self.arrivals is not None and (requests is None) == (duration_s is None):
             raise ValueError("drawn arrivals have no end; give either a number of requests or a duration")
-        timing, sizes, owners = np.random.default_rng(seed).spawn(3)
+        timing, sizes, owners, popularity = np.random.default_rng(seed).spawn(4)
         lengths = self.lengths
         if self.arrivals is None and isinstance(lengths.base, Trace) and requests is not None:
             number = int(seed * GOLDEN % 1 * len(lengths.base.lengths))
@@ -111,6 +141,9 @@ class Workload:
                 replace(arrival, tenant=part.tenant, service_class=part.service_class, priority=part.priority)
                 for arrival, part in zip(arrivals, self.mix.draws(owners), strict=False)
             )
+        if self.adapters is not None:
+            named = zip(arrivals, self.adapters.draws(popularity), strict=False)
+            arrivals = (replace(arrival, adapter=adapter) for arrival, adapter in named)
         return self._first(arrivals, requests, duration_s)
 
     @staticmethod

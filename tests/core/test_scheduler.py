@@ -206,10 +206,13 @@ def test_a_prompt_found_whole_in_the_cache_still_computes_its_last_token():
 
 def test_adapters_do_not_share_prefixes():
     s = scheduler(budget=512)
+    adapters = s.ledger.adapters
     for adapter in ("x", "y"):
+        adapters.known[adapter] = 1, 8
         s.submit(Request(adapter, range(32), 1, adapter=adapter))
+        adapters.loaded(adapters.next(0).key)
         plan, _ = step(s)
-        assert [(0, 32)] == plan.shape
+        assert [(8, -1), (0, 32)] == plan.shape
 
 
 def test_an_evicted_prefix_is_never_found_again():

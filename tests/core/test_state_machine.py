@@ -61,14 +61,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_seqs=st.integers(1, 8),
         max_tokens=st.integers(8, 40),
         watermark=st.sampled_from([0, 0.01, 0.2]),
+        adapters=st.lists(st.integers(1, 5), max_size=4),
     )
-    def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark):
+    def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark, adapters):
         stages, overlap = (2, True) if depth == "overlap" else (depth, False)
         capacity = Capacity(block_size, num_blocks, 200, stages, overlap)
         self.scheduler = Scheduler(
             load(policy) if isinstance(policy, str) else Reckless(policy), capacity, Limits(max_seqs, max_tokens, watermark)
         )
         self.ledger = self.scheduler.ledger
+        self.adapters = self.ledger.adapters
+        self.adapters.known |= {str(number): (blocks, blocks) for number, blocks in enumerate(adapters)}
+        self.loading = []
         self.out = deque()
         self.everybody: list[Request] = []
         self.reserved: list[Request] = []
@@ -81,13 +85,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         family=st.integers(0, 2),
         stop=st.booleans(),
         elsewhere=st.booleans(),
+        adapter=st.integers(0, 6),
     )
-    def submit(self, length, max_tokens, priority, family, stop, elsewhere):
+    def submit(self, length, max_tokens, priority, family, stop, elsewhere, adapter):
         # Prompts of one family begin alike, so that prefixes are shared.
         self.now += 1
         prompt = [1000 * family + i for i in range(length // 2)] + [len(self.everybody)] * (length - length // 2)
         stop_ids = frozenset({length + 3}) if stop else frozenset()
-        request = Request(str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now)
+        key = str(adapter) if str(adapter) in self.adapters.known else ""
+        request = Request(
+            str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now, adapter=key
+        )
         try:
             if elsewhere:
                 transfer.expect(self.ledger, request)
@@ -97,6 +105,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request.id not in self.ledger.requests
         else:
             self.everybody.append(request)
+        self.ledger.check()
+
+    @rule()
+    def load(self):
+        while (resident := self.adapters.next(self.ledger.spare)) is not None:
+            assert len(resident.blocks) == self.adapters.known[resident.key][0]
+            self.loading.append(resident)
+        self.ledger.check()
+
+    @precondition(lambda self: self.loading)
+    @rule(fails=st.booleans())
+    def end_load(self, fails):
+        resident = self.loading.pop(0)
+        if fails:
+            for request in self.adapters.failed(resident.key):
+                self.scheduler.abort(request.id, "error")
+        else:
+            self.adapters.loaded(resident.key)
         self.ledger.check()
 
     @rule()
@@ -140,6 +166,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = self.ledger.requests[work.id]
             assert work.start + work.count < len(request.prompt) + request.max_tokens, "planned beyond its known end"
             assert (work.tokens == (UNKNOWN,)) == (work.start == request.num_tokens)
+            assert self.adapters.ready(request), "it runs without its adapter"
+        used = {work.adapter for work in plan.work if work.adapter}
+        assert plan.ranks == sum(map(self.adapters.rank, used))
         planned = {w.id for w in plan.work}
         preempted = {r.id for r in ready if r.status is Status.WAITING}
         assert set(plan.stalled) == {r.id for r in ready} - planned
@@ -187,6 +216,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [r for r in self.ledger.requests.values() if r.status is not Status.WAITING]
         self.out.clear()
         self.reserved.clear()
+        self.loading.clear()
         ended = self.scheduler.lost(restart=restart)
         self.ledger.check()
         assert set([] if restart else running) == set(ended)
@@ -222,6 +252,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if request.status is Status.HELD:
                 self.scheduler.abort(request.id)
         for number in range(20_000):
+            self.load()
+            if self.loading:
+                self.end_load(fails=False)
             if (request := transfer.admit(self.ledger)) is not None:
                 self.reserved.append(request)
             if self.reserved:
@@ -235,6 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.ledger.requests and not self.out:
                 break
         assert not self.ledger.requests, "somebody starved"
+        assert not self.adapters.num_parked
         assert self.ledger.pool.num_free == self.ledger.capacity.num_blocks
         for request in self.everybody:
             first = len(request.prompt)

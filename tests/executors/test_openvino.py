@@ -10,7 +10,7 @@ import pytest
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.core.plan import Plan, Work
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino import executor as module
+from stallfree.executors.openvino import recipe as module
 from tests.models import reference, write_folder, write_gguf
 
 pytest.importorskip("torch")

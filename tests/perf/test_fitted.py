@@ -31,7 +31,29 @@ def test_a_batch_costs_what_its_shape_does_to_the_last_bit():
 
 
 def test_prices_are_found_again():
-    assert PRICES == pytest.approx(Fitted.fit(samples()).prices, rel=0.02)
+    assert (*PRICES, 0, 0) == pytest.approx(Fitted.fit(samples()).prices, rel=0.02)
+
+
+def test_what_adapters_cost_is_learned_from_the_iterations_that_have_them():
+    true, model = Fitted((*PRICES, 0.02, 0.005)), Fitted.fit(samples())
+    assert 0 == model.prices[-1]
+    loads = [[(ranks, -1), *shape] for shape, ranks in zip(shapes(80, seed=3), (8, 64, 200, 400) * 20, strict=True) if shape]
+    for shape in loads:
+        model.learn(shape, true.seconds(shape))
+    assert model.errors([(shape, true.seconds(shape)) for shape in loads]).median < 0.05
+    assert model.errors(samples()).median < 0.05
+
+
+def test_room_leaves_time_for_the_adapters_of_the_iteration():
+    model, decodes = Fitted((*PRICES, 0.02, 0.005)), [(300, 1)] * 5
+    count = model.room([(200, -1), *decodes], 0, 4000, 0.3)
+    assert 1 < count < model.room(decodes, 0, 4000, 0.3)
+    assert model.seconds([(200, -1), *decodes, (0, count)]) <= 0.3 < model.seconds([(200, -1), *decodes, (0, count + 1)])
+
+
+def test_a_state_of_before_there_were_adapters_is_one():
+    state = {"prices": list(PRICES), "quantum": 1, "anchor": [[1.0 * (i == j) for j in range(6)] for i in range(6)]}
+    assert [*PRICES, 0, 0] == Fitted.from_state(state).prices
 
 
 def test_errors_are_those_of_the_worst_too():

@@ -14,9 +14,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from stallfree import policies
+from stallfree.checkpoint import ModelConfig
 from stallfree.core.classes import Classes
 from stallfree.core.plan import Capacity, StepResult
 from stallfree.core.slo import Slo
+from stallfree.engine.adapters import Library
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
@@ -65,7 +67,8 @@ class Executor(SimulatedExecutor):
 
 
 class Server:
-    """A running server with its `url` and its parts. It `asks` the prefill engines at these addresses, or `serves_peers`."""
+    """A running server with its `url` and its parts. `model`: of its adapters. It `asks` the prefill engines at these addresses, or
+    `serves_peers`."""
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Server:
         engine: Engine | None = None,
         tls: Tls | None = None,
         verify: ssl.SSLContext | bool = True,
+        model: ModelConfig | None = None,
         **options,
     ):
         if engine is None:
@@ -107,7 +111,9 @@ class Server:
             exporter=exporter,
             sanitize_control_tokens=sanitize_control_tokens,
             aliases=aliases,
+            library=Library(self.engine.adapters, model),
         )
+        self.library = self.service.models.library
         self.metrics, self.live, self.traces = self.service.metrics, self.service.live, self.service.traces
         self.engine_thread = self.service.thread
         terms = Terms.of(self.executor, "toy")

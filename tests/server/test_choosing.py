@@ -5,7 +5,7 @@ import json
 import threading
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -29,9 +29,11 @@ class Session:
         self.answers, self.asked, self.headers = answers, [], {}
 
     @asynccontextmanager
-    async def get(self, url, *, headers, timeout):
+    async def get(self, url, *, params, headers, timeout):
         assert timeout.total == choosing.ASK_S
-        host, tokens = urlsplit(url).hostname, int(parse_qs(urlsplit(url).query)["prompt_tokens"][0])
+        assert "/load" == urlsplit(url).path
+        host, tokens = urlsplit(url).hostname, int(params["prompt_tokens"])
+        self.model = params.get("model")
         self.asked.append((host, tokens))
         self.headers = headers
         answer = self.answers[host](tokens)
@@ -39,9 +41,9 @@ class Session:
             raise answer
 
         async def read():
-            return answer
+            return {"detail": "Not Found"} if answer is None else answer
 
-        yield SimpleNamespace(status=200 if answer is not None else 404, json=read)
+        yield SimpleNamespace(status=200 if answer is not None and "error" not in answer else 404, json=read)
 
 
 def says(seconds: float, per_token: float = 0.0):
@@ -61,6 +63,19 @@ def targets(hosts: str) -> list[Target]:
 
 def completion(prompt, **fields) -> Outline:
     return outline(COMPLETIONS, json.dumps({"prompt": prompt, **fields}).encode())
+
+
+def test_a_server_that_does_not_have_the_adapter_comes_last():
+    lacks = {"error": {"code": "model_not_found", "message": "it is not served here"}}
+    session = Session(a=lambda tokens: lacks, b=says(2.0), c=says(1.0))
+    assert "cba" == order(session, targets("abc"), Outline(100, model="french"))
+    assert "french" == session.model
+
+
+def test_prompts_for_two_adapters_have_no_prefix_in_common():
+    french, dutch = (completion("a" * 3000, model=model) for model in ("french", "dutch"))
+    assert french.pieces
+    assert not set(french.pieces) & set(dutch.pieces)
 
 
 def test_the_server_with_the_earliest_first_token_is_first():

@@ -18,6 +18,7 @@ FILES = {
     "/live/stream.js": "text/javascript",
     "/live/settings.js": "text/javascript",
     "/live/announce.js": "text/javascript",
+    "/live/adapters.js": "text/javascript",
     "/live/tenants.js": "text/javascript",
     "/live/page.css": "text/css",
     "/live/icon.svg": "image/svg+xml",

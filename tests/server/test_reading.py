@@ -18,7 +18,14 @@ from stallfree.server.schema import ChatRequest, CompletionRequest, DetokenizeRe
 from tests.engine.tokenizers import byte_level, sentencepiece
 
 TEXT = bytes_as_text()
-LIMITS = BodyLimits(("toy",), 512, 64, False)
+LIMITS = BodyLimits(512, 64, False)
+
+
+def check(name):
+    if name not in (None, "toy"):
+        raise ApiError(404, f"the model {name!r} is not served here", param="model")
+
+
 COMPLETION = {"model": "toy", "prompt": "Hello", "max_tokens": 3, "logit_bias": {"5": 1.5}, "stop": ["a"]}
 
 
@@ -54,7 +61,7 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def reader():
-    reader = Reader(TEXT, LIMITS)
+    reader = Reader(TEXT, LIMITS, check)
     yield reader
     reader.close()
 
@@ -62,14 +69,14 @@ def reader():
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_a_process_reads_what_is_read_here(reader, monkeypatch, kind, body):
     raw = json.dumps(body).encode()
-    direct = outcome(lambda: read(TEXT, LIMITS, kind, raw))
+    direct = outcome(lambda: asyncio.run(reader.read(kind, raw)))
     monkeypatch.setattr(reading, "LARGE", 0)
     by_process = outcome(lambda: asyncio.run(reader.read(kind, raw)))
     assert direct == by_process
 
 
 def test_a_small_body_needs_no_process():
-    alone = Reader(TEXT, LIMITS)
+    alone = Reader(TEXT, LIMITS, check)
     request = asyncio.run(alone.read(CompletionRequest, json.dumps(COMPLETION).encode()))
     assert ([(TEXT.encode("Hello"), "")], {5: 1.5}) == (request.prompts, request.bias)
     assert alone._pool is None
@@ -83,7 +90,7 @@ def test_what_was_read_of_a_body_does_not_come_back_with_it(reader, monkeypatch)
 
 def test_a_process_that_dies_fails_its_request_and_the_next_one_gets_another(monkeypatch):
     monkeypatch.setattr(reading, "LARGE", 0)
-    mortal = Reader(TEXT, LIMITS)
+    mortal = Reader(TEXT, LIMITS, check)
     raw = json.dumps(COMPLETION).encode()
 
     async def die():

@@ -163,7 +163,7 @@ def test_a_request_that_is_delivered_with_its_last_token_has_ended():
         leap=1,
     )
     request = script(Request("a", range(50), 1), [7])
-    replica.expect(request)
+    replica.expect(request, 0.0)
     assert request is replica.admit()
     replica.deliver(request, 7, 2.0)
     assert (["a"], 0, 0) == (ended, replica.num_requests, replica.pending(2.0))

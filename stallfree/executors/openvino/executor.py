@@ -3,7 +3,7 @@
 It keeps KV tensors and knows nothing about requests between plans.
 """
 
-import mmap
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +13,17 @@ import numpy as np
 import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.adapter import Adapter, module_shapes
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory
-from stallfree.executors.openvino.graph import INPUTS, build
-from stallfree.executors.openvino.weights import FORMATS, Weights, quantisation_group
+from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes
+from stallfree.executors.openvino.graph import INPUTS
+from stallfree.executors.openvino.memory import huge_pages
+from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
+from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
-
-KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
-CACHED_PRIMITIVES = 500
-"""The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
-grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
 
 
 class OpenVINOExecutor:
@@ -61,10 +60,8 @@ class OpenVINOExecutor:
             raise ValueError(f"threads is {threads}, expected at least 1")
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or longest
-        compute = _compute_type(weights, kv)
-        group = quantisation_group(checkpoint.config) if weights == "int8" else 0
-        model = build(Weights(checkpoint, weights, group), checkpoint.config, max_model_len)
-        compiled = ov.Core().compile_model(model, "CPU", _settings(kv, compute, group, threads))
+        self._recipe = Recipe(checkpoint, weights, kv, compute_type(weights, kv), max_model_len, threads)
+        compiled = self._recipe.compiled()
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised caches have their
@@ -85,11 +82,16 @@ class OpenVINOExecutor:
         check_memory(num_blocks * block_bytes)
         # The runtime does not keep the memory behind a tensor alive; this list does.
         self._cache: list[np.ndarray] = []
+        self._tensors: list[ov.Tensor] = []
         for tail, i in zip(tails, cache, strict=True):
-            self._cache.append(_huge_pages(num_blocks * int(np.prod(tail)) * i.get_element_type().size))
-            self._request.set_tensor(i, ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
+            self._cache.append(huge_pages(num_blocks * int(np.prod(tail)) * i.get_element_type().size))
+            self._tensors.append(ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
+            self._request.set_tensor(i, self._tensors[-1])
         self._results: list[StepResult] = []
-        self._warm_up()
+        self._adapters: dict[str, Loaded] = {}
+        self._adapted: AdaptedGraph | None = None
+        self._loading = threading.Lock()
+        self._warm_up(range(num_blocks))
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
@@ -97,7 +99,7 @@ class OpenVINOExecutor:
         work, refused, feed = sift(plan.work, self._packed)
         begin_constraints(work)
         rows = Rows(work)
-        logits = self._forward(feed, np.array(rows.rows, np.int32))
+        logits = self._forward(work, feed, np.array(rows.rows, np.int32))
         sampling = [w for w in work if w.samples]
         ready, deferred = ready_rows(sampling)
         wanted = [rows.sampled[row] for row in ready]
@@ -113,7 +115,7 @@ class OpenVINOExecutor:
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""
-        return self._forward(self._packed(work), np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
+        return self._forward(work, self._packed(work), np.arange(sum(w.count for w in work), dtype=np.int32)).copy()
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
@@ -123,8 +125,42 @@ class OpenVINOExecutor:
         for cache, piece in self._pieces(blocks, memory):
             cache[list(blocks)] = piece
 
+    def adapter_blocks(self, adapter: Adapter) -> int:
+        """KV blocks that the adapter takes. Raises ValueError if it was opened for another model."""
+        config = self._recipe.config
+        if adapter.shapes != module_shapes(config) or len(adapter.pairs) != config.num_layers:
+            raise ValueError(
+                f"{adapter.path}: the adapter was opened for another model; open it with the configuration of this one"
+            )
+        return -(-packed_bytes(adapter, self._recipe.compute) // int(self.block_bytes))
+
+    def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None:
+        """Read an adapter into `blocks`. For the first adapter, and for one that changes another module than those before it, this
+        also compiles a graph. Raises ValueError for a key in use or blocks that do not fit, and as `Adapter.read` does."""
+        with self._loading:
+            if key in self._adapters:
+                raise ValueError(f"adapter {key!r} is loaded already; drop it first")
+            if len(blocks) != (needed := self.adapter_blocks(adapter)):
+                raise ValueError(f"adapter {key!r} needs {needed} KV blocks, not {len(blocks)}")
+            if min(blocks) < 0 or max(blocks) >= self.capacity.num_blocks:
+                raise ValueError(f"adapter {key!r}: a KV block number is outside the {self.capacity.num_blocks} blocks")
+            packed = pack(adapter, self._recipe.compute, needed * self.block_bytes).data
+            loaded = Loaded(adapter, tuple(blocks))
+            graph, modules = self._adapted, adapter.modules
+            if graph is None or not modules <= graph.modules:
+                modules |= graph.modules if graph else set()
+                graph = AdaptedGraph(self._recipe, modules, self._tensors, self._pack)
+                self.write_blocks(blocks, packed)
+                self._warm_up(blocks, graph, loaded)
+            self.write_blocks(blocks, packed)
+            self._adapted, self._adapters[key] = graph, loaded
+
+    def drop_adapter(self, key: str) -> None:
+        """Forget an adapter. No plan that uses it may be under way."""
+        del self._adapters[key]
+
     def close(self) -> None:
-        del self._request, self._cache
+        del self._request, self._adapted, self._cache, self._tensors
 
     def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Each tensor of the cache, [blocks, bytes], with its part of `memory`."""
@@ -134,27 +170,40 @@ class OpenVINOExecutor:
             yield cache.reshape(-1, each), values[at : at + len(blocks) * each].reshape(-1, each)
             at += len(blocks) * each
 
-    def _warm_up(self) -> None:
-        """The first runs compile kernels, which takes half a second, so no request should wait for them. The KV that they write is
-        written over before it is read."""
+    def _warm_up(self, blocks: Sequence[int], graph: AdaptedGraph | None = None, loaded: Loaded | None = None) -> None:
+        """The first runs compile kernels, which takes half a second, so no request should wait for them. Nobody needs what is in
+        `blocks`: KV is written there."""
         size, longest = self.capacity.block_size, self.capacity.max_model_len
-        for count in {1, min(64, longest, size * self.capacity.num_blocks)}:
-            blocks = tuple(range(-(-count // size)))
-            work = Work("warm-up", 0, count, True, False, (0,) * count, blocks, None, "", (), [])
-            self._forward(self._packed([work]), np.array([count - 1], np.int32))
+        for count in sorted({1, min(64, longest, size * len(blocks))}):
+            table = tuple(blocks[: -(-count // size)])
+            work = Work("warm-up", 0, count, True, False, (0,) * count, table, None, "", (), [])
+            feed = self._packed([work]) | {"sampled_rows": np.array([count - 1], np.int32)}
+            if graph is None:
+                _infer(self._request, feed)
+            else:
+                _infer(graph.request, feed | graph.arranged([loaded], [count]))
 
-    def _forward(self, feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-        """Logits of `rows` of packed work, valid until the next call."""
-        for name, values in (feed | {"sampled_rows": rows}).items():
-            self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
-        self._request.infer()
-        logits: np.ndarray = self._request.get_output_tensor(0).data
-        return logits
+    def _forward(self, work: Sequence[Work], feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        """Logits of `rows` of packed work, valid until the next call. Only work with adapters pays for them."""
+        feed, graph = feed | {"sampled_rows": rows}, self._adapted
+        if graph is None or not any(w.adapter for w in work):
+            return _infer(self._request, feed)
+        adapters = [self._adapters[w.adapter] if w.adapter else None for w in work]
+        return _infer(graph.request, feed | graph.arranged(adapters, [w.count for w in work]))
+
+    def _pack(self, loaded: Loaded) -> np.ndarray:
+        """The bytes in the blocks of an adapter."""
+        memory = np.empty(len(loaded.blocks) * self.block_bytes, np.uint8)
+        self.read_blocks(loaded.blocks, memory.data)
+        return memory
 
     def _packed(self, work: Sequence[Work]) -> dict[str, np.ndarray]:
         """The graph's inputs. Checks everything, because the runtime would follow a wrong block number outside of its memory."""
         if not work:
             raise ValueError("a plan without work cannot be run")
+        if unknown := next((w for w in work if w.adapter and w.adapter not in self._adapters), None):
+            what = f"adapter {unknown.adapter!r} is not loaded"
+            raise ValueError(f"request {unknown.id}: {what}; load it, or ask for the base model")
         tables = [w.blocks[: needed_blocks(w, self.capacity)] for w in work]
         tokens, blocks = _flat(w.tokens for w in work), _flat(tables)
         starts, counts = _i32(w.start for w in work), _i32(w.count for w in work)
@@ -176,55 +225,18 @@ class OpenVINOExecutor:
         }
 
 
+def _infer(request: ov.InferRequest, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits, valid until the next call."""
+    for name, values in feed.items():
+        request.set_tensor(name, ov.Tensor(values, shared_memory=True))
+    request.infer()
+    logits: np.ndarray = request.get_output_tensor(0).data
+    return logits
+
+
 def _i32(values: Iterable[int]) -> np.ndarray:
     return np.fromiter(values, np.int32)
 
 
 def _flat(values: Iterable[Sequence[int]]) -> np.ndarray:
     return _i32(chain.from_iterable(values))
-
-
-def _settings(kv: str, compute: ov.Type, group: int, threads: int | None) -> dict[str, object]:
-    settings: dict[str, object] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        # If another process keeps a core busy, a thread bound to this core waits in each of hundreds of operators, and the other
-        # threads wait for it: a decode takes ten times as long. An unbound thread moves to a free core.
-        "ENABLE_CPU_PINNING": False,
-        "KV_CACHE_PRECISION": KV_FORMATS[kv],
-        "INFERENCE_PRECISION_HINT": compute,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
-        "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
-    }
-    if kv == "u8":
-        # Keys are quantised by token, like values. By channel, a block's scales would change as it fills, and the logits, too.
-        settings["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    return settings
-
-
-def _compute_type(weights: str, kv: str) -> ov.Type:
-    """The number format in which the graph computes: that of keys and values; with u8, bfloat16 if the CPU has it, or float32."""
-    if weights == "f32" and kv == "bf16":
-        raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
-    if weights == "f32" or kv == "f32":
-        return ov.Type.f32
-    if has_bf16():
-        return ov.Type.bf16
-    if weights == "int8" and kv == "u8":
-        return ov.Type.f32
-    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
-
-
-def has_bf16() -> bool:
-    """Whether this CPU computes in bfloat16."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _huge_pages(num_bytes: int) -> np.ndarray:
-    """Zeroed memory, in pages of 2 MiB if the system has them. A request's blocks are scattered, so small pages would make
-    attention a third slower. The system allocates a page when it is first written."""
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)

@@ -10,7 +10,8 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from stallfree.checkpoint import ModelConfig
-from stallfree.executors.openvino.weights import Weights, constant
+from stallfree.executors.openvino.deltas import Deltas
+from stallfree.executors.openvino.weights import Weights, constant, parameter
 
 INPUTS = {
     "input_ids": np.int32,
@@ -30,37 +31,33 @@ OPENVINO = "2026.4.1"
 """The version for which the inputs of the paged-attention operator are written: it is internal to the runtime, and grows."""
 
 
-def build(source: Weights, config: ModelConfig, max_model_len: int) -> ov.Model:
-    """The graph, whose output is logits [sampled rows, vocabulary] float32. `max_model_len`: the most positions."""
-    inputs = {name: _input(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
+def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Deltas) -> ov.Model:
+    """The graph, whose output is logits [sampled rows, vocabulary] float32. `max_model_len`: the most positions. `deltas`: what
+    adapters add to the products of a layer."""
+    inputs = {name: parameter(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
     cache: list[ov.op.Parameter] = []
     tables = _rotary_tables(config, inputs["position_ids"], max_model_len)
     hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(0, np.int32))
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        kv = [_input(f"{kind}_cache.{layer}", ov.PartialShape.dynamic(4), ov.Type.dynamic) for kind in ("key", "value")]
+        kv = [parameter(f"{kind}_cache.{layer}", ov.PartialShape.dynamic(4), ov.Type.dynamic) for kind in ("key", "value")]
         cache += kv
         x = _rms_norm(hidden, source.vector(prefix + "input_layernorm.weight"), config.norm_eps)
-        x = _attention(config, source, prefix + "self_attn.", x, tables, kv, inputs, config.windows[layer])
+        x = _attention(config, source, prefix + "self_attn.", x, tables, kv, inputs, config.windows[layer], deltas)
         hidden = ops.add(hidden, x)
         x = _rms_norm(hidden, source.vector(prefix + "post_attention_layernorm.weight"), config.norm_eps)
-        hidden = ops.add(hidden, _swiglu(config, source, prefix + "mlp.", x))
+        hidden = ops.add(hidden, _swiglu(config, source, prefix + "mlp.", x, deltas))
     hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    logits = _linear(source, hidden, [head], False)
-    return ov.Model([ops.result(logits)], [*inputs.values(), *cache], config.family)
+    logits = _linear(source, hidden, [head], False, deltas)
+    return ov.Model([ops.result(logits)], [*inputs.values(), *cache, *deltas.parameters.values()], config.family)
 
 
-def _input(name: str, shape: object, kind: object) -> ov.op.Parameter:
-    parameter = ops.parameter(shape, kind, name)
-    parameter.output(0).get_tensor().set_names({name})
-    return parameter
-
-
-def _linear(source: Weights, x: ov.Node, names: list[str], bias: bool) -> ov.Node:
+def _linear(source: Weights, x: ov.Node, names: list[str], bias: bool, deltas: Deltas) -> ov.Node:
     y = ops.matmul(x, source.matrix(*(f"{name}.weight" for name in names)), False, True)
-    return ops.add(y, source.vector(*(f"{name}.bias" for name in names))) if bias else y
+    y = ops.add(y, source.vector(*(f"{name}.bias" for name in names))) if bias else y
+    return deltas.added(y, x, names)
 
 
 def _rms_norm(x: ov.Node, weight: ov.Node, eps: float) -> ov.Node:
@@ -94,9 +91,10 @@ def _attention(
     kv: list[ov.op.Parameter],
     inputs: dict[str, ov.op.Parameter],
     window: int,
+    deltas: Deltas,
 ) -> ov.Node:
     query, width, dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
-    x = _linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias)
+    x = _linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias, deltas)
     q, k, v = ops.variadic_split(x, constant(1, np.int64), constant([query, width, width], np.int64)).outputs()
 
     def placed(x: ov.Node, heads: int, norm: str) -> ov.Node:
@@ -130,13 +128,13 @@ def _attention(
     info = attention.get_rt_info()
     info["num_k_heads"] = info["num_v_heads"] = config.num_kv_heads
     info["k_head_size"] = info["v_head_size"] = dim
-    return _linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias)
+    return _linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias, deltas)
 
 
-def _swiglu(config: ModelConfig, source: Weights, prefix: str, x: ov.Node) -> ov.Node:
-    x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias)
+def _swiglu(config: ModelConfig, source: Weights, prefix: str, x: ov.Node, deltas: Deltas) -> ov.Node:
+    x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias, deltas)
     gate, up = ops.variadic_split(x, constant(1, np.int64), constant([config.ffn_size, config.ffn_size], np.int64)).outputs()
-    return _linear(source, ops.multiply(ops.swish(gate), up), [prefix + "down_proj"], config.mlp_bias)
+    return _linear(source, ops.multiply(ops.swish(gate), up), [prefix + "down_proj"], config.mlp_bias, deltas)
 
 
 def _f32(value: float) -> ov.Node:

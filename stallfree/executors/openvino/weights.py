@@ -1,4 +1,4 @@
-"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the wanted number format.
+"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the wanted number format; and its inputs.
 
 Tensors pass one at a time, so the whole float32 model is never in memory. It knows number formats and nothing of transformers.
 """
@@ -48,10 +48,7 @@ class Weights:
         if self._form == "f32":
             return constant(values)
         if self._form == "bf16":
-            # Round to nearest, ties to even; a bfloat16 is the upper half of a float32.
-            bits = values.view(np.uint32)
-            halves = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            stored = ov.op.Constant(ov.Tensor(halves, list(values.shape), ov.Type.bf16), shared_memory=False)
+            stored = ov.op.Constant(ov.Tensor(bfloat16(values), list(values.shape), ov.Type.bf16), shared_memory=False)
             return ops.convert(stored, np.float32)
         grouped = values.reshape(len(values), -1, self._group) if self._group else values
         scale = np.maximum(np.abs(grouped).max(axis=-1, keepdims=True) / 127, np.float32(1e-12))
@@ -60,6 +57,19 @@ class Weights:
         return ops.reshape(restored, constant(values.shape, np.int64), False) if self._group else restored
 
 
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16, as uint16: to nearest, ties to even. A bfloat16 is the upper half of a float32."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
 def constant(values: ArrayLike, kind: DTypeLike | None = None) -> ov.Node:
     """A graph constant with its own copy of `values`, because it may live longer than numpy's memory."""
     return ov.op.Constant(np.asarray(values, kind, order="C"), shared_memory=False)
+
+
+def parameter(name: str, shape: object, kind: object) -> ov.op.Parameter:
+    """A graph's input under its name."""
+    node = ops.parameter(shape, kind, name)
+    node.output(0).get_tensor().set_names({name})
+    return node

@@ -4,6 +4,7 @@
 import { charts, duration, WINDOW_S } from "./charts.js";
 import { Conversation } from "./conversation.js";
 import { showDefaults } from "./settings.js";
+import { adapters } from "./adapters.js";
 import { tenants } from "./tenants.js";
 
 const PERIOD_MS = 250;
@@ -167,4 +168,5 @@ watch((rows, about) => {
   latency(about);
   stalls(about);
   tenants(about);
+  adapters(about);
 });

@@ -21,7 +21,7 @@ function row({ name, share, weight, ahead_s, waiting, refused }) {
   return tr;
 }
 
-function cell(kind, text) {
+export function cell(kind, text) {
   const made = document.createElement(kind);
   made.textContent = text;
   return made;

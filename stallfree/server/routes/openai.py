@@ -4,13 +4,14 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from stallfree.engine.adapters import Named
 from stallfree.server import schema
 from stallfree.server.answering import answer, ask
 from stallfree.server.dialects.chat import Chat
 from stallfree.server.dialects.chunks import Chunked
 from stallfree.server.dialects.completions import Completions
 from stallfree.server.dialects.responses import Responses, ResponsesRequest
-from stallfree.server.reading import AnyBody, Query, check_model
+from stallfree.server.reading import AnyBody, Query
 from stallfree.server.routes.bodies import STREAMS, asks
 from stallfree.server.service import Service
 
@@ -46,14 +47,18 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
-        """The model that is served, once under each of its names."""
-        return schema.Models(data=list(served.values()))
+        """The model that is served, once under each of its names, and its adapters."""
+        return schema.Models(data=[*served.values(), *(_adapter(named) for named in service.models.library.named.values())])
 
     @router.get("/v1/models/{name:path}")
     async def model_named(name: str) -> schema.Model:
         """The model of that name. 404 if it is not served."""
-        check_model(name, service.names)
-        return served[name]
+        service.models.check(name)
+        return served[name] if name in served else _adapter(service.models.library.named[name])
+
+    def _adapter(named: Named) -> schema.Model:
+        own = {"id": named.name, "created": named.created, "parent": service.name, "root": str(named.adapter.path)}
+        return schema.Model.model_validate(facts | own)
 
     return router
 

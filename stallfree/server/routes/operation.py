@@ -58,14 +58,21 @@ def routes(service: Service) -> APIRouter:
         return schema.Version(version=stallfree.__version__)
 
     @router.get("/load")
-    async def load(request: Request, prompt_tokens: Annotated[int, Query(ge=1, le=most)] = 1) -> Load:
+    async def load(
+        request: Request,
+        prompt_tokens: Annotated[int, Query(ge=1, le=most)] = 1,
+        model: Annotated[str | None, Query(max_length=200)] = None,
+    ) -> Load:
         """How much the server has to do, and when a new request of `prompt_tokens` uncached tokens would have its first token. The
-        request is one of the asking key's tenant, and of the class that this tenant's requests have by default."""
+        request is one of the asking key's tenant, and of the class that this tenant's requests have by default. If `model` is an
+        adapter whose weights are not in memory, the time until they are counts. 404 if the model is not served."""
+        adapter = service.models.adapter(model)
         thread = service.thread
         load = Load(running=thread.num_running, waiting=thread.num_waiting)
         if thread.forecast is not None and service.asking is None:
             load.prefill_room_s, load.backlog_s = thread.forecast.room, thread.forecast.backlog
-            load.predicted_ttft_s = thread.forecast.seconds(_newcomer(service, request, prompt_tokens))
+            seconds = thread.forecast.seconds(_newcomer(service, request, prompt_tokens))
+            load.predicted_ttft_s = seconds + service.engine.adapters.wait_s(adapter)
         return load
 
     @router.get("/metrics", response_class=Response)

@@ -1,12 +1,17 @@
 """Routes of the live page: its files, and the data that it draws. They compute none of that data."""
 
 from dataclasses import asdict
+from heapq import nlargest
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from stallfree.server.files import Files
 from stallfree.server.service import Service
+
+ADAPTERS = 20
+"""Rows of adapters: those that most requests want."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -28,6 +33,7 @@ def routes(service: Service) -> APIRouter:
             "running": len(ledger.running),
             "waiting": ledger.num_waiting,
             "free_blocks": ledger.pool.num_free,
+            "adapters": _adapters(service),
         }
         return JSONResponse(about | live.look(now, since), headers={"Cache-Control": "no-store"})
 
@@ -42,3 +48,26 @@ def routes(service: Service) -> APIRouter:
         return files.response(name, request)
 
     return router
+
+
+def _adapters(service: Service) -> dict[str, Any] | None:
+    """The adapters: how many are where, requests that wait for one, the KV blocks that they have, and the rows of those that most
+    requests want. None if there is none."""
+    accounts, named = service.engine.scheduler.ledger.adapters, service.models.library.named
+    if not accounts.known:
+        return None
+    wanted = nlargest(ADAPTERS, named.values(), key=lambda each: (accounts.requests(each.key), each.key in accounts.resident))
+    return {
+        **accounts.counts(),
+        "waiting": accounts.num_parked,
+        "blocks": accounts.num_blocks,
+        "rows": [
+            {
+                "name": each.name,
+                "state": accounts.state(each.key),
+                "rank": each.adapter.rank,
+                "requests": accounts.requests(each.key),
+            }
+            for each in wanted
+        ],
+    }

@@ -1,0 +1,226 @@
+"""What do adapters cost on the embedded model? An iteration with them, and streams while others are loaded.
+
+`iterations`: 16 decodes at 512 tokens of context, each side in turn in one process, medians. Adapters of rank 8 on attention (q, k,
+v and o) and on all modules: none in the batch, one for all, 16 different ones; and none on an executor that never had an adapter.
+
+`loading`: 8 streams without an adapter, and every 100 ms a request for one of 1,000 registered adapters, which answers one token.
+On one side all these requests are for the 16 adapters that are resident; on the other each is for the next of the 1,000, so that
+one is loaded from the disk each time. The sides take turns. TBT is that of the streams.
+
+    python benchmarks/adapters.py
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import machine, parser, show
+from safetensors.numpy import save_file
+
+from stallfree.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from stallfree.checkpoint.adapter import MODULES, PLACES, module_shapes, open_adapter
+from stallfree.checkpoint.fetch import locate
+from stallfree.core.plan import Plan, Work
+from stallfree.core.request import Request
+from stallfree.engine.adapters import Library
+from stallfree.engine.engine import Engine
+from stallfree.engine.text import Text
+from stallfree.executors.openvino import OpenVINOExecutor
+from stallfree.executors.sampling import GREEDY
+from stallfree.policies import load
+
+ATTENTION = MODULES[:4]
+DECODES, CONTEXT, RANK = 16, 512, 8
+REGISTERED, DISTINCT = 1000, 40
+"""Adapters that have a name, and different files behind the names."""
+KV_BYTES = 96 << 20
+"""So much that about 32 adapters are resident beside the streams' KV."""
+STREAMS, EVERY_S = 8, 0.1
+
+
+def write(folder: Path, config: ModelConfig, modules: Sequence[str], seed: int) -> Path:
+    """A folder as PEFT saves it, with small random weights in 16 bits."""
+    folder.mkdir(parents=True)
+    rng, shapes, tensors = np.random.default_rng(seed), module_shapes(config), {}
+    for layer in range(config.num_layers):
+        for module in modules:
+            out, inner = shapes[module]
+            name = f"base_model.model.model.layers.{layer}.{PLACES[module]}"
+            tensors[f"{name}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, inner)).astype(np.float16)
+            tensors[f"{name}.lora_B.weight"] = rng.normal(0, 0.02, (out, RANK)).astype(np.float16)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    names = ", ".join(f'"{module}"' for module in modules)
+    (folder / "adapter_config.json").write_text(
+        f'{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": {2 * RANK}, "target_modules": [{names}]}}'
+    )
+    return folder
+
+
+def decodes(executor: OpenVINOExecutor, keys: Sequence[str]) -> tuple[Work, ...]:
+    """One decode for each of `keys`, each with KV of its own."""
+    size = executor.capacity.block_size
+    each = -(-(CONTEXT + 1) // size)
+    return tuple(
+        Work(str(i), CONTEXT, 1, True, True, (7 + i,), tuple(range(i * each, (i + 1) * each)), GREEDY, key, range(CONTEXT), ())
+        for i, key in enumerate(keys)
+    )
+
+
+def alternated(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median time of each side, which take turns."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 5):
+        for name, run in sides.items():
+            seconds = run()
+            if number >= 5:
+                times[name].append(seconds)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def iterations(checkpoint: Checkpoint, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for title, modules in (("attention", ATTENTION), ("all modules", MODULES)):
+        plain, adapted = (OpenVINOExecutor(checkpoint, kv_bytes=256 << 20) for _ in range(2))
+        at = adapted.capacity.num_blocks
+        for number in range(DECODES):
+            adapter = open_adapter(write(folder / title / str(number), checkpoint.config, modules, number), checkpoint.config)
+            at -= adapted.adapter_blocks(adapter)
+            adapted.load_adapter(str(number), adapter, range(at, at + adapted.adapter_blocks(adapter)))
+        steps = count()
+
+        def timed(executor: OpenVINOExecutor, keys: Sequence[str], steps: Any = steps) -> Callable[[], float]:
+            work = decodes(executor, keys)
+
+            def run() -> float:
+                began = time.perf_counter()
+                executor.submit(Plan(next(steps), 0.0, work))
+                executor.collect()
+                return time.perf_counter() - began
+
+            return run
+
+        sides = {
+            "never any": timed(plain, [""] * DECODES),
+            "none": timed(adapted, [""] * DECODES),
+            "one for all": timed(adapted, ["0"] * DECODES),
+            "16 different": timed(adapted, [str(number) for number in range(DECODES)]),
+        }
+        # Some iterations in a row: what changes between two iterations costs once, as when requests come and go.
+        rounds = {name: lambda run=run: min(run() for _ in range(3)) for name, run in sides.items()}
+        medians = alternated(rounds, 10 if quick else 60)
+        base = medians["never any"]
+        for name, value in medians.items():
+            rows.append({"adapters on": title, "batch": name, "ms": 1e3 * value, "over never any": value / base})
+        for executor in (plain, adapted):
+            executor.close()
+    return rows
+
+
+class Streams:
+    """An engine with streams that never end, and the gaps between their tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, text: Text, folder: Path):
+        executor = OpenVINOExecutor(checkpoint, kv_bytes=KV_BYTES)
+        self.engine = Engine(executor, text, load("sarathi", token_budget=64))
+        self.library = Library(self.engine.adapters, checkpoint.config)
+        for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+            self.library.add(path.name, self.library.open(path.name, path))
+        self._numbers, self._last = count(), dict[str, float]()
+        self._rng = np.random.default_rng(0)
+        for _ in range(STREAMS):
+            self._ask("", 64, 100_000)
+
+    def _ask(self, adapter: str, length: int, tokens: int) -> None:
+        ids = self._rng.integers(1000, 40_000, length).tolist()
+        room = self.engine.scheduler.ledger.max_len - length
+        name = f"{'stream' if not adapter else 'other'} {next(self._numbers)}"
+        self.engine.submit(Request(name, ids, min(tokens, room), adapter=adapter, arrival=time.perf_counter()))
+
+    def run(self, seconds: float, adapters: Any) -> list[float]:
+        """The streams' gaps over this time, while a request for the next of `adapters` comes every `EVERY_S` seconds."""
+        gaps: list[float] = []
+        self._last.clear()
+        began = time.perf_counter()
+        due = began
+        while (now := time.perf_counter()) < began + seconds:
+            if now >= due:
+                self._ask(next(adapters), 16, 1)
+                due += EVERY_S
+            for output in self.engine.step():
+                at = time.perf_counter()
+                if output.id.startswith("stream"):
+                    if output.finish_reason is not None:
+                        self._ask("", 64, 100_000)
+                    elif output.id in self._last:
+                        gaps.append(at - self._last[output.id])
+                    self._last[output.id] = at
+                elif output.error:
+                    raise RuntimeError(output.error)
+        return gaps
+
+
+def loading(checkpoint: Checkpoint, text: Text, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    for number in range(REGISTERED):
+        if number < DISTINCT:
+            write(folder / str(number), checkpoint.config, ATTENTION, number)
+            continue
+        (folder / str(number)).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):  # another name for the same bytes on the disk
+            os.link(folder / str(number % DISTINCT) / name, folder / str(number) / name)
+    streams = Streams(checkpoint, text, folder)
+    here, all_of = cycle(map(str, range(16))), cycle(map(str, range(REGISTERED)))
+    gaps: dict[str, list[float]] = {"16 that are resident": [], "each another of 1,000": []}
+    turn_s, turns = (3.0, 2) if quick else (10.0, 6)
+    streams.run(5.0, here)
+    accounts = streams.engine.scheduler.ledger.adapters
+    for _ in range(turns):
+        for name, adapters in zip(gaps, (here, all_of), strict=True):
+            streams.run(2.0, adapters)  # the change from one side to the other is not counted
+            gaps[name] += streams.run(turn_s, adapters)
+    rows = []
+    base = np.percentile(gaps["16 that are resident"], 99)
+    for name, values in gaps.items():
+        p50, p99 = np.percentile(values, [50, 99])
+        rows.append(
+            {
+                "adapters on": "attention",
+                "batch": f"8 streams; requests for {name}",
+                "TBT p50, ms": 1e3 * p50,
+                "TBT p99, ms": 1e3 * p99,
+                "longest, ms": 1e3 * max(values),
+                "p99 over the first": p99 / base,
+                "resident": accounts.counts()["resident"],
+            }
+        )
+    streams.engine.close()
+    return rows
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", choices=("iterations", "loading"))
+    args = arguments.parse_args()
+    facts = machine()
+    checkpoint = open_checkpoint(locate(None, print))
+    text = Text.from_gguf(checkpoint.metadata or {}, checkpoint.config.vocab_size)
+    folder = Path(tempfile.mkdtemp(prefix="adapters-"))
+    try:
+        for name, measure in (
+            ("iterations", lambda: iterations(checkpoint, folder / "made", args.quick)),
+            ("loading", lambda: loading(checkpoint, text, folder / "registered", args.quick)),
+        ):
+            if args.only in (None, name):
+                show(f"Adapters, {name}", measure(), facts, args.json and args.json.with_suffix(f".{name}.json"))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""How a checkpoint becomes a compiled graph: number formats, and what the runtime is told. It knows no plans."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import openvino as ov
+
+from stallfree.checkpoint import Checkpoint
+from stallfree.executors.openvino.deltas import Deltas, Group
+from stallfree.executors.openvino.graph import build
+from stallfree.executors.openvino.weights import Weights, quantisation_group
+
+KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
+CACHED_PRIMITIVES = 500
+"""The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
+grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
+
+
+class Recipe:
+    """What a graph is made from. `weights` and `kv`: number formats; `compute`: that of the graph's arithmetic. `max_model_len`:
+    the most positions. `threads`: None lets the runtime choose.
+
+    Graphs from one recipe share their constants: with int8, a second graph of a model with 135 million weights takes 156 MB less
+    and half the time. The runtime keeps constants in int8 and f32, so keeping them here takes no memory. It frees those in bf16
+    after packing them (217 MB), so these are made anew for each graph.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, weights: str, kv: str, compute: ov.Type, max_model_len: int, threads: int | None
+    ) -> None:
+        self.config, self.compute = checkpoint.config, compute
+        self._kv, self._max_model_len, self._threads = kv, max_model_len, threads
+        self._group = quantisation_group(checkpoint.config) if weights == "int8" else 0
+        self._fresh = partial(Weights, checkpoint, weights, self._group)
+        self._shared = None if weights == "bf16" else self._fresh()
+
+    def compiled(self, groups: Sequence[Group] = ()) -> ov.CompiledModel:
+        """The graph, with what adapters add to the products of `groups`."""
+        model = build(self._shared or self._fresh(), self.config, self._max_model_len, Deltas(groups, self.compute))
+        return ov.Core().compile_model(model, "CPU", self._settings())
+
+    def _settings(self) -> dict[str, object]:
+        settings: dict[str, object] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            # If another process keeps a core busy, a thread bound to this core waits in each of hundreds of operators, and the
+            # other threads wait for it: a decode takes ten times as long. An unbound thread moves to a free core.
+            "ENABLE_CPU_PINNING": False,
+            "KV_CACHE_PRECISION": KV_FORMATS[self._kv],
+            "INFERENCE_PRECISION_HINT": self.compute,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._group,
+            "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
+        }
+        if self._kv == "u8":
+            # Keys are quantised by token, like values. By channel, a block's scales would change as it fills, and the logits, too.
+            settings["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
+        if self._threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self._threads
+        return settings
+
+
+def compute_type(weights: str, kv: str) -> ov.Type:
+    """The number format in which the graph computes: that of keys and values; with u8, bfloat16 if the CPU has it, or float32."""
+    if weights == "f32" and kv == "bf16":
+        raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
+    if weights == "f32" or kv == "f32":
+        return ov.Type.f32
+    if has_bf16():
+        return ov.Type.bf16
+    if weights == "int8" and kv == "u8":
+        return ov.Type.f32
+    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

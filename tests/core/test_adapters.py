@@ -1,0 +1,198 @@
+"""Adapters share the pool with KV. Who waits for one is parked, holds nobody up, and does not starve."""
+
+import pytest
+
+from stallfree.core.ledger import Limits
+from stallfree.core.plan import Capacity
+from stallfree.core.request import Refused, Request
+from stallfree.core.scheduler import Scheduler
+from stallfree.policies.sarathi import Sarathi
+from tests.virtual import answer
+
+
+def scheduler(blocks: int = 20, sizes: dict[str, int] | None = None, *, max_seqs: int = 8, budget: int = 64) -> Scheduler:
+    """With blocks of four tokens, and adapters of `sizes` blocks; their ranks are ten times as many."""
+    s = Scheduler(Sarathi(budget), Capacity(4, blocks, 400), Limits(max_seqs, 64, watermark=0))
+    s.ledger.adapters.known |= {key: (size, 10 * size) for key, size in (sizes or {}).items()}
+    return s
+
+
+def ask(s: Scheduler, id: str, adapter: str = "", length: int = 8, max_tokens: int = 4, **fields: object) -> Request:
+    request = Request(id, range(length), max_tokens, adapter=adapter, **fields)
+    s.submit(request)
+    return request
+
+
+def load(s: Scheduler) -> list[str]:
+    """Load what finds room now, as if at once."""
+    keys = []
+    while (resident := s.ledger.adapters.next(s.ledger.spare)) is not None:
+        keys.append(resident.key)
+        s.ledger.adapters.loaded(resident.key)
+    s.ledger.check()
+    return keys
+
+
+def step(s: Scheduler) -> set[str]:
+    """Run an iteration. Returns the ids in it."""
+    plan = s.schedule(0.0)
+    if plan.work:
+        s.complete(plan, answer(plan), 0.0)
+    s.ledger.check()
+    return {w.id for w in plan.work}
+
+
+def run_out(s: Scheduler) -> None:
+    for _ in range(1000):
+        load(s)
+        step(s)
+        if not s.ledger.requests:
+            return
+    raise AssertionError("somebody starved")
+
+
+def test_a_request_waits_beside_the_queue_until_its_adapter_is_here_and_others_run():
+    s = scheduler(sizes={"a": 2})
+    ask(s, "first", "a")
+    ask(s, "plain")
+    assert {"plain"} == step(s)
+    assert 1 == s.ledger.num_waiting
+    assert ["a"] == load(s)
+    assert {"plain", "first"} == step(s)
+
+
+def test_an_adapter_that_requests_use_stays_and_one_that_nobody_wants_leaves_for_another():
+    s = scheduler(blocks=14, sizes={"a": 4, "b": 4, "c": 4})
+    ask(s, "x", "a", max_tokens=9)
+    load(s)
+    step(s)
+    ask(s, "y", "b", max_tokens=1)
+    load(s)
+    step(s)  # y has ended, and b is idle
+    ask(s, "z", "c")
+    assert ["c"] == load(s)
+    assert {"a", "c"} == s.ledger.adapters.resident.keys()
+    assert ["b"] == s.ledger.adapters.evicted
+    run_out(s)
+
+
+def test_kv_takes_the_room_of_idle_adapters_before_it_preempts_anybody():
+    s = scheduler(blocks=10, sizes={"a": 4})
+    ask(s, "x", "a", max_tokens=1)
+    load(s)
+    step(s)
+    ask(s, "long", length=16, max_tokens=20)
+    for _ in range(20):
+        step(s)
+    assert not s.ledger.adapters.resident
+    assert 0 == s.ledger.num_waiting
+
+
+def test_who_waits_for_an_adapter_is_not_overtaken_for_ever_by_those_whose_adapters_are_here():
+    s = scheduler(blocks=10, sizes={"a": 2, "big": 6}, max_seqs=2)
+    ask(s, "first", "a", length=4, max_tokens=4)
+    load(s)
+    step(s)
+    ask(s, "parked", "big", length=4, max_tokens=2, arrival=1.0)
+    for number in range(60):
+        ask(s, f"next {number}", "a", length=4, max_tokens=4, arrival=2.0 + number)
+        load(s)
+        if "parked" in step(s):
+            break
+    else:
+        raise AssertionError("it was overtaken sixty times")
+    assert number < 12
+    run_out(s)
+
+
+def test_an_adapter_waits_for_room_while_a_smaller_one_goes_before_it():
+    s = scheduler(blocks=12, sizes={"big": 8, "small": 1})
+    ask(s, "plain", length=16, max_tokens=4)  # takes five blocks in the end
+    step(s)
+    ask(s, "x", "big", arrival=1.0)
+    ask(s, "y", "small", arrival=2.0)
+    load(s)
+    step(s)
+    run_out(s)
+
+
+def test_evicting_an_adapter_parks_those_who_wait_for_it():
+    s = scheduler(blocks=12, sizes={"a": 4, "b": 6}, max_seqs=1)
+    ask(s, "x", "a", length=4, max_tokens=20)
+    load(s)
+    step(s)
+    ask(s, "y", "a", arrival=3.0)
+    assert 1 == len(s.ledger.queue)
+    s.abort("x")
+    ask(s, "z", "b", arrival=1.0)  # it is earlier than y, and b does not fit beside a and KV
+    s.ledger.adapters.evict("a")
+    assert 0 == len(s.ledger.queue)
+    assert 2 == s.ledger.num_waiting
+    run_out(s)
+
+
+def test_a_failed_load_returns_who_waited_and_gives_the_blocks_back():
+    s = scheduler(sizes={"a": 3})
+    asked = ask(s, "x", "a")
+    resident = s.ledger.adapters.next(0)
+    assert 17 == s.ledger.pool.num_free
+    assert [asked] == s.ledger.adapters.failed(resident.key)
+    s.abort("x", "error")
+    assert 20 == s.ledger.pool.num_free
+    s.ledger.check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "field"),
+    [
+        ({"adapter": "nobody"}, "adapter 'nobody' is not loaded", "model"),
+        ({"adapter": "a", "length": 70, "max_tokens": 10}, "KV cache 80 tokens, of which adapter 'a' takes some", "prompt"),
+    ],
+)
+def test_what_can_never_run_is_refused(fields, message, field):
+    s = scheduler(sizes={"a": 3})
+    with pytest.raises(Refused, match=message) as refusal:
+        ask(s, "x", **fields)
+    assert field == refusal.value.field
+    assert not s.ledger.requests
+
+
+def test_a_request_that_leaves_while_it_is_parked_leaves_no_trace():
+    s = scheduler(sizes={"a": 3})
+    ask(s, "x", "a")
+    s.abort("x")
+    assert 0 == s.ledger.num_waiting
+    assert [] == load(s)
+
+
+def test_another_version_under_the_same_name_finds_no_prefix_of_the_first():
+    s = scheduler(sizes={"a": 1, "a#2": 1}, budget=64)
+    ask(s, "x", "a", length=16, max_tokens=1)
+    load(s)
+    step(s)
+    again, other = ask(s, "y", "a", length=16, max_tokens=1), ask(s, "z", "a#2", length=16, max_tokens=1)
+    load(s)
+    step(s)
+    assert 12 == again.num_cached
+    assert 0 == other.num_cached
+
+
+def test_an_iteration_counts_each_adapter_once():
+    s = scheduler(sizes={"a": 1, "b": 2})
+    for id, adapter in (("x", "a"), ("y", "a"), ("z", "b"), ("plain", "")):
+        ask(s, id, adapter, length=4)
+    load(s)
+    plan = s.schedule(0.0)
+    assert (30, -1) == plan.shape[0]
+    assert [(0, 4)] * 4 == plan.shape[1:]
+
+
+def test_what_is_lost_takes_the_adapters_with_it():
+    s = scheduler(sizes={"a": 2})
+    ask(s, "x", "a")
+    load(s)
+    step(s)
+    s.lost(restart=True)
+    s.ledger.check()
+    assert 20 == s.ledger.pool.num_free
+    run_out(s)
