@@ -84,6 +84,23 @@ def alternated(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def timed(executor: OpenVINOExecutor, keys: Sequence[str]) -> Callable[[], float]:
+    """A function that runs an iteration of decodes with these adapters and gives the seconds that it took: the best of three in a
+    row, because what changes between two iterations costs once, as when requests come and go."""
+    work, steps = decodes(executor, keys), count()
+
+    def run() -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            executor.submit(Plan(next(steps), 0.0, work))
+            executor.collect()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return run
+
+
 def iterations(checkpoint: Checkpoint, folder: Path, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for title, modules in (("attention", ATTENTION), ("all modules", MODULES)):
@@ -93,28 +110,13 @@ def iterations(checkpoint: Checkpoint, folder: Path, quick: bool) -> list[dict[s
             adapter = open_adapter(write(folder / title / str(number), checkpoint.config, modules, number), checkpoint.config)
             at -= adapted.adapter_blocks(adapter)
             adapted.load_adapter(str(number), adapter, range(at, at + adapted.adapter_blocks(adapter)))
-        steps = count()
-
-        def timed(executor: OpenVINOExecutor, keys: Sequence[str], steps: Any = steps) -> Callable[[], float]:
-            work = decodes(executor, keys)
-
-            def run() -> float:
-                began = time.perf_counter()
-                executor.submit(Plan(next(steps), 0.0, work))
-                executor.collect()
-                return time.perf_counter() - began
-
-            return run
-
         sides = {
             "never any": timed(plain, [""] * DECODES),
             "none": timed(adapted, [""] * DECODES),
             "one for all": timed(adapted, ["0"] * DECODES),
             "16 different": timed(adapted, [str(number) for number in range(DECODES)]),
         }
-        # Some iterations in a row: what changes between two iterations costs once, as when requests come and go.
-        rounds = {name: lambda run=run: min(run() for _ in range(3)) for name, run in sides.items()}
-        medians = alternated(rounds, 10 if quick else 60)
+        medians = alternated(sides, 10 if quick else 60)
         base = medians["never any"]
         for name, value in medians.items():
             rows.append({"adapters on": title, "batch": name, "ms": 1e3 * value, "over never any": value / base})

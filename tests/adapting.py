@@ -9,13 +9,14 @@ from stallfree.executors.simulated import SimulatedExecutor
 
 
 class Adapting(SimulatedExecutor):
-    """An adapter of rank r takes r / 4 blocks. `loaded`: the blocks of each key. While the `gate` is shut, no load ends. `fault`:
-    is raised by the next load."""
+    """An adapter of rank r takes r / 4 blocks. `loaded`: the blocks of each key; `loads`: the keys of all loads. While the `gate`
+    is shut, no load ends. `fault`: is raised by the next load."""
 
     fault: Exception | None = None
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self.loads: list[str] = []
         self.loaded: dict[str, Sequence[int]] = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -30,6 +31,7 @@ class Adapting(SimulatedExecutor):
             fault, self.fault = self.fault, None
             raise fault
         adapter.check()
+        self.loads.append(key)
         self.loaded[key] = tuple(blocks)
 
     def drop_adapter(self, key: str) -> None:

@@ -75,7 +75,7 @@ def results(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
     parts = results[1]["parts"]
-    assert ["facts", "attention", "models", "transfer", "operators", "steps", "engines", "theirs"] == list(parts)
+    assert ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "theirs"] == list(parts)
     assert {"theirs": "needs cuda"} == {name: part["status"] for name, part in parts.items() if part["status"] != "ok"}
     for row in (row for part in parts.values() for row in part["rows"]):
         assert row["status"] in ("ok", "needs cuda") or row["case"] == "hardware", row
@@ -84,8 +84,8 @@ def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
 
 def test_what_is_checked_is_within_its_limit(results):
     parts = results[1]["parts"]
-    for name in ("attention", "models", "operators", "transfer"):
-        assert all(row["error"] <= row["limit"] for row in parts[name]["rows"] if row["status"] == "ok")
+    for name in ("attention", "models", "operators", "transfer", "adapters"):
+        assert all(row["error"] <= row["limit"] for row in parts[name]["rows"] if row["status"] == "ok" and "error" in row)
     assert [0] == [row["computed here"] for row in parts["transfer"]["rows"]]
 
 
@@ -93,6 +93,7 @@ def test_what_is_measured_has_a_time(results):
     parts = results[1]["parts"]
     assert all(row["ms"] > 0 < row["least, ms"] for row in parts["steps"]["rows"])
     assert all(row["iteration, ms"] > 0 for row in parts["engines"]["rows"])
+    assert 9 == sum(row.get("ms", 0) > 0 for row in parts["adapters"]["rows"])
 
 
 def test_the_results_and_a_table_for_each_part_are_in_the_folder(results):
@@ -166,7 +167,9 @@ def test_a_part_for_which_there_is_no_time_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("part", ["facts", "attention", "models", "transfer", "operators", "steps", "engines", "theirs"])
+@pytest.mark.parametrize(
+    "part", ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "theirs"]
+)
 def test_the_cases_of_a_gpu_have_names_of_their_own(monkeypatch, part, quick):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     names = [name for name, _ in importlib.import_module(f"gpu.{part}").cases("cuda", quick)]

@@ -23,6 +23,9 @@ from stallfree.executors.torch import Options, TorchExecutor
 from stallfree.perf.shape import load
 from stallfree.policies import load as policy
 
+BUDGET = 2048
+"""Tokens of an iteration, while prompts are prefilled."""
+
 
 def cases(device: str, quick: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     side = Side(load("llama3-8b") if device == "cuda" else TINY, device=device)
@@ -52,10 +55,12 @@ def _engine(side: Side, decodes: int, overlap: bool) -> dict[str, Any]:
 
 def paced(executor: TorchExecutor, decodes: int, prompt: int, number: int, vocab: int) -> dict[str, list[float]]:
     """Seconds of `number` iterations of `decodes` each, from the end of one to the end of the next, and of their parts."""
-    scheduler = Scheduler(policy("sarathi"), executor.capacity, Limits(decodes), reuse=False)
+    scheduler = Scheduler(policy("sarathi", token_budget=BUDGET), executor.capacity, Limits(decodes), reuse=False)
+    prefills = -(-decodes * prompt // (BUDGET - decodes))
     for i in range(decodes):
         tokens = torch.randint(vocab, (prompt,)).tolist()
-        scheduler.submit(Request(str(i), tokens, number + 20, sampling=GREEDY))
+        # The first answer is as long as the prefills of all others and the measured iterations.
+        scheduler.submit(Request(str(i), tokens, prefills + number + 20, sampling=GREEDY))
     seconds: dict[str, list[float]] = {"iteration": [], "scheduling": [], "submitting": [], "waiting": []}
     out: deque[Any] = deque()
     clock = time.perf_counter

@@ -57,8 +57,13 @@ def _fused(device: str, dtype: str, tokens: int, heads: int, size: int) -> dict[
     whole = random(tokens, heads + 2, size)  # queries are a part of a wider tensor
     angles = 1000 * torch.rand(tokens, size // 2, generator=generator, device=device)
     turns = angles.cos(), angles.sin()
-    own = whole[:, :heads]
-    parts += [((fused.rotate(own, turns),), (fused.rotate(*double(own), tuple(double(*turns))),))]
+    slots = torch.randperm(16 * -(-tokens // 16), generator=generator, device=device)[:tokens]
+    kept = []
+    for values, angle in (([whole], turns), (double(whole), tuple(double(*turns)))):
+        q, k, v = values[0].split([heads, 1, 1], 1)
+        cache = tuple(q.new_zeros(-(-tokens // 16), 16, 1, size) for _ in range(2))
+        kept.append((fused.keep(q, k, v, angle, cache, slots.to(q.device)), *(of.flatten(0, 2) for of in cache)))
+    parts += [(kept[0], kept[1])]
     worst = [error(result, expected) for pair in parts for result, expected in zip(*pair, strict=True)]
     return {"error": float(np.max(worst)), "limit": LIMITS[dtype]}
 

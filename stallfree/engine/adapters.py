@@ -92,6 +92,19 @@ class Loader:
         self._adapters[key] = adapter
         self.accounts.known[key] = blocks, adapter.rank
 
+    def warm_up(self) -> None:
+        """Load some adapters and drop them again, so that the executor has compiled what the known ones need: iterations are slow
+        while it does. Only before there are requests. Raises CheckpointError for an adapter that cannot be read."""
+        seen: frozenset[str] = frozenset()
+        for key, adapter in sorted(self._adapters.items(), key=lambda item: -len(item[1].modules)):
+            if self._executor is not None and not adapter.modules <= seen:
+                seen |= adapter.modules
+                try:
+                    self._executor.load_adapter(key, adapter, range(self.accounts.known[key][0]))
+                except OSError as error:
+                    raise CheckpointError(f"{adapter.path}: cannot be read: {error.strerror or error}") from error
+                self._executor.drop_adapter(key)
+
     def identity(self, key: str) -> str:
         """A name of the adapter's contents (see `checkpoint.identity`). For any thread. Raises OSError if its files are gone."""
         if key not in self._identities:
@@ -153,8 +166,8 @@ class Loader:
         error, began = None, time.perf_counter()
         try:
             if self._executor is not None:
-                self._executor.load_adapter(resident.key, adapter, resident.blocks)
                 self.identity(resident.key)  # read here, so that no iteration waits for it
+                self._executor.load_adapter(resident.key, adapter, resident.blocks)
         except CheckpointError as problem:
             error = str(problem)
         except OSError as problem:

@@ -166,6 +166,7 @@ def assemble(
         if title in named:  # of a whole folder, only the headers are read now: thousands of files would take minutes
             adapter.check()
         library.add(title, adapter)
+    engine.adapters.warm_up()
     slo = policy.slo if isinstance(policy, Tuned) else targets
     run = Run(
         options.policy,
@@ -289,6 +290,7 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
         options.threads,
         options.gpu_memory_utilization,
         options.max_tokens,
+        adapters=bool(options.adapter or options.adapters),
     )
     kv_bytes = options.kv_memory or (_kv_bytes() // (options.tp * options.pp) if torch_options.device == "cpu" else None)
     loading()

@@ -209,6 +209,18 @@ def test_the_model_cannot_have_the_name_of_an_adapter(shelf):
         shelved.reserve(("toy", "dutch"))
 
 
+def test_an_executor_is_ready_for_all_modules_before_there_are_requests(shelf):
+    own = engine()
+    made_adapter(shelf / "wide", CONFIG, modules=("q_proj", "v_proj", "o_proj"))
+    library(own, shelf, "dutch", "french", "wide")
+    own.adapters.warm_up()
+    assert {} == own.executor.loaded
+    assert ["wide"] == own.executor.loads
+    own.executor.fault = OSError(5, "Input/output error")
+    with pytest.raises(ValueError, match="wide: cannot be read: Input/output error"):
+        own.adapters.warm_up()
+
+
 def test_an_executor_without_adapters_says_so(shelf):
     own = engine(kind=SimulatedExecutor)
     with pytest.raises(ValueError, match="runs no adapters; take --executor openvino or torch"):

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from stallfree.core.plan import Capacity, Work  # noqa: E402
 from stallfree.executors.torch import fused, kernels, quantised  # noqa: E402
-from stallfree.executors.torch.attention import reference  # noqa: E402
+from stallfree.executors.torch.attention import reference, write  # noqa: E402
 from stallfree.executors.torch.batch import pack  # noqa: E402
 from stallfree.executors.torch.graphs import empty, first, put  # noqa: E402
 from stallfree.executors.torch.weights import GROUP, Matrix  # noqa: E402
@@ -48,7 +48,7 @@ def batch(shape, device=DEVICE):
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (9, 3, 64), (8, 1, 16), (2, 2, 48)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernel_gives_what_the_reference_gives(monkeypatch, name, heads, kv_heads, size, window, splits):
-    monkeypatch.setattr(kernels, "_splits", lambda programs, longest, device: splits)
+    monkeypatch.setattr(kernels, "_splits", lambda tiles, programs, longest, device: splits)
     generator = torch.Generator().manual_seed(2)
     of = batch(SHAPES[name])
     query = torch.randn(len(of.tokens), heads, size, generator=generator).to(DEVICE)
@@ -67,9 +67,14 @@ def test_fused_kernels_give_what_torch_gives(tokens):
     ):
         torch.testing.assert_close(result, expected)
     torch.testing.assert_close(fused._swiglu(x), reference_of(fused.swiglu, x))
-    heads, angles = x.view(tokens, 3, 32), torch.rand(tokens, 16, generator=generator).to(DEVICE)
-    turns = angles.cos(), angles.sin()
-    torch.testing.assert_close(fused._rotate(heads, turns), reference_of(fused.rotate, heads, turns))
+    angles = torch.rand(tokens, 16, generator=generator).to(DEVICE)
+    turns, slots = (angles.cos(), angles.sin()), torch.arange(tokens, 0, -1).to(DEVICE)
+    q, k, v = torch.randn(tokens, 5, 32, generator=generator).to(DEVICE).split([3, 1, 1], 1)  # as after one product
+    cache, other = ((torch.zeros(2, 16, 1, 32).to(DEVICE), torch.zeros(2, 16, 1, 32).to(DEVICE)) for _ in range(2))
+    rotated, expected = fused._keep(q, k, v, turns, cache, slots), fused.rotate(q, turns)
+    write(other[0], fused.rotate(k, turns), slots)
+    write(other[1], v, slots)
+    torch.testing.assert_close((rotated, *cache), (expected, *other))
 
 
 def reference_of(function, *values):
@@ -106,8 +111,10 @@ def test_padding_changes_no_decode():
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("rows", [1, 3, 70])
-def test_products_of_quantised_weights_are_those_of_the_numbers_that_they_stand_for(form, rows):
+@pytest.mark.parametrize(("rows", "splits", "few"), [(1, 1, 64), (3, 2, 64), (70, 1, 64), (20, 1, 0)])
+def test_products_of_quantised_weights_are_those_of_the_numbers_that_they_stand_for(monkeypatch, form, rows, splits, few):
+    monkeypatch.setattr(quantised, "_splits", lambda tiles, programs, ins, device: splits)
+    monkeypatch.setattr(quantised, "FEW", few)
     generator = torch.Generator().manual_seed(5)
     weight, x = torch.randn(72, 128, generator=generator), torch.randn(rows, 128, generator=generator)
     matrix = Matrix(weight, form, None)

@@ -10,10 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stallfree.executors.torch.batch import Batch
 
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a layer, [blocks, block size, KV heads, head size]."""
 
-def write(cache: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
-    """Write the keys or values of a batch, [tokens, KV heads, head size], to their places in `cache` [blocks, block size, ...]."""
-    _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, batch.slots, _raw(values.to(cache.dtype)))
+
+def write(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write keys or values, [tokens, KV heads, head size], to their `slots` in `cache` [blocks, block size, ...]."""
+    _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, slots, _raw(values.to(cache.dtype)))
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:

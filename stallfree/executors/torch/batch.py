@@ -2,15 +2,19 @@
 knows plans, and nothing about models.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from stallfree.core.plan import UNKNOWN, Capacity, Work
 from stallfree.executors.checks import needed_blocks
+
+if TYPE_CHECKING:
+    from stallfree.executors.torch.adapters import Adapted
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Computes attention of queries over keys and values, with a window; see `attention.attend`."""
@@ -23,7 +27,8 @@ class Batch:
     `tokens`, `positions` [T]. `slots` [T]: where each token's KV goes, block x block size + place in the block. `begins` [N + 1]:
     the first row of each piece. `lengths` [N]: tokens of KV of each piece after this iteration. `tables` [N, blocks of the
     longest]: block numbers, filled up with 0. `rows`: the rows to compute logits of. `counts`, `ends`: tokens and `lengths` of each
-    piece, on the host. `planned`: computes the batch's attention; None: our own does.
+    piece, on the host. `planned`: computes the batch's attention; None: our own does. `adapted`: the rows with adapters; None:
+    there are none. `programs`: what the attention kernel keeps from the first layer for the others.
     """
 
     tokens: torch.Tensor
@@ -36,6 +41,8 @@ class Batch:
     counts: tuple[int, ...]
     ends: tuple[int, ...]
     planned: Attend | None = None
+    adapted: "Adapted | None" = None
+    programs: dict[tuple[int, bool], torch.Tensor] = field(init=False, default_factory=dict)
 
     @property
     def decodes(self) -> bool:
@@ -50,7 +57,7 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) 
 
 def pinned(values: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Numbers on the host, from where `device` can copy them while the host goes on."""
-    tensor = torch.tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -60,38 +67,38 @@ def pack(
     """The tensors of `work`, which the caller has checked. One copy to the device carries them all. Only the tokens that are
     `UNKNOWN` come from `ahead`, in order.
     """
-    size = capacity.block_size
+    size, number = capacity.block_size, len(work)
     counts, ends = tuple(w.count for w in work), tuple(w.start + w.count for w in work)
     width = max(-(-end // size) for end in ends)
-    tables = [list(w.blocks[: -(-end // size)]) for w, end in zip(work, ends, strict=True)]
-    positions = list(chain.from_iterable(range(w.start, end) for w, end in zip(work, ends, strict=True)))
-    slots = [
-        table[position // size] * size + position % size
-        for w, end, table in zip(work, ends, tables, strict=True)
-        for position in range(w.start, end)
-    ]
-    begins = [0]
-    for count in counts:
-        begins.append(begins[-1] + count)
-    padded = [number for table in tables for number in (*table, *[0] * (width - len(table)))]
-    known = list(chain.from_iterable(w.tokens for w in work))
-    unknown = [] if ahead is None else [row for row, token in enumerate(known) if token == UNKNOWN]
-    parts = (known, positions, slots, begins, list(ends), padded, list(rows), unknown)
-    whole = upload(list(chain.from_iterable(parts)), device)
+    tables = np.zeros((number, width), np.int64)
+    for table, w, end in zip(tables, work, ends, strict=True):
+        needed = -(-end // size)
+        table[:needed] = w.blocks[:needed]
+    begins, lengths = np.zeros(number + 1, np.int64), np.array(ends)
+    np.cumsum(counts, out=begins[1:])
+    piece = np.repeat(np.arange(number), counts)
+    positions = np.arange(begins[-1]) + (lengths - begins[1:])[piece]
+    slots = tables[piece, positions // size] * size + positions % size
+    known = np.fromiter(chain.from_iterable(w.tokens for w in work), np.int64, begins[-1])
+    unknown = np.flatnonzero(known == UNKNOWN) if ahead is not None else np.zeros(0, np.int64)
+    parts = (known, positions, slots, begins, lengths, tables.ravel(), np.asarray(rows, np.int64), unknown)
+    whole = upload(np.concatenate(parts), device)
     tokens, at, into, first, last, table, sampled, gaps = whole.split([len(part) for part in parts])
     if ahead is not None:
         tokens.index_copy_(0, gaps, ahead)
-    return Batch(tokens, at, into, first, last, table.view(len(work), width), sampled, counts, ends)
+    return Batch(tokens, at, into, first, last, table.view(number, width), sampled, counts, ends)
 
 
-def check(work: Sequence[Work], capacity: Capacity, vocab_size: int) -> None:
-    """Raises ValueError for work that would read or write outside of the model's tensors. With overlap, a token may be
-    `UNKNOWN`.
+def check(work: Sequence[Work], capacity: Capacity, vocab_size: int, adapters: Container[str] = ()) -> None:
+    """Raises ValueError for work that would read or write outside of the model's tensors, or whose adapter is not in `adapters`.
+    With overlap, a token may be `UNKNOWN`.
     """
     if not work:
         raise ValueError("a plan without work cannot be run")
     for w in work:
         needed_blocks(w, capacity)
+        if w.adapter and w.adapter not in adapters:
+            raise ValueError(f"request {w.id}: adapter {w.adapter!r} is not loaded; load it, or ask for the base model")
         if (min(w.tokens) < 0 or max(w.tokens) >= vocab_size) and not (capacity.overlap and w.tokens == (UNKNOWN,)):
             raise ValueError(f"request {w.id}: a token id is outside the vocabulary of {vocab_size}")
         if min(w.blocks) < 0 or max(w.blocks) >= capacity.num_blocks:

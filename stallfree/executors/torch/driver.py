@@ -4,6 +4,8 @@ stages overlap. KV blocks are put together from the ranks' parts, and split into
 
 If a rank dies or does not answer in time, its KV is lost, and so the model's. Then all ranks are started again, and `Lost` is
 raised. It does not know what happens to the requests.
+
+Each rank has a second connection for adapters: it reads an adapter in a thread of its own, while plans pass on the first.
 """
 
 import os
@@ -17,20 +19,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import count
 from math import inf
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in the list of exports
 
-from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.checkpoint import Checkpoint, CheckpointError, ModelConfig
+from stallfree.checkpoint.adapter import Adapter
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.executors.base import Lost
 from stallfree.executors.checks import sift
 from stallfree.executors.sampling import begin_constraints
 from stallfree.executors.torch import wire, worker
+from stallfree.executors.torch.adapters import BLOCK, Packing
 from stallfree.executors.torch.batch import check
-from stallfree.executors.torch.runner import BLOCK, TYPES, Options, check_split, layout, stages
+from stallfree.executors.torch.runner import TYPES, Options, check_split, layout, stages
 
 START_S = 600.0
 """Seconds within which all ranks must load the model."""
@@ -168,7 +173,14 @@ class ParallelExecutor:
         self._workers = workers
         self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, pp)
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
+        self._packing = Packing(checkpoint.config, options.activations, TYPES[options.kv].itemsize, tp=tp)
         self._socks: list[socket.socket] = []
+        self._sides: list[socket.socket] = []
+        """The ranks' second connections."""
+        self._adapters: dict[str, str] = {}
+        """What the ranks call an adapter, by key. A key may be dropped and loaded again; then the ranks know both for a while."""
+        self._loads = count()
+        self._plans = 0
         self._messages: list[deque[dict[str, Any]]] = []
         self._refused: deque[dict[str, str]] = deque()
         """For each plan in flight: why requests were left out of it, by id."""
@@ -179,10 +191,12 @@ class ParallelExecutor:
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
-        work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size))
+        work, refused, _ = sift(plan.work, lambda work: check(work, self.capacity, self._vocab_size, self._adapters))
         self._refused.append(refused)
         begin_constraints(work)
-        message = wire.of_plan(replace(plan, work=tuple(work)))
+        named = (w._replace(adapter=self._adapters[w.adapter]) if w.adapter else w for w in work)
+        message = wire.of_plan(replace(plan, work=tuple(named)))
+        self._plans += 1
         self._bubbles.submitted(time.perf_counter())
         try:
             for sock in self._socks:
@@ -217,10 +231,39 @@ class ParallelExecutor:
             for rank, sock in enumerate(self._socks):
                 wire.send(sock, {"write": list(blocks), "kv": self._parts.of(memory, rank).tobytes()})
 
+    def adapter_blocks(self, adapter: Adapter) -> int:
+        return self._packing.blocks(adapter)
+
+    def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None:
+        """Each rank reads its own part from the adapter's folder. Raises ConnectionError if a rank is gone."""
+        name, sides = str(next(self._loads)), self._sides
+        message = {"load": name, "folder": str(adapter.path.resolve()), "rank": adapter.rank, "blocks": list(blocks)}
+        message["after"] = self._plans  # such a plan may still write for the earlier owner of the blocks
+        try:
+            for side in sides:
+                wire.send(side, message)
+            errors = [wire.receive(side) for side in sides]
+            failed = next(((rank, answer) for rank, answer in enumerate(errors) if answer), None)
+            if failed is not None:
+                for side in sides:
+                    wire.send(side, {"drop": name})
+        except OSError as error:
+            raise ConnectionError(f"a rank was lost while it loaded an adapter: {error}") from None
+        if failed is not None:
+            kind = CheckpointError if failed[1]["kind"] == CheckpointError.__name__ else OSError
+            raise kind(f"rank {failed[0]}: {failed[1]['error']}")
+        self._adapters[key] = name
+
+    def drop_adapter(self, key: str) -> None:
+        name = self._adapters.pop(key, None)
+        for sock in self._socks if name is not None else ():
+            with suppress(OSError):  # the next plan finds a rank that is gone
+                wire.send(sock, {"drop": name})
+
     def close(self) -> None:
-        for sock in self._socks:
+        for sock in (*self._socks, *self._sides):
             sock.close()
-        self._socks, self._store = [], None
+        self._socks, self._sides, self._store = [], [], None
         self._workers.stop()
 
     def _start(self) -> int:
@@ -228,6 +271,7 @@ class ParallelExecutor:
         token, host = secrets.token_hex(16), self._workers.host
         self._messages = [deque() for _ in range(self._pp)]
         self._refused.clear()
+        self._adapters, self._plans = {}, 0
         self._bubbles = Bubbles(self._pp)
         # Where the ranks meet. It listens from now on, so that no other process can take the port.
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -235,7 +279,7 @@ class ParallelExecutor:
         with socket.create_server((host, 0)) as server:
             try:
                 self._workers.start(self._tp, self._pp, self._setup["options"]["device"], server.getsockname()[1], token)
-                self._socks = self._accept(server, token)
+                self._socks, self._sides = self._accept(server, token)
                 return self._set_up()
             except ConnectionError as error:
                 self.close()
@@ -244,17 +288,19 @@ class ParallelExecutor:
                 self.close()
                 raise
 
-    def _accept(self, server: socket.socket, token: str) -> list[socket.socket]:
-        end, socks, number = time.monotonic() + START_S, dict[int, socket.socket](), self._tp * self._pp
+    def _accept(self, server: socket.socket, token: str) -> tuple[list[socket.socket], list[socket.socket]]:
+        """The ranks' first and second connections."""
+        end, socks = time.monotonic() + START_S, dict[tuple[int, bool], socket.socket]()
+        ranks = range(self._tp * self._pp)
         host, port = server.getsockname()[:2]
         server.settimeout(1)
-        while len(socks) < number:
+        while len(socks) < 2 * len(ranks):
             try:
                 sock, _ = server.accept()
             except TimeoutError:
                 if time.monotonic() < end and self._workers.alive():
                     continue
-                missing = ", ".join(str(rank) for rank in range(number) if rank not in socks)
+                missing = ", ".join(str(rank) for rank in ranks if not {(rank, False), (rank, True)} <= socks.keys())
                 raise RuntimeError(f"rank {missing} did not connect to {host}:{port}, or ended before it did") from None
             sock.settimeout(10)
             try:
@@ -266,8 +312,8 @@ class ParallelExecutor:
                 continue
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            socks[int(hello["rank"])] = sock
-        return [socks[rank] for rank in range(number)]
+            socks[int(hello["rank"]), bool(hello.get("side"))] = sock
+        return [socks[rank, False] for rank in ranks], [socks[rank, True] for rank in ranks]
 
     def _set_up(self) -> int:
         for rank, sock in enumerate(self._socks):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.adapter import Adapter
 from stallfree.core.plan import UNKNOWN, Plan, StepResult, Work
 from stallfree.executors.checks import sift
 from stallfree.executors.sampling import Rows, Scores, begin_constraints, ready_rows
@@ -46,6 +47,15 @@ class TorchExecutor:
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
+    def adapter_blocks(self, adapter: Adapter) -> int:
+        return self._runner.adapter_blocks(adapter)
+
+    def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None:
+        self._runner.load_adapter(key, adapter, blocks)
+
+    def drop_adapter(self, key: str) -> None:
+        self._runner.drop_adapter(key)
+
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run; a GPU runs on after this returns. Raises ValueError, and changes nothing, if
         no work can run; MemoryError if the GPU's memory is too small.
@@ -78,7 +88,7 @@ class TorchExecutor:
 
     def logits(self, work: Sequence[Work]) -> np.ndarray:
         """Run `work`. Returns the logits of all its tokens, [tokens, vocabulary] float32, to measure quality."""
-        check(work, self._runner.capacity, self._vocab_size)
+        check(work, self._runner.capacity, self._vocab_size, self._runner.adapters)
         logits: np.ndarray = self._runner.run(work, range(sum(w.count for w in work))).cpu().numpy()
         return logits
 
@@ -86,7 +96,7 @@ class TorchExecutor:
         self._runner.close()
 
     def _check(self, work: Sequence[Work]) -> None:
-        check(work, self.capacity, self._vocab_size)
+        check(work, self.capacity, self._vocab_size, self._runner.adapters)
         for w in work:
             if w.tokens == (UNKNOWN,) and (self._last is None or w.id not in self._last.ids):
                 reason = "there is none" if self._last is None else "it samples none"

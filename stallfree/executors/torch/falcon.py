@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu, layer_norm
 
+from stallfree.executors.torch.attention import Cache
 from stallfree.executors.torch.batch import Batch
 from stallfree.executors.torch.fused import Turns
-from stallfree.executors.torch.model import Cache, Model
+from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.weights import Matrix, Weights
 
 Norm = tuple[torch.Tensor, torch.Tensor]

@@ -1,4 +1,5 @@
-"""The steps between a layer's matrix products: norms, rotary positions, activations. It knows no layers or models.
+"""The steps between a layer's matrix products: norms, rotary positions with the writing of KV, activations. It knows no
+layers or models.
 
 On a GPU each is one Triton kernel, because a tensor's way to memory and back costs as much as a small product. Elsewhere torch
 computes it, which is also the reference for the kernel.
@@ -6,6 +7,8 @@ computes it, which is also the reference for the kernel.
 
 import torch
 from torch.nn.functional import rms_norm, silu
+
+from stallfree.executors.torch.attention import Cache, write
 
 try:
     import triton
@@ -33,10 +36,19 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return silu(gate) * other
 
 
+def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: Turns, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
+    """Write rotated keys `k` and values `v` to their `slots` in the cache. Returns the rotated queries. `q`, `k` and `v` are
+    [tokens, their heads, head size], and contiguous in the last dimension.
+    """
+    if q.is_cuda:
+        return _keep(q, k, v, turns, cache, slots)
+    write(cache[0], rotate(k, turns), slots)
+    write(cache[1], v, slots)
+    return rotate(q, turns)
+
+
 def rotate(x: torch.Tensor, turns: Turns) -> torch.Tensor:
     """Rotary positions on `x` [tokens, heads, head size], computed in float32. The two of a pair are half a head apart."""
-    if x.is_cuda:
-        return _rotate(x, turns)
     cos, sin = (table[:, None] for table in turns)
     first, second = x.float().chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
@@ -68,21 +80,34 @@ if triton is not None:
         tl.store(out + token * channels + at, (gate * tl.sigmoid(gate) * other).to(out.dtype.element_ty), mask=real)
 
     @triton.jit
-    def _rotate_kernel(x, cos, sin, out, x_token, x_head, heads, half, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-        """All heads of one token."""
-        token = tl.program_id(0).to(tl.int64)
+    def _turn(source, to, c, s, half, real):
+        """Store the rotated heads of `source` at `to`."""
+        first, second = tl.load(source, mask=real, other=0.0), tl.load(source + half, mask=real, other=0.0)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        # Rounded to the activations' type first, because the cache may have fewer bits.
+        tl.store(to, (a * c - b * s).to(first.dtype).to(to.dtype.element_ty), mask=real)
+        tl.store(to + half, (b * c + a * s).to(first.dtype).to(to.dtype.element_ty), mask=real)
+
+    @triton.jit
+    def _keep_kernel(
+        q, k, v, cos, sin, slots, out, keys, values, q_token, q_head, k_token, k_head, v_token, v_head,
+        heads, kv_heads, half, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """All queries, keys or values of one token."""
+        token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
-        real = (head < heads) & (at < half)
-        turn = token * half + at
-        c, s = tl.load(cos + turn, mask=at < half, other=0.0), tl.load(sin + turn, mask=at < half, other=0.0)
-        where = x + token * x_token + head * x_head + at
-        first, second = (
-            tl.load(where, mask=real, other=0.0).to(tl.float32),
-            tl.load(where + half, mask=real, other=0.0).to(tl.float32),
-        )
-        to = out + (token * heads + head) * 2 * half + at
-        tl.store(to, (first * c - second * s).to(out.dtype.element_ty), mask=real)
-        tl.store(to + half, (second * c + first * s).to(out.dtype.element_ty), mask=real)
+        turn, inside = token * half + at, at < half
+        c, s = tl.load(cos + turn, mask=inside, other=0.0), tl.load(sin + turn, mask=inside, other=0.0)
+        place = (tl.load(slots + token) * kv_heads + head) * 2 * half + at
+        if part == 0:
+            to = out + (token * heads + head) * 2 * half + at
+            _turn(q + token * q_token + head * q_head + at, to, c, s, half, inside & (head < heads))
+        elif part == 1:
+            _turn(k + token * k_token + head * k_head + at, keys + place, c, s, half, inside & (head < kv_heads))
+        else:
+            source, real = v + token * v_token + head * v_head + at, inside & (head < kv_heads)
+            tl.store(values + place, tl.load(source, mask=real, other=0.0).to(values.dtype.element_ty), mask=real)
+            tl.store(values + place + half, tl.load(source + half, mask=real, other=0.0).to(values.dtype.element_ty), mask=real)
 
 
 def _add_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,9 +127,12 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _rotate(x: torch.Tensor, turns: Turns) -> torch.Tensor:
-    tokens, heads, size = x.shape
-    out = torch.empty(tokens, heads, size, dtype=x.dtype, device=x.device)
+def _keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: Turns, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
+    tokens, heads, size = q.shape
+    out = torch.empty(tokens, heads, size, dtype=q.dtype, device=q.device)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     rows, width = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
-    _rotate_kernel[(tokens,)](x, *turns, out, x.stride(0), x.stride(1), heads, size // 2, HEADS=rows, WIDTH=width)
+    _keep_kernel[(tokens, 3)](
+        q, k, v, *turns, slots, out, *cache, *strides, heads, k.shape[1], size // 2, HEADS=rows, WIDTH=width
+    )  # fmt: skip
     return out

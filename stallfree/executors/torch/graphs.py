@@ -6,10 +6,12 @@ It knows no model. Prompts, and batches larger than the largest size, run withou
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from stallfree.core.plan import Capacity
+from stallfree.executors.torch.adapters import Adapted
 from stallfree.executors.torch.batch import Batch
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
@@ -21,17 +23,27 @@ Call = Callable[[Batch, torch.Tensor | None], torch.Tensor]
 
 class Graphs:
     """Recorded iterations of `call`. Their padding writes into block `spare`. `hidden`: the previous stage's output for one token
-    (None: this is the first stage).
+    (None: this is the first stage). `adapted`: the adapters of as many decodes as the largest size; with it, iterations with
+    adapters are recorded, too.
     """
 
-    def __init__(self, call: Call, capacity: Capacity, spare: int, hidden: torch.Tensor | None, device: torch.device):
+    def __init__(
+        self,
+        call: Call,
+        capacity: Capacity,
+        spare: int,
+        hidden: torch.Tensor | None,
+        device: torch.device,
+        adapted: Adapted | None = None,
+    ):
         self._spare, self._block_size = spare, capacity.block_size
         self._hidden = None if hidden is None else hidden.new_zeros(SIZES[-1], hidden.shape[-1])
-        self._batch = empty(SIZES[-1], capacity, spare, device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._batch = replace(empty(SIZES[-1], capacity, spare, device), adapted=adapted)
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         pool = None
-        for size in reversed(SIZES):  # the largest first: the others fit into its memory
-            batch, before = first(self._batch, size), None if self._hidden is None else self._hidden[:size]
+        kinds = (False,) if adapted is None else (True, False)
+        for size, has_adapters in product(reversed(SIZES), kinds):  # the largest first: the others fit into its memory
+            batch, before = first(self._batch, size, has_adapters), None if self._hidden is None else self._hidden[:size]
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):  # kernels are compiled and chosen outside of the recording
@@ -41,11 +53,12 @@ class Graphs:
             with torch.cuda.graph(graph, pool=pool):
                 out = call(batch, before)
             pool = graph.pool()
-            self._graphs[size] = graph, out
+            self._graphs[size, has_adapters] = graph, out
 
     def takes(self, batch: Batch) -> bool:
         """Whether an iteration of this kind and size was recorded."""
-        return batch.decodes and len(batch.counts) <= SIZES[-1] and batch.rows.shape[0] == len(batch.counts)
+        recorded = batch.adapted is None or self._batch.adapted is not None
+        return recorded and batch.decodes and len(batch.counts) <= SIZES[-1] and batch.rows.shape[0] == len(batch.counts)
 
     def __call__(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """The result of `call`. The next iteration of the same size writes over it."""
@@ -54,7 +67,7 @@ class Graphs:
         put(batch, self._batch, size, self._spare, self._block_size)
         if hidden is not None and self._hidden is not None:
             self._hidden[:number] = hidden
-        graph, out = self._graphs[size]
+        graph, out = self._graphs[size, batch.adapted is not None]
         graph.replay()
         return out[:number]
 
@@ -73,13 +86,14 @@ def empty(size: int, capacity: Capacity, spare: int, device: torch.device) -> Ba
     return Batch(numbers(size), numbers(size), slots, begins, numbers(size, of=1), tables, begins[:-1].clone(), (1,) * size, ends)
 
 
-def first(batch: Batch, size: int) -> Batch:
-    """The first `size` decodes of a batch of decodes, in the same memory."""
+def first(batch: Batch, size: int, has_adapters: bool = False) -> Batch:
+    """The first `size` decodes of a batch of decodes, in the same memory; with their adapters if it `has_adapters`."""
     own = {
         name: getattr(batch, name)[:size]
         for name in ("tokens", "positions", "slots", "lengths", "tables", "rows", "counts", "ends")
     }
-    return replace(batch, begins=batch.begins[: size + 1], **own)
+    adapted = replace(batch.adapted, runs=batch.adapted.runs[:, :size]) if has_adapters and batch.adapted is not None else None
+    return replace(batch, begins=batch.begins[: size + 1], adapted=adapted, **own)
 
 
 def put(batch: Batch, into: Batch, size: int, spare: int, block_size: int) -> None:
@@ -91,3 +105,6 @@ def put(batch: Batch, into: Batch, size: int, spare: int, block_size: int) -> No
     into.slots[number:size] = spare * block_size
     into.lengths[number:size] = 1
     into.tables[number:size, 0] = spare
+    if batch.adapted is not None and into.adapted is not None:
+        into.adapted.runs[2, :number] = batch.adapted.runs[2]
+        into.adapted.runs[2, number:size] = -1

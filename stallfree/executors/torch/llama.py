@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn.functional import rms_norm
 
+from stallfree.executors.torch.attention import Cache
 from stallfree.executors.torch.batch import Batch
 from stallfree.executors.torch.fused import Turns, add_norm, swiglu
-from stallfree.executors.torch.model import Cache, Model
+from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.weights import Matrix, Weights
 
 
@@ -49,9 +50,11 @@ class Llama(Model):
             x = self.normed(hidden, layer.norms[0])
         else:
             hidden, x = add_norm(hidden, delta, layer.norms[0], self.config.norm_eps)
-        attended = self.attention(layer.qkv(x), batch, turns, cache, layer.window, layer.heads)
-        hidden, x = add_norm(hidden, self.add(layer.output(attended)), layer.norms[1], self.config.norm_eps)
-        return hidden, self.add(self.fed_forward(x, layer.ffn))
+        qkv = self.adapted("qkv", x, layer.qkv(x), batch, cache)
+        attended = self.attention(qkv, batch, turns, cache, layer.window, layer.heads)
+        output = self.adapted("output", attended, layer.output(attended), batch, cache)
+        hidden, x = add_norm(hidden, self.add(output), layer.norms[1], self.config.norm_eps)
+        return hidden, self.add(self.fed_forward(x, layer.ffn, batch, cache))
 
     def norm(self, weights: Weights) -> torch.Tensor:
         return weights.vector("model.norm.weight")
@@ -65,8 +68,8 @@ class Llama(Model):
         up = weights.outputs((f"{at}mlp.gate_proj", whole), (f"{at}mlp.up_proj", whole), bias=bias)
         return up, weights.inputs(f"{at}mlp.down_proj", bias=bias)
 
-    def fed_forward(self, x: torch.Tensor, ffn: Any) -> torch.Tensor:
+    def fed_forward(self, x: torch.Tensor, ffn: Any, batch: Batch, cache: Cache) -> torch.Tensor:
         """This rank's part of the FFN's output for `x` [tokens, hidden]."""
         up, down = ffn
-        result: torch.Tensor = down(swiglu(up(x)))
-        return result
+        channels = swiglu(self.adapted("up", x, up(x), batch, cache))
+        return self.adapted("down", channels, down(channels), batch, cache)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from stallfree.executors.torch.attention import Cache
+from stallfree.executors.torch.batch import Batch
 from stallfree.executors.torch.fused import swiglu
 from stallfree.executors.torch.llama import Llama
 from stallfree.executors.torch.weights import Weights
@@ -20,7 +22,7 @@ class Mixtral(Llama):
         experts = [(weights.outputs((f"{name}w1", whole), (f"{name}w3", whole)), weights.inputs(f"{name}w2")) for name in names]
         return weights.whole(f"{at}block_sparse_moe.gate"), experts
 
-    def fed_forward(self, x: torch.Tensor, ffn: Any) -> torch.Tensor:
+    def fed_forward(self, x: torch.Tensor, ffn: Any, batch: Batch, cache: Cache) -> torch.Tensor:
         router, experts = ffn
         share, chosen = router(x).float().softmax(-1).topk(self.config.active_experts, -1)
         share = (share / share.sum(-1, keepdim=True)).to(x.dtype)

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from stallfree.checkpoint import ModelConfig
-from stallfree.executors.torch.attention import attend, write
+from stallfree.executors.torch.attention import Cache, attend
 from stallfree.executors.torch.batch import Batch
-from stallfree.executors.torch.fused import Turns, rotate
+from stallfree.executors.torch.fused import Turns, keep
+from stallfree.executors.torch.lora import adapt
 from stallfree.executors.torch.parallel import Ranks
 from stallfree.executors.torch.weights import Matrix, Weights
-
-Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of a layer, [blocks, block size, KV heads, head size]."""
 
 
 class Model(ABC):
@@ -88,9 +86,14 @@ class Model(ABC):
         q, k, v = qkv.view(len(qkv), -1, self.config.head_dim).split([heads, kv_heads, kv_heads], 1)
         if norms is not None:
             q, k = self.normed(q, norms[0]), self.normed(k, norms[1])
-        write(cache[0], rotate(k, turns), batch)
-        write(cache[1], v, batch)
-        return attend(rotate(q, turns), *cache, batch, window).reshape(len(qkv), -1)
+        q = keep(q, k, v, turns, cache, batch.slots)
+        return attend(q, *cache, batch, window).reshape(len(qkv), -1)
+
+    def adapted(self, site: str, x: torch.Tensor, product: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+        """`product`, the result of the site's matrix for `x`, with what the batch's adapters add. It is changed in place."""
+        if batch.adapted is not None:
+            adapt(batch.adapted, site, x, product, cache)
+        return product
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts."""

@@ -11,18 +11,18 @@ from itertools import pairwise
 import torch
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.checkpoint.adapter import Adapter
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Work
 from stallfree.executors.host_memory import check_memory
+from stallfree.executors.torch.adapters import BLOCK, Adapters, Packing
+from stallfree.executors.torch.attention import Cache
 from stallfree.executors.torch.batch import Batch, pack
 from stallfree.executors.torch.flash import Flash, choose
-from stallfree.executors.torch.graphs import Graphs
-from stallfree.executors.torch.model import Cache, Model
+from stallfree.executors.torch.graphs import SIZES, Graphs
+from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.parallel import Ranks
 from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
-
-BLOCK = 16
-"""Tokens of a KV block."""
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 """Number formats of keys and values; and of weights, where these are not quantised."""
@@ -35,6 +35,7 @@ class Options:
     """`weights`: the format of stored matrices, one of `FORMATS`; if it is quantised, all else is bf16 on a GPU, f32 elsewhere.
     `kv`: the format of keys and values, one of `TYPES`. `max_model_len`: at most the model's own, the default. `threads`: of all
     ranks together (None: all cores). `memory`: the share of a GPU's memory for weights, KV and an iteration of `max_tokens`.
+    `adapters`: record decode iterations with adapters as CUDA graphs, too; without it, they are launched kernel by kernel.
     """
 
     weights: str = "bf16"
@@ -44,10 +45,18 @@ class Options:
     threads: int | None = None
     memory: float = 0.9
     max_tokens: int = 8192
+    adapters: bool = False
 
     def length(self, config: ModelConfig) -> int:
         """The most tokens of a request."""
         return self.max_model_len or config.max_model_len
+
+    @property
+    def activations(self) -> torch.dtype:
+        """The type of activations, and of all weights that are not quantised."""
+        if self.weights in QUANTISED:
+            return torch.bfloat16 if self.device == "cuda" else torch.float32
+        return TYPES[self.weights]
 
     def check(self, config: ModelConfig, ranks: int = 1) -> None:
         """Raises ValueError for wrong options, and for options that do not allow `ranks` ranks on this machine."""
@@ -91,20 +100,20 @@ class Runner:
         self._length = options.length(config)
         self._options, self._device = options, device
         self._kv = TYPES[options.kv]
-        usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = usual if options.weights in QUANTISED else TYPES[options.weights]
-        parts = Weights(checkpoint, options.weights, dtype, device, ranks.rank, ranks.size)
+        parts = Weights(checkpoint, options.weights, options.activations, device, ranks.rank, ranks.size)
         try:
             self._model = _model(config.family)(config, parts, ranks, layers, self._length)
         except torch.OutOfMemoryError:
             raise MemoryError("the weights do not fit the GPU's memory; take fewer bits (--weights), or more GPUs (--tp)") from None
         self._first = layers.start == 0
         self.hidden_size, self.dtype = config.hidden_size, parts.dtype
+        self._packing = Packing(config, self.dtype, self._kv.itemsize, ranks.rank, ranks.size)
         self._shape = (BLOCK, self._model.num_kv_heads, config.head_dim)
         self.block_bytes = 2 * len(layers) * BLOCK * self._model.num_kv_heads * config.head_dim * self._kv.itemsize
         self._cache: list[Cache] = []
         self._graphs: Graphs | None = None
         self._flash: Flash | None = None
+        self.adapters = Adapters(self._packing, layers, device)
         self.capacity = Capacity(BLOCK, 0, self._length)
 
     def room(self) -> int:
@@ -146,7 +155,8 @@ class Runner:
             self._flash = choose(self._model.num_heads, self.dtype, self._cache[0][0], windows, self._length)
             if self._model.recordable:
                 before = None if self._first else torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self._device)
-                self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device)
+                adapted = self.adapters.decodes(SIZES[-1]) if self._options.adapters else None
+                self._graphs = Graphs(self._call, self.capacity, self.capacity.num_blocks, before, self._device, adapted)
 
     def run(
         self,
@@ -160,6 +170,8 @@ class Runner:
         """
         with torch.inference_mode():
             batch = pack(work, rows, self.capacity, self._device, ahead)
+            if (adapted := self.adapters.of(work)) is not None:
+                batch = replace(batch, adapted=adapted)
             if self._graphs is not None and self._graphs.takes(batch):
                 return self._graphs(batch, hidden)
             if self._flash is not None:
@@ -173,6 +185,15 @@ class Runner:
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
             cache[list(blocks)] = piece.to(self._device)
+
+    def adapter_blocks(self, adapter: Adapter) -> int:
+        return self._packing.blocks(adapter)
+
+    def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None:
+        self.adapters.load(key, adapter, blocks, self._cache)
+
+    def drop_adapter(self, key: str) -> None:
+        self.adapters.drop(key)
 
     def close(self) -> None:
         self._graphs, self._flash, self._cache = None, None, []

@@ -3,6 +3,9 @@
 Tensors pass one at a time, so the model is never in memory twice. It knows number formats, and nothing of transformers.
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch.nn.functional import linear
 
@@ -15,8 +18,15 @@ GROUP = 64
 """How many weights of a row share a scale and an offset in int4."""
 
 
+Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
+
+
 class Matrix:
-    """A matrix [out, in], stored as `form` says. Applied to activations, it returns their type."""
+    """A matrix [out, in], stored as `form` says. Applied to activations, it returns their type.
+
+    int8 and fp8 have a scale for each output. int4 has a scale and an offset for each group of an output, [groups, out]. Byte i of
+    a group has its input i in the lower bits, and its input i + GROUP / 2 in the higher, so activations are read without gaps.
+    """
 
     def __init__(self, values: torch.Tensor, form: str, bias: torch.Tensor | None):
         self.bias = bias
@@ -31,11 +41,12 @@ class Matrix:
             self._values = (torch.round(scaled) if form == "int8" else scaled).to(kind)
         elif form == "int4":
             grouped = values.float().view(len(values), -1, GROUP)
-            low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
-            self._scale = ((high - low) / 15).clamp_min(1e-12)
-            self._low = low
-            steps = torch.round((grouped - low) / self._scale).to(torch.uint8).view(len(values), -1)
-            self._values = steps[:, ::2] | (steps[:, 1::2] << 4)
+            low, high = grouped.amin(2), grouped.amax(2)
+            scale = ((high - low) / 15).clamp_min(1e-12)
+            steps = torch.round((grouped - low[..., None]) / scale[..., None]).to(torch.uint8)
+            lower, upper = steps.chunk(2, 2)
+            self._values = (lower | (upper << 4)).reshape(len(values), -1)
+            self._scale, self._low = scale.T.contiguous(), low.T.contiguous()
         else:
             self._values = values
 
@@ -58,9 +69,19 @@ class Matrix:
         if self._form in ("int8", "fp8"):
             return self._values.to(dtype) * self._scale.to(dtype)
         if self._form == "int4":
-            steps = torch.stack((self._values & 15, self._values >> 4), 2).view(*self._scale.shape[:2], GROUP)
-            return (steps * self._scale + (0 if self._low is None else self._low)).to(dtype).view(self._shape)
+            both = self._values.view(len(self._values), -1, GROUP // 2)
+            steps, low = torch.cat((both & 15, both >> 4), 2), 0 if self._low is None else self._low.T[..., None]
+            return (steps * self._scale.T[..., None] + low).to(dtype).view(self._shape)
         return self._values.to(dtype)
+
+
+def cut(whole: Rows, pieces: int, rank: int, tp: int) -> Rows:
+    """The rows of rank `rank` of `tp`, of a matrix whose rows can be cut in `pieces`. If there are fewer pieces than ranks,
+    neighbours have the same.
+    """
+    number = min(pieces, tp)
+    height, place = len(whole) // number, rank * number // tp
+    return whole[place * height : (place + 1) * height]
 
 
 class Weights:
@@ -124,9 +145,7 @@ class Weights:
         return self._cut(self._read(name), pieces)
 
     def _cut(self, whole: torch.Tensor, pieces: int) -> torch.Tensor:
-        cut = min(pieces, self.tp)  # fewer KV heads than ranks: neighbours have the same
-        height, place = len(whole) // cut, self.rank * cut // self.tp
-        return whole[place * height : (place + 1) * height]
+        return cut(whole, pieces, self.rank, self.tp)
 
     def _stored(self, values: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         kind = torch.float32 if self._form in QUANTISED else self.dtype

@@ -56,6 +56,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "starts": [w.start for w in plan.work],
         "counts": [w.count for w in plan.work],
         "samples": [w.samples for w in plan.work],
+        "adapters": [w.adapter for w in plan.work],
         "tokens": _packed([token for w in plan.work for token in w.tokens]),
         "tables": [_packed(w.blocks) for w in plan.work],
         "sampling": [_of_sampling(w) if w.samples or _scored(w) else None for w in plan.work],
@@ -65,13 +66,13 @@ def of_plan(plan: Plan) -> dict[str, Any]:
 def to_plan(message: dict[str, Any]) -> Plan:
     tokens, at, work = _unpacked(message["tokens"]), 0, []
     rows = zip(
-        *(message[key] for key in ("ids", "starts", "counts", "samples", "tables", "sampling")), strict=True
+        *(message[key] for key in ("ids", "starts", "counts", "samples", "adapters", "tables", "sampling")), strict=True
     )  # fmt: skip
-    for id, start, count, samples, table, values in rows:
+    for id, start, count, samples, adapter, table, values in rows:
         sampling, prompt, output = _to_sampling(values)
         own = tuple(tokens[at : at + count])
         at += count
-        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), sampling, "", prompt, output))
+        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), sampling, adapter, prompt, output))
     return Plan(message["step"], 0.0, tuple(work))
 
 

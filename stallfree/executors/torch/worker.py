@@ -4,7 +4,9 @@ others only report that they are ready, or an error. It does not know who sends 
 """
 
 import socket
+import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.adapter import open_adapter
 from stallfree.core.plan import Plan, StepResult
 from stallfree.executors.sampling import Rows
 from stallfree.executors.torch import wire
@@ -77,6 +80,8 @@ class Rank:
         checkpoint = open_checkpoint(Path(setup["model"]))
         self._device, self._waits = device, Waits(device)
         self._runner = Runner(checkpoint, options, ranks, stages(checkpoint.config.num_layers, pp)[self._stage], device)
+        self._config = checkpoint.config
+        self._plans, self._ran = 0, threading.Condition()
         self._kv_bytes: int | None = setup["kv_bytes"]
 
     def room(self) -> int:
@@ -108,6 +113,9 @@ class Rank:
             seconds = time.perf_counter() - started
             message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed, scores=scores))
             message["waited_s"] = self._waits.end()
+        with self._ran:
+            self._plans += 1
+            self._ran.notify()
         return message if self._rank % self._tp == 0 else None
 
     def read(self, blocks: list[int]) -> dict[str, Any]:
@@ -118,6 +126,17 @@ class Rank:
 
     def write(self, blocks: list[int], kv: bytes) -> None:
         self._runner.write_blocks(blocks, memoryview(bytearray(kv)))
+
+    def load(self, message: dict[str, Any]) -> None:
+        """Load this rank's part of an adapter, after the first `after` plans. Raises as `Adapts.load_adapter` does."""
+        with self._ran:
+            self._ran.wait_for(lambda: self._plans >= message["after"])
+        adapter = open_adapter(message["folder"], self._config, max_rank=message["rank"])
+        self._runner.load_adapter(message["load"], adapter, message["blocks"])
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter."""
+        self._runner.drop_adapter(key)
 
 
 def join(setup: dict[str, Any], backend: str) -> None:
@@ -133,10 +152,11 @@ def join(setup: dict[str, Any], backend: str) -> None:
 
 def work(host: str, port: int, token: str, rank: int, local: int) -> None:
     """Serve the driver that listens at `host`:`port` and knows `token`, until the connection ends. `local`: see `Rank`."""
-    with socket.create_connection((host, port), timeout=60) as sock:
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wire.send(sock, {"token": token, "rank": rank})
+    with socket.create_connection((host, port), timeout=60) as sock, socket.create_connection((host, port), timeout=60) as side:
+        for connection in (sock, side):
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire.send(connection, {"token": token, "rank": rank, "side": connection is side})
         try:
             member = Rank(wire.receive(sock), local)
             wire.send(sock, {"num_blocks": member.room()})
@@ -147,6 +167,7 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
             wire.send(sock, {"error": str(error), "kind": type(error).__name__})
             return
+        threading.Thread(target=_serve_adapters, args=(side, member), daemon=True).start()
         try:
             _serve(sock, member)
         except ConnectionError:
@@ -154,6 +175,22 @@ def work(host: str, port: int, token: str, rank: int, local: int) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _serve_adapters(side: socket.socket, rank: Rank) -> None:
+    """Load adapters while iterations run. The answer is empty, or an error."""
+    with suppress(ConnectionError):
+        while True:
+            message = wire.receive(side)
+            if "drop" in message:  # another rank could not load it
+                rank.drop(message["drop"])
+                continue
+            answer = {}
+            try:
+                rank.load(message)
+            except Exception as error:
+                answer = {"error": f"{error}", "kind": type(error).__name__}
+            wire.send(side, answer)
 
 
 def _serve(sock: socket.socket, rank: Rank) -> None:
@@ -165,6 +202,8 @@ def _serve(sock: socket.socket, rank: Rank) -> None:
                 answer = rank.read(message["read"])
             elif "write" in message:
                 rank.write(message["write"], message["kv"])
+            elif "drop" in message:
+                rank.drop(message["drop"])
             else:
                 answer = rank.run(wire.to_plan(message))
         except Exception as error:  # the other ranks wait for this one's part, so the driver starts them all again

@@ -14,7 +14,6 @@ from stallfree.server.errors import ApiError
 from stallfree.server.models import Models
 from stallfree.server.service import Service
 
-
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
