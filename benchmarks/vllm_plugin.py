@@ -78,25 +78,28 @@ def fixed(budget: int, seqs: int) -> list[str]:
     return ["--no-scheduler", "--max-num-batched-tokens", str(budget), "--max-num-seqs", str(min(budget, seqs))]
 
 
-def measure(setting: Setting, seconds: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of capacities, and rows of every load."""
+def measure(
+    setting: Setting, seconds: float, multiples: Sequence[int], budgets: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of capacities, and rows of every load. `multiples`: the targets, in gaps of a lone stream; `budgets`: vLLM's, in
+    tokens."""
     gap = setting.lone_gap()
-    targets = [Target(round(times * gap, 4), 99.0) for times in TIMES]
+    targets = [Target(round(times * gap, 4), 99.0) for times in multiples]
     print(f"{setting.name}: a lone stream has a token every {1e3 * gap:.1f} ms", file=sys.stderr)
     climbs: dict[str, list[Rung]] = {}
     for name, arguments in {
         "vLLM, its default": ["--no-scheduler"],
-        **{f"vLLM, {budget} tokens": fixed(budget, setting.seqs) for budget in BUDGETS},
+        **{f"vLLM, {budget} tokens": fixed(budget, setting.seqs) for budget in budgets},
     }.items():
         print(f"{setting.name}: {name}", file=sys.stderr)
         climbs[name] = setting.climb(targets, seconds, *arguments)
     rows, loads = [], []
-    for times, target in zip(TIMES, targets, strict=True):
+    for times, target in zip(multiples, targets, strict=True):
         print(f"{setting.name}: stallfree, {target}", file=sys.stderr)
         ours = setting.climb([target], seconds, "--slo", f"tbt={target}")
         sides = {**climbs, "stallfree": ours}
         found = {name: capacity(rungs, target) for name, rungs in sides.items()}
-        best = max(found[f"vLLM, {budget} tokens"] for budget in BUDGETS)
+        best = max(found[f"vLLM, {budget} tokens"] for budget in budgets)
         default = found["vLLM, its default"]
         rows.append(
             {
@@ -141,6 +144,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--vllm-python", type=interpreter, metavar="PATH", help="an environment with vLLM")
     arguments.add_argument("--engine", help="only engines with this in their name")
+    arguments.add_argument("--times", type=int, nargs="+", default=TIMES, metavar="N", help="targets, in gaps of a lone stream")
+    arguments.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="TOKENS", help="vLLM's fixed budgets")
     arguments.add_argument("--plot", type=Path, metavar="FOLDER", help="draw late tokens over the rate, and the capacities")
     arguments.add_argument(
         "--draw", type=Path, nargs="+", metavar="FILE", help="run nothing; draw what earlier runs wrote (--json)"
@@ -171,7 +176,7 @@ def main() -> None:
         for setting in settings:
             if args.engine and args.engine not in setting.name:
                 continue
-            more_rows, more_loads = measure(setting, seconds)
+            more_rows, more_loads = measure(setting, seconds, args.times, args.budgets)
             rows += more_rows
             loads += more_loads
             show(f"Capacity at a P99 TBT target, {setting.name}, requests/s", more_rows, facts, None)

@@ -28,7 +28,7 @@ class Adapters:
 
     def __init__(self, device: Hardware, sharded: Sharded, modules: str, kernel_s: float):
         if modules not in MODULES:
-            raise ValueError(f"adapters on {modules!r} are not known{nearest(modules, MODULES)}; known: {', '.join(MODULES)}")
+            raise ValueError(f"--adapter-modules {modules!r} is unknown{nearest(modules, MODULES)}; known: {', '.join(MODULES)}")
         self._bandwidth, self._kernel_s = SHARE * device.bandwidth, kernel_s
         self._sides: list[tuple[float, float]] = []  # inputs and outputs of each module, as one device holds them
         for matrix in sharded.layer():

@@ -63,6 +63,11 @@ class Simulator:
         self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
         self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
         policy = self.policy()  # report a mistake before anything is simulated
+        if deployment.rank is not None and self.instance.shelf is None:
+            raise ValueError(
+                f"there are no prices of adapters on {self.instance.about}; leave out --rank, or take hardware of "
+                "`stallfree list hardware`"
+            )
         if deployment.on_late not in ("serve", "refuse"):
             raise ValueError(f"--on-late {deployment.on_late!r} is neither serve nor refuse")
         if deployment.on_late == "refuse" and not isinstance(policy, Forecasting):
@@ -169,7 +174,7 @@ def instance(deployment: Deployment) -> Instance:
             adapters=deployment.adapter_modules,
         )
         if deployment.rank is not None:
-            shelf = Shelf.of(ranks(deployment.rank), cost.adapters, deployment.block_size)
+            shelf = _shelf(deployment.rank, cost, deployment.block_size, tokens // deployment.block_size)
         front_s = cost.front_s
     number = deployment.tp * deployment.pp
     return Instance(
@@ -180,6 +185,18 @@ def instance(deployment: Deployment) -> Instance:
         front_s=front_s,
         shelf=shelf,
     )
+
+
+def _shelf(words: str, cost: Roofline, block_size: int, num_blocks: int) -> Shelf:
+    """The adapters of the ranks in `words`. Raises ValueError if one and a token do not fit."""
+    largest = max(numbers := ranks(words))
+    blocks = cost.adapters.blocks(largest, block_size)
+    if blocks >= num_blocks:
+        raise ValueError(
+            f"an adapter of rank {largest:,} takes {blocks:,} KV blocks, and there are {num_blocks:,}; give a smaller --rank, more "
+            "devices (--tp), or devices with more memory"
+        )
+    return Shelf.of(numbers, cost.adapters, block_size)
 
 
 def calibrated(instance: Instance) -> Fitted:

@@ -19,6 +19,8 @@ from stallfree.workload.trace import Trace
 
 MOST_REQUESTS = 1_000_000
 """Most requests in one list. More count as a mistake: all are drawn, and a file is opened for each, before the first is sent."""
+MOST_ADAPTERS = 1_000_000
+"""Most adapters in a workload. Their shares are kept in one array of 8 MB."""
 GOLDEN = 0.618034
 """Each next seed begins this share of a trace later, past its end from its begin on. Multiples of the golden ratio are spread
 evenly, however many seeds there are."""
@@ -51,6 +53,8 @@ class Popular:
     def __post_init__(self) -> None:
         if self.number < 1:
             raise ValueError(f"{self.number} adapters are none; give 1 or more, or leave --adapters out")
+        if self.number > MOST_ADAPTERS:
+            raise ValueError(f"{self.number:,} adapters are more than the limit of {MOST_ADAPTERS:,}; give fewer --adapters")
         if not 0 <= self.zipf <= 10:
             raise ValueError(f"an exponent of {self.zipf:g} for the popularity of adapters is invalid; give 0 to 10")
 

@@ -11,7 +11,10 @@ import pytest
 
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
+from tests.adapters import made_adapter
+from tests.adapting import Adapting
 from tests.browser import beyond, driver, needs_browser, size
+from tests.checkpoint.test_adapter import CONFIG
 from tests.server.conftest import Linear, Server, quiet
 from tests.waiting import PATIENCE_S, until
 
@@ -138,6 +141,26 @@ def test_tenants_have_a_table_once_there_are_two(page, width):
         )
         expected = {("acme", "3", "–", "0", "1"), ("a-crawler-with-a-long-name-that-goes-on", "1", "–", "0", "0")}
         until(lambda: expected == {(name, *others) for name, _, *others in page.execute_script(cells)})
+        assert (width, 0) == beyond(page)
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_adapters_have_a_table_where_the_server_has_any(page, tmp_path, width):
+    with Server(executor=Adapting, model=CONFIG) as server:
+        size(page, width, 900)
+        page.get(server.url)
+        until(lambda: text(page, "status") in ("live", "idle"))
+        assert not page.find_element(By.ID, "adapters").is_displayed()
+        for name in ("dutch", "an-adapter-with-a-name-that-goes-on-and-on-and-on"):
+            server.library.add(name, server.library.open(name, made_adapter(tmp_path / name, CONFIG)))
+        server.engine_thread.call(partial(server.engine.submit, Request("a", list(range(20)), 2, adapter="dutch")))
+        until(lambda: page.find_element(By.ID, "adapters").is_displayed())
+        cells = (
+            "return [...document.querySelectorAll('#adapters-rows tr')].map((row) => [...row.cells].map(({textContent: t}) => t))"
+        )
+        expected = [["dutch", "resident", "8", "0"], ["an-adapter-with-a-name-that-goes-on-and-on-and-on", "away", "8", "0"]]
+        until(lambda: expected == page.execute_script(cells))
+        assert text(page, "adapters-note").startswith("1 resident in 0.2 % of the KV blocks, 0 loading, 1 on the disk.")
         assert (width, 0) == beyond(page)
 
 
