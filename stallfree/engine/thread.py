@@ -169,12 +169,12 @@ class EngineThread:
         if self.forecast is None:
             return
         look = self.engine.scheduler.ledger.pool.look  # it only reads, so it may run beside the engine
-        cached = [look(request) for request in requests]
-        for request, found in zip(requests, cached, strict=True):
-            if not serve_late and (late := self.forecast.late(request, found)) is not None:
+        found = [(look(request), self.engine.adapters.wait_s(request.adapter)) for request in requests]
+        for request, (cached, wait_s) in zip(requests, found, strict=True):
+            if not serve_late and (late := self.forecast.late(request, cached, wait_s)) is not None:
                 raise TooLate(late)
-        for request, found in zip(requests, cached, strict=True):
-            self.forecast.enter(request, found)
+        for request, (cached, wait_s) in zip(requests, found, strict=True):
+            self.forecast.enter(request, cached, wait_s)
 
     def _submit(self, id: str, submit: Callable[[], None]) -> None:
         try:

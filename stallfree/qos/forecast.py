@@ -39,7 +39,8 @@ class Late(NamedTuple):
 
 class _Work(NamedTuple):
     """What a request without a first token asks for: its `place` in the order, the seconds that its prefill and all of it add to
-    iterations, and those that its prefill takes if nothing else runs."""
+    iterations, and those that its prefill takes if nothing else runs, after its
+    adapter has come."""
 
     tenant: str
     weight: float
@@ -89,25 +90,25 @@ class Forecast:
         ttft = self.policy.slo.ttft
         return max(0.0, (WINDOW_S if ttft is None else ttft.seconds) * self.policy.share - self.backlog)
 
-    def seconds(self, request: Request, cached: int = 0) -> float:
+    def seconds(self, request: Request, cached: int = 0, wait_s: float = 0.0) -> float:
         """Seconds until a request that arrives now has its first token; half of all take longer. `cached`: tokens of its prompt
-        that are in the prefix cache."""
-        return self.outcomes.corrected(self._raw(self._work(request, cached)))
+        that are in the prefix cache. `wait_s`: seconds until its adapter is here."""
+        return self.outcomes.corrected(self._raw(self._work(request, cached, wait_s)))
 
-    def late(self, request: Request, cached: int = 0) -> Late | None:
+    def late(self, request: Request, cached: int = 0, wait_s: float = 0.0) -> Late | None:
         """Whether a request that arrives now would miss its target for the first token. `caution` sees to it that of those that are
         served as many are in time as the target's percentile says. None also if nobody but itself is the reason, because another
         try would be no better.
         """
-        target, work = self.policy.targets(request).ttft, self._work(request, cached)
+        target, work = self.policy.targets(request).ttft, self._work(request, cached, wait_s)
         if target is None or not self._waiting or work.alone > target.seconds:
             return None
         likely = self.outcomes.corrected(self._raw(work)) * self.caution
         return Late(likely, target.seconds, likely - target.seconds) if likely > target.seconds else None
 
-    def enter(self, request: Request, cached: int = 0) -> None:
+    def enter(self, request: Request, cached: int = 0, wait_s: float = 0.0) -> None:
         """A request has arrived. Its `predicted` becomes the forecast."""
-        work = self._work(request, cached)
+        work = self._work(request, cached, wait_s)
         raw = self._raw(work)
         request.predicted = self.outcomes.corrected(raw)
         self._waiting[request.id] = request, work, raw
@@ -124,12 +125,12 @@ class Forecast:
                     caution = self.caution * exp(STEP * (late - AIM * target.late_share))
                     self.caution = min(max(caution, 1 / MOST_CAUTION), MOST_CAUTION)
 
-    def _work(self, r: Request, cached: int) -> _Work:
+    def _work(self, r: Request, cached: int, wait_s: float) -> _Work:
         cost, length = self.policy.cost, len(r.prompt)
         prefill = prices.prefill(cost, cached, length)
         whole = prefill + self.policy.answers.left(r) * prices.decode(cost, length, r.extra_rows)
         place = r.priority, self.policy.first_due(r)
-        return _Work(r.tenant, r.weight, place, prefill, whole, cost.seconds([(cached, length - cached)]))
+        return _Work(r.tenant, r.weight, place, prefill, whole, wait_s + cost.seconds([(cached, length - cached)]))
 
     def _raw(self, own: _Work) -> float:
         """Seconds until the first token, without experience. While there is no room for one more stream, requests come in only as

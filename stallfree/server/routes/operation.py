@@ -71,8 +71,8 @@ def routes(service: Service) -> APIRouter:
         load = Load(running=thread.num_running, waiting=thread.num_waiting)
         if thread.forecast is not None and service.asking is None:
             load.prefill_room_s, load.backlog_s = thread.forecast.room, thread.forecast.backlog
-            seconds = thread.forecast.seconds(_newcomer(service, request, prompt_tokens))
-            load.predicted_ttft_s = seconds + service.engine.adapters.wait_s(adapter)
+            newcomer, wait_s = _newcomer(service, request, prompt_tokens), service.engine.adapters.wait_s(adapter)
+            load.predicted_ttft_s = thread.forecast.seconds(newcomer, wait_s=wait_s)
         return load
 
     @router.get("/metrics", response_class=Response)
