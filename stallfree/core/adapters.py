@@ -70,6 +70,10 @@ class Adapters:
         ready = sum(resident.ready for resident in here)
         return {"resident": ready, "loading": len(here) - ready, "away": len(self.known) - len(here)}
 
+    def active(self) -> list[str]:
+        """The keys of the adapters that have blocks or are waited for. For any thread."""
+        return list(dict.fromkeys([*list(self.resident), *list(self._parked)]))
+
     def state(self, key: str) -> str:
         """ "resident", "loading" or "away", as in `counts`. For any thread."""
         own = self.resident.get(key)

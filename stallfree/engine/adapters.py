@@ -41,6 +41,11 @@ USUAL_S, HABIT = 0.1, 0.25
 """Seconds that a load takes if none is known, and the weight of the newest."""
 
 
+def name_of(key: str) -> str:
+    """The name under which the adapter with this key was given."""
+    return key.partition(VERSION)[0]
+
+
 class BadName(ValueError):
     """No adapter may have this name, or one has it already (`used`)."""
 
@@ -114,7 +119,7 @@ class Loader:
     def find(self, name: str, identity: str) -> str | None:
         """The key of the adapter that another engine calls `name`, with the same contents. None if there is none. For any
         thread."""
-        keys = [key for key in list(self._adapters) if key.partition(VERSION)[0] == name]
+        keys = [key for key in list(self._adapters) if name_of(key) == name]
         try:
             return next((key for key in keys if self.identity(key) == identity), None)
         except (KeyError, OSError):  # it has just gone

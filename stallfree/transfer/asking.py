@@ -17,7 +17,7 @@ from itertools import count
 from typing import cast
 
 from stallfree.core.request import Request
-from stallfree.engine.adapters import VERSION
+from stallfree.engine.adapters import name_of
 from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.base import MovesKV
@@ -296,7 +296,7 @@ class _Transfer:
     def _adapter(self) -> Header:
         """Of the adapter, its name and a name of its contents: the same name may mean another adapter there."""
         key = self._request.adapter
-        return {"adapter": key.partition(VERSION)[0], "identity": self._engine.adapters.identity(key)} if key else {}
+        return {"adapter": name_of(key), "identity": self._engine.adapters.identity(key)} if key else {}
 
 
 def _packed(tokens: Sequence[int]) -> bytes:

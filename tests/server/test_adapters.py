@@ -84,6 +84,14 @@ def test_the_list_of_models_has_the_adapters_with_their_parent(shelf):
         assert models["dutch"] == server.client.get("/v1/models/dutch").json()
 
 
+def test_the_list_of_adapters_comes_in_parts(shelf):
+    with serving(shelf, *NAMES) as server:
+        first = server.client.get("/v1/adapters?limit=2").json()
+        assert (["dutch", "french"], True) == ([row["id"] for row in first["data"]], first["has_more"])
+        rest = server.client.get("/v1/adapters?limit=2&after=french").json()
+        assert (["greek"], False) == ([row["id"] for row in rest["data"]], rest["has_more"])
+
+
 def test_a_name_that_is_not_served_is_a_404_with_the_nearest(shelf):
     with serving(shelf, *NAMES) as server:
         for path, body in ((COMPLETIONS, {"prompt": "a"}), ("/tokenize", {"prompt": "a"})):

@@ -2,9 +2,10 @@
 weights: the library opens and checks them."""
 
 import asyncio
-from typing import Any, Literal
+from heapq import nsmallest
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +14,9 @@ from stallfree.server import schema
 from stallfree.server.errors import ApiError
 from stallfree.server.models import Models
 from stallfree.server.service import Service
+
+MOST_LISTED = 500
+"""Adapters in one answer. Writing more would keep streams waiting."""
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
@@ -61,6 +65,7 @@ class AdapterState(BaseModel):
 class AdapterStates(BaseModel):
     object: Literal["list"] = "list"
     data: list[AdapterState]
+    has_more: bool
 
 
 def routes(service: Service, *, changeable: bool) -> APIRouter:
@@ -91,9 +96,13 @@ def routes(service: Service, *, changeable: bool) -> APIRouter:
         models.library.remove(name)
 
     @router.get("/v1/adapters")
-    async def adapters() -> AdapterStates:
-        """All adapters, and where each is."""
-        return AdapterStates(data=[_state(service, named) for named in models.library.named.values()])
+    async def adapters(
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = MOST_LISTED, after: Annotated[str, Query(max_length=200)] = ""
+    ) -> AdapterStates:
+        """The adapters in the order of their names, and where each is; those behind the name `after`, if it is given."""
+        names = nsmallest(limit + 1, [name for name in models.library.named if name > after])
+        data = [_state(service, named) for name in names[:limit] if (named := models.library.named.get(name)) is not None]
+        return AdapterStates(data=data, has_more=len(names) > limit)
 
     @router.post("/v1/adapters", status_code=201)
     async def add_adapter(body: NewAdapter) -> AdapterState:

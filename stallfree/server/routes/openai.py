@@ -4,7 +4,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
-from stallfree.engine.adapters import Named
+from stallfree.engine.adapters import MOST, Named
 from stallfree.server import schema
 from stallfree.server.answering import answer, ask
 from stallfree.server.dialects.chat import Chat
@@ -45,10 +45,22 @@ def routes(service: Service) -> APIRouter:
         call.echo |= {name: service.sampling[name] for name in ("temperature", "top_p") if call.echo[name] is None}
         return await answer(call, request, stream=bool(query.body.stream))
 
-    @router.get("/v1/models")
-    async def models() -> schema.Models:
+    entries: dict[str, str] = {}
+
+    def entry(named: Named) -> str:
+        """The JSON of an adapter in the list. There may be thousands, so each is written once."""
+        if named.key not in entries:
+            if len(entries) > 2 * MOST:  # of adapters that have left
+                entries.clear()
+            entries[named.key] = _adapter(named).model_dump_json()
+        return entries[named.key]
+
+    @router.get("/v1/models", response_model=schema.Models)
+    async def models() -> Response:
         """The model that is served, once under each of its names, and its adapters."""
-        return schema.Models(data=[*served.values(), *(_adapter(named) for named in service.models.library.named.values())])
+        own = [model.model_dump_json() for model in served.values()]
+        data = ",".join([*own, *map(entry, service.models.library.named.values())])
+        return Response(f'{{"object":"list","data":[{data}]}}', media_type="application/json")
 
     @router.get("/v1/models/{name:path}")
     async def model_named(name: str) -> schema.Model:

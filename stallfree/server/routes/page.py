@@ -2,11 +2,13 @@
 
 from dataclasses import asdict
 from heapq import nlargest
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from stallfree.engine.adapters import name_of
 from stallfree.server.files import Files
 from stallfree.server.service import Service
 
@@ -56,7 +58,9 @@ def _adapters(service: Service) -> dict[str, Any] | None:
     accounts, named = service.engine.scheduler.ledger.adapters, service.models.library.named
     if not accounts.known:
         return None
-    wanted = nlargest(ADAPTERS, named.values(), key=lambda each: (accounts.requests(each.key), each.key in accounts.resident))
+    keys = {each.key: each for each in islice(named.values(), ADAPTERS)}
+    keys |= {key: each for key in accounts.active() if (each := named.get(name_of(key))) is not None and each.key == key}
+    wanted = nlargest(ADAPTERS, keys.values(), key=lambda each: (accounts.requests(each.key), each.key in accounts.resident))
     return {
         **accounts.counts(),
         "waiting": accounts.num_parked,
