@@ -29,6 +29,7 @@ def deploy(
     sanitize_control_tokens: options.Sanitize = False,
     replicas: Annotated[str, typer.Option(help="How many, such as 2; or the fewest and the most, such as 1-4.")] = "1",
     max_queue: Annotated[int, typer.Option(help="Most waiting requests at a replica; one more gets status 429.", min=1)] = 1024,
+    on_late: options.OnLate = "refuse",
 ) -> None:
     """Serve a model with replicas on a Ray cluster (RAY_ADDRESS, or this machine), at one address, until Ctrl-C.
 
@@ -44,8 +45,10 @@ def deploy(
         raise ValueError(f"deploy needs {error.name}, which is not installed: {extra('ray')}") from None
     from stallfree import policies
     from stallfree.checkpoint.fetch import named
+    from stallfree.engine.adapters import folders
     from stallfree.engine.assemble import Options
 
+    folders(served.adapter or (), served.adapters)  # report a mistake before anything starts
     least, most = bounds(replicas)
     policies.options(served.policy, served.token_budget, served.policy_option)
     if served.executor != "simulated":
@@ -54,7 +57,8 @@ def deploy(
     names, sharing = options.names(served_model_name), options.tenants(tenants, keys, served.slo)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
-    app = application(Options(**vars(served)), names, least, most, max_queue, sharing, sanitize_control_tokens)
+    late = on_late == "serve"
+    app = application(Options(**vars(served)), names, least, most, max_queue, sharing, sanitize_control_tokens, serve_late=late)
     serve.run(app, blocking=True)
 
 

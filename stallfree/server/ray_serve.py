@@ -65,10 +65,12 @@ def application(
     max_queue: int,
     tenants: Tenants,
     sanitize_control_tokens: bool = False,
+    *,
+    serve_late: bool = False,
 ) -> serve.Application:
     """The application for `serve.run`: from `least` to `most` replicas of an engine made of `options`, under `names` (none: the
-    model's own). Each replica has its own copy of `tenants`: their keys open it, and their limits are those of one replica. A
-    replica is healthy until its engine fails, or an iteration is overdue.
+    model's own). Each replica has its own copy of `tenants`: their keys open it, and their limits are those of one replica.
+    `serve_late`: see `Service`. A replica is healthy until its engine fails, or an iteration is overdue.
     """
     parts: dict[str, Any] = {}
 
@@ -84,6 +86,8 @@ def application(
             classes=assembled.classes,
             tenants=tenants,
             max_queue=max_queue,
+            serve_late=serve_late,
+            library=assembled.library,
             sanitize_control_tokens=sanitize_control_tokens,
             aliases=served_as[1:],
         )
