@@ -29,6 +29,7 @@ class Explained:
             raise ValueError("the record holds no iterations: the engine got no request while it was recorded")
         self.run, self.records = run, records
         self.arrived = {a.id: a for r in records for a in r.arrived}
+        self.adapters = dict(pair for r in records for pair in r.adapters)
         account = StallAccount(run.targets)
         self.stalls: list[list[Stall]] = []
         """The stalls of each record, in the records' order."""
@@ -56,6 +57,10 @@ class Explained:
         delivered, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
         if delivered or recalled:
             yield f"{_number(delivered, 'prompt')} computed by other engines; {recalled} computed here after a KV transfer failed."
+        if loads := [load for r in records for load in r.loaded]:
+            spread = f"{_ms(median([load.t - load.asked for load in loads]))} at the median"
+            asked = f"{len(set(self.adapters.values()))} different ones were asked for"
+            yield f"Adapters were loaded {len(loads)} times, {spread}; {asked}."
         margins = [r.margin for r in records if r.margin is not None]
         if margins:
             spread = f"{min(margins):.2f} to {max(margins):.2f}, {median(margins):.2f} at the median"
@@ -121,6 +126,9 @@ class Explained:
             yield f"KV transfers delivered since the step before{_list([d.id for d in r.delivered])}."
         if r.recalled:
             yield f"KV transfers failed since the step before; these prompts are computed here{_list(r.recalled)}."
+        for load in r.loaded:
+            took = f"{_ms(load.t - load.asked)} after it was asked for"
+            yield f"Adapter {load.key} was loaded into {_number(load.blocks, 'KV block')}, {took}."
         for refusal in r.refused:
             whose = f" of tenant {refusal.tenant}" if refusal.tenant else ""
             yield f"A request{whose} was refused {self._at(refusal.t)}, because: {refusal.why}"
@@ -138,6 +146,7 @@ class Explained:
         tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
         targets = f"{self.shares.whose(a.id)}{f', own targets {a.slo}' if a.slo else ''}"
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{targets}."
+        yield from self._adapter(a)
         yield from self.shares.fate(a.id)
         if any(a.id in r.recalled for r in self.records):
             yield "Its KV transfer failed, so this engine computed its prompt."
@@ -170,6 +179,17 @@ class Explained:
         yield (
             f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record ended."
         )
+
+    def _adapter(self, a: Arrived) -> Iterator[str]:
+        """The adapter of the request `a`, and the load that it waited for."""
+        if (key := self.adapters.get(a.id)) is None:
+            return
+        scheduled = next((r.t_plan for r in self.records if any(id == a.id for id, _, _ in r.work)), None)
+        loads = [load for r in self.records for load in r.loaded if load.key == key and load.t > a.arrival]
+        if loads and (scheduled is None or loads[0].t <= scheduled):
+            yield f"Its adapter {key} had to be loaded, which ended {_ms(loads[0].t - a.arrival)} after it arrived."
+        else:
+            yield f"Its adapter {key} was resident."
 
     def _beginning(self, a: Arrived, scheduled: Sequence[int]) -> Iterator[str]:
         """How the request `a` waited and was prefilled. `scheduled`: the indices of the records with its work."""

@@ -17,14 +17,22 @@ FEATURES = (
 )  # fmt: skip
 """In this order: 1; the iteration's tokens; tokens of KV that its decodes read; tokens of KV that its prefill chunks read; pairs of
 query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as; the sum of
-the ranks of its adapters; that sum times the tokens. The last two cost nothing until iterations with adapters show what they
-cost."""
+the ranks of its adapters; that sum times the tokens."""
 
 SIZES = (len(FEATURES) - 2, len(FEATURES))
 """How many prices a cost model may be made of: those of adapters may be left out."""
 
 SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0)
 """The unit of each feature. With these units all prices have one order of magnitude, and the least squares are well conditioned."""
+
+GUESSES = {6: (0, 0.3), 7: (1, 0.05)}
+"""A calibration has no adapters. Until iterations have some, 100 ranks cost 0.3 times what an iteration costs before its tokens,
+and ranks times tokens 0.05 times what tokens cost, in units of `SCALE`: as many bytes and products, for models of a few hundred
+million to a few thousand million weights."""
+
+HELD = 0.01
+"""How firmly a guess is held: as by the first few iterations with adapters. Without it, the first one sets the price, and it may be
+slow for another reason."""
 
 ANCHOR = 50.0
 """The weight of the calibration, in iterations seen while serving. Prices that traffic never shows stay as calibrated."""
@@ -162,8 +170,11 @@ class Fitted:
         return Errors(size, errors[size // 2][0], errors[min(size - 1, size * 9 // 10)][0], *errors[-1], scatter)
 
     def _anchor_to(self, anchor: list[Row]) -> None:
-        self._start = list(self.prices)
-        self._anchor = anchor = [_padded(row) for row in (*anchor, *[[]] * (len(FEATURES) - len(anchor)))]
+        anchor = [_padded(row) for row in (*anchor, *[[]] * (len(FEATURES) - len(anchor)))]
+        for feature, (other, share) in GUESSES.items():
+            if not anchor[feature][feature] and (guess := share * self.prices[other]):
+                self.prices[feature], anchor[feature][feature] = guess, HELD / guess**2
+        self._start, self._anchor = list(self.prices), anchor
         self._pull = [_product(row, self.prices) for row in anchor]
         self._matrix: list[Row] = [[0.0] * len(self.prices) for _ in self.prices]
         self._target: Row = [0.0] * len(self.prices)

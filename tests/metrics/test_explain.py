@@ -1,10 +1,12 @@
 """A run explained in words: the whole run, a step, a request."""
 
+from dataclasses import replace
+
 import pytest
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.record import Refusal, Run
+from stallfree.core.record import Loaded, Refusal, Run
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo as Targets
 from stallfree.metrics.explain import Explained
@@ -155,3 +157,18 @@ def test_a_stream_that_is_passed_over_often_is_told_in_one_line(monkeypatch):
     lines = list(explained(PrefillFirst(), "").request("short-2"))
     assert 1 == sum("passed over in" in line for line in lines)
     assert not [line for line in lines if "left out of step" in line]
+
+
+def test_a_request_says_whether_it_waited_for_its_adapter():
+    records = run(PrefillFirst(), [Request(f"r{i}", range(20), 3, arrival=0.01 * i) for i in range(3)], CAPACITY)
+    arrived = [a for r in records for a in r.arrived]
+    first = replace(
+        records[0],
+        adapters=[(a.id, "dutch") for a in records[0].arrived],
+        loaded=[Loaded("dutch", 8, 3, arrived[0].arrival, records[0].t_plan)],
+    )
+    late = [replace(r, adapters=[(a.id, "dutch") for a in r.arrived]) for r in records[1:]]
+    explanation = Explained(Run("a-policy", CAPACITY, Limits()), [first, *late])
+    assert "Adapters were loaded 1 times" in "\n".join(explanation.on_the_whole())
+    assert "Adapter dutch was loaded into 3 KV blocks" in "\n".join(explanation.step(first.step))
+    assert "Its adapter dutch was resident." in "\n".join(explanation.request("r2"))

@@ -31,17 +31,24 @@ def test_a_batch_costs_what_its_shape_does_to_the_last_bit():
 
 
 def test_prices_are_found_again():
-    assert (*PRICES, 0, 0) == pytest.approx(Fitted.fit(samples()).prices, rel=0.02)
+    assert PRICES == pytest.approx(Fitted.fit(samples()).prices[:6], rel=0.02)
 
 
 def test_what_adapters_cost_is_learned_from_the_iterations_that_have_them():
     true, model = Fitted((*PRICES, 0.02, 0.005)), Fitted.fit(samples())
-    assert 0 == model.prices[-1]
     loads = [[(ranks, -1), *shape] for shape, ranks in zip(shapes(80, seed=3), (8, 64, 200, 400) * 20, strict=True) if shape]
     for shape in loads:
         model.learn(shape, true.seconds(shape))
-    assert model.errors([(shape, true.seconds(shape)) for shape in loads]).median < 0.05
+    assert model.errors([(shape, true.seconds(shape)) for shape in loads]).median < 0.1
     assert model.errors(samples()).median < 0.05
+
+
+def test_one_slow_iteration_does_not_make_adapters_dear():
+    model = Fitted.fit(samples())
+    shape = [(64, -1), *[(300, 1)] * 8]
+    before = model.seconds(shape)
+    model.learn(shape, 3 * before)
+    assert model.seconds(shape) < 1.7 * before
 
 
 def test_room_leaves_time_for_the_adapters_of_the_iteration():
@@ -53,7 +60,9 @@ def test_room_leaves_time_for_the_adapters_of_the_iteration():
 
 def test_a_state_of_before_there_were_adapters_is_one():
     state = {"prices": list(PRICES), "quantum": 1, "anchor": [[1.0 * (i == j) for j in range(6)] for i in range(6)]}
-    assert [*PRICES, 0, 0] == Fitted.from_state(state).prices
+    model = Fitted.from_state(state)
+    assert list(PRICES) == model.prices[:6]
+    assert model.state() == Fitted.from_state(model.state()).state()
 
 
 def test_errors_are_those_of_the_worst_too():

@@ -18,12 +18,17 @@ from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory
-from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes
+from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
+from stallfree.executors.openvino.deltas import UNIT
 from stallfree.executors.openvino.graph import INPUTS
 from stallfree.executors.openvino.memory import huge_pages
 from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
 from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
+
+WARMED = (2, 3, 4, 6, 8, 12, 16)
+"""Numbers of units of adapters whose kernels are compiled before any request wants them. Others are compiled when they are first
+wanted, which takes up to 0.1 s."""
 
 
 class OpenVINOExecutor:
@@ -182,6 +187,13 @@ class OpenVINOExecutor:
                 _infer(self._request, feed)
             else:
                 _infer(graph.request, feed | graph.arranged([loaded], [count]))
+        if graph is not None and loaded is not None:
+            each = shown(-(-loaded.adapter.rank // UNIT))
+            for number in [number for number in WARMED if number * each <= WARMED[-1]]:
+                work = [Work("warm-up", 0, 1, True, False, (0,), (blocks[0],), None, "", (), [])] * number
+                feed = self._packed(work) | {"sampled_rows": np.arange(number, dtype=np.int32)}
+                copies = [Loaded(loaded.adapter, loaded.blocks) for _ in range(number)]  # each counts as another adapter
+                _infer(graph.request, feed | graph.arranged(copies, [1] * number))
 
     def _forward(self, work: Sequence[Work], feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
         """Logits of `rows` of packed work, valid until the next call. Only work with adapters pays for them."""
