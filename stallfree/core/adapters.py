@@ -182,15 +182,18 @@ class Adapters:
             self.wait(request)
 
     def reclaim(self, number: int, request: Request) -> None:
-        """Evict adapters until `number` more blocks are free, but not the one of `request`, for whose KV they are. Those that
-        nobody waits for leave first, of these the least recently used; then those whose requests come last.
+        """Evict adapters until `number` more blocks are free, but not the one of `request`, for whose KV they are; none if all
+        would not do, because they would be loaded again, and again in vain. Those that nobody waits for leave first, of these the
+        least recently used; then those whose requests come last.
         """
-        for resident in self._evictable():
+        idle = [resident for resident in self._evictable() if resident.key != request.adapter]
+        if sum(len(resident.blocks) for resident in idle) < number:
+            return
+        for resident in idle:
             if number <= 0:
                 return
-            if resident.key != request.adapter:
-                number -= len(resident.blocks)
-                self.evict(resident.key)
+            number -= len(resident.blocks)
+            self.evict(resident.key)
 
     def lost(self) -> None:
         """All KV is lost, and the weights with it."""

@@ -140,8 +140,8 @@ class StepRecord:
     are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
     `deferred`: see `StepResult`. `tenants`: (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1.
     `classes`: (id, class) of those with a class. `predicted`: (id, seconds from its arrival to its first token, as forecast then)
-    of those with a forecast. `refused`: requests that were refused since the last record. `adapters`: (id, its adapter's key) of
-    those with an adapter. `loaded`: adapters that were loaded since the last record.
+    of those with a forecast. `refused`: requests that were refused since the last record. `adapters`: (id, its adapter's key, the
+    adapter's KV blocks and rank) of those with an adapter. `loaded`: adapters that were loaded since the last record.
     """
 
     step: int
@@ -174,7 +174,7 @@ class StepRecord:
     classes: list[tuple[str, str]] = field(default_factory=list)
     predicted: list[tuple[str, float]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
-    adapters: list[tuple[str, str]] = field(default_factory=list)
+    adapters: list[tuple[str, str, int, int]] = field(default_factory=list)
     loaded: list[Loaded] = field(default_factory=list)
 
     @classmethod
@@ -236,7 +236,7 @@ class StepRecord:
             tenants=[(r.id, r.tenant, r.weight) for r in arrived if r.tenant or r.weight != 1],
             classes=[(r.id, r.service_class) for r in arrived if r.service_class],
             predicted=[(r.id, r.predicted) for r in arrived if r.predicted is not None],
-            adapters=[(r.id, r.adapter) for r in arrived if r.adapter],
+            adapters=[(r.id, r.adapter, *ledger.adapters.known.get(r.adapter, (0, 0))) for r in arrived if r.adapter],
             loaded=list(loaded),
         )
 

@@ -54,6 +54,9 @@ class BadName(ValueError):
         self.used = used
 
 
+MOST_NAMED = 5
+"""Adapters that cannot be used, in one message."""
+
 MOST_ALIKE = 500
 """Names that are compared with one that is not there; a comparison takes microseconds of the server's loop."""
 
@@ -176,10 +179,12 @@ class Loader:
         except CheckpointError as problem:
             error = str(problem)
         except OSError as problem:
-            error = f"{adapter.path}: cannot be read: {problem.strerror or problem}"
+            error = f"{problem.filename or adapter.path}: cannot be read: {problem.strerror or problem}"
         except Exception as problem:
             log.exception("adapter %s cannot be loaded", resident.key)
             error = f"{type(problem).__name__}: {problem}"
+        if error is not None:
+            log.warning("adapter %s cannot be loaded, and its requests fail: %s", resident.key, error)
         seconds = time.perf_counter() - began
         self._ended.put((resident, error, Loaded(resident.key, resident.rank, len(resident.blocks), asked, asked + seconds)))
         self.wake()
@@ -255,6 +260,20 @@ class Library:
         found = self._named.get(name)
         return None if found is None else found.key
 
+    def open_all(self, found: Mapping[str, Path]) -> dict[str, Adapter]:
+        """The adapters in these folders, by name. Raises ValueError that names all that cannot be used, up to `MOST_NAMED`."""
+        opened: dict[str, Adapter] = {}
+        errors: list[str] = []
+        for name, folder in found.items():
+            try:
+                opened[name] = self.open(name, folder)
+            except ValueError as error:
+                errors.append(str(error))
+        if errors:
+            more = f"\nand {len(errors) - MOST_NAMED:,} more" if len(errors) > MOST_NAMED else ""
+            raise ValueError("\n".join(errors[:MOST_NAMED]) + more)
+        return opened
+
     def open(self, name: str, folder: str | Path, *, replaces: bool = False) -> Adapter:
         """Look at an adapter that may get this name, from another one if it `replaces` that. Raises ValueError for a bad or used
         name, and for an adapter that this model cannot run (CheckpointError). Its weights are not read."""
@@ -273,15 +292,19 @@ class Library:
             raise ValueError("this executor runs no adapters; take --executor openvino or torch")
         return open_adapter(folder, self._config, self._max_rank)
 
-    def add(self, name: str, adapter: Adapter) -> Named:
-        """Give an adapter its name. Raises ValueError if another got it meanwhile, or if the executor cannot run the adapter."""
-        if name in self._named:
+    def add(self, name: str, adapter: Adapter, *, replaces: bool = False) -> Named:
+        """Give an adapter its name, at once taken from another one if it `replaces` that. Raises ValueError if another got it
+        meanwhile, or if the executor cannot run the adapter."""
+        old = self._named.get(name)
+        if old is not None and not replaces:
             raise BadName(f"the name {name!r} is in use; remove that adapter first, or give another", used=True)
         version = self._versions.get(name, 0) + 1
         key = name if version == 1 else f"{name}{VERSION}{version}"
         self._loader.add(key, adapter)
         self._versions[name] = version
         self._named[name] = named = Named(name, key, adapter, int(time.time()))
+        if old is not None:
+            self.call(lambda: self._loader.retire(old.key))
         return named
 
     def remove(self, name: str) -> None:
@@ -299,7 +322,7 @@ def folders(given: Sequence[str], all_of: Path | None) -> dict[str, Path]:
     """Names and folders from `given`, each NAME=FOLDER, and the sub-folders of `all_of`. Raises ValueError for a text that is
     neither, for a name that is given twice, and if `all_of` cannot be read or has no adapters."""
     found: dict[str, Path] = {}
-    for text in given:
+    for text in [given] if isinstance(given, str) else given:
         name, equals, folder = text.partition("=")
         if not (equals and name and folder):
             raise ValueError(f"--adapter {text!r} is not NAME=FOLDER")

@@ -161,8 +161,7 @@ def assemble(
     )
     library = Library(engine.adapters, config, options.max_adapter_rank)
     named = {text.partition("=")[0] for text in options.adapter or ()}
-    for title, folder in adapters.items():
-        adapter = library.open(title, folder)
+    for title, adapter in library.open_all(adapters).items():
         if title in named:  # of a whole folder, only the headers are read now: thousands of files would take minutes
             adapter.check()
         library.add(title, adapter)

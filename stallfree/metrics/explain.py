@@ -29,7 +29,7 @@ class Explained:
             raise ValueError("the record holds no iterations: the engine got no request while it was recorded")
         self.run, self.records = run, records
         self.arrived = {a.id: a for r in records for a in r.arrived}
-        self.adapters = dict(pair for r in records for pair in r.adapters)
+        self.adapters = {id: key for r in records for id, key, *_ in r.adapters}
         account = StallAccount(run.targets)
         self.stalls: list[list[Stall]] = []
         """The stalls of each record, in the records' order."""
@@ -127,8 +127,8 @@ class Explained:
         if r.recalled:
             yield f"KV transfers failed since the step before; these prompts are computed here{_list(r.recalled)}."
         for load in r.loaded:
-            took = f"{_ms(load.t - load.asked)} after it was asked for"
-            yield f"Adapter {load.key} was loaded into {_number(load.blocks, 'KV block')}, {took}."
+            since = f"{_ms(load.t - load.asked)} after it was asked for"
+            yield f"Adapter {load.key} was loaded into {_number(load.blocks, 'KV block')}, {since}."
         for refusal in r.refused:
             whose = f" of tenant {refusal.tenant}" if refusal.tenant else ""
             yield f"A request{whose} was refused {self._at(refusal.t)}, because: {refusal.why}"

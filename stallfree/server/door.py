@@ -30,7 +30,7 @@ KEYLESS = ("/", "/health", "/health/live", "/health/ready")
 
 
 ADAPTERS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Routes that change adapters. Their key is the admin key, if there is one."""
+"""Routes of adapters. To change them takes the admin key, if there is one; it may also look."""
 
 
 class Opens(Protocol):
@@ -70,7 +70,7 @@ class Door:
 
         try:
             if not (scope["path"] in KEYLESS or scope["path"].startswith("/live/")):  # the page's files, not its data
-                entry.key = (self._admin if self._admin and _changes(scope) else self._keys).check(scope)
+                entry.key = self._key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
                 self._check_site(dict(scope["headers"]))
                 body = await self._read(scope, receive)
@@ -94,6 +94,18 @@ class Door:
             await ApiError(500, "the server has a bug; its log says more", code="internal_error").response(scope["path"])(
                 scope, receive, send_with_id
             )
+
+    def _key(self, scope: Scope) -> str | None:
+        """The name of a request's key. Raises ApiError if it has no key that opens its route."""
+        if not (self._admin and _is_of_adapters(scope)):
+            return self._keys.check(scope)
+        try:
+            return self._admin.check(scope)
+        except ApiError as error:
+            if scope["method"] not in ("POST", "DELETE"):
+                return self._keys.check(scope)
+            message = "changing adapters needs the admin key: send `Authorization: Bearer <admin key>`"
+            raise ApiError(401, message, code="invalid_api_key", headers=error.headers) from None
 
     def _check_site(self, headers: Mapping[bytes, bytes]) -> None:
         """Raises ApiError for what a page of another site sends, as its browser says (Fetch Metadata)."""
@@ -137,10 +149,9 @@ class Door:
         return bytes(body)
 
 
-def _changes(scope: Scope) -> bool:
-    """Whether a request changes adapters."""
+def _is_of_adapters(scope: Scope) -> bool:
     path: str = scope["path"]
-    return scope["method"] in ("POST", "DELETE") and (path in ADAPTERS or path.startswith("/v1/adapters/"))
+    return path in ADAPTERS or path.startswith("/v1/adapters/")
 
 
 class _Gone(Exception):

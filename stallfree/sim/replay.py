@@ -64,6 +64,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
             scheduler.submit(request)
         ended = [scheduler.abort(f.id) for f in r.finished if f.reason == "abort"]
         _load(scheduler, r.loaded)
+        ended += _without_adapter(scheduler, r)
         while len(outstanding) < run.capacity.depth and planned < len(records) and records[planned].t_plan <= r.t_end:
             plan = scheduler.schedule(records[planned].t_plan)
             if not plan.work:
@@ -204,7 +205,7 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
     tenants = {id: (tenant, weight) for r in records for id, tenant, weight in r.tenants}
     classes = dict(pair for r in records for pair in r.classes)
     predicted = dict(pair for r in records for pair in r.predicted)
-    adapters = dict(pair for r in records for pair in r.adapters)
+    adapters = {id: key for r in records for id, key, *_ in r.adapters}
     for number, a in enumerate((a for r in records for a in r.arrived), 2):
         if run.reuse and len(a.blocks) != a.prompt_tokens // size:
             raise ValueError(
@@ -235,10 +236,8 @@ def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[
 
 
 def _know_adapters(scheduler: Scheduler, records: Sequence[StepRecord]) -> None:
-    """Tell the scheduler the sizes of the recorded adapters. Of one that never arrived none is known; it takes one block."""
-    known = scheduler.ledger.adapters.known
-    known |= {key: (1, 1) for r in records for _, key in r.adapters}
-    known |= {row.key: (row.blocks, row.rank) for r in records for row in r.loaded}
+    """Tell the scheduler the sizes of the recorded adapters."""
+    scheduler.ledger.adapters.known |= {key: (blocks, rank) for r in records for _, key, blocks, rank in r.adapters}
 
 
 def _load(scheduler: Scheduler, loaded: Sequence[Loaded]) -> None:
@@ -249,6 +248,16 @@ def _load(scheduler: Scheduler, loaded: Sequence[Loaded]) -> None:
             adapters.loaded(key)
         while adapters.next(spare) is not None:
             pass
+
+
+def _without_adapter(scheduler: Scheduler, r: StepRecord) -> list[Request | None]:
+    """End the requests whose adapter could not be loaded, and give its blocks back."""
+    adapters, worked = scheduler.ledger.adapters, {id for id, _, _ in r.work}
+    failed = [f.id for f in r.finished if f.reason == "error" and f.id not in worked and f.id in scheduler.ledger.requests]
+    for key in dict.fromkeys([scheduler.ledger.requests[id].adapter for id in failed]):
+        if adapters.state(key) == "loading":
+            adapters.failed(key)
+    return [scheduler.abort(id, "error") for id in failed]
 
 
 def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]:
@@ -264,7 +273,7 @@ def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]
 def _ended_by_text(r: StepRecord) -> list[str]:
     """Ids of requests that their text ended, after the iteration was complete: they are out of the order of its work."""
     order = {id: number for number, (id, _, _) in enumerate(r.work)}
-    ids = [f.id for f in r.finished if f.reason != "abort"]
+    ids = [f.id for f in r.finished if f.reason != "abort" and f.id in order]
     for number in range(1, len(ids)):
         if order[ids[number]] < order[ids[number - 1]]:
             return ids[number:]
@@ -273,8 +282,8 @@ def _ended_by_text(r: StepRecord) -> list[str]:
 
 def _shapes(records: Sequence[StepRecord]) -> list[list[tuple[int, int]]]:
     """The shape of each iteration, with the ranks of its adapters."""
-    adapter = dict(pair for r in records for pair in r.adapters)
-    ranks = {row.key: row.rank for r in records for row in r.loaded}
+    adapter = {id: key for r in records for id, key, *_ in r.adapters}
+    ranks = {key: rank for r in records for _, key, _, rank in r.adapters}
     shapes = []
     for r in records:
         used = {adapter[id] for id, _, _ in r.work if id in adapter}

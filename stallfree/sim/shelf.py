@@ -2,6 +2,7 @@
 memory. An adapter's name is a number, and its rank follows from that. It does not know who asks for which."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from stallfree.core.adapters import Resident
 from stallfree.perf.adapters import Adapters
@@ -22,7 +23,7 @@ class Shelf:
     @classmethod
     def of(cls, ranks: Sequence[int], adapters: Adapters, block_size: int) -> "Shelf":
         """The shelf of a replica with such adapters, whose KV blocks have `block_size` tokens."""
-        return cls(ranks, lambda rank: adapters.blocks(rank, block_size), lambda rank: adapters.bytes(rank) / HOST_LINK)
+        return cls(ranks, partial(adapters.blocks, block_size=block_size), partial(_on_link, adapters))
 
     def meet(self, adapter: str) -> None:
         """A request for this adapter comes."""
@@ -32,6 +33,10 @@ class Shelf:
 
     def load_s(self, adapter: Resident) -> float:
         return self._load_s(adapter.rank)
+
+
+def _on_link(adapters: Adapters, rank: int) -> float:
+    return adapters.bytes(rank) / HOST_LINK
 
 
 def ranks(words: str) -> tuple[int, ...]:

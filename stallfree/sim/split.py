@@ -52,7 +52,9 @@ class SplitSimulator:
         for name in ("rank", "adapter_modules"):
             source, target = getattr(split.prefill, name), getattr(split.decode, name)
             if source != target:
-                raise ValueError(f"each adapter is in both pools, but prefill has {name} {source} and decode {target}; give the same")
+                raise ValueError(
+                    f"each adapter is in both pools, but prefill has {name} {source} and decode {target}; give the same"
+                )
         if "refuse" in (split.prefill.on_late, split.decode.on_late):
             raise ValueError("two pools forecast no first tokens, so none can be refused; leave out --on-late refuse")
         self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)

@@ -88,6 +88,20 @@ def test_kv_takes_the_room_of_idle_adapters_before_it_preempts_anybody():
     assert 0 == s.ledger.num_waiting
 
 
+def test_no_adapter_leaves_in_vain_for_a_request_that_does_not_fit_even_then():
+    s = scheduler(blocks=20, sizes={"a": 3, "b": 4})
+    ask(s, "x", "b", max_tokens=1)
+    load(s)
+    step(s)  # x has ended, and b is idle
+    ask(s, "plain", length=16, max_tokens=4)  # five blocks in the end
+    step(s)
+    ask(s, "long", "a", length=52, max_tokens=4, arrival=1.0)  # 13 blocks: without b there are 12
+    load(s)
+    step(s)
+    assert {"a", "b"} == s.ledger.adapters.resident.keys()
+    run_out(s)
+
+
 def test_who_waits_for_an_adapter_is_not_overtaken_for_ever_by_those_whose_adapters_are_here():
     s = scheduler(blocks=10, sizes={"a": 2, "big": 6}, max_seqs=2)
     ask(s, "first", "a", length=4, max_tokens=4)

@@ -155,7 +155,7 @@ def test_a_later_version_of_a_name_shares_no_prefix_with_the_first(shelf):
     own.submit(Request("b", long, 2, adapter=second))
     run(own)
     assert [("a", 0), ("b", 0)] == [pair for record in records for pair in record.cached]
-    assert [("a", first), ("b", second)] == [pair for record in records for pair in record.adapters]
+    assert [("a", first, 2, 8), ("b", second, 2, 8)] == [pair for record in records for pair in record.adapters]
     assert [first, second] == [row.key for record in records for row in record.loaded]
     own.close()
 

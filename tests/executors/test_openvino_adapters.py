@@ -218,6 +218,23 @@ def test_enormous_weights_do_not_reach_other_rows(llama: Checkpoint, executor: O
     assert_close(alone, both[len(TOKENS) :])
 
 
+@pytest.mark.parametrize("kv", ["f32", "u8"])
+def test_what_was_computed_to_warm_up_stays_out_of_the_first_iterations(llama: Checkpoint, tmp_path: Path, kv: str) -> None:
+    executor = OpenVINOExecutor(llama, weights="f32", kv=kv, kv_bytes=KV)
+    garbage = bytes([0xFF]) * (executor.block_bytes * executor.capacity.num_blocks)  # no numbers, in any format
+    executor.write_blocks(range(executor.capacity.num_blocks), bytearray(garbage))  # type: ignore[arg-type]
+    plain = executor.logits([work(TOKENS)])
+    first = FIRST_BLOCK
+    for number in range(7):
+        adapter = open_adapter(made_adapter(tmp_path / str(number), llama.config, seed=number), llama.config)
+        first = loaded(executor, str(number), adapter, first)
+        keys = ["", *map(str, range(number + 1))]
+        logits = executor.logits([with_adapter(key, first_block=3 * i) for i, key in enumerate(keys)])
+        assert np.isfinite(logits).all()
+        np.testing.assert_allclose(logits[: len(TOKENS)], plain, rtol=0, atol=EXACT if kv == "f32" else 0.2)
+    executor.close()
+
+
 def test_loading_in_another_thread_disturbs_no_iteration(llama: Checkpoint, executor: OpenVINOExecutor, tmp_path: Path) -> None:
     adapter = open_adapter(made_adapter(tmp_path, llama.config, MODULES), llama.config)
     expected, errors = executor.logits([work(TOKENS)]), []

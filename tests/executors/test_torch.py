@@ -74,6 +74,18 @@ def test_a_hybrid_batch_gives_each_sequence_its_own_logits(exact: TorchExecutor)
     np.testing.assert_allclose(exact.logits(batch), expected, rtol=0, atol=1e-4 * np.abs(alone).max())
 
 
+def test_what_another_request_left_in_a_block_does_not_matter(exact: TorchExecutor) -> None:
+    """Also if it is not a number: a block is used again as it is."""
+    prompt, decode = blocks(work(TOKENS[:17]), 0), blocks(work(TOKENS[17:18], 17), 0)
+    longer = blocks(work(TOKENS), 8), blocks(work(TOKENS[:1], len(TOKENS)), 8)
+    expected = [exact.logits([piece]) for piece in (prompt, decode)]
+    everywhere = range(exact.capacity.num_blocks)
+    exact.write_blocks(everywhere, memoryview(bytearray(b"\xff" * (len(everywhere) * exact.block_bytes))))
+    for piece, other, right in zip((prompt, decode), longer, expected, strict=True):
+        logits = exact.logits([piece, other])
+        np.testing.assert_allclose(logits[: len(right)], right, rtol=0, atol=1e-4)
+
+
 def test_a_gguf_file_is_the_same_model_as_the_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", "llama")
     folder = open_checkpoint(tmp_path / "folder")

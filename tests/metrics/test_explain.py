@@ -164,10 +164,10 @@ def test_a_request_says_whether_it_waited_for_its_adapter():
     arrived = [a for r in records for a in r.arrived]
     first = replace(
         records[0],
-        adapters=[(a.id, "dutch") for a in records[0].arrived],
+        adapters=[(a.id, "dutch", 3, 8) for a in records[0].arrived],
         loaded=[Loaded("dutch", 8, 3, arrived[0].arrival, records[0].t_plan)],
     )
-    late = [replace(r, adapters=[(a.id, "dutch") for a in r.arrived]) for r in records[1:]]
+    late = [replace(r, adapters=[(a.id, "dutch", 3, 8) for a in r.arrived]) for r in records[1:]]
     explanation = Explained(Run("a-policy", CAPACITY, Limits()), [first, *late])
     assert "Adapters were loaded 1 times" in "\n".join(explanation.on_the_whole())
     assert "Adapter dutch was loaded into 3 KV blocks" in "\n".join(explanation.step(first.step))

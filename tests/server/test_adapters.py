@@ -260,3 +260,40 @@ def test_every_api_takes_an_adapter(shelf):
             assert 200 == response.status_code, response.text
             assert "dutch" == json.loads(response.text)["model"]
         assert {"dutch"} in server.executor.used
+
+
+def test_replacing_an_adapter_leaves_no_moment_without_one(shelf):
+    with serving(shelf, "dutch") as server:
+        body = {"lora_name": "dutch", "lora_path": str(shelf / "french"), "load_inplace": True}
+        ended, statuses = threading.Event(), set()
+
+        def replace():
+            for _ in range(20):
+                assert 200 == server.client.post("/v1/load_lora_adapter", json=body, headers=ADMIN).status_code
+            ended.set()
+
+        thread = threading.Thread(target=replace)
+        thread.start()
+        while not ended.is_set():
+            statuses.add(server.client.get("/v1/models/dutch").status_code)
+        thread.join()
+        assert {200} == statuses
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "the body is empty or not a JSON object"),
+        (b"{", "the body is not JSON"),
+        (b'{"name": "x", "path": "y", "nam": 1}', "nam"),
+    ],
+)
+def test_a_body_that_is_none_is_told_as_elsewhere(shelf, raw, message):
+    with serving(shelf) as server:
+        assert message in error_of(server.client.post("/v1/adapters", content=raw, headers=ADMIN), 400)["message"]
+
+
+def test_the_admin_key_may_look_at_adapters_too(shelf):
+    with serving(shelf, "dutch", api_key="client-key") as server:
+        for key, status in (("admin-key", 200), ("client-key", 200), ("x", 401)):
+            assert status == server.client.get("/v1/adapters", headers={"Authorization": f"Bearer {key}"}).status_code

@@ -179,21 +179,22 @@ class OpenVINOExecutor:
         """The first runs compile kernels, which takes half a second, so no request should wait for them. Nobody needs what is in
         `blocks`: KV is written there."""
         size, longest = self.capacity.block_size, self.capacity.max_model_len
+        if graph is not None and loaded is not None:
+            each = shown(-(-loaded.adapter.rank // UNIT))
+            copies = [loaded, *(Loaded(loaded.adapter, loaded.blocks) for _ in range(WARMED[-1] // each - 1))]
+            graph.arranged(copies, [1] * len(copies))  # all are read here, before KV is written over the weights
+            for number in reversed([number for number in WARMED if 1 < number <= len(copies)]):
+                work = [Work("warm-up", 0, 1, True, False, (0,), (blocks[0],), None, "", (), [])] * number
+                feed = self._packed(work) | {"sampled_rows": np.arange(number, dtype=np.int32)}
+                _infer(graph.request, feed | graph.arranged(copies[:number], [1] * number))
         for count in sorted({1, min(64, longest, size * len(blocks))}):
             table = tuple(blocks[: -(-count // size)])
-            work = Work("warm-up", 0, count, True, False, (0,) * count, table, None, "", (), [])
-            feed = self._packed([work]) | {"sampled_rows": np.array([count - 1], np.int32)}
+            work = [Work("warm-up", 0, count, True, False, (0,) * count, table, None, "", (), [])]
+            feed = self._packed(work) | {"sampled_rows": np.array([count - 1], np.int32)}
             if graph is None:
                 _infer(self._request, feed)
             else:
                 _infer(graph.request, feed | graph.arranged([loaded], [count]))
-        if graph is not None and loaded is not None:
-            each = shown(-(-loaded.adapter.rank // UNIT))
-            for number in [number for number in WARMED if number * each <= WARMED[-1]]:
-                work = [Work("warm-up", 0, 1, True, False, (0,), (blocks[0],), None, "", (), [])] * number
-                feed = self._packed(work) | {"sampled_rows": np.arange(number, dtype=np.int32)}
-                copies = [Loaded(loaded.adapter, loaded.blocks) for _ in range(number)]  # each counts as another adapter
-                _infer(graph.request, feed | graph.arranged(copies, [1] * number))
 
     def _forward(self, work: Sequence[Work], feed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
         """Logits of `rows` of packed work, valid until the next call. Only work with adapters pays for them."""

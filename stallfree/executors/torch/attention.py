@@ -46,7 +46,10 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bat
         seen = at < lengths[:, None]
         if window:
             seen &= at >= lengths[:, None] - window
-        decoded = _attention(query[rows][:, None], _gather(keys, tables), _gather(values, tables), seen[:, None, None])
+        # Zero times what another request left behind is not zero if that is not a number.
+        gathered = [_gather(cache, tables).to(query.dtype) for cache in (keys, values)]
+        key, value = (each.masked_fill_(~seen[..., None, None], 0) for each in gathered)
+        decoded = _attention(query[rows][:, None], key, value, seen[:, None, None])
         out[rows] = decoded[:, 0]
     begin = 0
     for i, (count, end) in enumerate(zip(batch.counts, batch.ends, strict=True)):

@@ -5,7 +5,7 @@ import asyncio
 from heapq import nsmallest
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,7 @@ from stallfree.engine.adapters import BadName, Named
 from stallfree.server import schema
 from stallfree.server.errors import ApiError
 from stallfree.server.models import Models
+from stallfree.server.reading import checked
 from stallfree.server.service import Service
 
 MOST_LISTED = 500
@@ -39,6 +40,7 @@ class VllmLoad(Body):
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
     base_model_name: str | None = None
+    is_3d_lora_weight: bool = False
 
 
 class VllmUnload(Body):
@@ -90,7 +92,10 @@ def routes(service: Service, *, changeable: bool) -> APIRouter:
                 raise ApiError(400, f"{path}: cannot be read: {error.strerror or error}", param=fields[1]) from None
 
     def remove(name: str, field: str) -> None:
-        models.check(name)
+        try:
+            models.check(name)
+        except ApiError as error:
+            raise error.renamed({"model": field}) from None
         if name in models.names:
             raise ApiError(400, f"{name!r} is the model itself; only adapters can be removed", param=field)
         models.library.remove(name)
@@ -104,11 +109,12 @@ def routes(service: Service, *, changeable: bool) -> APIRouter:
         data = [_state(service, named) for name in names[:limit] if (named := models.library.named.get(name)) is not None]
         return AdapterStates(data=data, has_more=len(names) > limit)
 
-    @router.post("/v1/adapters", status_code=201)
-    async def add_adapter(body: NewAdapter) -> AdapterState:
+    @router.post("/v1/adapters", status_code=201, openapi_extra=_asks(NewAdapter))
+    async def add_adapter(request: Request) -> AdapterState:
         """Serve the adapter in a folder of the server's disk under a name. It is read once here, so that an adapter that cannot be
         used is refused now."""
         check()
+        body = checked(NewAdapter, await request.body())
         return _state(service, await add(body.name, body.path, ("name", "path")))
 
     @router.delete("/v1/adapters/{name:path}")
@@ -118,21 +124,28 @@ def routes(service: Service, *, changeable: bool) -> APIRouter:
         remove(name, "name")
         return schema.Deleted(id=name)
 
-    @router.post("/v1/load_lora_adapter", response_model=None, responses=TEXT)
-    async def load_lora_adapter(body: VllmLoad) -> Response:
+    @router.post("/v1/load_lora_adapter", response_model=None, responses=TEXT, openapi_extra=_asks(VllmLoad))
+    async def load_lora_adapter(request: Request) -> Response:
         """vLLM's name for POST /v1/adapters."""
         check()
+        body = checked(VllmLoad, await request.body())
         await add(body.lora_name, body.lora_path, ("lora_name", "lora_path"), replace=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", response_model=None, responses=TEXT)
-    async def unload_lora_adapter(body: VllmUnload) -> Response:
+    @router.post("/v1/unload_lora_adapter", response_model=None, responses=TEXT, openapi_extra=_asks(VllmUnload))
+    async def unload_lora_adapter(request: Request) -> Response:
         """vLLM's name for DELETE /v1/adapters/NAME."""
         check()
+        body = checked(VllmUnload, await request.body())
         remove(body.lora_name, "lora_name")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
+
+
+def _asks(body: type[BaseModel]) -> dict[str, Any]:
+    """The part of a route's OpenAPI schema that says it takes a `body`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
 def _add(models: Models, name: str, path: str, replace: bool) -> Named:
@@ -140,9 +153,7 @@ def _add(models: Models, name: str, path: str, replace: bool) -> Named:
     library = models.library
     adapter = library.open(name, path, replaces=replace)
     adapter.check()
-    if replace and name in library.named:
-        library.remove(name)
-    return library.add(name, adapter)
+    return library.add(name, adapter, replaces=replace)
 
 
 def _state(service: Service, named: Named) -> AdapterState:
