@@ -6,11 +6,14 @@ what an adapter computes.
 """
 
 import logging
+import os
 import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,11 @@ MOST_ALIKE = 500
 """Names that are compared with one that is not there; a comparison takes microseconds of the server's loop."""
 
 
+NICE = 15
+"""How far the thread that loads steps back behind those that compute, where the system lets single threads: a load takes a few
+times as long while the processor is busy, and iterations hardly notice it."""
+
+
 class Loader:
     """Brings the adapters that the requests of `ledger` want into their blocks. `failed` is called with the requests whose adapter
     cannot be loaded, and the reason. Used in the engine's thread, except `add`. `wake` is called, in any thread, when a load ends.
@@ -75,7 +83,7 @@ class Loader:
         self._identities: dict[str, str] = {}
         self._leaving: set[str] = set()
         self._ended: queue.SimpleQueue[tuple[Resident, str | None, Loaded]] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(1, "adapters")
+        self._threads = ThreadPoolExecutor(1, "adapters", initializer=_step_back)
         self._loaded: list[Loaded] = []
         self._under_way = 0
         self._usual_s = USUAL_S
@@ -214,6 +222,12 @@ class Loader:
         evicted = self.accounts.evicted
         while evicted and self._executor is not None:
             self._executor.drop_adapter(evicted.pop())
+
+
+def _step_back() -> None:
+    with suppress(OSError):  # only Linux has priorities of threads
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + NICE)
 
 
 @dataclass(frozen=True, slots=True)
