@@ -188,9 +188,8 @@ def _pair(
             f"the adapter is for another base model"
         )
     if not 0 < rank <= max_rank:
-        raise CheckpointError(
-            f"{WEIGHTS}: {place} has rank {rank}, allowed are 1 to {max_rank}; allow more (--max-adapter-rank), or train it with less"
-        )
+        allowed = f"allowed are 1 to {max_rank}; allow more (--max-adapter-rank), or train it with less"
+        raise CheckpointError(f"{WEIGHTS}: {place} has rank {rank}, {allowed}")
     if rank != (said := settings.rank_of(place)):
         raise CheckpointError(f"{WEIGHTS}: {place} has rank {rank}, {CONFIG} says {said}; {AGAIN}")
     if not settings.targeted(layer, place):
