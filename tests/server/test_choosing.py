@@ -212,13 +212,13 @@ class Forecast:
     def __init__(self, seconds: float, late: Late | None = None):
         self._seconds, self._late = seconds, late
 
-    def seconds(self, request, cached=0):
+    def seconds(self, request, cached=0, wait_s=0.0):
         return self._seconds
 
-    def late(self, request, cached=0):
+    def late(self, request, cached=0, wait_s=0.0):
         return self._late
 
-    def enter(self, request, cached=0):
+    def enter(self, request, cached=0, wait_s=0.0):
         pass
 
     def leave(self, id):
@@ -284,7 +284,7 @@ def test_a_client_that_shares_a_prompt_goes_where_it_is_cached(pair):
     first, second, route = pair
     for server in (first, second):
         server.engine_thread.forecast = Forecast(1.0)
-        server.engine_thread.forecast.seconds = lambda request, cached=0: 0.001 * len(request.prompt)
+        server.engine_thread.forecast.seconds = lambda request, cached=0, wait_s=0.0: 0.001 * len(request.prompt)
     second.executor.gate.clear()
     first.executor.gate.clear()
     body = {"prompt": "x" * 3 * PIECE, "max_tokens": 1}
