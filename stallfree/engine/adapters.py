@@ -118,7 +118,7 @@ class Loader:
                 try:
                     self._executor.load_adapter(key, adapter, range(self.accounts.known[key][0]))
                 except OSError as error:
-                    raise CheckpointError(f"{adapter.path}: cannot be read: {error.strerror or error}") from error
+                    raise CheckpointError(_unread(adapter, error)) from error
                 self._executor.drop_adapter(key)
 
     def identity(self, key: str) -> str:
@@ -187,7 +187,7 @@ class Loader:
         except CheckpointError as problem:
             error = str(problem)
         except OSError as problem:
-            error = f"{problem.filename or adapter.path}: cannot be read: {problem.strerror or problem}"
+            error = _unread(adapter, problem)
         except Exception as problem:
             log.exception("adapter %s cannot be loaded", resident.key)
             error = f"{type(problem).__name__}: {problem}"
@@ -222,6 +222,10 @@ class Loader:
         evicted = self.accounts.evicted
         while evicted and self._executor is not None:
             self._executor.drop_adapter(evicted.pop())
+
+
+def _unread(adapter: Adapter, error: OSError) -> str:
+    return f"{error.filename or adapter.path}: cannot be read: {error.strerror or error}"
 
 
 def _step_back() -> None:
@@ -295,12 +299,10 @@ class Library:
             raise BadName(
                 f"adapter name {name[:200]!r}: a name is 1 to 200 letters, digits or . _ : / @ -, and begins with a letter or digit"
             )
-        if name in self._reserved or (name in self._named and not replaces):
-            owner = (
-                "the model's own; give another" if name in self._reserved else "in use; remove that adapter first, or give another"
-            )
-            raise BadName(f"the name {name!r} is {owner}", used=True)
-        if len(self._named) >= MOST:
+        if name in self._reserved:
+            raise BadName(f"the name {name!r} is the model's own; give another", used=True)
+        self._check_free(name, replaces=replaces)
+        if len(self._named) >= MOST and name not in self._named:
             raise ValueError(f"there are {MOST:,} adapters already, the most that are served; remove one first")
         if self._config is None:
             raise ValueError("this executor runs no adapters; take --executor openvino or torch")
@@ -309,9 +311,8 @@ class Library:
     def add(self, name: str, adapter: Adapter, *, replaces: bool = False) -> Named:
         """Give an adapter its name, at once taken from another one if it `replaces` that. Raises ValueError if another got it
         meanwhile, or if the executor cannot run the adapter."""
+        self._check_free(name, replaces=replaces)
         old = self._named.get(name)
-        if old is not None and not replaces:
-            raise BadName(f"the name {name!r} is in use; remove that adapter first, or give another", used=True)
         version = self._versions.get(name, 0) + 1
         key = name if version == 1 else f"{name}{VERSION}{version}"
         self._loader.add(key, adapter)
@@ -320,6 +321,10 @@ class Library:
         if old is not None:
             self.call(lambda: self._loader.retire(old.key))
         return named
+
+    def _check_free(self, name: str, *, replaces: bool) -> None:
+        if name in self._named and not replaces:
+            raise BadName(f"the name {name!r} is in use; remove that adapter first, or give another", used=True)
 
     def remove(self, name: str) -> None:
         """Take the name away. Requests that have it already are served; then the adapter goes. KeyError if there is none."""

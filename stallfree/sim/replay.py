@@ -153,7 +153,7 @@ def what_if(
         scheduler,
         machine.model,
         record=written.append,
-        load_s=lambda adapter: took.get(adapter.key, 0.0),
+        load_s=(lambda adapter: took.get(adapter.key, 0.0)) if scheduler.ledger.adapters.known else None,
         begin=records[0].t_plan,
         between_s=machine.between_s,
         slowness=machine.slowness,

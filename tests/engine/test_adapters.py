@@ -237,6 +237,7 @@ def test_there_is_a_limit_to_their_number(shelf, monkeypatch):
     shelved = library(engine(), shelf, "dutch", "french")
     with pytest.raises(ValueError, match="there are 2 adapters already"):
         shelved.open("greek", shelf / "greek")
+    assert shelved.open("dutch", shelf / "greek", replaces=True)
     with pytest.raises(ValueError, match="3 adapters, and at most 2 are served"):
         folders((), shelf)
 

@@ -1,30 +1,13 @@
 """`stallfree simulate` with adapters as a user sees it: the options, the record, and one clear line for a mistake."""
 
 import json
-import sys
 
 import pytest
 
-from stallfree.cli import main
 from stallfree.core.record import read
 
 LOAD = ("--model", "llama2-7b", "--hardware", "a100-80g", "--rate", "5", "--lengths", "256/16", "--requests", "60")
 ADAPTERS = ("--adapters", "1000", "--adapter-zipf", "1.0", "--rank", "8,16,32")
-
-
-@pytest.fixture
-def stallfree(monkeypatch, capfd):
-    """Runs a command in this process: its exit code, standard output and standard error."""
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stallfree", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 def test_simulate_with_adapters_serves_everybody_and_says_what_was_simulated(stallfree):
