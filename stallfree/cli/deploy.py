@@ -25,6 +25,7 @@ def deploy(
             show_default=False,
         ),
     ] = None,
+    share_prefixes: options.SharePrefixes = False,
     served_model_name: options.ServedNames = None,
     sanitize_control_tokens: options.Sanitize = False,
     replicas: Annotated[str, typer.Option(help="How many, such as 2; or the fewest and the most, such as 1-4.")] = "1",
@@ -54,7 +55,8 @@ def deploy(
     if served.executor != "simulated":
         named(served.model)
     keys = options.keys(host, api_key, api_key_file, tenants=tenants)
-    names, sharing = options.names(served_model_name), options.tenants(tenants, keys, served.slo)
+    names = options.names(served_model_name)
+    sharing = options.tenants(tenants, keys, served.slo, share_prefixes=share_prefixes)
     serve.start(http_options={"host": host, "port": port})
     typer.echo(f"http://{host}:{port}/v1, {replicas} replicas; Ctrl-C ends them", err=True)
     late = on_late == "serve"

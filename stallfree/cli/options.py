@@ -33,14 +33,15 @@ def keys(host: str, key: str | None, file: Path | None, *, tenants: Path | None 
     return keys
 
 
-def tenants(file: Path | None, keys: Keys, slo: str | None) -> Tenants:
+def tenants(file: Path | None, keys: Keys, slo: str | None, *, share_prefixes: bool) -> Tenants:
     """The tenants in the `file` of --tenants. Their keys open the server together with `keys`. `slo`: the words of --slo, which
-    have the classes. Raises ValueError for a file that cannot be used, and for words that are no targets.
+    have the classes. `share_prefixes`: tenants find each other's cached prefixes. Raises ValueError for a file that cannot be used,
+    and for words that are no targets.
     """
     from stallfree.core.classes import Classes
     from stallfree.server.tenants import Tenants
 
-    tenants = Tenants(file, keys, None if slo is None else Classes.parse(slo))
+    tenants = Tenants(file, keys, None if slo is None else Classes.parse(slo), share_prefixes=share_prefixes)
     _warn_if_open("--tenants", file)
     return tenants
 
@@ -174,6 +175,13 @@ TenantsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Tenants with keys, weights, classes and limits (TOML); SIGHUP reads it again.", show_default=False
+    ),
+]
+SharePrefixes = Annotated[
+    bool,
+    typer.Option(
+        "--share-prefixes",
+        help="Let keys find each other's cached prefixes; how soon an answer begins may then tell what another key asked.",
     ),
 ]
 OnLate = Annotated[

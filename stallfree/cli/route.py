@@ -21,6 +21,9 @@ def route(
             show_default="never",
         ),
     ] = None,
+    share_prefixes: Annotated[
+        bool, typer.Option("--share-prefixes", help="The servers have this option too: a key's prompts may be cached for others.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.", min=0, max=65535)] = 8000,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that requests get to finish after SIGTERM.", min=0)] = 30,
@@ -39,7 +42,7 @@ def route(
     if host not in options.LOOPBACK:
         warning = f"all who can reach --host {host} can use the servers; start these with an API key, which they check"
         typer.echo(f"warning: {warning}", err=True)
-    router = Router(decode.split(","), [address(*peer) for peer in peers], spill)
+    router = Router(decode.split(","), [address(*peer) for peer in peers], spill, share_prefixes=share_prefixes)
     sock = bind(host, port)
     typer.echo(f"http://{address(*sock.getsockname()[:2])}/v1 -> {decode}; prefill: {prefill or 'theirs'}")
     run(create_router(router), router, sock, drain_timeout_s=drain_timeout)

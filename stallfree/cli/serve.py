@@ -68,6 +68,7 @@ def serve(
     web: Web,
     logging: Logging,
     tenants: options.TenantsFile = None,
+    share_prefixes: options.SharePrefixes = False,
     admin_key: options.AdminKey = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
@@ -91,7 +92,7 @@ def serve(
     outputs.check(record, "--record")
     names, origins, tls = options.names(front.served_model_name), web.origins(), web.tls()
     keys = options.keys(front.host, front.api_key, front.api_key_file, tenants=tenants)
-    sharing = options.tenants(tenants, keys, served.slo)
+    sharing = options.tenants(tenants, keys, served.slo, share_prefixes=share_prefixes)
     admin = Keys.of(admin_key)
     if front.tool_parser is not None:
         formats.named(front.tool_parser)

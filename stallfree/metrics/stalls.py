@@ -174,7 +174,8 @@ class StallAccount:
     Of the latest record: `stalls`. `iteration`: its work. `gaps`: the TBT of its decode tokens, and `ttfts`, both in seconds. `due`
     and `late`: by target, how many tokens had a deadline, and missed it. `first_late_s`: the total lateness of first tokens.
     `slack`: seconds from planning until its first decode was due (None if none was). `looked_up`: prompt and output tokens of
-    admitted requests, looked up in the prefix cache. `ended`: the requests that ended. `waits`: first tokens with long waits.
+    admitted requests, looked up in the prefix cache; `lookups`: by tenant, how many of its tokens were looked up, and found; ""
+    has those of requests without one. `ended`: the requests that ended. `waits`: first tokens with long waits.
     `forecasts`: of each first token that was forecast, actual over predicted seconds. `served`: see `Tenants.served`.
 
     Of all records so far: `waiting`, the arrivals of requests that have no first token, in order; and `tenants`.
@@ -190,6 +191,7 @@ class StallAccount:
         self.stalls: list[Stall] = []
         self.ended: list[Ended] = []
         self.looked_up = 0
+        self.lookups: dict[str, tuple[int, int]] = {}
         self.waits: list[Wait] = []
         self.forecasts: list[float] = []
         self.served: dict[str, int] = {}
@@ -220,14 +222,14 @@ class StallAccount:
         self.due, self.late = dict.fromkeys(TARGETS, 0), dict.fromkeys(TARGETS, 0)
         earliest = NEVER
         reached: dict[str, int] = {}
-        self.looked_up = 0
+        self.looked_up, self.lookups = 0, {}
         for transfer in step.delivered:
             if transfer.id in streams:
                 self._deliver(transfer, streams[transfer.id])
         for id, cached in step.cached:
             if id in streams:
                 admitted = streams[id]
-                self.looked_up += admitted.prompt_tokens + admitted.tokens
+                self._look_up(id, admitted.prompt_tokens + admitted.tokens, cached)
                 if admitted.scheduled is None:
                     admitted.scheduled, admitted.cached = step.t_start, cached
         for id in step.preempted:
@@ -314,9 +316,16 @@ class StallAccount:
 
     def _deliver(self, transfer: Delivered, stream: _Stream) -> None:
         stream.scheduled, stream.cached, stream.tokens = transfer.asked, transfer.cached, 1
-        self.looked_up += stream.prompt_tokens
+        self._look_up(transfer.id, stream.prompt_tokens, transfer.cached)
         self._begin(transfer.id, stream, transfer.t, stream.prompt_tokens)
         stream.last = transfer.t
+
+    def _look_up(self, id: str, tokens: int, found: int) -> None:
+        """`tokens` of a request were looked up in the prefix cache, and `found` of them were there."""
+        self.looked_up += tokens
+        tenant = self.tenants.of(id)
+        before = self.lookups.get(tenant, (0, 0))
+        self.lookups[tenant] = before[0] + tokens, before[1] + found
 
     def _end(self, id: str, reason: str, t: float) -> Ended:
         stream = self._streams.pop(id)

@@ -36,6 +36,10 @@ class Tenants:
             tenant.present += 1
             tenant.waiting += 1
 
+    def of(self, id: str) -> str:
+        """The tenant of a request that has not ended; "" for none."""
+        return self._whose[id]
+
     def answer(self, id: str) -> None:
         """A request has its first token. A second call does nothing."""
         if id in self._unanswered:

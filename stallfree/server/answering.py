@@ -38,7 +38,8 @@ async def ask(service: Service, kind: type[Kind], query: Query, request: Request
     try:
         constraints = () if query.grammar is None else await service.grammars.constraints(query.grammar, number)
         adapter = service.models.adapter(body.model)
-        requests = intake.requests(service.engine, query, tenant, promise, adapter, constraints)
+        namespace = service.tenants.namespace(entry.key)
+        requests = intake.requests(service.engine, query, tenant, promise, adapter, constraints, namespace=namespace)
         outputs = _submit(service, kind, query, requests, request)
     except Unavailable as refusal:
         charge.cancel()

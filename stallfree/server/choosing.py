@@ -15,6 +15,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from heapq import merge
 from math import inf, isfinite
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -33,7 +34,9 @@ MOST_PIECES = 1 << 16
 """Pieces that are remembered, those used last: 33 million characters of prompts in about 10 MB."""
 MOST_NAME = 200
 """Characters of a model's name that a server is asked about."""
-TELLING = ("authorization", "x-api-key", FAIRNESS)
+KEYS = ("authorization", "x-api-key")
+"""Request headers with a key. A server keeps the cached prefixes of each key apart."""
+TELLING = (*KEYS, FAIRNESS)
 """Request headers that say whose a request is. A server needs them for its forecast."""
 OPENING = ("tools", "system", "instructions")
 """Fields of a body whose text comes before its prompt."""
@@ -62,8 +65,8 @@ class Server:
 
 class Outline(NamedTuple):
     """What the router reads of a body. `tokens`: about how many its prompts have. `openings`: the events of its stream before the
-    first token. `pieces`: for each piece of the prompts' text, a hash of it and of all before it. `characters`: of that text.
-    `model`: its name, "" for none."""
+    first token. `pieces`: for each piece of the prompts' text, a hash of it, of all before it, and of whose it is. `characters`: of
+    that text. `model`: its name, "" for none."""
 
     tokens: int = 0
     openings: int = 0
@@ -72,14 +75,16 @@ class Outline(NamedTuple):
     model: str = ""
 
 
-def outline(path: str, body: bytes) -> Outline:
-    """The outline of a body for `path`; an empty one if the body is malformed, so that a server refuses it."""
+def outline(path: str, body: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> Outline:
+    """The outline of a body for `path`; an empty one if the body is malformed, so that a server refuses it. A key in the `headers`
+    keeps its pieces apart from those of others."""
     with suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError):
         fields: dict[str, Any] = json.loads(body)
         tokens, openings = _size(path, fields)
         text = json.dumps([fields.get(name) for name in (*OPENING, *PROMPTS)]).encode()
         model = str(fields.get("model") or "")
-        piece = _digest(json.dumps([fields.get("cache_salt"), model]).encode(), b"")
+        whose = [headers.get(name) for name in KEYS]
+        piece = _digest(json.dumps([fields.get("cache_salt"), model, whose]).encode(), b"")
         pieces = []
         for start in range(0, len(text) - PIECE + 1, PIECE):
             piece = _digest(text[start : start + PIECE], piece)

@@ -30,11 +30,19 @@ HERE = "none"
 
 
 def requests(
-    engine: Engine, query: Query, tenant: Tenant, promise: Promise, adapter: str = "", constraints: Sequence[Constraint] = ()
+    engine: Engine,
+    query: Query,
+    tenant: Tenant,
+    promise: Promise,
+    adapter: str = "",
+    constraints: Sequence[Constraint] = (),
+    *,
+    namespace: str = "",
 ) -> list[Request]:
     """`n` requests for each prompt of `query`, of this `tenant`, with what it is promised and for this `adapter`. Choice k of a
     prompt samples with `seed` + k. `constraints`: one for each of them, or none. Sampling that the body leaves open is the engine's
-    default. Raises ApiError for fields that contradict each other.
+    default. They find cached prefixes of the same `namespace` and the same `cache_salt` only. Raises ApiError for fields that
+    contradict each other.
     """
     body = query.body
     n = 1 if body.n is None else body.n
@@ -53,6 +61,9 @@ def requests(
     fields |= {"min_tokens": min_tokens, "stop_ids": stop_ids} | ({} if body.top_k is None else {"top_k": max(0, body.top_k)})
     seed = secrets.randbits(48) if body.seed is None else body.seed
     samplings = [replace(engine.sampling, seed=seed + k, **fields) for k in range(n)]
+    salt = body.cache_salt or ""
+    if namespace:
+        salt = f"{namespace}\0{salt}"  # no namespace has a zero
     arrival = engine.clock()
     requests: list[Request] = []
     for prompt, _ in query.prompts:
@@ -75,7 +86,7 @@ def requests(
                     slo=promise.slo,
                     service_class=promise.service_class,
                     adapter=adapter,
-                    salt=body.cache_salt or "",
+                    salt=salt,
                     sampling=sampling,
                 )
             )

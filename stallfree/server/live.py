@@ -50,6 +50,7 @@ class Judged(NamedTuple):
     waits: list[Wait]
     forecasts: list[float]
     served: dict[str, int]
+    lookups: dict[str, tuple[int, int]]
 
 
 class Live:
@@ -75,7 +76,7 @@ class Live:
 
     def record(self, step: StepRecord, account: StallAccount) -> None:
         """Keep one iteration, which `account` has judged. The engine's thread calls it after each."""
-        found = account.gaps, account.ttfts, account.stalls, account.waits, account.forecasts, account.served
+        found = account.gaps, account.ttfts, account.stalls, account.waits, account.forecasts, account.served, account.lookups
         self._unseen.append(Judged(step, account.iteration, *found))
         self._oldest = account.oldest
         self._here = account.tenants.here
@@ -100,7 +101,8 @@ class Live:
         `long_wait_s`: from how many seconds a wait is long. `forecast`: of actual over forecast times to first token, as `ttft`.
         `tenants`, the largest share first, if there are two or more: `name`, `share` of the tokens computed in the last minute,
         `weight`, `ahead_s` (seconds, over its weight, by which it was served more than the least; or null), requests `waiting` for
-        a first token, and requests `refused` in the last minute.
+        a first token, requests `refused` in the last minute, and the share of its tokens that were looked up in the prefix cache
+        in the last minute and were there, `cached` (null: none were looked up).
         """
         pieces = 0
         while self._unseen and pieces < PIECES:
@@ -125,9 +127,11 @@ class Live:
         }
 
     def _tenants(self, seconds: Iterable["_Second"], now: float) -> list[dict[str, Any]]:
-        served = Counter[str]()
+        served, looked_up, found = Counter[str](), Counter[str](), Counter[str]()
         for second in seconds:
             served.update(second.served)
+            looked_up.update(second.looked_up)
+            found.update(second.found)
         refused = Counter(tenant for t, tenant in self._refusals if t >= now - WINDOW_S)
         here = {name: tenant.waiting for name, tenant in list(self._here.items())}
         names = {*served, *refused, *here}
@@ -142,12 +146,13 @@ class Live:
                 "ahead_s": None if self._ahead is None else self._ahead(name),
                 "waiting": here.get(name, 0),
                 "refused": refused[name],
+                "cached": found[name] / looked_up[name] if looked_up[name] else None,
             }
             for name in sorted(names, key=lambda name: (-served[name], name))[:TENANTS]
         ]
 
     def _reduce(self, judged: Judged) -> None:
-        step, iteration, gaps, ttfts, stalls, waits, forecasts, served = judged
+        step, iteration, gaps, ttfts, stalls, waits, forecasts, served, lookups = judged
         self._rows.append(
             (
                 step.step,
@@ -168,6 +173,8 @@ class Live:
         second, ttft = self._seconds[-1], self.slo.ttft
         second.forecasts.add(forecasts, 0)
         second.served.update(served)
+        second.looked_up.update({name: tokens for name, (tokens, _) in lookups.items()})
+        second.found.update({name: tokens for name, (_, tokens) in lookups.items()})
         second.ttft.add(ttfts, 0 if ttft is None else sum(seconds > ttft.seconds for seconds in ttfts))
         alike: dict[tuple[str, str, int], list[Stall]] = {}
         for (kind, cause, blamed), run in groupby(stalls, key=FAULT):
@@ -206,14 +213,15 @@ class _Times:
 
 
 class _Second:
-    """The latencies of one second of the run, `at`, the ratios of its `forecasts`, and the tokens `served` by tenant."""
+    """The latencies of one second of the run, `at`, the ratios of its `forecasts`, and by tenant the tokens `served`, `looked_up`
+    in the prefix cache and `found` there."""
 
-    __slots__ = ("at", "forecasts", "served", "tbt", "ttft")
+    __slots__ = ("at", "forecasts", "found", "looked_up", "served", "tbt", "ttft")
 
     def __init__(self, at: int):
         self.at = at
         self.ttft, self.tbt, self.forecasts = _Times(), _Times(), _Times()
-        self.served = Counter[str]()
+        self.served, self.looked_up, self.found = Counter[str](), Counter[str](), Counter[str]()
 
 
 def _summary(times: Iterable[_Times]) -> dict[str, float] | None:

@@ -64,14 +64,18 @@ class _Refusal(Exception):
 
 class Router:
     """Passes requests on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any. While each of these has
-    more than `spill` prompt tokens to compute, it names none, and the decode server computes the prompt.
+    more than `spill` prompt tokens to compute, it names none, and the decode server computes the prompt. `share_prefixes`: the
+    servers let keys find each other's cached prefixes.
     """
 
-    def __init__(self, decodes: Sequence[str], prefills: Sequence[str] = (), spill: int | None = None):
+    def __init__(
+        self, decodes: Sequence[str], prefills: Sequence[str] = (), spill: int | None = None, *, share_prefixes: bool = False
+    ):
         self.servers = [Server(url) for url in decodes]
         self.prefixes = Prefixes()
         self.pending = dict.fromkeys(prefills, 0)
         self.spill = inf if spill is None else spill
+        self.share_prefixes = share_prefixes
         self.draining = False
         self.ending = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
@@ -120,7 +124,7 @@ class Router:
 
     async def _pass_on(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         path = request.url.path
-        prompt = outline(path, body) if path in GENERATING else None
+        prompt = outline(path, body, {} if self.share_prefixes else request.headers) if path in GENERATING else None
         failures: list[str] = []
         refusals: list[_Refusal] = []
         for server in await self._order(prompt, request):

@@ -71,6 +71,7 @@ WITHOUT_EFFECT = frozenset(
 )
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_SALT_CHARS = 512
 MAX_CHOICES = 128
 MAX_TOOLS = 256
 LEAST_TARGET_MS = 0.001
@@ -136,6 +137,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+Salt = Annotated[Text, Field(max_length=MAX_SALT_CHARS)]
 ClassName = Annotated[Text, Field(min_length=1, max_length=LONGEST_CLASS)]
 """The name of a service class. `service_tier` has one too; "auto" and "default" there are the default class."""
 Milliseconds = Annotated[float, Field(ge=LEAST_TARGET_MS, le=MOST_TARGET_MS, allow_inf_nan=False)]
@@ -219,7 +221,7 @@ class Generation(Body):
     guided_regex: Text | None = None
     guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
     guided_grammar: Text | None = None
-    cache_salt: Text | None = Field(None, max_length=512)
+    cache_salt: Salt | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     user: Text | None = Field(None, max_length=512)
     safety_identifier: Text | None = Field(None, max_length=512)

@@ -36,6 +36,7 @@ class Sharing:
     def __init__(self) -> None:
         self._tenants, self._classes = Labels(), Labels()
         self._requests, self._tokens = Counter[str](), Counter[str]()
+        self._looked_up, self._found = Counter[str](), Counter[str]()
         self._refused: Counter[tuple[str, str]] = Counter()
         self._of_class = {name: Counter[str]() for name in CLASS_TEXTS}
 
@@ -44,6 +45,10 @@ class Sharing:
         for tenant, tokens in account.served.items():
             if tenant:
                 self._tokens[self._tenants.of(tenant)] += tokens
+        for tenant, (looked_up, found) in account.lookups.items():
+            if tenant:
+                self._looked_up[self._tenants.of(tenant)] += looked_up
+                self._found[self._tenants.of(tenant)] += found
         for ended in account.ended:
             if ended.tenant:
                 self._requests[self._tenants.of(ended.tenant)] += 1
@@ -57,6 +62,9 @@ class Sharing:
     def families(self) -> Iterator[Metric]:
         yield _counter("tenant_requests", "Requests that ended, by tenant.", self._requests, "tenant")
         yield _counter("tenant_tokens", "Tokens computed, prefill and decode, by tenant.", self._tokens, "tenant")
+        looked_up, found = "Tokens looked up in the prefix cache, by tenant.", "Tokens found there, by tenant."
+        yield _counter("tenant_prefix_lookup_tokens", looked_up, self._looked_up, "tenant")
+        yield _counter("tenant_cached_tokens", found, self._found, "tenant")
         refused = CounterMetricFamily("stallfree_refused", "Requests that were refused.", labels=["tenant", "reason"])
         for labels, number in self._refused.items():
             refused.add_metric(list(labels), number)

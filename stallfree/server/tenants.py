@@ -62,9 +62,18 @@ class Tenants:
     request is says its key or its client. Used in one thread.
     """
 
-    def __init__(self, file: Path | None = None, others: Keys | None = None, classes: Classes | None = None):
-        """Raises ValueError for a file that cannot be read, or that says what cannot be. No message has a key or its digest."""
+    def __init__(
+        self,
+        file: Path | None = None,
+        others: Keys | None = None,
+        classes: Classes | None = None,
+        *,
+        share_prefixes: bool = False,
+    ):
+        """`share_prefixes`: tenants find each other's cached prefixes. Raises ValueError for a file that cannot be read, or that
+        says what cannot be. No message has a key or its digest."""
         self._file, self._others = file, others or Keys()
+        self._share_prefixes = share_prefixes
         self._classes = classes or Classes({"": Slo()})
         self._allowances: dict[str, Allowance] = {}
         self._tenants: Mapping[str, Tenant] = {}
@@ -94,6 +103,11 @@ class Tenants:
         if key is not None:
             return self._tenants.get(key) or Tenant(key)
         return Tenant(_printable(user or headers.get(FAIRNESS, "")))
+
+    def namespace(self, key: str | None) -> str:
+        """Whose cached prefixes a request with this key's name may find: those of the same namespace. Otherwise the time to a first
+        token would tell one tenant what another has asked. "": those of all who have no key."""
+        return "" if key is None or self._share_prefixes else key
 
     def take(self, tenant: Tenant, choices: int, tokens: int, now: float) -> Charge:
         """Charge `tenant` for a request. See `Allowance.take`. Only tenants of the file are remembered."""

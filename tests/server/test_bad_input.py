@@ -65,6 +65,7 @@ def error_of(response, status):
         ("slo", {"tbt_ms": 1e9}),
         ("slo", {"tbt_ms": 100, "tpot_ms": 100}),
         ("user", 7),
+        ("cache_salt", "s" * 1_000_000),
         ("messages", []),
         ("messages", "hello"),
         ("messages", None),

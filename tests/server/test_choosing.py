@@ -182,6 +182,12 @@ def test_prompts_of_another_salt_or_with_other_tools_share_nothing():
     assert 3 == len({each.pieces[0] for each in outlines})
 
 
+def test_prompts_of_another_key_share_nothing():
+    keys = [{}, {"authorization": "Bearer a"}, {"authorization": "Bearer b"}, {"x-api-key": "a"}]
+    body = json.dumps({"prompt": "x" * 2 * PIECE}).encode()
+    assert 4 == len({outline("/v1/completions", body, headers).pieces[0] for headers in keys})
+
+
 def test_an_outline_has_no_text():
     assert all(isinstance(piece, bytes) and len(piece) == 16 for piece in completion("secret" * PIECE).pieces)
 

@@ -1,5 +1,7 @@
 """What the live page gets from the records that are kept for it."""
 
+from dataclasses import replace
+
 import pytest
 
 from stallfree.core.record import Arrived, Finished, StepRecord
@@ -160,9 +162,16 @@ def test_each_tenant_is_a_row_with_its_share_of_the_last_minute():
     live = Recorded("slo")
     live.keep(tenants("acme", "crawler"), step(1, 0.1, 0.2, [("acme", 10, 20)]))
     acme, crawler = live.look(1.0)["tenants"]
-    assert ("acme", 0.75, 3.0, None, 0, 0) == tuple(acme.values())
+    assert ("acme", 0.75, 3.0, None, 0, 0, None) == tuple(acme.values())
     assert ("crawler", 0.25) == (crawler["name"], crawler["share"])
     assert [] == [row for row in live.look(200.0)["tenants"] if row["share"]]
+
+
+def test_a_tenant_has_the_share_of_its_tokens_that_were_cached():
+    live = Recorded("slo")
+    live.keep(replace(tenants("acme", "crawler"), cached=[("acme", 4), ("crawler", 0)]))
+    assert [0.4, 0.0] == [row["cached"] for row in live.look(1.0)["tenants"]]
+    assert [None, None] == [row["cached"] for row in live.look(200.0)["tenants"]]
 
 
 def test_one_tenant_is_no_table():

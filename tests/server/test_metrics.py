@@ -151,6 +151,13 @@ def test_requests_and_tokens_are_counted_by_tenant():
     assert {"acme"} == {name[1] for name in samples if name[0].startswith("tenant_")}
 
 
+def test_hits_of_the_prefix_cache_are_counted_by_tenant():
+    samples = served(replace(FIRST, tenants=[("a", "acme", 3.0)], cached=[("a", 2)]))
+    (prompt,) = [request.prompt_tokens for request in FIRST.arrived]
+    found = samples["tenant_prefix_lookup_tokens_total", "acme"], samples["tenant_cached_tokens_total", "acme"]
+    assert (prompt, 2) == found
+
+
 def test_late_tokens_are_counted_by_class():
     samples = served(*OWNED)
     assert (2, 1) == (samples["class_tokens_total", "chat"], samples["class_late_tokens_total", "chat"])

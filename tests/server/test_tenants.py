@@ -180,6 +180,50 @@ def test_a_priority_better_than_the_tenants_is_refused(observed, key, priority):
     assert [] == observed.shares
 
 
+LONG = BODY | {"prompt": "abcdefghijklmnop" * 8}
+
+
+def cached(server: Server, key: str | None, **fields) -> int:
+    """Tokens of the prompt that the server found in its prefix cache."""
+    answer = server.post(COMPLETIONS, LONG | fields, headers=header(key) if key else {})
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_no_key_finds_what_another_has_asked(tmp_path):
+    file = written(tmp_path, table("web", f'"{digest("one")}", "{digest("two")}"') + table("batch"))
+    with Server(tenants=Tenants(file, Keys.of("third"))) as server:
+        assert [0, 112, 0, 0] == [cached(server, key) for key in ("one", "two", "batch", "third")]
+        assert [0, 112, 112] == [cached(server, "batch", cache_salt=salt) for salt in ("s", "s", None)]
+
+
+def test_keys_share_prefixes_where_that_is_wanted(tmp_path):
+    tenants = Tenants(written(tmp_path, table("web") + table("batch")), share_prefixes=True)
+    with Server(tenants=tenants) as server:
+        assert [0, 112] == [cached(server, key) for key in ("web", "batch")]
+        assert 0 == cached(server, "batch", cache_salt="web")
+
+
+def test_without_keys_prefixes_are_shared_whatever_a_client_calls_itself():
+    with Server() as server:
+        assert [0, 112] == [cached(server, None, user=name) for name in ("ann", "bob")]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("/v1/responses", {"input": "ab" * 64}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "ab" * 64}], "max_tokens": 2}),
+    ],
+)
+def test_each_api_takes_a_salt(route, fields):
+    with Server() as server:
+        salts = []
+        submit = server.engine.scheduler.submit
+        server.engine.scheduler.submit = lambda request: (salts.append(request.salt), submit(request))
+        assert 200 == server.post(route, fields | {"cache_salt": "s"}).status_code
+        assert ["s"] == salts
+
+
 def test_a_wrong_key_opens_nothing(observed):
     assert "invalid_api_key" == error_of(observed.server.post(COMPLETIONS, BODY, headers=header(SECRET)), 401)["code"]
 

@@ -29,6 +29,7 @@ from stallfree.server.schema import (
     NamedTool,
     Part,
     ResponseFormat,
+    Salt,
     Text,
     ToolCall,
 )
@@ -153,8 +154,8 @@ class CountRequest(Body):
 
 
 class MessagesRequest(CountRequest):
-    """`top_k`, `service_tier`, and `priority` and `slo` of this server, are as in a chat. `thread` asks the server to keep the
-    conversation, and is refused."""
+    """`top_k`, `service_tier`, and `priority`, `slo` and `cache_salt` of this server, are as in a chat. `thread` asks the server to
+    keep the conversation, and is refused."""
 
     max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[Annotated[Text, Field(max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)] | None = None
@@ -167,6 +168,7 @@ class MessagesRequest(CountRequest):
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     slo: LatencyTargets | None = None
     service_tier: ClassName | None = None
+    cache_salt: Salt | None = None
 
     def _fields(self) -> dict[str, Any]:
         if self.thread is not None:
@@ -181,6 +183,7 @@ class MessagesRequest(CountRequest):
             "priority": self.priority,
             "slo": self.slo,
             "service_tier": self.service_tier,
+            "cache_salt": self.cache_salt,
             "user": None if self.metadata is None or self.metadata.user_id is None else self.metadata.user_id[:512],
         }
 

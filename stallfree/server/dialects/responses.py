@@ -30,13 +30,14 @@ from stallfree.server.schema import (
     NamedTool,
     Part,
     ResponseFormat,
+    Salt,
     Text,
     ToolCall,
 )
 
 SAME = (
     "model", "temperature", "top_p", "top_k", "min_p", "seed", "priority", "slo", "service_tier", "top_logprobs",
-    "parallel_tool_calls", "chat_template_kwargs", "stream", "user", "safety_identifier",
+    "parallel_tool_calls", "chat_template_kwargs", "stream", "user", "safety_identifier", "cache_salt",
 )  # fmt: skip
 """Fields that are those of a chat."""
 TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
@@ -122,6 +123,7 @@ class ResponsesRequest(Body):
     metadata: dict[str, Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Salt | None = None
     user: Text | None = Field(None, max_length=512)
     safety_identifier: Text | None = Field(None, max_length=512)
 

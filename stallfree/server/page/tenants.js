@@ -9,13 +9,14 @@ export function tenants(about) {
   $("tenants-rows").replaceChildren(...about.tenants.map(row));
 }
 
-function row({ name, share, weight, ahead_s, waiting, refused }) {
+function row({ name, share, weight, ahead_s, waiting, refused, cached }) {
   const tr = document.createElement("tr");
   const head = cell("th", name || "no name");
   head.scope = "row";
   const ahead = ahead_s === null ? "–" : ahead_s > 0 ? `${duration(ahead_s)} ahead` : "next";
   const [heavy, waits, refusals] = [weight, waiting, refused].map((value) => value.toLocaleString("en"));
-  const texts = [`${(100 * share).toFixed(1)} %`, heavy, ahead, waits, refusals];
+  const hits = cached === null ? "–" : `${(100 * cached).toFixed(0)} %`;
+  const texts = [`${(100 * share).toFixed(1)} %`, heavy, ahead, hits, waits, refusals];
   tr.append(head, ...texts.map((text) => cell("td", text)));
   if (refused) tr.lastChild.dataset.state = "trouble";
   return tr;
