@@ -14,6 +14,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the value and the way out."""
 
 
+_EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+"""The key of config.json under which a family has its number of experts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimensions:
     """A model's sizes. `max_model_len`: tokens of its context. Of `experts` FFNs each token passes `active_experts`. `parallel`:
@@ -91,6 +95,11 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
         ffn_size = size(values, "ffn_hidden_size", source, 4 * hidden)
     elif family == "opt":
         num_kv_heads, ffn_size = num_heads, size(values, "ffn_dim", source)
+    elif family == "qwen3_moe":
+        if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
+            raise CheckpointError(f"{source}: some layers have no experts; only models with experts in every layer are supported")
+        num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
+        ffn_size = size(values, "moe_intermediate_size", source)
     else:
         num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
         ffn_size = size(values, "intermediate_size", source)
@@ -108,8 +117,8 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
         max_model_len=size(values, "max_position_embeddings", source, 2048 if family == "falcon" else None),
         tie_embeddings=bool(values.get("tie_word_embeddings", FAMILIES[family].tied)),
         parallel=family == "falcon" and bool(values.get("parallel_attn", True)),
-        experts=size(values, "num_local_experts", source) if family == "mixtral" else 1,
-        active_experts=size(values, "num_experts_per_tok", source) if family == "mixtral" else 1,
+        experts=size(values, _EXPERTS[family], source) if family in _EXPERTS else 1,
+        active_experts=size(values, "num_experts_per_tok", source) if family in _EXPERTS else 1,
     )
 
 

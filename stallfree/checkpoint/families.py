@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen2": Family("llama:Llama", openvino=True, gguf=True, qkv_bias=True, window="listed"),
     "qwen3": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True, qk_norm=True, window="listed"),
     "mixtral": Family("mixtral:Mixtral", window="all"),
+    "qwen3_moe": Family(qk_norm=True),
     "falcon": Family("falcon:Falcon", gated=False, tied=True),
     "opt": Family(gated=False, tied=True, learned=2),
 }

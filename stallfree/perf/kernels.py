@@ -124,11 +124,10 @@ def _product(device: Hardware, measured: Measured, precision: str) -> tuple[str,
 
 
 def matmul(device: Hardware, measured: Measured, tokens: int, matrix: Matrix) -> Cost:
-    """`tokens` rows of activations times `matrix`, and before it their quantisation. Of a mixture of experts, the expected number
-    that at least one token meets.
+    """`tokens` rows of activations times `matrix`, and before it their quantisation. Of a mixture of experts, those that a token
+    meets (`Matrix.met`), each with an equal part of the tokens.
     """
-    copies, rows, columns = matrix.copies, matrix.rows, matrix.columns
-    met = copies * (1 - (1 - matrix.active / copies) ** tokens)
+    rows, columns, met = matrix.rows, matrix.columns, matrix.met(tokens)
     each = tokens * matrix.active / met
     how, product = _product(device, measured, matrix.precision)
     eight = how.startswith("fp8")

@@ -40,6 +40,12 @@ class Matrix:
     def bytes(self) -> float:
         return self.copies * self.rows * self.columns * WEIGHT_BYTES[self.precision]
 
+    def met(self, tokens: int) -> float:
+        """The expected number of copies that at least one of `tokens` tokens meets, if each meets its own at random. Only these are
+        read: 2, 5.5 and 7.9 of Mixtral's 8 experts by 1, 4 and 16 tokens.
+        """
+        return self.copies * (1 - (1 - self.active / self.copies) ** tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Sharded:

@@ -6,7 +6,7 @@ import pytest
 
 from stallfree.perf import hardware, kernels
 from stallfree.perf.kernels import Attention, all_reduce, send
-from stallfree.perf.shape import Matrix
+from stallfree.perf.shape import Matrix, Sharded, load
 
 A100 = hardware.load("a100-80g")
 SQUARE = Matrix("square", 4096, 4096)
@@ -73,6 +73,20 @@ def test_experts_in_fp8_have_a_tile_for_any_number_of_tokens():
     """On average an expert meets a fraction of a token more or less."""
     experts = Matrix("experts", 14336, 4096, "fp8", 8, 2)
     assert all(matmul(tokens, experts, hardware.load("h100"), "2026").seconds < 1e-3 for tokens in range(1, 600))
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 2.0), (4, 5.5), (16, 7.9), (10_000, 8.0)])
+def test_only_the_experts_that_a_token_meets_are_read(tokens, experts):
+    """Mixtral 8x7B: E (1 - (1 - k / E)^b) of its E = 8 experts, of which each of b tokens meets k = 2."""
+    *_, down = Sharded(load("mixtral-8x7b")).layer()
+    assert experts == pytest.approx(down.met(tokens), abs=0.05)
+    read = matmul(tokens, down).bandwidth_s * A100.bandwidth - 2 * tokens * 2 * (down.rows + down.columns)
+    assert down.met(tokens) == pytest.approx(read / (2 * down.rows * down.columns))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
+def test_a_dense_matrix_is_read_whole_to_the_last_bit(tokens):
+    assert 1.0 == SQUARE.met(tokens)
 
 
 def test_few_tokens_meet_few_experts():

@@ -9,7 +9,7 @@ from stallfree.perf.shape import Sharded, load, names
 KNOWN = {
     **{"mistral-7b": 7.242, "yi-34b": 34.389, "llama2-7b": 6.738, "llama2-13b": 13.016, "llama2-70b": 68.977, "llama3-8b": 8.030},
     **{"llama3-70b": 70.554, "codellama-34b": 33.744, "qwen2-72b": 72.706, "falcon-180b": 179.523, "opt-13b": 12.853},
-    **{"opt-66b": 65.718, "opt-175b": 174.6, "mixtral-8x7b": 46.703},
+    **{"opt-66b": 65.718, "opt-175b": 174.6, "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532},
 }
 """Billions of parameters, as the repositories' safetensors and the OPT paper count them."""
 
@@ -19,6 +19,10 @@ CONFIGS = {
     "mixtral-8x7b": LLAMA
     | {"model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000}
     | {"max_position_embeddings": 32768, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48, "vocab_size": 151936}
+    | {"max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+    | {"mlp_only_layers": []},
     "falcon-180b": {"model_type": "falcon", "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8}
     | {"num_hidden_layers": 80, "vocab_size": 65024, "new_decoder_architecture": True, "tie_word_embeddings": False},
     "opt-13b": {"model_type": "opt", "hidden_size": 5120, "ffn_dim": 20480, "num_attention_heads": 40, "num_hidden_layers": 40}
@@ -149,6 +153,12 @@ def test_a_name_that_is_unknown_suggests_the_nearest():
 def test_what_is_wrong_in_a_config_is_named(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
         load(write(tmp_path, CONFIGS["llama2-7b"] | change))
+
+
+@pytest.mark.parametrize("change", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])
+def test_a_mixture_with_dense_layers_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="some layers have no experts"):
+        load(write(tmp_path, CONFIGS["qwen3-30b-a3b"] | change))
 
 
 @pytest.mark.parametrize(("text", "says"), [("{", "is not JSON"), ("[]", "is list")])
