@@ -135,6 +135,11 @@ class Draft:
         """The position at which the next chunk of a request begins. For a waiting request: its tokens in the prefix cache now."""
         return self._ledger.pool.look(request) if request.status is Status.WAITING else request.num_planned
 
+    def fits(self, request: Request) -> bool:
+        """Whether there is KV for all tokens that a running request still needs, or for its next decode, without preempting any
+        other. Takes nothing."""
+        return self._ledger.pool.fits(request, max(request.num_tokens, request.num_planned + 1), 0)
+
     def cap(self, tokens: int, reason: str) -> None:
         """Lower this iteration's token limit to `tokens`, including those already written, for this `reason`."""
         tokens = max(0, tokens)
