@@ -45,6 +45,11 @@ class Dimensions:
         return FAMILIES[self.family].gated
 
     @property
+    def unmet(self) -> float:
+        """The share of a layer's experts that a token does not meet; 0 for a dense model."""
+        return 1 - self.active_experts / self.experts
+
+    @property
     def positions(self) -> int:
         """Rows of the learned position table; 0 where positions are rotary."""
         learned = FAMILIES[self.family].learned

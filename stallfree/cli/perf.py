@@ -173,10 +173,10 @@ def _this_cpu(model: str | None, work: list[tuple[int, int]], as_json: bool) -> 
     """Print the prices of this machine's calibration: of an iteration's features, not of kernels."""
     from stallfree.checkpoint.fetch import cache_folder
     from stallfree.engine.calibrate import latest
-    from stallfree.perf.fitted import FEATURES, features
+    from stallfree.perf.fitted import FEATURES
 
     fitted, model_name, _, _ = latest(cache_folder() / "calibration", model)
-    rows = {name: price * amount for name, price, amount in zip(FEATURES, fitted.prices, features(work), strict=True)}
+    rows = {name: price * amount for name, price, amount in zip(FEATURES, fitted.prices, fitted.features(work), strict=True)}
     seconds = fitted.seconds(work)
     if as_json:
         typer.echo(json.dumps({"seconds": seconds, "model": model_name, "features": rows}))

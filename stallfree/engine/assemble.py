@@ -141,7 +141,7 @@ def assemble(
     executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say)
     cost, basis = None, ""
     if tuned:
-        cost = _cost(executor, key, say, progress)
+        cost = _cost(executor, key, config, say, progress)
         if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
             basis = _basis(cost, key)
         _check_possible(classes or {}, cost)
@@ -181,18 +181,24 @@ def assemble(
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
     """Calibrate the model of `options` on this machine again. Returns the cost model, its errors, and the file that keeps it."""
-    executor, _, _, _, key, *_ = _parts(options, say)
+    executor, _, _, _, key, _, _, config = _parts(options, say)
     try:
         if key is None:
             raise ValueError(f"executor {options.executor!r} sleeps as its cost model says: nothing to time; calibrate another one")
-        model, errors = calibrate.calibrate(executor, progress)
+        model, errors = calibrate.calibrate(executor, progress, unmet=0.0 if config is None else config.unmet)
     finally:
         executor.close()
     folder = cache_folder() / "calibration"
     return model, errors, calibrate.remember(model, errors, key, folder, executor.capacity)
 
 
-def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[str], None], progress: calibrate.Progress) -> Fitted:
+def _cost(
+    executor: Executor,
+    key: Mapping[str, object] | None,
+    config: ModelConfig | None,
+    say: Callable[[str], None],
+    progress: calibrate.Progress,
+) -> Fitted:
     """The cost model of `executor`: the one remembered for `key`, or else a new one, which is then remembered."""
     if key is None:
         return Fitted(SIMULATED)
@@ -201,7 +207,7 @@ def _cost(executor: Executor, key: Mapping[str, object] | None, say: Callable[[s
     if model is not None:
         return model
     say("calibrating: timing iterations on this machine, once (`stallfree calibrate` does it again)")
-    model, errors = calibrate.calibrate(executor, progress)
+    model, errors = calibrate.calibrate(executor, progress, unmet=0.0 if config is None else config.unmet)
     calibrate.remember(model, errors, key, folder, executor.capacity)
     return model
 

@@ -42,11 +42,12 @@ Progress = Callable[[int, int], None]
 
 
 def calibrate(
-    executor: Executor, progress: Progress = lambda done, of: None, wanted: Sequence[Shape] = ()
+    executor: Executor, progress: Progress = lambda done, of: None, wanted: Sequence[Shape] = (), *, unmet: float = 0.0
 ) -> tuple[Fitted, Errors]:
     """Time iterations on an idle `executor` and fit a model to them. Returns the model and its errors. Overwrites the KV.
 
     `wanted`: the shapes to time, for an executor whose sampling takes no time on the host; by default, those of a processor.
+    `unmet`: the share of experts that a token does not meet (`Fitted`).
     """
     capacity = executor.capacity
     shapes = [shape for shape in wanted or processor_shapes(capacity) if _fits(shape, capacity)]
@@ -64,7 +65,7 @@ def calibrate(
         samples.append((shape, timed(executor, shape)))
         progress(len(samples), len(plan))
     times = {shape[0][1]: seconds for shape, seconds in samples[len(shapes) : len(shapes) + len(probes)]}
-    model = Fitted.fit(samples, _quantum(times))
+    model = Fitted.fit(samples, _quantum(times), unmet)
     progress(len(plan), len(plan))
     return model, model.errors(samples)
 

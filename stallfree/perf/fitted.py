@@ -13,16 +13,17 @@ from stallfree.core.plan import Shape, parts
 
 FEATURES = (
     "iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows", "adapter ranks",
-    "adapter products",
+    "adapter products", "experts",
 )  # fmt: skip
 """In this order: 1; the iteration's tokens; tokens of KV that its decodes read; tokens of KV that its prefill chunks read; pairs of
 query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as; the sum of
-the ranks of its adapters; that sum times the tokens."""
+the ranks of its adapters; that sum times the tokens; the expected share of a layer's experts that at least one token meets, or 0
+for a dense model."""
 
-SIZES = (len(FEATURES) - 2, len(FEATURES))
-"""How many prices a cost model may be made of: those of adapters may be left out."""
+SIZES = (len(FEATURES) - 3, len(FEATURES) - 1, len(FEATURES))
+"""How many prices a cost model may be made of: that of experts may be left out, and those of adapters."""
 
-SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0)
+SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0, 1.0)
 """The unit of each feature. With these units all prices have one order of magnitude, and the least squares are well conditioned."""
 
 GUESSES = {6: (0, 0.3), 7: (1, 0.05)}
@@ -63,21 +64,26 @@ class Errors:
 
 
 class Fitted:
-    """A cost model with `prices`: seconds for each of `FEATURES`, in units of `SCALE`; those of adapters are 0 if left out, and
-    none is negative.
+    """A cost model with `prices`: seconds for each of `FEATURES`, in units of `SCALE`; those that are left out are 0, and none is
+    negative.
 
+    `unmet`: the share of a layer's experts that a token does not meet, so that b tokens meet 1 - `unmet`^b of them; 0 for a dense
+    model.
     `quantum`: tokens of an executor's tile. An iteration that fills whole tiles wastes nothing, so `room` keeps to multiples of it.
     The fit is least squares on relative errors, because a millisecond matters more in a short iteration. It is recursive with
     forgetting (Ljung, System Identification, chapter 11). Coordinate descent from the present prices keeps them above or at 0.
     """
 
-    def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1):
+    def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1, unmet: float = 0.0):
         if len(prices) not in SIZES or not all(0 <= price < inf for price in prices) or not any(prices):
             raise ValueError(f"prices are {len(FEATURES)} times in seconds, none negative and not all 0; these are {list(prices)}")
         if quantum < 1:
             raise ValueError(f"quantum is {quantum}, expected at least 1 token")
+        if not 0 <= unmet < 1:
+            raise ValueError(f"unmet is {unmet:g}; the share of experts that a token does not meet is from 0 to below 1")
         self.prices = _padded(prices)
         self.quantum = quantum
+        self.unmet = unmet
         self.pace = 1.0
         self.error = 0.0
         # Without a calibration, each price is anchored by itself.
@@ -85,18 +91,18 @@ class Fitted:
         self._anchor_to([[ANCHOR / size / p**2 if i == j and p else 0.0 for j in range(size)] for i, p in enumerate(self.prices)])
 
     @classmethod
-    def fit(cls, samples: Sequence[Sample], quantum: int = 1) -> Self:
+    def fit(cls, samples: Sequence[Sample], quantum: int = 1, unmet: float = 0.0) -> Self:
         """The cost model that describes `samples` best. Raises ValueError if there are none, or for times that are not above 0."""
         if not samples or not all(0 < seconds < inf for _, seconds in samples):
             raise ValueError(f"a fit needs iterations that took time; these are {len(samples)}")
         size = len(FEATURES)
         matrix, target = [[0.0] * size for _ in range(size)], [0.0] * size
         for shape, seconds in samples:
-            _add(matrix, target, [x / seconds for x in features(shape)])
+            _add(matrix, target, [x / seconds for x in _row(*parts(shape), unmet)])
         prices = [0.0] * size
         for _ in range(5000):
             _improve(prices, matrix, target)
-        model = cls(prices, quantum)
+        model = cls(prices, quantum, unmet)
         model._anchor_to([[value * ANCHOR / len(samples) for value in row] for row in matrix])
         return model
 
@@ -104,7 +110,7 @@ class Fitted:
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The cost model with this `state`, as it was before it learned. Raises ValueError if `state` is not one."""
         try:
-            model = cls(state["prices"], state["quantum"])
+            model = cls(state["prices"], state["quantum"], state.get("unmet", 0.0))
             anchor = [[float(value) for value in row] for row in state["anchor"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the state of a cost model: {error!r}") from None
@@ -115,24 +121,26 @@ class Fitted:
 
     def state(self) -> dict[str, Any]:
         """The state before any learning, for JSON."""
-        return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor}
+        return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor, "unmet": self.unmet}
 
     def seconds(self, shape: Shape) -> float:
         return self.batch(*parts(shape))
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
-        _, tokens, decoding, prefilling, pairs, rows, ranks, products = _row(decodes, context, chunks)
-        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product = self.prices
+        _, tokens, decoding, prefilling, pairs, rows, ranks, products, met = _row(decodes, context, chunks, self.unmet)
+        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met = self.prices
         return self.pace * (
             fixed + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
-            + per_rank * ranks + per_product * products
+            + per_rank * ranks + per_product * products + per_met * met
         )  # fmt: skip
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
-        _, per_token, _, per_context, per_pair, per_row, _, per_product = prices
+        _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met = prices
         per_token += per_product * sum([ranks for ranks, count in shape if count < 0])
         spare = limit - self.seconds(shape) - per_row - per_context * start
+        if self.unmet:  # a chunk may meet all other experts
+            spare -= per_met * self.unmet ** sum([count for _, count in shape if count > 0])
         if spare <= 0:
             return 0
         # A chunk of c tokens costs linear x c + square x c^2.
@@ -146,7 +154,7 @@ class Fitted:
         return count - waste if waste < count else count
 
     def learn(self, shape: Shape, seconds: float) -> float:
-        row = features(shape)
+        row = self.features(shape)
         ratio = seconds / (self.pace * _product(self.prices, row))
         self.error += 0.05 * (abs(1 / ratio - 1) - self.error)
         self.pace *= min(max(ratio, 1 / 3), 3) ** HASTE
@@ -157,6 +165,10 @@ class Fitted:
         matrix = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._anchor, self._matrix, strict=True)]
         _improve(self.prices, matrix, [a + b for a, b in zip(self._pull, self._target, strict=True)])
         return ratio
+
+    def features(self, shape: Shape) -> Row:
+        """The `FEATURES` of an iteration, in units of `SCALE`."""
+        return list(_row(*parts(shape), self.unmet))
 
     def errors(self, samples: Sequence[Sample]) -> Errors:
         """How well the cost model describes `samples`. Raises ValueError if there are none."""
@@ -191,17 +203,14 @@ def device_shapes(longest: int) -> list[list[tuple[int, int]]]:
     return shapes
 
 
-def features(shape: Shape) -> Row:
-    """The `FEATURES` of an iteration, in units of `SCALE`."""
-    return list(_row(*parts(shape)))
-
-
 def _padded(row: Sequence[float]) -> Row:
     """The values of all features, of those of the first few."""
     return [*map(float, row), *[0.0] * (len(FEATURES) - len(row))]
 
 
-def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float, float, float, float, float, float]:
+def _row(
+    decodes: int, context: int, chunks: Shape, unmet: float
+) -> tuple[float, float, float, float, float, float, float, float, float]:
     tokens, before, pairs, rows, ranks = decodes, 0, 0.0, decodes, 0
     for start, count in chunks:
         if count <= 0:
@@ -211,10 +220,10 @@ def _row(decodes: int, context: int, chunks: Shape) -> tuple[float, float, float
         tokens += count
         before += start
         pairs += count * (start + (count + 1) / 2)
-    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product = SCALE
+    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met = SCALE
     return (
         1 / fixed, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row,
-        ranks / per_rank, ranks * tokens / per_product,
+        ranks / per_rank, ranks * tokens / per_product, (1 - unmet**tokens) / per_met if unmet else 0.0,
     )  # fmt: skip
 
 

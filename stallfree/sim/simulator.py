@@ -208,4 +208,5 @@ def calibrated(instance: Instance) -> Fitted:
     shapes = device_shapes(instance.capacity.max_model_len)
     if instance.shelf is not None:
         shapes += [[(total, -1), *shape] for shape in shapes for total in (8, 128, 1024)]
-    return Fitted.fit([(shape, instance.cost.seconds(shape)) for shape in shapes], QUANTUM)
+    unmet = instance.cost.sharded.model.unmet if isinstance(instance.cost, Roofline) else 0.0
+    return Fitted.fit([(shape, instance.cost.seconds(shape)) for shape in shapes], QUANTUM, unmet)

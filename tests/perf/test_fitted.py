@@ -118,6 +118,48 @@ def test_a_model_begins_again_from_its_state():
     assert (model.prices, 16) == (again.prices, again.quantum)
 
 
+UNMET = 1 - 8 / 128
+"""Of Qwen3-30B-A3B, whose tokens meet 8 of 128 experts."""
+
+
+def mixture(count: int = 80) -> list[tuple[list[tuple[int, int]], float]]:
+    """Iterations whose time is mostly that of the experts that they meet."""
+    true = Fitted((*PRICES, 0.0, 0.0, 0.2), unmet=UNMET)
+    few = [[(300, 1)] * number for number in (1, 2, 4, 8, 16)]
+    return [(shape, true.seconds(shape)) for shape in [*few, *shapes(count)] if shape]
+
+
+def test_the_experts_that_an_iteration_meets_are_priced():
+    model = Fitted.fit(mixture(), unmet=UNMET)
+    assert 0.2 == pytest.approx(model.prices[-1], rel=0.05)
+    assert model.errors(mixture()).p90 < 0.03 < Fitted.fit(mixture()).errors(mixture()).p90
+
+
+def test_a_chunk_is_given_time_for_the_experts_that_it_meets():
+    model, decodes = Fitted((*PRICES, 0.0, 0.0, 0.2), unmet=UNMET), [(300, 1)] * 3
+    count = model.room(decodes, 0, 4000, 0.4)
+    assert 1 < count
+    assert model.seconds([*decodes, (0, count)]) <= 0.4 < model.seconds([*decodes, (0, count + 1)])
+    assert 0 == model.room(decodes, 0, 4000, model.seconds(decodes) + 0.1)
+
+
+def test_a_dense_model_costs_the_same_to_the_last_bit_whatever_experts_cost():
+    plain, priced = Fitted(PRICES), Fitted((*PRICES, 0.0, 0.0, 0.2))
+    assert all(plain.seconds(shape) == priced.seconds(shape) for shape in shapes(200))
+
+
+def test_the_state_has_the_share_of_experts():
+    model = Fitted.fit(mixture(), unmet=UNMET)
+    again = Fitted.from_state(model.state())
+    assert all(model.seconds(shape) == again.seconds(shape) for shape, _ in mixture())
+
+
+@pytest.mark.parametrize("unmet", [-0.1, 1.0])
+def test_a_share_of_experts_that_cannot_be_is_refused(unmet):
+    with pytest.raises(ValueError, match="unmet is"):
+        Fitted(PRICES, unmet=unmet)
+
+
 @pytest.mark.parametrize(
     "state", [{}, {"prices": [1], "quantum": 1, "anchor": []}, {"prices": list(PRICES), "quantum": 1, "anchor": [[1]]}]
 )
