@@ -8,7 +8,8 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.policies import load
 from stallfree.policies.splitfuse import Splitfuse
-from tests.virtual import answer
+from tests.policies.test_contract import load_of_a_busy_minute
+from tests.virtual import answer, run
 
 
 def scheduler(token_budget: int, num_blocks: int, *sizes: tuple[int, int]) -> Scheduler:
@@ -80,6 +81,12 @@ def test_if_nobody_has_room_the_last_is_recomputed_later():
     assert [("b",)] == [plan.preempted for plan in plans if plan.preempted]
     assert [("a", 1)] == work(plans[4])
     assert [list(range(len(r.prompt), len(r.prompt) + 9)) for r in requests] == [r.output for r in requests]
+
+
+def test_with_enough_kv_it_plans_what_sarathi_does():
+    roomy = Capacity(16, 5000, 1024)
+    ours, theirs = (run(load(name, token_budget=256), load_of_a_busy_minute(), roomy) for name in ("splitfuse", "sarathi"))
+    assert [r.work for r in theirs] == [r.work for r in ours]
 
 
 def test_without_a_budget_it_has_that_of_deepspeed_mii():
