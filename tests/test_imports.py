@@ -18,7 +18,11 @@ ALLOWED = {
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "parsers": ({"parsers"}, set()),
     "executors": ({"core", "checkpoint", "executors"}, {"flashinfer", "msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
-    "engine": ({"core", "perf", "policies", "qos", "checkpoint", "engine", "executors"}, {"jinja2", "tokenizers"}),
+    "proposers": ({"core", "executors", "proposers"}, set()),
+    "engine": (
+        {"core", "perf", "policies", "proposers", "qos", "checkpoint", "engine", "executors"},
+        {"jinja2", "tokenizers"},
+    ),
     "transfer": ({"core", "engine", "executors", "transfer"}, set()),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),

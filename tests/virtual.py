@@ -22,7 +22,8 @@ class Cost:
 
 def answer(plan: Plan) -> StepResult:
     """The token at position p of any request is p: what a request gets does not depend on how it was batched."""
-    return StepResult(plan.step, {w.id: (w.start + w.count,) for w in plan.work if w.samples}, Cost().seconds(plan.shape))
+    tokens = {w.id: w.verified(range(w.start + w.count - len(w.drafts), w.start + w.count + 1)) for w in plan.work if w.samples}
+    return StepResult(plan.step, tokens, Cost().seconds(plan.shape))
 
 
 def run(

@@ -205,6 +205,16 @@ ToolParser = Annotated[
     str | None,
     typer.Option(help="How the model writes tool calls: hermes, mistral, pythonic, llama_json, plain; by its chat template."),
 ]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="Guess the next tokens and check several at once: ngram (from the text so far), draft:MODEL (a smaller model), or "
+        "./file.py:Class.",
+        show_default="nothing is guessed",
+    ),
+]
+DraftTokens = Annotated[int, typer.Option(help="The most tokens guessed for a stream in an iteration.")]
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
@@ -265,6 +275,8 @@ class Served:
     gpu_memory_utilization: GpuMemory = 0.9
     generation_config: GenerationConfig = "auto"
     on_worker_loss: OnWorkerLoss = "fail"
+    speculate: Speculate = None
+    draft_tokens: DraftTokens = 7
     adapter: Adapter = None
     adapters: AdaptersFolder = None
     max_adapter_rank: MaxAdapterRank = 256

@@ -80,6 +80,9 @@ HELP: dict[str, tuple[str, str | None]] = {
     "max_output": ("The max_tokens that each request declares; the actual output may be shorter.", "the actual output"),
     "rank": ("Ranks of the adapters, in turn: 8 or 8,16,32.", "no adapters"),
     "adapter_modules": ("What adapters change: attention, or all matrices.", None),
+    "draft_acceptance": ("How likely a guessed token is right, from 0 to 1.", "nothing is guessed"),
+    "draft_tokens": ("The most tokens guessed for a stream in an iteration.", None),
+    "draft_model": ("A smaller model that guesses, on the same devices: a name or a config.json.", "guesses take no time"),
     "on_late": ("Requests whose first token would miss its target by the policy's forecast: refuse, or serve.", None),
     # Site
     "gpus": ("All devices, evenly spread over the nodes.", None),

@@ -4,7 +4,7 @@ A draft enforces the engine's limits and keeps the KV accounts, so a policy cann
 limit. A draft chooses nothing itself.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
@@ -29,7 +29,8 @@ class Draft:
     that the running iteration will make ready); `prefilling`, running requests with more to compute; `waiting`; `num_waiting`;
     `lanes` with a waiting request, and `first`, the first requests of one; and `shape`, the work written so far. The lists are in
     the policy's order; `decoding` and `prefilling` are as they were in the empty draft. Verbs: `decode`, `decode_all`, `prefill`,
-    `admit`, `displace`, `preempt`, `relegate`, `cap`. `limit_s` and `margin` are optional; the plan only copies them.
+    `admit`, `displace`, `preempt`, `relegate`, `cap`. `limit_s` and `margin` are optional; the plan only copies them. After
+    the policy, `Speculation` may `guess` more tokens for its decodes.
 
     The scheduler reads: `work`, the tokens written per request, in order; `chunks`, the part of it that is not decodes; `admitted`;
     and `searched`: whether the prefix cache was searched for a request that then found no room.
@@ -84,6 +85,12 @@ class Draft:
         pieces = [(r.num_planned - count, count) for r, count in self.work.items()]
         return [(ranks, -1), *pieces] if (ranks := self._ranks) else pieces
 
+    @property
+    def guessable(self) -> list[Request]:
+        """The decodes in the draft whose last token is known, so that the tokens after it can be guessed. With several plans in
+        flight, another one may still compute tokens before it."""
+        return [r for r in self.work if r not in self.chunks and r.num_planned == r.num_tokens and not r.in_flight]
+
     def brings(self, request: Request) -> list[tuple[int, int]]:
         """What the request's adapter would add to `shape`: nothing if it has none, or if work in the draft uses it already."""
         adapter = request.adapter
@@ -119,6 +126,11 @@ class Draft:
     def first(self, lane: Lane, most: int = 1) -> list[Request]:
         """The first `most` waiting requests of a lane, in order."""
         return self._ledger.queue.first(lane, most)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether an iteration is planned while another one runs."""
+        return self._ledger.capacity.overlap
 
     @property
     def full(self) -> bool:
@@ -179,6 +191,22 @@ class Draft:
             return 0
         self._write(request, size)
         return size
+
+    def guess(self, request: Request, tokens: Sequence[int]) -> int:
+        """Let the iteration check whether `tokens` follow a request that is `guessable`: as many as fit without taking KV from
+        anybody. Returns their number.
+        """
+        ledger = self._ledger
+        most = min(len(tokens), self.left, request.max_tokens - len(request.output) - 1, ledger.max_len - request.num_tokens)
+        if most > 0 and not ledger.pool.grow(request, request.num_planned + most, ledger.spare):
+            most = min(most, len(request.blocks) * self._block_size - request.num_planned)
+        if most <= 0:
+            return 0
+        request.drafts = tuple(tokens[:most])
+        self.work[request] += most
+        request.num_planned += most
+        self.left -= most
+        return most
 
     def admit(self, request: Request, count: int | None = None, *, whole: bool = False) -> int:
         """Admit a waiting request, reserve KV as the policy says, and plan its first chunk. Returns its tokens; 0 if refused.
@@ -253,6 +281,8 @@ class Draft:
         work = [
             self._chunk(r, chunks[r])
             if r in chunks
+            else self._guessed(r)
+            if r.drafts
             else new(Work, (
                 r.id, r.num_planned - 1, 1, True, True, (r.output[-1] if r.num_planned <= r.num_tokens else UNKNOWN,),
                 tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output,
@@ -289,6 +319,14 @@ class Draft:
         start = stop - count
         return Work(
             r.id, start, count, stop == r.num_tokens, False, r.tokens(start, stop), tuple(r.blocks), r.sampling, r.adapter,
+            r.prompt, r.output,
+        )  # fmt: skip
+
+    @staticmethod
+    def _guessed(r: Request) -> Work:
+        count = 1 + len(r.drafts)
+        return Work(
+            r.id, r.num_planned - count, count, True, True, (r.output[-1], *r.drafts), tuple(r.blocks), r.sampling, r.adapter,
             r.prompt, r.output,
         )  # fmt: skip
 

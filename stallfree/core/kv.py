@@ -90,6 +90,12 @@ class BlockPool:
         need = -(-upto // self.block_size) - len(request.blocks)
         return need <= 0 or need + spare <= self.num_free
 
+    def shrink(self, request: Request, upto: int) -> None:
+        """Take back the blocks of `request` after those for `upto` tokens. They are not indexed."""
+        kept = -(-upto // self.block_size)
+        self.give(reversed(request.blocks[kept:]))
+        del request.blocks[kept:]
+
     def release(self, request: Request) -> None:
         """Take back every block of `request`. Its last blocks will be evicted first."""
         references, keys = self._references, self._keys

@@ -181,6 +181,7 @@ class Ledger:
     def drop_kv(self, request: Request) -> None:
         self._release(request)
         request.num_computed = request.num_planned = 0
+        request.drafts = ()
 
     def _release(self, request: Request) -> None:
         self.pool.release(request)
@@ -199,6 +200,6 @@ class Ledger:
         if any(a.key >= b.key for line in (self.running, self.expected) for a, b in pairwise(line)):
             raise RuntimeError("the running or the expected requests are out of order")
         for r in (*running, *held):
-            most = r.num_tokens + (self.capacity.overlap and r.in_flight > 1)
+            most = r.num_tokens + len(r.drafts) + (self.capacity.overlap and r.in_flight > 1)
             if not r.num_computed <= r.num_planned <= most or (r.num_computed < r.num_planned) != (r.in_flight > 0):
                 raise RuntimeError(f"{r!r} with {r.in_flight} plans in flight has inconsistent counts")

@@ -3,7 +3,7 @@
 A plan is complete. An executor keeps KV tensors and nothing about requests. Both types know nothing of how they were chosen.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from stallfree.core.request import Request
 
 Shape = Sequence[tuple[int, int]]
 """An iteration as a cost model sees it: (start, count) of each piece of work, in tokens. A piece (rows, 0) stands for extra rows:
-the time that the requests' sampling takes on the host, counted in plain rows of logits. A piece (ranks, -1) stands for adapters:
-the sum of the ranks of those that the requests use."""
+the time that the requests' sampling takes on the host, counted in plain rows of logits, and the rows of drafts. A piece (ranks, -1)
+stands for adapters: the sum of the ranks of those that the requests use."""
 
 
 def parts(shape: Shape) -> tuple[int, int, list[tuple[int, int]]]:
@@ -27,10 +27,12 @@ UNKNOWN = -1
 
 
 class Work(NamedTuple):
-    """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one.
+    """One request's part of an iteration: `count` of its tokens from position `start`. A decode is a chunk of one, and of one more
+    for each draft: a token that was guessed to follow.
 
     `tokens`: the `count` token ids, or `UNKNOWN` alone. `blocks`: the request's KV block numbers, enough for `start + count`
-    tokens. `samples`: the last position's logits yield a token. `decode`: the request was a ready decode. `sampling`: the
+    tokens. `samples`: the last position's logits yield a token; of a decode with drafts, the logits of every position up
+    to the first wrong draft yield one. `decode`: the request was a ready decode. `sampling`: the
     request's; the scheduler does not read it. `prompt` and `output`: the request's own sequences; only read them (penalties need
     the history). `output` may have grown since, but its first `start + count - len(prompt)` entries are fixed. If the last of these
     is `UNKNOWN`, it is there once the previous plan is complete.
@@ -47,6 +49,19 @@ class Work(NamedTuple):
     adapter: str
     prompt: Sequence[int]
     output: Sequence[int]
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.tokens[1:] if self.decode else ()
+
+    def verified(self, sampled: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that the request gets, of those `sampled` at each position in turn: up to the first that is not the draft."""
+        tokens = []
+        for draft, token in zip((*self.drafts, None), sampled, strict=False):
+            tokens.append(token)
+            if token != draft:
+                break
+        return tuple(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +88,13 @@ class Plan:
 
     @property
     def shape(self) -> list[tuple[int, int]]:
-        return [*self._adapters, *[(w.start, w.count) for w in self.work]]
+        pieces = [*self._adapters, *[(w.start, w.count) for w in self.work]]
+        return [*pieces, (drafts, 0)] if (drafts := self.num_drafts) else pieces
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
-        """The part of `shape` that was ready decodes, and the adapters."""
-        return [*self._adapters, *[(w.start, w.count) for w in self.work if w.decode]]
+        """The part of `shape` that was ready decodes, without drafts, and the adapters."""
+        return [*self._adapters, *[(w.start, 1) for w in self.work if w.decode]]
 
     @property
     def _adapters(self) -> list[tuple[int, int]]:
@@ -92,24 +108,29 @@ class Plan:
     def num_tokens(self) -> int:
         return sum(w.count for w in self.work)
 
+    @property
+    def num_drafts(self) -> int:
+        return sum([w.count - 1 for w in self.work if w.decode])
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """An executor's result for the plan of the same `step`: sampled token ids by request id, and the seconds that it took.
+    """An executor's result for the plan of the same `step`: sampled token ids by request id, and the seconds that it took. A decode
+    with drafts has as many tokens as drafts were right, in order, and one more.
 
-    `details`: by request id; the engine passes them to the user unread (log-probabilities). `error`: no token counts, and every
-    request of the plan fails with this message. `failed`: the same for single requests, by id. `bubble_s`: seconds that the stages
-    of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work. `scores`: of requests
-    that need the logits of their prompt: by id, the position of a prompt token, and what is known about it and those after it; the
-    engine passes them on unread, too. `deferred`: ids of requests whose token could not be chosen yet, because their constraint was
-    still being searched; the last token's KV is computed again in their next iteration.
+    `details`: by request id, one for each token; the engine passes them to the user unread (log-probabilities). `error`: no token
+    counts, and every request of the plan fails with this message. `failed`: the same for single requests, by id. `bubble_s`:
+    seconds that the stages of a pipeline waited before they began this plan, summed over the stages, while the pipeline had work.
+    `scores`: of requests that need the logits of their prompt: by id, the position of a prompt token, and what is known about it
+    and those after it; the engine passes them on unread, too. `deferred`: ids of requests whose token could not be chosen yet,
+    because their constraint was still being searched; the last token's KV is computed again in their next iteration.
     """
 
     step: int
     tokens: Mapping[str, Sequence[int]]
     seconds: float
     error: str | None = None
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, Sequence[object]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     bubble_s: float = 0.0
     scores: Mapping[str, tuple[int, Sequence[object]]] = field(default_factory=dict)

@@ -4,18 +4,22 @@ read records and nothing else. Records hold no token values and no text.
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 
 from stallfree.core.ledger import Ledger, Limits
-from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 
 VERSION = 3
-RARE = ("extra_rows", "constrained", "scored", "deferred", "tenants", "classes", "predicted", "refused", "adapters", "loaded")
+RARE = (
+    "extra_rows", "constrained", "scored", "deferred", "drafted", "paused", "tenants", "classes", "predicted", "refused",
+    "adapters", "loaded",
+)  # fmt: skip
 """Fields of a record that are written only if they hold anything."""
 
 
@@ -131,17 +135,19 @@ class Run:
 class StepRecord:
     """Times in seconds since the run's origin: planning began at `t_plan`, the executor at `t_start` and ended at `t_end`.
 
-    `work`: (id, start, count) of each piece. `emitted`: ids that got a token. `cached`: (id, tokens found in the prefix cache) of
-    the requests admitted. `arrived`, `finished`: since the last record. `preempted`: ids. `stalled`: ids of the ready decodes that
-    got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget` (tokens), `reason`, `limit_s`,
-    `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`: KV transfers that ended
-    since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here. `extra_rows`: (id, rows) of
-    the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids of those in `arrived` that
-    are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take no cached prefix.
-    `deferred`: see `StepResult`. `tenants`: (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1.
-    `classes`: (id, class) of those with a class. `predicted`: (id, seconds from its arrival to its first token, as forecast then)
-    of those with a forecast. `refused`: requests that were refused since the last record. `adapters`: (id, its adapter's key, the
-    adapter's KV blocks and rank) of those with an adapter. `loaded`: adapters that were loaded since the last record.
+    `work`: (id, start, count) of each piece. `emitted`: ids that got a token, once for each token. `cached`: (id, tokens found in
+    the prefix cache) of the requests admitted. `arrived`, `finished`: since the last record. `preempted`: ids. `stalled`: ids of
+    the ready decodes that got no token. `num_running`, `num_waiting`, `free_blocks`: after the iteration. `budget` (tokens),
+    `reason`, `limit_s`, `margin`: see `Plan`. `error`: the executor's, if it failed. `bubble_s`: see `StepResult`. `delivered`: KV
+    transfers that ended since the last record. `recalled`: ids whose KV transfer failed; their prompts are computed here.
+    `extra_rows`: (id, rows) of the requests in `arrived` whose sampling takes as long as that many plain rows. `constrained`: ids
+    of those in `arrived` that are never planned ahead of their last token. `scored`: ids of those whose chunks are small and take
+    no cached prefix. `deferred`: see `StepResult`. `drafted`: (id, tokens) of the decodes with drafts: the last tokens of their
+    work. `paused`: ids of those that will not be planned ahead of their last token, as more may be guessed after it. `tenants`:
+    (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1. `classes`: (id, class) of those with a class.
+    `predicted`: (id, seconds from its arrival to its first token, as forecast then) of those with a forecast. `refused`: requests
+    that were refused since the last record. `adapters`: (id, its adapter's key, the adapter's KV blocks and rank) of those with an
+    adapter. `loaded`: adapters that were loaded since the last record.
     """
 
     step: int
@@ -170,12 +176,22 @@ class StepRecord:
     constrained: list[str] = field(default_factory=list)
     scored: list[str] = field(default_factory=list)
     deferred: list[str] = field(default_factory=list)
+    drafted: list[tuple[str, int]] = field(default_factory=list)
+    paused: list[str] = field(default_factory=list)
     tenants: list[tuple[str, str, float]] = field(default_factory=list)
     classes: list[tuple[str, str]] = field(default_factory=list)
     predicted: list[tuple[str, float]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     adapters: list[tuple[str, str, int, int]] = field(default_factory=list)
     loaded: list[Loaded] = field(default_factory=list)
+
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """How many drafts were checked, and how many of them were right."""
+        if not self.drafted:
+            return 0, 0
+        got = Counter(self.emitted)
+        return sum(count for _, count in self.drafted), sum(min(max(0, got[id] - 1), count) for id, count in self.drafted)
 
     @classmethod
     def of(
@@ -185,7 +201,7 @@ class StepRecord:
         ledger: Ledger,
         times: tuple[float, float, float],
         arrived: Sequence[Request],
-        finished: Iterable[Request],
+        finished: Sequence[Request],
         prints: Fingerprints | None = None,
         *,
         dropped: Sequence[str] = (),
@@ -196,12 +212,13 @@ class StepRecord:
         """The record of a completed plan. `times`: (t_plan, t_start, t_end). `dropped`: see `Completed`. `prints`: takes the
         fingerprints of KV blocks; None takes none.
         """
+        ends = {r.id: r.num_tokens for r in finished}
         lost = {*dropped, *result.deferred, *(result.failed if result.error is None else [w.id for w in plan.work])}
         return cls(
             plan.step,
             *times,
             work=[(w.id, w.start, w.count) for w in plan.work],
-            emitted=[w.id for w in plan.work if w.samples and w.id not in lost],
+            emitted=[w.id for w in plan.work if w.samples and w.id not in lost for _ in range(_emitted(w, result, ends))],
             cached=list(plan.cached),
             arrived=[
                 Arrived(
@@ -233,6 +250,8 @@ class StepRecord:
             constrained=[r.id for r in arrived if r.constrained],
             scored=[r.id for r in arrived if r.scored],
             deferred=sorted(result.deferred),
+            paused=[r.id for r in ledger.running if r.paused],
+            drafted=[(w.id, w.count - 1) for w in plan.work if w.decode and w.count > 1],
             tenants=[(r.id, r.tenant, r.weight) for r in arrived if r.tenant or r.weight != 1],
             classes=[(r.id, r.service_class) for r in arrived if r.service_class],
             predicted=[(r.id, r.predicted) for r in arrived if r.predicted is not None],
@@ -255,7 +274,7 @@ class StepRecord:
         values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "extra_rows", "tenants", "classes", "predicted", "adapters"):
+        for name in ("work", "cached", "extra_rows", "drafted", "tenants", "classes", "predicted", "adapters"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]
@@ -263,6 +282,12 @@ class StepRecord:
         values["loaded"] = [Loaded(*row) for row in values["loaded"]]
         values["finished"] = [Finished(*row)._replace(blocks=tuple(row[-1])) for row in values["finished"]]
         return cls(**values)
+
+
+def _emitted(work: Work, result: StepResult, ends: Mapping[str, int]) -> int:
+    """How many tokens a request got. `ends`: the tokens of requests that have ended, perhaps before the last that was sampled."""
+    tokens = len(result.tokens.get(work.id, (0,)))
+    return min(tokens, ends[work.id] - work.start - 1) if tokens > 1 and work.id in ends else tokens
 
 
 def read(lines: Iterable[str]) -> tuple[Run, list[StepRecord]]:

@@ -54,16 +54,19 @@ class Request:
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
     (another engine computes its prompt; the KV is not here yet), `num_cached` (prompt tokens found in the prefix cache at the last
     admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and `last_token`
-    (when they were sampled, in seconds; inf before), `relegated` (its targets cannot be met any more), `key` (its place in the
-    order), and `ticket` (its live queue entry; 0 if none). Only the block pool writes: `num_shared` (leading blocks that are
-    indexed), `prefix` (the node of the last of these) and `lookup` (what the last search of the index found).
+    (when they were sampled, in seconds; inf before), `relegated` (its targets cannot be met any more), `drafts` (guessed tokens
+    that the plan in flight checks), `key` (its place in the order), and `ticket` (its live queue entry; 0 if none). Only
+    `Speculation` writes `guess` (what it knows of guesses so far) and `paused` (it is not planned ahead of its last token, after
+    which more can be guessed). Only the block pool writes: `num_shared` (leading blocks that
+    are indexed), `prefix` (the node of the last of these) and `lookup` (what the last search of the index found).
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "constrained", "extra_rows", "finish_reason", "first_token", "id", "in_flight", "key",
-        "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned", "num_preemptions",
-        "num_shared", "num_tokens", "output", "predicted", "prefix", "priority", "prompt", "relegated", "root", "salt",
-        "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring", "weight",
+        "adapter", "arrival", "blocks", "constrained", "drafts", "extra_rows", "finish_reason", "first_token", "guess", "id",
+        "in_flight", "key", "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned",
+        "num_preemptions", "num_shared", "num_tokens", "output", "paused", "predicted", "prefix", "priority", "prompt", "relegated",
+        "root", "salt", "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring",
+        "weight",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +127,9 @@ class Request:
         self.last_token = inf
         self.predicted: float | None = None
         self.relegated = False
+        self.drafts: tuple[int, ...] = ()
+        self.guess: Any = None
+        self.paused = False
         self.key: tuple[Any, ...] = ()
         self.ticket = 0
 
@@ -140,7 +146,7 @@ class Request:
     def goes_on(self) -> bool:
         """Whether the request, whose next token is in flight, may be planned one more token after it. A stop id cannot be
         foreseen."""
-        if self.constrained or self.transferring:
+        if self.constrained or self.transferring or self.paused:
             return False
         return self.num_planned == self.num_tokens and len(self.output) + 1 < self.max_tokens
 
@@ -154,7 +160,8 @@ class Request:
         return (*self.prompt[start:split], *self.output[: stop - split])
 
     def append(self, tokens: Sequence[int], now: float) -> str | None:
-        """Add tokens that were sampled at `now`. Returns the finish reason if one of them ends the request. For the scheduler."""
+        """Add tokens that were sampled at `now`, up to one that ends the request. Returns the finish reason if one does. For the
+        scheduler."""
         output = self.output
         if not output:
             self.first_token = now

@@ -18,6 +18,7 @@ from stallfree.core.ledger import Ledger, Limits, by_arrival
 from stallfree.core.plan import Capacity, Plan, StepResult
 from stallfree.core.policy import Learner, Ordered, Policy, Steady
 from stallfree.core.request import Request, Status
+from stallfree.core.speculation import Drafter
 
 
 class Completed(NamedTuple):
@@ -30,14 +31,23 @@ class Completed(NamedTuple):
 
 class Scheduler:
     """`policy` chooses; `capacity` and `limits` bound; `ledger` keeps the accounts; `step` is the number of the next plan.
-    `steady`: the policy is, so leaps are possible. With `reuse`, equal prefixes share KV.
+    `steady`: the policy is, so leaps are possible. With `reuse`, equal prefixes share KV. `speculation` adds drafts to iterations.
     """
 
-    def __init__(self, policy: Policy, capacity: Capacity, limits: Limits | None = None, *, reuse: bool = True):
+    def __init__(
+        self,
+        policy: Policy,
+        capacity: Capacity,
+        limits: Limits | None = None,
+        *,
+        reuse: bool = True,
+        speculation: Drafter | None = None,
+    ):
         self.policy = policy
+        self.speculation = speculation
         key = policy.key if isinstance(policy, Ordered) else by_arrival
         self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key)
-        self.steady = isinstance(policy, Steady) and policy.steady
+        self.steady = isinstance(policy, Steady) and policy.steady and speculation is None
         self.step = 0
         self.open: Draft | None = None
         """The draft that is neither sealed nor leapt over yet."""
@@ -88,6 +98,8 @@ class Scheduler:
             raise ValueError(f"the iterations from step {self.step} on are only drafted; complete them first with `leap`")
         draft = Draft(self.ledger, now)
         self.policy.plan(draft)
+        if self.speculation is not None:
+            self.speculation.add(draft)
         self.open = draft
         return draft
 
@@ -119,13 +131,22 @@ class Scheduler:
                 computed = work.start + work.count
                 samples = work.samples
                 if samples and work.id in deferred:
-                    samples, computed = False, computed - 1
+                    samples, computed = False, work.start if work.decode else computed - 1
                     request.num_planned = computed
+                if samples:
+                    before = request.num_tokens
+                    reason = request.append(tokens[work.id], now)
+                    if self.speculation is not None:
+                        self.speculation.learn(request, before, request.output[before - len(request.prompt) :])
+                    if request.drafts:
+                        computed = request.num_planned = work.start + request.num_tokens - before
+                if request.drafts:
+                    request.drafts = ()
+                    if ledger.reserve != "max":
+                        pool.shrink(request, request.num_tokens)
                 request.num_computed = computed
                 if computed >= (request.num_shared + 1) * block_size:
                     pool.commit(request)
-                if samples:
-                    reason = request.append(tokens[work.id], now)
             if reason is not None:
                 ledger.end(request, reason)
                 done.append(request)

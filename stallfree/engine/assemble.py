@@ -24,7 +24,8 @@ from stallfree.core.plan import Capacity
 from stallfree.core.policy import Setup, Tuned
 from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
-from stallfree.engine import calibrate
+from stallfree.core.speculation import Speculation
+from stallfree.engine import calibrate, proposing
 from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
 from stallfree.engine.text import Text
@@ -61,7 +62,8 @@ class Options:
     layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER; `adapters`: a folder whose sub-folders are
     adapters under their own names; `max_adapter_rank`: the largest that is accepted. `generation_config`: "auto" takes the sampling
     values that the model's makers recommend as defaults, "none" the model's own distribution. `on_worker_loss`: running requests
-    fail or restart when a worker is lost.
+    fail or restart when a worker is lost. `speculate`: who guesses tokens: "ngram", "draft:MODEL", a class of the user's, or None
+    for nobody; `draft_tokens`: the most for a stream in an iteration.
     """
 
     model: str | None = None
@@ -85,6 +87,8 @@ class Options:
     gpu_memory_utilization: float = 0.9
     generation_config: str = "auto"
     on_worker_loss: str = "fail"
+    speculate: str | None = None
+    draft_tokens: int = 7
     adapter: Sequence[str] | None = None
     adapters: Path | None = None
     max_adapter_rank: int = MAX_RANK
@@ -95,7 +99,7 @@ class Assembled:
     """An engine, the `library` of its adapters, and what its server tells about it. `name`: under which the model is served;
     `weights`: in words; `slo`: the latency targets, if any; `classes`: the targets of each class, if any were given; `slo_basis`:
     the source of the default targets in words, "" if the user gave all; `run`: the first line of its record; `identity` of the
-    model: engines may exchange KV only if it is equal.
+    model: engines may exchange KV only if it is equal. `speculation`: who guesses tokens, in words, "" if nobody does.
     """
 
     engine: Engine
@@ -107,6 +111,7 @@ class Assembled:
     slo_basis: str
     run: Run
     identity: str
+    speculation: str
 
 
 def assemble(
@@ -135,13 +140,15 @@ def assemble(
     if options.generation_config not in GENERATION_CONFIGS:
         known = ", ".join(GENERATION_CONFIGS)
         raise ValueError(f"generation_config {options.generation_config!r} is unknown; known are {known}")
+    proposing.check(options.speculate, options.draft_tokens)
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     adapters = folders(options.adapter or (), options.adapters)
     executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say)
     cost, basis = None, ""
-    if tuned:
+    if tuned or options.speculate is not None:
         cost = _cost(executor, key, config, say, progress)
+    if tuned and cost is not None:
         if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
             basis = _basis(cost, key)
         _check_possible(classes or {}, cost)
@@ -158,6 +165,7 @@ def assemble(
         prints=prints,
         restart=restart,
         sampling=sampling,
+        speculation=None if cost is None else _speculation(options, executor, text, config, cost, say),
     )
     library = Library(engine.adapters, config, options.max_adapter_rank)
     named = {text.partition("=")[0] for text in options.adapter or ()}
@@ -176,7 +184,8 @@ def assemble(
         policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
     )
-    return Assembled(engine, library, name, weights, slo, classes, basis if slo is not None else "", run, model_identity)
+    guesses = "" if options.speculate is None else f"{options.speculate}, at most {options.draft_tokens} tokens a stream"
+    return Assembled(engine, library, name, weights, slo, classes, basis if slo is not None else "", run, model_identity, guesses)
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
@@ -210,6 +219,25 @@ def _cost(
     model, errors = calibrate.calibrate(executor, progress, unmet=0.0 if config is None else config.unmet)
     calibrate.remember(model, errors, key, folder, executor.capacity)
     return model
+
+
+def _speculation(
+    options: Options, executor: Executor, text: Text, config: ModelConfig | None, cost: Fitted, say: Callable[[str], None]
+) -> Speculation | None:
+    if options.speculate is None:
+        return None
+
+    def small(checkpoint: Checkpoint, share: float) -> Executor:
+        memory = int(share * (options.kv_memory or _kv_bytes()))
+        make, weights, kv = MAKERS.get(options.executor, (_own, None, None))
+        own = replace(
+            options, weights=options.weights or weights, kv=options.kv or kv, kv_memory=memory, max_model_len=None, tp=1, pp=1,
+            adapter=None, adapters=None,
+        )  # fmt: skip
+        return make(checkpoint, own, lambda: say(f"loading the draft model {checkpoint.path.name}"))[0]
+
+    proposer = proposing.proposer(options.speculate, executor, text, config, small, say)
+    return Speculation(proposer, cost, options.draft_tokens, None if config is None else config.vocab_size)
 
 
 def _check_possible(classes: Mapping[str, Slo], cost: Fitted) -> None:

@@ -6,17 +6,18 @@ It is synchronous and single-threaded: the caller of `step` owns the engine. It 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 
 from stallfree.core.ledger import Limits
-from stallfree.core.plan import Plan, StepResult
+from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.core.policy import Policy
 from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.speculation import Drafter
 from stallfree.engine.adapters import Loader
 from stallfree.engine.prefetch import Prefetch, Transfer
 from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Streams, Watch
@@ -38,8 +39,9 @@ class _Outstanding:
 
 class Engine:
     """Serves requests on `executor` as `policy` plans. `record`, which may be set later, is called with a StepRecord after every
-    iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values for what a request leaves open. `prefetch`
-    keeps the requests whose prompts other engines compute.
+    iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values for what a request leaves open. `speculation`:
+    adds drafts to iterations; the executor must check them (`base.Verifies`). `prefetch` keeps the requests whose prompts other
+    engines compute.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Engine:
         prints: Fingerprints | None = None,
         restart: bool = False,
         sampling: Sampling | None = None,
+        speculation: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.executor = executor
         self.text = text
         self.sampling = sampling or Sampling()
-        self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse)
+        self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse, speculation=speculation)
         self.clock = clock
         self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token)
         self.adapters = Loader(self.scheduler.ledger, executor, clock, self._without_adapter)
@@ -225,8 +228,18 @@ class Engine:
             if error is not None:
                 outputs.append(self._streams.ended(work.id, error))
             elif work.samples and work.id not in result.deferred:
-                outputs.append(self._streams.output(work.id, tuple(result.tokens[work.id]), result.details.get(work.id)))
+                outputs += self._read(request, work, result)
         return outputs
+
+    def _read(self, request: Request, work: Work, result: StepResult) -> Iterator[Output]:
+        """The outputs for the tokens of one piece of work, up to the last of the request."""
+        details = result.details.get(work.id)
+        first = work.start + (1 if work.decode else work.count) - len(request.prompt) + 1
+        for number, token in enumerate(result.tokens[work.id], first):
+            output = self._streams.output(work.id, token, details[number - first] if details else None, number)
+            yield output
+            if output.finish_reason is not None:
+                return
 
     def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float], dropped: Sequence[str]) -> None:
         """Pass the iteration's record to `record`. If this raises, the requests must not fail."""
@@ -248,7 +261,7 @@ class Engine:
         """The KV of a prompt that was computed elsewhere is here, with its first token."""
         if request.finish_reason is not None:
             self._ended.append(request)
-        self._pending.append(self._streams.output(request.id, (token,), details))
+        self._pending.append(self._streams.output(request.id, token, details, 1))
 
     def _without_adapter(self, requests: Sequence[Request], reason: str) -> None:
         """The adapter of these requests cannot be loaded: they end with this error."""

@@ -19,9 +19,9 @@ Watch = Callable[[Work], None]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The output of one iteration for one request: new `text` (may be empty) and new `tokens` (ids) with the executor's `details`
-    (log-probabilities, or None). The first has the `scores` of the prompt's tokens but the first, if they are wanted. The last
-    output has a `finish_reason`, and the stop string or id, or the `error`.
+    """What one token brings for one request: new `text` (may be empty) and the token's id in `tokens`, with the executor's
+    `details` (log-probabilities, or None). The first has the `scores` of the prompt's tokens but the first, if they are wanted. The
+    last output has a `finish_reason`, and the stop string or id, or the `error`; it may have no token.
     """
 
     id: str
@@ -119,32 +119,28 @@ class Streams:
         self._end(id, "error")
         return self.ended(id, f"{message} ({type(error).__name__}: {error})")
 
-    def output(self, id: str, tokens: tuple[int, ...], details: object) -> Output:
-        """The output of a request that has a reader, for its new tokens."""
+    def output(self, id: str, token: int, details: object, number: int) -> Output:
+        """The output of a request that has a reader, for output token `number` of it, counted from 1."""
         try:
-            return self._output(self._streams[id], tokens, details)
+            return self._output(self._streams[id], token, details, number)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the tokenizer's library is no Exception
             return self.fail(id, "its tokens cannot be turned into text", error)
 
-    def _output(self, stream: Stream, tokens: tuple[int, ...], details: object) -> Output:
+    def _output(self, stream: Stream, token: int, details: object, number: int) -> Output:
         request = stream.request
-        reason = request.finish_reason
-        stop: str | int | None = None
+        reason = request.finish_reason if number == len(request.output) else None
+        stop: str | int | None = token if reason == "stop" and token in request.stop_ids else None
         text = ""
-        for token in tokens:
-            if reason == "stop" and token in request.stop_ids:
-                stop = token
-                if not stream.include_stop or token in self._text.eos_ids:
-                    continue
-            text += stream.detokenizer.push(token, special=stop is not None or token in stream.visible)
+        if stop is None or (stream.include_stop and token not in self._text.eos_ids):
+            text = stream.detokenizer.push(token, special=stop is not None or token in stream.visible)
         if reason is not None:
             text += stream.detokenizer.flush()
-        text, stop_string = stream.stops.push(text, ends=len(request.output) >= request.min_tokens)
+        text, stop_string = stream.stops.push(text, ends=number >= request.min_tokens)
         if stop_string is not None:
             stop = stop_string
-            if reason is None:
+            if request.finish_reason is None:
                 self._end(request.id, "stop")
             reason = "stop"
         elif reason is not None:
@@ -152,4 +148,4 @@ class Streams:
         if reason is not None:
             self.forget(request.id)
         scores, stream.scores = stream.scores, []
-        return Output(request.id, text, tokens, details, reason, stop, scores=scores)
+        return Output(request.id, text, (token,), details, reason, stop, scores=scores)

@@ -1,7 +1,7 @@
 """The interface between the engine and what runs the model. It says nothing about devices, files or tensors."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from stallfree.checkpoint.adapter import Adapter
 from stallfree.core.plan import Capacity, Plan, StepResult
@@ -65,6 +65,16 @@ class Adapts(Protocol):
     def load_adapter(self, key: str, adapter: Adapter, blocks: Sequence[int]) -> None: ...
 
     def drop_adapter(self, key: str) -> None: ...
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """Optional ability of an executor: it checks drafts. A decode of more than one token holds guesses after its first token. The
+    executor samples at each position in turn, as if it had been given the tokens one by one, until a token is not the guess
+    (`Work.verified`). The KV of wrong guesses is written over later.
+    """
+
+    verifies: Literal[True]
 
 
 class Lost(RuntimeError):

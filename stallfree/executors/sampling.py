@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stallfree.core.plan import Work
+from stallfree.core.uniform import uniform
 
 PIECE = 64
 """Logits per piece, if a search goes piece by piece first."""
@@ -51,8 +53,9 @@ class Bias(dict[int, float]):
 class Constraint(Protocol):
     """Which tokens one request may get next, as structured output needs it. It belongs to the thread that runs the executor."""
 
-    def begin(self, output: Sequence[int]) -> None:
-        """Begin to find out what may follow `output` (token ids), in another thread, while the model runs. May be left out."""
+    def begin(self, output: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        """Begin to find out what may follow `output` (token ids), and each of the `drafts` after it, in another thread, while the
+        model runs. May be left out."""
 
     def ready(self, wait_s: float) -> bool:
         """Whether the answer of `mask` is there. Waits for at most `wait_s` seconds."""
@@ -63,22 +66,23 @@ class Constraint(Protocol):
 
 
 class Fixed:
-    """A constraint for one position, which another process has found out: `bits`, one for each logit, the lowest of a byte first;
-    or `error`, the reason why no token may come."""
+    """A constraint for a few positions, from `first` output tokens on, which another process has found out. For each position there
+    are `bits`, one for each logit, the lowest of a byte first; or an `error`, the reason why no token may come."""
 
-    def __init__(self, bits: bytes, error: str = ""):
-        self._bits, self._error = bits, error
+    def __init__(self, answers: Sequence[tuple[bytes, str]], first: int):
+        self._answers, self._first = answers, first
 
-    def begin(self, output: Sequence[int]) -> None:
+    def begin(self, output: Sequence[int], drafts: Sequence[int] = ()) -> None:
         pass
 
     def ready(self, wait_s: float) -> bool:
         return True
 
-    def mask(self, output: Sequence[int]) -> np.ndarray:
-        if self._error:
-            raise ValueError(self._error)
-        return mask_of(self._bits)
+    def mask(self, output: Sequence[int]) -> np.ndarray | None:
+        bits, error = self._answers[len(output) - self._first]
+        if error:
+            raise ValueError(error)
+        return mask_of(bits) if bits else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +152,9 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def to_values(sampling: Sampling, output: Sequence[int] = ()) -> dict[str, Any]:
-    """A sampling as plain numbers, lists and texts, for another process. Its constraint is sent for one position: after
-    `output`."""
+def to_values(sampling: Sampling, output: Sequence[int] = (), drafts: Sequence[int] = ()) -> dict[str, Any]:
+    """A sampling as plain numbers, lists and texts, for another process. Its constraint is sent for the position after `output`,
+    and for that after each of the `drafts`."""
     values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.init and f.name != "constraint"}
     return (
         values
@@ -159,20 +163,28 @@ def to_values(sampling: Sampling, output: Sequence[int] = ()) -> dict[str, Any]:
             "seed": sampling.seed & (2**64 - 1),
             "stop_ids": list(sampling.stop_ids),
         }
-        | _of_constraint(sampling.constraint, output)
+        | _of_constraint(sampling.constraint, output, drafts)
     )
 
 
-def _of_constraint(constraint: Constraint | None, output: Sequence[int]) -> dict[str, Any]:
+def _of_constraint(constraint: Constraint | None, output: Sequence[int], drafts: Sequence[int]) -> dict[str, Any]:
+    if constraint is None:
+        return {}
+    constraint.begin(output, drafts)
+    return {"allowed": [_allowed(constraint, [*output, *drafts[:number]]) for number in range(len(drafts) + 1)]}
+
+
+def _allowed(constraint: Constraint, output: Sequence[int]) -> list[str]:
     try:
-        mask = None if constraint is None else constraint.mask(output)
+        mask = constraint.mask(output)
     except ValueError as error:
-        return {"allowed": ["", str(error)]}
-    return {} if mask is None else {"allowed": [np.packbits(mask == 0, bitorder="little").tobytes().hex(), ""]}
+        return ["", str(error)]
+    return ["" if mask is None else np.packbits(mask == 0, bitorder="little").tobytes().hex(), ""]
 
 
-def of_values(values: Mapping[str, Any]) -> Sampling:
-    """The sampling from the result of `to_values`. Raises ValueError if a value is wrong."""
+def of_values(values: Mapping[str, Any], first: int = 0) -> Sampling:
+    """The sampling from the result of `to_values`. Its constraint holds from `first` output tokens on. Raises ValueError if a value
+    is wrong."""
     try:
         numbers = {name: value for name, value in values.items() if name not in ("logit_bias", "stop_ids", "allowed")}
         for name, value in numbers.items():
@@ -180,16 +192,15 @@ def of_values(values: Mapping[str, Any]) -> Sampling:
                 raise ValueError(f"{name} is {str(value)[:80]}, expected a number")
         bias = {int(token): float(by) for token, by in values["logit_bias"]}
         stop_ids = frozenset(int(token) for token in values["stop_ids"])
-        return Sampling(**numbers, logit_bias=bias, stop_ids=stop_ids, constraint=_to_constraint(values.get("allowed")))
+        return Sampling(**numbers, logit_bias=bias, stop_ids=stop_ids, constraint=_to_constraint(values.get("allowed"), first))
     except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise ValueError(f"these values are not a sampling: {error}") from None
 
 
-def _to_constraint(values: Any) -> Fixed | None:
+def _to_constraint(values: Any, first: int) -> Fixed | None:
     if values is None:
         return None
-    bits, error = values
-    return Fixed(bytes.fromhex(bits), str(error))
+    return Fixed([(bytes.fromhex(bits), str(error)) for bits, error in values], first)
 
 
 class Score(NamedTuple):
@@ -215,11 +226,12 @@ class TokenLogprob(NamedTuple):
 
 
 class Rows:
-    """The rows of logits that an iteration needs: one for each of `works` that samples, and one for each prompt token that is
-    scored. `rows`: their places in the batch, in order. `sampled`: which of them belong to works that sample."""
+    """The rows of logits that an iteration needs: one for each of `works` that samples, one for each of its drafts, and one for
+    each prompt token that is scored. `rows`: their places in the batch, in order. `sampled`: those of them that belong to works
+    that sample."""
 
     def __init__(self, works: Sequence[Work]):
-        self.sampled: list[int] = []
+        self._own: list[range] = []
         self.rows: list[int] = []
         self._scored: list[tuple[Work, int, int]] = []
         begin = 0
@@ -230,9 +242,18 @@ class Rows:
                 self.rows += range(begin, begin + number)
             begin += work.count
             if work.samples:
+                own = 1 + len(work.drafts)
                 if number < work.count:
-                    self.rows.append(begin - 1)
-                self.sampled.append(len(self.rows) - 1)
+                    self.rows += range(begin - own, begin)
+                self._own.append(range(len(self.rows) - own, len(self.rows)))
+
+    @property
+    def sampled(self) -> list[int]:
+        return list(chain.from_iterable(self._own))
+
+    def of(self, which: Sequence[int]) -> list[int]:
+        """The rows of some of the works that sample, by their numbers among these."""
+        return [row for number in which for row in self._own[number]]
 
     @property
     def scored(self) -> bool:
@@ -266,7 +287,7 @@ def begin_constraints(works: Iterable[Work]) -> None:
     """Begin to find out which tokens the constrained ones of `works` may get. For an executor, before it runs the model."""
     for work in works:
         if work.samples and isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
-            work.sampling.constraint.begin(sampled_before(work))
+            work.sampling.constraint.begin(sampled_before(work), work.drafts)
 
 
 def ready_rows(works: Sequence[Work]) -> tuple[list[int], frozenset[str]]:
@@ -286,47 +307,76 @@ def ready_rows(works: Sequence[Work]) -> tuple[list[int], frozenset[str]]:
 
 
 def sampled_before(work: Work) -> Sequence[int]:
-    """The output tokens of a request before the one that `work` samples."""
-    number = work.start + work.count - len(work.prompt)
+    """The output tokens of a request before the first one that `work` samples."""
+    number = work.start + work.count - len(work.drafts) - len(work.prompt)
     return work.output[:number] if number > 0 else ()
 
 
-def sample(logits: np.ndarray, works: Sequence[Work]) -> tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]:
-    """One token for each row of `logits` [rows, vocabulary] float32, which it does not change. Row i belongs to `works[i]`.
+def positions(work: Work) -> list[Work]:
+    """The positions at which `work` samples, each as a work of its own: several if it has drafts. Each is as if the drafts before
+    it were right, so what it samples counts only if they are."""
+    if not work.drafts:
+        return [work]
+    before = sampled_before(work)
+    return [
+        work._replace(start=work.start + i, count=1, tokens=work.tokens[i : i + 1], output=[*before, *work.drafts[:i]])
+        for i in range(work.count)
+    ]
 
-    Returns three dicts by request id: the tokens, the log-probabilities that requests want, and why a row has no token. Logits that
-    are not finite and parameters that cannot be applied fail only their own request. A request without a `Sampling` is greedy.
+
+Sampled = tuple[dict[str, tuple[int, ...]], dict[str, list[TokenLogprob]], dict[str, str]]
+"""By request id: tokens, the log-probability of each if they are wanted, and why there is no token."""
+
+
+def sample(logits: np.ndarray, works: Sequence[Work]) -> Sampled:
+    """Tokens from the rows of `logits` [rows, vocabulary] float32, which it does not change. The rows of a work follow each other:
+    one, and one more for each draft (see `positions`). The rows after a wrong draft are not used.
+
+    Logits that are not finite and parameters that cannot be applied fail only their own request. At a draft, they end what the
+    request gets. A request without a `Sampling` is greedy.
     """
-    if len(logits) != len(works):
-        raise ValueError(f"{len(logits)} rows of logits for {len(works)} requests")
+    number = sum([1 + len(work.drafts) for work in works])
+    if len(logits) != number:
+        raise ValueError(f"{len(logits)} rows of logits for {number} positions of {len(works)} requests")
     tokens: dict[str, tuple[int, ...]] = {}
-    details: dict[str, TokenLogprob] = {}
+    details: dict[str, list[TokenLogprob]] = {}
     failed: dict[str, str] = {}
-    logprobs: list[tuple[int, int, int]] = []
+    logprobs: list[tuple[int, str, int, int]] = []
     if not works:
         return tokens, details, failed
     best = logits.argmax(axis=1)
     # argmax stops at the first NaN, so this finds a row with NaN at no cost.
-    peaks = logits[np.arange(len(works)), best]
+    peaks = logits[np.arange(number), best]
     finite = np.isfinite(peaks)
-    for row, work in enumerate(works):
+
+    row = 0
+    for work in works:
         sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
-        token: int | None = None
-        try:
-            if finite[row]:
-                as_is = sampling.plain and sampling.constraint is None
-                token = int(best[row]) if as_is and sampling.temperature == 0 else _choose(logits[row], work, sampling)
+        as_is = sampling.temperature == 0 and sampling.plain and sampling.constraint is None
+        sampled: list[int] = []
+        for place, (at, draft) in enumerate(zip(positions(work), (*work.drafts, None), strict=True), row):
+            token: int | None = None
+            why = ""
+            try:
+                if finite[place]:
+                    token = int(best[place]) if as_is else _choose(logits[place], at, sampling)
+            except Exception as error:  # an error in this request must not fail the others
+                why = no_token(error)
             if token is None:
-                failed[work.id] = not_finite(work)
-                continue
+                if not sampled:
+                    failed[work.id] = why or not_finite(work)
+                break
+            sampled.append(token)
+            if token != draft:
+                break
+        if sampled:
+            tokens[work.id] = tuple(sampled)
             if sampling.logprobs is not None:
-                logprobs.append((row, token, sampling.logprobs))
-        except Exception as error:  # an error in this request must not fail the others
-            failed[work.id] = no_token(error)
-            continue
-        tokens[work.id] = (token,)
-    for (row, token, alternatives), total in zip(logprobs, _totals(logits, peaks, [row for row, _, _ in logprobs]), strict=True):
-        details[works[row].id] = _logprob(logits[row], token, alternatives, total)
+                logprobs += [(place, work.id, token, sampling.logprobs) for place, token in enumerate(sampled, row)]
+        row += 1 + len(work.drafts)
+    totals = _totals(logits, peaks, [row for row, *_ in logprobs])
+    for (row, id, token, alternatives), total in zip(logprobs, totals, strict=True):
+        details.setdefault(id, []).append(_logprob(logits[row], token, alternatives, total))
     return tokens, details, failed
 
 
@@ -476,18 +526,3 @@ def _logprob(row: np.ndarray, token: int, alternatives: int, total: float) -> To
         ids = ids[np.argsort(-row[ids], kind="stable")]
         top = tuple(zip(ids.tolist(), (row[ids].astype(np.float64) - total).tolist(), strict=True))
     return TokenLogprob(float(row[token]) - total, top)
-
-
-def uniform(seed: int, position: int) -> float:
-    """A random number in [0, 1) that depends only on the arguments (SplitMix64, Steele et al. 2014, over both)."""
-    return (_mix(_mix(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
-
-
-_MASK = 2**64 - 1
-
-
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)

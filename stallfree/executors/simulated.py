@@ -3,10 +3,11 @@ clients and faults. It knows no tensors, and its tokens depend only on their pos
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
-from stallfree.core.plan import Capacity, Plan, Shape, StepResult
+from stallfree.core.plan import Capacity, Plan, Shape, StepResult, Work
 from stallfree.core.policy import CostModel
 
 
@@ -31,7 +32,7 @@ class SimulatedExecutor:
     replaced by a function that passes another time than real time.
     """
 
-    layout, block_bytes = "simulated", BLOCK_BYTES
+    layout, block_bytes, verifies = "simulated", BLOCK_BYTES, True
 
     def __init__(self, capacity: Capacity, letters: Sequence[int], cost: CostModel | None = None):
         self.capacity = capacity
@@ -47,8 +48,13 @@ class SimulatedExecutor:
         plan = self._plans.pop(0)
         seconds = self._cost.seconds(plan.shape)
         self.sleep(seconds)
-        tokens = {w.id: (self._letters[(w.start + w.count) % len(self._letters)],) for w in plan.work if w.samples}
+        tokens = {w.id: w.verified(self._after(w)) for w in plan.work if w.samples}
         return StepResult(plan.step, tokens, seconds)
+
+    def _after(self, work: Work) -> Iterator[int]:
+        """The letters that follow each position of a work from which a token is sampled."""
+        first = work.start + (1 if work.decode else work.count)
+        return (self._letters[at % len(self._letters)] for at in count(first))
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         memory[:] = bytes(len(memory))

@@ -57,6 +57,9 @@ class Explained:
         delivered, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
         if delivered or recalled:
             yield f"{_number(delivered, 'prompt')} computed by other engines; {recalled} computed here after a KV transfer failed."
+        checked, right = map(sum, zip(*(r.drafts for r in records), strict=True))
+        if checked:
+            yield f"{_number(checked, 'draft')} checked, {right} of them right ({right / checked:.0%})."
         if loads := [load for r in records for load in r.loaded]:
             spread = f"{_ms(median([load.t - load.asked for load in loads]))} at the median"
             asked = f"{len(set(self.adapters.values()))} different ones were asked for"
@@ -106,6 +109,8 @@ class Explained:
         if r.error is not None:
             yield f"It failed: {r.error}. All its requests ended with that error."
         yield f"{_number(len(decoded), 'decode')}{_list(decoded)}."
+        if r.drafted:
+            yield f"With {_number(r.drafts[0], 'draft')}, {r.drafts[1]} of them right."
         cached = dict(r.cached)
         for id, start, count in r.work:
             if id in prefills:

@@ -283,12 +283,12 @@ class StallAccount:
         self._counts = iterations + 1, unserved + (not self.iteration.prefills)
 
     def _iteration(self, step: StepRecord) -> Iteration:
-        """A decode is one token after the prompt, or one of a request that has ended. All else is prefill, also tokens that are
-        computed again after a preemption."""
+        """A decode is one token after the prompt, perhaps with drafts, or one of a request that has ended. All else is prefill,
+        also tokens that are computed again after a preemption."""
         prefills: list[tuple[str, int]] = []
-        streams = self._streams
+        streams, drafted = self._streams, {id for id, _ in step.drafted}
         for id, start, count in step.work:
-            if count > 1 or ((stream := streams.get(id)) is not None and start < stream.prompt_tokens):
+            if (count > 1 and id not in drafted) or ((stream := streams.get(id)) is not None and start < stream.prompt_tokens):
                 prefills.append((id, count))
         prefills.sort(key=lambda prefill: -prefill[1])
         return Iteration(step.step, step.t_end - step.t_start, len(step.work) - len(prefills), tuple(prefills))

@@ -67,6 +67,7 @@ class Metrics(Collector):
             self._generated
         ) = 0
         self._judged_requests = self._requests_in_time = 0
+        self._drafts = {"right": 0, "wrong": 0}
         self._transfers = dict.fromkeys(OUTCOMES, 0)
         self._transfer_bytes, self._transfer_s, self._decode_s = 0, 0.0, 0.0
         self._step_s, self._step_tokens = _Histogram(GAPS_S), _Histogram(STEP_TOKENS)
@@ -100,6 +101,9 @@ class Metrics(Collector):
             self._looked_up += account.looked_up
             self._cached += sum(tokens for _, tokens in step.cached) + sum(transfer.cached for transfer in step.delivered)
             self._generated += len(step.emitted) + len(step.delivered)
+            checked, right = step.drafts
+            self._drafts["right"] += right
+            self._drafts["wrong"] += checked - right
             self._transfers["delivered"] += len(step.delivered)
             self._transfers["recomputed"] += len(step.recalled)
             self._transfer_bytes += sum(transfer.num_bytes for transfer in step.delivered)
@@ -222,6 +226,8 @@ class Metrics(Collector):
         yield _counter("preemptions", "Running requests whose KV was taken back.", self._preemptions)
         yield _counter("prompt_tokens", "Prompt tokens of the requests that arrived.", self._prompt)
         yield _counter("generation_tokens", "Tokens sampled.", self._generated)
+        yield _counter("draft_tokens", "Guessed tokens that iterations checked.", sum(self._drafts.values()))
+        yield _counter("accepted_draft_tokens", "Guessed tokens that were right.", self._drafts["right"])
         yield _counter("prefix_lookup_tokens", "Tokens that were looked up in the prefix cache.", self._looked_up)
         yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._cached)
         yield _counter("kv_transfers", "KV transfers from prefill engines, by outcome.", self._transfers, "outcome")

@@ -16,6 +16,8 @@ NAMES = {
     "preemptions": ("num_preemptions",),
     "prompt_tokens": ("prompt_tokens",),
     "generation_tokens": ("generation_tokens",),
+    "draft_tokens": ("spec_decode_num_draft_tokens",),
+    "accepted_draft_tokens": ("spec_decode_num_accepted_tokens",),
     "prefix_lookup_tokens": ("prefix_cache_queries", "gpu_prefix_cache_queries"),
     "cached_tokens": ("prefix_cache_hits", "gpu_prefix_cache_hits"),
     "tokens_per_step": ("iteration_tokens_total",),

@@ -19,7 +19,9 @@ class Deployment:
     device's memory. An admission leaves the share `watermark` of it free. `max_output`: the tokens that requests ask for, which
     matters if the policy reserves KV for them (None: the actual output). `prefix_cache`: equal prefixes share KV; `router`: for the
     `replicas`. `rank`: the ranks of adapters, in turn, in words (None: there are none); `adapter_modules`: what they change
-    (`perf.adapters.MODULES`). `on_late`: requests whose first token would come too late by the policy's forecast are refused
+    (`perf.adapters.MODULES`). `draft_acceptance`: how likely a guessed token is right (None: nothing is guessed); `draft_tokens`:
+    the most guesses for a stream in an iteration; `draft_model`: who guesses, with its time on the same devices (None: guesses cost
+    nothing). `on_late`: requests whose first token would come too late by the policy's forecast are refused
     ("refuse"), or served ("serve").
     """
 
@@ -49,6 +51,9 @@ class Deployment:
     prefix_cache: bool = False
     rank: str | None = None
     adapter_modules: str = "attention"
+    draft_acceptance: float | None = None
+    draft_tokens: int = 7
+    draft_model: str | None = None
     on_late: str = "serve"
 
 

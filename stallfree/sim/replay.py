@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from math import inf
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from stallfree import policies
+from stallfree.core.draft import Draft
 from stallfree.core.plan import Plan, StepResult
 from stallfree.core.policy import Policy, Setup
 from stallfree.core.record import Loaded, Run, StepRecord
@@ -52,7 +54,8 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
     With a pipeline, it is exact only without a prefix cache. An attempt to plan that finds no KV is not recorded, but it marks the
     prefix that it looks up as recently used. With overlap there are no such attempts.
     """
-    scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse)
+    drafts = _Recorded()
+    scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse, speculation=drafts)
     _know_adapters(scheduler, records)
     late = {id for r in records for id in _ended_by_text(r)}
     served = _served(run, records, {f.id for r in records for f in r.finished if f.reason == "stop"} - late)
@@ -66,6 +69,7 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         _load(scheduler, r.loaded)
         ended += _without_adapter(scheduler, r)
         while len(outstanding) < run.capacity.depth and planned < len(records) and records[planned].t_plan <= r.t_end:
+            drafts.planned = dict(records[planned].drafted)
             plan = scheduler.schedule(records[planned].t_plan)
             if not plan.work:
                 break
@@ -75,9 +79,11 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
             return
         plan = outstanding.popleft()
         failed = {f.id: "as recorded" for f in r.finished if f.reason == "error"} if r.error is None else {}
-        tokens, seconds = _sampled(plan, served), r.t_end - r.t_start
+        tokens, seconds = _sampled(plan, served, Counter(r.emitted)), r.t_end - r.t_start
         result = StepResult(plan.step, tokens, seconds, error=r.error, failed=failed, bubble_s=r.bubble_s, deferred=r.deferred)
         done, dropped = scheduler.complete(plan, result, r.t_end)
+        for request in scheduler.ledger.running:
+            request.paused = request.id in r.paused
         ended += done
         ended += [scheduler.abort(f.id, f.reason) for f in r.finished if f.id in late]
         finished = [request for request in ended if request is not None]
@@ -260,13 +266,27 @@ def _without_adapter(scheduler: Scheduler, r: StepRecord) -> list[Request | None
     return [scheduler.abort(id, "error") for id in failed]
 
 
-def _sampled(plan: Plan, served: Mapping[str, _Served]) -> dict[str, tuple[int]]:
-    tokens: dict[str, tuple[int]] = {}
+class _Recorded:
+    """A `Drafter` of as many drafts as were recorded: `planned`, by id. What was guessed is not in the record."""
+
+    planned: Mapping[str, int] = MappingProxyType({})
+
+    def add(self, draft: Draft) -> None:
+        for request in draft.guessable if self.planned else ():
+            draft.guess(request, (0,) * self.planned.get(request.id, 0))
+
+    def learn(self, request: Request, before: int, tokens: Sequence[int]) -> None:
+        pass
+
+
+def _sampled(plan: Plan, served: Mapping[str, _Served], emitted: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    tokens: dict[str, tuple[int, ...]] = {}
     for work in plan.work:
         if work.samples:
-            request, position = served[work.id], work.start + work.count
-            last = position - len(request.tokens) + 1 == request.stop_after
-            tokens[work.id] = (STOP if last else request.tokens.at(position),)
+            request, first = served[work.id], work.start + (1 if work.decode else work.count)
+            stop = request.stop_after + len(request.tokens) - 1
+            positions = range(first, first + max(1, emitted.get(work.id, 0)))
+            tokens[work.id] = tuple(STOP if position == stop else request.tokens.at(position) for position in positions)
     return tokens
 
 
@@ -281,12 +301,13 @@ def _ended_by_text(r: StepRecord) -> list[str]:
 
 
 def _shapes(records: Sequence[StepRecord]) -> list[list[tuple[int, int]]]:
-    """The shape of each iteration, with the ranks of its adapters."""
+    """The shape of each iteration, with the ranks of its adapters and the rows of its drafts."""
     adapter = {id: key for r in records for id, key, *_ in r.adapters}
     ranks = {key: rank for r in records for _, key, _, rank in r.adapters}
     shapes = []
     for r in records:
         used = {adapter[id] for id, _, _ in r.work if id in adapter}
         pieces = [(start, count) for _, start, count in r.work]
+        pieces += [(sum(count for _, count in r.drafted), 0)] if r.drafted else []
         shapes.append([(sum(ranks.get(key, 0) for key in used), -1), *pieces] if used else pieces)
     return shapes

@@ -71,11 +71,11 @@ class Replica:
 
     Nothing is planned before `begin`. `between_s` pass from an iteration's end to the next planning. `slowness`: the factor on the
     time of an iteration planned at a given moment. `load_s`: the seconds in which an adapter's weights come, one after another
-    (None: there are no adapters). Without `serve_late`, requests are refused whose first token would come too late by the policy's
-    forecast; they end with the reason "refused". `ended` is called with each request that ended, `record` with each record, `span`
-    with each iteration in each stage. Without `record`, no records are made. `leap`: the most iterations at once; with 1,
-    `launched` is called with each plan, its begin and its end before it runs, and `completed` after it has run. `loaded` is called
-    with the moment at which adapters have arrived.
+    (None: there are no adapters). `draft_s`: the seconds in which one more token of each stream is guessed. Without `serve_late`,
+    requests are refused whose first token would come too late by the policy's forecast; they end with the reason "refused". `ended`
+    is called with each request that ended, `record` with each record, `span` with each iteration in each stage. Without `record`,
+    no records are made. `leap`: the most iterations at once; with 1, `launched` is called with each plan, its begin and its end
+    before it runs, and `completed` after it has run. `loaded` is called with the moment at which adapters have arrived.
 
     `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
     each stage ran; the difference are bubbles. `iterations`: how many have ended.
@@ -96,6 +96,7 @@ class Replica:
         between_s: float = 0.0,
         slowness: Callable[[float], float] | None = None,
         load_s: Callable[[Resident], float] | None = None,
+        draft_s: float = 0.0,
         leap: int = LEAP,
         serve_late: bool = True,
     ):
@@ -113,6 +114,7 @@ class Replica:
         one = scheduler.ledger.capacity.depth == 1 and load_s is None
         self._steady = leap > 1 and scheduler.steady and one
         # Adapters on their way, with the moments at which they are here, in order.
+        self._draft_s = draft_s
         self._load_s = load_s or (lambda adapter: 0.0)
         self._loads = deque[tuple[float, Resident]]()
         self._loaded: list[Loaded] = []
@@ -289,6 +291,8 @@ class Replica:
     def _launch(self, plan: Plan) -> None:
         """Run a plan through the stages. Each begins when the stage before it has ended this plan, and itself its last plan."""
         seconds = self._cost.seconds(plan.shape)
+        if self._draft_s:
+            seconds += self._draft_s * max([w.count - 1 for w in plan.work if w.decode], default=0)
         if self._slowness is not None:
             seconds *= self._slowness(plan.now)
         share = seconds / len(self._free)
@@ -324,8 +328,8 @@ class Replica:
                     line.scheduled = start
                 if w.samples:
                     position = len(request.output)
-                    tokens[w.id] = answer[position : position + 1]
-                    line.tokens.append(end)
+                    tokens[w.id] = w.verified(answer[position : position + w.count])
+                    line.tokens += [end] * len(tokens[w.id])
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done, dropped = scheduler.complete(plan, result, end)
         if self._forecast is not None:

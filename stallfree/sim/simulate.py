@@ -9,17 +9,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from struct import pack
 from types import MappingProxyType
+from typing import NamedTuple
 from zlib import crc32
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
-from stallfree.core.policy import CostModel, Policy
+from stallfree.core.policy import CostModel, Policy, Priced
 from stallfree.core.record import StepRecord
 from stallfree.core.request import Refused, Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
+from stallfree.core.speculation import Speculation
 from stallfree.metrics.timeline import Timeline
 from stallfree.sim.cluster import serve
+from stallfree.sim.guesses import Chance
 from stallfree.sim.replica import LEAP, Replica, Span, script
 from stallfree.sim.routers import load
 from stallfree.sim.shelf import Shelf
@@ -52,6 +55,14 @@ class Simulation:
         return 1 - sum(sum(replica.busy_s) for replica in self.replicas) / active if active else 0.0
 
 
+class Drafts(NamedTuple):
+    """Guesses of a `proposer`, at most `most` for a stream in an iteration. `cost` prices them if the policy has no prices."""
+
+    proposer: Chance
+    most: int
+    cost: CostModel
+
+
 def simulate(
     arrivals: Iterable[Arrival],
     policy: Callable[[], Policy],
@@ -74,6 +85,7 @@ def simulate(
     weights: Mapping[str, float] = MappingProxyType({}),
     serve_late: bool = True,
     shelf: Shelf | None = None,
+    drafts: Drafts | None = None,
 ) -> Simulation:
     """Serve `arrivals`, in the order of their times, on `replicas` of an engine with `capacity` (its `depth` is the number of
     pipeline stages) and `limits`. Each replica has its own policy. `cost`: the seconds of an iteration, over all stages.
@@ -84,7 +96,7 @@ def simulate(
     pass from an iteration's end to the next planning, and `front_s` from a request's arrival until the scheduler has it and its
     first token's way back. `scatter`: factors; each iteration's time is multiplied by one of them, chosen at random by the moment
     of its planning. `classes`: the targets of requests that name a class; `weights`: of tenants, 1 for others. `serve_late`: see
-    `Replica`. `shelf`: the adapters, if requests ask for any.
+    `Replica`. `shelf`: the adapters, if requests ask for any. `drafts`: guesses of what follows, if there are any.
 
     Raises ValueError for a request that does not fit, arrivals out of order, an unknown router, or no replicas.
     """
@@ -96,7 +108,7 @@ def simulate(
     end = lines.append if ended is None else ended
     engines = [
         Replica(
-            holding(Scheduler(policy(), capacity, limits, reuse=reuse), shelf),
+            holding(guessing(policy(), capacity, limits, reuse, drafts), shelf),
             cost,
             ended=lambda request: end(request.sampling.line),  # type: ignore[attr-defined]
             record=result.records[number].append if records else None,
@@ -106,6 +118,7 @@ def simulate(
             slowness=scattering(scatter) if scatter else None,
             serve_late=serve_late,
             load_s=None if shelf is None else shelf.load_s,
+            draft_s=0.0 if drafts is None else drafts.proposer.draft_s,
         )
         for number in range(replicas)
     ]
@@ -113,6 +126,14 @@ def simulate(
     with uncollected():
         serve(scripted(arrivals, engines[0].scheduler, max_tokens, front_s, classes, weights, shelves), engines, choose)
     return Simulation(engines, lines, result.records, result.spans)
+
+
+def guessing(policy: Policy, capacity: Capacity, limits: Limits | None, reuse: bool, drafts: Drafts | None) -> Scheduler:
+    """A scheduler whose iterations have `drafts`."""
+    if drafts is None:
+        return Scheduler(policy, capacity, limits, reuse=reuse)
+    cost = policy.cost if isinstance(policy, Priced) else drafts.cost
+    return Scheduler(policy, capacity, limits, reuse=reuse, speculation=Speculation(drafts.proposer, cost, drafts.most))
 
 
 def holding(scheduler: Scheduler, shelf: Shelf | None) -> Scheduler:

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from stallfree.core.plan import Capacity
 from stallfree.core.policy import CostModel, Forecasting, Policy, Setup, Tuned
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
+from stallfree.core.speculation import MOST
 from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
@@ -22,11 +24,15 @@ from stallfree.perf.profiled import Profiled
 from stallfree.perf.roofline import QUANTUM, Roofline
 from stallfree.policies.slo import possible
 from stallfree.sim.deployment import Deployment
+from stallfree.sim.guesses import Chance
 from stallfree.sim.shelf import Shelf, ranks
-from stallfree.sim.simulate import Simulation, simulate
+from stallfree.sim.simulate import Drafts, Simulation, simulate
 from stallfree.workload.mix import weights
 from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
+
+DRAFTED = [(512, 1)] * 8
+"""The iteration of a draft model that is the time of one guess for each stream."""
 
 
 class Instance(NamedTuple):
@@ -68,6 +74,9 @@ class Simulator:
                 f"there are no prices of adapters on {self.instance.about}; leave out --rank, or take hardware of "
                 "`stallfree list hardware`"
             )
+        self._drafts = None if deployment.draft_acceptance is None else self._guesses(deployment.draft_acceptance)
+        if self._drafts is None and deployment.draft_model is not None:
+            raise ValueError("--draft-model: say how often its guesses are right, --draft-acceptance 0.7")
         if deployment.on_late not in ("serve", "refuse"):
             raise ValueError(f"--on-late {deployment.on_late!r} is neither serve nor refuse")
         if deployment.on_late == "refuse" and not isinstance(policy, Forecasting):
@@ -127,7 +136,18 @@ class Simulator:
             weights=self.weights,
             serve_late=deployment.on_late == "serve",
             shelf=self.instance.shelf,
+            drafts=self._drafts,
         )
+
+    def _guesses(self, acceptance: float) -> Drafts:
+        deployment = self.deployment
+        if not 1 <= deployment.draft_tokens <= MOST:
+            raise ValueError(f"--draft-tokens {deployment.draft_tokens} is not possible; take 1 to {MOST}")
+        draft_s = 0.0
+        if deployment.draft_model is not None:
+            small = instance(replace(deployment, model=deployment.draft_model, rank=None, max_model_len=None))
+            draft_s = small.cost.seconds(DRAFTED)
+        return Drafts(Chance(acceptance, draft_s), deployment.draft_tokens, calibrated(self.instance))
 
     def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
         """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""

@@ -55,6 +55,8 @@ class SplitSimulator:
                 raise ValueError(
                     f"each adapter is in both pools, but prefill has {name} {source} and decode {target}; give the same"
                 )
+        if split.prefill.draft_acceptance is not None or split.decode.draft_acceptance is not None:
+            raise ValueError("two pools guess no tokens; leave out --draft-acceptance")
         if "refuse" in (split.prefill.on_late, split.decode.on_late):
             raise ValueError("two pools forecast no first tokens, so none can be refused; leave out --on-late refuse")
         self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)

@@ -52,6 +52,21 @@ class Reckless:
                 draft.admit(r, whole=True)
 
 
+class Guessing:
+    """A drafter that guesses anything for anybody, right or wrong."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+
+    def add(self, draft):
+        for r in draft.guessable:
+            right = self.rng.randrange(8)
+            draft.guess(r, [r.num_tokens + i if i < right else -1 for i in range(self.rng.randrange(8))])
+
+    def learn(self, request, before, tokens):
+        assert list(tokens) == list(range(before, before + len(tokens)))
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         policy=st.one_of(st.sampled_from(names()), st.integers(0, 1000)),
@@ -62,12 +77,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(8, 40),
         watermark=st.sampled_from([0, 0.01, 0.2]),
         adapters=st.lists(st.integers(1, 5), max_size=4),
+        guesses=st.booleans(),
     )
-    def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark, adapters):
+    def start(self, policy, depth, num_blocks, block_size, max_seqs, max_tokens, watermark, adapters, guesses):
         stages, overlap = (2, True) if depth == "overlap" else (depth, False)
         capacity = Capacity(block_size, num_blocks, 200, stages, overlap)
         self.scheduler = Scheduler(
-            load(policy) if isinstance(policy, str) else Reckless(policy), capacity, Limits(max_seqs, max_tokens, watermark)
+            load(policy) if isinstance(policy, str) else Reckless(policy),
+            capacity,
+            Limits(max_seqs, max_tokens, watermark),
+            speculation=Guessing(num_blocks) if guesses else None,
         )
         self.ledger = self.scheduler.ledger
         self.adapters = self.ledger.adapters
@@ -265,7 +284,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.out and (not plan.work or len(self.out) == self.ledger.capacity.depth):
                 plan = self.out.popleft()
                 self.scheduler.complete(plan, answer(plan), self.now)
-            if not self.ledger.requests and not self.out:
+            if not self.ledger.requests and not self.out and not self.loading:
                 break
         assert not self.ledger.requests, "somebody starved"
         assert not self.adapters.num_parked

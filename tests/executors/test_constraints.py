@@ -17,7 +17,7 @@ class Even:
         self.size, self.slow = size, slow
         self.begun: list[int] = []
 
-    def begin(self, output: Sequence[int]) -> None:
+    def begin(self, output: Sequence[int], drafts: Sequence[int] = ()) -> None:
         self.begun.append(len(output))
 
     def ready(self, wait_s: float) -> bool:
@@ -79,13 +79,13 @@ def test_an_executor_begins_the_search_for_what_samples_only():
 @pytest.mark.parametrize("position", [5, 60])
 def test_a_mask_goes_over_the_wire_for_one_position(position):
     own = constrained(0, position, temperature=0.0)
-    theirs = own._replace(sampling=of_values(to_values(own.sampling, own.output)))
+    theirs = own._replace(sampling=of_values(to_values(own.sampling, own.output), len(own.output)))
     assert sample(rows(1), [own]) == sample(rows(1), [theirs])
 
 
 def test_values_that_are_no_mask_are_refused():
     with pytest.raises(ValueError, match="not a sampling|hexadecimal"):
-        of_values(to_values(Sampling()) | {"allowed": ["zz", ""]})
+        of_values(to_values(Sampling()) | {"allowed": [["zz", ""]]})
 
 
 def test_the_device_samples_as_the_host_does():

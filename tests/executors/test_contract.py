@@ -11,6 +11,7 @@ from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity, Plan, Work
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.speculation import Speculation
 from stallfree.engine.assemble import EXECUTORS
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.sampling import Sampling
@@ -57,11 +58,37 @@ def executor(request, tiny):
     executor.close()
 
 
-def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]]:
-    scheduler = Scheduler(load(policy), executor.capacity, limits)
+class Told:
+    """A proposer that was told what comes, by request. It is wrong at every seventh position."""
+
+    draft_s = 0.0
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def propose(self, requests, most):
+        return [
+            tuple(
+                (token + (len(r.output) + i) % 7 // 6) % 256
+                for i, token in enumerate(self.outputs[int(r.id)][len(r.output) :][:count])
+            )
+            for r, count in zip(requests, most, strict=True)
+        ]
+
+
+GREEDY = ({"temperature": 0},) * 3
+VARIED = ({"temperature": 1, "seed": 5, "logprobs": 2}, {"temperature": 0.8, "top_p": 0.9}, {"presence_penalty": 1.5, "seed": 9})
+
+
+def serve(
+    executor, policy: str, limits: Limits | None = None, *, hows=GREEDY, most: int = 9, told: list[list[int]] | None = None
+) -> list[list[int]]:
+    speculation = None if told is None else Speculation(Told(told), Linear(1.0, 0.0, 0.0), 4)
+    scheduler = Scheduler(load(policy), executor.capacity, limits, speculation=speculation)
     rng = np.random.default_rng(1)
     requests = [
-        Request(str(i), rng.integers(0, 256, n).tolist(), 9, sampling=Sampling(temperature=0)) for i, n in enumerate((3, 90, 150))
+        Request(str(i), rng.integers(0, 256, n).tolist(), most, sampling=Sampling(**how))
+        for i, (n, how) in enumerate(zip((3, 90, 150), hows, strict=True))
     ]
     for request in requests:
         scheduler.submit(request)
@@ -72,8 +99,10 @@ def serve(executor, policy: str, limits: Limits | None = None) -> list[list[int]
         assert result.error is None
         assert {w.id for w in plan.work if w.samples} == set(result.tokens)
         assert result.seconds > 0
+        assert all(len(result.tokens[id]) == len(details) for id, details in result.details.items())
         scheduler.complete(plan, result, 0)
     scheduler.ledger.check()
+    assert speculation is None or speculation.drafted > speculation.accepted > most
     return [r.output for r in requests]
 
 
@@ -90,6 +119,12 @@ def test_the_tokens_are_the_same_under_every_policy(executor):
 
 def test_the_tokens_are_the_same_when_the_limit_is_small(executor):
     assert serve(executor, "sarathi") == serve(executor, "sarathi", Limits(max_seqs=2, max_tokens=7))
+
+
+@pytest.mark.parametrize("hows", [GREEDY, VARIED])
+def test_with_drafts_the_tokens_are_the_same(executor, hows):
+    alone = serve(executor, "sarathi", hows=hows, most=40)
+    assert alone == serve(executor, "sarathi", hows=hows, most=40, told=alone)
 
 
 def test_blocks_that_are_handed_out_can_be_taken_in_elsewhere(executor):

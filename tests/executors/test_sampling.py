@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from stallfree.core.plan import Work
-from stallfree.executors.sampling import Sampling, TokenLogprob, _largest, _nucleus, sample, uniform
+from stallfree.core.uniform import uniform
+from stallfree.executors.sampling import Sampling, TokenLogprob, _largest, _nucleus, sample
 
 VOCAB = 1000
 
@@ -149,7 +150,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     row = np.log(np.array([0.5, 0.3, 0.2]))
     how = Sampling(temperature=0, logprobs=2, logit_bias={2: 9.0})
     _, details, _ = sample(row[None].astype(np.float32), [work(how)])
-    detail = details["a"]
+    (detail,) = details["a"]
     assert isinstance(detail, TokenLogprob)
     assert pytest.approx(np.log(0.2), abs=1e-5) == detail.logprob
     assert [(0, pytest.approx(np.log(0.5), abs=1e-5)), (1, pytest.approx(np.log(0.3), abs=1e-5))] == list(detail.top)
@@ -157,7 +158,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
 
 def test_logprobs_of_zero_alternatives_report_the_chosen_token_alone(row: np.ndarray) -> None:
     _, details, _ = sample(row[None], [work(Sampling(logprobs=0))])
-    assert () == details["a"].top
+    assert () == details["a"][0].top
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(), Sampling(top_k=3, top_p=0.5)])
@@ -213,9 +214,9 @@ def test_log_probabilities_of_many_rows_are_those_of_each_alone(row: np.ndarray)
     works = [work(Sampling(logprobs=5, seed=i), id=str(i)) for i in range(3)]
     _, together, _ = sample(rows, works)
     for r, w in zip(rows, works, strict=True):
-        alone = sample(r[None], [w])[1][w.id]
-        assert pytest.approx(alone.logprob) == together[w.id].logprob
-        assert [token for token, _ in alone.top] == [token for token, _ in together[w.id].top]
+        (alone,), (beside,) = sample(r[None], [w])[1][w.id], together[w.id]
+        assert pytest.approx(alone.logprob) == beside.logprob
+        assert [token for token, _ in alone.top] == [token for token, _ in beside.top]
 
 
 def test_what_sampling_asks_for_counts_as_rows() -> None:
@@ -232,3 +233,53 @@ def test_at_a_low_temperature_tokens_without_weight_are_left_away_and_nothing_el
     cold = Sampling(temperature=0.2, **how)
     hot = Sampling(temperature=1.0, **how)  # logits five times as large give the same weights
     assert drawn(row, cold, 300) == drawn(row * 5, hot, 300)
+
+
+def drafted(sampling: Sampling | None, *drafts: int, id: str = "a", output: tuple[int, ...] = (4,)) -> Work:
+    """A decode of the last of `output` with drafts after it."""
+    tokens = (output[-1], *drafts)
+    return Work(id, 3 + len(output) - 1, len(tokens), True, True, tokens, (0,), sampling, "", (1, 2, 3), output)
+
+
+def test_with_drafts_each_position_samples_what_it_would_alone_up_to_the_first_wrong_one() -> None:
+    rows = np.random.default_rng(4).normal(size=(6, 50)).astype(np.float32)
+    how = Sampling(seed=3, frequency_penalty=1.0, logprobs=1)
+    alone: list[int] = []
+    for place in range(5):
+        (token,) = sample(rows[place][None], [work(how, start=3 + place, output=(4, *alone))])[0]["a"]
+        alone.append(token)
+    for right in range(5):
+        guesses = [*alone[:right], *[(token + 1) % 50 for token in alone[right:4]]]
+        tokens, details, failed = sample(rows, [drafted(how, *guesses), work(None, id="b")])
+        assert (tuple(alone[: right + 1]), {}) == (tokens["a"], failed)
+        assert right + 1 == len(details["a"])
+        assert (int(rows[5].argmax()),) == tokens["b"], "its row comes after those of the drafts"
+
+
+def test_tokens_with_drafts_have_the_models_own_distribution() -> None:
+    """Chi-square over a vocabulary of 8, whatever was guessed."""
+    rows = np.random.default_rng(5).normal(size=(2, 8)).astype(np.float32)
+    expected = np.exp(rows) / np.exp(rows).sum(axis=1, keepdims=True)
+    number = 4000
+    for guess in range(8):
+        first, second = np.zeros(8), np.zeros(8)
+        for seed in range(number):
+            tokens = sample(rows, [drafted(Sampling(seed=number * guess + seed), guess)])[0]["a"]
+            first[tokens[0]] += 1
+            if len(tokens) > 1:
+                assert tokens[0] == guess
+                second[tokens[1]] += 1
+        assert ((first - number * expected[0]) ** 2 / (number * expected[0])).sum() < 24.3  # 1 in 1,000
+        assert ((second - second.sum() * expected[1]) ** 2 / (second.sum() * expected[1])).sum() < 24.3
+        assert first[guess] == second.sum(), "a guess counts as often as the model would have said it"
+
+
+def test_what_fails_at_a_draft_ends_what_the_request_gets_and_at_its_own_token_the_request() -> None:
+    rows = np.zeros((3, 9), np.float32)
+    rows[:, 5] = 1.0
+    rows[1] = np.nan
+    tokens, _, failed = sample(rows, [drafted(None, 5, 5)])
+    assert ((5,), {}) == (tokens["a"], failed)
+    tokens, _, failed = sample(rows[1:], [drafted(None, 5)])
+    assert {} == tokens
+    assert "not finite" in failed["a"]

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,6 +51,14 @@ def run(grammars, *all_grammars):
         grammars.close()
 
 
+def constraint_of(grammar):
+    """The constraint of a grammar, with threads that outlive its compiler."""
+    (constraints,) = run(Grammars(TEXT), grammar)
+    (constraint,) = constraints
+    constraint._threads = ThreadPoolExecutor(1)
+    return constraint
+
+
 def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_served(monkeypatch):
     monkeypatch.setattr(compiling, "LIMIT_S", 0.0)
     grammars = Grammars(TEXT)
@@ -59,16 +68,47 @@ def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_served(monkey
 
 
 def test_the_constraint_follows_the_output():
-    (constraints,) = run(Grammars(TEXT), Grammar(of_choice(["ab", "ac"]), "guided_choice"))
-    (constraint,) = constraints
+    constraint = constraint_of(Grammar(of_choice(["ab", "ac"]), "guided_choice"))
     ids = {letter: TEXT.encode(letter, special=False)[0] for letter in "abc"}
     (end,) = TEXT.eos_ids
 
     def letters(output):
-        mask = constraint._find(output, len(output))
+        mask = constraint.mask(output)
         return {letter for letter, id in ids.items() if mask[id] == 0} | ({"end"} if mask[end] == 0 else set())
 
     assert {"a"} == letters([])
     assert {"b", "c"} == letters([ids["a"]])
     assert {"end"} == letters([ids["a"], ids["c"]])
     assert {"b", "c"} == letters([ids["a"]]), "a request that starts again begins with fewer tokens"
+
+
+def test_the_constraint_says_what_may_follow_each_draft():
+    constraint = constraint_of(Grammar(of_regex("ab(cb)*d"), "guided_regex"))
+    a, b, c, d = (TEXT.encode(letter, special=False)[0] for letter in "abcd")
+
+    def letters(output):
+        mask = constraint.mask(output)
+        return {id for id in (a, b, c, d) if mask[id] == 0}
+
+    constraint.begin([], [a, b, c])
+    assert [{a}, {b}, {c, d}, {b}] == [letters([a, b, c][:number]) for number in range(4)]
+    constraint.begin([a], [b, b, c])  # the grammar does not allow the second b
+    assert [{b}, {c, d}] == [letters([a]), letters([a, b])]
+    with pytest.raises(ValueError, match="not allowed"):
+        constraint.mask([a, b, b])
+    constraint.begin([a, b, c], [b, c])
+    assert {b} == letters([a, b, c])
+    assert {c, d} == letters([a, b, c, b]), "drafts that were wrong leave nothing behind"
+    assert {b} == letters([a])
+
+
+def test_nothing_is_taken_after_a_draft_that_may_begin_the_grammar():
+    opens = TEXT.encode("a", special=False)[0]
+    constraint = constraint_of(Grammar(of_choice(["bc"]), "guided_choice", after=opens))
+    b = TEXT.encode("b", special=False)[0]
+    constraint.begin([], [opens, b])
+    assert constraint.mask([]) is None
+    with pytest.raises(ValueError, match="not allowed"):
+        constraint.mask([opens])
+    constraint.begin([opens], [b])
+    assert 0 == constraint.mask([opens])[b]

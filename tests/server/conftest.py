@@ -60,9 +60,10 @@ class Executor(SimulatedExecutor):
         details = {}
         for work in plan.work:
             if work.samples and work.sampling.logprobs is not None:
-                (token,) = result.tokens[work.id]
-                others = tuple((token + i, -0.5 - i) for i in range(work.sampling.logprobs))
-                details[work.id] = TokenLogprob(-0.5, others)
+                details[work.id] = [
+                    TokenLogprob(-0.5, tuple((token + i, -0.5 - i) for i in range(work.sampling.logprobs)))
+                    for token in result.tokens[work.id]
+                ]
         return StepResult(plan.step, result.tokens, result.seconds, details=details)
 
 

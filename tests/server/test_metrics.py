@@ -123,6 +123,17 @@ def test_an_aborted_request_is_counted_and_not_timed():
     assert 0 == samples["slo_requests_total",]
 
 
+def test_drafts_are_counted_and_their_tokens_come_together():
+    samples = served(
+        FIRST,
+        replace(step(1, 0.1, 0.2, [("a", 10, 4)]), drafted=[("a", 3)], emitted=["a", "a", "a"]),
+    )
+    assert (3, 2) == (samples["draft_tokens_total",], samples["accepted_draft_tokens_total",])
+    assert 4 == samples["generation_tokens_total",]
+    assert 4 == samples["step_tokens_total", "decode"]
+    assert 3 == samples["inter_token_seconds_count",]
+
+
 def test_what_was_handed_over_is_counted_with_its_share_of_decode_time():
     transfer = Delivered("a", 0.02, 0.1, 4, 6000, 0.05)
     samples = served(

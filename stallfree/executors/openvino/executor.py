@@ -32,7 +32,7 @@ wanted, which takes up to 0.1 s."""
 
 
 class OpenVINOExecutor:
-    """The model of `checkpoint`, one iteration at a time (depth 1).
+    """The model of `checkpoint`, one iteration at a time (depth 1). A decode with drafts is a small chunk to the runtime.
 
     `weights`: the format of stored matrices, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, bf16 or f32;
@@ -40,6 +40,8 @@ class OpenVINOExecutor:
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, if the KV cache does not fit.
     """
+
+    verifies = True
 
     def __init__(
         self,
@@ -107,8 +109,9 @@ class OpenVINOExecutor:
         logits = self._forward(work, feed, np.array(rows.rows, np.int32))
         sampling = [w for w in work if w.samples]
         ready, deferred = ready_rows(sampling)
-        wanted = [rows.sampled[row] for row in ready]
-        tokens, details, failed = sample(logits[wanted] if rows.scored or deferred else logits, [sampling[row] for row in ready])
+        tokens, details, failed = sample(
+            logits[rows.of(ready)] if rows.scored or deferred else logits, [sampling[row] for row in ready]
+        )
         scores = rows.scores(logits)
         seconds = time.perf_counter() - started
         self._results.append(

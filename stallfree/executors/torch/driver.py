@@ -146,6 +146,8 @@ class ParallelExecutor:
     for ranks that do not start; each with the rank's own message.
     """
 
+    verifies = True
+
     def __init__(
         self,
         checkpoint: Checkpoint,

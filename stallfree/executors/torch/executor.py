@@ -32,6 +32,8 @@ class TorchExecutor:
     Raises ValueError for a bad option, and MemoryError if the weights or a single KV block do not fit.
     """
 
+    verifies = True
+
     def __init__(self, checkpoint: Checkpoint, options: Options, kv_bytes: int | None, *, overlap: bool | None = None) -> None:
         options.check(checkpoint.config)
         use_threads(options)
@@ -70,7 +72,7 @@ class TorchExecutor:
             logits = self._runner.run(work, rows.rows, ahead=ahead)
             sampling = [w for w in work if w.samples]
             ready, deferred = ready_rows(sampling)
-            own = logits[[rows.sampled[row] for row in ready]] if rows.scored or deferred else logits
+            own = logits[rows.of(ready)] if rows.scored or deferred else logits
             self._last = Draw(own, [sampling[row] for row in ready])
             scores = rows.scores(logits.cpu().numpy()) if rows.scored else {}
         except torch.OutOfMemoryError:

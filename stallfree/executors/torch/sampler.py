@@ -7,26 +7,26 @@ go to the device. It knows no model.
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate, islice, pairwise, takewhile
 from math import inf
 
 import numpy as np
 import torch
 
 from stallfree.core.plan import Work
+from stallfree.core.uniform import uniform
 from stallfree.executors.sampling import (
     GREEDY,
+    Sampled,
     Sampling,
-    TokenLogprob,
     mask_after,
     no_token,
     not_finite,
+    positions,
     sampled_before,
-    uniform,
 )
 from stallfree.executors.sampling import sample as sample_on_host
 from stallfree.executors.torch.batch import upload
-
-Sampled = tuple[dict[str, tuple[int, ...]], dict[str, TokenLogprob], dict[str, str]]
 
 
 def sample(logits: torch.Tensor, works: Sequence[Work]) -> Sampled:
@@ -35,15 +35,19 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> Sampled:
 
 
 class Draw:
-    """The tokens of an iteration, perhaps still to be computed. Row i of `logits` [rows, vocabulary] float32, on any device,
-    belongs to `works[i]`. Later work of the device may write over `logits`.
+    """The tokens of an iteration, perhaps still to be computed, from `logits` [rows, vocabulary] float32, on any device: one row
+    for each of `works`, and one more for each of its drafts. Later work of the device may write over `logits`.
     """
 
     def __init__(self, logits: torch.Tensor, works: Sequence[Work]):
-        samplings = [w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works]
-        simple = [sampling.plain and sampling.logprobs is None for sampling in samplings]
-        on_device, on_host = ([row for row, is_simple in enumerate(simple) if is_simple == wanted] for wanted in (True, False))
-        self._on_device, self._on_host = [works[row] for row in on_device], [works[row] for row in on_host]
+        begins = list(accumulate([1 + len(work.drafts) for work in works], initial=0))
+        own = {work.id: range(*ends) for work, ends in zip(works, pairwise(begins), strict=True)}
+        samplings = {w.id: w.sampling if isinstance(w.sampling, Sampling) else GREEDY for w in works}
+        simple = {id: sampling.plain and sampling.logprobs is None for id, sampling in samplings.items()}
+        self._works = [work for work in works if simple[work.id]]
+        self._on_host = [work for work in works if not simple[work.id]]
+        on_device, on_host = ([row for work in of for row in own[work.id]] for of in (self._works, self._on_host))
+        self._on_device = [at for work in self._works for at in positions(work)]
         self.ids = frozenset(work.id for work in works)
         """The requests that have a row."""
         self._device = logits.device
@@ -52,7 +56,7 @@ class Draw:
         self._refused: dict[str, str] = {}
         if on_device:
             rows = logits[upload(on_device, self._device)] if on_host else logits
-            tokens, peaks = _sampled(self._masked(rows), self._on_device, [samplings[row] for row in on_device])
+            tokens, peaks = _sampled(self._masked(rows), self._on_device, [samplings[at.id] for at in self._on_device])
             fine = torch.isfinite(peaks)  # if a row has NaN, this is its largest
             self._tokens = tokens.where(fine, 0)
             self._copied = torch.stack((self._tokens, fine.to(tokens.dtype))).to("cpu", non_blocking=True)
@@ -70,9 +74,12 @@ class Draw:
         if self._copied is not None:
             if self._copy_ended is not None:
                 self._copy_ended.synchronize()
-            for work, token, fine in zip(self._on_device, *self._copied.tolist(), strict=True):
-                if fine:
-                    sampled[0][work.id] = (token,)
+            rows = zip(*self._copied.tolist(), strict=True)
+            for work in self._works:
+                own = list(islice(rows, 1 + len(work.drafts)))
+                tokens = work.verified(token for token, _ in takewhile(lambda row: row[1], own))
+                if tokens:
+                    sampled[0][work.id] = tokens
                 else:
                     sampled[2][work.id] = self._refused.get(work.id) or not_finite(work)
         return sampled
@@ -85,8 +92,8 @@ class Draw:
             if isinstance(work.sampling, Sampling) and work.sampling.constraint is not None:
                 try:
                     mask = mask_after(sampled_before(work), work.sampling, rows.shape[-1])
-                except ValueError as error:
-                    self._refused[work.id] = no_token(error)
+                except ValueError as error:  # at a draft, it is of no account: the draft is wrong
+                    self._refused.setdefault(work.id, no_token(error))
                     mask = np.full(rows.shape[-1], -inf, np.float32)
                 if mask is not None:
                     places.append(place)
@@ -100,7 +107,7 @@ class Draw:
         """The tokens of these requests [ids], on the device. Waits only if one is sampled on the host. 0 for a request that has no
         token, because its logits are not finite. All of `ids` are in `self.ids`.
         """
-        places = {work.id: place for place, work in enumerate(self._on_device)}
+        places = {work.id: place for place, work in enumerate(self._on_device)}  # none of `ids` has drafts
         if self._tokens is not None and places.keys() >= set(ids):
             return self._tokens[upload([places[id] for id in ids], self._device)]
         return upload([self.result[0].get(id, (0,))[0] for id in ids], self._device)

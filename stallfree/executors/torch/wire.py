@@ -56,6 +56,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "starts": [w.start for w in plan.work],
         "counts": [w.count for w in plan.work],
         "samples": [w.samples for w in plan.work],
+        "decodes": [w.decode for w in plan.work],
         "adapters": [w.adapter for w in plan.work],
         "tokens": _packed([token for w in plan.work for token in w.tokens]),
         "tables": [_packed(w.blocks) for w in plan.work],
@@ -66,18 +67,21 @@ def of_plan(plan: Plan) -> dict[str, Any]:
 def to_plan(message: dict[str, Any]) -> Plan:
     tokens, at, work = _unpacked(message["tokens"]), 0, []
     rows = zip(
-        *(message[key] for key in ("ids", "starts", "counts", "samples", "adapters", "tables", "sampling")), strict=True
+        *(message[key] for key in ("ids", "starts", "counts", "samples", "decodes", "adapters", "tables", "sampling")), strict=True
     )  # fmt: skip
-    for id, start, count, samples, adapter, table, values in rows:
+    for id, start, count, samples, decode, adapter, table, values in rows:
         sampling, prompt, output = _to_sampling(values)
         own = tuple(tokens[at : at + count])
         at += count
-        work.append(Work(id, start, count, samples, count == 1, own, tuple(_unpacked(table)), sampling, adapter, prompt, output))
+        work.append(Work(id, start, count, samples, decode, own, tuple(_unpacked(table)), sampling, adapter, prompt, output))
     return Plan(message["step"], 0.0, tuple(work))
 
 
 def of_result(result: StepResult) -> dict[str, Any]:
-    details = {id: [detail.logprob, detail.top] for id, detail in result.details.items() if isinstance(detail, TokenLogprob)}
+    details = {
+        id: [[detail.logprob, detail.top] for detail in details if isinstance(detail, TokenLogprob)]
+        for id, details in result.details.items()
+    }
     return {
         "step": result.step,
         "tokens": {id: list(tokens) for id, tokens in result.tokens.items()},
@@ -91,8 +95,8 @@ def of_result(result: StepResult) -> dict[str, Any]:
 
 def to_result(message: dict[str, Any], bubble_s: float) -> StepResult:
     details = {
-        id: TokenLogprob(logprob, tuple((token, value) for token, value in top))
-        for id, (logprob, top) in message["details"].items()
+        id: [TokenLogprob(logprob, tuple((token, value) for token, value in top)) for logprob, top in rows]
+        for id, rows in message["details"].items()
     }
     tokens = {id: tuple(numbers) for id, numbers in message["tokens"].items()}
     step, seconds, error, failed = (message[key] for key in ("step", "seconds", "error", "failed"))
@@ -107,7 +111,7 @@ def _of_sampling(work: Work) -> list[Any]:
     sampling = work.sampling if isinstance(work.sampling, Sampling) else GREEDY
     output = sampled_before(work)
     seen = not sampling.plain or _scored(work)
-    return [to_values(sampling, output), _packed(work.prompt) if seen else b"", _packed(output) if seen else b""]
+    return [to_values(sampling, output, work.drafts), _packed(work.prompt) if seen else b"", _packed(output) if seen else b""]
 
 
 def _scored(work: Work) -> bool:
@@ -118,7 +122,8 @@ def _to_sampling(message: list[Any] | None) -> tuple[Sampling, tuple[int, ...], 
     if message is None:
         return GREEDY, (), ()
     values, prompt, output = message
-    return of_values(values), tuple(_unpacked(prompt)), tuple(_unpacked(output))
+    own = tuple(_unpacked(output))
+    return of_values(values, len(own)), tuple(_unpacked(prompt)), own
 
 
 def _packed(numbers: Any) -> bytes:
