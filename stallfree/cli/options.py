@@ -159,6 +159,15 @@ MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in toke
 MaxSeqs = Annotated[int, typer.Option(help="Most requests running at once.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens in one iteration, whatever the policy.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="all cores")]
+KvHostMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=memory,
+        metavar="SIZE",
+        help="This machine's memory for cached prefixes that the KV cache has no room for, such as 8GiB.",
+        show_default="none",
+    ),
+]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal prompt beginnings.")]
 Recorded = Annotated[
     Path, typer.Argument(metavar="RUN.jsonl", help="A file that `stallfree serve --record RUN.jsonl` wrote.", show_default=False)
@@ -263,6 +272,7 @@ class Served:
     weights: Weights = None
     kv: Kv = None
     kv_memory: KvMemory = None
+    kv_host_memory: KvHostMemory = None
     max_model_len: MaxModelLen = None
     max_seqs: MaxSeqs = 256
     max_tokens: MaxTokens = 8192

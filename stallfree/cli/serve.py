@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,6 +71,14 @@ def serve(
     share_prefixes: options.SharePrefixes = False,
     admin_key: options.AdminKey = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", min=0)] = 30,
+    kv_save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep cached prefixes over a restart: read from this file at the start, and written to it at the end.",
+            show_default=False,
+        ),
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Write a JSON line for every iteration to this file.")] = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="OpenTelemetry collector that gets a trace of every request, such as http://127.0.0.1:4318.")
@@ -81,6 +89,7 @@ def serve(
     from stallfree.cli import outputs
     from stallfree.engine.assemble import Options, assemble
     from stallfree.engine.recording import RecordFile
+    from stallfree.engine.saved_kv import check
     from stallfree.parsers import formats
     from stallfree.server.app import create_app
     from stallfree.server.keys import Keys
@@ -90,6 +99,8 @@ def serve(
 
     addresses = peering.addresses()
     outputs.check(record, "--record")
+    if kv_save is not None:
+        check(kv_save)
     names, origins, tls = options.names(front.served_model_name), web.origins(), web.tls()
     keys = options.keys(front.host, front.api_key, front.api_key_file, tenants=tenants)
     sharing = options.tenants(tenants, keys, served.slo, share_prefixes=share_prefixes)
@@ -111,8 +122,9 @@ def serve(
         service = _service(assembled, front, sharing, names or (assembled.name,), served.policy, exporter)
         if service.traces is not None:
             stack.enter_context(closing(service.traces))
+        saved_blocks = 0 if kv_save is None else _keep(assembled, kv_save)
         if file is not None:
-            file.begin(assembled.run)
+            file.begin(replace(assembled.run, saved_blocks=saved_blocks))
             service.observers.append(lambda step, _: file.write(step))
         _peer(service, assembled, addresses, peer_sock, peering.peer_key)
         url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
@@ -144,6 +156,17 @@ def _service(
         tool_format=front.tool_parser,
         library=assembled.library,
     )
+
+
+def _keep(assembled: Assembled, file: Path) -> int:
+    """Let cached prefixes come back from `file`, and be written to it at the end. Returns the number of blocks that are back."""
+    from stallfree.engine.saved_kv import SavedKV
+
+    saved = SavedKV(file, assembled.engine, assembled.identity)
+    restored = saved.restore()
+    typer.echo(restored.note, err=True)
+    assembled.engine.closing = saved.close
+    return restored.blocks
 
 
 def _peer(
@@ -181,6 +204,7 @@ def _card(assembled: Assembled, service: Service, peering: Peering, url: str, pe
         "weights": assembled.weights,
         "kv_blocks": capacity.num_blocks,
         "block_size": capacity.block_size,
+        "host_kv_blocks": assembled.run.host_blocks,
         "max_model_len": ledger.max_len,
         "policy": service.live.policy,
         "slo": None if assembled.slo is None else str(assembled.slo),
@@ -219,6 +243,7 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
         "model": f"{card['model']} ({card['weights']})",
         **({"also named": ", ".join(card["names"][1:])} if card["names"][1:] else {}),
         "KV cache": kv,
+        **({"host memory": f"{card['host_kv_blocks']:,} more blocks of cached prefixes"} if card["host_kv_blocks"] else {}),
         "policy": f"{card['policy']}{budget}{slo}",
         **({"classes": "; ".join(f"{name}: {slo}" for name, slo in card["classes"].items())} if card["classes"] else {}),
         **({} if card["slo_basis"] is None else {"target": str(card["slo_basis"])}),

@@ -37,8 +37,8 @@ class Draft:
     """
 
     __slots__ = (
-        "_block_size", "_ledger", "_passed", "_ready", "_scored_left", "admitted", "budget", "chunks", "decoding", "left",
-        "limit_s", "margin", "now", "prefilling", "reason", "searched", "work",
+        "_block_size", "_ledger", "_passed", "_ready", "_restored", "_scored_left", "admitted", "budget", "chunks", "decoding",
+        "left", "limit_s", "margin", "now", "prefilling", "reason", "searched", "work",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, now: float):
@@ -48,6 +48,9 @@ class Draft:
         self.chunks: dict[Request, int] = {}
         self.admitted: list[Request] = []
         self.searched = False
+        self._restored: dict[Request, int] = {}
+        if ledger.pool.tier is not None:
+            ledger.pool.tier.begin()
         self._passed: list[Entry] = []
         self.now = now
         self.left = self.budget = ledger.limits.max_tokens
@@ -184,9 +187,14 @@ class Draft:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""
         if request.status is not RUNNING or request in self.work:
             return 0
+        if back := self._ledger.pool.restore(request):
+            request.num_cached += back
+            self._restored[request] = back
         size = min(request.remaining, self.left, request.remaining if count is None else count)
         if request.scored:
             size = min(size, self._scored_left)
+        if self._ledger.pool.restorable(request):
+            size = min(size, 1)  # the rest of this prefix comes back in the next iterations
         if size <= 0 or not self._make_room(request, request.num_planned + size):
             return 0
         self._write(request, size)
@@ -218,16 +226,18 @@ class Draft:
         pool = ledger.pool
         if not request.ticket or self.left <= 0 or ledger.full:  # with a ticket, it waits in this ledger's queue
             return 0
-        cached = pool.match(request)
+        spare = ledger.spare + ledger.adapters.owed(request)
+        cached = pool.match(request, spare)
         remaining = request.num_tokens - cached
         size = min(remaining, self.left, remaining if count is None else count)
         if request.scored:
             size = min(size, self._scored_left)
+        if pool.restorable(request):
+            size = min(size, 1)
         if whole:
             size = remaining if remaining <= self.left or self.empty else 0
         first, whole_prompt = cached + size, request.num_tokens
         upto = {"chunk": first, "fit": first, "prompt": whole_prompt, "max": len(request.prompt) + request.max_tokens}
-        spare = ledger.spare + ledger.adapters.owed(request)
         fits = ledger.reserve != "fit" or pool.fits(request, whole_prompt, spare)
         if size <= 0 or not fits or not pool.grow(request, upto[ledger.reserve], spare):
             pool.release(request)
@@ -236,6 +246,8 @@ class Draft:
         request.num_cached = request.num_computed = request.num_planned = cached
         ledger.run(request)
         self.admitted.append(request)
+        if request.num_restored:
+            self._restored[request] = request.num_restored
         self._write(request, size)
         return size
 
@@ -292,7 +304,7 @@ class Draft:
         preempted = tuple(self._ledger.preempted)
         plan = Plan(
             step, self.now, tuple(work), preempted, self.stalled, self.cached, self.budget, self.reason, self.limit_s, self.margin,
-            self._ranks,
+            self._ranks, tuple([(r.id, tokens) for r, tokens in self._restored.items() if r in self.work]),
         )  # fmt: skip
         return plan, list(self.work)
 

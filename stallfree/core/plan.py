@@ -71,7 +71,7 @@ class Plan:
     `stalled`: the ready decodes that get no token in this iteration (generation stalls). `cached`: (id, tokens found in the prefix
     cache) of the requests that this iteration admits. `limit_s`: seconds that the policy allows the iteration; None if it sets no
     limit. `margin`: the policy's factor on expected times, so that the limit holds as often as promised. `ranks`: the sum of the
-    ranks of the adapters that the work uses.
+    ranks of the adapters that the work uses. `restored`: (id, tokens whose KV comes back from host memory before the iteration).
     """
 
     step: int
@@ -85,6 +85,7 @@ class Plan:
     limit_s: float | None = None
     margin: float | None = None
     ranks: int = 0
+    restored: tuple[tuple[str, int], ...] = ()
 
     @property
     def shape(self) -> list[tuple[int, int]]:

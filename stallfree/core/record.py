@@ -18,7 +18,7 @@ from stallfree.core.slo import Slo
 VERSION = 3
 RARE = (
     "extra_rows", "constrained", "scored", "deferred", "drafted", "paused", "tenants", "classes", "predicted", "refused",
-    "adapters", "loaded",
+    "adapters", "loaded", "restored",
 )  # fmt: skip
 """Fields of a record that are written only if they hold anything."""
 
@@ -101,7 +101,8 @@ class Fingerprints:
 @dataclass(frozen=True, slots=True)
 class Run:
     """What all iterations of a run have in common: the first line of its file. `policy`: its name; `options`: the policy's; `slo`:
-    in words; `cost`: the state of the cost model at the start, if the policy has one.
+    in words; `cost`: the state of the cost model at the start, if the policy has one. `host_blocks`: KV blocks that host memory
+    keeps, of which `host_moves` are moved each way in an iteration; `saved_blocks`: those that were there at the start.
     """
 
     policy: str
@@ -111,6 +112,9 @@ class Run:
     slo: str = ""
     options: Mapping[str, Any] | None = None
     cost: Mapping[str, Any] | None = None
+    host_blocks: int = 0
+    host_moves: int = 0
+    saved_blocks: int = 0
 
     @property
     def targets(self) -> Slo | None:
@@ -125,6 +129,8 @@ class Run:
     def from_json(cls, line: str) -> Self:
         """Raises ValueError for a line that does not begin a run of this version."""
         values = _values(line).get("run")
+        if isinstance(values, dict):
+            values = {"host_blocks": 0, "host_moves": 0, "saved_blocks": 0} | values
         if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record file begins with a line that describes the run; this one begins with {line[:80]!r}")
         values["capacity"], values["limits"] = Capacity(**values["capacity"]), Limits(**values["limits"])
@@ -147,7 +153,8 @@ class StepRecord:
     (id, tenant, weight) of those in `arrived` with a tenant or a weight other than 1. `classes`: (id, class) of those with a class.
     `predicted`: (id, seconds from its arrival to its first token, as forecast then) of those with a forecast. `refused`: requests
     that were refused since the last record. `adapters`: (id, its adapter's key, the adapter's KV blocks and rank) of those with an
-    adapter. `loaded`: adapters that were loaded since the last record.
+    adapter. `loaded`: adapters that were loaded since the last record. `restored`: see `Plan`; of a request in `cached`, these
+    tokens are among the ones found.
     """
 
     step: int
@@ -184,6 +191,7 @@ class StepRecord:
     refused: list[Refusal] = field(default_factory=list)
     adapters: list[tuple[str, str, int, int]] = field(default_factory=list)
     loaded: list[Loaded] = field(default_factory=list)
+    restored: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def drafts(self) -> tuple[int, int]:
@@ -257,6 +265,7 @@ class StepRecord:
             predicted=[(r.id, r.predicted) for r in arrived if r.predicted is not None],
             adapters=[(r.id, r.adapter, *ledger.adapters.known.get(r.adapter, (0, 0))) for r in arrived if r.adapter],
             loaded=list(loaded),
+            restored=list(plan.restored),
         )
 
     def to_json(self) -> str:
@@ -274,7 +283,7 @@ class StepRecord:
         values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "extra_rows", "drafted", "tenants", "classes", "predicted", "adapters"):
+        for name in ("work", "cached", "extra_rows", "drafted", "tenants", "classes", "predicted", "adapters", "restored"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]

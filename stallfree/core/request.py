@@ -57,16 +57,17 @@ class Request:
     (when they were sampled, in seconds; inf before), `relegated` (its targets cannot be met any more), `drafts` (guessed tokens
     that the plan in flight checks), `key` (its place in the order), and `ticket` (its live queue entry; 0 if none). Only
     `Speculation` writes `guess` (what it knows of guesses so far) and `paused` (it is not planned ahead of its last token, after
-    which more can be guessed). Only the block pool writes: `num_shared` (leading blocks that
-    are indexed), `prefix` (the node of the last of these) and `lookup` (what the last search of the index found).
+    which more can be guessed). Only the block pool writes: `num_shared` (leading blocks that are indexed), `prefix` (the node of
+    the last of these), `lookup` (what the last search of the index found) and `num_restored` (tokens whose KV came back from host
+    memory since the last admission).
     """
 
     __slots__ = (
         "adapter", "arrival", "blocks", "constrained", "drafts", "extra_rows", "finish_reason", "first_token", "guess", "id",
         "in_flight", "key", "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned",
-        "num_preemptions", "num_shared", "num_tokens", "output", "paused", "predicted", "prefix", "priority", "prompt", "relegated",
-        "root", "salt", "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant", "ticket", "transferring",
-        "weight",
+        "num_preemptions", "num_restored", "num_shared", "num_tokens", "output", "paused", "predicted", "prefix", "priority",
+        "prompt", "relegated", "root", "salt", "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant",
+        "ticket", "transferring", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +118,7 @@ class Request:
         self.transferring = False
         self.num_cached = 0
         self.num_shared = 0
+        self.num_restored = 0
         self.root = f"{adapter}\0{salt}" if salt else adapter
         self.prefix: object = self.root
         self.lookup: tuple[int, object, int] = (-1, self.root, 0)

@@ -50,9 +50,10 @@ def admit(ledger: Ledger) -> Request | None:
     request, head = next(filter(ledger.adapters.ready, ledger.expected), None), ledger.queue.head()
     if request is None or (head is not None and head[0] < request.key):
         return None
-    cached = ledger.pool.match(request)
+    spare = ledger.spare + ledger.adapters.owed(request)
+    cached = ledger.pool.match(request, spare)
     upto = request.num_tokens + (request.max_tokens if ledger.reserve == "max" else 0)
-    if not ledger.pool.grow(request, upto, ledger.spare + ledger.adapters.owed(request)):
+    if not ledger.pool.grow(request, upto, spare):
         ledger.pool.release(request)
         return None
     ledger.expected.remove(request)

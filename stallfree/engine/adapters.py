@@ -71,13 +71,19 @@ times as long while the processor is busy, and iterations hardly notice it."""
 
 class Loader:
     """Brings the adapters that the requests of `ledger` want into their blocks. `failed` is called with the requests whose adapter
-    cannot be loaded, and the reason. Used in the engine's thread, except `add`. `wake` is called, in any thread, when a load ends.
+    cannot be loaded, and the reason. `taken` is called after an adapter got blocks, before anything is written to them. Used in the
+    engine's thread, except `add`. `wake` is called, in any thread, when a load ends.
     """
 
     def __init__(
-        self, ledger: Ledger, executor: Executor, clock: Callable[[], float], failed: Callable[[Sequence[Request], str], None]
+        self,
+        ledger: Ledger,
+        executor: Executor,
+        clock: Callable[[], float],
+        failed: Callable[[Sequence[Request], str], None],
+        taken: Callable[[], None] = lambda: None,
     ):
-        self._ledger, self._clock, self._failed = ledger, clock, failed
+        self._ledger, self._clock, self._failed, self._taken = ledger, clock, failed, taken
         self._executor = executor if isinstance(executor, Adapts) else None
         self._adapters: dict[str, Adapter] = {}
         self._identities: dict[str, str] = {}
@@ -162,6 +168,7 @@ class Loader:
         self._drop_evicted()
         while (resident := accounts.next(self._ledger.spare)) is not None:
             self._drop_evicted()
+            self._taken()
             self._under_way += 1
             self._threads.submit(self._load, resident, self._adapters[resident.key], self._clock())
 

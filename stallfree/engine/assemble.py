@@ -28,6 +28,7 @@ from stallfree.core.speculation import Speculation
 from stallfree.engine import calibrate, proposing
 from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
+from stallfree.engine.host_tier import HostTier
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
 from stallfree.executors.sampling import Sampling
@@ -56,7 +57,8 @@ class Options:
     the free memory, at most 4 GiB; on GPUs the rest of `gpu_memory_utilization`, a share of their memory). `token_budget`,
     `max_model_len`: tokens (None: the policy's and the model's own). `policy_option`: the policy's options, each NAME=VALUE.
     `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens; of
-    several classes, the policy gets those of the first.
+    several classes, the policy gets those of the first. `kv_host_memory`: bytes of this machine's memory that keep evicted KV
+    (None: none).
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
     layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER; `adapters`: a folder whose sub-folders are
@@ -75,6 +77,7 @@ class Options:
     weights: str | None = None
     kv: str | None = None
     kv_memory: int | None = None
+    kv_host_memory: int | None = None
     max_model_len: int | None = None
     max_seqs: int = 256
     max_tokens: int = 8192
@@ -167,6 +170,10 @@ def assemble(
         sampling=sampling,
         speculation=None if cost is None else _speculation(options, executor, text, config, cost, say),
     )
+    host = None
+    if options.kv_host_memory is not None:
+        pool, in_host = engine.scheduler.ledger.pool, _in_host(options)
+        host = engine.host = HostTier(executor, pool, options.kv_host_memory, in_host=in_host)
     library = Library(engine.adapters, config, options.max_adapter_rank)
     named = {text.partition("=")[0] for text in options.adapter or ()}
     for title, adapter in library.open_all(adapters).items():
@@ -183,6 +190,8 @@ def assemble(
         "" if slo is None else str(slo),
         policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
+        host_blocks=0 if host is None else host.index.num_slots,
+        host_moves=0 if host is None else host.index.most,
     )
     guesses = "" if options.speculate is None else f"{options.speculate}, at most {options.draft_tokens} tokens a stream"
     return Assembled(engine, library, name, weights, slo, classes, basis if slo is not None else "", run, model_identity, guesses)
@@ -333,6 +342,15 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
     workers = executors.workers(options.workers)
     executor = executors.ParallelExecutor(checkpoint, torch_options, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
     return executor, depends | {"tp": options.tp, "pp": options.pp, "workers": options.workers}
+
+
+def _in_host(options: Options) -> bool:
+    """Whether the executor's KV is in this machine's own memory."""
+    if options.executor != "torch":
+        return True
+    from stallfree.executors.torch import usual_device
+
+    return (options.device or usual_device()) == "cpu"
 
 
 def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:

@@ -19,6 +19,7 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.speculation import Drafter
 from stallfree.engine.adapters import Loader
+from stallfree.engine.host_tier import HostTier
 from stallfree.engine.prefetch import Prefetch, Transfer
 from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Streams, Watch
 from stallfree.engine.text import Text
@@ -64,8 +65,12 @@ class Engine:
         self.sampling = sampling or Sampling()
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse, speculation=speculation)
         self.clock = clock
-        self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token)
-        self.adapters = Loader(self.scheduler.ledger, executor, clock, self._without_adapter)
+        self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token, self._move)
+        self.adapters = Loader(self.scheduler.ledger, executor, clock, self._without_adapter, self._move)
+        self.host: HostTier | None = None
+        """Host memory for evicted KV, if there is any. Whoever sets it does it before the first request."""
+        self.closing: Callable[[], object] = lambda: None
+        """Called when the engine closes and has not failed, while its KV is still there."""
         self.record = record
         self._prints = prints
         self._restart = restart
@@ -143,6 +148,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+        self.closing()
         self.executor.close()
 
     def _step(self) -> list[Output]:
@@ -164,6 +170,7 @@ class Engine:
         # After a failed iteration, nothing is planned until the requests that it fails have ended.
         while len(outstanding) < self.executor.capacity.depth and not (outstanding and outstanding[-1].error):
             plan = self.scheduler.schedule(self.clock())
+            self._move()
             if not plan.work:
                 break
             outstanding.append(_Outstanding(plan, self.clock()))  # first, because `submit` of some executors runs the whole plan
@@ -171,6 +178,17 @@ class Engine:
         self.waits = not outstanding and (self.prefetch.under_way or self.adapters.under_way)
         if requests and not outstanding and not self.waits:
             raise RuntimeError(f"the policy plans no work for {len(requests)} requests; they would wait for ever")
+
+    def _move(self) -> None:
+        """Move the KV between the tiers that is due, before anything else writes to the blocks. Raises Lost if that fails."""
+        try:
+            if self.host is not None:
+                self.host.move()
+        except Exception as error:
+            wasted: list[StepResult] = []
+            for _ in [each for each in self._outstanding if each.error is None]:
+                self._try(lambda: wasted.append(self.executor.collect()))
+            raise Lost(f"KV could not be moved to or from host memory ({type(error).__name__}: {error})") from error
 
     def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
         """The oldest plan, its result, and when it was planned, started and ended."""

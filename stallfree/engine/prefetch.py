@@ -30,10 +30,17 @@ class Prefetch:
     """The requests of `ledger` whose prompts other engines compute.
 
     `first` is called after each delivery with the request, its first token (which may have ended it) and the token's details.
+    `taken` is called after a request got blocks, before anything is written to them.
     """
 
-    def __init__(self, ledger: Ledger, clock: Callable[[], float], first: Callable[[Request, int, object], None]):
-        self._ledger, self._clock, self._first = ledger, clock, first
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Callable[[], float],
+        first: Callable[[Request, int, object], None],
+        taken: Callable[[], None] = lambda: None,
+    ):
+        self._ledger, self._clock, self._first, self._taken = ledger, clock, first, taken
         self._transfers: dict[str, Transfer] = {}
         self._started: dict[str, float] = {}
         self._delivered: list[Delivered] = []
@@ -57,6 +64,7 @@ class Prefetch:
         """Start the transfers that have room now. A prompt whose transfer cannot start is computed here."""
         while (request := admit(self._ledger)) is not None:
             self._started[request.id] = self._clock()
+            self._taken()
             try:
                 self._transfers[request.id].start(request)
             except Exception:

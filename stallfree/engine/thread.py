@@ -221,6 +221,7 @@ class EngineThread:
         except Exception as error:
             log.exception("the engine has failed")
             self.failure = f"the engine has failed ({type(error).__name__}: {error}); restart the server"
+            self.engine.closing = lambda: None
             self._wake(self._end_all, "error", self.failure)
         finally:
             self.engine.close()

@@ -174,9 +174,9 @@ class StallAccount:
     Of the latest record: `stalls`. `iteration`: its work. `gaps`: the TBT of its decode tokens, and `ttfts`, both in seconds. `due`
     and `late`: by target, how many tokens had a deadline, and missed it. `first_late_s`: the total lateness of first tokens.
     `slack`: seconds from planning until its first decode was due (None if none was). `looked_up`: prompt and output tokens of
-    admitted requests, looked up in the prefix cache; `lookups`: by tenant, how many of its tokens were looked up, and found; ""
-    has those of requests without one. `ended`: the requests that ended. `waits`: first tokens with long waits.
-    `forecasts`: of each first token that was forecast, actual over predicted seconds. `served`: see `Tenants.served`.
+    admitted requests, looked up in the prefix cache, and how many were `found`; `lookups`: both, by tenant; "" has those of
+    requests without one. `ended`: the requests that ended. `waits`: first tokens with long waits. `forecasts`: of each first token
+    that was forecast, actual over predicted seconds. `served`: see `Tenants.served`.
 
     Of all records so far: `waiting`, the arrivals of requests that have no first token, in order; and `tenants`.
     """
@@ -190,7 +190,7 @@ class StallAccount:
         self.slack: float | None = None
         self.stalls: list[Stall] = []
         self.ended: list[Ended] = []
-        self.looked_up = 0
+        self.looked_up = self.found = 0
         self.lookups: dict[str, tuple[int, int]] = {}
         self.waits: list[Wait] = []
         self.forecasts: list[float] = []
@@ -222,7 +222,7 @@ class StallAccount:
         self.due, self.late = dict.fromkeys(TARGETS, 0), dict.fromkeys(TARGETS, 0)
         earliest = NEVER
         reached: dict[str, int] = {}
-        self.looked_up, self.lookups = 0, {}
+        self.looked_up, self.found, self.lookups = 0, 0, {}
         for transfer in step.delivered:
             if transfer.id in streams:
                 self._deliver(transfer, streams[transfer.id])
@@ -232,6 +232,11 @@ class StallAccount:
                 self._look_up(id, admitted.prompt_tokens + admitted.tokens, cached)
                 if admitted.scheduled is None:
                     admitted.scheduled, admitted.cached = step.t_start, cached
+        admitted_now = {id for id, _ in step.cached} if step.restored else set()
+        for id, tokens in step.restored:
+            if id in streams and id not in admitted_now:  # more of its prefix came back
+                self._look_up(id, 0, tokens)
+                streams[id].cached += tokens
         for id in step.preempted:
             if id in streams:
                 streams[id].waited = ("preempted", self.iteration)
@@ -323,6 +328,7 @@ class StallAccount:
     def _look_up(self, id: str, tokens: int, found: int) -> None:
         """`tokens` of a request were looked up in the prefix cache, and `found` of them were there."""
         self.looked_up += tokens
+        self.found += found
         tenant = self.tenants.of(id)
         before = self.lookups.get(tenant, (0, 0))
         self.lookups[tenant] = before[0] + tokens, before[1] + found

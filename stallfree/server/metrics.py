@@ -77,6 +77,7 @@ class Metrics(Collector):
         self._forecasts = _Histogram(FORECAST_RATIOS)
         self._loads = _Histogram(GAPS_S)
         self._adapters: dict[str, int] = {}
+        self._restored = 0
         self._sharing = Sharing()
         self._gauges: dict[str, float] = {}
         self._registry = CollectorRegistry()
@@ -99,7 +100,8 @@ class Metrics(Collector):
             self._preemptions += len(step.preempted)
             self._left_out += len(step.stalled)
             self._looked_up += account.looked_up
-            self._cached += sum(tokens for _, tokens in step.cached) + sum(transfer.cached for transfer in step.delivered)
+            self._cached += account.found
+            self._restored += sum(tokens for _, tokens in step.restored)
             self._generated += len(step.emitted) + len(step.delivered)
             checked, right = step.drafts
             self._drafts["right"] += right
@@ -151,6 +153,8 @@ class Metrics(Collector):
         if adapters.known:
             self._gauges["adapter_kv_blocks"], self._gauges["adapter_waiting_requests"] = adapters.num_blocks, adapters.num_parked
         self._adapters = adapters.counts() if adapters.known else {}
+        if ledger.pool.tier is not None:
+            self._gauges["host_kv_blocks"], self._gauges["used_host_kv_blocks"] = ledger.pool.tier.num_slots, len(ledger.pool.tier)
         if prefill_engines is not None:
             self._gauges["prefill_engines"], self._gauges["prefill_engines_configured"] = prefill_engines
         if prefill_room_s is not None:
@@ -230,6 +234,7 @@ class Metrics(Collector):
         yield _counter("accepted_draft_tokens", "Guessed tokens that were right.", self._drafts["right"])
         yield _counter("prefix_lookup_tokens", "Tokens that were looked up in the prefix cache.", self._looked_up)
         yield _counter("cached_tokens", "Prompt tokens found in the prefix cache.", self._cached)
+        yield _counter("restored_tokens", "Tokens of requests whose KV came back from host memory.", self._restored)
         yield _counter("kv_transfers", "KV transfers from prefill engines, by outcome.", self._transfers, "outcome")
         yield _counter("kv_transfer_bytes", "Bytes of KV received from prefill engines.", self._transfer_bytes)
         yield _counter("kv_transfer_seconds", "Time spent copying, sending and receiving this KV.", self._transfer_s)
@@ -253,6 +258,8 @@ GAUGES = {
     "prefill_room_seconds": "Seconds of prefill that can still be admitted within the target for TTFT.",
     "adapter_kv_blocks": "KV blocks that hold the weights of adapters.",
     "adapter_waiting_requests": "Requests that wait for their adapter's weights.",
+    "host_kv_blocks": "KV blocks that host memory has room for, beside those of the engine.",
+    "used_host_kv_blocks": "KV blocks in host memory.",
     "prefill_engines": "Prefill engines that are connected.",
     "prefill_engines_configured": "Prefill engines that are configured.",
 }

@@ -22,6 +22,7 @@ from stallfree.core.record import Loaded, Run, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
+from stallfree.core.tier import Tier
 from stallfree.perf.fitted import Errors, Fitted
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import Replica, script
@@ -49,13 +50,19 @@ def policy_of(run: Run) -> Policy:
 
 def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
     """The records that the scheduler writes now for the same arrivals, ends and times. It stops if the scheduler plans no work.
-    Raises ValueError for a run with requests whose prompts other engines computed.
+    Raises ValueError for a run with requests whose prompts other engines computed, and for one that began with saved KV.
 
     With a pipeline, it is exact only without a prefix cache. An attempt to plan that finds no KV is not recorded, but it marks the
     prefix that it looks up as recently used. With overlap there are no such attempts.
     """
+    if run.saved_blocks:
+        raise ValueError(
+            f"the run began with {run.saved_blocks:,} KV blocks from a file (--kv-save), and the record does not say which; "
+            "replay a run of a server that began without"
+        )
     drafts = _Recorded()
     scheduler = Scheduler(policy_of(run), run.capacity, run.limits, reuse=run.reuse, speculation=drafts)
+    tier = scheduler.ledger.pool.tier = Tier(run.host_blocks, run.host_moves) if run.host_blocks else None
     _know_adapters(scheduler, records)
     late = {id for r in records for id in _ended_by_text(r)}
     served = _served(run, records, {f.id for r in records for f in r.finished if f.reason == "stop"} - late)
@@ -71,6 +78,8 @@ def replayed(run: Run, records: Sequence[StepRecord]) -> Iterator[StepRecord]:
         while len(outstanding) < run.capacity.depth and planned < len(records) and records[planned].t_plan <= r.t_end:
             drafts.planned = dict(records[planned].drafted)
             plan = scheduler.schedule(records[planned].t_plan)
+            if tier is not None:
+                tier.moves()
             if not plan.work:
                 break
             planned += 1

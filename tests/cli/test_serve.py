@@ -1,10 +1,14 @@
 """`stallfree serve` and `--version` as a user sees them in the first minute."""
 
+import json
 import os
 import subprocess
 import sys
 
+import httpx
 import pytest
+
+from tests.waiting import PATIENCE_S
 
 SIMULATED = ("serve", "--executor", "simulated", "--port", "0")
 
@@ -45,6 +49,26 @@ def test_a_target_that_was_given_or_is_none_comes_from_nowhere(arguments):
     assert "default" not in begun(*arguments)[0]
 
 
+def test_the_card_tells_of_host_memory():
+    assert "host memory" in begun("--kv-host-memory", "8MiB")[0]
+    assert "host memory" not in begun()[0]
+
+
+def test_cached_prefixes_outlive_the_server(tmp_path):
+    command = [sys.executable, "-m", "stallfree", *SIMULATED, "--json", "--kv-save", str(tmp_path / "kv")]
+    body = {"prompt": "abcdefghijklmnop" * 8, "max_tokens": 2}
+    cached = []
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            url = json.loads(process.stdout.readline())["url"]
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            process.terminate()
+            errors = process.communicate(timeout=PATIENCE_S)[1]
+    assert [0, 96] == cached
+    assert "4 KV blocks of cached prefixes are back" in errors
+
+
 def test_a_line_of_the_card_is_whole_in_a_pipe():
     out, _ = begun()
     assert all(line.startswith(("│ ", "╭", "╰")) and line.count("│") in (0, 2) for line in out.splitlines())
@@ -71,6 +95,9 @@ def test_a_server_that_is_open_to_all_says_so(arguments, warns):
         (("--tls-key", "key.pem"), "error: --tls-key key.pem needs its other half; give --tls-certificate too"),
         (("--allow-origin", "app.example"), "error: --allow-origin 'app.example' is not an origin; write http://host"),
         (("--served-model-name", ""), "error: --served-model-name is empty"),
+        (("--kv-save", "no/such/kv"), "error: --kv-save no/such/kv: there is no folder no/such; make it, or name another file"),
+        (("--kv-save", __file__), "is not a file of saved KV, and would be written over; name another file, or remove it"),
+        (("--kv-host-memory", "lots"), "lots"),
         (("--log-level", "loud"), "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (("--log-format", "xml"), "'xml' is not one of 'text', 'json'"),
     ],

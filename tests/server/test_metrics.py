@@ -13,6 +13,7 @@ from stallfree.core.ledger import Ledger
 from stallfree.core.plan import Capacity
 from stallfree.core.record import Arrived, Delivered, Finished, StepRecord
 from stallfree.core.slo import Slo
+from stallfree.core.tier import Tier
 from stallfree.metrics.stalls import StallAccount
 from stallfree.server.metrics import FINISHED, Metrics
 from stallfree.server.sharing import MOST_LABELS
@@ -167,6 +168,20 @@ def test_hits_of_the_prefix_cache_are_counted_by_tenant():
     (prompt,) = [request.prompt_tokens for request in FIRST.arrived]
     found = samples["tenant_prefix_lookup_tokens_total", "acme"], samples["tenant_cached_tokens_total", "acme"]
     assert (prompt, 2) == found
+
+
+def test_what_comes_back_from_host_memory_is_counted_and_the_rest_of_a_long_prefix_too():
+    samples = served(replace(FIRST, cached=[("a", 4)], restored=[("a", 3)]), step(1, 0.1, 0.2, [("a", 7, 1)], restored=[("a", 2)]))
+    assert (5, 6) == (samples["restored_tokens_total",], samples["cached_tokens_total",])
+
+
+def test_host_memory_is_a_gauge_where_there_is_any():
+    ledger = Ledger(Capacity(16, 10, 128), reserve="prompt")
+    assert "\nstallfree_host_kv_blocks " not in Metrics("toy").expose(ledger, 0.0).decode()
+    ledger.pool.tier = Tier(7, 1)
+    text = Metrics("toy").expose(ledger, 0.0).decode()
+    assert "stallfree_host_kv_blocks 7.0" in text
+    assert "stallfree_used_host_kv_blocks 0.0" in text
 
 
 def test_late_tokens_are_counted_by_class():
