@@ -11,6 +11,7 @@ from stallfree.core.plan import Capacity
 from stallfree.core.record import Fingerprints, Run, read
 from stallfree.core.request import Request
 from stallfree.engine import host_tier
+from stallfree.engine.adapters import Library
 from stallfree.engine.assemble import Options, assemble, bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
@@ -21,6 +22,9 @@ from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear, SimulatedExecutor
 from stallfree.policies import load
 from stallfree.sim.replay import difference, replayed
+from tests.adapters import made_adapter
+from tests.adapting import Adapting
+from tests.checkpoint.test_adapter import CONFIG
 from tests.engine.test_engine import Parrot
 from tests.executors import test_contract
 
@@ -32,11 +36,14 @@ tiny = test_contract.tiny
 
 def real(kind: str, tiny, blocks: int):
     """An executor of random weights in f32 with so many KV blocks."""
-    if kind == "torch":
+    if kind != "openvino":
         torch = pytest.importorskip("stallfree.executors.torch", exc_type=ImportError)
         options = torch.Options("f32", "f32", max_model_len=400)
-        one = torch.TorchExecutor(tiny, options, 1 << 20)
-        return torch.TorchExecutor(tiny, options, blocks * one.block_bytes)
+        size = blocks * torch.TorchExecutor(tiny, options, 1 << 20).block_bytes
+        if kind in ("ranks", "stages"):
+            tp, pp = (2, 1) if kind == "ranks" else (1, 2)
+            return torch.ParallelExecutor(tiny, options, size // 2, tp=tp, pp=pp, workers=torch.workers("local"))
+        return torch.TorchExecutor(tiny, options, size, overlap=kind == "overlap")
     one = OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=1 << 20, max_model_len=400)
     return OpenVINOExecutor(tiny, weights="f32", kv="f32", kv_bytes=blocks * one.block_bytes, max_model_len=400)
 
@@ -63,13 +70,18 @@ def serve(engine: Engine, prompts, **fields) -> list[list[int]]:
         while waiting and len(engine.scheduler.ledger.requests) < 2:
             engine.submit(waiting.pop(0))
         engine.step()
+        if engine.waits:
+            engine.adapters.join()
         engine.scheduler.ledger.check()
     return [request.output for request in requests]
 
 
-@pytest.mark.parametrize("kind", ["openvino", "torch"])
+KINDS = ["openvino", "overlap", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ranks", "stages"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_are_those_of_an_engine_that_evicts_nothing(tiny, kind, monkeypatch):
-    roomy = engine(real(kind, tiny, 200))
+    roomy = engine(real("openvino" if kind == "openvino" else "torch", tiny, 200))
     small = engine(real(kind, tiny, BLOCKS), 100)
     monkeypatch.setattr(host_tier, "MOST_MOVED", 3 * small.executor.block_bytes)
     bounded = engine(real(kind, tiny, BLOCKS), 100)
@@ -155,6 +167,55 @@ def test_after_a_worker_was_lost_nothing_of_before_comes_back():
     executor.lose = True
     assert 12 == len(serve(made, prompts(16)))
     made.scheduler.ledger.check()
+
+
+class Watched(Adapting):
+    """It notes which blocks are read, and which an adapter is written to."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.events = []
+
+    def read_blocks(self, blocks, memory):
+        self.events.append(("read", *blocks))
+        super().read_blocks(blocks, memory)
+
+    def load_adapter(self, key, adapter, blocks):
+        self.events += [("write", block) for block in blocks]
+        super().load_adapter(key, adapter, blocks)
+
+
+def with_adapter(folder, seed: int, blocks: int = 8) -> Engine:
+    """An engine with host memory and an adapter named dutch, of other contents with another `seed`."""
+    made = engine(Watched(Capacity(16, blocks, 400), range(256), Linear(0.0, 0.0, 0.0)), 30)
+    library = Library(made.adapters, CONFIG)
+    library.add("dutch", library.open("dutch", made_adapter(folder / f"adapter {seed}", CONFIG, rank=8, seed=seed)))
+    return made
+
+
+def test_what_an_adapter_evicts_is_kept_before_its_weights_are_written(tmp_path):
+    made = with_adapter(tmp_path, 1)
+    serve(made, [list(range(8 * 16 - 6))])
+    made.executor.events.clear()
+    serve(made, [[1] * 20], adapter="dutch")
+    written = [block for kind, block in made.executor.events if kind == "write"]
+    first = {block: made.executor.events.index(("read", block)) for block in written if ("read", block) in made.executor.events}
+    assert first
+    assert all(at < made.executor.events.index(("write", block)) for block, at in first.items())
+    made.close()
+
+
+def test_prefixes_of_an_adapter_come_back_for_one_with_the_same_contents(tmp_path):
+    first, same, other = (with_adapter(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    serve(first, [list(range(50))], adapter="dutch")
+    assert 3 == saved(first, tmp_path / "kv")
+    assert 3 == restored(same, tmp_path / "kv").blocks
+    assert 48 == same.scheduler.ledger.pool.look(Request("a", range(50), 1, adapter="dutch"))
+    back = restored(other, tmp_path / "kv")
+    assert 0 == back.blocks
+    assert "no adapter, for 3 more" in back.note
+    for made in (first, same, other):
+        made.close()
 
 
 @pytest.mark.parametrize(
