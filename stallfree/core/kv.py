@@ -260,7 +260,7 @@ class BlockPool:
         if not self._idle.blocks <= self._keys.keys() or not self._keys.keys().isdisjoint(self._free):
             raise RuntimeError("an idle KV block is not indexed, or a free one is")
         if self.tier is not None:
-            self.tier.check(self._index)
+            self.tier.check()
 
     def _evict(self) -> int:
         block = self._idle.pop()

@@ -112,13 +112,10 @@ class Tier:
         self._free = list(range(self.num_slots - 1, -1, -1))
         self.moves()
 
-    def check(self, index: Mapping[Key, tuple[int, int]]) -> None:
-        """Raise RuntimeError unless every slot is free or has one entry, and blocks that are also in the pool's `index` have the
-        same node there."""
-        used = [slot for slot, _ in self._slots.values()]
-        if sorted([*used, *self._free]) != list(range(self.num_slots)):
-            raise RuntimeError("the used and the free slots in host memory are not all slots, each once")
-        if any(key in index and index[key][1] != node for key, (_, node) in self._slots.items()):
-            raise RuntimeError("a KV block has another node in host memory than in the pool")
-        if not (self._stored.keys() <= set(used) and set(self._loaded.values()) <= self._pinned <= set(used)):
-            raise RuntimeError("KV is to be moved to or from a slot in host memory that has no entry")
+    def check(self) -> None:
+        """Raise RuntimeError unless there are as many slots as entries and free slots, and what is to be loaded stays. Quick, as
+        idle moments are short: a tier has more blocks than a pool."""
+        if len(self._slots) + len(self._free) != self.num_slots:
+            raise RuntimeError(f"{len(self._slots)} used and {len(self._free)} free slots in host memory, of {self.num_slots}")
+        if not self._pinned.issuperset(self._loaded.values()):
+            raise RuntimeError("KV is to be loaded from a slot in host memory that may be written over")

@@ -44,6 +44,10 @@ class Memory:
                 self.blocks[block][offset] = content
 
     def run(self, plan) -> None:
+        nodes = [self.pool._index[key][1] == node for key, _, node in self.pool.tier.items() if key in self.pool._index]
+        assert all(nodes), "a block has another node in host memory than in the pool"
+        used = [slot for _, slot, _ in self.pool.tier.items()]
+        assert sorted([*used, *self.pool.tier._free]) == list(range(self.pool.tier.num_slots)), "a slot is used twice, or lost"
         for work in plan.work:
             self.write(self.ledger.requests[work.id], work.blocks, work.start, work.tokens)
 
