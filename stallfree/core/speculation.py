@@ -25,14 +25,14 @@ model."""
 MEMORY = 0.9
 """The weight of a guess relative to the next one of the same request: about ten count."""
 
-PRIOR = 2.0
-"""The weight of the guesses of all requests, in those of one."""
+FIRST, PRIOR = 0.75, 2.0
+"""How often guesses are right before anything is known, and the weight of what was known before, in guesses."""
 
 COMMON_MEMORY = 0.99
 """As `MEMORY`, for the guesses of all requests."""
 
-RETURN = 0.98
-"""What is left of a request's own experience after an iteration without a guess, so that guessing is tried again some time."""
+RETURN, COMMON_RETURN = 0.98, 0.99
+"""What is left of a request's own experience, and of that of all, after a token without a guess. So guessing is tried again."""
 
 
 class Proposer(Protocol):
@@ -88,7 +88,7 @@ class Speculation:
         self.drafted = self.accepted = 0
         self._free = not proposer.draft_s
         self._overlap = False
-        self._hits, self._tries = 0.5, 1.0
+        self._hits = self._tries = 0.0
 
     def add(self, draft: Draft) -> None:
         self._overlap = draft.overlap
@@ -116,6 +116,7 @@ class Speculation:
             self._score(guess, tokens, len(request.drafts))
         else:
             guess.hits, guess.tries = guess.hits * RETURN, guess.tries * RETURN
+            self._hits, self._tries = self._hits * COMMON_RETURN, self._tries * COMMON_RETURN
         guess.tokens, guess.at = (), -1
         if self._free:
             self._propose([request], [self.most])
@@ -151,7 +152,7 @@ class Speculation:
 
     def _chance(self, guess: Guess) -> float:
         """How likely the next guess is right."""
-        common = self._hits / self._tries
+        common = (self._hits + PRIOR * FIRST) / (self._tries + PRIOR)
         return (guess.hits + PRIOR * common) / (guess.tries + PRIOR)
 
     def _choose(self, draft: Draft, requests: Sequence[Request], chances: Sequence[float], most: Sequence[int]) -> list[int]:

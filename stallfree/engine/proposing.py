@@ -23,6 +23,8 @@ def check(speculate: str | None, most: int) -> None:
     if speculate is None or speculate == "ngram":
         return
     form, _, model = speculate.partition(":")
+    if "," in speculate:
+        raise ValueError(f"--speculate {speculate!r} names several proposers, and only one guesses; take one of them")
     if form == "draft":
         if not model:
             raise ValueError("--speculate draft: names no model; write draft:MODEL, a GGUF file, a folder or a hub id")

@@ -1,0 +1,5 @@
+"""Writes docs/composition.md."""
+
+from tests.composition.page import PAGE, page
+
+PAGE.write_text(page())

@@ -1,0 +1,50 @@
+"""Any two features together, and some three, give the tokens of an engine that has none of them, or are refused by name."""
+
+import random
+from itertools import combinations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.composition.page import PAGE, page
+from tests.composition.serving import FEATURES, REFUSED, World
+
+PAIRS = list(combinations(FEATURES, 2))
+UNSURE = {"overlap", "preemption"}
+"""With overlap, KV has to be short at the right moment for a preemption; not so with every third feature."""
+TRIPLES = random.Random(2).sample(
+    [three for three in combinations(FEATURES, 3) if not any(pair <= set(three) for pair in REFUSED) and not set(three) >= UNSURE],
+    60,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = World(tmp_path_factory.mktemp("composition"))
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("features", [(name,) for name in FEATURES], ids=" ".join)
+def test_each_feature_alone(world, features):
+    world.serve(features)
+
+
+@pytest.mark.parametrize("features", PAIRS, ids=" + ".join)
+def test_two_features(world, features):
+    if frozenset(features) in REFUSED:
+        with pytest.raises(ValueError, match="without overlap|kv 'u8' is unknown|--speculate 'ngram, draft:model'"):
+            world.serve(features)
+    else:
+        world.serve(features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", TRIPLES, ids=" + ".join)
+def test_three_features(world, features):
+    world.serve(features)
+
+
+def test_the_page_says_what_is_tested():
+    assert page() == PAGE.read_text(), "run `python -m tests.composition`"
