@@ -9,7 +9,7 @@ guesses, or what the tokens mean.
 from collections.abc import Sequence
 from itertools import takewhile
 from math import inf
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from stallfree.core.draft import Draft
 from stallfree.core.policy import CostModel
@@ -55,6 +55,17 @@ class Drafter(Protocol):
 
     def learn(self, request: Request, before: int, tokens: Sequence[int]) -> None:
         """`tokens` followed the first `before` ones of the request. Its drafts, if it had any, were among the guesses."""
+
+    def close(self) -> None:
+        """Free everything. Called once, when the engine ends."""
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """Optional ability of a proposer."""
+
+    def close(self) -> None:
+        """Free everything. Called once, when the engine ends."""
 
 
 class Guess:
@@ -123,6 +134,10 @@ class Speculation:
         if self._overlap:
             chance, most = self._chance(guess), len(guess.tokens) if self._free else self.most
             request.paused = sum([chance**depth for depth in range(1, most + 1)]) > 1
+
+    def close(self) -> None:
+        if isinstance(self.proposer, Closes):
+            self.proposer.close()
 
     def _score(self, guess: Guess, tokens: Sequence[int], drafts: int) -> None:
         right = 0

@@ -149,6 +149,8 @@ class Engine:
     def close(self) -> None:
         self.adapters.close()
         self.closing()
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.close()
         self.executor.close()
 
     def _step(self) -> list[Output]:

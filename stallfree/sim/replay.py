@@ -287,6 +287,9 @@ class _Recorded:
     def learn(self, request: Request, before: int, tokens: Sequence[int]) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def _sampled(plan: Plan, served: Mapping[str, _Served], emitted: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     tokens: dict[str, tuple[int, ...]] = {}

@@ -9,7 +9,7 @@ from stallfree.perf.shape import Sharded, load, names
 KNOWN = {
     **{"mistral-7b": 7.242, "yi-34b": 34.389, "llama2-7b": 6.738, "llama2-13b": 13.016, "llama2-70b": 68.977, "llama3-8b": 8.030},
     **{"llama3-70b": 70.554, "codellama-34b": 33.744, "qwen2-72b": 72.706, "falcon-180b": 179.523, "opt-13b": 12.853},
-    **{"opt-66b": 65.718, "opt-175b": 174.6, "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532},
+    **{"opt-66b": 65.718, "opt-175b": 174.6, "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532, "llama3.2-1b": 1.236},
 }
 """Billions of parameters, as the repositories' safetensors and the OPT paper count them."""
 
