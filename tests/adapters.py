@@ -68,8 +68,9 @@ def merged(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 
     def read(name: str) -> np.ndarray:
         values = checkpoint.read(name)
-        if name in names and (pair := adapter.read(*names[name])):
-            a, b = (half.astype(np.float64) for half in pair)
+        if name in names:
+            layer, module = names[name]
+            a, b = (half[0].astype(np.float64) for half in adapter.read(module, range(layer, layer + 1)))
             values = (values + b @ a).astype(np.float32)
         return values
 

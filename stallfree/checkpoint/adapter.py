@@ -7,9 +7,10 @@ It never unpickles. It does not know executors, or which adapters a server has.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from stallfree.checkpoint.adapter_config import AGAIN, CONFIG, MERGE, AdapterConfig, read_config
 from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.dimensions import CheckpointError
-from stallfree.checkpoint.safetensors import TYPES, header_bytes, parse_header, read_tensor
+from stallfree.checkpoint.safetensors import TYPES, as_float32, header_bytes, parse_header
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a layer that an adapter can change."""
@@ -27,6 +28,10 @@ PLACES = {module: f"{'self_attn' if module in MODULES[:4] else 'mlp'}.{module}" 
 
 MAX_RANK = 256
 """The largest rank of an adapter, unless the caller allows another one. It bounds the memory of an adapter. PEFT's default is 8."""
+
+PART = 1 << 18
+"""Bytes of float32 numbers that are read together, about: so few that they stay in a processor's cache, and so many that each
+operation on them lets other threads run."""
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -58,36 +63,50 @@ class Adapter:
     pairs: np.ndarray = field(repr=False, compare=False)
     stamp: tuple[int, int] = field(repr=False)
 
-    def read(self, layer: int, module: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """A [rank, in] and B [out, rank], float32, fresh, B times its scale. None if the adapter does not change this module.
-        Raises CheckpointError for weights that are not finite or a file that has changed, and OSError if the disk fails."""
-        pair = self.pairs[layer, MODULES.index(module)]
-        rank = int(pair["rank"])
-        if not rank:
-            return None
-        out, inner = self.shapes[module]
-        a, b = np.zeros((self.rank, inner), np.float32), np.zeros((out, self.rank), np.float32)
-        a[:rank] = self._half(layer, module, "A", (rank, inner), 1.0)
-        b[:, :rank] = self._half(layer, module, "B", (out, rank), float(pair["scale"]))
+    def parts(self) -> Iterator[tuple[str, range]]:
+        """All weights in parts, each of one module and some layers: what `read` takes."""
+        for module in (module for module in MODULES if module in self.modules):
+            step = max(1, PART // (4 * self.rank * max(self.shapes[module])))
+            for first in range(0, len(self.pairs), step):
+                yield module, range(first, min(first + step, len(self.pairs)))
+
+    def read(self, module: str, layers: range) -> tuple[np.ndarray, np.ndarray]:
+        """A [layers, rank, in] and B [layers, out, rank], float32, fresh, B times its scale; zeros where the adapter changes
+        nothing. It opens the file once, and works on all layers together: operations on many numbers let other threads run. Raises
+        CheckpointError for weights that are not finite or a file that has changed, and OSError if the disk fails."""
+        (out, inner), pairs = self.shapes[module], self.pairs[layers.start : layers.stop, MODULES.index(module)]
+        a = np.zeros((len(layers), self.rank, inner), np.float32)
+        b = np.zeros((len(layers), out, self.rank), np.float32)
+        with (self.path / WEIGHTS).open("rb") as stream, np.errstate(over="ignore", invalid="ignore"):
+            if _stamp(stream.fileno()) != self.stamp:
+                raise CheckpointError(f"{stream.name}: the file changed after it was opened; load the adapter again")
+            for number, (rank, _, a_offset, b_offset, a_kind, b_kind) in enumerate(pairs.tolist()):
+                if rank:
+                    a[number, :rank] = _numbers(stream, a_offset, KINDS[a_kind], (rank, inner))
+                    b[number, :, :rank] = _numbers(stream, b_offset, KINDS[b_kind], (out, rank))
+            b *= pairs["scale"].astype(np.float32)[:, None, None]
+        for half, values in (("A", a), ("B", b)):
+            if not np.isfinite(values).all():
+                number = int(np.argmin(np.isfinite(values).all(axis=(1, 2))))
+                name = f"base_model.model.model.layers.{layers[number]}.{PLACES[module]}.lora_{half}.weight"
+                times = f" times its scale {pairs['scale'][number]:g}" if half == "B" else ""
+                what = f"tensor {name!r}{times} holds NaN or infinity"
+                raise CheckpointError(f"{self.path / WEIGHTS}: {what}; fetch or train it again")
         return a, b
 
     def check(self) -> None:
         """Read everything once. Raises as `read` does."""
-        for layer, place in np.argwhere(self.pairs["rank"]).tolist():
-            self.read(layer, MODULES[place])
+        for module, layers in self.parts():
+            self.read(module, layers)
 
-    def _half(self, layer: int, module: str, half: str, shape: tuple[int, int], scale: float) -> np.ndarray:
-        name, file = f"base_model.model.model.layers.{layer}.{PLACES[module]}.lora_{half}.weight", self.path / WEIGHTS
-        if _stamp(file) != self.stamp:
-            raise CheckpointError(f"{file}: the file changed after it was opened; load the adapter again")
-        pair = self.pairs[layer, MODULES.index(module)]
-        values = read_tensor({name: (file, KINDS[pair[f"{half} kind"]], shape, int(pair[half]))}, name)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values *= np.float32(scale)
-        if not np.isfinite(values).all():
-            what = f"tensor {name!r} times its scale {scale:g} holds NaN or infinity"
-            raise CheckpointError(f"{file}: {what}; fetch or train it again")
-        return values
+
+def _numbers(stream: BufferedReader, offset: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """A tensor of a file as float32."""
+    stream.seek(offset)
+    values = np.empty(shape, TYPES[kind])
+    if stream.readinto(values.data.cast("B")) != values.nbytes:
+        raise CheckpointError(f"{stream.name}: the file ends early; it changed after it was opened, load the adapter again")
+    return as_float32(values, kind)
 
 
 def open_adapter(folder: str | Path, config: ModelConfig, max_rank: int = MAX_RANK) -> Adapter:
@@ -145,7 +164,8 @@ def _weights(path: Path) -> Path:
     raise CheckpointError(f"{file}: missing; the adapter is incomplete, fetch it again")
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path | int) -> tuple[int, int]:
+    """Of a file, or of an open one by its descriptor."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 

@@ -12,7 +12,8 @@ from stallfree.checkpoint.adapter import WEIGHTS, Adapter
 from stallfree.checkpoint.adapter_config import CONFIG
 
 PIECES, PIECE = 256, 4096
-"""Pieces of each file that are hashed, evenly spread, and bytes of a piece. Different weights of one shape differ everywhere."""
+"""Pieces of each file that are hashed, evenly spread, and bytes of a piece. A smaller file is hashed whole. Different weights of
+one shape differ everywhere."""
 
 
 def identity(checkpoint: Checkpoint) -> str:
@@ -30,8 +31,11 @@ def _name(text: str, files: Iterable[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{size}".encode())
-        with file.open("rb") as opened:
+        with file.open("rb", buffering=0) as opened:
+            if size <= PIECES * PIECE:
+                digest.update(opened.read())
+                continue
             for number in range(PIECES):
-                opened.seek(number * max(0, size - PIECE) // (PIECES - 1))
+                opened.seek(number * (size - PIECE) // (PIECES - 1))
                 digest.update(opened.read(PIECE))
     return digest.hexdigest()

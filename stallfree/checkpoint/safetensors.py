@@ -252,7 +252,12 @@ def read_tensor(tensors: dict[str, tuple[Path, str, tuple[int, ...], int]], name
     values = np.fromfile(file, TYPES[kind], count, offset=offset)
     if values.size != count:
         raise CheckpointError(f"{file}: tensor {name!r} ends early; the file changed after it was opened")
+    return as_float32(values, kind).reshape(shape)
+
+
+def as_float32(values: np.ndarray, kind: str) -> np.ndarray:
+    """The numbers that a file holds as `kind`, a key of `TYPES`, in the same shape. Float32 numbers are not copied."""
     if kind == "BF16":
         # A bfloat16 is the upper half of a float32.
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False).reshape(shape)
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)

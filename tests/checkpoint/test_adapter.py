@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stallfree.checkpoint import CheckpointError, ModelConfig
+from stallfree.checkpoint import adapter as module
 from stallfree.checkpoint.adapter import MODULES, open_adapter
 from tests.adapters import made_adapter
 from tests.models import change_json
@@ -70,11 +71,10 @@ def refused(folder: Path, config: ModelConfig = CONFIG, **options: int) -> str:
 def test_all_modules_are_read_in_their_shapes(tmp_path):
     adapter = open_adapter(made_adapter(tmp_path, CONFIG, MODULES, rank=5), CONFIG)
     assert (5, frozenset(MODULES)) == (adapter.rank, adapter.modules)
-    for layer in range(2):
-        pairs = {module: adapter.read(layer, module) for module in MODULES}
-        assert {module: ((5, inner), (out, 5)) for module, (out, inner) in SHAPES.items()} == {
-            module: (a.shape, b.shape) for module, (a, b) in pairs.items()
-        }
+    pairs = {module: adapter.read(module, range(2)) for module in MODULES}
+    assert {module: ((2, 5, inner), (2, out, 5)) for module, (out, inner) in SHAPES.items()} == {
+        module: (a.shape, b.shape) for module, (a, b) in pairs.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_all_modules_are_read_in_their_shapes(tmp_path):
 def test_b_is_multiplied_by_its_scale(tmp_path, changes, scale):
     made_adapter(tmp_path, CONFIG, **changes)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    a, b = open_adapter(tmp_path, CONFIG).read(1, "q_proj")
+    (a,), (b,) = open_adapter(tmp_path, CONFIG).read("q_proj", range(1, 2))
     np.testing.assert_array_equal(tensors[Q + "A.weight"], a)
     np.testing.assert_allclose(b, tensors[Q + "B.weight"] * scale, rtol=1e-6)
 
@@ -103,7 +103,7 @@ def test_b_is_multiplied_by_its_scale(tmp_path, changes, scale):
 def test_smaller_ranks_are_padded_with_zeros(tmp_path):
     made_adapter(tmp_path, CONFIG, rank=2, rank_pattern={"1.self_attn.q_proj": 6}, lora_alpha=6)
     adapter = open_adapter(tmp_path, CONFIG)
-    a, b = adapter.read(0, "q_proj")
+    (a, _), (b, whole) = adapter.read("q_proj", range(2))
     assert 6 == adapter.rank
     assert ((6, 96), (128, 6)) == (a.shape, b.shape)
     assert a[:2].all()
@@ -111,15 +111,15 @@ def test_smaller_ranks_are_padded_with_zeros(tmp_path):
     assert not a[2:].any()
     assert not b[:, 2:].any()
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    np.testing.assert_array_equal(tensors[Q + "B.weight"], adapter.read(1, "q_proj")[1])
+    np.testing.assert_array_equal(tensors[Q + "B.weight"], whole)
 
 
-def test_modules_and_layers_that_it_does_not_change_are_none(tmp_path):
+def test_layers_that_it_does_not_change_are_zero(tmp_path):
     adapter = open_adapter(made_adapter(tmp_path, CONFIG, ("down_proj",), layers_to_transform=[1]), CONFIG)
     assert frozenset({"down_proj"}) == adapter.modules
-    assert adapter.read(0, "down_proj") is None
-    assert adapter.read(1, "q_proj") is None
-    assert adapter.read(1, "down_proj") is not None
+    for first, second in adapter.read("down_proj", range(2)):
+        assert not first.any()
+        assert second.all()
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
@@ -127,7 +127,7 @@ def test_other_precisions_are_read_as_float32(tmp_path, kind):
     file = made_adapter(tmp_path, CONFIG) / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: values.astype(kind) for name, values in tensors.items()}, file)
-    a, _ = open_adapter(tmp_path, CONFIG).read(1, "q_proj")
+    (a,), _ = open_adapter(tmp_path, CONFIG).read("q_proj", range(1, 2))
     assert np.float32 == a.dtype
     np.testing.assert_allclose(a, tensors[Q + "A.weight"], atol=1e-3)
 
@@ -227,7 +227,7 @@ def test_weights_that_are_not_finite_are_found_when_they_are_read(tmp_path, half
     values[3, 3] = value
     change_tensors(tmp_path, **{half: values})
     adapter = open_adapter(tmp_path, CONFIG)
-    with pytest.raises(CheckpointError, match=f"q_proj.lora_{half}.weight' .* holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"q_proj.lora_{half}.weight'.* holds NaN or infinity"):
         adapter.check()
 
 
@@ -241,7 +241,19 @@ def test_a_file_that_was_replaced_after_opening_is_refused(tmp_path):
     adapter = open_adapter(made_adapter(tmp_path, CONFIG), CONFIG)
     made_adapter(tmp_path, CONFIG, ("q_proj", "k_proj"), rank=3)
     with pytest.raises(CheckpointError, match="changed after it was opened; load the adapter again"):
-        adapter.read(0, "q_proj")
+        adapter.read("q_proj", range(2))
+
+
+def test_its_parts_are_all_of_it_in_pieces_of_a_bounded_size(tmp_path, monkeypatch):
+    adapter = open_adapter(made_adapter(tmp_path, CONFIG, ("down_proj", "q_proj")), CONFIG)
+    assert [("q_proj", range(2)), ("down_proj", range(2))] == list(adapter.parts())
+    monkeypatch.setattr(module, "PART", 4 * 8 * 192)
+    assert [(name, range(i, i + 1)) for name in ("q_proj", "down_proj") for i in range(2)] == list(adapter.parts())
+    for name in ("q_proj", "down_proj"):
+        whole = adapter.read(name, range(2))
+        single = [adapter.read(name, range(i, i + 1)) for i in range(2)]
+        for number, half in enumerate(whole):
+            np.testing.assert_array_equal(half, np.concatenate([pair[number] for pair in single]))
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):

@@ -26,7 +26,7 @@ class Adapting(Remembering):
         return 2
 
     def load_adapter(self, key, adapter, blocks):
-        a, _ = adapter.read(0, "q_proj")
+        (a,), _ = adapter.read("q_proj", range(1))
         self.moves[key] = int(1000 * abs(a[0, 0]))
 
     def drop_adapter(self, key):

@@ -105,11 +105,10 @@ class Packing:
         packed = np.zeros((2, self.blocks(adapter), self.piece), np.float32)
         flat, at = packed.reshape(-1, self.line), 0
         for module in (module for module in MODULES if module in adapter.modules):
-            weights = adapter.read(layer, module)
+            (a,), (b,) = adapter.read(module, range(layer, layer + 1))
             for part, width in enumerate(reversed(self.shapes[module])):
                 lines = self.lines(width) * adapter.rank
-                if weights is not None:
-                    flat[at : at + lines].reshape(adapter.rank, -1)[:, :width] = self._share(module, weights, part)
+                flat[at : at + lines].reshape(adapter.rank, -1)[:, :width] = self._share(module, (a, b), part)
                 at += lines
         return torch.from_numpy(packed).to(self.dtype)
 
