@@ -23,7 +23,7 @@ ALLOWED = {
         {"core", "perf", "policies", "proposers", "qos", "checkpoint", "engine", "executors"},
         {"jinja2", "tokenizers"},
     ),
-    "transfer": ({"core", "engine", "executors", "transfer"}, set()),
+    "transfer": ({"core", "engine", "executors", "transfer"}, {"numpy"}),
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),

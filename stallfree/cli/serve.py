@@ -35,6 +35,10 @@ class Peering:
     prefill: Annotated[
         str | None, typer.Option(metavar="HOST:PORT,...", help="Prefill engines that an engine of role decode asks, in turn.")
     ] = None
+    transfer_kv: Annotated[
+        Literal["same", "u8", "u4"],
+        typer.Option(help="KV on its way from prefill to decode: as it is, or with 8 or 4 bits a number; the same on both sides."),
+    ] = "same"
     peer_port: Annotated[
         int | None,
         typer.Option(help="Port at which decode engines ask an engine of role prefill; 0 is any free one.", min=0, max=65535),
@@ -54,6 +58,8 @@ class Peering:
             raise ValueError(f"--prefill is for --role decode, not {self.role}")
         if self.role != "prefill" and self.peer_port is not None:
             raise ValueError(f"--peer-port is for --role prefill, not {self.role}")
+        if self.role == "both" and self.transfer_kv != "same":
+            raise ValueError("--transfer-kv is for --role prefill or decode, not both")
         if self.peer_host not in options.LOOPBACK and not self.peer_key:
             remedy = "set STALLFREE_PEER_KEY (or --peer-key)"
             raise ValueError(f"--peer-host {self.peer_host} lets in engines of other machines; {remedy}")
@@ -126,7 +132,7 @@ def serve(
         if file is not None:
             file.begin(replace(assembled.run, saved_blocks=saved_blocks))
             service.observers.append(lambda step, _: file.write(step))
-        _peer(service, assembled, addresses, peer_sock, peering.peer_key)
+        _peer(service, assembled, addresses, peer_sock, peering)
         url = f"{'http' if tls is None else 'https'}://{address(*sock.getsockname()[:2])}"
         _print_card(_card(assembled, service, peering, url, peer_sock), as_json)
         service.start_helpers()
@@ -170,15 +176,18 @@ def _keep(assembled: Assembled, file: Path) -> int:
 
 
 def _peer(
-    service: Service, assembled: Assembled, addresses: list[tuple[str, int]], peer_sock: socket.socket | None, key: str
+    service: Service, assembled: Assembled, addresses: list[tuple[str, int]], peer_sock: socket.socket | None, peering: Peering
 ) -> None:
     """Let the engines at `addresses` prefill, or prefill for the engines that connect to `peer_sock`."""
     from stallfree.transfer.terms import Terms
 
+    if peering.role == "both":
+        return
+    terms = Terms.of(assembled.engine.executor, assembled.identity, peering.transfer_kv)
     if addresses:
-        service.ask(addresses, Terms.of(assembled.engine.executor, assembled.identity), key)
+        service.ask(addresses, terms, peering.peer_key)
     if peer_sock is not None:
-        service.serve(peer_sock, Terms.of(assembled.engine.executor, assembled.identity), key)
+        service.serve(peer_sock, terms, peering.peer_key)
 
 
 def _bound(front: Front, peering: Peering) -> tuple[socket.socket, socket.socket | None]:

@@ -1,7 +1,7 @@
 """The interface between the engine and what runs the model. It says nothing about devices, files or tensors."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from stallfree.checkpoint.adapter import Adapter
 from stallfree.core.plan import Capacity, Plan, StepResult
@@ -43,6 +43,26 @@ class MovesKV(Protocol):
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
 
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None: ...
+
+
+class KVNumbers(NamedTuple):
+    """How the bytes of `MovesKV` hold numbers. Each of `layers` layers has its keys, then its values: [blocks, `heads`, tokens,
+    `size`] with `heads_first`, else [blocks, tokens, `heads`, `size`]. `form`: their format, such as f32, bf16 or fp16. In u8, the
+    `size` bytes q of a head and token follow two float32, its scale s and its zero point z: a number is (q - z) * s.
+    """
+
+    form: str
+    layers: int
+    heads: int
+    size: int
+    heads_first: bool
+
+
+@runtime_checkable
+class NumbersKV(MovesKV, Protocol):
+    """Optional ability of an executor that moves KV: it tells how its blocks hold `numbers`. They can be sent with fewer bits."""
+
+    numbers: KVNumbers
 
 
 @runtime_checkable

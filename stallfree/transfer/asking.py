@@ -22,6 +22,7 @@ from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
+from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, whole
 from stallfree.transfer.terms import Refusal, Terms, address, connect
 
@@ -73,6 +74,10 @@ class Asking:
         if name is not None and named is None:
             self._warn_of(name[:80])
         return lambda: _Transfer(self, named)
+
+    @property
+    def form(self) -> Form | None:
+        return Form.of(self.terms.transfer_kv, self.thread.engine.executor)
 
     @property
     def num_connected(self) -> int:
@@ -172,14 +177,16 @@ class _Peer:
             case "blocks":
                 memory = memoryview(body)
                 most = self._asking.thread.engine.executor.capacity.num_blocks
-                size = whole(header, "count", most) * self._asking.terms.block_bytes
+                number = whole(header, "count", most)
+                form = self._asking.form
+                size = number * self._asking.terms.block_bytes if form is None else form.size(number)
                 if "at" in header:
                     at = whole(header, "at", len(self.ring or b""))
                     memory = memoryview(b"" if self.ring is None else self.ring)[at : at + size]
                 if len(memory) != size:
                     raise Broken(f"{len(memory):,} bytes for blocks of {size:,}")
                 if transfer is not None:
-                    transfer.write(whole(header, "first", 2**31), memory, seconds)
+                    transfer.write(whole(header, "first", 2**31), number, memory, seconds)
                 if "at" in header:
                     link.send({"type": "taken"})
             case "done" if transfer is not None:
@@ -226,14 +233,15 @@ class _Transfer:
         if peer is not None and peer.transfers.pop(self._number, None) is not None and peer.link is not None:
             peer.link.send({"type": "cancel", "number": self._number})
 
-    def write(self, first: int, memory: memoryview, seconds: float) -> None:
-        """Write the blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
-        number = len(memory) // self._asking.terms.block_bytes
+    def write(self, first: int, number: int, memory: memoryview, seconds: float) -> None:
+        """Write `number` blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
         if first != self._next or not number or first + number > self._blocks:
             raise Broken(f"blocks {first} to {first + number} came, expected {self._next} to at most {self._blocks}")
         began = time.perf_counter()
         try:
-            self._executor.write_blocks(self._request.blocks[first : first + number], memory)
+            form = self._asking.form
+            kv = memory if form is None else memoryview(form.unpack(memory, number))
+            self._executor.write_blocks(self._request.blocks[first : first + number], kv)
         except Exception as error:  # it must not end the engine
             log.exception("KV could not be written")
             self.stop()

@@ -27,6 +27,7 @@ from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
 from stallfree.executors.base import MovesKV
 from stallfree.executors.sampling import TokenLogprob, of_values
+from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, shut, whole
 from stallfree.transfer.ring import Room
 from stallfree.transfer.terms import Refusal, Terms, address, welcome
@@ -99,7 +100,7 @@ class Serving:
             self._meetings.release()
         with self._lock:
             self._refused.pop(host, None)
-        caller = _Caller(self._thread, self._loop, Link(sock), ring)
+        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring)
         self._callers.add(caller)
         caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
 
@@ -121,9 +122,12 @@ class Serving:
 class _Caller:
     """A decode engine that is connected by `link`, and the prompts it asked for."""
 
-    def __init__(self, thread: EngineThread, loop: asyncio.AbstractEventLoop, link: Link, ring: memoryview | None):
+    def __init__(
+        self, thread: EngineThread, loop: asyncio.AbstractEventLoop, transfer_kv: str, link: Link, ring: memoryview | None
+    ):
         self.link = link
         self._thread, self._loop, self._ring = thread, loop, ring
+        self._form = Form.of(transfer_kv, thread.engine.executor)
         self._room = None if ring is None else Room(len(ring))
         self._outputs: dict[int, Outputs] = {}
         self._answers: set[asyncio.Task[None]] = set()
@@ -193,7 +197,7 @@ class _Caller:
         return self._thread.engine.adapters.find(name, identity) or f"{name} with the contents {identity}"
 
     def _begin(self, number: int, first: int, request: Request) -> None:
-        blocks = _Blocks(self._thread, self.link, self._ring, self._room, number, first)
+        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first)
         try:
             self._outputs[number] = outputs = self._thread.submit([request], watch=blocks.watch)
         except (Refused, Unavailable) as error:
@@ -221,13 +225,22 @@ class _Caller:
 
 
 class _Blocks:
-    """Copies the blocks of prompt `number`, from block `first` on, and sends them. `seconds`: spent on copying."""
+    """Copies the blocks of prompt `number`, from block `first` on, and sends them in `form`. `seconds`: spent on copying."""
 
-    def __init__(self, thread: EngineThread, link: Link, ring: memoryview | None, room: Room | None, number: int, first: int):
+    def __init__(
+        self,
+        thread: EngineThread,
+        form: Form | None,
+        link: Link,
+        ring: memoryview | None,
+        room: Room | None,
+        number: int,
+        first: int,
+    ):
         self._executor = cast(MovesKV, thread.engine.executor)
         self._block_size = thread.engine.executor.capacity.block_size
         self._at_once = max(1, FRAME // self._executor.block_bytes)
-        self._link, self._ring, self._room, self._number = link, ring, room, number
+        self._form, self._link, self._ring, self._room, self._number = form, link, ring, room, number
         self._next = first
         self.seconds = 0.0
         self.error: str | None = None
@@ -240,25 +253,36 @@ class _Blocks:
         upto = -(-end // self._block_size) if work.samples else end // self._block_size
         try:
             while (left := upto - self._next) > 0 and (work.samples or left >= self._at_once) and self.error is None:
-                self._send(work.blocks[self._next : self._next + min(left, self._at_once)])
+                number = min(left, self._at_once)
+                tokens = min(self._block_size, end - (self._next + number - 1) * self._block_size)
+                self._send(work.blocks[self._next : self._next + number], tokens)
         except Exception as error:  # it must not end the engine
             log.exception("KV could not be read")
             self.error = f"its KV could not be read: {type(error).__name__}"
 
-    def _send(self, blocks: Sequence[int]) -> None:
+    def _send(self, blocks: Sequence[int], tokens: int) -> None:
+        """Send `blocks`, the last of which has `tokens` tokens."""
         began = time.perf_counter()
-        size = len(blocks) * self._executor.block_bytes
+        size = len(blocks) * self._executor.block_bytes if self._form is None else self._form.size(len(blocks))
         header = {"type": "blocks", "number": self._number, "first": self._next, "count": len(blocks)}
         at = None if self._room is None else self._room.take(size)
         if at is None or self._ring is None:
             body = bytearray(size)
-            self._executor.read_blocks(blocks, memoryview(body))
+            self._copy(blocks, tokens, memoryview(body))
             self._link.send(header, body)
         else:
-            self._executor.read_blocks(blocks, self._ring[at : at + size])
+            self._copy(blocks, tokens, self._ring[at : at + size])
             self._link.send(header | {"at": at})
         self._next += len(blocks)
         self.seconds += time.perf_counter() - began
+
+    def _copy(self, blocks: Sequence[int], tokens: int, memory: memoryview) -> None:
+        if self._form is None:
+            self._executor.read_blocks(blocks, memory)
+            return
+        kv = memoryview(bytearray(len(blocks) * self._executor.block_bytes))
+        self._executor.read_blocks(blocks, kv)
+        memory[:] = self._form.pack(kv, len(blocks), tokens)
 
 
 def _last(number: int, output: Output, blocks: _Blocks) -> Header:

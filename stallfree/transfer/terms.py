@@ -8,11 +8,14 @@ import socket
 from dataclasses import asdict, dataclass, fields
 
 from stallfree.executors.base import Executor, MovesKV
+from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import MOST_BODY, Header, receive, send
 from stallfree.transfer.ring import Ring, attach
 
 PROTOCOL = 1
-WAY_OUT = "give both the same model, --executor, --weights and --kv, and the same release of openvino, if that runs it"
+WAY_OUT = (
+    "give both the same model, --executor, --weights, --kv and --transfer-kv, and the same release of openvino, if that runs it"
+)
 
 
 class Refusal(ValueError):
@@ -22,29 +25,32 @@ class Refusal(ValueError):
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The facts that both engines must have in common: the `model` and its number formats, `block_size` (tokens), `block_bytes`,
-    and the `layout` of these bytes.
+    and the `layout` of these bytes. `transfer_kv`: the form of KV in transfer (`forms`), or "same".
     """
 
     model: str
     block_size: int
     block_bytes: int
     layout: str
+    transfer_kv: str = "same"
 
     @classmethod
-    def of(cls, executor: Executor, model: str) -> "Terms":
-        """The terms of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be transferred."""
+    def of(cls, executor: Executor, model: str, transfer_kv: str = "same") -> "Terms":
+        """The terms of an engine that runs `model`. Raises ValueError for an executor whose KV cannot be transferred so."""
         if not isinstance(executor, MovesKV):
             raise ValueError(f"{type(executor).__name__} has no KV that can be transferred; take another executor, or --role both")
         if executor.block_bytes > MOST_BODY:
             raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large for a KV transfer; at most {MOST_BODY:,}")
-        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout)
+        Form.of(transfer_kv, executor)
+        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout, transfer_kv)
 
     def against(self, other: object) -> str:
         """How these terms, a prefill engine's, differ from a decode engine's `other` terms, and the way out, in words for both;
         empty if they are the same.
         """
-        values = other if isinstance(other, dict) else {}
+        values = {"transfer_kv": "same"} | (other if isinstance(other, dict) else {})  # older releases do not name the form
         names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
+        names["transfer_kv"] = "KV in transfer"
         pairs = [(names[f.name], str(getattr(self, f.name)), str(values.get(f.name))[:400]) for f in fields(self)]
         differ = [(name, prefill, decode) for name, prefill, decode in pairs if prefill != decode]
         reasons = [f"{name}: {prefill} at the prefill engine, {decode} at the decode engine" for name, prefill, decode in differ]
@@ -75,7 +81,7 @@ def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
         send(sock, {"refused": why})
         raise Refusal(why)
     memory = attach(hello.get("ring"))
-    send(sock, {"proof": _proof("prefill", nonces, key), "ring": memory is not None})
+    send(sock, {"proof": _proof("prefill", nonces, key), "ring": memory is not None, "transfer_kv": terms.transfer_kv})
     return memory
 
 
@@ -97,6 +103,8 @@ def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
         raise Refusal(str(answer["refused"])[:2000])
     if not _knows(answer, "prefill", nonces, key):
         raise Refusal("the prefill engine does not know the peer key; give both sides the same --peer-key")
+    if (theirs := str(answer.get("transfer_kv", "same"))[:80]) != terms.transfer_kv:  # an older release accepts what it ignores
+        raise Refusal(f"KV in transfer: {theirs} at the prefill engine, {terms.transfer_kv} at the decode engine; {WAY_OUT}")
     return ring.memory if answer.get("ring") is True else None
 
 

@@ -21,6 +21,7 @@ from tests.waiting import PATIENCE_S, until
         (["--role", "prefill", "--peer-port", "0", "--prefill", "a:1"], "--prefill is for --role decode, not prefill"),
         (["--role", "decode", "--prefill", "a:1", "--peer-port", "0"], "--peer-port is for --role prefill, not decode"),
         (["--role", "prefill", "--peer-port", "0", "--peer-host", "0.0.0.0"], "set STALLFREE_PEER_KEY"),
+        (["--transfer-kv", "u4"], "--transfer-kv is for --role prefill or decode, not both"),
         (["--role", "decode", "--prefill", "127.0.0.1"], "'127.0.0.1' is not an address"),
         (["--role", "decode", "--prefill", "a:1,,b:2"], "'' is not an address"),
         (["--role", "decode", "--prefill", "a:99999"], "'a:99999' is not an address"),

@@ -90,17 +90,17 @@ def engine(executor=None, budget: int = 16, records=None) -> Engine:
     )
 
 
-def terms(engine: Engine, model: str = "m") -> Terms:
-    return Terms.of(engine.executor, model)
+def terms(engine: Engine, transfer_kv: str = "same") -> Terms:
+    return Terms.of(engine.executor, "m", transfer_kv)
 
 
 @contextlib.asynccontextmanager
-async def prefilling(engine: Engine, key: str = "", port: int = 0):
+async def prefilling(engine: Engine, key: str = "", port: int = 0, transfer_kv: str = "same"):
     """An engine that prefills, and its address."""
     thread = EngineThread(engine, 100)
     thread.start()
     sock = socket.create_server(("127.0.0.1", port))
-    serving = Serving(thread, terms(engine), sock, key)
+    serving = Serving(thread, terms(engine, transfer_kv), sock, key)
     serving.start()
     try:
         yield sock.getsockname()[:2]
@@ -110,10 +110,10 @@ async def prefilling(engine: Engine, key: str = "", port: int = 0):
 
 
 @contextlib.asynccontextmanager
-async def decoding(engine: Engine, *addresses, key: str = "", wait: bool = True):
+async def decoding(engine: Engine, *addresses, key: str = "", wait: bool = True, transfer_kv: str = "same"):
     """An engine that asks those at `addresses`, once it is connected to them."""
     thread = EngineThread(engine, 100)
-    asks = Asking(thread, terms(engine), addresses, key)
+    asks = Asking(thread, terms(engine, transfer_kv), addresses, key)
     thread.start()
     asks.start()
     try:

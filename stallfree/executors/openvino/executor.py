@@ -3,6 +3,7 @@
 It keeps KV tensors and knows nothing about requests between plans.
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.adapter import Adapter, module_shapes
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
+from stallfree.executors.base import KVNumbers
 from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory
 from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
@@ -35,7 +37,7 @@ class OpenVINOExecutor:
     """The model of `checkpoint`, one iteration at a time (depth 1). A decode with drafts is a small chunk to the runtime.
 
     `weights`: the format of stored matrices, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for
-    each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, bf16 or f32;
+    each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose.
 
     Raises ValueError for a bad option and MemoryError, before anything is allocated, if the KV cache does not fit.
@@ -75,10 +77,12 @@ class OpenVINOExecutor:
         # scales in extra columns.
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
         types = [i.get_element_type() for i in cache]
-        self.block_bytes = block_bytes = sum(int(np.prod(tail)) * type.size for tail, type in zip(tails, types, strict=True))
+        self.block_bytes = block_bytes = sum(_num_bytes(tail, type) for tail, type in zip(tails, types, strict=True))
         self.layout = f"openvino {ov.get_version()}, {kv}: " + ", ".join(
             f"{number} x {kind}" for kind, number in Counter(map(str, zip(types, tails, strict=True))).items()
         )
+        config = checkpoint.config
+        self.numbers = KVNumbers(kv, config.num_layers, config.num_kv_heads, config.head_dim, heads_first=True)
         num_blocks = kv_bytes // block_bytes
         self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
         if num_blocks < 1:
@@ -91,7 +95,7 @@ class OpenVINOExecutor:
         self._cache: list[np.ndarray] = []
         self._tensors: list[ov.Tensor] = []
         for tail, i in zip(tails, cache, strict=True):
-            self._cache.append(huge_pages(num_blocks * int(np.prod(tail)) * i.get_element_type().size))
+            self._cache.append(huge_pages(num_blocks * _num_bytes(tail, i.get_element_type())))
             self._tensors.append(ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
             self._request.set_tensor(i, self._tensors[-1])
         self._results: list[StepResult] = []
@@ -239,6 +243,11 @@ class OpenVINOExecutor:
             "block_indices_begins": np.cumsum([0, *map(len, tables)], dtype=np.int32),
             "max_context_len": np.array((starts + counts).max(), np.int32),
         }
+
+
+def _num_bytes(shape: Sequence[int], type: ov.Type) -> int:
+    """Bytes of an array of this shape, whose numbers may be halves of a byte."""
+    return math.prod(shape) * int(type.bitwidth) // 8
 
 
 def _infer(request: ov.InferRequest, feed: dict[str, np.ndarray]) -> np.ndarray:

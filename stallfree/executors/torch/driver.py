@@ -35,7 +35,7 @@ from stallfree.executors.sampling import begin_constraints
 from stallfree.executors.torch import wire, worker
 from stallfree.executors.torch.adapters import BLOCK, Packing
 from stallfree.executors.torch.batch import check
-from stallfree.executors.torch.runner import TYPES, Options, check_split, layout, stages
+from stallfree.executors.torch.runner import TYPES, Options, check_split, kv_numbers, layout, stages
 
 START_S = 600.0
 """Seconds within which all ranks must load the model."""
@@ -175,6 +175,7 @@ class ParallelExecutor:
         self._workers = workers
         self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, pp)
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
+        self.numbers = kv_numbers(checkpoint.config, options.kv)
         self._packing = Packing(checkpoint.config, options.activations, TYPES[options.kv].itemsize, tp=tp)
         self._socks: list[socket.socket] = []
         self._sides: list[socket.socket] = []

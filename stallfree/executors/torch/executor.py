@@ -19,7 +19,7 @@ from stallfree.executors.checks import sift
 from stallfree.executors.sampling import Rows, Scores, begin_constraints, ready_rows
 from stallfree.executors.torch.batch import check
 from stallfree.executors.torch.parallel import Alone
-from stallfree.executors.torch.runner import Options, Runner, layout, use_threads
+from stallfree.executors.torch.runner import Options, Runner, kv_numbers, layout, use_threads
 from stallfree.executors.torch.sampler import Draw
 
 OUT_OF_MEMORY = "out of GPU memory in an iteration; lower --max-tokens or --gpu-memory-utilization"
@@ -47,6 +47,7 @@ class TorchExecutor:
         self._last: Draw | None = None
         self._ended = 0.0
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
+        self.numbers = kv_numbers(checkpoint.config, options.kv)
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
 
     def adapter_blocks(self, adapter: Adapter) -> int:

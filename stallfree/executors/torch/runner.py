@@ -14,6 +14,7 @@ from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.checkpoint.adapter import Adapter
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Work
+from stallfree.executors.base import KVNumbers
 from stallfree.executors.host_memory import check_memory
 from stallfree.executors.torch.adapters import BLOCK, Adapters, Packing
 from stallfree.executors.torch.attention import Cache
@@ -218,6 +219,11 @@ class Runner:
 def layout(config: ModelConfig, kv: str) -> str:
     """The layout of the whole model's blocks (see `MovesKV`). It is the same for all devices and numbers of ranks."""
     return f"torch {kv}: {2 * config.num_layers} x ({BLOCK}, {config.num_kv_heads}, {config.head_dim})"
+
+
+def kv_numbers(config: ModelConfig, kv: str) -> KVNumbers:
+    """How the whole model's blocks hold numbers."""
+    return KVNumbers(kv, config.num_layers, config.num_kv_heads, config.head_dim, heads_first=False)
 
 
 def use_threads(options: Options, ranks: int = 1) -> None:
