@@ -128,8 +128,8 @@ Weights = Annotated[
     typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
 ]
 Kv = Annotated[
-    Literal["u8", "fp8", "bf16", "fp16", "f32"] | None,
-    typer.Option(help="Precision of the KV cache.", show_default="u8; executor torch: bf16"),
+    Literal["u4", "u8", "fp8", "bf16", "fp16", "f32"] | None,
+    typer.Option(help="Precision of the KV cache; with u4, keys have 8 bits.", show_default="u8; executor torch: bf16"),
 ]
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Where executor torch runs.", show_default="cuda if there is a GPU")

@@ -43,7 +43,7 @@ def perf(
         str, typer.Option(help="32@2048: 32 decodes after 2,048 tokens each; 512: a first chunk; 4096+512: one after 4,096.")
     ] = "32@2048,512",
     weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, fp8-block, int8 or int4.")] = "fp16",
-    kv: Annotated[str, typer.Option(help="bf16, fp16 or fp8.")] = "fp16",
+    kv: Annotated[str, typer.Option(help="bf16, fp16, fp8, u8 or u4.")] = "fp16",
     engine: Annotated[str, typer.Option(help=ENGINE)] = "vllm-2026",
     node: Annotated[int | None, typer.Option(help="Devices used on each node.", show_default="all it has")] = None,
     network: Annotated[str | None, typer.Option(help="The link between nodes.", show_default="the device's first")] = None,

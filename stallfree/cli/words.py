@@ -58,7 +58,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "tp": ("Tensor parallelism.", None),
     "pp": ("Pipeline parallelism.", None),
     "weights": ("Precision of the weights: bf16, fp16, fp8, fp8-block, int8 or int4.", None),
-    "kv": ("Precision of the KV cache: bf16, fp16 or fp8.", None),
+    "kv": ("Precision of the KV cache: bf16, fp16, fp8, u8, or u4 (keys have 8 bits).", None),
     "engine": (f"{ENGINE[:-1]}; or a DistServe profile, a .json.", None),
     "node": ("Devices used on each node.", "all it has"),
     "network": ("The link between nodes.", "the device's first"),

@@ -19,8 +19,11 @@ WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8-block": 1 + 4 / 128**
 """Bytes of a weight by precision. fp8-block has a 32-bit scale for each 128 x 128 of them; int4 has a 16-bit scale and a 4-bit zero
 for each group of 128 (AWQ, arXiv 2306.00978). int8 and int4 are weights alone, which are multiplied in 16 bits."""
 
-KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
-"""Bytes of a number in the KV cache by precision."""
+KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "u8": 1.0, "u4": 0.75}
+"""Bytes of a number in the KV cache by precision, the mean of keys and values: with u4, keys have 8 bits and values 4."""
+
+KV_SCALE_BYTES = {"u8": 8, "u4": 8}
+"""Bytes of the scale and the zero point that a key or value of one head of a token has, as OpenVINO stores them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,8 @@ class Sharded:
     @property
     def kv_bytes_per_layer(self) -> float:
         """Bytes of KV that a token has on each device, in one layer."""
-        return 2 * self.kv_heads * self.model.head_dim * KV_BYTES[self.kv]
+        vector = self.model.head_dim * KV_BYTES[self.kv] + KV_SCALE_BYTES.get(self.kv, 0)
+        return 2 * self.kv_heads * vector
 
     def kv_tokens(self, memory: float, share: float = 0.9) -> int:
         """Tokens whose KV fits, beside the weights, into `share` of the `memory` bytes of each device; the rest of the memory is

@@ -27,6 +27,8 @@ def commands(site: Site, deployed: Deployment | Split, slo: Targets) -> list[str
         return [f"# no command: this engine does not serve {model.name}, whose positions are learned; it can only be simulated"]
     if site.weights == "fp8-block":
         return ["# no command: this engine has no products in fp8 with block scales; they can only be simulated. fp8 has one"]
+    if site.kv in ("u8", "u4"):
+        return [f"# no command: executor torch has no KV in {site.kv}; it can only be simulated. fp8 has one"]
     if isinstance(deployed, Deployment):
         return [f"stallfree deploy {_engine(site, deployed, slo)} --replicas {deployed.replicas}"]
     prefill, decode = deployed.prefill, deployed.decode

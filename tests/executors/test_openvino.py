@@ -11,6 +11,7 @@ from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.core.plan import Plan, Work
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.openvino import recipe as module
+from stallfree.transfer.forms import Form
 from tests.models import reference, write_folder, write_gguf
 
 pytest.importorskip("torch")
@@ -23,6 +24,8 @@ TOKENS = np.random.default_rng(1).integers(3, 160, 75).tolist()
 CLOSE = 0.15
 """How far rounded weights or keys may move a logit on average, in standard deviations: random weights amplify what is small in a
 trained model, and a mistake moves it by more than 1."""
+CLOSE_4_BITS = 0.4
+"""The same with values, or keys and values, in 4 bits."""
 
 MODELS = {
     "llama": ("llama", {}),
@@ -66,6 +69,50 @@ MODELS = {
     "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0156},
+    ),
+    "granite tied": (
+        "granite",
+        {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
+        | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "phi3 window": ("phi3", {"sliding_window": 20}),
+    "phi3 partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}, "sliding_window": None},
+    ),
+    "phi4 mini": (
+        "phi3",
+        {
+            "sliding_window": None,
+            "head_dim": 24,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + i / 7 for i in range(9)],
+                "long_factor": [4.0 + i for i in range(9)],
+                "original_max_position_embeddings": 128,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 20}
+        | {"query_pre_attn_scalar": 24},
+    ),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 30, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -175,19 +222,51 @@ def test_the_default_gives_the_same_logits_in_chunks(default: OpenVINOExecutor) 
     np.testing.assert_array_equal(chunked(default, [75]), chunked(default, [30, 40, 5], 3))
 
 
-@pytest.mark.parametrize(("weights", "kv"), [("int8", "f32"), ("f32", "u8"), ("bf16", "f32")])
+@pytest.mark.parametrize(("weights", "kv"), [("int8", "f32"), ("f32", "u8"), ("bf16", "f32"), ("int8", "u4"), ("f32", "u4")])
 def test_every_combination_of_formats_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, weights: str, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights=weights, kv=kv, kv_bytes=KV)
     expected, logits = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
-    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
+    assert np.abs(logits - expected).mean() < (CLOSE_4_BITS if kv == "u4" else CLOSE) * expected.std()
 
 
 @pytest.mark.skipif(not module.has_bf16(), reason="no bfloat16 arithmetic")
-@pytest.mark.parametrize(("weights", "kv"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "u8")])
+@pytest.mark.parametrize(("weights", "kv"), [("int8", "bf16"), ("bf16", "bf16"), ("bf16", "u8"), ("bf16", "u4")])
 def test_bfloat16_is_close_to_exact(llama: Checkpoint, exact: OpenVINOExecutor, weights: str, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights=weights, kv=kv, kv_bytes=KV)
     expected, logits = exact.logits([work(TOKENS)]), executor.logits([work(TOKENS)])
-    assert np.abs(logits - expected).mean() < CLOSE * expected.std()
+    assert np.abs(logits - expected).mean() < (CLOSE_4_BITS if kv == "u4" else CLOSE) * expected.std()
+
+
+@pytest.mark.parametrize("kv", ["u8", "u4"])
+def test_quantised_kv_gives_the_same_logits_in_chunks(llama: Checkpoint, kv: str) -> None:
+    executor = OpenVINOExecutor(llama, weights="f32", kv=kv, kv_bytes=KV)
+    np.testing.assert_allclose(chunked(executor, [30, 40, 5], 3), chunked(executor, [75]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kv", "bits"), [("f32", 64), ("u8", 16), ("u4", 12)])
+def test_a_block_has_the_bits_of_its_numbers_and_the_scales(llama: Checkpoint, kv: str, bits: int) -> None:
+    executor, config = OpenVINOExecutor(llama, kv=kv, kv_bytes=KV), llama.config
+    vectors = config.num_layers * config.num_kv_heads * executor.capacity.block_size
+    assert vectors * (config.head_dim * bits // 8 + (0 if kv == "f32" else 2 * 8)) == executor.block_bytes
+
+
+@pytest.mark.parametrize(("kv", "name"), [("f32", "u8"), ("f32", "u4"), ("bf16", "u8"), ("u8", "u4")])
+def test_kv_that_was_sent_with_fewer_bits_is_close_to_what_it_was(llama: Checkpoint, kv: str, name: str) -> None:
+    if kv == "bf16" and not module.has_bf16():
+        pytest.skip("no bfloat16 arithmetic")
+    executor = OpenVINOExecutor(llama, weights="int8", kv=kv, kv_bytes=KV)
+    form = Form.of(name, executor)
+    assert form is not None
+    executor.logits([work(TOKENS[:70])])
+    last = work(TOKENS[70:], 70)
+    expected = executor.logits([last]).copy()
+    sent = bytearray(3 * executor.block_bytes)
+    executor.read_blocks((0, 1, 2), memoryview(sent))
+    packed = form.pack(memoryview(sent), 3, 70 - 64)
+    executor.write_blocks((7, 8, 9), memoryview(form.unpack(memoryview(packed), 3)))
+    logits = executor.logits([last._replace(blocks=(7, 8, 9))])
+    assert len(packed) < len(sent)
+    assert 0 < np.abs(logits - expected).mean() < (CLOSE_4_BITS if name == "u4" else CLOSE) * expected.std()
 
 
 def test_the_default_needs_no_bfloat16(llama: Checkpoint, exact: OpenVINOExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,11 +322,11 @@ def test_a_refused_plan_disturbs_nothing(exact: OpenVINOExecutor) -> None:
     ("options", "message"),
     [
         ({"weights": "int3"}, "int8, bf16, f32"),
-        ({"kv": "u9"}, "u8, bf16, f32"),
+        ({"kv": "u9"}, "u8, u4, bf16, f32"),
         ({"max_model_len": 257}, "the model's 256"),
         ({"max_model_len": 0}, "the model's 256"),
         ({"threads": 0}, "at least 1"),
-        ({"weights": "f32", "kv": "bf16"}, "take kv 'f32' or 'u8'"),
+        ({"weights": "f32", "kv": "bf16"}, "take kv 'f32', 'u8' or 'u4'"),
         ({"kv_bytes": 100}, "less than one block of 32 tokens"),
     ],
 )

@@ -218,7 +218,7 @@ def test_enormous_weights_do_not_reach_other_rows(llama: Checkpoint, executor: O
     assert_close(alone, both[len(TOKENS) :])
 
 
-@pytest.mark.parametrize("kv", ["f32", "u8"])
+@pytest.mark.parametrize("kv", ["f32", "u8", "u4"])
 def test_what_was_computed_to_warm_up_stays_out_of_the_first_iterations(llama: Checkpoint, tmp_path: Path, kv: str) -> None:
     executor = OpenVINOExecutor(llama, weights="f32", kv=kv, kv_bytes=KV)
     garbage = bytes([0xFF]) * (executor.block_bytes * executor.capacity.num_blocks)  # no numbers, in any format

@@ -97,6 +97,8 @@ def test_fewer_bits_take_less_memory_but_for_the_embeddings(weights, share):
 def test_kv_is_two_vectors_for_each_layer_and_kv_head():
     assert 2 * 32 * 8 * 128 * 2 == Sharded(load("mistral-7b")).kv_bytes_per_token
     assert 2 * 32 * 8 * 128 == Sharded(load("mistral-7b"), kv="fp8").kv_bytes_per_token
+    assert 2 * 32 * 8 * (128 + 8) == Sharded(load("mistral-7b"), kv="u8").kv_bytes_per_token
+    assert 32 * 8 * (128 + 64 + 2 * 8) == Sharded(load("mistral-7b"), kv="u4").kv_bytes_per_token
 
 
 def test_kv_gets_what_the_weights_leave():

@@ -45,6 +45,12 @@ def test_weights_that_no_engine_here_loads_have_no_command():
     assert line.startswith("# no command: this engine has no products in fp8 with block scales")
 
 
+def test_kv_that_no_engine_on_a_gpu_has_is_planned_without_a_command():
+    candidates = Candidates(Site("llama2-13b", gpus=4, hardware="h100", kv="u4"))
+    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), SLO)
+    assert line.startswith("# no command: executor torch has no KV in u4")
+
+
 def test_a_model_of_a_file_is_named_by_its_folder(tmp_path):
     values = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32, "vocab_size": 32000}
     values |= {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}

@@ -10,7 +10,14 @@ from stallfree.executors.openvino.deltas import Deltas, Group
 from stallfree.executors.openvino.graph import build
 from stallfree.executors.openvino.weights import Weights, quantisation_group
 
-KV_FORMATS = {"u8": ov.Type.u8, "bf16": ov.Type.bf16, "f32": ov.Type.f32}
+KV_FORMATS = {
+    "u8": (ov.Type.u8, ov.Type.u8),
+    "u4": (ov.Type.u8, ov.Type.u4),
+    "bf16": (ov.Type.bf16, ov.Type.bf16),
+    "f32": (ov.Type.f32, ov.Type.f32),
+}
+"""Number formats of stored keys and of stored values. With u4, keys keep 8 bits: in 4 bits by token they cost 16 % of perplexity,
+and in 4 bits by channel a decode takes longer (docs/performance.md)."""
 CACHED_PRIMITIVES = 500
 """The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
 grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
@@ -40,17 +47,19 @@ class Recipe:
         return ov.Core().compile_model(model, "CPU", self._settings())
 
     def _settings(self) -> dict[str, object]:
+        keys, values = KV_FORMATS[self._kv]
         settings: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
             # If another process keeps a core busy, a thread bound to this core waits in each of hundreds of operators, and the
             # other threads wait for it: a decode takes ten times as long. An unbound thread moves to a free core.
             "ENABLE_CPU_PINNING": False,
-            "KV_CACHE_PRECISION": KV_FORMATS[self._kv],
+            "KEY_CACHE_PRECISION": keys,
+            "VALUE_CACHE_PRECISION": values,
             "INFERENCE_PRECISION_HINT": self.compute,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._group,
             "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
         }
-        if self._kv == "u8":
+        if keys == ov.Type.u8:
             # Keys are quantised by token, like values. By channel, a block's scales would change as it fills, and the logits, too.
             settings["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
         if self._threads is not None:
@@ -59,16 +68,17 @@ class Recipe:
 
 
 def compute_type(weights: str, kv: str) -> ov.Type:
-    """The number format in which the graph computes: that of keys and values; with u8, bfloat16 if the CPU has it, or float32."""
+    """The number format in which the graph computes: that of keys and values; with u8 and u4, bfloat16 if the CPU has it, else
+    float32."""
     if weights == "f32" and kv == "bf16":
-        raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32' or 'u8'")
+        raise ValueError("kv 'bf16' cannot be combined with weights 'f32'; take kv 'f32', 'u8' or 'u4'")
     if weights == "f32" or kv == "f32":
         return ov.Type.f32
     if has_bf16():
         return ov.Type.bf16
-    if weights == "int8" and kv == "u8":
+    if weights == "int8" and kv in ("u8", "u4"):
         return ov.Type.f32
-    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8' or 'f32'")
+    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8', 'u4' or 'f32'")
 
 
 def has_bf16() -> bool:
