@@ -55,6 +55,7 @@ FEATURES = {
     "salt": "requests with a `cache_salt` share KV only with their like",
     "host tier": "host memory keeps KV that the cache has no room for (`--kv-host-memory`)",
     "u8 KV": "`--kv u8`, the default on a processor",
+    "u4 KV": "`--kv u4`",
     "ngram": "`--speculate ngram`",
     "draft model": "`--speculate draft:MODEL`",
     "adapters": "some requests use a LoRA adapter",
@@ -66,12 +67,16 @@ FEATURES = {
     "slack": "policy slo with classes: streams with time sit out",
 }
 OF_REQUESTS = frozenset({"salt", "adapters", "structured", "tools", "n"})
+KV = frozenset({"u8 KV", "u4 KV"})
 REFUSED = {
     frozenset({"overlap", "TP2"}): "several ranks run as a pipeline, one plan in each stage, without overlap",
     frozenset({"overlap", "PP2"}): "several ranks run as a pipeline, one plan in each stage, without overlap",
-    frozenset({"overlap", "u8 KV"}): "executor torch has KV in f32, bf16, fp16 or fp8",
-    frozenset({"TP2", "u8 KV"}): "executor torch has KV in f32, bf16, fp16 or fp8",
-    frozenset({"PP2", "u8 KV"}): "executor torch has KV in f32, bf16, fp16 or fp8",
+    **{
+        frozenset({ranks, kv}): "executor torch has KV in f32, bf16, fp16 or fp8"
+        for ranks in ("overlap", "TP2", "PP2")
+        for kv in ("u8 KV", "u4 KV")
+    },
+    KV: "KV has one format: `--kv` takes one",
     frozenset({"ngram", "draft model"}): "one proposer guesses: `--speculate` takes one",
 }
 """Pairs that cannot be had, and why."""
@@ -242,7 +247,9 @@ class World:
 
     def executor(self, features: Collection[str], use: str = "") -> Any:
         """The executor for these features. `use`: another one of the same kind, for the engine that hands over or to guess."""
-        kv = "u8" if "u8 KV" in features else "f32"
+        if set(features) >= KV:
+            raise ValueError(REFUSED[KV])  # there is no option for it
+        kv = "u8" if "u8 KV" in features else "u4" if "u4 KV" in features else "f32"
         ranks = tuple(sorted(TORCH & set(features)))
         key = (ranks if not use else bool(ranks) and "torch", kv, use)
         if key not in self._executors:
@@ -299,7 +306,7 @@ class World:
 
     def expected(self, features: Collection[str]) -> list[list[int]]:
         """What a plain engine answers to the same requests, one after another."""
-        own = frozenset(features) & (OF_REQUESTS | {"u8 KV"})
+        own = frozenset(features) & (OF_REQUESTS | KV)
         if own not in self._references:
             outputs = []
             with self._engine(own) as engine:
@@ -358,6 +365,7 @@ class World:
             "salt": lambda: len({r.root for r in requests if not r.adapter}) > 1,
             "host tier": lambda: any(r.restored for r in records),
             "u8 KV": lambda: "u8" in engine.executor.layout,
+            "u4 KV": lambda: "u4" in engine.executor.layout,
             "ngram": lambda: engine.scheduler.speculation.drafted > 0,
             "draft model": lambda: engine.scheduler.speculation.drafted > 0,
             "adapters": lambda: any(r.loaded for r in records) and len({r.adapter for r in requests}) > 2,
