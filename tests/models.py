@@ -2,11 +2,13 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.families import FAMILIES
 
 TINY = {
     "vocab_size": 160,
@@ -59,7 +61,10 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
     import gguf
 
     config = checkpoint.config
-    family = "llama" if config.family == "mistral" else config.family
+    family = {"mistral": "llama"}.get(config.family) or FAMILIES[config.family].gguf
+    row, read = FAMILIES[config.family], checkpoint.read
+    if isinstance(read, partial):
+        read = read.args[1]  # as it is in the file: what is folded then will be folded again
     writer = gguf.GGUFWriter(path, family, split_max_tensors=most_tensors)
     numbers = {
         "block_count": config.num_layers,
@@ -70,7 +75,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotated,
         **values,
     }
     for key, number in numbers.items():
@@ -78,15 +83,24 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
         if number is not None:
             add(f"{family}.{key}", number)
     writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", config.norm_eps)
-    writer.add_float32(f"{family}.rope.freq_base", 10000.0)
+    if "rope.freq_base" not in values:
+        writer.add_float32(f"{family}.rope.freq_base", 10000.0)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_ids[0])
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(config.vocab_size)])
     for name in config.tensors():
-        data = checkpoint.read(name)
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-        if family == "llama" and heads:
+        module = name.split(".")[-2]
+        if row.fused and module in ("k_proj", "v_proj", "up_proj"):
+            continue
+        data = read(name)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(module)
+        if (row.halves or config.family == "mistral") and heads:
             data = data.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(data.shape)
+        if row.shifted and "norm" in module:
+            data = data + 1
+        if row.fused and module in ("q_proj", "gate_proj"):
+            others = ("k_proj", "v_proj") if module == "q_proj" else ("up_proj",)
+            data = np.concatenate([data, *(read(name.replace(module, other)) for other in others)])
         stem, _, suffix = name.rpartition(".")
         prefix = ""
         if stem.startswith("model.layers."):
@@ -94,7 +108,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
             prefix = f"blk.{layer}."
         quantised = gguf.GGMLQuantizationType[kind if data.ndim == 2 else "F32"]
         data = gguf.quants.quantize(np.ascontiguousarray(data), quantised)
-        writer.add_tensor(f"{prefix}{SHORT[stem]}.{suffix}", data, raw_dtype=quantised)
+        writer.add_tensor(f"{prefix}{(SHORT | OWN_SHORT.get(family, {}))[stem]}.{suffix}", data, raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,6 +132,16 @@ SHORT = {
     "mlp.down_proj": "ffn_down",
 }
 """llama.cpp's names of the tensors."""
+OWN_SHORT = {
+    "phi3": {"self_attn.q_proj": "attn_qkv", "mlp.gate_proj": "ffn_up"},
+    "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+    "gemma3": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+"""Those that other architectures have."""
 
 
 def change_json(path: Path, **changes: object) -> None:

@@ -143,6 +143,8 @@ def _pairs(raw: bytes, file_bytes: int, settings: AdapterConfig, config: ModelCo
     pairs = np.zeros((config.num_layers, len(MODULES)), PAIR)
     for (layer, module), pair in halves.items():
         pairs[layer, MODULES.index(module)] = _pair(layer, module, pair, shapes[module], settings, max_rank)
+    for number, module in enumerate(MODULES):
+        pairs["scale"][:, number] *= config.factor(f"{module}.weight")  # what is added to a product must have its factor, too
     pairs.flags.writeable = False
     return pairs
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, check_heads, positive, size
+from stallfree.checkpoint.families import FAMILIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +16,12 @@ class ModelConfig(Dimensions):
     """All that a model's graph needs: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Falcon has LayerNorm, and an FFN
     with GELU that reads the same input as attention.
 
-    `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied; `rope_scale`: what their cosines
-    and sines are multiplied by. `max_model_len`: tokens of the longest sequence whose positions are exact. `windows`: per layer,
-    how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be absent; `eos_token_ids` may be empty.
-    `own_norm`: Falcon's FFN has a norm of its own.
+    `inv_freq`: radians per position of each of the `head_dim / 2` rotary pairs, scaling applied, 0 for those that do not turn;
+    `rope_scale`: what the cosines and sines of the others are multiplied by. `local_inv_freq`: the same for layers with a window,
+    if they have their own. `unrotated`: the layers without positions. `max_model_len`: tokens of the longest sequence whose
+    positions are exact. `windows`: per layer, how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be
+    absent; `eos_token_ids` may be empty. `own_norm`: Falcon's FFN has a norm of its own. `factors`: what tensors are multiplied by
+    when they are read, by the ends of their names; `norm_shift`: what is added to the weights of norms before that (`folding.py`).
     """
 
     norm_eps: float
@@ -27,11 +30,51 @@ class ModelConfig(Dimensions):
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
     own_norm: bool = False
     rope_scale: float = 1.0
+    local_inv_freq: tuple[float, ...] = ()
+    unrotated: tuple[int, ...] = ()
+    factors: tuple[tuple[str, float], ...] = ()
+    norm_shift: float = 0.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def qk_norm(self) -> str:
+        """Queries and keys are normalised: each "head", all of them as a "whole", or not ("")."""
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def gelu(self) -> bool:
+        """Whether the gate of the FFN is GELU (by tanh), not SiLU."""
+        return FAMILIES[self.family].gelu
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that positions turn."""
+        return 2 * sum(1 for frequency in self.inv_freq if frequency)
+
+    @property
+    def norms(self) -> tuple[str, str, str, str]:
+        """The names of a layer's norms: before and after attention, before and after the FFN; "" where there is none."""
+        before, after = "input_layernorm", "post_attention_layernorm"
+        return {
+            "before": (before, "", after, ""),
+            "after": ("", after, "", "post_feedforward_layernorm"),
+            "both": (before, after, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        }[FAMILIES[self.family].norms]
+
+    def turns(self, layer: int) -> tuple[tuple[float, ...], float]:
+        """The frequencies of a layer's rotary pairs, and what their cosines and sines are multiplied by."""
+        if layer in self.unrotated:
+            return (0.0,) * (self.head_dim // 2), 1.0
+        if self.local_inv_freq and self.windows[layer]:
+            return self.local_inv_freq, 1.0
+        return self.inv_freq, self.rope_scale
+
+    def factor(self, name: str) -> float:
+        """What tensor `name` is multiplied by when it is read."""
+        return math.prod(factor for end, factor in self.factors if name.endswith((f"{end}.weight", f"{end}.bias")))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the model needs, by name, with its shape ([out, in] for matrices)."""
@@ -58,9 +101,10 @@ class ModelConfig(Dimensions):
             for expert in range(self.experts):
                 at = f"block_sparse_moe.experts.{expert}."
                 linears += [(f"{at}w1", ffn, hidden, False), (f"{at}w3", ffn, hidden, False), (f"{at}w2", hidden, ffn, False)]
-        norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+        norms = [(name, hidden) for name in self.norms if name]
         if self.qk_norm:
-            norms += [("self_attn.q_norm", self.head_dim), ("self_attn.k_norm", self.head_dim)]
+            of_heads = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (query, kv)
+            norms += [(f"self_attn.{name}_norm", width) for name, width in zip("qk", of_heads, strict=True)]
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
             for name, out, inner, bias in linears:
@@ -180,6 +224,11 @@ def rotary_limit(scaling: Mapping[str, object], source: str, longest: int) -> in
     if kind == "yarn":
         return max(longest, int(_factor(scaling, source, longest) * _original(scaling, source, longest)))
     return min(longest, _original(scaling, source, longest)) if kind == "longrope" else longest
+
+
+def padded(frequencies: tuple[float, ...], head_dim: int) -> tuple[float, ...]:
+    """The frequencies of all pairs of a head: those that do not turn have 0."""
+    return (*frequencies, *(0.0,) * (head_dim // 2 - len(frequencies)))
 
 
 def rotary_kind(scaling: Mapping[str, object], source: str) -> str:

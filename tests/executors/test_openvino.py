@@ -69,6 +69,50 @@ MODELS = {
     "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0156},
+    ),
+    "granite tied": (
+        "granite",
+        {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
+        | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "phi3 window": ("phi3", {"sliding_window": 20}),
+    "phi3 partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}, "sliding_window": None},
+    ),
+    "phi4 mini": (
+        "phi3",
+        {
+            "sliding_window": None,
+            "head_dim": 24,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + i / 7 for i in range(9)],
+                "long_factor": [4.0 + i for i in range(9)],
+                "original_max_position_embeddings": 128,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 20}
+        | {"query_pre_attn_scalar": 24},
+    ),
+    "gemma3 untied": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 30, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -118,11 +162,34 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(chunked(executor, [9, 30, 1, 1, 34]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+FILES = {
+    "llama": ({}, {}),
+    "qwen2": ({}, {}),
+    "qwen3": ({}, {}),
+    "granite": (
+        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125},
+        {"embedding_scale": 12.0, "logit_scale": 8.0, "residual_scale": 0.22, "attention.scale": 0.125},
+    ),
+    "smollm3": (
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "layer_types": ["full_attention"] * 5},
+        {"rope.freq_base": 2e6},
+    ),
+    "olmo2": ({}, {}),
+    "phi3": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}, {}),
+    "gemma3_text": (
+        {"num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
+        | {"sliding_window": 20, "query_pre_attn_scalar": 32},
+        {"rope.freq_base": 1e6, "attention.sliding_window": 20},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FILES)
 def test_a_gguf_file_is_the_same_model_as_the_folder(family: str, tmp_path: Path) -> None:
-    write_folder(tmp_path / "folder", family)
+    config, values = FILES[family]
+    write_folder(tmp_path / "folder", family, **config)
     folder = open_checkpoint(tmp_path / "folder")
-    write_gguf(tmp_path / "model.gguf", folder)
+    write_gguf(tmp_path / "model.gguf", folder, **values)
     results = []
     for checkpoint in (folder, open_checkpoint(tmp_path / "model.gguf")):
         executor = OpenVINOExecutor(checkpoint, weights="f32", kv="f32", kv_bytes=KV)

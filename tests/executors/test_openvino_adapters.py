@@ -265,12 +265,21 @@ def test_the_default_formats_are_close_to_exact(llama: Checkpoint, tmp_path: Pat
     executor.close()
 
 
-def test_logits_are_those_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("granite", {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}),
+        ("olmo2", {}),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 20}),
+    ],
+)
+def test_logits_are_those_of_peft(family: str, config: dict[str, object], tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
-    model = write_folder(tmp_path / "base", "llama")
+    model = write_folder(tmp_path / "base", family, **config)
     settings = peft.LoraConfig(
         r=4, lora_alpha=12, use_rslora=True, target_modules=list(MODULES), rank_pattern={"q_proj": 6}, alpha_pattern={"v_proj": 5}
     )

@@ -35,6 +35,8 @@ EXACT = Options("f32", "f32")
 SHAPES = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
+    "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 20}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3}),
     "one KV head": ("llama", {"num_key_value_heads": 1}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_size": 128}),
@@ -95,6 +97,12 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     write_folder(folder, "llama", num_hidden_layers=4)
     return open_checkpoint(folder)
+
+
+def test_norms_over_all_heads_are_refused_on_several_ranks(tmp_path):
+    write_folder(tmp_path, "olmo2")
+    with pytest.raises(ValueError, match="TP 2: olmo2 normalises all heads of a token together"):
+        parallel(open_checkpoint(tmp_path), 2, 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)

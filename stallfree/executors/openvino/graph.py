@@ -13,6 +13,8 @@ from stallfree.checkpoint import ModelConfig
 from stallfree.executors.openvino.deltas import Deltas
 from stallfree.executors.openvino.weights import Weights, constant, parameter
 
+Tables = tuple[ov.Node, ov.Node]
+
 INPUTS = {
     "input_ids": np.int32,
     "position_ids": np.int32,
@@ -36,17 +38,26 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
     adapters add to the products of a layer."""
     inputs = {name: parameter(name, [] if name == "max_context_len" else [-1], kind) for name, kind in INPUTS.items()}
     cache: list[ov.op.Parameter] = []
-    tables = _rotary_tables(config, inputs["position_ids"], max_model_len)
+    tables: dict[tuple[tuple[float, ...], float], Tables | None] = {}
+    for layer in range(config.num_layers):
+        if (turns := config.turns(layer)) not in tables:
+            tables[turns] = _rotary_tables(*turns, inputs["position_ids"], max_model_len)
     hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(0, np.int32))
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         kv = [parameter(f"{kind}_cache.{layer}", ov.PartialShape.dynamic(4), ov.Type.dynamic) for kind in ("key", "value")]
         cache += kv
-        x = _rms_norm(hidden, source.vector(prefix + "input_layernorm.weight"), config.norm_eps)
-        x = _attention(config, source, prefix + "self_attn.", x, tables, kv, inputs, config.windows[layer], deltas)
-        hidden = ops.add(hidden, x)
-        x = _rms_norm(hidden, source.vector(prefix + "post_attention_layernorm.weight"), config.norm_eps)
-        hidden = ops.add(hidden, _swiglu(config, source, prefix + "mlp.", x, deltas))
+
+        def normed(x: ov.Node, name: str, prefix: str = prefix) -> ov.Node:
+            return _rms_norm(x, source.vector(f"{prefix}{name}.weight"), config.norm_eps) if name else x
+
+        before, after, before_ffn, after_ffn = config.norms
+        own = tables[config.turns(layer)]
+        x = normed(hidden, before)
+        x = _attention(config, source, prefix + "self_attn.", x, own, kv, inputs, config.windows[layer], deltas)
+        hidden = ops.add(hidden, normed(x, after))
+        x = normed(hidden, before_ffn)
+        hidden = ops.add(hidden, normed(_feed_forward(config, source, prefix + "mlp.", x, deltas), after_ffn))
     hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
@@ -65,17 +76,23 @@ def _rms_norm(x: ov.Node, weight: ov.Node, eps: float) -> ov.Node:
     return ops.multiply(ops.multiply(x, ops.divide(_f32(1), ops.sqrt(ops.add(mean, _f32(eps))))), weight)
 
 
-def _rotary_tables(config: ModelConfig, positions: ov.Node, max_model_len: int) -> tuple[ov.Node, ov.Node]:
-    """cos and sin of every token's rotary angles, [tokens, 1, 1, head_dim], looked up once for all layers."""
-    angles = np.outer(np.arange(max_model_len), np.tile(config.inv_freq, 2))
+def _rotary_tables(frequencies: tuple[float, ...], scale: float, positions: ov.Node, max_model_len: int) -> Tables | None:
+    """cos and sin of every token's rotary angles, [tokens, 1, 1, head_dim], looked up once for all layers; None if nothing
+    turns."""
+    if not any(frequencies):
+        return None
+    angles = np.outer(np.arange(max_model_len), np.tile(frequencies, 2))
     zero, middle = constant(0, np.int32), constant([1, 2], np.int32)
-    tables = (config.rope_scale * np.cos(angles), config.rope_scale * np.sin(angles))
+    scales = np.where(np.tile(frequencies, 2) > 0, scale, 1)
+    tables = (scales * np.cos(angles), scales * np.sin(angles))
     cos, sin = (ops.gather(constant(table.astype(np.float32)), positions, zero) for table in tables)
     return ops.unsqueeze(cos, middle), ops.unsqueeze(sin, middle)
 
 
-def _rotate(x: ov.Node, tables: tuple[ov.Node, ov.Node], half: int) -> ov.Node:
+def _rotate(x: ov.Node, tables: Tables | None, half: int) -> ov.Node:
     """Rotary positions on `x` [tokens, heads, 1, head_dim]. The two of a pair are half a head apart."""
+    if tables is None:
+        return x
     cos, sin = tables
     first, second = ops.variadic_split(x, constant(3, np.int64), constant([half, half], np.int64)).outputs()
     turned = ops.concat([ops.multiply(second, _f32(-1)), first], -1)
@@ -87,7 +104,7 @@ def _attention(
     source: Weights,
     prefix: str,
     x: ov.Node,
-    tables: tuple[ov.Node, ov.Node],
+    tables: Tables | None,
     kv: list[ov.op.Parameter],
     inputs: dict[str, ov.op.Parameter],
     window: int,
@@ -98,8 +115,10 @@ def _attention(
     q, k, v = ops.variadic_split(x, constant(1, np.int64), constant([query, width, width], np.int64)).outputs()
 
     def placed(x: ov.Node, heads: int, norm: str) -> ov.Node:
+        if config.qk_norm == "whole":
+            x = _rms_norm(x, source.vector(f"{prefix}{norm}.weight"), config.norm_eps)
         x = ops.reshape(x, constant([-1, heads, 1, dim], np.int64), False)
-        if config.qk_norm:
+        if config.qk_norm == "head":
             x = _rms_norm(x, source.vector(f"{prefix}{norm}.weight"), config.norm_eps)
         return ops.reshape(_rotate(x, tables, dim // 2), constant([-1, heads * dim], np.int64), False)
 
@@ -131,10 +150,11 @@ def _attention(
     return _linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias, deltas)
 
 
-def _swiglu(config: ModelConfig, source: Weights, prefix: str, x: ov.Node, deltas: Deltas) -> ov.Node:
+def _feed_forward(config: ModelConfig, source: Weights, prefix: str, x: ov.Node, deltas: Deltas) -> ov.Node:
     x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias, deltas)
     gate, up = ops.variadic_split(x, constant(1, np.int64), constant([config.ffn_size, config.ffn_size], np.int64)).outputs()
-    return _linear(source, ops.multiply(ops.swish(gate), up), [prefix + "down_proj"], config.mlp_bias, deltas)
+    gate = ops.gelu(gate, "TANH") if config.gelu else ops.swish(gate)
+    return _linear(source, ops.multiply(gate, up), [prefix + "down_proj"], config.mlp_bias, deltas)
 
 
 def _f32(value: float) -> ov.Node:

@@ -36,6 +36,14 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return silu(gate) * other
 
 
+def gated(x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    """The gate, silu (or GELU by tanh) of the first half of `x` [tokens, 2 x channels], times the second half."""
+    if not gelu:
+        return swiglu(x)
+    gate, other = x.chunk(2, -1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * other
+
+
 def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: Turns, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
     """Write rotated keys `k` and values `v` to their `slots` in the cache. Returns the rotated queries. `q`, `k` and `v` are
     [tokens, their heads, head size], and contiguous in the last dimension.

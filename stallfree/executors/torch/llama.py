@@ -1,5 +1,5 @@
-"""The Llama family (Llama 2 and 3, Mistral, Yi, Qwen2, Qwen3): RMSNorm, attention, SwiGLU, one after the other. It knows the
-mathematics of a layer, and nothing of ranks or KV.
+"""The Llama family and its relatives (Mistral, Qwen, Granite, SmolLM3, OLMo 2, Phi, Gemma 3): norms, attention and a gated FFN, one
+after the other. Where they differ, the configuration says how. It knows the mathematics of a layer, and nothing of ranks or KV.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from torch.nn.functional import rms_norm
 
 from stallfree.executors.torch.attention import Cache
 from stallfree.executors.torch.batch import Batch
-from stallfree.executors.torch.fused import Turns, add_norm, swiglu
+from stallfree.executors.torch.fused import Turns, add_norm, gated
 from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.weights import Matrix, Weights
 
 
 @dataclass(slots=True)
 class Layer:
-    """The weights of a layer. `norms`: before attention and before the FFN. `heads`: the norms of queries and keys, if there are
-    any. `ffn`: in the family's own form."""
+    """The weights of a layer. `norms`: before and after attention, before and after the FFN; None where there is none. `heads`: the
+    norms of queries and keys, if there are any. `ffn`: in the family's own form."""
 
-    norms: tuple[torch.Tensor, torch.Tensor]
+    norms: tuple[torch.Tensor | None, ...]
     heads: tuple[torch.Tensor, torch.Tensor] | None
     qkv: Matrix
     output: Matrix
@@ -32,10 +32,10 @@ class Llama(Model):
     def layer(self, weights: Weights, number: int) -> Layer:
         config, at = self.config, f"model.layers.{number}."
         heads = (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads), ("v_proj", config.num_kv_heads))
-        norms = [weights.vector(f"{at}{name}_layernorm.weight") for name in ("input", "post_attention")]
+        norms = [weights.vector(f"{at}{name}.weight") if name else None for name in config.norms]
         of_heads = [weights.vector(f"{at}self_attn.{name}_norm.weight") for name in "qk"] if config.qk_norm else None
         return Layer(
-            (norms[0], norms[1]),
+            tuple(norms),
             (of_heads[0], of_heads[1]) if of_heads else None,
             weights.outputs(*((f"{at}self_attn.{name}", parts) for name, parts in heads), bias=config.qkv_bias),
             weights.inputs(f"{at}self_attn.o_proj", bias=config.output_bias),
@@ -46,15 +46,24 @@ class Llama(Model):
     def block(
         self, layer: Layer, hidden: torch.Tensor, delta: torch.Tensor | None, batch: Batch, turns: Turns, cache: Cache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if delta is None:
-            x = self.normed(hidden, layer.norms[0])
-        else:
-            hidden, x = add_norm(hidden, delta, layer.norms[0], self.config.norm_eps)
+        before, after, before_ffn, after_ffn = layer.norms
+        hidden, x = self.added(hidden, delta, before)
         qkv = self.adapted("qkv", x, layer.qkv(x), batch, cache)
         attended = self.attention(qkv, batch, turns, cache, layer.window, layer.heads)
         output = self.adapted("output", attended, layer.output(attended), batch, cache)
-        hidden, x = add_norm(hidden, self.add(output), layer.norms[1], self.config.norm_eps)
-        return hidden, self.add(self.fed_forward(x, layer.ffn, batch, cache))
+        delta = self.add(output)
+        hidden, x = self.added(hidden, delta if after is None else self.normed(delta, after), before_ffn)
+        delta = self.add(self.fed_forward(x, layer.ffn, batch, cache))
+        return hidden, delta if after_ffn is None else self.normed(delta, after_ffn)
+
+    def added(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` + `delta`, and this sum normalised, if there is a norm."""
+        if delta is not None and norm is not None:
+            return add_norm(hidden, delta, norm, self.config.norm_eps)
+        hidden = hidden if delta is None else hidden + delta
+        return hidden, hidden if norm is None else self.normed(hidden, norm)
 
     def norm(self, weights: Weights) -> torch.Tensor:
         return weights.vector("model.norm.weight")
@@ -71,5 +80,5 @@ class Llama(Model):
     def fed_forward(self, x: torch.Tensor, ffn: Any, batch: Batch, cache: Cache) -> torch.Tensor:
         """This rank's part of the FFN's output for `x` [tokens, hidden]."""
         up, down = ffn
-        channels = swiglu(self.adapted("up", x, up(x), batch, cache))
+        channels = gated(self.adapted("up", x, up(x), batch, cache), gelu=self.config.gelu)
         return self.adapted("down", channels, down(channels), batch, cache)

@@ -39,9 +39,8 @@ class Model(ABC):
             )
             self._norm = self.norm(weights)
         self._layers = [self.layer(weights, number) for number in layers]
-        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), torch.tensor(config.inv_freq, dtype=torch.float64))
-        tables = (config.rope_scale * angles.cos(), config.rope_scale * angles.sin())
-        self._cos, self._sin = (table.to(weights.device, torch.float32) for table in tables)
+        self._turns = [config.turns(number) for number in layers]
+        self._tables = {turns: _tables(*turns, max_model_len, weights.device) for turns in dict.fromkeys(self._turns)}
 
     @abstractmethod
     def layer(self, weights: Weights, number: int) -> Any:
@@ -67,10 +66,10 @@ class Model(ABC):
         """
         if hidden is None:
             hidden = self._embed(batch.tokens)
-        turns = self._cos[batch.positions], self._sin[batch.positions]
+        turns = {kind: (cos[batch.positions], sin[batch.positions]) for kind, (cos, sin) in self._tables.items()}
         delta = None
-        for layer, cache in zip(self._layers, caches, strict=True):
-            hidden, delta = self.block(layer, hidden, delta, batch, turns, cache)
+        for layer, kind, cache in zip(self._layers, self._turns, caches, strict=True):
+            hidden, delta = self.block(layer, hidden, delta, batch, turns[kind], cache)
         hidden = hidden if delta is None else hidden + delta
         if self._head is None:
             return hidden
@@ -85,7 +84,9 @@ class Model(ABC):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         q, k, v = qkv.view(len(qkv), -1, self.config.head_dim).split([heads, kv_heads, kv_heads], 1)
         if norms is not None:
-            q, k = self.normed(q, norms[0]), self.normed(k, norms[1])
+            q, k = (
+                self.normed(x.reshape(len(qkv), -1, len(norm)), norm).view(x.shape) for x, norm in zip((q, k), norms, strict=True)
+            )
         q = keep(q, k, v, turns, cache, batch.slots)
         return attend(q, *cache, batch, window).reshape(len(qkv), -1)
 
@@ -108,3 +109,13 @@ class Model(ABC):
         local = tokens - self._ranks.rank * height
         is_local = (local >= 0) & (local < height)
         return self.add(self._embedding.rows(local.where(is_local, 0), self._dtype) * is_local[:, None])
+
+
+def _tables(
+    frequencies: tuple[float, ...], scale: float, max_model_len: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles of each position, [positions, head size / 2] float32."""
+    turning = torch.tensor(frequencies, dtype=torch.float64)
+    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), turning)
+    scales = torch.where(turning > 0, scale, 1.0)
+    return (scales * angles.cos()).to(device, torch.float32), (scales * angles.sin()).to(device, torch.float32)

@@ -241,6 +241,8 @@ def check_split(config: ModelConfig, tp: int, weights: str) -> None:
             f"TP {tp} does not divide {heads} heads, {kv_heads} KV heads and {ffn} FFN channels; "
             f"it could be {', '.join(map(str, fits))}"
         )
+    if tp > 1 and config.qk_norm == "whole":
+        raise ValueError(f"TP {tp}: {config.family} normalises all heads of a token together, which ranks do not; take TP 1")
     if weights == "int4" and (config.hidden_size % GROUP or ffn // tp % GROUP or heads * config.head_dim // tp % GROUP):
         raise ValueError(f"int4 needs widths that {GROUP} divides; this model's are not at TP {tp}; take int8")
 
