@@ -5,8 +5,12 @@ is ready are in the queue. The others are parked beside it, and hold nobody up. 
 """
 
 from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from itertools import chain
+from typing import Any
 
 from stallfree.core.kv import BlockPool
 from stallfree.core.queue import Queue
@@ -23,6 +27,10 @@ MOST_LOADING = 2
 """Adapters that are loaded at once: one is read while another is written."""
 
 
+Turn = Callable[[Request], tuple[Any, ...]]
+"""What comes before a request's key when loads are ordered. The least is first. It may change while the request waits."""
+
+
 @dataclass(slots=True, eq=False)
 class Resident:
     """An adapter with `blocks` of the pool. `ready`: its weights are there. `users` have KV; `waiting` are in the queue."""
@@ -34,30 +42,39 @@ class Resident:
     users: set[Request] = field(default_factory=set)
     waiting: set[Request] = field(default_factory=set)
 
-    @property
-    def first(self) -> tuple[object, ...]:
-        """The key of the first request that waits for it in the queue."""
-        return min(r.key for r in self.waiting)
-
 
 class Adapters:
     """The adapters of one engine. `known`: (blocks, rank) of each, by its key. `resident`: those with blocks, the least recently
     used first. `evicted`: keys of those that lost their blocks; whoever runs the model takes them out of this list.
+
+    Loads are in the order of the requests' keys. If the policy shares the machine among tenants, `turn` says how (`policy.Fair`),
+    and keys decide between requests of a tenant.
     """
 
-    def __init__(self, pool: BlockPool, queue: Queue, expected: list[Request]):
-        self._pool, self._queue, self._expected = pool, queue, expected
+    def __init__(self, pool: BlockPool, queue: Queue, expected: list[Request], turn: Turn | None = None):
+        self._pool, self._queue, self._expected, self._turn = pool, queue, expected, turn
         self.known: dict[str, tuple[int, int]] = {}
         self.resident: dict[str, Resident] = {}
         self.evicted: list[str] = []
-        self._parked: dict[str, list[Request]] = {}
-        self.num_parked = 0
+        # By adapter and tenant; of a tenant in the order of keys.
+        self._parked: dict[str, dict[str, list[Request]]] = {}
+        self._tenants: Counter[str] = Counter()
         pool.lender = self
 
     @property
     def num_blocks(self) -> int:
         """Blocks that adapters have. For any thread."""
         return sum([len(resident.blocks) for resident in list(self.resident.values())])
+
+    @property
+    def num_parked(self) -> int:
+        """Requests that wait for their adapter. For any thread."""
+        return sum(list(self._tenants.values()))
+
+    @property
+    def tenants(self) -> Set[str]:
+        """Those with a parked request."""
+        return self._tenants.keys()
 
     @property
     def num_idle(self) -> int:
@@ -92,17 +109,21 @@ class Adapters:
             self.resident[request.adapter].waiting.add(request)
             self._queue.push(request)
         else:
-            insort(self._parked.setdefault(request.adapter, []), request, key=lambda r: r.key)
-            self.num_parked += 1
+            lines = self._parked.setdefault(request.adapter, {})
+            insort(lines.setdefault(request.tenant, []), request, key=lambda r: r.key)
+            self._tenants[request.tenant] += 1
 
     def unpark(self, request: Request) -> bool:
         """Forget a request that may be parked. Returns whether it was."""
-        line = self._parked.get(request.adapter, [])
+        lines = self._parked.get(request.adapter, {})
+        line = lines.get(request.tenant, [])
         if request not in line:
             return False
         line.remove(request)
-        self.num_parked -= 1
+        self._count_out(request)
         if not line:
+            del lines[request.tenant]
+        if not lines:
             del self._parked[request.adapter]
         return True
 
@@ -127,26 +148,39 @@ class Adapters:
     def requests(self, key: str) -> int:
         """How many requests wait for the adapter or use it. For any thread."""
         own = self.resident.get(key)
-        return len(self._parked.get(key, ())) + (len(own.users) + len(own.waiting) if own is not None else 0)
+        parked = sum(map(len, list(self._parked.get(key, {}).values())))
+        return parked + (len(own.users) + len(own.waiting) if own is not None else 0)
+
+    def loads_until(self, request: Request) -> int:
+        """The loads until the adapter of a request that arrives now is ready, one after another, if all find room: its own, and
+        those before it. 0 if it is ready. For any thread."""
+        if self.ready(request):
+            return 0
+        loading = [resident.key for resident in list(self.resident.values()) if not resident.ready]
+        if request.adapter in loading:
+            return loading.index(request.adapter) + 1
+        heads = {key: rank for key in list(self._parked) if key not in loading and (rank := self._rank_of(key)) is not None}
+        own = min(self._rank(request), heads.pop(request.adapter, self._rank(request)))
+        return len(loading) + sum(rank <= own for rank in heads.values()) + 1
 
     def owed(self, request: Request) -> int:
         """Blocks that an admission of `request` leaves free, for an adapter that a request before it is parked for. Without this,
         those whose adapters are here could take every block for ever."""
         if not self._parked:
             return 0
-        first = min((line[0] for line in self._parked.values() if line[0].adapter not in self.resident), key=_key, default=None)
-        return self.known[first.adapter][0] if first is not None and first.key < request.key else 0
+        first = min((self._head(key) for key in self._parked if key not in self.resident), key=self._place, default=None)
+        return self.known[first.adapter][0] if first is not None and self._place(first) < self._place(request) else 0
 
     def next(self, spare: int) -> Resident | None:
-        """Take blocks for the next adapter to load, and leave `spare` blocks free. The first request to wait comes first; an
-        adapter that finds no room keeps its place, and a smaller one may go before it. None if there is nothing to load.
+        """Take blocks for the next adapter to load, and leave `spare` blocks free. An adapter that finds no room keeps its place in
+        the order, and a smaller one may go before it. None if there is nothing to load.
         """
         if not (self._parked or self._expected):
             return None
         if sum([not resident.ready for resident in self.resident.values()]) >= MOST_LOADING:
             return None
-        heads = [line[0] for line in self._parked.values()] + [r for r in self._expected if not self.ready(r)]
-        for head in nsmallest(LOOKAHEAD, heads, key=_key):
+        heads = [self._head(key) for key in self._parked] + [r for r in self._expected if not self.ready(r)]
+        for head in nsmallest(LOOKAHEAD, heads, key=self._place):
             if head.adapter in self.resident:
                 continue
             size, rank = self.known[head.adapter]
@@ -161,14 +195,14 @@ class Adapters:
         """The weights are in their blocks. The requests that were parked for them go into the queue."""
         own = self.resident[key]
         own.ready = True
-        for request in self._parked.pop(key, []):
-            self.num_parked -= 1
+        for request in chain(*self._parked.pop(key, {}).values()):
+            self._count_out(request)
             self.wait(request)
 
     def failed(self, key: str) -> list[Request]:
         """The weights cannot be loaded. Returns the requests that wait for them; whoever asked ends them."""
         self._pool.give(self.resident.pop(key).blocks)
-        return [*self._parked.get(key, []), *(r for r in self._expected if r.adapter == key)]
+        return [*chain(*self._parked.get(key, {}).values()), *(r for r in self._expected if r.adapter == key)]
 
     def evict(self, key: str) -> None:
         """Take the blocks of an adapter that no request with KV uses. Requests for it that are in the queue are parked again."""
@@ -206,8 +240,9 @@ class Adapters:
 
     def check(self) -> None:
         """Raise RuntimeError if the accounts do not agree."""
-        if self.num_parked != sum(map(len, self._parked.values())):
-            raise RuntimeError(f"{self.num_parked} requests are parked, and {sum(map(len, self._parked.values()))} are in lines")
+        parked = Counter(r.tenant for lines in self._parked.values() for line in lines.values() for r in line)
+        if parked != self._tenants:
+            raise RuntimeError(f"{self._tenants} requests are parked by tenant, and {parked} are in lines")
         for resident in self.resident.values():
             if not resident.ready and (resident.users or resident.waiting):
                 raise RuntimeError(f"adapter {resident.key!r} is in use and not loaded")
@@ -217,7 +252,7 @@ class Adapters:
     def _make_room(self, number: int, head: Request) -> bool:
         """Whether `number` blocks are free for the adapter of `head`, after evictions: of adapters that nobody wants, and of those
         whose first request comes after `head`."""
-        idle = [r for r in self._evictable() if not r.waiting or r.first > head.key]
+        idle = [r for r in self._evictable() if not r.waiting or self._first(r) > self._place(head)]
         over = self.num_blocks + number - int(IDLE_SHARE * self._pool.num_blocks)
         short = number - self._pool.num_free + self.num_idle
         if short > sum(len(resident.blocks) for resident in idle):
@@ -234,8 +269,30 @@ class Adapters:
         """In the order of eviction."""
         free = [resident for resident in self.resident.values() if resident.ready and not resident.users]
         waited = [resident for resident in free if resident.waiting]
-        return [r for r in free if not r.waiting] + sorted(waited, key=lambda r: r.first, reverse=True)
+        return [r for r in free if not r.waiting] + sorted(waited, key=self._first, reverse=True)
 
+    def _place(self, request: Request) -> tuple[Any, ...]:
+        """The least is first."""
+        return request.key if self._turn is None else (*self._turn(request), request.key)
 
-def _key(request: Request) -> tuple[object, ...]:
-    return request.key
+    def _rank(self, request: Request) -> tuple[Any, ...]:
+        """The place of a request, but for its arrival."""
+        return (request.priority,) if self._turn is None else self._turn(request)
+
+    def _first(self, resident: Resident) -> tuple[Any, ...]:
+        """The place of the first request that waits for an adapter in the queue."""
+        return min(map(self._place, resident.waiting))
+
+    def _head(self, key: str) -> Request:
+        """The first request that is parked for an adapter."""
+        return min((line[0] for line in self._parked[key].values()), key=self._place)
+
+    def _rank_of(self, key: str) -> tuple[Any, ...] | None:
+        """The rank of the first request that is parked for an adapter; None if there is none any more. For any thread."""
+        lines = list(self._parked.get(key, {}).values())
+        return min([self._rank(r) for line in lines for r in line[:1]], default=None)
+
+    def _count_out(self, request: Request) -> None:
+        self._tenants[request.tenant] -= 1
+        if not self._tenants[request.tenant]:
+            del self._tenants[request.tenant]

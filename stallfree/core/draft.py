@@ -4,7 +4,7 @@ A draft enforces the engine's limits and keeps the KV accounts, so a policy cann
 limit. A draft chooses nothing itself.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 
 from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
@@ -120,6 +120,11 @@ class Draft:
     def lanes(self) -> Collection[Lane]:
         """Those with a waiting request."""
         return self._ledger.queue.lanes
+
+    @property
+    def parked(self) -> Set[str]:
+        """The tenants with a request that waits for its adapter. Such a request is in no lane."""
+        return self._ledger.adapters.tenants
 
     @property
     def queue_version(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from stallfree.core.adapters import Adapters
+from stallfree.core.adapters import Adapters, Turn
 from stallfree.core.kv import BlockPool
 from stallfree.core.plan import Capacity
 from stallfree.core.queue import Queue
@@ -49,11 +49,19 @@ class Ledger:
     """`requests`: all that are not finished. Each is in one of five places: `running` (in the order of their keys), `queue`
     (waiting), parked by `adapters` (waiting for its adapter), `expected` (waiting for room for a KV transfer, in the order of their
     keys), or held (`num_held` requests keep KV and get no work). `preempted`: ids since the last plan. `max_len`: tokens of the
-    longest request that fits. `reserve`: the KV blocks that an admission takes. `reuse`: equal prefixes share KV.
+    longest request that fits. `reserve`: the KV blocks that an admission takes. `reuse`: equal prefixes share KV. `turn`: how the
+    policy shares the machine among tenants, if it does.
     """
 
     def __init__(
-        self, capacity: Capacity, limits: Limits | None = None, *, reserve: Reserve, reuse: bool = True, key: Key = by_arrival
+        self,
+        capacity: Capacity,
+        limits: Limits | None = None,
+        *,
+        reserve: Reserve,
+        reuse: bool = True,
+        key: Key = by_arrival,
+        turn: Turn | None = None,
     ):
         self.capacity = capacity
         self.limits = limits or Limits()
@@ -65,7 +73,7 @@ class Ledger:
         self.running: list[Request] = []
         self.queue = Queue()
         self.expected: list[Request] = []
-        self.adapters = Adapters(self.pool, self.queue, self.expected)
+        self.adapters = Adapters(self.pool, self.queue, self.expected, turn)
         self.num_held = 0
         self.preempted: list[str] = []
         self._key = key

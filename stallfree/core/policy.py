@@ -67,6 +67,15 @@ class Ordered(Policy, Protocol):
 
 
 @runtime_checkable
+class Fair(Policy, Protocol):
+    """A policy that shares the machine among tenants. The adapters that their requests wait for are loaded in its order."""
+
+    def turn(self, request: Request) -> tuple[Any, ...]:
+        """The place of a request in this order; the least comes first. It changes as tenants are served, and a tenant that is not
+        served must be first in the end. Of equal ones, the requests' keys decide. Any thread may ask."""
+
+
+@runtime_checkable
 class Steady(Policy, Protocol):
     """A policy that says whether it is `steady`. A steady plan depends only on the order of the requests and on how many tokens
     each still needs. It does not depend on the time, the past, their lengths, or whether a prompt has begun. So iterations are

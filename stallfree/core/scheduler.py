@@ -16,7 +16,7 @@ from typing import NamedTuple
 from stallfree.core.draft import Draft
 from stallfree.core.ledger import Ledger, Limits, by_arrival
 from stallfree.core.plan import Capacity, Plan, StepResult
-from stallfree.core.policy import Learner, Ordered, Policy, Steady
+from stallfree.core.policy import Fair, Learner, Ordered, Policy, Steady
 from stallfree.core.request import Request, Status
 from stallfree.core.speculation import Drafter
 
@@ -46,7 +46,8 @@ class Scheduler:
         self.policy = policy
         self.speculation = speculation
         key = policy.key if isinstance(policy, Ordered) else by_arrival
-        self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key)
+        turn = policy.turn if isinstance(policy, Fair) else None
+        self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key, turn=turn)
         self.steady = isinstance(policy, Steady) and policy.steady and speculation is None
         self.step = 0
         self.open: Draft | None = None

@@ -103,6 +103,9 @@ class Slo:
     def first_due(self, request: Request) -> float:
         return self._deadlines.first(request)
 
+    def turn(self, request: Request) -> tuple[bool, int, float]:
+        return not self.credits.has(request.tenant), request.priority, self.credits.ahead(request.tenant)
+
     def plan(self, draft: Draft) -> None:
         self._order.settle(draft.running)
         wanted, margin = self._order.prompts(draft, self.share), self.margin.value

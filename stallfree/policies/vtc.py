@@ -30,12 +30,15 @@ class Vtc:
         self._waiting: set[str] = set()
         self._last = 0.0
 
+    def turn(self, request: Request) -> tuple[float]:
+        return (self._served.get(request.tenant, self._last),)
+
     def plan(self, draft: Draft) -> None:
         draft.decode_all()
         draft.cap(self.token_budget, "fixed token budget")
         for r in draft.prefilling:
             draft.prefill(r)
-        self._lift({tenant for tenant, _, _ in draft.lanes})
+        self._lift({tenant for tenant, _, _ in draft.lanes} | draft.parked)
         while draft.lanes:
             lane = min(draft.lanes, key=lambda lane: self._served[lane[0]])
             (r,) = draft.first(lane)

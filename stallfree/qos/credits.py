@@ -34,6 +34,7 @@ class Credits:
         self._served: OrderedDict[str, float] = OrderedDict()
         self._bills: dict[Request, float] = {}
         self._backlogged: frozenset[str] = frozenset()
+        self._able: frozenset[str] = frozenset()
         self._least = 0.0
         self.version = 0
 
@@ -47,13 +48,14 @@ class Credits:
         """The requests with an open bill, and its seconds."""
         return self._bills
 
-    def wait(self, tenants: Set[str]) -> None:
-        """These tenants have requests that want to be served. One that had no request at all begins at the least of the others:
-        its idle time gives it no claim."""
-        served = self._served
-        if tenants == self._backlogged:
+    def wait(self, tenants: Set[str], parked: Set[str] = frozenset()) -> None:
+        """These `tenants` have requests that want to be served. One that had no request at all begins at the least of the others:
+        its idle time gives it no claim. `parked` tenants have requests that cannot be served yet. They keep their claim, and the
+        others are not compared with them."""
+        served, able, tenants = self._served, tenants, tenants | parked
+        if tenants == self._backlogged and able == self._able:
             return
-        known = [served[tenant] for tenant in tenants if tenant in self._backlogged]
+        known = [served[tenant] for tenant in able if tenant in self._backlogged]
         self._least = min(known, default=self._least)
         begin = [tenant for tenant in tenants if tenant not in self._backlogged]
         active = {r.tenant for r in self._bills} if begin else ()
@@ -61,7 +63,7 @@ class Credits:
             claim = CLAIM_S if tenant in active else 0.0
             served[tenant] = max(served.get(tenant, 0.0), self._least - claim)
             served.move_to_end(tenant)
-        self._backlogged = frozenset(tenants)
+        self._backlogged, self._able = frozenset(tenants), frozenset(able)
         self._find_least()
         while len(served) > MOST_TENANTS + len(tenants):
             served.popitem(last=False)
@@ -96,4 +98,4 @@ class Credits:
 
     def _find_least(self) -> None:
         self.version += 1
-        self._least = min([self._served[tenant] for tenant in self._backlogged], default=self._least)
+        self._least = min([self._served[tenant] for tenant in self._able], default=self._least)

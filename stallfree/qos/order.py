@@ -108,7 +108,7 @@ class Order:
         """All that are being prefilled, and of the waiting ones the first of each lane, about `LOOKAHEAD` in all."""
         lanes, prefilling = draft.lanes, draft.prefilling
         tenants = {r.tenant for r in prefilling}
-        self.credits.wait(tenants.union([tenant for tenant, _, _ in lanes]))
+        self.credits.wait(tenants.union([tenant for tenant, _, _ in lanes]), draft.parked)
         if len(lanes) < 2:
             return [*prefilling, *islice(draft.waiting, LOOKAHEAD)]
 

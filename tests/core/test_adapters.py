@@ -1,12 +1,17 @@
 """Adapters share the pool with KV. Who waits for one is parked, holds nobody up, and does not starve."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
+from stallfree.core.policy import Policy
 from stallfree.core.request import Refused, Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.policies.sarathi import Sarathi
+from stallfree.policies.slo import Slo
+from stallfree.policies.vtc import Vtc
 from tests.virtual import answer
 
 
@@ -117,6 +122,94 @@ def test_who_waits_for_an_adapter_is_not_overtaken_for_ever_by_those_whose_adapt
         raise AssertionError("it was overtaken sixty times")
     assert number < 12
     run_out(s)
+
+
+FAIR = pytest.mark.parametrize("policy", [Slo, Vtc])
+
+
+def shared(policy: type[Policy], blocks: int, sizes: dict[str, int]) -> Scheduler:
+    """As `scheduler`, with a policy that shares the machine among tenants."""
+    s = Scheduler(policy(), Capacity(4, blocks, 400), Limits(8, 64, watermark=0))
+    s.ledger.adapters.known |= {key: (size, 10 * size) for key, size in sizes.items()}
+    return s
+
+
+@FAIR
+def test_a_tenant_s_many_rare_adapters_keep_nobody_else_s_waiting(policy):
+    s = shared(policy, 20, {"rare": 2, **{str(number): 2 for number in range(100)}})
+    for number in range(100):
+        ask(s, f"flood {number}", str(number), tenant="flood")
+    load(s)
+    step(s)
+    ask(s, "b", "rare", arrival=1.0, tenant="modest")
+    loads = []
+    while "rare" not in loads:
+        step(s)
+        loads += load(s)
+    assert len(loads) <= 16  # by arrival, it would be the last of 93
+    run_out(s)
+
+
+@FAIR
+def test_a_large_adapter_finds_room_while_another_tenant_s_small_ones_keep_coming(policy):
+    s = shared(policy, 12, {"large": 8, **{str(number): 1 for number in range(20)}})
+    ask(s, "plain", length=8, max_tokens=20, tenant="flood")
+    step(s)
+    ask(s, "b", "large", arrival=1.0, tenant="modest")
+    for number in range(200):
+        ask(s, f"flood {number}", str(number % 20), length=4, max_tokens=2, arrival=2.0 + number, tenant="flood")
+        load(s)
+        if "b" in step(s):
+            break
+    assert number < 60
+    run_out(s)
+
+
+@FAIR
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 24), st.integers(0, 2)), max_size=40),
+    sizes=st.lists(st.integers(1, 8), min_size=6, max_size=6),
+)
+@settings(max_examples=25, deadline=None)
+def test_nobody_starves_whatever_tenants_ask_for(policy, requests, sizes):
+    s = shared(policy, 16, {str(number): size for number, size in enumerate(sizes)})
+    for number, (adapter, tenant, length, priority) in enumerate(requests):
+        ask(s, str(number), str(adapter), length, tenant=f"tenant {tenant}", priority=priority, arrival=float(number))
+        if number % 3 == 0:
+            load(s)
+            step(s)
+    run_out(s)
+
+
+def test_the_loads_before_a_request_are_those_under_way_and_those_that_wait_before_it():
+    s = scheduler(blocks=40, sizes=dict.fromkeys("abcde", 2))
+    adapters = s.ledger.adapters
+    for key in "abc":
+        ask(s, key, key)
+    adapters.next(0)
+    adapters.next(0)
+    new = {key: Request("new", [1], 1, adapter=key) for key in "abcde"}
+    assert [1, 2, 3, 4] == [adapters.loads_until(new[key]) for key in "abcd"]
+    assert 3 == adapters.loads_until(Request("urgent", [1], 1, adapter="d", priority=-1))
+    assert 0 == adapters.loads_until(Request("plain", [1], 1))
+    adapters.loaded("a")
+    assert [0, 1, 2, 3] == [adapters.loads_until(new[key]) for key in "abcd"]
+
+
+@FAIR
+def test_the_loads_before_a_request_are_counted_in_the_order_of_tenants(policy):
+    s = shared(policy, 40, dict.fromkeys("abcdef", 2))
+    ask(s, "served", tenant="flood", length=60)
+    step(s)
+    for key in "abcd":
+        ask(s, key, key, tenant="flood")
+    ask(s, "e", "e", tenant="modest")
+    step(s)
+    ask(s, "more", tenant="flood", length=60)
+    step(s)
+    modest, flood = (Request("new", [1], 1, adapter="f", tenant=tenant) for tenant in ("modest", "flood"))
+    assert 2 == s.ledger.adapters.loads_until(modest)
+    assert 6 == s.ledger.adapters.loads_until(flood)
 
 
 def test_an_adapter_waits_for_room_while_a_smaller_one_goes_before_it():

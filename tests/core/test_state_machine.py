@@ -105,15 +105,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop=st.booleans(),
         elsewhere=st.booleans(),
         adapter=st.integers(0, 6),
+        tenant=st.sampled_from(["", "", "other"]),
     )
-    def submit(self, length, max_tokens, priority, family, stop, elsewhere, adapter):
+    def submit(self, length, max_tokens, priority, family, stop, elsewhere, adapter, tenant):
         # Prompts of one family begin alike, so that prefixes are shared.
         self.now += 1
         prompt = [1000 * family + i for i in range(length // 2)] + [len(self.everybody)] * (length - length // 2)
         stop_ids = frozenset({length + 3}) if stop else frozenset()
         key = str(adapter) if str(adapter) in self.adapters.known else ""
         request = Request(
-            str(len(self.everybody)), prompt, max_tokens, stop_ids=stop_ids, priority=priority, arrival=self.now, adapter=key
+            str(len(self.everybody)),
+            prompt,
+            max_tokens,
+            stop_ids=stop_ids,
+            priority=priority,
+            arrival=self.now,
+            adapter=key,
+            tenant=tenant,
         )
         try:
             if elsewhere:

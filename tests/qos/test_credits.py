@@ -59,6 +59,26 @@ def test_a_tenant_that_asked_for_less_keeps_a_small_claim_only():
     assert 4.0 == pytest.approx(credits.ahead("a"))
 
 
+def test_a_parked_tenant_keeps_its_claim_and_the_others_are_not_compared_with_it():
+    credits = Credits()
+    credits.wait({"a", "b"}, {"parked"})
+    bill(credits, "a", 3.0)
+    bill(credits, "b", 2.9)
+    assert credits.has("a")
+    credits.wait({"a", "b", "parked"})
+    assert not credits.has("b")
+    assert credits.has("parked")
+
+
+def test_a_tenant_that_begins_while_all_others_are_parked_has_no_claim_to_their_time():
+    credits = Credits()
+    credits.wait({"a"})
+    bill(credits, "a", 3.0)
+    credits.wait(set(), {"a"})
+    credits.wait({"new"}, {"a"})
+    assert credits.ahead("new") == pytest.approx(credits.ahead("a"))
+
+
 def test_a_bill_is_corrected_by_what_was_used():
     credits = Credits()
     credits.wait({"a", "b"})
