@@ -142,10 +142,10 @@ class Loader:
         except (KeyError, OSError):  # it has just gone
             return None
 
-    def wait_s(self, key: str) -> float:
-        """About how many seconds a request for the adapter would wait for its weights: as long as the last loads took. 0 for "",
-        and if they are here. For any thread."""
-        return 0.0 if not key or self.accounts.state(key) == "resident" else self._usual_s
+    def wait_s(self, request: Request) -> float:
+        """About how many seconds a request that arrives now would wait for its adapter: the loads before it and its own, each as
+        long as the last ones took. 0 if it needs none, or if the weights are here. For any thread."""
+        return self.accounts.loads_until(request) * self._usual_s
 
     def retire(self, key: str) -> None:
         """Forget an adapter once no request wants it any more."""

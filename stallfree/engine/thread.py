@@ -169,7 +169,7 @@ class EngineThread:
         if self.forecast is None:
             return
         look = self.engine.scheduler.ledger.pool.look  # it only reads, so it may run beside the engine
-        found = [(look(request), self.engine.adapters.wait_s(request.adapter)) for request in requests]
+        found = [(look(request), self.engine.adapters.wait_s(request)) for request in requests]
         for request, (cached, wait_s) in zip(requests, found, strict=True):
             if not serve_late and (late := self.forecast.late(request, cached, wait_s)) is not None:
                 raise TooLate(late)

@@ -170,6 +170,24 @@ def test_more_adapters_than_room_are_served_one_after_another(shelf):
     own.close()
 
 
+def test_a_first_token_waits_for_the_loads_before_it_too(shelf):
+    own = engine()
+    library(own, shelf, "dutch", "french", "greek")
+    new = {name: Request("new", [1], 1, adapter=name) for name in ("", "dutch", "french", "greek")}
+    own.executor.gate.clear()
+    ask(own, "a", "dutch")
+    ask(own, "b", "french")
+    own.step()
+    once = own.adapters.wait_s(new["dutch"])
+    assert once > 0
+    assert [0.0, 2 * once, 3 * once] == pytest.approx([own.adapters.wait_s(new[name]) for name in ("", "french", "greek")])
+    own.executor.gate.set()
+    run(own)
+    assert [0.0, 0.0] == [own.adapters.wait_s(new[name]) for name in ("dutch", "french")]
+    assert own.adapters.wait_s(new["greek"]) > 0
+    own.close()
+
+
 def test_an_abort_while_its_adapter_is_loaded_disturbs_nobody(shelf):
     own = engine()
     library(own, shelf, "dutch")

@@ -71,8 +71,8 @@ def routes(service: Service) -> APIRouter:
         load = Load(running=thread.num_running, waiting=thread.num_waiting)
         if thread.forecast is not None and service.asking is None:
             load.prefill_room_s, load.backlog_s = thread.forecast.room, thread.forecast.backlog
-            newcomer, wait_s = _newcomer(service, request, prompt_tokens), service.engine.adapters.wait_s(adapter)
-            load.predicted_ttft_s = thread.forecast.seconds(newcomer, wait_s=wait_s)
+            newcomer = _newcomer(service, request, prompt_tokens, adapter)
+            load.predicted_ttft_s = thread.forecast.seconds(newcomer, wait_s=service.engine.adapters.wait_s(newcomer))
         return load
 
     @router.get("/metrics", response_class=Response)
@@ -88,7 +88,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _newcomer(service: Service, request: Request, prompt_tokens: int) -> core.Request:
+def _newcomer(service: Service, request: Request, prompt_tokens: int, adapter: str) -> core.Request:
     """A request of so many tokens that arrives now, from the tenant that asks by `request`. It is never queued."""
     tenant = service.tenants.of(Entry.of(request.scope).key, None, request.headers)
     usual, own = next(iter(service.classes)), tenant.service_class
@@ -102,4 +102,5 @@ def _newcomer(service: Service, request: Request, prompt_tokens: int) -> core.Re
         weight=tenant.weight,
         slo=None if own in ("", usual) else service.classes[own],
         service_class=own or usual,
+        adapter=adapter,
     )
