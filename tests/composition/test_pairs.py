@@ -34,7 +34,8 @@ def test_each_feature_alone(world, features):
 @pytest.mark.parametrize("features", PAIRS, ids=" + ".join)
 def test_two_features(world, features):
     if frozenset(features) in REFUSED:
-        with pytest.raises(ValueError, match="without overlap|kv 'u[84]' is unknown|KV has one format|--speculate 'ngram, draft:model'"):
+        words = "without overlap|kv 'u[84]' is unknown|KV has one format|--speculate 'ngram, draft:model'"
+        with pytest.raises(ValueError, match=words):
             world.serve(features)
     else:
         world.serve(features)
