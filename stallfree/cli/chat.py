@@ -16,6 +16,7 @@ def chat(
     threads: options.Threads = None,
     executor: options.Executor = "openvino",
     device: options.Device = None,
+    adapter: options.OneAdapter = None,
 ) -> None:
     """Talk to a model. /new begins again; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
     from rich.console import Console
@@ -24,8 +25,10 @@ def chat(
     from stallfree.engine.llm import LLM
 
     console = Console()
-    sampling = {} if temperature is None else {"temperature": temperature}
-    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
+    chosen = {"temperature": temperature, "adapter": adapter and adapter.partition("=")[0]}
+    sampling = {key: value for key, value in chosen.items() if value is not None}
+    adapters = None if adapter is None else [adapter]
+    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device, adapter=adapters) as llm:
         beginning = [{"role": "system", "content": system}] if system else []
         messages = list(beginning)
         while True:

@@ -17,10 +17,12 @@ def explain(
     """Tell what the scheduler did and why: in the whole run, in one step, or to one request."""
     from stallfree.engine.recording import load
     from stallfree.metrics.explain import Explained
+    from stallfree.perf.fitted import Fitted
 
     if step is not None and request is not None:
         raise ValueError("--step and --request ask for two explanations; give one of them")
-    explained = Explained(*load(file))
+    run, records = load(file)
+    explained = Explained(run, records, None if run.cost is None else Fitted.from_state(run.cost))
     lines = (
         explained.step(step)
         if step is not None

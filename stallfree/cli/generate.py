@@ -22,15 +22,17 @@ def generate(
     threads: options.Threads = None,
     executor: options.Executor = "openvino",
     device: options.Device = None,
+    adapter: options.OneAdapter = None,
     as_json: options.Json = False,
 ) -> None:
     """Complete PROMPT, and print the text as it comes. With --json: the whole result at the end."""
     from stallfree.engine.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    chosen = {"temperature": temperature, "seed": seed}
+    chosen = {"temperature": temperature, "seed": seed, "adapter": adapter and adapter.partition("=")[0]}
     sampling = {"max_tokens": max_tokens, "stop": stop or ()} | {key: value for key, value in chosen.items() if value is not None}
-    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device) as llm:
+    adapters = None if adapter is None else [adapter]
+    with LLM(model, weights=weights, kv=kv, threads=threads, executor=executor, device=device, adapter=adapters) as llm:
         if not as_json:
             for piece in llm.stream(text, **sampling):
                 typer.echo(piece, nl=False)

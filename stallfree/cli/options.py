@@ -232,6 +232,12 @@ Adapter = Annotated[
         show_default=False,
     ),
 ]
+OneAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", metavar="NAME=FOLDER", help="The LoRA adapter (PEFT's safetensors) that answers.", show_default=False
+    ),
+]
 AdaptersFolder = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="A folder of LoRA adapters: each sub-folder is one, under its name.", show_default=False),

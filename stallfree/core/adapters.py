@@ -45,7 +45,8 @@ class Resident:
 
 class Adapters:
     """The adapters of one engine. `known`: (blocks, rank) of each, by its key. `resident`: those with blocks, the least recently
-    used first. `evicted`: keys of those that lost their blocks; whoever runs the model takes them out of this list.
+    used first. `evicted`: keys of those that lost their blocks; whoever runs the model takes them out of this list. `num_failed`:
+    loads that failed.
 
     Loads are in the order of the requests' keys. If the policy shares the machine among tenants, `turn` says how (`policy.Fair`),
     and keys decide between requests of a tenant.
@@ -59,6 +60,7 @@ class Adapters:
         # By adapter and tenant; of a tenant in the order of keys.
         self._parked: dict[str, dict[str, list[Request]]] = {}
         self._tenants: Counter[str] = Counter()
+        self.num_failed = 0
         pool.lender = self
 
     @property
@@ -201,6 +203,7 @@ class Adapters:
 
     def failed(self, key: str) -> list[Request]:
         """The weights cannot be loaded. Returns the requests that wait for them; whoever asked ends them."""
+        self.num_failed += 1
         self._pool.give(self.resident.pop(key).blocks)
         return [*chain(*self._parked.get(key, {}).values()), *(r for r in self._expected if r.adapter == key)]
 

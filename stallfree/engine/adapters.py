@@ -147,6 +147,10 @@ class Loader:
         long as the last ones took. 0 if it needs none, or if the weights are here. For any thread."""
         return self.accounts.loads_until(request) * self._usual_s
 
+    def knows(self, key: str) -> bool:
+        """Whether the adapter is served, or was retired and is still wanted. For any thread."""
+        return key in self._adapters
+
     def retire(self, key: str) -> None:
         """Forget an adapter once no request wants it any more."""
         self._leaving.add(key)
@@ -268,6 +272,12 @@ class Library:
         self._reserved: tuple[str, ...] = ()
         self._named: dict[str, Named] = {}
         self._versions: dict[str, int] = {}
+        self._left: dict[str, Named] = {}
+
+    @property
+    def leaving(self) -> list[Named]:
+        """Adapters whose name was taken from them, and that requests still want. For any thread."""
+        return [named for named in list(self._left.values()) if self._loader.knows(named.key)]
 
     @property
     def named(self) -> Mapping[str, Named]:
@@ -326,8 +336,12 @@ class Library:
         self._versions[name] = version
         self._named[name] = named = Named(name, key, adapter, int(time.time()))
         if old is not None:
-            self.call(lambda: self._loader.retire(old.key))
+            self._retire(old)
         return named
+
+    def _retire(self, old: Named) -> None:
+        self._left = {named.key: named for named in (*self.leaving, old)}
+        self.call(lambda: self._loader.retire(old.key))
 
     def _check_free(self, name: str, *, replaces: bool) -> None:
         if name in self._named and not replaces:
@@ -335,8 +349,7 @@ class Library:
 
     def remove(self, name: str) -> None:
         """Take the name away. Requests that have it already are served; then the adapter goes. KeyError if there is none."""
-        key = self._named.pop(name).key
-        self.call(lambda: self._loader.retire(key))
+        self._retire(self._named.pop(name))
 
     def nearest(self, name: str) -> str:
         """A hint for a name that is not there."""

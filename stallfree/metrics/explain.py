@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
+from stallfree.core.policy import CostModel
 from stallfree.core.record import Arrived, Run, StepRecord
 from stallfree.metrics.shares import Shares
 from stallfree.metrics.stalls import Stall, StallAccount, Wait
@@ -22,14 +23,18 @@ VARYING = re.compile(r"until \S+ is due|[0-9]+(\.[0-9]+)?")
 
 
 class Explained:
-    """`run` and `records`, judged by the SLO of the run and by the requests' own targets. Raises ValueError without records."""
+    """`run` and `records`, judged by the SLO of the run and by the requests' own targets. `cost`: prices of iterations as the run
+    began. They learn from its iterations, and say what an adapter took. Raises ValueError without records."""
 
-    def __init__(self, run: Run, records: Sequence[StepRecord]):
+    def __init__(self, run: Run, records: Sequence[StepRecord], cost: CostModel | None = None):
         if not records:
             raise ValueError("the record holds no iterations: the engine got no request while it was recorded")
         self.run, self.records = run, records
         self.arrived = {a.id: a for r in records for a in r.arrived}
         self.adapters = {id: key for r in records for id, key, *_ in r.adapters}
+        self.ranks = {key: rank for r in records for _, key, _, rank in r.adapters}
+        self.heaviest = dict(self._heaviest(cost)) if cost is not None and self.ranks else {}
+        """By step: the adapter of the largest rank in it, and the seconds that it took by the prices."""
         account = StallAccount(run.targets)
         self.stalls: list[list[Stall]] = []
         """The stalls of each record, in the records' order."""
@@ -80,11 +85,13 @@ class Explained:
         culprits = Counter(id for s in stalls for id, _ in s.culprits)
         for id, count in culprits.most_common(WORST):
             yield f"  the prompt of {id} ({self._prompt(id)}) delayed {_number(count, 'token')}"
+        for key, count in Counter(key for s in stalls if (key := self._adapter_at_fault(s)) is not None).most_common(WORST):
+            yield f"  the adapter {key} (rank {self.ranks[key]}) delayed {_number(count, 'token')}"
         worst = sorted(stalls, key=lambda s: -s.gap_s)[:WORST]
         if worst:
             yield "The longest waits for a token:"
         for s in worst:
-            yield f"  {self._at(s.t)}, step {s.step}: {s.id} waited {_ms(s.gap_s)}; {s.words()}"
+            yield f"  {self._at(s.t)}, step {s.step}: {s.id} waited {_ms(s.gap_s)}; {self._words(s)}"
         if self.waits:
             yield f"{_number(len(self.waits), 'first token')} waited for long. The longest waits:"
         for w in sorted(self.waits, key=lambda w: -w.seconds)[:WORST]:
@@ -126,7 +133,8 @@ class Explained:
         if r.stalled:
             yield f"Ready, but left out{_list(r.stalled)}."
         for s in self.stalls[index]:
-            yield f"{s.id} {'waited' if s.kind == 'left out' else 'was late'}: {_ms(s.gap_s)} since its token before; {s.words()}."
+            what = "waited" if s.kind == "left out" else "was late"
+            yield f"{s.id} {what}: {_ms(s.gap_s)} since its token before; {self._words(s)}."
         if r.delivered:
             yield f"KV transfers delivered since the step before{_list([d.id for d in r.delivered])}."
         if r.recalled:
@@ -176,7 +184,7 @@ class Explained:
             yield f"  passed over in {len(passed)} iterations, the last one step {last.step}: {last.reason}"
             own = [s for s in own if s.kind == "late"]
         for s in own:
-            yield f"  {self._at(s.t)}, step {s.step}: {s.kind}, {_ms(s.gap_s)} since its token before; {s.words()}"
+            yield f"  {self._at(s.t)}, step {s.step}: {s.kind}, {_ms(s.gap_s)} since its token before; {self._words(s)}"
         blamed = Counter(s.id for of_record in self.stalls for s in of_record for other, _ in s.culprits if other == a.id)
         if blamed:
             yield f"Its own prompt delayed {_number(blamed.total(), 'token')} of {_number(len(blamed), 'other')}{_list(blamed)}."
@@ -184,6 +192,34 @@ class Explained:
         yield (
             f"It ended {self._at(ends[0][0].t_end)}: {ends[0][1].reason}." if ends else "It had not ended when the record ended."
         )
+
+    def _heaviest(self, cost: CostModel) -> Iterator[tuple[int, tuple[str, float]]]:
+        """The items of `heaviest`."""
+        extra = {id: rows for r in self.records for id, rows in r.extra_rows}
+        for r in self.records:
+            keys = {self.adapters[id] for id, _, _ in r.work if id in self.adapters}
+            rows = sum(extra.get(id, 0) for id, _, _ in r.work)
+            pieces = [*((start, count) for _, start, count in r.work), *([(rows, 0)] if rows else [])]
+            ranks, seconds = sum(self.ranks[key] for key in keys), r.t_end - r.t_start
+            shape = [(ranks, -1), *pieces] if ranks else pieces
+            if ranks:
+                key = max(keys, key=self.ranks.__getitem__)
+                rest = ranks - self.ranks[key]
+                without = [(rest, -1), *pieces] if rest else pieces
+                yield r.step, (key, seconds * (1 - cost.seconds(without) / cost.seconds(shape)))
+            if r.error is None and pieces and seconds > 0:
+                cost.learn(shape, seconds)
+
+    def _adapter_at_fault(self, s: Stall) -> str | None:
+        """The adapter without which the iteration at fault would have been short enough, by the prices."""
+        key, seconds = self.heaviest.get(s.blamed.step, ("", 0.0))
+        return key if s.kind == "late" and s.cause in ("prefill", "decodes") and 0 < s.late_s <= seconds else None
+
+    def _words(self, s: Stall) -> str:
+        if (key := self._adapter_at_fault(s)) is None:
+            return s.words()
+        took = _ms(self.heaviest[s.blamed.step][1])
+        return f"{s.words()}; the adapter {key} of rank {self.ranks[key]} took about {took} of them, by the prices"
 
     def _adapter(self, a: Arrived) -> Iterator[str]:
         """The adapter of the request `a`, and the load that it waited for."""

@@ -77,6 +77,7 @@ class Metrics(Collector):
         self._forecasts = _Histogram(FORECAST_RATIOS)
         self._loads = _Histogram(GAPS_S)
         self._adapters: dict[str, int] = {}
+        self._failed_loads = 0
         self._restored = 0
         self._sharing = Sharing()
         self._gauges: dict[str, float] = {}
@@ -152,7 +153,7 @@ class Metrics(Collector):
         adapters = ledger.adapters
         if adapters.known:
             self._gauges["adapter_kv_blocks"], self._gauges["adapter_waiting_requests"] = adapters.num_blocks, adapters.num_parked
-        self._adapters = adapters.counts() if adapters.known else {}
+        self._adapters, self._failed_loads = adapters.counts() if adapters.known else {}, adapters.num_failed
         if ledger.pool.tier is not None:
             self._gauges["host_kv_blocks"], self._gauges["used_host_kv_blocks"] = ledger.pool.tier.num_slots, len(ledger.pool.tier)
         if prefill_engines is not None:
@@ -244,6 +245,9 @@ class Metrics(Collector):
         yield from self._sharing.families()
         yield _gauge("adapters", "Adapters, by where their weights are.", self._adapters, "state")
         yield self._loads.family("adapter_load_seconds", "From the moment an adapter was asked for to its weights' arrival.")
+        yield _counter(
+            "adapter_load_failures", "Loads of adapters that failed, which ended the requests that waited.", self._failed_loads
+        )
         for name, text in GAUGES.items():
             yield _gauge(name, text, self._gauges.get(name))
 

@@ -169,6 +169,8 @@ def test_a_slip_in_the_usage_names_what_was_meant(stallfree, arguments, says):
         (["generate", "x", "--model", "nowhere.gguf"], "no model at 'nowhere.gguf'"),
         (["generate", "x", "--model", "smollm2-135m-instuct"], "did you mean 'smollm2-135m-instruct'?"),
         (["generate", "x", "--model", __file__], "GGUF"),
+        (["generate", "x", "--adapter", "french"], "--adapter 'french' is not NAME=FOLDER"),
+        (["chat", "--adapter", "french=nowhere"], "nowhere/adapter_config.json: missing"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(stallfree, arguments, says):

@@ -11,11 +11,14 @@ from dataclasses import replace
 import pytest
 
 from stallfree import LLM
+from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.fetch import locate
 from stallfree.core.request import Request
 from stallfree.engine.assemble import Options, assemble
 from stallfree.engine.engine import Engine
 from stallfree.executors.sampling import Sampling
 from stallfree.policies import load
+from tests.adapters import made_adapter
 
 PROMPTS = [
     "Once upon a time, in a small village by the sea, there lived an old fisherman who had never caught a single fish. " * 3,
@@ -125,6 +128,24 @@ def test_a_stop_string_ends_the_text_before_it(llm):
 def test_an_unknown_sampling_argument_is_a_type_error(llm):
     with pytest.raises(TypeError, match="'temprature'"):
         llm.generate("x", temprature=1)
+
+
+def test_generate_answers_with_an_adapter(tmp_path):
+    checkpoint = open_checkpoint(locate(None, lambda _: None))
+    folder = made_adapter(tmp_path / "a", checkpoint.config, rank=8)
+    command = [
+        sys.executable,
+        "-m",
+        "stallfree",
+        "generate",
+        "The capital of France is",
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "0",
+    ]
+    done = [subprocess.run([*command, *more], capture_output=True, check=True) for more in ((), ("--adapter", f"x={folder}"))]
+    assert done[0].stdout != done[1].stdout
 
 
 def test_generate_prints_a_result_as_json():

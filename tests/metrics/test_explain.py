@@ -13,6 +13,7 @@ from stallfree.metrics.explain import Explained
 from stallfree.perf.fitted import Fitted
 from stallfree.policies.prefill_first import PrefillFirst
 from stallfree.policies.slo import Slo
+from tests.metrics.test_stalls import DECODE, step
 from tests.virtual import run
 
 CAPACITY = Capacity(16, 200, 2048)
@@ -172,3 +173,13 @@ def test_a_request_says_whether_it_waited_for_its_adapter():
     assert "Adapters were loaded 1 times" in "\n".join(explanation.on_the_whole())
     assert "Adapter dutch was loaded into 3 KV blocks" in "\n".join(explanation.step(first.step))
     assert "Its adapter dutch was resident." in "\n".join(explanation.request("r2"))
+
+
+@pytest.mark.parametrize(("per_100_ranks", "blamed"), [(0.05, True), (0.0001, False)])
+def test_a_large_adapter_is_blamed_for_a_long_iteration_if_the_prices_say_so(per_100_ranks, blamed):
+    cost = Fitted((0.01, 0, 0, 0, 0, 0, per_100_ranks, 0))
+    first = step(0, 0.0, 0.14, [("a", 0, 10)], adapters=[("a", "big", 9, 256)])
+    explanation = Explained(Run("a-policy", CAPACITY, Limits(), slo="tbt=100ms"), [first, step(1, 0.14, 0.28, DECODE)], cost)
+    whole, request = "\n".join(explanation.on_the_whole()), "\n".join(explanation.request("a"))
+    assert blamed == ("the adapter big (rank 256) delayed 1 token" in whole)
+    assert blamed == ("for 1 decode; the adapter big of rank 256 took about" in request)

@@ -137,9 +137,14 @@ def test_an_adapter_that_is_removed_while_it_serves_finishes_its_answers(shelf):
         until(lambda: server.engine.scheduler.ledger.adapters.requests("dutch") == 1)
         server.client.delete("/v1/adapters/dutch", headers=ADMIN)
         assert 404 == server.client.post(COMPLETIONS, json={"prompt": "a", "model": "dutch"}).status_code
+        server.client.post("/v1/adapters", json={"name": "dutch", "path": str(shelf / "french")}, headers=ADMIN)
+        rows = server.client.get("/v1/adapters").json()["data"]
+        assert [("dutch", False, 0), ("dutch", True, 1)] == [(row["id"], row["leaving"], row["requests"]) for row in rows]
+        server.client.delete("/v1/adapters/dutch", headers=ADMIN)
         thread.join()
         assert 60 == answers[0]["usage"]["completion_tokens"]
         until(lambda: not server.engine.scheduler.ledger.adapters.known)
+        assert [] == server.client.get("/v1/adapters").json()["data"]
 
 
 CHANGES = [
@@ -220,7 +225,8 @@ def test_the_page_and_the_metrics_tell_where_adapters_are(shelf):
     with serving(shelf, *NAMES) as server:
         say(server, "dutch")
         server.executor.gate.clear()
-        thread = threading.Thread(target=say, args=(server, "french"))
+        body = {"prompt": "Hello", "max_tokens": 4, "model": "french"}
+        thread = threading.Thread(target=server.client.post, args=(COMPLETIONS,), kwargs={"json": body})
         thread.start()
         until(lambda: server.engine.adapters.under_way)
         told = server.client.get("/live").json()["adapters"]
@@ -230,8 +236,11 @@ def test_the_page_and_the_metrics_tell_where_adapters_are(shelf):
         assert 'stallfree_adapters{state="loading"} 1.0' in text
         assert "stallfree_adapter_waiting_requests 1.0" in text
         assert "stallfree_adapter_load_seconds_count 1.0" in text
+        assert "stallfree_adapter_load_failures_total 0.0" in text
+        server.executor.fault = OSError(5, "Input/output error")
         server.executor.gate.set()
         thread.join()
+        assert "stallfree_adapter_load_failures_total 1.0" in server.client.get("/metrics").text
 
 
 def test_a_server_without_adapters_says_nothing_of_them():

@@ -50,7 +50,8 @@ class VllmUnload(Body):
 
 class AdapterState(BaseModel):
     """`state`: its weights are in KV blocks (resident), on their way (loading), or only on the disk (away). `blocks`: KV blocks
-    that it takes while it is resident. `requests`: that want it now."""
+    that it takes while it is resident. `requests`: that want it now. `leaving`: its name was taken from it, and it goes after the
+    requests that it has."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -62,6 +63,7 @@ class AdapterState(BaseModel):
     state: str
     blocks: int
     requests: int
+    leaving: bool
 
 
 class AdapterStates(BaseModel):
@@ -104,9 +106,18 @@ def routes(service: Service, *, changeable: bool) -> APIRouter:
     async def adapters(
         limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = MOST_LISTED, after: Annotated[str, Query(max_length=200)] = ""
     ) -> AdapterStates:
-        """The adapters in the order of their names, and where each is; those behind the name `after`, if it is given."""
-        names = nsmallest(limit + 1, [name for name in models.library.named if name > after])
-        data = [_state(service, named) for name in names[:limit] if (named := models.library.named.get(name)) is not None]
+        """The adapters in the order of their names, and where each is; those after the name `after`, if it is given. An adapter
+        that was removed or replaced and still serves requests follows the one that has its name now."""
+        library = models.library
+        leaving: dict[str, list[Named]] = {}
+        for named in library.leaving:
+            leaving.setdefault(named.name, []).append(named)
+        names = nsmallest(limit + 1, {name for name in (*library.named, *leaving) if name > after})
+        data = []
+        for name in names[:limit]:
+            if (current := library.named.get(name)) is not None:
+                data.append(_state(service, current))
+            data += [_state(service, named, leaving=True) for named in leaving.get(name, ())]
         return AdapterStates(data=data, has_more=len(names) > limit)
 
     @router.post("/v1/adapters", status_code=201, openapi_extra=_asks(NewAdapter))
@@ -156,9 +167,9 @@ def _add(models: Models, name: str, path: str, replace: bool) -> Named:
     return library.add(name, adapter, replaces=replace)
 
 
-def _state(service: Service, named: Named) -> AdapterState:
+def _state(service: Service, named: Named, *, leaving: bool = False) -> AdapterState:
     accounts = service.engine.scheduler.ledger.adapters
-    blocks, rank = accounts.known[named.key]
+    blocks, rank = accounts.known.get(named.key, (0, named.adapter.rank))  # it may just have gone
     return AdapterState(
         id=named.name,
         parent=service.name,
@@ -169,4 +180,5 @@ def _state(service: Service, named: Named) -> AdapterState:
         state=accounts.state(named.key),
         blocks=blocks,
         requests=accounts.requests(named.key),
+        leaving=leaving,
     )
