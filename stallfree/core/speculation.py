@@ -25,14 +25,18 @@ model."""
 MEMORY = 0.9
 """The weight of a guess relative to the next one of the same request: about ten count."""
 
+LIKELY = 0.5
+"""Guesses that are less likely than this share of what they would have to be, by the price of one more token, are not weighed."""
+
 FIRST, PRIOR = 0.75, 2.0
 """How often guesses are right before anything is known, and the weight of what was known before, in guesses."""
 
 COMMON_MEMORY = 0.99
 """As `MEMORY`, for the guesses of all requests."""
 
-RETURN, COMMON_RETURN = 0.98, 0.99
-"""What is left of a request's own experience, and of that of all, after a token without a guess. So guessing is tried again."""
+RETURN = 0.98
+"""What is left of a request's own experience after a token without a guess; and of that of all after an iteration without one,
+where guesses take time. So guessing is tried again."""
 
 
 class Proposer(Protocol):
@@ -114,9 +118,11 @@ class Speculation:
             for r, guess in zip(requests, guesses, strict=True)
         ]
         wanted = self._choose(draft, requests, [self._chance(guess) for guess in guesses], most)
-        if not self._free and any(wanted):
+        if not self._free:
             chosen = [number for number, count in enumerate(wanted) if count]
             self._propose([requests[i] for i in chosen], [wanted[i] for i in chosen])
+            if not chosen:
+                self._hits, self._tries = self._hits * RETURN, self._tries * RETURN
         for request, guess, count in zip(requests, guesses, wanted, strict=True):
             if count:
                 draft.guess(request, guess.tokens[:count])
@@ -127,7 +133,6 @@ class Speculation:
             self._score(guess, tokens, len(request.drafts))
         else:
             guess.hits, guess.tries = guess.hits * RETURN, guess.tries * RETURN
-            self._hits, self._tries = self._hits * COMMON_RETURN, self._tries * COMMON_RETURN
         guess.tokens, guess.at = (), -1
         if self._free:
             self._propose([request], [self.most])
@@ -172,21 +177,30 @@ class Speculation:
 
     def _choose(self, draft: Draft, requests: Sequence[Request], chances: Sequence[float], most: Sequence[int]) -> list[int]:
         """How many drafts each request gets. The likeliest come first, in steps that double; of these, the best step is taken."""
-        candidates = sorted(
-            (-(chance**depth), depth, number)
-            for number, (chance, count) in enumerate(zip(chances, most, strict=True))
-            for depth in range(1, count + 1)
-        )
-        if not candidates:
-            return [0] * len(requests)
+        counts = [0] * len(requests)
+        if not any(most):
+            return counts
         pieces = draft.shape
         places = {r: place for place, r in enumerate(draft.work, len(pieces) - len(draft.work))}
         rows = sum([r.extra_rows for r in draft.work if r not in draft.chunks])
         yielded = float(sum(draft.work.values()))
         limit = inf if draft.limit_s is None else draft.limit_s / (draft.margin or 1)
-        counts = [0] * len(requests)
         seconds = self.cost.seconds([*pieces, (rows, 0)] if rows else pieces)
-        least, best = WORTH * yielded / seconds if seconds > 0 else inf, list(counts)
+        if seconds <= 0:
+            return counts
+        # What one more token costs, in tokens that the iteration yields meanwhile: a guess that is less likely brings nothing.
+        one = self.cost.seconds([*pieces, (pieces[-1][0], 2), (rows + 1, 0)]) - self.cost.seconds(
+            [*pieces, (pieces[-1][0], 1), (rows, 0)]
+        )
+        floor = LIKELY * one * yielded / seconds
+        candidates = sorted(
+            (-(chance**depth), depth, number)
+            for number, (chance, count) in enumerate(zip(chances, most, strict=True))
+            if chance >= floor
+            for depth in range(1, count + 1)
+            if chance**depth >= floor
+        )
+        least, best = WORTH * yielded / seconds, list(counts)
         size, end = 0, min(len(candidates), draft.left)
         while size < end:
             first, size = size, min(max(1, 2 * size), end)

@@ -10,6 +10,7 @@ from stallfree.core.nearest import nearest
 from stallfree.core.speculation import MOST, Proposer
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor, Verifies
+from stallfree.proposers.guarded import Guarded
 from stallfree.proposers.model import DraftModel
 from stallfree.proposers.ngram import Ngram
 
@@ -54,15 +55,14 @@ def proposer(
         return Ngram()
     form, _, model = speculate.partition(":")
     if form != "draft":
-        own: Proposer = user_classes.find("proposer", speculate, method="propose", attributes=("draft_s",))()
-        return own
+        return Guarded(user_classes.find("proposer", speculate, method="propose", attributes=("draft_s",))(), speculate)
     if config is None:
         raise ValueError(f"--speculate {speculate}: the simulated executor has no vocabulary; take ngram")
     checkpoint = open_checkpoint(locate(model, say))
     _check_same_tokens(checkpoint, text)
     small = checkpoint.config
     share = _kv_width(small) / _kv_width(config)
-    return DraftModel(open_executor(checkpoint, share))
+    return Guarded(DraftModel(open_executor(checkpoint, share)), "the draft model")
 
 
 def _kv_width(config: ModelConfig) -> int:

@@ -5,7 +5,6 @@ It keeps KV of its own for each request, and forgets it with the request. A long
 large model, so that no stream waits for it; until then the request has no guesses. It does not know the large model.
 """
 
-import logging
 from collections.abc import Sequence
 
 from stallfree.core.kv import BlockPool
@@ -13,13 +12,8 @@ from stallfree.core.plan import Plan, Work
 from stallfree.core.request import Request, Status
 from stallfree.executors.base import Executor
 
-log = logging.getLogger(__name__)
-
 READ = 128
 """The most tokens that the small model reads in one iteration, over all requests, before it guesses."""
-
-FAILURES = 3
-"""After as many iterations in a row that failed, the small model is not asked again."""
 
 HABIT = 0.1
 """The weight of the newest iteration in `draft_s`."""
@@ -49,26 +43,20 @@ class DraftModel:
         self._executor = executor
         self._pool = BlockPool(executor.capacity.num_blocks, executor.capacity.block_size, reuse=False)
         self._own: dict[int, _Own] = {}
-        self._failures = 0
         self._step = 0
         work = Work("warm-up", 0, 1, True, True, (0,), (0,), None, "", (0,), ())
         self.draft_s = min(self._run([work])[1] for _ in range(WARM_UP))
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[Sequence[int]]:
+        """Raises what the executor raises. Then nothing is known of any KV."""
         guesses: list[list[int]] = [[] for _ in requests]
-        if self._failures >= FAILURES:
-            return list(guesses)
+        self._forget()
         try:
-            self._forget()
             self._guess([self._of(request) for request in requests], most, guesses)
-            self._failures = 0
-        except Exception:
-            self._failures += 1
-            more = "it is asked no more" if self._failures >= FAILURES else "the iteration goes on without its guesses"
-            log.exception("the draft model failed; %s", more)
+        except BaseException:
             for own in self._own.values():
                 own.computed = 0
-            return [() for _ in requests]
+            raise
         return list(guesses)
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from stallfree.core.speculation import Speculation
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.simulated import Linear
 from stallfree.policies import load
-from stallfree.proposers.model import FAILURES, READ, DraftModel
+from stallfree.proposers.guarded import FAILURES, Guarded
+from stallfree.proposers.model import READ, DraftModel
 from tests.composition.serving import write_model
 
 
@@ -104,12 +105,12 @@ def test_without_room_there_is_no_guess_and_what_has_ended_leaves_its_room():
 
 def test_a_draft_model_that_fails_is_done_without_and_asked_no_more_if_it_goes_on(caplog):
     sums = Sums()
-    draft, r = DraftModel(sums), request(range(20))
+    draft, r = Guarded(DraftModel(sums), "the draft model"), request(range(20))
     sums.fail = FAILURES - 1
     for _ in range(FAILURES - 1):
         assert [()] == draft.propose([r], [3])
     assert "the iteration goes on without its guesses" in caplog.text
-    assert [said(range(20), 3)] == draft.propose([r], [3])
+    assert [tuple(said(range(20), 3))] == draft.propose([r], [3])
     sums.fail = 100
     for _ in range(FAILURES + 2):
         assert not draft.propose([r], [3])[0]
@@ -117,6 +118,32 @@ def test_a_draft_model_that_fails_is_done_without_and_asked_no_more_if_it_goes_o
     assert "it is asked no more" in caplog.text
     draft.close()
     assert sums.closed
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[], [(1,), (2,)], [5], [("a",)], [(1.5,)], None],
+    ids=["none", "too many", "a number", "texts", "no whole numbers", "None"],
+)
+def test_answers_that_are_no_guesses_count_as_failures(answer, caplog):
+    class Mine:
+        draft_s = 0.0
+
+        def propose(self, requests, most):
+            return answer
+
+    assert [()] == Guarded(Mine(), "mine.py:Mine").propose([request([1])], [3])
+    assert "mine.py:Mine failed; the iteration goes on without its guesses" in caplog.text
+
+
+def test_a_guess_is_cut_to_what_was_wanted():
+    class Mine:
+        draft_s = 0.0
+
+        def propose(self, requests, most):
+            return [[1, 2, 3, 4]]
+
+    assert [(1, 2)] == Guarded(Mine(), "mine").propose([request([1])], [2])
 
 
 @pytest.mark.parametrize("same", [True, False])
