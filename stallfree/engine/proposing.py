@@ -55,7 +55,11 @@ def proposer(
         return Ngram()
     form, _, model = speculate.partition(":")
     if form != "draft":
-        return Guarded(user_classes.find("proposer", speculate, method="propose", attributes=("draft_s",))(), speculate)
+        cls = user_classes.find("proposer", speculate, method="propose", attributes=("draft_s",))
+        try:
+            return Guarded(cls(), speculate)
+        except Exception as error:
+            raise ValueError(f"proposer {speculate!r} cannot be made: {type(error).__name__}: {error}") from error
     if config is None:
         raise ValueError(f"--speculate {speculate}: the simulated executor has no vocabulary; take ngram")
     checkpoint = open_checkpoint(locate(model, say))

@@ -45,7 +45,9 @@ def batch(shape, device=DEVICE):
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [0, 25])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (9, 3, 64), (8, 1, 16), (2, 2, 48)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 2, 32), pytest.param(9, 3, 64, marks=pytest.mark.slow), (8, 1, 16), (2, 2, 48)]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernel_gives_what_the_reference_gives(monkeypatch, name, heads, kv_heads, size, window, splits):
     monkeypatch.setattr(kernels, "_splits", lambda tiles, programs, longest, device: splits)
