@@ -18,7 +18,7 @@ from stallfree.core.request import Request
 MOST = 15
 """The most drafts of a request in an iteration that can be chosen. Beyond it, few are right even where guessing is easy."""
 
-WORTH = 1.05
+WORTH = 1.1
 """Drafts are checked if the iteration then yields at least this many times the tokens per second. Less may be an error of the cost
 model."""
 
