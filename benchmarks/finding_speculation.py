@@ -63,7 +63,8 @@ class Free:
 def tpot(device: str, streams: int, speculation: Speculation | None, output: int) -> tuple[float, float]:
     """Seconds between tokens of `streams` equal streams at the mean, and tokens that a stream gets in an iteration."""
     place = instance(Deployment(model=MODEL, hardware=device, max_model_len=None))
-    scheduler = Scheduler(load("sarathi", token_budget=4096), replace(place.capacity, max_model_len=64_000), speculation=speculation)
+    capacity = replace(place.capacity, max_model_len=64_000)
+    scheduler = Scheduler(load("sarathi", token_budget=4096), capacity, speculation=speculation)
     lines: list[Timeline] = []
     replica = Replica(scheduler, place.cost, ended=lambda r: lines.append(r.sampling.line), leap=64 if speculation is None else 1)
     requests = (script(Request(str(n), range(PROMPT), output), [-2] * output) for n in range(streams))
