@@ -3,8 +3,8 @@
 The text is *Alice's Adventures in Wonderland* (benchmarks/data, public domain), cut into windows of 1,024 tokens. Each window is
 teacher-forced through the executor, the same tokens for every configuration; perplexity is exp of the mean negative
 log-likelihood of each token but a window's first. `agree` is the share of positions at which the most probable token is that of
-f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last row runs the default in iterations of 16 decodes, each of
-a different window, because decodes use other kernels.
+f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last rows run the default, and the default with u4 KV, in
+iterations of 16 decodes, each of a different window, because decodes use other kernels. `tokens in 1 GiB`: tokens whose KV fits.
 
     python benchmarks/quality.py
 """
@@ -26,7 +26,8 @@ from stallfree.executors.openvino import OpenVINOExecutor
 
 TEXT = Path(__file__).parent / "data" / "alice29.txt"
 WINDOW, CHUNK, DECODES, LIMIT = 1024, 512, 16, 1.0
-CONFIGURATIONS = [("f32", "f32"), ("int8", "u8"), ("int8", "f32"), ("f32", "u8"), ("bf16", "bf16")]
+MEMORY = 1 << 30
+CONFIGURATIONS = [("f32", "f32"), ("int8", "u8"), ("int8", "u4"), ("int8", "f32"), ("f32", "u8"), ("bf16", "bf16")]
 
 
 def pieces(windows: list[list[int]], one_by_one: bool, block_size: int) -> Iterator[list[tuple[int, int, Work]]]:
@@ -68,6 +69,10 @@ def evaluate(executor: OpenVINOExecutor, windows: list[list[int]], one_by_one: b
     return float(np.exp(loss / count)), best
 
 
+def _within(change: float) -> str:
+    return "yes" if change <= LIMIT else "no"
+
+
 def main() -> None:
     args: argparse.Namespace = parser(__doc__).parse_args()
     facts = machine()
@@ -78,23 +83,30 @@ def main() -> None:
     windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)][: 3 if args.quick else None]
     facts["tokens"] = len(windows) * WINDOW
     rows = []
+    default: dict[bool, float] = {}
     reference: tuple[float, np.ndarray] | None = None
-    runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True)]
+    runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True), ("int8", "u4", True)]
     for weights, kv, one_by_one in runs:
-        executor = OpenVINOExecutor(checkpoint, weights=weights, kv=kv, kv_bytes=1 << 30, max_model_len=WINDOW)
+        executor = OpenVINOExecutor(checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=WINDOW)
         perplexity, best = evaluate(executor, windows, one_by_one)
         executor.close()
         reference = reference or (perplexity, best)
+        if (weights, kv) == ("int8", "u8"):
+            default[one_by_one] = perplexity
         change = 100 * (perplexity / reference[0] - 1)
+        more = 100 * (perplexity / default[one_by_one] - 1) if kv == "u4" else 0.0
         rows.append(
             {
                 "weights": weights,
                 "KV": kv,
                 "run as": f"{DECODES} decodes" if one_by_one else f"chunks of {CHUNK}",
+                "tokens in 1 GiB": f"{executor.capacity.num_blocks * executor.capacity.block_size:,}",
                 "perplexity": f"{perplexity:.4f}",
                 "against f32, %": f"{change:+.2f}",
                 "agree, %": f"{100 * float((best == reference[1]).mean()):.1f}",
-                "within 1 %": "" if (weights, kv) != ("int8", "u8") else "yes" if change <= LIMIT else "no",
+                "within 1 %": _within(change) if kv == "u8" and weights == "int8" else "",
+                "u4 against u8, %": f"{more:+.2f}" if kv == "u4" else "",
+                "u4 within 1 %": _within(more) if kv == "u4" else "",
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
