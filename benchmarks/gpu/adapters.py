@@ -47,8 +47,9 @@ class Drawn:
     modules: frozenset[str]
     path: Path = Path("random")
 
-    def read(self, layer: int, module: str) -> tuple[np.ndarray, np.ndarray] | None:
-        return _draw(self.config, self.rank, layer, module) if module in self.modules else None
+    def read(self, module: str, layers: range) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [_draw(self.config, self.rank, layer, module) for layer in layers]
+        return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
 
 
 @cache
@@ -62,8 +63,8 @@ def _draw(config: ModelConfig, rank: int, layer: int, module: str) -> tuple[np.n
 class Alike(Drawn):
     """The same weights in each layer: for times, because drawing takes longer than the iterations."""
 
-    def read(self, layer: int, module: str) -> tuple[np.ndarray, np.ndarray] | None:
-        return super().read(0, module)
+    def read(self, module: str, layers: range) -> tuple[np.ndarray, np.ndarray]:
+        return super().read(module, range(1))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -109,8 +110,11 @@ def _merged(device: str, rank: int, modules: frozenset[str]) -> TorchExecutor:
 
     def read(name: str) -> Any:
         values, parts = model.read(name), name.split(".")
-        pair = adapter.read(int(parts[2]), parts[-2]) if name.endswith("_proj.weight") else None
-        return values if pair is None else values + torch.from_numpy(pair[1] @ pair[0])
+        if not name.endswith("_proj.weight") or parts[-2] not in modules:
+            return values
+        layer = int(parts[2])
+        (a,), (b,) = adapter.read(parts[-2], range(layer, layer + 1))
+        return values + torch.from_numpy(b @ a)
 
     return TorchExecutor(replace(model, read=read), Options("f32", "f32", threads=1), KV_BYTES)
 
