@@ -28,7 +28,7 @@ FORMATS = {
 """(Weights, KV) -> largest error of a row of logits. The processor has the same weights and KV, and computes in float32."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True},
-    "qwen3": {"family": "qwen3", "qk_norm": True},
+    "qwen3": {"family": "qwen3"},
     "windows": {"family": "mistral", "windows": None},
     "mixtral": {"family": "mixtral", "experts": 4, "active_experts": 2},
     "falcon": {"family": "falcon", "own_norm": True},
