@@ -33,7 +33,7 @@ def requests(text):
 
 def test_greedy_tokens_are_those_of_one_engine(pair, monkeypatch):
     decode, prefill, records = pair
-    monkeypatch.setattr("tests.transfer.conftest.terms", lambda engine: Terms.of(engine.executor, decode.identity))
+    monkeypatch.setattr("tests.transfer.conftest.terms", lambda engine, kv: Terms.of(engine.executor, decode.identity, kv))
 
     async def run():
         alone, handed = requests(decode.engine.text), requests(decode.engine.text)

@@ -17,7 +17,7 @@ KV_FORMATS = {
     "f32": (ov.Type.f32, ov.Type.f32),
 }
 """Number formats of stored keys and of stored values. With u4, keys keep 8 bits: in 4 bits by token they cost 16 % of perplexity,
-and in 4 bits by channel a decode takes longer (docs/performance.md)."""
+and in 4 bits by channel 1.7 %, and decodes take longer (docs/log.md)."""
 CACHED_PRIMITIVES = 500
 """The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
 grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
