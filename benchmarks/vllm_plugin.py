@@ -171,7 +171,18 @@ def main() -> None:
         ]
         checkpoint = open_checkpoint(locate(say=lambda line: print(line, file=sys.stderr)))
         servable_folder(checkpoint, folder)
-        cpu = [str(folder), "--served-model-name", "peer", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "8192"]
+        cpu = [
+            str(folder),
+            "--served-model-name",
+            "peer",
+            "--dtype",
+            "bfloat16",
+            "--enforce-eager",
+            "--max-model-len",
+            "8192",
+            "--gpu-memory-utilization",
+            "0.5",
+        ]
         settings.append(Setting("SmolLM2-135M on this processor", args.vllm_python, cpu, WORKLOAD, 256, 0.5, folder))
         for setting in settings:
             if args.engine and args.engine not in setting.name:

@@ -57,15 +57,16 @@ class VllmDraft:
     """One iteration while a policy writes it, with the names of `core.draft.Draft`. vLLM keeps the KV accounts, so nobody is
     preempted here, and an admission looks only whether the request fits into the free KV blocks.
 
-    `running`: vLLM's running requests and those that wait with KV; `waiting`: the others, as far as they can begin. `most`: tokens
-    that vLLM allows; `seats`: how many more requests may run; `free`: free KV blocks of `block_size` tokens; `cached` gives the
-    tokens of a waiting request that are in the prefix cache. `ahead`: tokens may be in flight; `speculates`: decodes may have
-    tokens to verify. `work`: the (start, count) of everybody who gets tokens; `pieces`: those that each of `decoding` would get.
+    `running`: vLLM's running requests and those that wait with KV; `waiting`: the others, as far as they can begin; `num_waiting`:
+    how many others there are. `most`: tokens that vLLM allows; `seats`: how many more requests may run; `free`: free KV blocks of
+    `block_size` tokens; `cached` gives the tokens of a waiting request that are in the prefix cache. `ahead`: tokens may be in
+    flight; `speculates`: decodes may have tokens to verify. `work`: the (start, count) of everybody who gets tokens; `pieces`:
+    those that each of `decoding` would get.
     """
 
     __slots__ = (
         "_block_size", "_cached", "_free", "_seats", "_speculates", "_waiting", "admitted", "budget", "chunks",
-        "decoding", "left", "limit_s", "margin", "now", "pieces", "prefilling", "reason", "work",
+        "decoding", "left", "limit_s", "margin", "now", "num_waiting", "pieces", "prefilling", "reason", "work",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +75,7 @@ class VllmDraft:
         waiting: Iterator[View],
         now: float,
         *,
+        num_waiting: int,
         most: int,
         seats: int,
         free: int,
@@ -83,6 +85,7 @@ class VllmDraft:
         speculates: bool = False,
     ):
         self.now = now
+        self.num_waiting = num_waiting
         self.left = self.budget = most
         self.reason = ENGINE_LIMIT
         self.limit_s: float | None = None
@@ -119,8 +122,14 @@ class VllmDraft:
     def shape(self) -> list[tuple[int, int]]:
         return list(self.work.values())
 
+    # vLLM knows no tenants, and loads adapters where no policy sees it.
     lanes: tuple[()] = ()
     running: tuple[()] = ()
+    parked: frozenset[str] = frozenset()
+
+    @staticmethod
+    def brings(view: View) -> list[tuple[int, int]]:
+        return []
 
     @property
     def waiting(self) -> Iterator[View]:

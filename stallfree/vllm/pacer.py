@@ -156,6 +156,7 @@ class Pacer:
             running,
             self._offered(scheduler, now) if waiting else iter(()),
             now,
+            num_waiting=len(scheduler.waiting),
             most=scheduler.max_num_scheduled_tokens,
             seats=scheduler.max_num_active_reqs - len(scheduler.running) - scheduler.num_waiting_for_streaming_input,
             free=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),

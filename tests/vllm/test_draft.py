@@ -1,11 +1,16 @@
 """vLLM's requests as the policy sees them, without vLLM."""
 
+import ast
+import inspect
 from types import SimpleNamespace
 
 import pytest
 
 from stallfree.core.request import Status
-from stallfree.vllm.draft import View, VllmDraft
+from stallfree.perf.fitted import Fitted
+from stallfree.policies import slo
+from stallfree.qos import order, turns
+from stallfree.vllm.draft import Iteration, View, VllmDraft
 
 
 def view(
@@ -31,6 +36,7 @@ def draft(running=(), waiting=(), *, most=100, seats=8, free=1000, ahead=True, s
         running,
         iter(waiting),
         0.0,
+        num_waiting=len(waiting),
         most=most,
         seats=seats,
         free=free,
@@ -114,3 +120,30 @@ def test_nobody_gets_work_twice():
     assert made.prefill(long, 10) == 0
     assert made.admit(long) == 0
     assert made.shape == [(10, 1), (100, 10)]
+
+
+def read_by(module, name: str) -> set[str]:
+    """What a module reads of the variables called `name`."""
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == name}
+
+
+def test_all_that_the_policy_reads_of_a_draft_is_there():
+    wanted = set().union(*(read_by(module, "draft") for module in (slo, order, turns)))
+    only_with_lanes_or_tenants = {"displace", "first", "full", "kv_tokens", "queue_version"}
+    assert wanted - set(dir(VllmDraft)) == only_with_lanes_or_tenants
+
+
+def test_the_policy_plans_and_learns():
+    policy = slo.Slo("tbt=100ms@p99", Fitted())
+    streams = [view(f"s{i}", 10, computed=10, output=1) for i in range(3)]
+    prompts, late = [view("long", 5000), view("short", 30)], [view("begun", 5000, computed=64)]
+    for step, made in enumerate(
+        (draft(waiting=prompts, most=8000), draft(streams, prompts, most=8000), draft(streams + late), draft())
+    ):
+        policy.plan(made)
+        assert made.work.keys() >= {*made.decoding}
+        decoding, others = [v for v in made.work if v in made.decoding], [v for v in made.work if v not in made.decoding]
+        done = Iteration(step, made, decoding, others, [False] * len(others), made.shape, [], [], [])
+        policy.learn(done, done.requests, made.now + 0.05)
+    assert prompts[1].status is Status.RUNNING
