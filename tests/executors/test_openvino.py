@@ -365,7 +365,9 @@ def test_a_family_that_it_does_not_know_is_refused(llama: Checkpoint) -> None:
 
 
 def test_a_kv_cache_beyond_memory_is_refused_before_it_is_allocated(llama: Checkpoint) -> None:
-    with pytest.raises(MemoryError, match=r"needs 1048576\.\d+ GiB and .* available; give a smaller kv_bytes"):
+    with pytest.raises(
+        MemoryError, match=r"KV cache 1048576\.\d+ GiB, and .* GiB of memory \(.*\) is available; give --kv-memory \d+MiB"
+    ):
         OpenVINOExecutor(llama, kv_bytes=2**50)
 
 

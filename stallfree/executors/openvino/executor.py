@@ -19,7 +19,7 @@ from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.base import KVNumbers
 from stallfree.executors.checks import needed_blocks, sift
-from stallfree.executors.host_memory import check_memory
+from stallfree.executors.host_memory import check_memory, check_model
 from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
 from stallfree.executors.openvino.deltas import UNIT
 from stallfree.executors.openvino.graph import INPUTS
@@ -40,7 +40,7 @@ class OpenVINOExecutor:
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose.
 
-    Raises ValueError for a bad option and MemoryError, before anything is allocated, if the KV cache does not fit.
+    Raises what `check` raises, before anything is loaded.
     """
 
     verifies = True
@@ -55,21 +55,10 @@ class OpenVINOExecutor:
         max_model_len: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if not FAMILIES[checkpoint.config.family].openvino:
-            known = ", ".join(name for name, family in FAMILIES.items() if family.openvino)
-            raise ValueError(f"executor openvino knows {known}, and not {checkpoint.config.family!r}; take --executor torch")
-        if weights not in FORMATS:
-            raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")
-        if kv not in KV_FORMATS:
-            raise ValueError(f"kv {kv!r} is unknown; known are {', '.join(KV_FORMATS)}")
-        longest = checkpoint.config.max_model_len
-        if max_model_len is not None and not 0 < max_model_len <= longest:
-            raise ValueError(f"max_model_len {max_model_len} is not between 1 and the model's {longest} tokens")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
+        compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size
-        max_model_len = max_model_len or longest
-        self._recipe = Recipe(checkpoint, weights, kv, compute_type(weights, kv), max_model_len, threads)
+        max_model_len = max_model_len or checkpoint.config.max_model_len
+        self._recipe = Recipe(checkpoint, weights, kv, compute, max_model_len, threads)
         compiled = self._recipe.compiled()
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
@@ -243,6 +232,26 @@ class OpenVINOExecutor:
             "block_indices_begins": np.cumsum([0, *map(len, tables)], dtype=np.int32),
             "max_context_len": np.array((starts + counts).max(), np.int32),
         }
+
+
+def check(checkpoint: Checkpoint, weights: str, kv: str, kv_bytes: int, max_model_len: int | None, threads: int | None) -> ov.Type:
+    """The number format in which the graph of such an executor computes. Raises ValueError for a bad option, and MemoryError if
+    weights and KV do not fit. Nothing is loaded."""
+    if not FAMILIES[checkpoint.config.family].openvino:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.openvino)
+        raise ValueError(f"executor openvino knows {known}, and not {checkpoint.config.family!r}; take --executor torch")
+    if weights not in FORMATS:
+        raise ValueError(f"weights {weights!r} is unknown; known are {', '.join(FORMATS)}")
+    if kv not in KV_FORMATS:
+        raise ValueError(f"kv {kv!r} is unknown; known are {', '.join(KV_FORMATS)}")
+    longest = checkpoint.config.max_model_len
+    if max_model_len is not None and not 0 < max_model_len <= longest:
+        raise ValueError(f"max_model_len {max_model_len} is not between 1 and the model's {longest} tokens")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1")
+    compute = compute_type(weights, kv)
+    check_model(checkpoint, weights, kv, kv_bytes, FORMATS)
+    return compute
 
 
 def _num_bytes(shape: Sequence[int], type: ov.Type) -> int:

@@ -2,7 +2,6 @@
 other ranks' processes, or who sends the plans.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,6 +15,7 @@ from stallfree.checkpoint.families import FAMILIES
 from stallfree.core.plan import Capacity, Work
 from stallfree.executors.base import KVNumbers
 from stallfree.executors.host_memory import check_memory
+from stallfree.executors.machine import machine
 from stallfree.executors.torch.adapters import BLOCK, Adapters, Packing
 from stallfree.executors.torch.attention import Cache
 from stallfree.executors.torch.batch import Batch, pack
@@ -35,8 +35,9 @@ DEVICES = ("cpu", "cuda")
 class Options:
     """`weights`: the format of stored matrices, one of `FORMATS`; if it is quantised, all else is bf16 on a GPU, f32 elsewhere.
     `kv`: the format of keys and values, one of `TYPES`. `max_model_len`: at most the model's own, the default. `threads`: of all
-    ranks together (None: all cores). `memory`: the share of a GPU's memory for weights, KV and an iteration of `max_tokens`.
-    `adapters`: record decode iterations with adapters as CUDA graphs, too; without it, they are launched kernel by kernel.
+    ranks together (None: the cores of a socket). `memory`: the share of a GPU's memory for weights, KV and an iteration of
+    `max_tokens`. `adapters`: record decode iterations with adapters as CUDA graphs, too; without it, they are launched kernel by
+    kernel.
     """
 
     weights: str = "bf16"
@@ -229,7 +230,7 @@ def kv_numbers(config: ModelConfig, kv: str) -> KVNumbers:
 def use_threads(options: Options, ranks: int = 1) -> None:
     """Set the threads of this process, one of `ranks` that share the processor."""
     if options.device == "cpu":
-        torch.set_num_threads(max(1, (options.threads or os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(max(1, (options.threads or machine().threads) // ranks))
 
 
 def check_split(config: ModelConfig, tp: int, weights: str) -> None:
