@@ -59,7 +59,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as text, in sections."""
     yield from _section("versions", report["versions"])
     yield from _section("machine", _machine(report["machine"]))
-    yield from _section("model", _model(report["model"], report.get("memory")))
+    yield from _section("model", _model(report))
     if "chosen" in report:
         chosen = {
             NAMES.get(name, name): f"{_value(name, choice['value']):<12} {choice['why']}"
@@ -96,8 +96,12 @@ def _machine(facts: dict[str, Any]) -> dict[str, str]:
     return rows | ({"frequency": ", ".join(facts["governors"])} if facts["governors"] else {})
 
 
-def _model(facts: dict[str, Any], memory: dict[str, Any] | None) -> dict[str, str]:
-    rows = {"name": facts["name"], "path": facts.get("path") or "not fetched yet; `stallfree models pull` fetches it"}
+def _model(report: dict[str, Any]) -> dict[str, str]:
+    facts, memory = report["model"], report.get("memory")
+    absent = "not found" if report["prevents"] else f"not fetched; `stallfree models pull {facts['name']}` fetches it"
+    rows = {"name": facts["name"], "path": facts["path"] or absent}
+    if facts["name"] == "simulated":
+        rows["path"] = "none; the executor sleeps as a cost model says"
     if "family" in facts:
         rows["is"] = (
             f"{facts['family']}, {facts['parameters'] / 1e6:,.0f} million weights, at most {facts['max_model_len']:,} tokens"

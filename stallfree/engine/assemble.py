@@ -298,13 +298,14 @@ def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
             checkpoint, options.weights or "", options.kv or "", options.kv_memory or 0, options.max_model_len, options.threads
         )
         return str(form.get_type_name())
+    from stallfree.executors.torch.runner import TYPES
     from stallfree.executors.torch.weights import FORMATS
 
     torch_options, ranks = _torch_options(options), options.tp * options.pp
     torch_options.check(checkpoint.config, ranks if options.workers == "local" else 1)
     if options.device == "cpu" and options.workers == "local":
         check_model(checkpoint, torch_options.weights, torch_options.kv, ranks * (options.kv_memory or 0), FORMATS)
-    return str(torch_options.activations).removeprefix("torch.")
+    return next(name for name, kind in TYPES.items() if kind == torch_options.activations)
 
 
 def calibration_key(options: Options, path: Path, max_model_len: int) -> dict[str, object]:

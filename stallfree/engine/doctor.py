@@ -46,14 +46,16 @@ def checkup(options: assemble.Options) -> dict[str, Any]:
     seconds. The home folder is ~.
     """
     here = machine()
-    report: dict[str, Any] = {"versions": _versions(), "machine": _machine(here), "model": {"name": options.model or EMBEDDED}}
+    name = "simulated" if options.executor == "simulated" else options.model or EMBEDDED
+    report: dict[str, Any] = {"versions": _versions(), "machine": _machine(here), "model": {"name": name, "path": None}}
     findings, prevents = [*_slower(here), *_cache(cache_folder())], []
     try:
         assemble.check_executor(options.executor)
         path = None if options.executor == "simulated" else present(options.model)
-        report["model"]["path"] = None if path is None else str(path)
-        if path is None and options.executor != "simulated" and report["model"]["name"].lower() in PACKAGED:
-            check_room(report["model"]["name"].lower())
+        if path is not None:
+            report["model"]["path"] = str(path)
+        elif name.lower() in PACKAGED:
+            check_room(name.lower())
         if path is not None and options.executor in assemble.MAKERS:
             checkpoint = open_checkpoint(path)
             config, complete = checkpoint.config, assemble.completed(options, checkpoint)
@@ -171,7 +173,7 @@ def _choice(value: object, why: str) -> dict[str, Any]:
 
 
 def _reason(form: str, here: Machine) -> str:
-    return "of attention and norms; " + ("the processor has bf16" if here.has_bf16() else "the processor has no bf16")
+    return f"for all but products of quantised weights; the processor has {'bf16' if here.has_bf16() else 'no bf16'}"
 
 
 def _safer(options: assemble.Options, report: dict[str, Any], here: Machine) -> Iterator[str]:

@@ -76,7 +76,7 @@ def doctor(stallfree) -> Callable[..., tuple[object, dict]]:
 def test_it_works_without_a_model_and_says_how_to_get_one(home, stallfree):
     code, out, _ = stallfree("doctor")
     assert 0 == code
-    assert "not fetched yet; `stallfree models pull` fetches it" in out
+    assert "not fetched; `stallfree models pull smollm2-135m-instruct` fetches it" in out
     assert all(f"\n{title}\n" in out for title in ("versions", "machine", "model", "findings", "prevents"))
 
 
@@ -216,3 +216,19 @@ def test_bad_options_of_the_executor_prevent_serving(home, model, doctor):
     code, report = doctor(str(model), "--weights", "fp8")
     assert 1 == code
     assert "weights 'fp8' is unknown" in report["prevents"][0]
+
+
+def test_the_simulated_executor_needs_no_model(home, monkeypatch, stallfree):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    code, out, _ = stallfree("doctor", "--executor", "simulated")
+    assert 0 == code
+    assert "none; the executor sleeps as a cost model says" in out
+
+
+def test_torch_is_asked_as_openvino_is(home, model, tmp_path, monkeypatch, doctor):
+    pretend(tmp_path, monkeypatch, cores=3, free=8 * GIB)
+    code, report = doctor(str(model), "--executor", "torch", "--device", "cpu")
+    assert 0 == code
+    chosen = {name: choice["value"] for name, choice in report["chosen"].items()}
+    assert ("bf16", "bf16", "bf16", 3) == tuple(chosen[name] for name in ("weights", "kv", "arithmetic", "threads"))
+    assert pytest.approx(2 * report["model"]["parameters"], rel=0.01) == report["memory"]["weights"]
