@@ -1,0 +1,80 @@
+"""What an executor is given where the user leaves it open: threads and memory within the container's limits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.engine import assemble
+from stallfree.engine.assemble import Options, calibration_key, completed
+from tests.machines import GIB, container, pretend
+
+CONFIG = ModelConfig(
+    family="llama", num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, head_dim=64, ffn_size=8192, vocab_size=32000,
+    max_model_len=8192, norm_eps=1e-5, inv_freq=(1.0,) * 32, windows=(0,) * 16,
+)  # fmt: skip
+GIVEN = Options(weights="int8")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Checkpoint:
+    """A model of 1.1 billion weights, of which nothing can be read."""
+    (tmp_path / "large.gguf").write_bytes(b"")
+    return Checkpoint(tmp_path / "large.gguf", CONFIG, lambda name: pytest.fail(f"{name} is read"), {})
+
+
+def test_openvino_chooses_threads_itself_unless_a_quota_is_below_the_cores(checkpoint, tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, cores=4, smt=2)
+    assert None is completed(GIVEN, checkpoint).threads
+    pretend(tmp_path, monkeypatch, cores=4, smt=2, files=container(cpu="600000 100000"))
+    assert None is completed(GIVEN, checkpoint).threads
+    pretend(tmp_path, monkeypatch, cores=4, smt=2, files=container(cpu="350000 100000"))
+    assert 3 == completed(GIVEN, checkpoint).threads
+
+
+def test_threads_and_memory_that_the_user_gives_are_taken(checkpoint, tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, files=container(cpu="100000 100000", memory=2 * GIB))
+    options = completed(Options(weights="int8", threads=7, kv_memory=GIB), checkpoint)
+    assert (7, GIB) == (options.threads, options.kv_memory)
+
+
+def test_a_container_of_2_gib_on_a_large_machine_gets_less_than_2_gib_of_kv(checkpoint, tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, memory=24 * GIB, free=20 * GIB, files=container(memory=2 * GIB))
+    assert GIB // 2 == completed(GIVEN, checkpoint).kv_memory
+
+
+def test_ranks_on_a_processor_share_the_default_memory(checkpoint, tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, files=container(memory=8 * GIB))
+    options = completed(Options(executor="torch", device="cpu", weights="int8", tp=2), checkpoint)
+    assert (GIB, None) == (options.kv_memory, options.threads)
+
+
+@pytest.mark.parametrize(
+    "other", [{"cores": 2}, {"flags": "avx2"}, {"files": container(cpu="100000 100000")}, {"files": container(cpu="200000 100000")}]
+)
+def test_another_processor_or_quota_is_calibrated_anew(checkpoint, tmp_path, monkeypatch, other):
+    pretend(tmp_path, monkeypatch, cores=4)
+    key = calibration_key(completed(GIVEN, checkpoint), checkpoint.path, 8192)
+    pretend(tmp_path, monkeypatch, cores=4)
+    assert key == calibration_key(completed(GIVEN, checkpoint), checkpoint.path, 8192)
+    assert key == json.loads(json.dumps(key))
+    pretend(tmp_path, monkeypatch, **{"cores": 4, **other})
+    assert key != calibration_key(completed(GIVEN, checkpoint), checkpoint.path, 8192)
+
+
+def test_more_threads_than_a_socket_has_cores_are_a_warning(checkpoint, tmp_path, monkeypatch):
+    def make(*_: object) -> None:
+        raise ValueError("as far as here")
+
+    pretend(tmp_path, monkeypatch, sockets=2, cores=4)
+    monkeypatch.setattr(assemble, "locate", lambda *_: Path("large.gguf"))
+    monkeypatch.setattr(assemble, "open_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(assemble.Text, "from_gguf", lambda *_: None)
+    monkeypatch.setitem(assemble.MAKERS, "openvino", (make, "int8", "u8"))
+    lines: list[str] = []
+    for threads, warnings in ((4, 0), (6, 1)):
+        with pytest.raises(ValueError, match="as far as here"):
+            assemble.assemble(Options(weights="int8", threads=threads), say=lines.append)
+        assert warnings == len(lines)
+    assert lines[0].startswith("warning: 6 threads are more than the 4 cores of a socket")
