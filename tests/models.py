@@ -3,6 +3,7 @@
 import json
 import warnings
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,10 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
         "rope.dimension_count": config.rotated,
         **values,
     }
+    if mixture := row.experts:
+        numbers = {"expert_count": config.experts, "expert_used_count": config.active_experts} | numbers
+        if mixture.width != "intermediate_size":
+            numbers = {"expert_feed_forward_length": config.ffn_size} | numbers
     for key, number in numbers.items():
         add = {str: writer.add_string, float: writer.add_float32}.get(type(number), writer.add_uint32)
         if number is not None:
@@ -88,7 +93,25 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_ids[0])
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(config.vocab_size)])
+
+    def add_tensor(name: str, data: np.ndarray, form: str) -> None:
+        quantised = gguf.GGMLQuantizationType[form]
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(data), quantised), raw_dtype=quantised)
+
+    of_experts: set[str] = set()
+    if mixture:
+        ends = ("weight", "bias") if mixture.bias else ("weight",)
+        for layer, (place, part), end in product(range(config.num_layers), enumerate(("gate", "up", "down")), ends):
+            names = [f"model.layers.{layer}.{mixture.matrices(expert)[place]}.{end}" for expert in range(config.experts)]
+            stack = np.stack([read(name) for name in names])
+            add_tensor(f"blk.{layer}.ffn_{part}_exps.{end}", stack, kind if end == "weight" else "F32")
+            of_experts.update(names)
     for name in config.tensors():
+        if name in of_experts:
+            continue
+        if name.endswith("sinks"):
+            add_tensor(f"blk.{name.split('.')[2]}.attn_sinks.weight", read(name), "F32")
+            continue
         module = name.split(".")[-2]
         if row.fused and module in ("k_proj", "v_proj", "up_proj"):
             continue
@@ -106,9 +129,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
             prefix = f"blk.{layer}."
-        quantised = gguf.GGMLQuantizationType[kind if data.ndim == 2 else "F32"]
-        data = gguf.quants.quantize(np.ascontiguousarray(data), quantised)
-        writer.add_tensor(f"{prefix}{(SHORT | OWN_SHORT.get(family, {}))[stem]}.{suffix}", data, raw_dtype=quantised)
+        add_tensor(f"{prefix}{(SHORT | OWN_SHORT.get(family, {}))[stem]}.{suffix}", data, kind if data.ndim == 2 else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -133,6 +154,9 @@ SHORT = {
 }
 """llama.cpp's names of the tensors."""
 OWN_SHORT = {
+    "llama": {"block_sparse_moe.gate": "ffn_gate_inp"},
+    "qwen3moe": {"mlp.gate": "ffn_gate_inp"},
+    "gpt-oss": {"post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp"},
     "phi3": {"self_attn.q_proj": "attn_qkv", "mlp.gate_proj": "ffn_up"},
     "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
     "gemma3": {

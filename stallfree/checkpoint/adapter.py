@@ -18,7 +18,7 @@ import numpy as np
 from stallfree.checkpoint.adapter_config import AGAIN, CONFIG, MERGE, AdapterConfig, read_config
 from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.dimensions import CheckpointError
-from stallfree.checkpoint.safetensors import TYPES, as_float32, header_bytes, parse_header
+from stallfree.checkpoint.tensor_file import TYPES, Entry, as_float32, header_bytes, parse_header
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a layer that an adapter can change."""
@@ -42,9 +42,6 @@ KINDS = tuple(TYPES)
 PAIR = np.dtype([("rank", "u4"), ("scale", "f8"), ("A", "i8"), ("B", "i8"), ("A kind", "u1"), ("B kind", "u1")])
 """One module in one layer: its rank, 0 if the adapter does not change it; the factor on B; where the bytes of A and of B begin in
 the file; their types, as indices of `KINDS`."""
-
-Entry = tuple[Path, str, tuple[int, ...], int]
-"""A tensor in a file: the file, its type, its shape and the offset of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, check_heads, positive, size
-from stallfree.checkpoint.families import FAMILIES
+from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, check_experts, check_heads, positive, size
+from stallfree.checkpoint.families import FAMILIES, Experts
+
+CLAMP = 1.702, 7.0
+"""The slope and the limit of gpt-oss's activation, unless config.json has others. GGUF files do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class ModelConfig(Dimensions):
     positions are exact. `windows`: per layer, how many tokens a token attends to, itself included; 0 for all. `bos_token_id` may be
     absent; `eos_token_ids` may be empty. `own_norm`: Falcon's FFN has a norm of its own. `factors`: what tensors are multiplied by
     when they are read, by the ends of their names; `norm_shift`: what is added to the weights of norms before that (`folding.py`).
+    `shares_of_all`: the softmax that weighs a token's experts is over all experts; else over the chosen ones, so that the weights
+    add up to 1. `clamp`: the slope and the limit of gpt-oss's activation (`Experts.clamped`).
     """
 
     norm_eps: float
@@ -36,6 +41,8 @@ class ModelConfig(Dimensions):
     unrotated: tuple[int, ...] = ()
     factors: tuple[tuple[str, float], ...] = ()
     norm_shift: float = 0.0
+    shares_of_all: bool = False
+    clamp: tuple[float, float] = CLAMP
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -48,6 +55,16 @@ class ModelConfig(Dimensions):
     def gelu(self) -> bool:
         """Whether the gate of the FFN is GELU (by tanh), not SiLU."""
         return FAMILIES[self.family].gelu
+
+    @property
+    def mixture(self) -> Experts | None:
+        """The mixture of experts that the FFN is; None for a dense model."""
+        return FAMILIES[self.family].experts
+
+    @property
+    def sinks(self) -> bool:
+        """Whether each head of attention has a logit that no token belongs to."""
+        return FAMILIES[self.family].sinks
 
     @property
     def rotated(self) -> int:
@@ -93,14 +110,14 @@ class ModelConfig(Dimensions):
             ("self_attn.v_proj", kv, hidden, self.qkv_bias),
             ("self_attn.o_proj", hidden, query, self.output_bias),
         ]
-        if self.experts == 1:
+        if (mixture := self.mixture) is None:
             linears += [(f"mlp.{name}_proj", ffn, hidden, self.mlp_bias) for name in ("gate", "up")]
             linears += [("mlp.down_proj", hidden, ffn, self.mlp_bias)]
         else:
-            linears += [("block_sparse_moe.gate", self.experts, hidden, False)]
+            linears += [(mixture.router, self.experts, hidden, mixture.bias)]
             for expert in range(self.experts):
-                at = f"block_sparse_moe.experts.{expert}."
-                linears += [(f"{at}w1", ffn, hidden, False), (f"{at}w3", ffn, hidden, False), (f"{at}w2", hidden, ffn, False)]
+                gate, up, down = mixture.matrices(expert)
+                linears += [(gate, ffn, hidden, mixture.bias), (up, ffn, hidden, mixture.bias), (down, hidden, ffn, mixture.bias)]
         norms = [(name, hidden) for name in self.norms if name]
         if self.qk_norm:
             of_heads = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (query, kv)
@@ -113,6 +130,8 @@ class ModelConfig(Dimensions):
                     shapes[f"{prefix}{name}.bias"] = (out,)
             for name, width in norms:
                 shapes[f"{prefix}{name}.weight"] = (width,)
+            if self.sinks:
+                shapes[f"{prefix}self_attn.sinks"] = (self.num_heads,)
         return shapes
 
     def _falcon(self) -> dict[str, tuple[int, ...]]:
@@ -273,6 +292,7 @@ def _yarn(head_dim: int, theta: float, scaling: Mapping[str, object], source: st
 def check(config: ModelConfig, source: str) -> ModelConfig:
     """`config` itself, if its numbers fit together. Raises CheckpointError that names those that do not."""
     check_heads(config.num_heads, config.num_kv_heads, source)
+    check_experts(config.experts, config.active_experts, source)
     if config.head_dim % 2:
         raise CheckpointError(f"{source}: head size {config.head_dim} is odd, rotary positions need pairs")
     for token in (*config.eos_token_ids, *(() if config.bos_token_id is None else (config.bos_token_id,))):

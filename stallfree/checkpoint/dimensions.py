@@ -14,10 +14,6 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the value and the way out."""
 
 
-_EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
-"""The key of config.json under which a family has its number of experts."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimensions:
     """A model's sizes. `max_model_len`: tokens of its context. Of `experts` FFNs each token passes `active_experts`. `parallel`:
@@ -91,6 +87,7 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{source}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    mixture = FAMILIES[family].experts
     hidden, num_heads = size(values, "hidden_size", source), size(values, "num_attention_heads", source)
     if values.get("head_dim") is None and hidden % num_heads:
         raise CheckpointError(f"{source}: a hidden size of {hidden} cannot be shared by {num_heads} heads evenly")
@@ -100,15 +97,18 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
         ffn_size = size(values, "ffn_hidden_size", source, 4 * hidden)
     elif family == "opt":
         num_kv_heads, ffn_size = num_heads, size(values, "ffn_dim", source)
-    elif family == "qwen3_moe":
-        if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-            raise CheckpointError(f"{source}: some layers have no experts; only models with experts in every layer are supported")
-        num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
-        ffn_size = size(values, "moe_intermediate_size", source)
     else:
         num_kv_heads = size(values, "num_key_value_heads", source, num_heads)
-        ffn_size = size(values, "intermediate_size", source)
+        ffn_size = size(values, mixture.width if mixture else "intermediate_size", source)
+    if mixture and (values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers")):
+        raise CheckpointError(f"{source}: some layers have no experts; only models with experts in every layer are supported")
+    experts = active = 1
+    if mixture:
+        # The newer name is second: transformers writes Qwen's so since version 5.
+        key = "num_experts" if values.get("num_experts") is not None else "num_local_experts"
+        experts, active = size(values, key, source), size(values, "num_experts_per_tok", source)
     check_heads(num_heads, num_kv_heads, source)
+    check_experts(experts, active, source)
     return Dimensions(
         name=name,
         family=family,
@@ -122,14 +122,19 @@ def dimensions(values: Mapping[str, object], source: str, name: str = "") -> Dim
         max_model_len=size(values, "max_position_embeddings", source, 2048 if family == "falcon" else None),
         tie_embeddings=bool(values.get("tie_word_embeddings", FAMILIES[family].tied)),
         parallel=family == "falcon" and bool(values.get("parallel_attn", True)),
-        experts=size(values, _EXPERTS[family], source) if family in _EXPERTS else 1,
-        active_experts=size(values, "num_experts_per_tok", source) if family in _EXPERTS else 1,
+        experts=experts,
+        active_experts=active,
     )
 
 
 def check_heads(num_heads: int, num_kv_heads: int, source: str) -> None:
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{source}: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly")
+
+
+def check_experts(experts: int, active: int, source: str) -> None:
+    if active > experts:
+        raise CheckpointError(f"{source}: a token cannot pass {active} of {experts} experts; one of these numbers is wrong")
 
 
 def positive(values: Mapping[str, object], key: str, source: str, default: float | None = None) -> float:

@@ -3,7 +3,7 @@ dequantises tensors. The layout is in ggml/docs/gguf.md, versions 2 and 3, littl
 
 It knows each architecture's names of tensors, and what llama.cpp's converter has changed: in llama files the two halves of each
 rotary pair of queries and keys are side by side, where Hugging Face has them half a head apart; Gemma's norms are larger by 1
-already. It does not know tokenizers.
+already; a layer's experts are in one tensor. It does not know tokenizers.
 """
 
 import re
@@ -27,7 +27,7 @@ from stallfree.checkpoint.config import (
     rotary_scale,
 )
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positive, size
-from stallfree.checkpoint.families import FAMILIES
+from stallfree.checkpoint.families import FAMILIES, Experts
 from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -51,8 +51,12 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_sinks": "self_attn.sinks",
 }
 OWN_NAMES = {
+    "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},
+    "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
+    "gpt-oss": {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "olmo2": {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
     "gemma3": {
@@ -61,12 +65,13 @@ OWN_NAMES = {
         "post_ffw_norm": "post_feedforward_layernorm",
     },
 }
-"""Names that mean something else in an architecture."""
+"""Names that are only in an architecture, or mean something else there."""
 
-LOCAL_BASE, PATTERN = 10000.0, 6
-"""Of Gemma 3, which files do not say: the rotary base in layers with a window, and the layers from one without to the next."""
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
+"""Names of tensors that hold a matrix, or a bias, of all experts of a layer."""
+
 UNROTATED = 4
-"""SmolLM3's layers from one without positions to the next, which files do not say either."""
+"""SmolLM3's layers from one without positions to the next, which files do not say."""
 
 
 class Tensor:
@@ -206,12 +211,16 @@ def _tensors(header: Header, count: int, alignment: int) -> dict[str, Tensor]:
 
 def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     source, kind = str(path), str(metadata.get("general.architecture"))
-    read = {row.gguf: name for name, row in FAMILIES.items() if row.gguf}  # Mistral's files say llama
+    mixed = bool(metadata.get(f"{kind}.expert_count"))
+    # Mistral's files, and Mixtral's, say llama.
+    read = {row.gguf: name for name, row in FAMILIES.items() if row.gguf and mixed == (row.experts is not None)}
     if kind not in read:
-        raise CheckpointError(f"{path}: architecture {kind!r} is not supported; supported in GGUF are {', '.join(read)}")
+        what = " with experts" if mixed else ""
+        raise CheckpointError(
+            f"{path}: architecture {kind!r}{what} is not supported; supported in GGUF{what} are {', '.join(read)}"
+        )
     family = read[kind]
-    if f"{kind}.expert_count" in metadata:
-        raise CheckpointError(f"{path}: a mixture of experts is not supported; take a dense model")
+    mixture = FAMILIES[family].experts
 
     def whole(key: str, default: int | None = None) -> int:
         return size(metadata, f"{kind}.{key}", source, default)
@@ -223,11 +232,15 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         raise CheckpointError(f"{path}: rotary positions on {rotated} of {head_dim} dimensions of a head are not supported")
     if (values := whole("attention.value_length", head_dim)) != head_dim:
         raise CheckpointError(f"{path}: value heads of {values} beside key heads of {head_dim} are not supported")
+    if mixture:
+        stored = _single(mixture, whole("expert_count"), stored, source)
     tensors = {_name(name, kind): tensor for name, tensor in stored.items()}
     if "model.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path}: tensors are missing: 'token_embd.weight'; the file is incomplete")
     longest = whole("context_length")
     scaling = _scaling(metadata, f"{kind}.rope.", longest, source)
+    if family == "gpt_oss":
+        scaling["truncate"] = False  # files do not say it
     theta = positive(metadata, f"{kind}.rope.freq_base", source, 10000.0)
     inv_freq = rotary_frequencies(rotated, theta, scaling, source, longest)
     if "rope_freqs.weight" in stored:
@@ -239,10 +252,11 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
     window = metadata.get(f"{kind}.attention.sliding_window")
     windows = (window if isinstance(window, int) and window > 0 else 0,) * num_layers
     if FAMILIES[family].window == "pattern":
-        windows = tuple(width if (layer + 1) % PATTERN else 0 for layer, width in enumerate(windows))
+        windows = tuple(width if (layer + 1) % FAMILIES[family].pattern else 0 for layer, width in enumerate(windows))
     vocab_size = tensors["model.embed_tokens.weight"].shape[0]
     bos, eos = (_special(metadata, f"tokenizer.ggml.{name}_token_id", vocab_size, source) for name in ("bos", "eos"))
     first = "model.layers.0."
+    channels = "expert_feed_forward_length"
     sizes = Dimensions(
         family=family,
         vocab_size=vocab_size,
@@ -251,9 +265,11 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         num_heads=num_heads,
         num_kv_heads=whole("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        ffn_size=whole("feed_forward_length"),
+        ffn_size=whole(channels if f"{kind}.{channels}" in metadata else "feed_forward_length"),
         max_model_len=min(longest, rotary_limit(scaling, source, longest)),
         tie_embeddings="lm_head.weight" not in tensors,
+        experts=whole("expert_count") if mixture else 1,
+        active_experts=whole("expert_used_count") if mixture else 1,
     )
     if FAMILIES[family].fused:
         tensors = _cut(sizes, tensors)
@@ -263,7 +279,7 @@ def _config(metadata: dict[str, object], stored: dict[str, Tensor], path: Path) 
         inv_freq=padded(inv_freq, head_dim),
         rope_scale=rotary_scale(scaling, source, longest),
         windows=windows,
-        local_inv_freq=rotary_frequencies(head_dim, LOCAL_BASE, {}, source) if family == "gemma3_text" else (),
+        local_inv_freq=rotary_frequencies(head_dim, base, {}, source) if (base := FAMILIES[family].local_base) else (),
         unrotated=tuple(range(UNROTATED - 1, num_layers, UNROTATED)) if family == "smollm3" else (),
         factors=_factors(metadata, sizes, source),
         qkv_bias=FAMILIES[family].qkv_bias or first + "self_attn.q_proj.bias" in tensors,
@@ -300,6 +316,23 @@ def _cut(sizes: Dimensions, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             cut[name.replace(module, part)] = own = Tensor(whole.path, whole.name, shape, whole.kind, offset)
             offset += own.num_bytes
     return cut
+
+
+def _single(mixture: Experts, count: int, stored: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The matrices and biases of single experts as tensors of their own, under their Hugging Face names."""
+    single: dict[str, Tensor] = {}
+    for name, whole in stored.items():
+        if (match := EXPERTS.fullmatch(name)) is None:
+            single[name] = whole
+            continue
+        layer, kind, end = match.groups()
+        if whole.shape[0] != count or len(whole.shape) < 2:
+            raise CheckpointError(f"{source}: {name!r} has shape {whole.shape}, the configuration says {count} experts")
+        for expert in range(count):
+            own = dict(zip(("gate", "up", "down"), mixture.matrices(expert), strict=True))[kind]
+            offset = whole.offset + expert * (whole.num_bytes // count)
+            single[f"model.layers.{layer}.{own}.{end}"] = Tensor(whole.path, name, whole.shape[1:], whole.kind, offset)
+    return single
 
 
 def _special(metadata: dict[str, object], key: str, vocab_size: int, source: str) -> int | None:
@@ -340,6 +373,8 @@ def _name(name: str, kind: str) -> str:
         layer, _, rest = name.removeprefix("blk.").partition(".")
         prefix = f"model.layers.{layer}."
     stem, _, end = rest.rpartition(".")
+    if stem == "attn_sinks":
+        return f"{prefix}{names[stem]}"
     return f"{prefix}{names[stem]}.{end}" if stem in names else name
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.config import (
+    CLAMP,
     ModelConfig,
     check,
     check_tensors,
@@ -26,9 +27,8 @@ from stallfree.checkpoint.config import (
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, dimensions, positive, size
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
-
-HEADER_LIMIT = 100 * 2**20
-"""The longest header that the safetensors format allows, in bytes."""
+from stallfree.checkpoint.stacked import Part, read_part, unstacked
+from stallfree.checkpoint.tensor_file import TYPES, Entry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,10 +40,8 @@ OTHERS = ("consolidated", "adapter")
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "clip_qkv")
 """Values of config.json that change the answers and that no executor computes."""
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-Tensors = dict[str, tuple[Path, str, tuple[int, ...], int]]
-"""Each tensor, by name: its file, its type, its shape and the offset of its bytes."""
+Tensors = dict[str, Entry]
+"""Where each tensor is, by its name."""
 
 
 def read_folder(path: Path) -> Checkpoint:
@@ -52,10 +50,19 @@ def read_folder(path: Path) -> Checkpoint:
     tensors = _index(path, files)
     if FAMILIES[config.family].fused:
         tensors = _cut(config, tensors)
+    stacked: dict[str, Part] = {}
+    if (mixture := config.mixture) is not None and mixture.stacked:
+        tensors, stacked = unstacked(config, mixture, tensors)
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
-    check_tensors(config, {name: shape for name, (_, _, shape, _) in tensors.items()}, str(path))
-    return Checkpoint(path, config, partial(folded, config, partial(read_tensor, tensors)), None, tuple(files))
+    shapes = {name: shape for name, (_, _, shape, _) in tensors.items()} | {name: part.shape for name, part in stacked.items()}
+    check_tensors(config, shapes, str(path))
+    read = partial(_read, tensors, stacked) if stacked else partial(read_tensor, tensors)
+    return Checkpoint(path, config, partial(folded, config, read), None, tuple(files))
+
+
+def _read(tensors: Tensors, stacked: dict[str, Part], name: str) -> np.ndarray:
+    return read_part(stacked[name]) if name in stacked else read_tensor(tensors, name)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -77,7 +84,7 @@ def _config(path: Path) -> ModelConfig:
     served = [name for name, family in FAMILIES.items() if family.torch]
     if (kind := values.get("model_type")) not in served:
         raise CheckpointError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(served)}")
-    if values.get("quantization_config"):
+    if (quantised := values.get("quantization_config")) and not _mxfp4(str(kind), quantised):
         raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
     sizes, bos = dimensions(values, source), values.get("bos_token_id")
     config = ModelConfig(
@@ -92,6 +99,12 @@ def _config(path: Path) -> ModelConfig:
         eos_token_ids=_eos(path, values),
     )
     return check(config, source)
+
+
+def _mxfp4(family: str, quantised: object) -> bool:
+    """Whether experts are in MXFP4, and nothing else is quantised."""
+    mixture = FAMILIES[family].experts
+    return mixture is not None and mixture.stacked and isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"
 
 
 def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any]:
@@ -109,6 +122,10 @@ def _llama(values: dict[str, object], family: str, source: str) -> dict[str, Any
         "qkv_bias": bias or FAMILIES[family].qkv_bias,
         "output_bias": bias,
         "mlp_bias": FAMILIES[family].mlp_bias and bool(values.get("mlp_bias", False)),
+        "shares_of_all": family == "qwen3_moe" and not values.get("norm_topk_prob", False),
+        "clamp": tuple(
+            positive(values, name, source, usual) for name, usual in zip(("swiglu_alpha", "swiglu_limit"), CLAMP, strict=True)
+        ),
     }
 
 
@@ -151,8 +168,8 @@ def _rotary(values: dict[str, object], sizes: Dimensions, source: str) -> dict[s
     if (original := values.get("original_max_position_embeddings")) is not None:
         scaling = scaling | {"original_max_position_embeddings": original}
     own: tuple[float, ...] = ()
-    if FAMILIES[sizes.family].window == "pattern":
-        own = rotary_frequencies(head_dim, positive(local, "rope_theta", source, 10000.0), {}, source, longest)
+    if base := FAMILIES[sizes.family].local_base:
+        own = rotary_frequencies(head_dim, positive(local, "rope_theta", source, base), {}, source, longest)
         if local.get("rope_type", "default") != "default":
             raise CheckpointError(f"{source}: rope scaling {local['rope_type']!r} in layers with a window is not supported")
     return {
@@ -186,17 +203,17 @@ def _unrotated(values: dict[str, object], sizes: Dimensions, source: str) -> tup
 
 def _windows(values: dict[str, object], sizes: Dimensions, source: str) -> tuple[int, ...]:
     """Per layer, the sliding window in tokens, or 0. Mistral has one for all layers. Qwen has one only with `use_sliding_window`:
-    in the layers that `layer_types` names, or else from `max_window_layers` on."""
-    num_layers, layers = sizes.num_layers, FAMILIES[sizes.family].window
+    in all layers of a mixture; otherwise in those that `layer_types` names, or else from `max_window_layers` on."""
+    num_layers, layers, pattern = sizes.num_layers, FAMILIES[sizes.family].window, FAMILIES[sizes.family].pattern
     if not layers or values.get("sliding_window") is None:
         return (0,) * num_layers
     if layers == "pattern" and not isinstance(values.get("layer_types"), list):
-        every, window = size(values, "sliding_window_pattern", source, 6), size(values, "sliding_window", source)
+        every, window = size(values, "sliding_window_pattern", source, pattern), size(values, "sliding_window", source)
         return tuple(window if (layer + 1) % every else 0 for layer in range(num_layers))
-    if layers == "listed" and not values.get("use_sliding_window", False):
+    if layers in ("listed", "used") and not values.get("use_sliding_window", False):
         return (0,) * num_layers
     window = size(values, "sliding_window", source)
-    if layers == "all":
+    if layers in ("all", "used"):
         return (window,) * num_layers
     types = values.get("layer_types")
     if isinstance(types, list) and len(types) == num_layers:
@@ -272,74 +289,12 @@ def weights(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no *.safetensors file of a model, {what}; take a safetensors version of the model")
 
 
-def _index(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+def _index(folder: Path, files: Sequence[Path]) -> Tensors:
     """Every tensor of the folder: file, type, shape and the offset of its bytes. If several files have a tensor, the index says
     which one counts."""
     names = indexed(folder) or {}
-    tensors: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+    tensors: Tensors = {}
     for file in files:
         header = read_header(file)
         tensors |= {name: entry for name, entry in header.items() if folder / names.get(name, file) == file}
     return tensors
-
-
-def read_header(file: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
-    """Every tensor of a file, by name: the file, its type, its shape and the offset of its bytes. Raises CheckpointError for a
-    damaged file."""
-    return parse_header(file, *header_bytes(file))
-
-
-def header_bytes(file: Path) -> tuple[bytes, int]:
-    """The header of a file, which is JSON, and the size of the file in bytes. Raises CheckpointError if it is no such file."""
-    file_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if file_bytes < 8 or length > min(HEADER_LIMIT, file_bytes - 8):
-            raise CheckpointError(f"{file}: not a safetensors file, or truncated at {file_bytes} bytes; fetch it again")
-        return stream.read(length), file_bytes
-
-
-def parse_header(file: Path, raw: bytes, file_bytes: int) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
-    """What `read_header` returns, from what `header_bytes` returns."""
-    first = 8 + len(raw)
-    try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        tensors = {}
-        for name, entry in entries.items():
-            shape, (begin, end), kind = tuple(map(int, entry["shape"])), entry["data_offsets"], entry["dtype"]
-            tensors[name] = (file, kind, shape, first + begin)
-            if kind not in TYPES:
-                continue
-            num_bytes = np.dtype(TYPES[kind]).itemsize
-            for extent in shape:
-                num_bytes *= extent
-            if min(shape, default=0) < 0 or begin < 0 or num_bytes != end - begin:
-                raise CheckpointError(f"{file}: tensor {name!r} of shape {shape} does not fit its bytes; fetch the file again")
-            if first + end > file_bytes:
-                raise CheckpointError(f"{file}: the file ends early, at {file_bytes} bytes; it is truncated, fetch it again")
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}); fetch it again") from None
-    return tensors
-
-
-def read_tensor(tensors: dict[str, tuple[Path, str, tuple[int, ...], int]], name: str) -> np.ndarray:
-    """A tensor of a header as float32, freshly allocated. Raises CheckpointError if its type is unknown or the file is too
-    short."""
-    file, kind, shape, offset = tensors[name]
-    if kind not in TYPES:
-        raise CheckpointError(f"{file}: tensor {name!r} is {kind}; supported are {', '.join(TYPES)}")
-    count = int(np.prod(shape))
-    values = np.fromfile(file, TYPES[kind], count, offset=offset)
-    if values.size != count:
-        raise CheckpointError(f"{file}: tensor {name!r} ends early; the file changed after it was opened")
-    return as_float32(values, kind).reshape(shape)
-
-
-def as_float32(values: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers that a file holds as `kind`, a key of `TYPES`, in the same shape. Float32 numbers are not copied."""
-    if kind == "BF16":
-        # A bfloat16 is the upper half of a float32.
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)

@@ -142,7 +142,7 @@ def test_missing_metadata_is_named(tmp_path: Path, key: str) -> None:
         ({"rope.dimension_count": 16}, "16 of 32 dimensions"),
         ({"feed_forward_length": 128}, "has shape"),
         ({"block_count": 0}, "'llama.block_count' is 0"),
-        ({"expert_count": 8}, "mixture of experts"),
+        ({"expert_count": 8}, "'llama.expert_used_count' is missing"),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused(tmp_path: Path, values: dict[str, int], message: str) -> None:

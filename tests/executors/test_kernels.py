@@ -59,6 +59,20 @@ def test_the_kernel_gives_what_the_reference_gives(monkeypatch, name, heads, kv_
     torch.testing.assert_close(kernels.paged_attention(query, keys, values, of, window), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [0, 25])
+@pytest.mark.parametrize("name", ["hybrid", "long"])
+def test_the_kernel_has_the_sinks_of_the_reference(monkeypatch, name, window, splits):
+    monkeypatch.setattr(kernels, "_splits", lambda tiles, programs, longest, device: splits)
+    generator = torch.Generator().manual_seed(2)
+    of = batch(SHAPES[name])
+    query = torch.randn(len(of.tokens), 4, 32, generator=generator).to(DEVICE)
+    keys, values = (torch.randn(64, 16, 2, 32, generator=generator).to(DEVICE) for _ in range(2))
+    sinks = torch.tensor([-9.0, 0.0, 4.0, 40.0]).to(DEVICE)
+    expected = reference(query, keys, values, of, window, sinks)
+    torch.testing.assert_close(kernels.paged_attention(query, keys, values, of, window, sinks), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_fused_kernels_give_what_torch_gives(tokens):
     generator = torch.Generator().manual_seed(3)

@@ -27,6 +27,19 @@ trained model, and a mistake moves it by more than 1."""
 CLOSE_4_BITS = 0.4
 """The same with values, or keys and values, in 4 bits."""
 
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+GPT_OSS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 20,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+        "truncate": False,
+    },
+}
 MODELS = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -113,6 +126,12 @@ MODELS = {
         "gemma3_text",
         {"layer_types": ["sliding_attention"] * 3, "sliding_window": 30, "tie_word_embeddings": False},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 20}),
+    "qwen3 moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3 moe shares of all": ("qwen3_moe", EXPERTS | {"use_sliding_window": True, "sliding_window": 20, "attention_bias": True}),
+    "gpt oss": ("gpt_oss", GPT_OSS),
+    "gpt oss clamped": ("gpt_oss", GPT_OSS | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3, "num_experts_per_tok": 1}),
 }
 
 
@@ -162,6 +181,16 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(chunked(executor, [9, 30, 1, 1, 34]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
+def test_only_the_chosen_experts_are_computed_from_weights_of_eight_bits(tmp_path: Path) -> None:
+    """The runtime's operator takes rows with their experts, and the matrices of all experts as they are stored."""
+    write_folder(tmp_path, "qwen3_moe", **EXPERTS)
+    recipe = module.Recipe(open_checkpoint(tmp_path), "int8", "f32", module.compute_type("int8", "f32"), 256, None)
+    nodes = [(node.get_rt_info()["layerType"].value, node) for node in recipe.compiled().get_runtime_model().get_ops()]
+    grouped = [node for kind, node in nodes if kind == "GatherMatmul"]
+    assert 2 * 3 == len(grouped)
+    assert {"i8"} == {node.input(1).get_element_type().get_type_name() for node in grouped}
+
+
 FILES = {
     "llama": ({}, {}),
     "qwen2": ({}, {}),
@@ -180,6 +209,17 @@ FILES = {
         {"num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
         | {"sliding_window": 20, "query_pre_attn_scalar": 32},
         {"rope.freq_base": 1e6, "attention.sliding_window": 20},
+    ),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, {"rope.freq_base": 1e6}),
+    "qwen3_moe": (EXPERTS | {"norm_topk_prob": True}, {}),
+    "gpt_oss": (
+        GPT_OSS,
+        {
+            "attention.sliding_window": 20,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 8.0,
+            "rope.scaling.original_context_length": 32,
+        },
     ),
 }
 
@@ -359,8 +399,8 @@ def test_a_bad_option_is_refused_with_the_way_out(llama: Checkpoint, options: di
 
 
 def test_a_family_that_it_does_not_know_is_refused(llama: Checkpoint) -> None:
-    other = replace(llama, config=replace(llama.config, family="mixtral"))
-    with pytest.raises(ValueError, match="not 'mixtral'; take --executor torch"):
+    other = replace(llama, config=replace(llama.config, family="falcon"))
+    with pytest.raises(ValueError, match="not 'falcon'; take --executor torch"):
         OpenVINOExecutor(other, kv_bytes=KV)
 
 

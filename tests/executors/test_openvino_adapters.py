@@ -15,7 +15,7 @@ from stallfree.core.plan import Plan, Work
 from stallfree.executors.base import Adapts
 from stallfree.executors.openvino import OpenVINOExecutor
 from tests.adapters import made_adapter, merged
-from tests.executors.test_openvino import CLOSE, TOKENS, work
+from tests.executors.test_openvino import CLOSE, EXPERTS, TOKENS, work
 from tests.models import write_folder
 
 pytest.importorskip("torch")
@@ -298,4 +298,14 @@ def test_logits_are_those_of_peft(family: str, config: dict[str, object], tmp_pa
     executor = made_executor(checkpoint)
     loaded(executor, "a", open_adapter(tmp_path / "adapter", checkpoint.config))
     assert_close(expected, executor.logits([with_adapter("a")]))
+    executor.close()
+
+
+def test_a_mixture_of_experts_has_adapters_on_attention(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", "qwen3_moe", **EXPERTS)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    adapter = open_adapter(made_adapter(tmp_path / "adapter", checkpoint.config, ("q_proj", "o_proj")), checkpoint.config)
+    executor = made_executor(checkpoint)
+    loaded(executor, "a", adapter)
+    assert_close(merged_logits(checkpoint, adapter), executor.logits([with_adapter("a")]))
     executor.close()

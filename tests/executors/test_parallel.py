@@ -19,7 +19,7 @@ from stallfree.core.scheduler import Scheduler
 from stallfree.executors.base import Lost
 from stallfree.executors.sampling import Sampling
 from stallfree.policies import load
-from tests.executors.test_openvino import TOKENS, work
+from tests.executors.test_openvino import GPT_OSS, TOKENS, work
 from tests.models import write_folder
 
 pytest.importorskip("torch")
@@ -38,7 +38,7 @@ SHAPES = {
     "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 20}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3}),
     "one KV head": ("llama", {"num_key_value_heads": 1}),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "gpt oss": ("gpt_oss", GPT_OSS),
     "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_size": 128}),
 }
 

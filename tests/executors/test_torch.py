@@ -18,8 +18,6 @@ from stallfree.executors.torch import Options, TorchExecutor  # noqa: E402
 KV = 1 << 22
 EXACT = Options("f32", "f32")
 FAMILIES = MODELS | {
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "mixtral window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 20}),
     "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_size": 128}),
     "falcon one norm": (
         "falcon",

@@ -10,6 +10,7 @@ KNOWN = {
     **{"mistral-7b": 7.242, "yi-34b": 34.389, "llama2-7b": 6.738, "llama2-13b": 13.016, "llama2-70b": 68.977, "llama3-8b": 8.030},
     **{"llama3-70b": 70.554, "codellama-34b": 33.744, "qwen2-72b": 72.706, "falcon-180b": 179.523, "opt-13b": 12.853},
     **{"opt-66b": 65.718, "opt-175b": 174.6, "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532, "llama3.2-1b": 1.236},
+    "gpt-oss-20b": 20.915,
 }
 """Billions of parameters, as the repositories' safetensors and the OPT paper count them."""
 
@@ -23,6 +24,15 @@ CONFIGS = {
     | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48, "vocab_size": 151936}
     | {"max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
     | {"mlp_only_layers": []},
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "head_dim": 64,
+    }
+    | {"num_key_value_heads": 8, "num_hidden_layers": 24, "vocab_size": 201088, "max_position_embeddings": 131072}
+    | {"num_local_experts": 32, "num_experts_per_tok": 4, "tie_word_embeddings": False, "sliding_window": 128},
     "falcon-180b": {"model_type": "falcon", "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8}
     | {"num_hidden_layers": 80, "vocab_size": 65024, "new_decoder_architecture": True, "tie_word_embeddings": False},
     "opt-13b": {"model_type": "opt", "hidden_size": 5120, "ffn_dim": 20480, "num_attention_heads": 40, "num_hidden_layers": 40}

@@ -40,7 +40,7 @@ class Group(NamedTuple):
 def groups(config: ModelConfig, modules: Collection[str]) -> list[Group]:
     """The groups of each layer, if adapters change `modules`."""
     shapes, found = module_shapes(config), []
-    for fused in FUSED:
+    for fused in (fused for fused in FUSED if fused[0] in shapes):
         ends = [sum(shapes[name][0] for name in fused[: i + 1]) for i in range(len(fused))]
         spans = {name: (end - shapes[name][0], end) for name, end in zip(fused, ends, strict=True) if name in modules}
         if spans:

@@ -11,6 +11,7 @@ from openvino import opset13 as ops
 
 from stallfree.checkpoint import ModelConfig
 from stallfree.executors.openvino.deltas import Deltas
+from stallfree.executors.openvino.experts import mixed
 from stallfree.executors.openvino.weights import Weights, constant, parameter
 
 Tables = tuple[ov.Node, ov.Node]
@@ -57,7 +58,11 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
         x = _attention(config, source, prefix + "self_attn.", x, own, kv, inputs, config.windows[layer], deltas)
         hidden = ops.add(hidden, normed(x, after))
         x = normed(hidden, before_ffn)
-        hidden = ops.add(hidden, normed(_feed_forward(config, source, prefix + "mlp.", x, deltas), after_ffn))
+        if (mixture := config.mixture) is None:
+            x = _feed_forward(config, source, prefix + "mlp.", x, deltas)
+        else:
+            x = mixed(config, mixture, source, prefix, x)
+        hidden = ops.add(hidden, normed(x, after_ffn))
     hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
@@ -131,10 +136,13 @@ def _attention(
     arguments = [placed(q, config.num_heads, "q_norm"), placed(k, config.num_kv_heads, "k_norm"), v, *kv]
     arguments += [inputs[n] for n in ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")]
     arguments += [constant(dim**-0.5, np.float32), constant(window, np.int32), empty(np.float32), inputs["max_context_len"]]
-    # What follows is switched off: score aggregation, cache rotation (3), sparse attention (3), sinks, cache eviction (4),
-    # token types, tree masks (2).
+    # What follows is switched off, except the sinks of a model that has them: score aggregation, cache rotation (3), sparse
+    # attention (3), sinks, cache eviction (4), token types, tree masks (2).
     arguments += [empty(np.int32), empty(np.int32), empty(np.int32), empty(np.float32)]
-    arguments += [empty(np.float32), zero(), zero(), empty(np.float32)]
+    sinks = empty(np.float32)
+    if config.sinks:
+        sinks = ops.reshape(source.vector(f"{prefix}sinks"), constant([1, -1, 1, 1], np.int64), False)
+    arguments += [empty(np.float32), zero(), zero(), sinks]
     arguments += [zero(), empty(np.int32), empty(np.int32), empty(np.int32)]
     arguments += [empty(np.int32), empty(np.uint8), empty(np.int32)]
     try:

@@ -2,11 +2,12 @@
 
 The device decides what computes it: on CUDA the kernel in `kernels`, or FlashInfer (`flash`) if the batch was planned for it;
 elsewhere torch's own attention, which is also the reference for the others. Each token attends to itself and the tokens before it;
-with a window, only to the last `window` of these. It knows batches and caches, and no model.
+with a window, only to the last `window` of these. With sinks, a head may attend to nothing: its softmax has one more logit.
+It knows batches and caches, and no model.
 """
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from stallfree.executors.torch.batch import Batch
 
@@ -19,20 +20,35 @@ def write(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> Non
     _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, slots, _raw(values.to(cache.dtype)))
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    window: int,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The attention of `query` over the caches, [tokens, heads, head size] like `query`. The caches, [blocks, block size, KV heads,
-    head size], already hold the batch's own keys and values. `window` 0: no limit.
+    head size], already hold the batch's own keys and values. `window` 0: no limit. `sinks` [heads]: the logits of attending
+    to nothing.
     """
     if batch.planned is not None:
         return batch.planned(query, keys, values, window)
     if query.is_cuda:
         from stallfree.executors.torch.kernels import paged_attention
 
-        return paged_attention(query, keys, values, batch, window)
-    return reference(query, keys, values, batch, window)
+        return paged_attention(query, keys, values, batch, window, sinks)
+    return reference(query, keys, values, batch, window, sinks)
 
 
-def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
+def reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    window: int,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention by torch: all decodes in one padded call, each chunk in its own call."""
     out = torch.empty_like(query)
     ones = [i for i, count in enumerate(batch.counts) if count == 1]
@@ -49,7 +65,7 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bat
         # Zero times what another request left behind is not zero if that is not a number.
         gathered = [_gather(cache, tables).to(query.dtype) for cache in (keys, values)]
         key, value = (each.masked_fill_(~seen[..., None, None], 0) for each in gathered)
-        decoded = _attention(query[rows][:, None], key, value, seen[:, None, None])
+        decoded = _attention(query[rows][:, None], key, value, seen[:, None, None], sinks)
         out[rows] = decoded[:, 0]
     begin = 0
     for i, (count, end) in enumerate(zip(batch.counts, batch.ends, strict=True)):
@@ -61,7 +77,7 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bat
             seen = at <= position
             if window:
                 seen &= at > position - window
-            out[begin : begin + count] = _attention(query[None, begin : begin + count], key, value, seen[None, None])[0]
+            out[begin : begin + count] = _attention(query[None, begin : begin + count], key, value, seen[None, None], sinks)[0]
         begin += count
     return out
 
@@ -77,7 +93,15 @@ def _raw(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """torch's attention for tensors [pieces, tokens, heads, head size]; `seen` is its mask."""
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """torch's attention for tensors [pieces, tokens, heads, head size]; `seen` [pieces, 1, tokens, keys] is its mask."""
     q, k, v = (x.transpose(1, 2) for x in (query, key.to(query.dtype), value.to(query.dtype)))
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    mask = seen
+    if sinks is not None:  # one more key and value, of zeros; its logit comes from the mask
+        k, v = (pad(x, (0, 0, 0, 1)) for x in (k, v))
+        shape = (*q.shape[:3], seen.shape[3])
+        logits = torch.zeros(shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+        mask = torch.cat([logits, sinks.to(q.dtype)[None, :, None, None].expand(*shape[:3], 1)], 3)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

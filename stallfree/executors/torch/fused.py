@@ -44,6 +44,15 @@ def gated(x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh") * other
 
 
+def clamped(x: torch.Tensor, slope: float, limit: float) -> torch.Tensor:
+    """gpt-oss's activation of `x` [tokens, 2 x channels]: the gate, from the first half up to `limit`, times 1 + the second half,
+    which is kept within `limit` of 0.
+    """
+    gate, other = x.chunk(2, -1)
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(slope * gate) * (other.clamp(-limit, limit) + 1)
+
+
 def keep(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: Turns, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
     """Write rotated keys `k` and values `v` to their `slots` in the cache. Returns the rotated queries. `q`, `k` and `v` are
     [tokens, their heads, head size], and contiguous in the last dimension.

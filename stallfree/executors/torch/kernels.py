@@ -82,10 +82,10 @@ def _scan(
 
 @triton.jit(do_not_specialize=["table_width"])  # each specialisation is another compilation
 def _attend(
-    query, keys, values, out, partial, state, begins, lengths, tables, tiles, scale,
+    query, keys, values, out, partial, state, begins, lengths, tables, tiles, sinks, scale,
     query_token, query_head, cache_block, cache_token, cache_head, table_width,
     LISTED: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One block of `COUNT` queries of one piece, one KV head, one part of the context. `LISTED`: `tiles` has the piece and the
     first query of each program; otherwise each piece is a decode. `MOST` >= COUNT x GROUP rows, `WIDTH` >= head size `SIZE`, both
@@ -112,6 +112,9 @@ def _attend(
     from_tile, to_tile = split * each, tl.minimum((split + 1) * each, tiles_in_all)
     peak = tl.full([MOST], float("-inf"), tl.float32)
     total = tl.zeros([MOST], tl.float32)
+    if SINKS:  # as if the first part of the context began with a key of this logit, whose value is zero
+        sink = tl.load(sinks + own_head).to(tl.float32) * 1.4426950408889634  # LOG2_E
+        peak, total = tl.where(split == 0, sink, peak), tl.where(split == 0, 1.0, total)
     sums = tl.zeros([MOST, WIDTH], tl.float32)
     own_keys, own_values, table = keys + head * cache_head, values + head * cache_head, tables + piece * table_width
     if WINDOW == 0 and SIZE == WIDTH:  # the tiles that the first query sees whole need no masks
@@ -161,19 +164,21 @@ def _merge(
         tl.store(to, mean.to(out.dtype.element_ty), mask=number < SIZE)
 
 
-def paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int) -> torch.Tensor:
+def paged_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `attention.attend`. `query` is contiguous in its last dimension; keys and values have the same strides."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group = query.shape[1] // keys.shape[2]
     wide = query.shape[2] * query.itemsize > WIDE_BYTES
     if batch.decodes:  # nothing comes from the host, so a CUDA graph can record it
-        _launch(query, keys, values, out, batch, window, _tiles(group, wide, chunks=False), 1, None)
+        _launch(query, keys, values, out, batch, window, sinks, _tiles(group, wide, chunks=False), 1, None)
         return out
     for chunks in sorted({count > 1 for count in batch.counts}):
         tiles = _tiles(group, wide, chunks)
         count = tiles.rows // group if chunks else 1
         listed = _listed(batch, count, chunks, query.device)
-        _launch(query, keys, values, out, batch, window, tiles, count, listed)
+        _launch(query, keys, values, out, batch, window, sinks, tiles, count, listed)
     return out
 
 
@@ -199,7 +204,7 @@ def _listed(batch: Batch, count: int, chunks: bool, device: torch.device) -> tor
 
 def _launch(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, batch: Batch, window: int,
-    tiles: Tiles, count: int, listed: torch.Tensor | None,
+    sinks: torch.Tensor | None, tiles: Tiles, count: int, listed: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Write into `out` the attention of the pieces in `listed`, or of all (None), in programs of `count` queries."""
     heads, size = query.shape[1:]
@@ -213,9 +218,11 @@ def _launch(
     pieces = batch.begins if listed is None else listed
     shape = {"GROUP": heads // kv_heads, "COUNT": count, "MOST": tiles.rows, "SIZE": size, "WIDTH": width}
     _attend[(programs, kv_heads, splits)](
-        query, keys, values, out, partial, state, batch.begins, batch.lengths, batch.tables, pieces, size**-0.5 * LOG2_E,
+        query, keys, values, out, partial, state, batch.begins, batch.lengths, batch.tables, pieces,
+        query if sinks is None else sinks, size**-0.5 * LOG2_E,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), batch.tables.stride(0),
-        LISTED=listed is not None, WINDOW=window, TILE=tiles.keys, BLOCK=block, SPLIT=splits > 1, **shape,
+        LISTED=listed is not None, WINDOW=window, TILE=tiles.keys, BLOCK=block, SPLIT=splits > 1,
+        SINKS=sinks is not None, **shape,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:

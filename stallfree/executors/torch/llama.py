@@ -18,7 +18,8 @@ from stallfree.executors.torch.weights import Matrix, Weights
 @dataclass(slots=True)
 class Layer:
     """The weights of a layer. `norms`: before and after attention, before and after the FFN; None where there is none. `heads`: the
-    norms of queries and keys, if there are any. `ffn`: in the family's own form."""
+    norms of queries and keys, if there are any. `ffn`: in the family's own form. `sinks`: see
+    `attention.attend`; None where there are none."""
 
     norms: tuple[torch.Tensor | None, ...]
     heads: tuple[torch.Tensor, torch.Tensor] | None
@@ -26,6 +27,7 @@ class Layer:
     output: Matrix
     ffn: object
     window: int
+    sinks: torch.Tensor | None
 
 
 class Llama(Model):
@@ -41,6 +43,7 @@ class Llama(Model):
             weights.inputs(f"{at}self_attn.o_proj", bias=config.output_bias),
             self.feed_forward(weights, at),
             config.windows[number],
+            weights.part(f"{at}self_attn.sinks", config.num_heads) if config.sinks else None,
         )
 
     def block(
@@ -49,7 +52,7 @@ class Llama(Model):
         before, after, before_ffn, after_ffn = layer.norms
         hidden, x = self.added(hidden, delta, before)
         qkv = self.adapted("qkv", x, layer.qkv(x), batch, cache)
-        attended = self.attention(qkv, batch, turns, cache, layer.window, layer.heads)
+        attended = self.attention(qkv, batch, turns, cache, layer.window, layer.heads, layer.sinks)
         output = self.adapted("output", attended, layer.output(attended), batch, cache)
         delta = self.add(output)
         hidden, x = self.added(hidden, delta if after is None else self.normed(delta, after), before_ffn)

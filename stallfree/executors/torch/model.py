@@ -76,10 +76,17 @@ class Model(ABC):
         return self._ranks.join(self._head(self.normed(hidden[batch.rows], self._norm)).float(), self.config.vocab_size)
 
     def attention(
-        self, qkv: torch.Tensor, batch: Batch, turns: Turns, cache: Cache, window: int = 0, norms: Any = None
+        self,
+        qkv: torch.Tensor,
+        batch: Batch,
+        turns: Turns,
+        cache: Cache,
+        window: int = 0,
+        norms: Any = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention's output, [tokens, heads x head size]. `qkv`: queries, keys and values side by side. `norms`: of queries
-        and keys, if there are any.
+        and keys, if there are any. `sinks`: see `attention.attend`.
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
         q, k, v = qkv.view(len(qkv), -1, self.config.head_dim).split([heads, kv_heads, kv_heads], 1)
@@ -88,7 +95,7 @@ class Model(ABC):
                 self.normed(x.reshape(len(qkv), -1, len(norm)), norm).view(x.shape) for x, norm in zip((q, k), norms, strict=True)
             )
         q = keep(q, k, v, turns, cache, batch.slots)
-        return attend(q, *cache, batch, window).reshape(len(qkv), -1)
+        return attend(q, *cache, batch, window, sinks).reshape(len(qkv), -1)
 
     def adapted(self, site: str, x: torch.Tensor, product: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
         """`product`, the result of the site's matrix for `x`, with what the batch's adapters add. It is changed in place."""

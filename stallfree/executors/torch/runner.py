@@ -154,7 +154,8 @@ class Runner:
             return
         with torch.inference_mode():
             windows = {self._model.config.windows[number] for number in self._model.layers}
-            self._flash = choose(self._model.num_heads, self.dtype, self._cache[0][0], windows, self._length)
+            if not self._model.config.sinks:  # FlashInfer's attention has none
+                self._flash = choose(self._model.num_heads, self.dtype, self._cache[0][0], windows, self._length)
             if self._model.recordable:
                 before = None if self._first else torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self._device)
                 adapted = self.adapters.decodes(SIZES[-1]) if self._options.adapters else None

@@ -93,8 +93,12 @@ class Weights:
         self.dtype, self.device, self.rank, self.tp = dtype, device, rank, tp
 
     def vector(self, name: str) -> torch.Tensor:
-        """A whole vector."""
+        """A whole tensor, not quantised."""
         return self._read(name).to(self.device, self.dtype)
+
+    def part(self, name: str, pieces: int) -> torch.Tensor:
+        """This rank's part of a vector that can be cut in `pieces`."""
+        return self._share(name, pieces).to(self.device, self.dtype)
 
     def outputs(self, *parts: tuple[str, int], bias: bool = False) -> Matrix:
         """Matrices, one below the other, of which each rank has some outputs. `parts`: (name, number of parts in which it is cut).
@@ -104,9 +108,9 @@ class Weights:
         added = torch.cat([self._share(f"{name}.bias", pieces) for name, pieces in parts]) if bias else None
         return self._stored(values, added)
 
-    def whole(self, name: str) -> Matrix:
+    def whole(self, name: str, *, bias: bool = False) -> Matrix:
         """A small matrix, not quantised, of which every rank has all."""
-        return Matrix(self._read(f"{name}.weight").to(self.device, self.dtype), "", None)
+        return Matrix(self.vector(f"{name}.weight"), "", self.vector(f"{name}.bias") if bias else None)
 
     def fused(self, name: str, heads: int, kv_heads: int, size: int, *, bias: bool = False) -> Matrix:
         """As `outputs`, for one matrix that holds, for each KV head, the rows of its queries, its keys and its values."""
