@@ -68,7 +68,7 @@ def test_a_word_that_is_a_token_is_taken_whole_and_a_text_begins_with_bos(pre):
     assert text.encode("abc")[1:] == Text.from_gguf(metadata | {KEY + "add_bos_token": False}).encode("abc")
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "default", "deepseek-r1-qwen"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "default", "deepseek-r1-qwen", "gpt-4o"])
 def test_others_follow_their_merges_and_begin_with_bos_only_if_the_file_says_so(pre):
     metadata = byte_level(tokens=("ab", "bc", "abc"), merges=("b c", "a b"), pre=pre)
     assert ["a", "bc"] == [Text.from_gguf(metadata).piece(id) for id in Text.from_gguf(metadata).encode("abc")]
@@ -87,6 +87,7 @@ CUT = {
     "qwen2": ["HelloWorld", " isn", "'t", " ", "1", "2", "3", "4", "5", " über", "\n\n", " ", " x", "/y", " //\n"],
     "deepseek-r1-qwen": ["HelloWorld", " isn", "'t", " ", "1", "2", "3", "4", "5", " über", "\n\n", " ", " x", "/y", " //\n"],
     "tekken": ["Hello", "World", " isn", "'t", " ", "1", "2", "3", "4", "5", " über", "\n\n", " ", " x", "/y", " //\n"],
+    "gpt-4o": ["Hello", "World", " isn't", " ", "123", "45", " über", "\n\n", " ", " x", "/y", " //\n"],
     "gpt-2": ["HelloWorld", " isn", "'t", " 12345", " über", "\n\n ", " x", "/", "y", " //", "\n"],
     "smollm": ["HelloWorld", " isn", "'t", " ", "1", "2", "3", "4", "5", " über", "\n\n ", " x", "/", "y", " //", "\n"],
 }
