@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from stallfree.engine.text import Text, TextError
 from stallfree.grammar import sources
 from stallfree.grammar.sources import Grammar
-from stallfree.parsers import formats, reasoning
+from stallfree.parsers import channels, formats, reasoning
+from stallfree.parsers.channels import ChannelsParser
 from stallfree.parsers.pieces import Parser, Tool, Verbatim
 from stallfree.parsers.reasoning import ReasoningParser
 from stallfree.server.errors import ApiError, path, shown
@@ -32,19 +33,23 @@ To call one, answer with nothing but a JSON object: {{"name": the function's nam
 class Form(NamedTuple):
     """How to read an answer. `tools`: the format of its calls, and the names that may be called; None: none are read. `section`:
     the marks of its reasoning, and whether the prompt already ends within it; None: it has none. `hides_reasoning`: the client does
-    not want its text. `visible`: ids of special tokens that belong to the text. `parallel`: more than one call counts."""
+    not want its text. `visible`: ids of special tokens that belong to the text. `parallel`: more than one call counts. `channels`:
+    it comes in channels (`parsers/channels.py`)."""
 
     tools: tuple[str, frozenset[str]] | None = None
     section: tuple[str, str, bool] | None = None
     hides_reasoning: bool = False
     visible: frozenset[int] = frozenset()
     parallel: bool = True
+    channels: bool = False
 
     def parser(self) -> Parser | None:
         """A new parser of one answer; None if all of it is content."""
-        if self.tools is None and self.section is None:
+        if self.tools is None and self.section is None and not self.channels:
             return None
         inner = Verbatim() if self.tools is None else formats.named(self.tools[0]).parser(self.tools[1])
+        if self.channels:
+            return ChannelsParser(inner, self.tools[1] if self.tools else ())
         return inner if self.section is None else ReasoningParser(inner, *self.section)
 
 
@@ -59,6 +64,7 @@ class Conversation:
         source = text.template_source(bool(self.tools))
         self._format = formats.choose(source) if tool_format is None else formats.named(tool_format)
         self._marks = reasoning.marks(source)
+        self._channels = channels.suits(source)
         self._hinted = bool(self.tools) and not re.search(r"\btools\b", source)
 
     def render(self, *, control: bool) -> str:
@@ -84,9 +90,10 @@ class Conversation:
         section = None if self._marks is None else (*self._marks, rendered.rstrip().endswith(self._marks[0]))
         tools = (self._format.name, frozenset(tool.name for tool in self._callable)) if self.tools else None
         marks = ([] if self._marks is None else list(self._marks)) + (list(self._format.marks) if self.tools else [])
+        marks += channels.MARKS if self._channels else ()
         visible = frozenset(self._text.own_tokens(marks).values())
         parallel = self._body.parallel_tool_calls is not False
-        return Form(tools, section, self._body.include_reasoning is False, visible, parallel)
+        return Form(tools, section, self._body.include_reasoning is False, visible, parallel, self._channels)
 
     def grammar(self, form: Form) -> Grammar | None:
         """What the answer is held to; None if to nothing. As in OpenAI's API, `response_format` holds the content of the message,

@@ -4,12 +4,16 @@ import json
 
 import pytest
 
+from stallfree.parsers.channels import MARKS
+from stallfree.server.conversation import Conversation
+from stallfree.server.schema import ChatRequest
 from tests.server.conftest import Server
 from tests.server.models import HERMES, THINKING, Random, chat_text
 from tests.server.test_bad_input import CHAT
 from tests.server.test_tools import Script
 
 OPTIONAL = HERMES + "{# the model may write <think> and </think> #}"
+CHANNELS = HERMES + "{# the model answers in <|channel|> #}"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,14 @@ def inside():
 @pytest.fixture(scope="module")
 def outside():
     script = Script(OPTIONAL)
+    with script.server:
+        yield script
+        script.server.settled()
+
+
+@pytest.fixture(scope="module")
+def channels():
+    script = Script(CHANNELS)
     with script.server:
         yield script
         script.server.settled()
@@ -72,6 +84,22 @@ def test_stop_strings_count_where_there_is_none(outside):
 def test_calls_come_after_it(inside):
     message = inside.says('Hm.\n</think>\n\n<tool_call>{"name": "time", "arguments": {}}</tool_call>')["message"]
     assert ("Hm.", "time") == (message["reasoning_content"], message["tool_calls"][0]["function"]["name"])
+
+
+def test_an_answer_in_channels_is_taken_apart(channels):
+    hm = "<|channel|>analysis<|message|>Hm.<|start|>assistant"  # <|end|> would end the answer with this tokenizer
+    message = channels.says(f"{hm}<|channel|>final<|message|>Four.")["message"]
+    assert ("Hm.", "Four.") == (message["reasoning_content"], message["content"])
+    message = channels.says(f"{hm} to=functions.time<|channel|>commentary json<|message|>{{}}<|call|>")["message"]
+    assert ("Hm.", "time") == (message["reasoning_content"], message["tool_calls"][0]["function"]["name"])
+
+
+def test_the_special_tokens_of_channels_are_visible():
+    text = chat_text(CHANNELS)
+    text.tokenizer.add_special_tokens(list(MARKS))
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "?"}]})
+    visible = Conversation(text, body, None).form("").visible
+    assert {text.tokenizer.token_to_id(mark) for mark in MARKS} == visible
 
 
 @pytest.mark.parametrize("template", [THINKING, OPTIONAL])
