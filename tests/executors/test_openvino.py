@@ -181,16 +181,6 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(chunked(executor, [9, 30, 1, 1, 34]), expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
-def test_only_the_chosen_experts_are_computed_from_weights_of_eight_bits(tmp_path: Path) -> None:
-    """The runtime's operator takes rows with their experts, and the matrices of all experts as they are stored."""
-    write_folder(tmp_path, "qwen3_moe", **EXPERTS)
-    recipe = module.Recipe(open_checkpoint(tmp_path), "int8", "f32", module.compute_type("int8", "f32"), 256, None)
-    nodes = [(node.get_rt_info()["layerType"].value, node) for node in recipe.compiled().get_runtime_model().get_ops()]
-    grouped = [node for kind, node in nodes if kind == "GatherMatmul"]
-    assert 2 * 3 == len(grouped)
-    assert {"i8"} == {node.input(1).get_element_type().get_type_name() for node in grouped}
-
-
 FILES = {
     "llama": ({}, {}),
     "qwen2": ({}, {}),

@@ -1,46 +1,45 @@
 """A mixture of experts in the graph: each token passes through the FFNs that a router chooses for it, and only these are computed.
 
-The pairs of a chosen expert and a token lie in order of experts. So the rows of each expert are side by side, and a grouped product
-multiplies each run of rows with the matrix of its expert. It knows nothing of KV.
+The pairs of an expert and a token that chose it lie in order of experts. So the rows of each expert are side by side, and are split
+off for its own products. An expert that nobody chose gets no rows, and the runtime skips its operators. Five such rows take hardly
+longer than one, which the runtime's operator for all experts at once (GroupedMatMul) does not achieve without AMX: it reads the
+weights again for every row (docs/log.md). This module knows nothing of KV.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 from openvino.opset15 import scatter_nd_update, search_sorted
-from openvino.opset17 import grouped_matmul
 
 from stallfree.checkpoint import ModelConfig
 from stallfree.checkpoint.families import Experts
 from stallfree.executors.openvino.weights import Weights, constant
 
+Product = Callable[[ov.Node, list[str], bool], ov.Node]
+"""The products of rows with the modules of these names, one below the other, and whether they have biases."""
 
-def mixed(config: ModelConfig, mixture: Experts, source: Weights, prefix: str, x: ov.Node) -> ov.Node:
+
+def mixed(config: ModelConfig, mixture: Experts, source: Weights, prefix: str, x: ov.Node, product: Product) -> ov.Node:
     """The output for `x` [tokens, hidden] of the mixture in the layer whose tensor names begin with `prefix`."""
-    gates, ups, downs = zip(*(mixture.matrices(number) for number in range(config.experts)), strict=True)
+    experts = [[prefix + name for name in mixture.matrices(number)] for number in range(config.experts)]
     shares = _shares(config, mixture, source, prefix, x)
     pairs = ops.non_zero(shares, "i32")  # by expert, then by token
     expert, token = (ops.gather(pairs, _i32(place), _i32(0)) for place in (0, 1))
-    ends = search_sorted(expert, constant(np.arange(config.experts), np.int32), True, "i32")
+    numbers = constant(np.arange(config.experts), np.int32)
+    begins, ends = (search_sorted(expert, numbers, right, "i32") for right in (False, True))
 
-    def product(x: ov.Node, *names: Sequence[str]) -> ov.Node:
-        """Each row of `x` [pairs, in] times its expert's matrices, one below the other."""
-        groups = [[prefix + name for name in group] for group in zip(*names, strict=True)]
-        y = grouped_matmul(x, source.stacked([[f"{name}.weight" for name in group] for group in groups]), ends)
-        if not mixture.bias:
-            return y
-        biases = source.vector(*(f"{name}.bias" for group in groups for name in group))
-        biases = ops.reshape(biases, constant([config.experts, -1], np.int64), False)
-        return ops.add(y, ops.gather(biases, expert, _i32(0)))
+    def products(rows: ov.Node, modules: Sequence[list[str]]) -> ov.Node:
+        """[pairs, out], from rows [pairs, in]: those of each expert with its own modules."""
+        own = ops.variadic_split(rows, constant(0, np.int64), ops.subtract(ends, begins)).outputs()
+        return ops.concat([product(x, names, mixture.bias) for x, names in zip(own, modules, strict=True)], 0)
 
-    both = product(ops.gather(x, token, _i32(0)), gates, ups)
-    out = product(_activated(config, mixture, both), downs)
+    both = products(ops.gather(x, token, _i32(0)), [[gate, up] for gate, up, _ in experts])
+    out = products(_activated(config, mixture, both), [[down] for _, _, down in experts])
     share = ops.gather_nd(shares, ops.transpose(pairs, _i32(1, 0)))
-    out = ops.multiply(out, ops.unsqueeze(share, _i32(1)))
     nothing = ops.broadcast(constant(0, np.float32), ops.shape_of(x))
-    return scatter_nd_update(nothing, ops.unsqueeze(token, _i32(1)), out, "sum")
+    return scatter_nd_update(nothing, ops.unsqueeze(token, _i32(1)), ops.multiply(out, ops.unsqueeze(share, _i32(1))), "sum")
 
 
 def _shares(config: ModelConfig, mixture: Experts, source: Weights, prefix: str, x: ov.Node) -> ov.Node:

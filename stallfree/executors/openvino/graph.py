@@ -43,6 +43,10 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
     for layer in range(config.num_layers):
         if (turns := config.turns(layer)) not in tables:
             tables[turns] = _rotary_tables(*turns, inputs["position_ids"], max_model_len)
+
+    def product(x: ov.Node, names: list[str], bias: bool) -> ov.Node:
+        return _linear(source, x, names, bias, deltas)
+
     hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(0, np.int32))
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
@@ -61,7 +65,7 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
         if (mixture := config.mixture) is None:
             x = _feed_forward(config, source, prefix + "mlp.", x, deltas)
         else:
-            x = mixed(config, mixture, source, prefix, x)
+            x = mixed(config, mixture, source, prefix, x, product)
         hidden = ops.add(hidden, normed(x, after_ffn))
     hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)

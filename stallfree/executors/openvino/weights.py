@@ -3,9 +3,6 @@
 Tensors pass one at a time, so the whole float32 model is never in memory. It knows number formats and nothing of transformers.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-
 import numpy as np
 import openvino as ov
 from numpy.typing import ArrayLike, DTypeLike
@@ -47,21 +44,13 @@ class Weights:
             self._shared[names] = self._stored(np.concatenate([self._checkpoint.read(name) for name in names]))
         return self._shared[names]
 
-    def stacked(self, groups: Sequence[Sequence[str]]) -> ov.Node:
-        """As `matrix` for each group of names, [groups, out, in]."""
-        names = tuple(chain.from_iterable(groups))
-        if names not in self._shared:
-            stack = [np.concatenate([self._checkpoint.read(name) for name in group]) for group in groups]
-            self._shared[names] = self._stored(np.stack(stack))
-        return self._shared[names]
-
     def _stored(self, values: np.ndarray) -> ov.Node:
         if self._form == "f32":
             return constant(values)
         if self._form == "bf16":
             stored = ov.op.Constant(ov.Tensor(bfloat16(values), list(values.shape), ov.Type.bf16), shared_memory=False)
             return ops.convert(stored, np.float32)
-        grouped = values.reshape(*values.shape[:-1], -1, self._group) if self._group else values
+        grouped = values.reshape(len(values), -1, self._group) if self._group else values
         scale = np.maximum(np.abs(grouped).max(axis=-1, keepdims=True) / 127, np.float32(1e-12))
         quantised = constant(np.rint(grouped / scale).astype(np.int8))
         restored = ops.multiply(ops.convert(quantised, np.float32), constant(scale))
