@@ -4,15 +4,20 @@ It knows nothing of what runs the model. `open_checkpoint` reads headers only; t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from stallfree.checkpoint.blocks import Blocks
 from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.dimensions import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "ModelConfig", "open_checkpoint"]
+
+
+def _none(name: str) -> Blocks:
+    raise KeyError(f"{name!r} has no blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,7 @@ class Checkpoint:
 
     `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata`: a GGUF file's key-value pairs as plain
     Python values, the tokenizer included; None for a folder, whose tokenizer files are in `path`. `files`: those with the tensors.
+    `bits`: the quantised matrices whose own codes `blocks(name)` gives, with the bits of a code, 4 or 8.
     """
 
     path: Path
@@ -28,6 +34,8 @@ class Checkpoint:
     read: Callable[[str], np.ndarray]
     metadata: Mapping[str, object] | None
     files: tuple[Path, ...] = ()
+    bits: Mapping[str, int] = field(default_factory=dict)
+    blocks: Callable[[str], Blocks] = _none
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

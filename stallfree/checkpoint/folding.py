@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from stallfree.checkpoint.blocks import Blocks
 from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.dimensions import Dimensions
 
@@ -26,10 +27,23 @@ def folded(config: ModelConfig, read: Read, name: str) -> np.ndarray:
         values += np.float32(config.norm_shift)
     if (factor := config.factor(name)) != 1:
         values *= np.float32(factor)
-    if module in ("q_proj", "k_proj") and (order := rotary_order(config)) is not None:
-        heads = values.reshape(-1, config.head_dim, *values.shape[1:])
-        values = np.ascontiguousarray(heads[:, order]).reshape(values.shape)
-    return values
+    order = _rows(config, name, len(values))
+    return values if order is None else values[order]
+
+
+def folded_blocks(config: ModelConfig, read: Callable[[str], Blocks], name: str) -> Blocks:
+    """As `folded`, for a matrix that `read` gives as blocks."""
+    blocks, factor = read(name), config.factor(name)
+    order = _rows(config, name, len(blocks.codes))
+    blocks = blocks if order is None else blocks.ordered(order)
+    return blocks if factor == 1 else blocks.times(factor)
+
+
+def _rows(config: ModelConfig, name: str, rows: int) -> np.ndarray | None:
+    """`rotary_order` for all heads of a matrix or bias of `rows` rows; None for those that it does not concern."""
+    if name.split(".")[-2] not in ("q_proj", "k_proj") or (order := rotary_order(config)) is None:
+        return None
+    return np.arange(rows).reshape(-1, config.head_dim)[:, order].ravel()
 
 
 def rotary_order(config: ModelConfig) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.blocks import Blocks
 from stallfree.checkpoint.config import (
     ModelConfig,
     check,
@@ -28,7 +29,8 @@ from stallfree.checkpoint.config import (
 )
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, positive, size
 from stallfree.checkpoint.families import FAMILIES, Experts
-from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
+from stallfree.checkpoint.folding import folded, folded_blocks, fused_rows, gemma, granite
+from stallfree.checkpoint.ggml import KINDS, from_ggml
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -91,13 +93,17 @@ class Tensor:
         for rows in shape[:-1]:
             self.num_bytes *= rows
 
-    def read(self) -> np.ndarray:
-        """The values, [*shape] float32."""
+    def raw(self) -> np.ndarray:
+        """The bytes of the rows, [*shape without the last, bytes] uint8."""
         raw = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
         if raw.size != self.num_bytes:
             raise CheckpointError(f"{self.path}: tensor {self.name!r} ends early; the file changed after it was opened")
+        return raw.reshape(*self.shape[:-1], self.row_bytes)
+
+    def read(self) -> np.ndarray:
+        """The values, [*shape] float32."""
         try:
-            values: np.ndarray = dequantize(raw.reshape(*self.shape[:-1], self.row_bytes), self.kind)
+            values: np.ndarray = dequantize(self.raw(), self.kind)
         except NotImplementedError:
             unknown = f"tensor {self.name!r} is {self.kind.name}, which cannot be dequantised"
             raise CheckpointError(f"{self.path}: {unknown}; take another quantisation") from None
@@ -163,7 +169,15 @@ def read_gguf(path: Path) -> Checkpoint:
             raise CheckpointError(f"{files[0]}: its {count} files hold {len(stored)} tensors of {wanted}; fetch them again")
     config, tensors = _config(metadata, stored, files[0])
     check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(files[0]))
-    return Checkpoint(files[0], config, partial(folded, config, partial(_read, config, tensors)), metadata, tuple(files))
+    return Checkpoint(
+        files[0],
+        config,
+        partial(folded, config, partial(_read, config, tensors)),
+        metadata,
+        tuple(files),
+        {name: KINDS[tensor.kind] for name, tensor in tensors.items() if tensor.kind in KINDS and len(tensor.shape) == 2},
+        partial(folded_blocks, config, partial(_blocks, config, tensors)),
+    )
 
 
 def parts(path: Path) -> list[Path]:
@@ -380,7 +394,20 @@ def _name(name: str, kind: str) -> str:
 
 def _read(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> np.ndarray:
     values = tensors[name].read()
+    order = _halves(config, name)
+    return np.ascontiguousarray(values if order is None else values[order])
+
+
+def _blocks(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> Blocks:
+    blocks = from_ggml(tensors[name].raw(), tensors[name].kind)
+    order = _halves(config, name)
+    return blocks if order is None else blocks.ordered(order)
+
+
+def _halves(config: ModelConfig, name: str) -> np.ndarray | None:
+    """The order of rows that puts the two halves of each rotary pair half a head apart; None if they are."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-    if FAMILIES[config.family].halves and heads:
-        values = values.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
-    return np.ascontiguousarray(values)
+    if not heads or not FAMILIES[config.family].halves:
+        return None
+    rows = np.arange(heads * config.head_dim)
+    return rows.reshape(heads, config.head_dim // 2, 2).swapaxes(1, 2).ravel()

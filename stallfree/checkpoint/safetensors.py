@@ -26,7 +26,9 @@ from stallfree.checkpoint.config import (
 )
 from stallfree.checkpoint.dimensions import CheckpointError, Dimensions, dimensions, positive, size
 from stallfree.checkpoint.families import FAMILIES
-from stallfree.checkpoint.folding import folded, fused_rows, gemma, granite
+from stallfree.checkpoint.folding import folded, folded_blocks, fused_rows, gemma, granite
+from stallfree.checkpoint.packed import PackedMatrices
+from stallfree.checkpoint.packing import Packing
 from stallfree.checkpoint.stacked import Part, read_part, unstacked
 from stallfree.checkpoint.tensor_file import TYPES, Entry, read_header, read_tensor
 
@@ -47,7 +49,11 @@ Tensors = dict[str, Entry]
 def read_folder(path: Path) -> Checkpoint:
     """Read config.json and the headers of a folder's safetensors files. Raises CheckpointError if they cannot be used."""
     config, files = _config(path), weights(path)
-    tensors = _index(path, files)
+    packing = _packing(path, config.family)
+    tensors, packed = _index(path, files), None
+    if packing is not None:
+        packed = PackedMatrices(packing, config, tensors, str(path))
+        tensors = packed.rest
     if FAMILIES[config.family].fused:
         tensors = _cut(config, tensors)
     stacked: dict[str, Part] = {}
@@ -56,13 +62,24 @@ def read_folder(path: Path) -> Checkpoint:
     if config.tie_embeddings is False and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         raise CheckpointError(f"{path}: 'lm_head.weight' is missing and config.json does not tie it to the embeddings")
     shapes = {name: shape for name, (_, _, shape, _) in tensors.items()} | {name: part.shape for name, part in stacked.items()}
-    check_tensors(config, shapes, str(path))
-    read = partial(_read, tensors, stacked) if stacked else partial(read_tensor, tensors)
-    return Checkpoint(path, config, partial(folded, config, read), None, tuple(files))
+    check_tensors(config, shapes if packed is None else shapes | packed.shapes, str(path))
+    read = partial(folded, config, partial(_read, tensors, stacked, packed))
+    if packed is None:
+        return Checkpoint(path, config, read, None, tuple(files))
+    return Checkpoint(path, config, read, None, tuple(files), packed.bits, partial(folded_blocks, config, packed.blocks))
 
 
-def _read(tensors: Tensors, stacked: dict[str, Part], name: str) -> np.ndarray:
+def _read(tensors: Tensors, stacked: dict[str, Part], packed: PackedMatrices | None, name: str) -> np.ndarray:
+    if packed is not None and name in packed.shapes:
+        return packed.dense(name)
     return read_part(stacked[name]) if name in stacked else read_tensor(tensors, name)
+
+
+def _packing(path: Path, family: str) -> Packing | None:
+    """How matrices are packed, by config.json; None if they are not."""
+    file = path / "config.json"
+    quantised = read_json(file).get("quantization_config")
+    return Packing.of(quantised, str(file)) if quantised and not _mxfp4(family, quantised) else None
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -84,8 +101,6 @@ def _config(path: Path) -> ModelConfig:
     served = [name for name, family in FAMILIES.items() if family.torch]
     if (kind := values.get("model_type")) not in served:
         raise CheckpointError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(served)}")
-    if (quantised := values.get("quantization_config")) and not _mxfp4(str(kind), quantised):
-        raise CheckpointError(f"{source}: weights quantised by another tool are not supported; take it unquantised or as GGUF")
     sizes, bos = dimensions(values, source), values.get("bos_token_id")
     config = ModelConfig(
         **asdict(sizes)

@@ -38,7 +38,7 @@ def calibrate(
         pp=pp,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    fitted, errors, file = recalibrate(chosen, lambda line: typer.echo(line, err=True), options.progress("calibrating"))
+    fitted, errors, file = recalibrate(chosen, lambda line: typer.echo(line, err=True), options.progress)
     if as_json:
         result = {"file": str(file), "prices_s": fitted.prices, "scale": SCALE, "quantum": fitted.quantum}
         result |= {"error_median": errors.median, "error_p90": errors.p90, "error_largest": errors.largest}

@@ -61,7 +61,7 @@ def demo(
     assembled = assemble(
         Options(model, executor=executor, policy="slo", slo=slo, threads=threads),
         say=lambda line: typer.echo(line, err=True),
-        progress=options.progress("calibrating"),
+        progress=options.progress,
     )
     engine, targets = assembled.engine, assembled.slo or Slo()
     chosen = {f"fixed budget, {token_budget} tokens": fixed, f"slo, {targets}": engine.scheduler.policy}

@@ -124,8 +124,11 @@ PolicyOption = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the policy. May be given several times.")
 ]
 Weights = Annotated[
-    Literal["int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
-    typer.Option(help="Precision of the weights.", show_default="int8; executor torch: bf16"),
+    Literal["auto", "file", "int4", "int8", "fp8", "bf16", "fp16", "f32"] | None,
+    typer.Option(
+        help="Precision of the weights; file: the bits that they have in the file; auto: the quicker of file and int8, by a trial.",
+        show_default="auto; executor torch: bf16",
+    ),
 ]
 Kv = Annotated[
     Literal["u4", "u8", "fp8", "bf16", "fp16", "f32"] | None,

@@ -123,7 +123,7 @@ def serve(
             Options(**vars(served)),
             fingerprints=file is not None,
             say=lambda line: typer.echo(line, err=True),
-            progress=options.progress("calibrating"),
+            progress=options.progress,
         )
         service = _service(assembled, front, sharing, names or (assembled.name,), served.policy, exporter)
         if service.traces is not None:

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from stallfree.core.policy import Setup, Tuned
 from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
 from stallfree.core.speculation import Speculation
-from stallfree.engine import calibrate, proposing
+from stallfree.engine import calibrate, formats, proposing
 from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
@@ -40,6 +41,12 @@ from stallfree.policies.slo import SMALL_BATCH, STRICT, possible
 
 if TYPE_CHECKING:
     from stallfree.executors.torch import Options as TorchOptions
+
+SMALL = 32 << 20
+"""Weights in files of at most this many bytes are converted at each start: it takes less than a second."""
+
+Progress = Callable[[str], calibrate.Progress]
+"""Gives what is called while something that has this label takes its time."""
 
 SIMULATED = (0.008, 0.04, 0.005, 0.005, 0.0, 0.0)
 """The prices of the simulated executor's iterations, as in the cost model."""
@@ -125,11 +132,11 @@ def assemble(
     *,
     fingerprints: bool = False,
     say: Callable[[str], None] = lambda line: None,
-    progress: calibrate.Progress = lambda done, of: None,
+    progress: Progress = lambda label: lambda done, of: None,
 ) -> Assembled:
     """Make an engine. Raises ValueError, FetchError or MemoryError with a message for the user. Options that need no model are
     checked first. The caller sets `Engine.record`; with `fingerprints`, records hold what replay needs. `say` gets lines for the
-    user. `progress` is called during a calibration, if one is needed.
+    user. `progress(label)` gives what is called while something that has the label takes its time.
     """
     classes = None if options.slo is None else Classes.parse(options.slo)
     targets = None if classes is None else classes.default
@@ -146,10 +153,10 @@ def assemble(
     if options.on_worker_loss not in LOSSES:
         raise ValueError(f"on_worker_loss {options.on_worker_loss!r} is unknown; known are {', '.join(LOSSES)}")
     adapters = folders(options.adapter or (), options.adapters)
-    executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say)
+    executor, text, name, weights, key, model_identity, sampling, config = _parts(options, say, progress)
     cost, source = None, ""
     if tuned or options.speculate is not None:
-        cost = _cost(executor, key, config, say, progress)
+        cost = _cost(executor, key, config, say, progress("calibrating"))
     if tuned and cost is not None:
         if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
             source = basis(cost, key)
@@ -205,13 +212,13 @@ def check_executor(name: str) -> None:
         raise ValueError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {known}; or {user_classes.FORMS}")
 
 
-def recalibrate(options: Options, say: Callable[[str], None], progress: calibrate.Progress) -> tuple[Fitted, Errors, Path]:
+def recalibrate(options: Options, say: Callable[[str], None], progress: Progress) -> tuple[Fitted, Errors, Path]:
     """Calibrate the model of `options` on this machine again. Returns the cost model, its errors, and the file that keeps it."""
-    executor, _, _, _, key, _, _, config = _parts(options, say)
+    executor, _, _, _, key, _, _, config = _parts(options, say, progress)
     try:
         if key is None:
             raise ValueError(f"executor {options.executor!r} sleeps as its cost model says: nothing to time; calibrate another one")
-        model, errors = calibrate.calibrate(executor, progress, unmet=0.0 if config is None else config.unmet)
+        model, errors = calibrate.calibrate(executor, progress("calibrating"), unmet=0.0 if config is None else config.unmet)
     finally:
         executor.close()
     folder = cache_folder() / "calibration"
@@ -248,7 +255,8 @@ def _speculation(
         own = completed(replace(options, max_model_len=None, tp=1, pp=1, adapter=None, adapters=None), checkpoint)
         memory = int(share * (own.kv_memory or _kv_bytes(own, checkpoint)))
         make = MAKERS.get(options.executor, (_own, None, None))[0]
-        return make(checkpoint, replace(own, kv_memory=memory), lambda: say(f"loading the draft model {checkpoint.path.name}"))
+        loading = partial(say, f"loading the draft model {checkpoint.path.name}")
+        return make(checkpoint, replace(own, kv_memory=memory), loading, lambda done, of: None)
 
     proposer = proposing.proposer(options.speculate, executor, text, config, small, say)
     return Speculation(proposer, cost, options.draft_tokens, None if config is None else config.vocab_size)
@@ -275,15 +283,18 @@ def completed(options: Options, checkpoint: Checkpoint) -> Options:
     """`options` with what the executor takes by default: formats, and on a processor memory for KV. `threads` stays None where the
     runtime's own choice is `Machine.threads`. Nothing is loaded."""
     _, weights, kv = MAKERS.get(options.executor, (_own, None, None))
-    options = replace(options, weights=options.weights or weights, kv=options.kv or kv)
+    options = replace(options, weights=None if options.weights == "auto" else options.weights, kv=options.kv or kv)
     if options.executor == "torch":
         options = replace(options, device=_device(options))
     if options.executor not in MAKERS or options.device == "cuda":
-        return options
-    here, memory = machine(), options.kv_memory or _kv_bytes(options, checkpoint) // (options.tp * options.pp)
+        return replace(options, weights=options.weights or weights)
+    here = machine()
     # OpenVINO itself takes one thread for each core of a socket. It knows which cores it may use, but no quotas.
     limited = here.threads if options.executor == "openvino" and here.threads < here.socket_cores else None
-    return replace(options, kv_memory=memory, threads=options.threads or limited)
+    options = replace(options, threads=options.threads or limited)
+    options = replace(options, weights=options.weights or weights or formats.chosen(checkpoint, options.threads).weights)
+    memory = options.kv_memory or _kv_bytes(options, checkpoint) // (options.tp * options.pp)
+    return replace(options, kv_memory=memory)
 
 
 def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
@@ -337,7 +348,7 @@ Parts = tuple[Executor, Text, str, str, dict[str, object] | None, str, Sampling,
 identity, the sampling values for what a request leaves open, and the model's numbers, if it has any."""
 
 
-def _parts(options: Options, say: Callable[[str], None]) -> Parts:
+def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> Parts:
     if options.executor == "simulated":
         return _simulated(options)
     path = locate(options.model, say)
@@ -345,14 +356,18 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     path = checkpoint.path
     size, metadata = checkpoint.config.vocab_size, checkpoint.metadata
     text = Text.from_folder(path, size) if metadata is None else Text.from_gguf(metadata, size)
-    make, options = MAKERS.get(options.executor, (_own, None, None))[0], completed(options, checkpoint)
+    make = MAKERS.get(options.executor, (_own, None, None))[0]
+    if options.executor == "openvino" and options.weights in (None, "auto"):
+        usual = completed(options, checkpoint)
+        options = replace(options, weights=formats.tried(checkpoint, usual.kv or "", usual.threads, say).weights)
+    options = completed(options, checkpoint)
     if options.device != "cuda" and options.threads and (objection := machine().objection(options.threads)):
         say(f"warning: {objection}")
     recommendation = EMBEDDED_SAMPLING if named(options.model) is None else recommended(path, checkpoint.metadata)
     if options.generation_config == "none":
         recommendation = {}
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
-    executor = make(checkpoint, options, lambda: say(f"loading {path.name}"))
+    executor = make(checkpoint, options, lambda: say(f"loading {path.name}"), progress("converting"))
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
     name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else stem
     key = calibration_key(options, path, executor.capacity.max_model_len)
@@ -361,7 +376,7 @@ def _parts(options: Options, say: Callable[[str], None]) -> Parts:
     return executor, text, name, f"{weights} weights, {kv} KV", key, whole, sampling, checkpoint.config
 
 
-def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
+def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
     from stallfree.executors.openvino import OpenVINOExecutor
 
     if (options.tp, options.pp, options.workers) != (1, 1, "local") or options.device not in (None, "cpu"):
@@ -374,10 +389,12 @@ def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], No
         kv_bytes=options.kv_memory or 0,
         max_model_len=options.max_model_len,
         threads=options.threads,
+        folder=cache_folder() / "converted" if sum(file.stat().st_size for file in checkpoint.files) > SMALL else None,
+        progress=converting,
     )
 
 
-def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
+def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
     from stallfree.executors import torch as executors
 
     arithmetic(options, checkpoint)
@@ -418,7 +435,7 @@ def _device(options: Options) -> str:
     return options.device or usual_device()
 
 
-def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) -> Executor:
+def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
     """An executor that a user wrote: its class gets the checkpoint, and those of these options that its parameters name."""
     cls, name = user_classes.find("executor", options.executor, method="submit"), options.executor
     parameters = user_classes.parameters(cls, skip=1)
@@ -440,8 +457,8 @@ def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]) 
     return executor
 
 
-MAKERS = {"openvino": (_openvino, "int8", "u8"), "torch": (_torch, "bf16", "bf16")}
-"""What makes an executor, and its default formats of weights and KV."""
+MAKERS = {"openvino": (_openvino, None, "u8"), "torch": (_torch, "bf16", "bf16")}
+"""What makes an executor, and its default formats of weights (None: by a trial) and KV."""
 
 
 def _kv_bytes(options: Options, checkpoint: Checkpoint) -> int:

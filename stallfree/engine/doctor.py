@@ -16,7 +16,7 @@ from typing import Any
 from stallfree import __version__
 from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import EMBEDDED, PACKAGED, cache_folder, check_room, present
-from stallfree.engine import assemble, calibrate
+from stallfree.engine import assemble, calibrate, formats
 from stallfree.executors.host_memory import MOST_KV, SPARE, kv_bytes_per_token, mib, weight_bytes
 from stallfree.executors.machine import Machine, governors, huge_pages, load, machine, memory
 from stallfree.policies.slo import Slo
@@ -62,7 +62,7 @@ def checkup(options: assemble.Options) -> dict[str, Any]:
             report["model"] |= {"family": config.family, "parameters": config.parameters, "max_model_len": config.max_model_len}
             report["memory"] = _memory(complete, checkpoint)
             report["costs"] = _costs(complete, checkpoint)
-            report["chosen"] = _chosen(options, complete, report)
+            report["chosen"] = _chosen(options, complete, checkpoint, report)
             findings += _safer(complete, report, here)
             report["chosen"]["arithmetic"] = _choice(form := assemble.arithmetic(complete, checkpoint), _reason(form, here))
             if form == "f32" and here.has_bf16():
@@ -133,10 +133,16 @@ def _costs(options: assemble.Options, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"calibrated": when.isoformat(" ", "minutes"), "seconds": seconds, "prefill_tokens_per_s": speed} | target
 
 
-def _chosen(given: assemble.Options, options: assemble.Options, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _chosen(
+    given: assemble.Options, options: assemble.Options, checkpoint: Checkpoint, report: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Each choice, and its reason. `given`: the options before they were completed."""
     here, size, costs, config = machine(), report["memory"], report["costs"], report["model"]
     usual = f"the default of executor {options.executor}"
+    if given.weights not in (None, "auto"):
+        why_weights = "asked for"
+    else:
+        why_weights = formats.chosen(checkpoint, options.threads).why if options.executor == "openvino" else usual
     if given.kv_memory is not None:
         why_kv = "asked for"
     elif options.kv_memory is None:
@@ -154,7 +160,7 @@ def _chosen(given: assemble.Options, options: assemble.Options, report: dict[str
         why_threads = "one for each core of a socket that this process may use"
     return {
         "executor": _choice(options.executor, assemble.EXECUTORS[options.executor]),
-        "weights": _choice(options.weights, "asked for" if given.weights else usual),
+        "weights": _choice(options.weights, why_weights),
         "kv": _choice(options.kv, "asked for" if given.kv else usual),
         "threads": _choice(options.threads or here.threads, why_threads),
         "kv_memory": _choice(options.kv_memory, why_kv),

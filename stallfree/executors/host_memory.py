@@ -11,6 +11,10 @@ from stallfree.executors.machine import memory
 WEIGHT_BYTES = {"int4": 0.625, "int8": 1.0625, "fp8": 1.0, "bf16": 2.0, "fp16": 2.0, "f32": 4.0}
 """Bytes of a matrix's number in each format, with the scales in float32 that 64 numbers share (int4 also has an offset)."""
 
+OWN_BYTES = {4: 0.66, 8: 1.125}
+"""Bytes of a matrix's number that keeps the file's bits, with the scales in float32 that 32 numbers share (4 bits: and a least
+number in 8 bits)."""
+
 KV_BYTES = {"u4": 1.5, "u8": 2.0, "fp8": 2.0, "bf16": 4.0, "fp16": 4.0, "f32": 8.0}
 """Bytes of a key's and a value's number together, in each format of the KV cache."""
 
@@ -45,11 +49,17 @@ def default_kv_bytes(weights: int) -> int:
 
 
 def weight_bytes(checkpoint: Checkpoint, form: str) -> int:
-    """Bytes of the weights with matrices in the format `form`. For a format that is not in `WEIGHT_BYTES`: as in the files."""
-    if form not in WEIGHT_BYTES:
+    """Bytes of the weights with matrices in the format `form`; in "file", those that keep the file's bits, and the others int8. For
+    a format that is not in `WEIGHT_BYTES`: as in the files."""
+    if form not in WEIGHT_BYTES and form != "file":
         return sum(file.stat().st_size for file in checkpoint.files)
-    shapes = checkpoint.config.tensors().values()
-    return sum(math.ceil(math.prod(shape) * (WEIGHT_BYTES[form] if len(shape) > 1 else 4)) for shape in shapes)
+
+    def each(name: str, rank: int) -> float:
+        if rank < 2:
+            return 4
+        return OWN_BYTES.get(checkpoint.bits.get(name, 0), WEIGHT_BYTES["int8"]) if form == "file" else WEIGHT_BYTES[form]
+
+    return sum(math.ceil(math.prod(shape) * each(name, len(shape))) for name, shape in checkpoint.config.tensors().items())
 
 
 def kv_bytes_per_token(config: ModelConfig, kv: str) -> int:

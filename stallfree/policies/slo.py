@@ -48,6 +48,10 @@ as usual. Without this, streams lose their KV and stand still until there is roo
 HABIT = 0.1
 """The weight of the newest iteration in `share` and `crowding`."""
 
+WORTH, BACKLOG = 1.04, 8
+"""While all prompts take less than `BACKLOG` iterations as long as the targets allow, an iteration is so long that longer ones
+would not make prefill `WORTH` times as fast (docs/slo.md has what this gains)."""
+
 EFFICIENT = 1.05
 """Without decodes, an iteration is as small as possible while its time per token is at most this times the least possible."""
 
@@ -123,7 +127,7 @@ class Slo:
         alone = self.decoding_s = self.cost.seconds(shape) if shape or not sitting else 0.0
         if shape or sitting:
             until, first = self._until(draft, dues, alone)
-            limit, least, why = self._limit(until, alone)
+            limit, least, why = self._limit(until, alone, sum([prompt.seconds for prompt in wanted]))
             limit = min(limit, latest)
             draft.limit_s, draft.margin = until, margin
             why = f"{1000 * until:.0f} ms until {first} is due, {why}"
@@ -177,14 +181,16 @@ class Slo:
         if abs(wanted / now.seconds - 1) > NOTABLE or wanted == least.seconds != now.seconds:
             self._deadlines.slo = replace(self.slo, tbt=replace(now, seconds=wanted))
 
-    def _limit(self, until: float, alone: float) -> tuple[float, int, str]:
+    def _limit(self, until: float, alone: float, wanted: float) -> tuple[float, int, str]:
         """Seconds that the iteration may take by the cost model, tokens of the smallest useful chunk, and the reason. The decodes
-        alone take `alone` seconds; the first of their tokens is due in `until` seconds.
+        alone take `alone` seconds; the first of their tokens is due in `until` seconds. Prompts `wanted` so many seconds.
 
         The limit is `until` over the margin, so that as few tokens are late as promised. But prefill must not starve. While the
         target leaves credit, waiting requests get the seconds that they are owed, if the decodes alone are in time. They also get
         them if the decodes alone are late, because then prefill makes no further token late. After `_patience` iterations without
         prefill, a chunk may take as long as the target.
+
+        Unless many prompts wait, no more of the limit is spent than is worth it.
         """
         margin = self.margin.value
         limit = until / margin
@@ -197,7 +203,8 @@ class Slo:
             if owed > limit:
                 least = LEAST if owed < most and self._owed < gap(self.slo) else 1
                 return owed, least, f"margin {margin:.2f}; prefill is owed {1000 * self._owed:.0f} ms"
-        return limit, 1, f"margin {margin:.2f}"
+        worth = _worth(limit, alone) if wanted < BACKLOG * limit else limit
+        return worth, 1, f"margin {margin:.2f}" + ("" if worth == limit else f"; more than {1000 * worth:.0f} ms would buy little")
 
     def _account(self, prefill: float, alone: float, *, full: bool, crowded: bool) -> None:
         """Update the seconds owed to waiting requests, and the iterations without prefill and with requests kept out. This
@@ -360,6 +367,15 @@ def _even(prefills: Sequence[float], room: float) -> float:
         total += seconds
         needed = max(needed, total / ceil(total / room))
     return min(room, SPARE * needed) if needed else room
+
+
+def _worth(limit: float, alone: float) -> float:
+    """How much of `limit` seconds is worth spending on an iteration, if its decodes alone take `alone` seconds. The share of the
+    time that prefill gets is 1 - alone / limit. It hardly grows with long iterations, and what a stream waits does. All of the
+    limit, if it is less than the decodes take.
+    """
+    share = (1 - alone / limit) / WORTH
+    return alone / (1 - share) if 0 < share < 1 and limit < inf else limit
 
 
 def possible(slo: Targets, cost: CostModel) -> None:

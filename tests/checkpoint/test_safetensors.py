@@ -146,7 +146,7 @@ def test_a_missing_key_is_named(folder: Path, key: str) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ({"rope_scaling": 3}, "rope scaling is 3"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by another tool"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by quant_method 'gptq'"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
@@ -171,7 +171,7 @@ FALCON = {"model_type": "falcon", "bos_token_id": 1, "eos_token_id": 2, "new_dec
         ({"alibi": True}, "alibi positions"),
         ({"new_decoder_architecture": False, "parallel_attn": False}, "parallel_attn false"),
         ({"activation": "relu"}, "activation 'relu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by another tool"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by quant_method 'gptq'"),
         ({"rope_scaling": 3}, "rope scaling is 3"),
         ({}, "tensors are missing: 'transformer.word_embeddings.weight'"),
     ],

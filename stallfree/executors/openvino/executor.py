@@ -7,8 +7,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -38,7 +39,8 @@ class OpenVINOExecutor:
 
     `weights`: the format of stored matrices, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
-    `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose.
+    `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose. `folder`: where
+    converted weights are kept for the next start. `progress` is called with the number of matrices converted so far, and of all.
 
     Raises what `check` raises, before anything is loaded.
     """
@@ -54,11 +56,13 @@ class OpenVINOExecutor:
         kv_bytes: int,
         max_model_len: int | None = None,
         threads: int | None = None,
+        folder: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or checkpoint.config.max_model_len
-        self._recipe = Recipe(checkpoint, weights, kv, compute, max_model_len, threads)
+        self._recipe = Recipe(checkpoint, weights, kv, compute, max_model_len, threads, folder, progress)
         compiled = self._recipe.compiled()
         self._request = compiled.create_infer_request()
         cache = compiled.inputs[len(INPUTS) :]
@@ -91,7 +95,8 @@ class OpenVINOExecutor:
         self._adapters: dict[str, Loaded] = {}
         self._adapted: AdaptedGraph | None = None
         self._loading = threading.Lock()
-        self._warm_up(range(num_blocks))
+        with self._recipe.lean():
+            self._warm_up(range(num_blocks))
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
@@ -152,7 +157,8 @@ class OpenVINOExecutor:
                 modules |= graph.modules if graph else set()
                 graph = AdaptedGraph(self._recipe, modules, self._tensors, self._pack)
                 self.write_blocks(blocks, packed)
-                self._warm_up(blocks, graph, loaded)
+                with self._recipe.lean():
+                    self._warm_up(blocks, graph, loaded)
             self.write_blocks(blocks, packed)
             self._adapted, self._adapters[key] = graph, loaded
 

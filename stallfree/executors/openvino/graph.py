@@ -45,7 +45,7 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
             tables[turns] = _rotary_tables(*turns, inputs["position_ids"], max_model_len)
 
     def product(x: ov.Node, names: list[str], bias: bool) -> ov.Node:
-        return _linear(source, x, names, bias, deltas)
+        return linear(source, x, names, bias, deltas)
 
     hidden = ops.gather(source.matrix("model.embed_tokens.weight"), inputs["input_ids"], constant(0, np.int32))
     for layer in range(config.num_layers):
@@ -63,19 +63,20 @@ def build(source: Weights, config: ModelConfig, max_model_len: int, deltas: Delt
         hidden = ops.add(hidden, normed(x, after))
         x = normed(hidden, before_ffn)
         if (mixture := config.mixture) is None:
-            x = _feed_forward(config, source, prefix + "mlp.", x, deltas)
+            x = feed_forward(config, source, prefix + "mlp.", x, deltas)
         else:
             x = mixed(config, mixture, source, prefix, x, product)
         hidden = ops.add(hidden, normed(x, after_ffn))
     hidden = ops.gather(hidden, inputs["sampled_rows"], constant(0, np.int32))
     hidden = _rms_norm(hidden, source.vector("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    logits = _linear(source, hidden, [head], False, deltas)
+    logits = linear(source, hidden, [head], False, deltas)
     return ov.Model([ops.result(logits)], [*inputs.values(), *cache, *deltas.parameters.values()], config.family)
 
 
-def _linear(source: Weights, x: ov.Node, names: list[str], bias: bool, deltas: Deltas) -> ov.Node:
-    y = ops.matmul(x, source.matrix(*(f"{name}.weight" for name in names)), False, True)
+def linear(source: Weights, x: ov.Node, names: list[str], bias: bool, deltas: Deltas) -> ov.Node:
+    """Products of `x` [tokens, in] with the modules of these names, side by side: [tokens, out]."""
+    y = source.product(x, [f"{name}.weight" for name in names])
     y = ops.add(y, source.vector(*(f"{name}.bias" for name in names))) if bias else y
     return deltas.added(y, x, names)
 
@@ -120,7 +121,7 @@ def _attention(
     deltas: Deltas,
 ) -> ov.Node:
     query, width, dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
-    x = _linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias, deltas)
+    x = linear(source, x, [f"{prefix}{name}_proj" for name in "qkv"], config.qkv_bias, deltas)
     q, k, v = ops.variadic_split(x, constant(1, np.int64), constant([query, width, width], np.int64)).outputs()
 
     def placed(x: ov.Node, heads: int, norm: str) -> ov.Node:
@@ -159,14 +160,15 @@ def _attention(
     info = attention.get_rt_info()
     info["num_k_heads"] = info["num_v_heads"] = config.num_kv_heads
     info["k_head_size"] = info["v_head_size"] = dim
-    return _linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias, deltas)
+    return linear(source, attention.output(0), [prefix + "o_proj"], config.output_bias, deltas)
 
 
-def _feed_forward(config: ModelConfig, source: Weights, prefix: str, x: ov.Node, deltas: Deltas) -> ov.Node:
-    x = _linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias, deltas)
+def feed_forward(config: ModelConfig, source: Weights, prefix: str, x: ov.Node, deltas: Deltas) -> ov.Node:
+    """The output of the FFN whose modules' names begin with `prefix`, for `x` [tokens, hidden]."""
+    x = linear(source, x, [prefix + "gate_proj", prefix + "up_proj"], config.mlp_bias, deltas)
     gate, up = ops.variadic_split(x, constant(1, np.int64), constant([config.ffn_size, config.ffn_size], np.int64)).outputs()
     gate = ops.gelu(gate, "TANH") if config.gelu else ops.swish(gate)
-    return _linear(source, ops.multiply(gate, up), [prefix + "down_proj"], config.mlp_bias, deltas)
+    return linear(source, ops.multiply(gate, up), [prefix + "down_proj"], config.mlp_bias, deltas)
 
 
 def _f32(value: float) -> ov.Node:

@@ -1,14 +1,18 @@
 """How a checkpoint becomes a compiled graph: number formats, and what the runtime is told. It knows no plans."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import openvino as ov
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.identity import identity
 from stallfree.executors.openvino.deltas import Deltas, Group
 from stallfree.executors.openvino.graph import build
-from stallfree.executors.openvino.weights import Weights, quantisation_group
+from stallfree.executors.openvino.kept import Kept
+from stallfree.executors.openvino.weights import OWN_GROUP, Weights, quantisation_group
 
 KV_FORMATS = {
     "u8": (ov.Type.u8, ov.Type.u8),
@@ -18,6 +22,8 @@ KV_FORMATS = {
 }
 """Number formats of stored keys and of stored values. With u4, keys keep 8 bits: in 4 bits by token they cost 16 % of perplexity,
 and in 4 bits by channel 1.7 %, and decodes take longer (docs/log.md)."""
+CONVERSION = 1
+"""The version of what converted weights are. Another one makes kept copies void."""
 CACHED_PRIMITIVES = 500
 """The most compiled operators that the runtime keeps for shapes it has seen. In 1,200 iterations of up to 320 tokens the process
 grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iterations took as long (docs/performance.md)."""
@@ -25,7 +31,8 @@ grew to 740 MB with the runtime's default of 5,000, and to 677 MB with 500. Iter
 
 class Recipe:
     """What a graph is made from. `weights` and `kv`: number formats; `compute`: that of the graph's arithmetic. `max_model_len`:
-    the most positions. `threads`: None lets the runtime choose.
+    the most positions. `threads`: None lets the runtime choose. `folder`: where converted weights are kept for the next start; None
+    keeps them in memory only. `progress` is called with the number of matrices converted, and of all.
 
     Graphs from one recipe share their constants: with int8, a second graph of a model with 135 million weights takes 156 MB less
     and half the time. The runtime keeps constants in int8 and f32, so keeping them here takes no memory. It frees those in bf16
@@ -33,18 +40,45 @@ class Recipe:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, weights: str, kv: str, compute: ov.Type, max_model_len: int, threads: int | None
+        self,
+        checkpoint: Checkpoint,
+        weights: str,
+        kv: str,
+        compute: ov.Type,
+        max_model_len: int,
+        threads: int | None,
+        folder: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         self.config, self.compute = checkpoint.config, compute
         self._kv, self._max_model_len, self._threads = kv, max_model_len, threads
-        self._group = quantisation_group(checkpoint.config) if weights == "int8" else 0
-        self._fresh = partial(Weights, checkpoint, weights, self._group)
+        group = quantisation_group(checkpoint.config)
+        self._group = {"int8": group, "file": OWN_GROUP}.get(weights, 0)
+        self._kept: Kept | None = None
+        if folder is not None and weights in ("int8", "file"):
+            self._kept = Kept(folder / f"{identity(checkpoint)}-{weights}.kept", f"{CONVERSION} {weights} {group}")
+        self._fresh = partial(Weights, checkpoint, weights, group, self._kept, progress)
         self._shared = None if weights == "bf16" else self._fresh()
+
+    def lean(self) -> AbstractContextManager[None]:
+        """To compile a graph in, and run it once, which packs its weights: what they are made from takes little memory meanwhile,
+        and none afterwards."""
+        return nullcontext() if self._kept is None else self._kept.lean()
 
     def compiled(self, groups: Sequence[Group] = ()) -> ov.CompiledModel:
         """The graph, with what adapters add to the products of `groups`."""
-        model = build(self._shared or self._fresh(), self.config, self._max_model_len, Deltas(groups, self.compute))
-        return ov.Core().compile_model(model, "CPU", self._settings())
+        model = build(self.weights(), self.config, self._max_model_len, Deltas(groups, self.compute))
+        if self._kept is not None:
+            self._kept.finish()
+        return self.compile(model)
+
+    def weights(self) -> Weights:
+        """The constants of a graph."""
+        return self._shared or self._fresh()
+
+    def compile(self, model: ov.Model) -> ov.CompiledModel:
+        with self.lean():
+            return ov.Core().compile_model(model, "CPU", self._settings())
 
     def _settings(self) -> dict[str, object]:
         keys, values = KV_FORMATS[self._kv]
@@ -76,9 +110,9 @@ def compute_type(weights: str, kv: str) -> ov.Type:
         return ov.Type.f32
     if has_bf16():
         return ov.Type.bf16
-    if weights == "int8" and kv in ("u8", "u4"):
+    if weights in ("file", "int8") and kv in ("u8", "u4"):
         return ov.Type.f32
-    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'int8' or 'f32', and kv 'u8', 'u4' or 'f32'")
+    raise ValueError("this CPU has no bfloat16 arithmetic; take weights 'file', 'int8' or 'f32', and kv 'u8', 'u4' or 'f32'")
 
 
 def has_bf16() -> bool:

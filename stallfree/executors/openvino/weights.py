@@ -1,7 +1,11 @@
-"""From a checkpoint's float32 tensors to constants of an OpenVINO graph, in the wanted number format; and its inputs.
+"""From a checkpoint's tensors to constants of an OpenVINO graph, in the wanted number format, and products with them; and its
+inputs.
 
 Tensors pass one at a time, so the whole float32 model is never in memory. It knows number formats and nothing of transformers.
 """
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import openvino as ov
@@ -9,11 +13,15 @@ from numpy.typing import ArrayLike, DTypeLike
 from openvino import opset13 as ops
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
+from stallfree.executors.openvino.kept import Kept
+from stallfree.executors.openvino.stored import Stored, eight_bits, own_bits
 
-FORMATS = ("int8", "bf16", "f32")
+FORMATS = ("file", "int8", "bf16", "f32")
 
 GROUPS = (64, 96, 32)
 """Widths of quantisation groups, the preferred first; docs/log.md has the measurements."""
+OWN_GROUP = 32
+"""How many activations share a scale before matrices that keep the file's own codes, whose groups have 32 weights or a multiple."""
 
 
 def quantisation_group(config: ModelConfig) -> int:
@@ -27,34 +35,103 @@ class Weights:
     """The tensors of `checkpoint` as graph nodes of type float32. Matrices are stored as `form`, vectors as float32.
 
     int8 is symmetric: round(w / s), with one scale s = max|w| / 127 for each `group` of an output channel's weights, or for all of
-    them (`group` 0).
+    them (`group` 0). "file" keeps the codes of the matrices that have 4 or 8 bits in the file; the others become int8. What is
+    converted is `kept` in a file, if one is given, and read from there the next time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, form: str, group: int) -> None:
-        self._checkpoint, self._form, self._group = checkpoint, form, group
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        form: str,
+        group: int,
+        kept: Kept | None = None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        self._checkpoint, self._form, self._group, self._kept, self._progress = checkpoint, form, group, kept, progress
+        self._done, self._of = 0, sum(len(shape) == 2 for shape in checkpoint.config.tensors().values())
         self._shared: dict[tuple[str, ...], ov.Node] = {}
+        self._least: dict[tuple[str, ...], ov.Node] = {}
+        self._alive: list[Stored] = []
+        """The memory behind constants, which does not belong to them."""
 
     def vector(self, *names: str) -> ov.Node:
         """The concatenation of vectors, [out] float32; or of matrices that stay exact, [out, in]."""
         return constant(np.concatenate([self._checkpoint.read(name) for name in names]))
 
     def matrix(self, *names: str) -> ov.Node:
-        """The rows of several matrices, one below the other, [out, in]. The same names give the same node."""
+        """The rows of several matrices, one below the other, [out, in], of which rows are looked up. The same names give the same
+        node."""
         if names not in self._shared:
-            self._shared[names] = self._stored(np.concatenate([self._checkpoint.read(name) for name in names]))
+            self._shared[names] = self._dense(names, lambda: np.concatenate([self._checkpoint.read(name) for name in names]))
         return self._shared[names]
 
-    def _stored(self, values: np.ndarray) -> ov.Node:
+    def product(self, x: ov.Node, names: Sequence[str]) -> ov.Node:
+        """The products of `x` [tokens, in] with the rows of several matrices, one below the other: [tokens, out]."""
+        if self._form != "file":
+            return ops.matmul(x, self.matrix(*names), False, True)
+        parts = [self._own_product(x, tuple(run), bits) for bits, run in groupby(names, self._bits)]
+        return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
+
+    def _bits(self, name: str) -> int:
+        """The bits of the codes in the file that a product can use; 0 if there are none, or if rows of the matrix are looked up."""
+        return 0 if (name,) in self._shared else self._checkpoint.bits.get(name, 0)
+
+    def _own_product(self, x: ov.Node, names: tuple[str, ...], bits: int) -> ov.Node:
+        if not bits:
+            return ops.matmul(x, self.matrix(*names), False, True)
+        stored = self._stored(names, lambda: own_bits([self._checkpoint.blocks(name) for name in names]))
+        if names not in self._shared:
+            self._shared[names] = self._node(stored)
+        y = ops.matmul(x, self._shared[names], False, True)
+        if stored.least is None or stored.least_scales is None:
+            return y
+        if names not in self._least:
+            self._least[names] = self._node(Stored(stored.least, stored.least_scales))
+        _, groups, width = stored.shape
+        sums = ops.reduce_sum(ops.reshape(x, constant([-1, groups, width], np.int64), False), constant([2], np.int64), False)
+        return ops.add(y, ops.matmul(sums, self._least[names], False, True))
+
+    def _dense(self, names: tuple[str, ...], values: Callable[[], np.ndarray]) -> ov.Node:
         if self._form == "f32":
-            return constant(values)
+            return constant(values())
         if self._form == "bf16":
-            stored = ov.op.Constant(ov.Tensor(bfloat16(values), list(values.shape), ov.Type.bf16), shared_memory=False)
+            numbers = values()
+            stored = ov.op.Constant(ov.Tensor(bfloat16(numbers), list(numbers.shape), ov.Type.bf16), shared_memory=False)
             return ops.convert(stored, np.float32)
-        grouped = values.reshape(len(values), -1, self._group) if self._group else values
-        scale = np.maximum(np.abs(grouped).max(axis=-1, keepdims=True) / 127, np.float32(1e-12))
-        quantised = constant(np.rint(grouped / scale).astype(np.int8))
-        restored = ops.multiply(ops.convert(quantised, np.float32), constant(scale))
-        return ops.reshape(restored, constant(values.shape, np.int64), False) if self._group else restored
+        return self._node(self._stored(names, lambda: eight_bits(values(), self._group)))
+
+    def _stored(self, names: tuple[str, ...], make: Callable[[], Stored]) -> Stored:
+        """What `make` gives, from the file that keeps it, if there is one."""
+        self._done += len(names)
+        if self._kept is None:
+            made = make()
+            self._progress(self._done, self._of)
+            return made
+        name = "+".join(names)
+        parts = {field: self._kept.get(f"{name}:{field}") for field in Stored._fields}
+        if parts["codes"] is None:
+            made = make()
+            parts = {
+                field: None if part is None else self._kept.put(f"{name}:{field}", part) for field, part in made._asdict().items()
+            }
+            self._progress(self._done, self._of)
+        return Stored(**parts)  # type: ignore[arg-type]  # with codes there are scales
+
+    def _node(self, stored: Stored) -> ov.Node:
+        """[..., out, in] float32, restored from its codes by the products that use it."""
+        shape = stored.shape
+        kind = ov.Type.i8 if stored.codes.dtype == np.int8 else ov.Type.i4 if stored.zeros is None else ov.Type.u4
+        codes = ov.op.Constant(ov.Tensor(stored.codes, list(shape), kind), shared_memory=True)
+        restored = ops.convert(codes, np.float32)
+        if stored.zeros is not None:
+            restored = ops.subtract(restored, ops.convert(self._array(stored.zeros), np.float32))
+        restored = ops.multiply(restored, self._array(stored.scales))
+        self._alive.append(stored)
+        return ops.reshape(restored, constant([*shape[:-2], shape[-2] * shape[-1]], np.int64), False)
+
+    @staticmethod
+    def _array(values: np.ndarray) -> ov.Node:
+        return ov.op.Constant(values, shared_memory=True)
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
