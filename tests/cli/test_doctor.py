@@ -232,3 +232,11 @@ def test_torch_is_asked_as_openvino_is(home, model, tmp_path, monkeypatch, docto
     chosen = {name: choice["value"] for name, choice in report["chosen"].items()}
     assert ("bf16", "bf16", "bf16", 3) == tuple(chosen[name] for name in ("weights", "kv", "arithmetic", "threads"))
     assert pytest.approx(2 * report["model"]["parameters"], rel=0.01) == report["memory"]["weights"]
+
+
+def test_a_disk_without_room_for_converted_weights_is_found(home, model, tmp_path, monkeypatch, doctor):
+    pretend(tmp_path, monkeypatch, free=8 * GIB)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": GIB})())
+    code, report = doctor(str(model))
+    assert 0 == code
+    assert "has 1074 MB free, and converted weights take 1173 MB, so every start converts them again" in report["findings"][-1]
