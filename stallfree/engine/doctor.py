@@ -49,7 +49,7 @@ def checkup(options: assemble.Options) -> dict[str, Any]:
     here = machine()
     name = "simulated" if options.executor == "simulated" else options.model or EMBEDDED
     report: dict[str, Any] = {"versions": _versions(), "machine": _machine(here), "model": {"name": name, "path": None}}
-    findings, prevents = [*_slower(here), *_cache(cache_folder())], []
+    findings, prevents = [*_slower(here), *_cache(cache_folder()), *_mismatched()], []
     try:
         assemble.check_executor(options.executor)
         path = None if options.executor == "simulated" else present(options.model)
@@ -63,9 +63,9 @@ def checkup(options: assemble.Options) -> dict[str, Any]:
             report["model"] |= {"family": config.family, "parameters": config.parameters, "max_model_len": config.max_model_len}
             report["memory"] = _memory(complete, checkpoint)
             report["costs"] = _costs(complete, checkpoint)
-            report["chosen"] = _chosen(options, complete, checkpoint, report)
+            report["chosen"] = _chosen(options, complete, checkpoint, report, here)
             findings += [*_safer(complete, report, here), *_converted(complete, checkpoint, report["memory"]["weights"])]
-            report["chosen"]["arithmetic"] = _choice(form := assemble.arithmetic(complete, checkpoint), _reason(form, here))
+            report["chosen"]["arithmetic"] = _choice(form := assemble.arithmetic(complete, checkpoint), _reason(here))
             if form == "f32" and here.has_bf16():
                 findings.append("the processor multiplies in bf16, and f32 was chosen; --weights int8 with --kv u8 is faster")
     except ImportError as error:
@@ -84,6 +84,16 @@ def _versions() -> dict[str, str]:
     with suppress(OSError):
         system.insert(0, platform.freedesktop_os_release().get("PRETTY_NAME", ""))
     return versions | {"system": " ".join(filter(None, system))}
+
+
+def _mismatched() -> Iterator[str]:
+    """Packages in other versions than the one that this release was made with."""
+    with suppress(metadata.PackageNotFoundError):
+        for requirement in metadata.requires("stallfree") or ():
+            if pinned := re.fullmatch(r"([\w-]+)==([\w.]+)", requirement):
+                name, version = pinned.groups()
+                if (installed := metadata.version(name)) != version:
+                    yield f"{name} {installed} is installed, and this release was made with {version}; pip install {requirement}"
 
 
 def _machine(here: Machine) -> dict[str, Any]:
@@ -135,10 +145,10 @@ def _costs(options: assemble.Options, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _chosen(
-    given: assemble.Options, options: assemble.Options, checkpoint: Checkpoint, report: dict[str, Any]
+    given: assemble.Options, options: assemble.Options, checkpoint: Checkpoint, report: dict[str, Any], here: Machine
 ) -> dict[str, dict[str, Any]]:
     """Each choice, and its reason. `given`: the options before they were completed."""
-    here, size, costs, config = machine(), report["memory"], report["costs"], report["model"]
+    size, costs, config = report["memory"], report["costs"], report["model"]
     usual = f"the default of executor {options.executor}"
     if given.weights not in (None, "auto"):
         why_weights = "asked for"
@@ -179,7 +189,7 @@ def _choice(value: object, why: str) -> dict[str, Any]:
     return {"value": value, "why": why}
 
 
-def _reason(form: str, here: Machine) -> str:
+def _reason(here: Machine) -> str:
     return f"for all but products of quantised weights; the processor has {'bf16' if here.has_bf16() else 'no bf16'}"
 
 

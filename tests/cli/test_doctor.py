@@ -240,3 +240,9 @@ def test_a_disk_without_room_for_converted_weights_is_found(home, model, tmp_pat
     code, report = doctor(str(model))
     assert 0 == code
     assert "has 1074 MB free, and converted weights take 1173 MB, so every start converts them again" in report["findings"][-1]
+
+
+def test_another_version_of_the_runtime_is_found(home, monkeypatch, doctor):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["numpy==1.0", "numpy>=1; extra == 'test'"])
+    _, report = doctor()
+    assert any("and this release was made with 1.0; pip install numpy==1.0" in text for text in report["findings"])
