@@ -38,7 +38,9 @@ class Rung:
     late: dict[float, float]
     ttft_p50: float
     ttft_p90: float
+    tbt_p50: float
     tbt_p99: float
+    tbt_max: float
     failed: float
     output_tokens_per_s: float
 
@@ -92,7 +94,7 @@ def rung(lines: Sequence[Timeline], rate: float, targets: Sequence[Target]) -> R
         late,
         math.inf if ttft is None else ttft.p50,
         math.inf if ttft is None else ttft.p90,
-        math.inf if tbt is None else tbt.p99,
+        *((math.inf,) * 3 if tbt is None else (tbt.p50, tbt.p99, tbt.max)),
         failed / (failed + whole.completed),
         whole.output_tokens_per_s,
     )

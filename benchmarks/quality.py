@@ -6,19 +6,22 @@ log-likelihood of each token but a window's first. `agree` is the share of posit
 f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last rows run the default, and the default with u4 KV, in
 iterations of 16 decodes, each of a different window, because decodes use other kernels. `tokens in 1 GiB`: tokens whose KV fits.
 
-    python benchmarks/quality.py
+With `--model`, only the formats of weights are compared, for these GGUF files: the file's own numbers in f32, its own bits
+(`--weights file`), and int8; u8 KV.
+
+    python benchmarks/quality.py [--model FILE ...]
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from harness import machine, parser, show
 
-from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint import Checkpoint, open_checkpoint
 from stallfree.checkpoint.fetch import locate
 from stallfree.core.plan import Work
 from stallfree.engine.text import Text
@@ -27,7 +30,7 @@ from stallfree.executors.openvino import OpenVINOExecutor
 TEXT = Path(__file__).parent / "data" / "alice29.txt"
 WINDOW, CHUNK, DECODES, LIMIT = 1024, 512, 16, 1.0
 MEMORY = 1 << 30
-CONFIGURATIONS = [("f32", "f32"), ("int8", "u8"), ("int8", "u4"), ("int8", "f32"), ("f32", "u8"), ("bf16", "bf16")]
+CONFIGURATIONS = [("f32", "f32"), ("int8", "u8"), ("file", "u8"), ("int8", "u4"), ("int8", "f32"), ("f32", "u8"), ("bf16", "bf16")]
 
 
 def pieces(windows: list[list[int]], one_by_one: bool, block_size: int) -> Iterator[list[tuple[int, int, Work]]]:
@@ -73,19 +76,15 @@ def _within(change: float) -> str:
     return "yes" if change <= LIMIT else "no"
 
 
-def main() -> None:
-    args: argparse.Namespace = parser(__doc__).parse_args()
-    facts = machine()
-    checkpoint = open_checkpoint(locate(say=lambda line: print(line, file=sys.stderr)))
+def rows_of(checkpoint: Checkpoint, runs: Sequence[tuple[str, str, bool]], most: int | None) -> tuple[list[dict[str, str]], int]:
+    """A row for each run (weights, KV, whether one token at a time), of which the first is the reference; and the tokens."""
     if checkpoint.metadata is None:
-        raise SystemExit("the embedded model is a GGUF file; this is a folder")
+        raise SystemExit(f"{checkpoint.path} is no GGUF file")
     ids = Text.from_gguf(checkpoint.metadata).encode(TEXT.read_text("utf-8"))
-    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)][: 3 if args.quick else None]
-    facts["tokens"] = len(windows) * WINDOW
-    rows = []
+    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)][:most]
+    rows: list[dict[str, str]] = []
     default: dict[bool, float] = {}
     reference: tuple[float, np.ndarray] | None = None
-    runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True), ("int8", "u4", True)]
     for weights, kv, one_by_one in runs:
         executor = OpenVINOExecutor(checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=WINDOW)
         perplexity, best = evaluate(executor, windows, one_by_one)
@@ -97,6 +96,7 @@ def main() -> None:
         more = 100 * (perplexity / default[one_by_one] - 1) if kv == "u4" else 0.0
         rows.append(
             {
+                "file": checkpoint.path.name,
                 "weights": weights,
                 "KV": kv,
                 "run as": f"{DECODES} decodes" if one_by_one else f"chunks of {CHUNK}",
@@ -104,12 +104,27 @@ def main() -> None:
                 "perplexity": f"{perplexity:.4f}",
                 "against f32, %": f"{change:+.2f}",
                 "agree, %": f"{100 * float((best == reference[1]).mean()):.1f}",
-                "within 1 %": _within(change) if kv == "u8" and weights == "int8" else "",
+                "within 1 %": _within(change) if kv == "u8" and weights != "f32" else "",
                 "u4 against u8, %": f"{more:+.2f}" if kv == "u4" else "",
                 "u4 within 1 %": _within(more) if kv == "u4" else "",
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows, len(windows) * WINDOW
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", nargs="+", metavar="FILE", help="GGUF files whose weights are compared")
+    args: argparse.Namespace = arguments.parse_args()
+    facts, rows = machine(), []
+    runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True), ("int8", "u4", True)]
+    if args.model:
+        runs = [("f32", "f32", False), ("file", "u8", False), ("file", "u8", True), ("int8", "u8", False)]
+    for model in args.model or [None]:
+        checkpoint = open_checkpoint(locate(model, say=lambda line: print(line, file=sys.stderr)))
+        more, facts["tokens"] = rows_of(checkpoint, runs, 3 if args.quick else None)
+        rows += more
     show(f"Perplexity over {facts['tokens']} tokens", rows, facts, args.json)
 
 

