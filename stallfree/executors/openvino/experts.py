@@ -1,9 +1,9 @@
 """A mixture of experts in the graph: each token passes through the FFNs that a router chooses for it, and only these are computed.
 
 The pairs of an expert and a token that chose it lie in order of experts. So the rows of each expert are side by side, and are split
-off for its own products. An expert that nobody chose gets no rows, and the runtime skips its operators. Five such rows take hardly
-longer than one, which the runtime's operator for all experts at once (GroupedMatMul) does not achieve without AMX: it reads the
-weights again for every row (docs/log.md). This module knows nothing of KV.
+off for its own products. An expert that nobody chose gets no rows, and the runtime skips its operators. Products of
+several rows read an expert's weights once. The runtime's operator for all experts at once (GroupedMatMul) reads them again for each
+row, on processors without AMX (`benchmarks/experts.py --products`). This module knows nothing of KV.
 """
 
 from collections.abc import Callable, Sequence
