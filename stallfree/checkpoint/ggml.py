@@ -13,6 +13,7 @@ KINDS = {
     GGMLQuantizationType.Q4_1: 4,
     GGMLQuantizationType.Q4_K: 4,
     GGMLQuantizationType.Q8_0: 8,
+    GGMLQuantizationType.MXFP4: 4,
 }
 """GGUF's quantisations that `Blocks` can hold as they are, with their bits. Those of 5 and 6 bits have no place in it: the
 executors have products of 4 and of 8 bits."""
@@ -26,6 +27,9 @@ def from_ggml(raw: np.ndarray, kind: GGMLQuantizationType) -> Blocks:
         blocks = raw.reshape(len(raw), -1, 34)
         scales = _half(blocks[..., :2])
         return Blocks(blocks[..., 2:].reshape(len(raw), -1).view(np.int8), scales, np.zeros_like(scales))
+    if kind == GGMLQuantizationType.MXFP4:
+        blocks = raw.reshape(len(raw), -1, 17)
+        return Blocks.of_mxfp4(_pairs(blocks[..., 1:]), blocks[..., 0])
     head = 2 if kind == GGMLQuantizationType.Q4_0 else 4
     blocks = raw.reshape(len(raw), -1, head + 16)
     scales = _half(blocks[..., :2])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stallfree.checkpoint import Checkpoint
+from stallfree.checkpoint.blocks import Blocks
 from stallfree.checkpoint.config import (
     CLAMP,
     ModelConfig,
@@ -29,7 +30,7 @@ from stallfree.checkpoint.families import FAMILIES
 from stallfree.checkpoint.folding import folded, folded_blocks, fused_rows, gemma, granite
 from stallfree.checkpoint.packed import PackedMatrices
 from stallfree.checkpoint.packing import Packing
-from stallfree.checkpoint.stacked import Part, read_part, unstacked
+from stallfree.checkpoint.stacked import Part, part_blocks, read_part, unstacked
 from stallfree.checkpoint.tensor_file import TYPES, Entry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -64,15 +65,19 @@ def read_folder(path: Path) -> Checkpoint:
     shapes = {name: shape for name, (_, _, shape, _) in tensors.items()} | {name: part.shape for name, part in stacked.items()}
     check_tensors(config, shapes if packed is None else shapes | packed.shapes, str(path))
     read = partial(folded, config, partial(_read, tensors, stacked, packed))
-    if packed is None:
-        return Checkpoint(path, config, read, None, tuple(files))
-    return Checkpoint(path, config, read, None, tuple(files), packed.bits, partial(folded_blocks, config, packed.blocks))
+    bits = {name: 4 for name, part in stacked.items() if part.scales} if packed is None else packed.bits
+    blocks = partial(folded_blocks, config, partial(_blocks, stacked) if packed is None else packed.blocks)
+    return Checkpoint(path, config, read, None, tuple(files), bits, blocks)
 
 
 def _read(tensors: Tensors, stacked: dict[str, Part], packed: PackedMatrices | None, name: str) -> np.ndarray:
     if packed is not None and name in packed.shapes:
         return packed.dense(name)
     return read_part(stacked[name]) if name in stacked else read_tensor(tensors, name)
+
+
+def _blocks(stacked: dict[str, Part], name: str) -> Blocks:
+    return part_blocks(stacked[name])
 
 
 def _packing(path: Path, family: str) -> Packing | None:

@@ -11,17 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stallfree.checkpoint.blocks import Blocks
 from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.dimensions import CheckpointError
 from stallfree.checkpoint.families import Experts
 from stallfree.checkpoint.tensor_file import BITS, TYPES, Entry, read_tensor
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The numbers that 4 bits stand for: a sign, two bits of exponent, one of mantissa."""
 BLOCK = 32
 """Numbers that share a scale."""
-BIAS = 127
-"""A scale s stands for 2^(s - 127)."""
 EVEN, ODD, ALL = slice(0, None, 2), slice(1, None, 2), slice(None)
 STACKS = (("gate_up_proj", EVEN), ("gate_up_proj", ODD), ("down_proj", ALL))
 """Where gate, up and down are: the tensor, and which of its outputs."""
@@ -82,11 +79,15 @@ def read_part(part: Part) -> np.ndarray:
     if part.scales is None:
         values = read_tensor({"expert": part.values}, "expert")
         return np.ascontiguousarray(values[..., part.outputs].T)
+    return part_blocks(part).dense()
+
+
+def part_blocks(part: Part) -> Blocks:
+    """A matrix in MXFP4. Raises CheckpointError as `read_part` does."""
+    if part.scales is None:
+        raise KeyError("this expert is not in MXFP4")
     blocks, scales = (_bytes(entry)[part.outputs] for entry in (part.values, part.scales))
-    numbers = np.empty((*blocks.shape, 2), np.float32)
-    numbers[..., 0], numbers[..., 1] = VALUES[blocks & 15], VALUES[blocks >> 4]
-    numbers *= np.exp2(scales.astype(np.float32) - BIAS)[..., None, None]
-    return numbers.reshape(part.shape)
+    return Blocks.of_mxfp4(blocks.reshape(len(blocks), -1), scales)
 
 
 def _bytes(entry: Entry) -> np.ndarray:

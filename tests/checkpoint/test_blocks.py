@@ -16,6 +16,9 @@ def random_rows(kind: GGMLQuantizationType, rows: int = 6, blocks: int = 3) -> n
     """Rows [rows, bytes] of blocks with any codes and sensible scales, of which some are 0."""
     draw = np.random.default_rng(3)
     raw = draw.integers(0, 256, (rows, blocks, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    if kind == GGMLQuantizationType.MXFP4:
+        raw[..., 0] = draw.integers(0, 140, (rows, blocks))  # powers of two
+        return raw.reshape(rows, -1)
     scales = draw.uniform(-0.1, 0.1, (rows, blocks, HALVES[kind])).astype("<f2")
     scales[0, 0, 0] = scales[1, 1] = 0
     raw[..., : 2 * HALVES[kind]] = scales.view(np.uint8)

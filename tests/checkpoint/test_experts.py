@@ -157,3 +157,15 @@ def test_a_gguf_file_with_experts_that_cannot_be_used_is_refused(tmp_path: Path,
     write_folder(tmp_path / "folder", "qwen3_moe", **EXPERTS, num_hidden_layers=1)
     write_gguf(tmp_path / "model.gguf", open_checkpoint(tmp_path / "folder"), **values)
     assert message in refused(tmp_path / "model.gguf")
+
+
+def test_blocks_of_mxfp4_stand_for_the_same_numbers(packed: Path, tmp_path: Path) -> None:
+    folder = open_checkpoint(packed)
+    name = f"{FIRST}.1.up_proj.weight"
+    assert (4, 32) == (folder.bits[name], folder.blocks(name).group)
+    np.testing.assert_array_equal(folder.read(name), folder.blocks(name).dense())
+    write_folder(tmp_path / "folder", "qwen3_moe", **EXPERTS, num_hidden_layers=1)
+    write_gguf(tmp_path / "model.gguf", open_checkpoint(tmp_path / "folder"), "MXFP4")
+    file = open_checkpoint(tmp_path / "model.gguf")
+    assert file.config.tensors()[name] == file.blocks(name).shape
+    np.testing.assert_array_equal(file.read(name), file.blocks(name).dense())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stallfree.checkpoint.blocks import Blocks
+from stallfree.checkpoint.blocks import PACKED, Blocks
 
 MIDDLE = 8
 """The zero of 4-bit codes that a signed code of 4 bits has."""
@@ -22,8 +22,9 @@ class Stored(NamedTuple):
     """A matrix [..., out, in], of weights scale * (code - zero) + least, in groups of weights of a row.
 
     `codes`: int8 [..., out, groups, weights], or uint8 [out, in / 2], two of 4 bits in each byte, the first in the lower bits:
-    without `zeros` signed, with `zeros` unsigned. `scales`: float32 [out, groups, 1]. `zeros`: uint8 [out, groups, 1]. The least
-    weight of a group is a code in `least`, int8 [out, pieces, groups of a piece], times `least_scales`, float32 [out, pieces, 1].
+    without `zeros` signed, with `zeros` unsigned; or uint16 [out, in / 4], four of `E2M1`. `scales`: float32 [out, groups, 1].
+    `zeros`: uint8 [out, groups, 1]. The least weight of a group is a code in `least`, int8 [out, pieces, groups of a piece], times
+    `least_scales`, float32 [out, pieces, 1].
     """
 
     codes: np.ndarray
@@ -35,7 +36,7 @@ class Stored(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """[..., out, groups, weights of a group]."""
-        width = (2 if self.codes.dtype == np.uint8 else 1) * self.codes.size // self.scales.size
+        width = PACKED[self.codes.dtype] * self.codes.size // self.scales.size
         return *self.scales.shape[:-1], width
 
 
@@ -57,6 +58,8 @@ def own_bits(parts: Sequence[Blocks]) -> Stored:
     codes, scales, zeros = (np.concatenate(part) for part in zip(*parts, strict=True))
     if codes.dtype == np.int8:
         return Stored(codes.reshape(*scales.shape, -1), scales[..., None])
+    if codes.dtype == np.uint16:
+        return Stored(codes, scales[..., None])
     if (zeros == MIDDLE).all():
         return Stored(_signed(codes), scales[..., None])
     if ((zeros == np.rint(zeros)) & (zeros >= 0) & (zeros < 2 * MIDDLE)).all():

@@ -120,8 +120,10 @@ class Weights:
     def _node(self, stored: Stored) -> ov.Node:
         """[..., out, in] float32, restored from its codes by the products that use it."""
         shape = stored.shape
-        kind = ov.Type.i8 if stored.codes.dtype == np.int8 else ov.Type.i4 if stored.zeros is None else ov.Type.u4
-        codes = ov.op.Constant(ov.Tensor(stored.codes, list(shape), kind), shared_memory=True)
+        kind = ov.Type.i4 if stored.zeros is None else ov.Type.u4
+        kind = {np.dtype(np.int8): ov.Type.i8, np.dtype(np.uint16): ov.Type.f4e2m1}.get(stored.codes.dtype, kind)
+        memory = stored.codes.view(np.uint8) if kind == ov.Type.f4e2m1 else stored.codes
+        codes = ov.op.Constant(ov.Tensor(memory, list(shape), kind), shared_memory=True)
         restored = ops.convert(codes, np.float32)
         if stored.zeros is not None:
             restored = ops.subtract(restored, ops.convert(self._array(stored.zeros), np.float32))
