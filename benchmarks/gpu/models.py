@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3"},
     "windows": {"family": "mistral", "windows": None},
     "mixtral": {"family": "mixtral", "experts": 4, "active_experts": 2},
+    "gpt_oss": {"family": "gpt_oss", "experts": 4, "active_experts": 2, "qkv_bias": True, "output_bias": True, "windows": None},
     "falcon": {"family": "falcon", "own_norm": True},
 }
 HYBRID = [(0, 200), (0, 1), (0, 33), (0, 64)]
