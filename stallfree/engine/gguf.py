@@ -44,6 +44,9 @@ SPECIALS = {
 }  # fmt: skip
 """The special tokens: their names in templates, and in GGUF (its spelling)."""
 
+CHANNELS = frozenset({"<|return|>", "<|call|>", "<|end|>"})
+"""Tokens of gpt-oss. Each of the first two ends an answer, though files name only the first; the third ends a message in it."""
+
 
 class Vocabulary:
     """The tokenizer in a GGUF file's `metadata`, its special tokens by their names in templates, and the ids that end a reply.
@@ -75,6 +78,8 @@ class Vocabulary:
         self.specials = {name: self._tokens[id] for name, id in ids.items() if id is not None}
         ends = (ids["eos_token"], self._id("eot_token_id", None), self._id("eom_token_id", None))
         self.eos_ids = frozenset(id for id in ends if id is not None)
+        if CHANNELS <= self._ids.keys():
+            self.eos_ids = self.eos_ids - {self._ids["<|end|>"]} | {self._ids["<|call|>"]}
         if metadata.get(f"{KEY}add_bos_token", begins):
             self._prepend(ids["bos_token"])
 

@@ -175,3 +175,10 @@ def test_what_is_damaged_is_named_by_its_key(extra, says):
 def test_what_is_damaged_in_sentencepiece_is_named_by_its_key(extra, says):
     with pytest.raises(TextError, match=says):
         Text.from_gguf(damaged(sentencepiece(), extra))
+
+
+def test_a_call_ends_an_answer_in_channels_and_the_end_of_a_message_does_not():
+    special = ("<s>", "</s>", "<|return|>", "<|end|>", "<|call|>")
+    first = len(byte_level()[f"{KEY}tokens"]) - 3 + 2
+    text = Text.from_gguf(byte_level(special=special, eos_token_id=first, eot_token_id=first + 1))
+    assert {"<|return|>", "<|call|>"} == {text.piece(id) for id in text.eos_ids}
