@@ -77,6 +77,8 @@ class Conversation:
         if body.reasoning_effort is not None:
             values = {"reasoning_effort": body.reasoning_effort, "enable_thinking": body.reasoning_effort != "none"} | values
         messages = plain(body.messages)
+        if self._channels:
+            messages = [_with_thinking(message) for message in messages]
         if self._hinted:
             messages = _with_hint(messages, self.tools)
         tools = [t.model_dump(exclude_none=True) for t in body.tools or ()] if self.tools and not self._hinted else None
@@ -223,6 +225,12 @@ def _plain_one(index: int, message: Message) -> dict[str, Any]:
             raise ApiError(400, f"{where}.tool_calls: only an assistant makes calls", param=f"{where}.tool_calls")
         plain["tool_calls"] = [_call(f"{where}.tool_calls[{at}]", call) for at, call in enumerate(message.tool_calls)]
     return plain
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates with channels, which call an earlier analysis so, and refuse it beside content."""
+    analysis = None if message["content"] else message.get("reasoning_content")
+    return message if analysis is None else message | {"thinking": analysis}
 
 
 def _call(where: str, call: Any) -> dict[str, Any]:

@@ -94,6 +94,19 @@ def test_an_answer_in_channels_is_taken_apart(channels):
     assert ("Hm.", "time") == (message["reasoning_content"], message["tool_calls"][0]["function"]["name"])
 
 
+def test_the_analysis_before_a_call_comes_back_as_the_template_names_it():
+    text = chat_text("{# <|channel|> #}{% for message in messages %}{{ message.thinking or '-' }}{% endfor %}")
+    call = {"id": "a", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    talk = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "content": "12", "tool_call_id": "a"},
+        {"role": "assistant", "content": "Noon.", "reasoning_content": "Well."},
+    ]
+    body = ChatRequest.model_validate({"messages": talk})
+    assert "-Hm.--" == Conversation(text, body, None).render(control=False)
+
+
 def test_the_special_tokens_of_channels_are_visible():
     text = chat_text(CHANNELS)
     text.tokenizer.add_special_tokens(list(MARKS))
