@@ -84,7 +84,9 @@ class Tensor:
             self.kind = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[self.kind]
         except (ValueError, KeyError):
-            raise CheckpointError(f"{path}: tensor {name!r} has the unknown quantisation {kind}; update `gguf`") from None
+            known = ", ".join(form.name for form in GGML_QUANT_SIZES)
+            what = f"tensor {name!r} has the unknown quantisation {kind}; known are {known}"
+            raise CheckpointError(f"{path}: {what}; take another file, or update `gguf`") from None
         self.path, self.name, self.shape, self.offset = path, name, shape, offset
         if not shape or min(shape) < 1 or shape[-1] % block:
             raise CheckpointError(f"{path}: tensor {name!r} of shape {shape} does not fit {self.kind.name} blocks of {block}")

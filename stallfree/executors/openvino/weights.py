@@ -62,7 +62,7 @@ class Weights:
         """The rows of several matrices, one below the other, [out, in], of which rows are looked up. The same names give the same
         node."""
         if names not in self._shared:
-            self._shared[names] = self._dense(names, lambda: np.concatenate([self._checkpoint.read(name) for name in names]))
+            self._shared[names] = self._dense(names, lambda: self._rows(names))
         return self._shared[names]
 
     def product(self, x: ov.Node, names: Sequence[str]) -> ov.Node:
@@ -71,6 +71,11 @@ class Weights:
             return ops.matmul(x, self.matrix(*names), False, True)
         parts = [self._own_product(x, tuple(run), bits) for bits, run in groupby(names, self._bits)]
         return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
+
+    def _rows(self, names: Sequence[str]) -> np.ndarray:
+        """The rows of several matrices, one below the other. A single one, which may be an embedding of gigabytes, is not copied."""
+        parts = [self._checkpoint.read(name) for name in names]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _bits(self, name: str) -> int:
         """The bits of the codes in the file that a product can use; 0 if there are none, or if rows of the matrix are looked up."""
