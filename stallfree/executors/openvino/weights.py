@@ -73,7 +73,7 @@ class Weights:
         return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
 
     def _rows(self, names: Sequence[str]) -> np.ndarray:
-        """The rows of several matrices, one below the other. A single one, which may be an embedding of gigabytes, is not copied."""
+        """The rows of several matrices, one below the other. A single one, which may have gigabytes, is not copied."""
         parts = [self._checkpoint.read(name) for name in names]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
