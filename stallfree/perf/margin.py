@@ -32,6 +32,9 @@ larger factor would spend at once what quiet hours have saved."""
 LEAST_CREDIT, MOST_CREDIT = -2.0, 1.0
 """The bounds of the credit, in iterations. With them neither a bad hour nor a good one counts for long."""
 
+ROUNDING = 1 + 1e-9
+"""A score above the margin by less is the same number, rounded otherwise."""
+
 HABIT = 0.01
 """The weight of the newest iteration in running means: they cover about a hundred iterations."""
 
@@ -74,7 +77,7 @@ class Margin:
         `filled`: it had prefill. `withheld`: prefill was left out of it. In both cases the margin decided how long it took. Do not
         call this for iterations in which the machine stood still.
         """
-        over = score > self.value
+        over = score > self.value * ROUNDING
         self._remember(now, score)
         aim = AIM * self.late_share
         self._usual += (HABIT if self._usual else 1.0) * (tokens - self._usual)

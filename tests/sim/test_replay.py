@@ -295,11 +295,11 @@ def test_what_if_answers_with_a_tighter_target():
     run, records = record("slo", 3)
     machine = Machine(records)
 
-    def longest(slo: str) -> float:
+    def long(slo: str) -> int:
         replayed = what_if(run, records, machine, "slo", Slo.parse(slo), {})
-        return max(r.t_end - r.t_plan for r in replayed)
+        return sum(r.t_end - r.t_plan > 0.015 for r in replayed)
 
-    assert longest("tbt=12ms") < longest("tbt=60ms")
+    assert 2 * long("tbt=12ms") < long("tbt=60ms")
 
 
 def test_the_same_policy_simulated_comes_near_the_record():

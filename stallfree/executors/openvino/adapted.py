@@ -4,8 +4,8 @@ Adapters that stay from one iteration to the next are not touched. One that ente
 and one that leaves makes room for it. It knows no files and no requests.
 
 Iterations without adapters use the graph that has none. One graph for both would do, with matrices of no ranks: the logits are the
-same, but 16 decodes took 1.03 times as long. The second graph of a model with 135 million int8 weights takes 195 MB, because the
-runtime packs weights for each graph, and 1.3 s to compile; iterations take 1.8 times as long meanwhile. Then, against 16 decodes
+same, but 16 decodes took 1.03 times as long. The second graph of a model with 135 million int8 weights takes 266 MB, because the
+runtime packs weights for each graph, and 2.0 s to compile; iterations take 1.8 times as long meanwhile. Then, against 16 decodes
 without adapters at 512 tokens of context: 1.09 times with one adapter of rank 8 on attention, 1.23 times with sixteen (two cores of
 a Zen 4 EPYC).
 """
