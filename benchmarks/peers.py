@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,15 @@ def peer(command: list[str], port: int, log: Path, **more: str) -> Iterator[str]
 
 
 def measured(
-    url: str, name: str, targets: list[Target], seconds: float, first: float
+    url: str, name: str, targets: list[Target], seconds: float, first: float, rates: Sequence[float] = ()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each target, with the capacity and the TTFT at half of it; and a row for each rate."""
+    """A row for each target, with the capacity and the TTFT at half of it; and a row for each rate. With `rates`, these are
+    measured, and no capacity."""
     side = Server(url)
     side.warm_up()
-    rungs = climb(side, first, seconds, targets, LEAST_RATE)
+    rungs = [side.rung(rate, seconds, targets) for rate in rates] or climb(side, first, seconds, targets, LEAST_RATE)
     rows = []
-    for target in targets:
+    for target in () if rates else targets:
         most = capacity(rungs, target)
         half: Rung | None = side.rung(most / 2, seconds, targets) if most else None
         rows.append(
@@ -163,13 +164,14 @@ def main() -> None:
     arguments.add_argument("--llama-server", type=interpreter, metavar="PATH", help="llama.cpp's program of this name")
     arguments.add_argument("--only", default="", metavar="NAME", help="of the peers, only those with this in their name")
     arguments.add_argument("--first", type=float, default=0.5, metavar="RATE", help="the peers' first rate, requests/s (0.5)")
+    arguments.add_argument("--rates", type=float, nargs="+", default=(), help="only these rates, and no capacity, requests/s")
     args = arguments.parse_args()
     facts, rows, loads = machine(), [], []
     seconds = 8.0 if args.quick else 30.0
     for target in TARGETS:
         print(f"stallfree {target}", file=sys.stderr)
         with server(["--slo", f"tbt={target}"]) as url:
-            more_rows, more_loads = measured(url, "stallfree", [target], seconds, OUR_FIRST)
+            more_rows, more_loads = measured(url, "stallfree", [target], seconds, OUR_FIRST, args.rates)
             rows += more_rows
             loads += more_loads
     model = locate(say=lambda line: print(line, file=sys.stderr))
@@ -189,11 +191,14 @@ def main() -> None:
             whole = [program, *(str(port) if a == "PORT" else a for a in command)]
             try:
                 with peer(whole, port, folder / "log") as url:
-                    more_rows, more_loads = measured(url, side, TARGETS, seconds, args.first)
+                    more_rows, more_loads = measured(url, side, TARGETS, seconds, args.first, args.rates)
                     rows += more_rows
                     loads += more_loads
             except RuntimeError as error:
                 print(f"{side} is left out: {error}", file=sys.stderr)
+    if args.rates:
+        show("Rates", loads, facts, args.json)
+        return
     show("Capacity at a P99 TBT target", rows, facts, args.json)
     show("Every rate", loads, facts, None)
     for target in TARGETS:

@@ -255,13 +255,13 @@ class Adapters:
     def _make_room(self, number: int, head: Request) -> bool:
         """Whether `number` blocks are free for the adapter of `head`, after evictions: of adapters that nobody wants, and of those
         whose first request comes after `head`."""
-        idle = [r for r in self._evictable() if not r.waiting or self._first(r) > self._place(head)]
+        idle = [r for r in self._evictable() if not self._waiters(r) or self._first(r) > self._place(head)]
         over = self.num_blocks + number - int(IDLE_SHARE * self._pool.num_blocks)
         short = number - self._pool.num_free + self.num_idle
         if short > sum(len(resident.blocks) for resident in idle):
             return False
         for resident in idle:
-            if short <= 0 and (over <= 0 or resident.waiting):
+            if short <= 0 and (over <= 0 or self._waiters(resident)):
                 break
             short -= len(resident.blocks)
             over -= len(resident.blocks)
@@ -271,8 +271,12 @@ class Adapters:
     def _evictable(self) -> list[Resident]:
         """In the order of eviction."""
         free = [resident for resident in self.resident.values() if resident.ready and not resident.users]
-        waited = [resident for resident in free if resident.waiting]
-        return [r for r in free if not r.waiting] + sorted(waited, key=self._first, reverse=True)
+        waited = [resident for resident in free if self._waiters(resident)]
+        return [r for r in free if r not in waited] + sorted(waited, key=self._first, reverse=True)
+
+    def _waiters(self, resident: Resident) -> list[Request]:
+        """The requests that wait with this adapter here: for their turn, or for room for a KV transfer."""
+        return [*resident.waiting, *(r for r in self._expected if r.adapter == resident.key)]
 
     def _place(self, request: Request) -> tuple[Any, ...]:
         """The least is first."""
@@ -283,8 +287,8 @@ class Adapters:
         return (request.priority,) if self._turn is None else self._turn(request)
 
     def _first(self, resident: Resident) -> tuple[Any, ...]:
-        """The place of the first request that waits for an adapter in the queue."""
-        return min(map(self._place, resident.waiting))
+        """The place of the first request that waits with an adapter here."""
+        return min(map(self._place, self._waiters(resident)))
 
     def _head(self, key: str) -> Request:
         """The first request that is parked for an adapter."""

@@ -105,7 +105,7 @@ class TierMachine(SchedulerMachine):
         super().teardown()
 
 
-TierMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TierMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True)
 TestTier = TierMachine.TestCase
 
 
