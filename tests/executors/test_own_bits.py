@@ -1,13 +1,17 @@
 """Weights that keep the file's own bits stand for the file's numbers, and the graph computes with them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.adapter import open_adapter
 from stallfree.checkpoint.blocks import Blocks
 from stallfree.core.plan import Work
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.openvino.stored import Stored, eight_bits, own_bits
+from tests.adapters import made_adapter
 from tests.checkpoint.packing import CONFIGS, pack_folder
 from tests.models import write_folder, write_gguf
 
@@ -82,9 +86,9 @@ def checkpoint(request, plain, tmp_path):
     return open_checkpoint(tmp_path / "model.gguf")
 
 
-def logits(executor: OpenVINOExecutor) -> np.ndarray:
+def logits(executor: OpenVINOExecutor, adapter: str = "") -> np.ndarray:
     blocks = tuple(range(-(-len(TOKENS) // executor.capacity.block_size)))
-    return executor.logits([Work("a", 0, len(TOKENS), True, False, tuple(TOKENS), blocks, None, "", tuple(TOKENS), ())])
+    return executor.logits([Work("a", 0, len(TOKENS), True, False, tuple(TOKENS), blocks, None, adapter, tuple(TOKENS), ())])
 
 
 def test_the_graph_computes_with_the_files_own_bits(checkpoint, tmp_path):
@@ -95,6 +99,27 @@ def test_the_graph_computes_with_the_files_own_bits(checkpoint, tmp_path):
     assert np.abs(found - exact).mean() < CLOSE * exact.std()
     assert len(list(folder.iterdir())) == 1
     assert np.array_equal(logits(second), found)
+
+
+def test_adapters_work_with_the_files_own_bits_and_a_second_graph_converts_nothing_again(plain, tmp_path):
+    write_gguf(tmp_path / "model.gguf", open_checkpoint(plain), "Q4_1")
+    checkpoint, read = open_checkpoint(tmp_path / "model.gguf"), []
+
+    def blocks(name: str) -> Blocks:
+        read.append(name)
+        return checkpoint.blocks(name)
+
+    adapter = open_adapter(made_adapter(tmp_path / "adapter", checkpoint.config), checkpoint.config)
+    found = []
+    for form in ("f32", "file"):
+        executor = OpenVINOExecutor(replace(checkpoint, blocks=blocks), weights=form, kv="f32", kv_bytes=1 << 23)
+        before = logits(executor)
+        executor.load_adapter("a", adapter, tuple(range(20, 20 + executor.adapter_blocks(adapter))))
+        found.append(logits(executor, "a"))
+        assert np.abs(found[-1] - before).mean() > CLOSE * before.std()
+        assert np.array_equal(logits(executor), before)
+    assert np.abs(found[1] - found[0]).mean() < CLOSE * found[0].std()
+    assert len(read) == len(set(read)) > 0
 
 
 def test_int8_from_the_kept_file_is_int8(plain, tmp_path):

@@ -50,9 +50,9 @@ class Weights:
         self._checkpoint, self._form, self._group, self._kept, self._progress = checkpoint, form, group, kept, progress
         self._done, self._of = 0, sum(len(shape) == 2 for shape in checkpoint.config.tensors().values())
         self._shared: dict[tuple[str, ...], ov.Node] = {}
-        self._least: dict[tuple[str, ...], ov.Node] = {}
-        self._alive: list[Stored] = []
-        """The memory behind constants, which does not belong to them."""
+        self._own: dict[tuple[str, ...], tuple[ov.Node, ov.Node | None]] = {}
+        self._made: dict[tuple[str, ...], Stored] = {}
+        """What constants are made from: their memory does not belong to them, and another graph needs them again."""
 
     def vector(self, *names: str) -> ov.Node:
         """The concatenation of vectors, [out] float32; or of matrices that stay exact, [out, in]."""
@@ -85,16 +85,18 @@ class Weights:
         if not bits:
             return ops.matmul(x, self.matrix(*names), False, True)
         stored = self._stored(names, lambda: own_bits([self._checkpoint.blocks(name) for name in names]))
-        if names not in self._shared:
-            self._shared[names] = self._node(stored)
-        y = ops.matmul(x, self._shared[names], False, True)
-        if stored.least is None or stored.least_scales is None:
+        if names not in self._own:
+            least = None
+            if stored.least is not None and stored.least_scales is not None:
+                least = self._node(Stored(stored.least, stored.least_scales))
+            self._own[names] = self._node(stored), least
+        weights, least = self._own[names]
+        y = ops.matmul(x, weights, False, True)
+        if least is None:
             return y
-        if names not in self._least:
-            self._least[names] = self._node(Stored(stored.least, stored.least_scales))
         _, groups, width = stored.shape
         sums = ops.reduce_sum(ops.reshape(x, constant([-1, groups, width], np.int64), False), constant([2], np.int64), False)
-        return ops.add(y, ops.matmul(sums, self._least[names], False, True))
+        return ops.add(y, ops.matmul(sums, least, False, True))
 
     def _dense(self, names: tuple[str, ...], values: Callable[[], np.ndarray]) -> ov.Node:
         if self._form == "f32":
@@ -106,20 +108,21 @@ class Weights:
         return self._node(self._stored(names, lambda: eight_bits(values(), self._group)))
 
     def _stored(self, names: tuple[str, ...], make: Callable[[], Stored]) -> Stored:
-        """What `make` gives, from the file that keeps it, if there is one."""
-        self._done += len(names)
+        """What `make` gives, from the file that keeps it, if there is one; made once."""
+        if names not in self._made:
+            self._made[names] = self._converted("+".join(names), make)
+            self._done += len(names)
+            if self._kept is None or not self._kept.whole:
+                self._progress(self._done, self._of)
+        return self._made[names]
+
+    def _converted(self, name: str, make: Callable[[], Stored]) -> Stored:
         if self._kept is None:
-            made = make()
-            self._progress(self._done, self._of)
-            return made
-        name = "+".join(names)
+            return make()
         parts = {field: self._kept.get(f"{name}:{field}") for field in Stored._fields}
         if parts["codes"] is None:
-            made = make()
-            parts = {
-                field: None if part is None else self._kept.put(f"{name}:{field}", part) for field, part in made._asdict().items()
-            }
-            self._progress(self._done, self._of)
+            kept, made = self._kept, make()._asdict()
+            parts = {field: None if part is None else kept.put(f"{name}:{field}", part) for field, part in made.items()}
         return Stored(**parts)  # type: ignore[arg-type]  # with codes there are scales
 
     def _node(self, stored: Stored) -> ov.Node:
@@ -133,7 +136,6 @@ class Weights:
         if stored.zeros is not None:
             restored = ops.subtract(restored, ops.convert(self._array(stored.zeros), np.float32))
         restored = ops.multiply(restored, self._array(stored.scales))
-        self._alive.append(stored)
         return ops.reshape(restored, constant([*shape[:-2], shape[-2] * shape[-1]], np.int64), False)
 
     @staticmethod
