@@ -9,8 +9,8 @@ channels means: another parser gets it.
 import re
 from collections.abc import Collection
 
-from stallfree.parsers.pieces import CallArguments, CallStart, Parser, Piece, Reasoning, join
-from stallfree.parsers.reading import Marks, Source, Steps
+from stallfree.parsers.pieces import CallArguments, CallStart, Parser
+from stallfree.parsers.reading import Marks, Steps, Wrapping
 
 START, CHANNEL, MESSAGE, END, CALL = "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>"
 MARKS = (START, CHANNEL, MESSAGE, END, CALL, "<|return|>", "<|constrain|>")
@@ -27,32 +27,14 @@ def suits(template: str) -> bool:
     return CHANNEL in template
 
 
-class ChannelsParser:
+class ChannelsParser(Wrapping):
     """Messages in the channel analysis are `Reasoning`, those to one of the functions `names` are calls, and `inner` gets the text
     of all others."""
 
     def __init__(self, inner: Parser, names: Collection[str]):
-        self._inner, self._names = inner, frozenset(names)
-        self._source = Source()
-        self._pieces: list[Piece] = []
+        self._names = frozenset(names)
         self._num_calls = 0
-        self._steps = self._read()
-        next(self._steps)
-
-    def push(self, text: str) -> list[Piece]:
-        self._source.more(text)
-        next(self._steps)
-        return self._taken()
-
-    def end(self) -> list[Piece]:
-        self._source.end()
-        next(self._steps, None)
-        self._pieces += self._inner.end()
-        return self._taken()
-
-    def _taken(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return join(pieces)
+        super().__init__(inner)
 
     def _read(self) -> Steps[None]:
         source = self._source
@@ -60,7 +42,7 @@ class ChannelsParser:
             if (yield from source.starts(beginning)):
                 break
         else:
-            yield from source.rest(self._content)
+            yield from source.rest(self._rest)
             return
         while (yield from source.peek()):
             header: list[str] = []
@@ -73,13 +55,7 @@ class ChannelsParser:
                 yield from TO_END.find(source, self._arguments)
                 self._num_calls += 1
             else:
-                yield from TO_END.find(source, self._reasoning if ANALYSIS.search(text) else self._content)
-
-    def _reasoning(self, text: str) -> None:
-        self._pieces.append(Reasoning(text))
+                yield from TO_END.find(source, self._reasoning if ANALYSIS.search(text) else self._rest)
 
     def _arguments(self, text: str) -> None:
         self._pieces.append(CallArguments(self._num_calls, text))
-
-    def _content(self, text: str) -> None:
-        self._pieces += self._inner.push(text)

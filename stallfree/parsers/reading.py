@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from stallfree.parsers.pieces import CallArguments, CallStart, Content, Piece, join
+from stallfree.parsers.pieces import CallArguments, CallStart, Content, Parser, Piece, Reasoning, join
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -176,3 +176,39 @@ class Streamed:
         next(self._steps, None)
         self._out.end()
         return self._out.taken()
+
+
+class Wrapping:
+    """A `Parser` whose `_read` reads some parts of the answer itself, and gives the text of the others to another parser,
+    `inner`."""
+
+    def __init__(self, inner: Parser):
+        self._inner = inner
+        self._source = Source()
+        self._pieces: list[Piece] = []
+        self._steps = self._read()
+        next(self._steps)
+
+    def _read(self) -> Steps[None]:
+        raise NotImplementedError
+
+    def push(self, text: str) -> list[Piece]:
+        self._source.more(text)
+        next(self._steps)
+        return self._taken()
+
+    def end(self) -> list[Piece]:
+        self._source.end()
+        next(self._steps, None)
+        self._pieces += self._inner.end()
+        return self._taken()
+
+    def _taken(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return join(pieces)
+
+    def _reasoning(self, text: str) -> None:
+        self._pieces.append(Reasoning(text))
+
+    def _rest(self, text: str) -> None:
+        self._pieces += self._inner.push(text)

@@ -4,8 +4,8 @@ the rest of the answer means: another parser gets it.
 
 import re
 
-from stallfree.parsers.pieces import Parser, Piece, Reasoning, join
-from stallfree.parsers.reading import SPACE, Marks, Source, Steps
+from stallfree.parsers.pieces import Parser
+from stallfree.parsers.reading import SPACE, Marks, Steps, Wrapping
 
 KNOWN = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """The marks of Qwen 3, DeepSeek-R1 and SmolLM3, and of Magistral."""
@@ -17,36 +17,17 @@ def marks(template: str) -> tuple[str, str] | None:
     return next((pair for pair in KNOWN if pair[1] in template), None)
 
 
-class ReasoningParser:
+class ReasoningParser(Wrapping):
     """Text between the marks `open` and `close` is `Reasoning`, and `inner` gets the text after it. `inside`: the prompt has the
     open mark already. Without a section at the beginning, `inner` gets everything. Line breaks next to the marks are left out: one
     after the open mark, one before the close mark, all after it. A section that is not closed goes on to the end.
     """
 
     def __init__(self, inner: Parser, open: str, close: str, inside: bool):
-        self._inner = inner
         self._open = open
         self._close = Marks(f"\r\n{close}", f"\n{close}", close)
         self._inside = inside
-        self._source = Source()
-        self._pieces: list[Piece] = []
-        self._steps = self._read()
-        next(self._steps)
-
-    def push(self, text: str) -> list[Piece]:
-        self._source.more(text)
-        next(self._steps)
-        return self._taken()
-
-    def end(self) -> list[Piece]:
-        self._source.end()
-        next(self._steps, None)
-        self._pieces += self._inner.end()
-        return self._taken()
-
-    def _taken(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return join(pieces)
+        super().__init__(inner)
 
     def _read(self) -> Steps[None]:
         source = self._source
@@ -64,9 +45,3 @@ class ReasoningParser:
         if (yield from self._close.find(source, self._reasoning)):
             yield from source.whole(LINES)
         yield from source.rest(self._rest)
-
-    def _reasoning(self, text: str) -> None:
-        self._pieces.append(Reasoning(text))
-
-    def _rest(self, text: str) -> None:
-        self._pieces += self._inner.push(text)
