@@ -271,8 +271,11 @@ class Adapters:
     def _evictable(self) -> list[Resident]:
         """In the order of eviction."""
         free = [resident for resident in self.resident.values() if resident.ready and not resident.users]
-        waited = [resident for resident in free if self._waiters(resident)]
-        return [r for r in free if r not in waited] + sorted(waited, key=self._first, reverse=True)
+        unwanted: list[Resident] = []
+        waited: list[Resident] = []
+        for resident in free:
+            (waited if self._waiters(resident) else unwanted).append(resident)
+        return unwanted + sorted(waited, key=self._first, reverse=True)
 
     def _waiters(self, resident: Resident) -> list[Request]:
         """The requests that wait with this adapter here: for their turn, or for room for a KV transfer."""

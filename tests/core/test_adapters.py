@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stallfree.core import transfer
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Capacity
 from stallfree.core.policy import Policy
@@ -303,3 +304,20 @@ def test_what_is_lost_takes_the_adapters_with_it():
     s.ledger.check()
     assert 20 == s.ledger.pool.num_free
     run_out(s)
+
+
+def test_adapters_that_kv_from_elsewhere_waits_for_do_not_push_each_other_out():
+    """One is always being loaded, so that there was never room for the request before them."""
+    s = scheduler(21, {"a": 5, "b": 5, "c": 3})
+    adapters, loading = s.ledger.adapters, []
+    for key in "abc":
+        transfer.expect(s.ledger, Request(f"with {key}", range(44), 4, adapter=key, priority=1))
+    loading.append(adapters.next(s.ledger.spare))
+    big = ask(s, "big", length=76, max_tokens=2)
+    for _ in range(20):
+        if (resident := adapters.next(s.ledger.spare)) is not None:
+            loading.append(resident)
+        if loading:
+            adapters.loaded(loading.pop(0).key)
+        step(s)
+    assert big.finish_reason == "length"
