@@ -12,15 +12,13 @@ from stallfree.checkpoint.config import ModelConfig
 from stallfree.checkpoint.families import FAMILIES
 from stallfree.checkpoint.folding import fused_rows
 from stallfree.checkpoint.packing import Packing
-from stallfree.checkpoint.tensor_file import Entry, read_tensor
+from stallfree.checkpoint.tensor_file import WORDS, Entry, read_tensor
 
 PARTS = (
     "qweight", "qzeros", "scales", "g_idx",
     "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape",
 )  # fmt: skip
 """The ends of the names of what a packed matrix is stored as."""
-WORDS = {"I32": "<i4", "I64": "<i8"}
-"""The types of tensors that hold packed codes, or counts."""
 
 
 class PackedMatrices:
@@ -31,7 +29,7 @@ class PackedMatrices:
     """
 
     def __init__(self, packing: Packing, config: ModelConfig, tensors: Mapping[str, Entry], source: str) -> None:
-        self._packing, self._tensors, self._source = packing, tensors, source
+        self._packing, self._tensors, self._source = packing, dict(tensors), source
         self._whole = packing.matrices({name: shape for name, (_, _, shape, _) in tensors.items()})
         self._rows: dict[str, tuple[str, slice]] = {}
         for name, (rows, _) in self._whole.items():
@@ -47,7 +45,7 @@ class PackedMatrices:
             name: entry
             for name, entry in tensors.items()
             if not (name.endswith(ends) and f"{name.rpartition('.')[0]}.weight" in self._whole)
-            and not (name.endswith(".bias") and name not in wanted and not read_tensor(dict(tensors), name).any())
+            and not (name.endswith(".bias") and name not in wanted and not read_tensor(self._tensors, name).any())
         }
 
     def dense(self, name: str) -> np.ndarray:
@@ -65,14 +63,15 @@ class PackedMatrices:
     @property
     def bits(self) -> dict[str, int]:
         """The matrices whose inputs of a group are side by side, with the bits of a code."""
-        listed = (whole for whole, _ in self._rows.values())
-        usual = {whole: self._packing.side_by_side(self._stored, self._tensors, whole, self._whole[whole]) for whole in listed}
+        usual = {
+            whole: self._packing.side_by_side(self._stored, self._tensors, whole, shape) for whole, shape in self._whole.items()
+        }
         return {name: 4 for name, (whole, _) in self._rows.items() if usual[whole]}
 
     def _stored(self, name: str) -> np.ndarray:
         """A tensor in the type that it has in the file, if that is one of whole numbers; otherwise as float32."""
         file, kind, shape, offset = self._tensors[name]
         if kind not in WORDS:
-            return read_tensor(dict(self._tensors), name)
+            return read_tensor(self._tensors, name)
         values = np.fromfile(file, WORDS[kind], int(np.prod(shape)), offset=offset)
         return values.reshape(shape)  # a ValueError if the file ends early

@@ -15,6 +15,9 @@ HEADER_LIMIT = 100 * 2**20
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """The types of numbers that are read, as numpy's types of their bits."""
 
+WORDS = {"I32": "<i4", "I64": "<i8"}
+"""The types of whole numbers: packed codes, and counts."""
+
 BITS = "U8"
 """The type of numbers that another format has packed into bytes."""
 
@@ -47,9 +50,9 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> dict[str, Entry]:
         for name, entry in entries.items():
             shape, (begin, end), kind = tuple(map(int, entry["shape"])), entry["data_offsets"], entry["dtype"]
             tensors[name] = (file, kind, shape, first + begin)
-            if kind not in (*TYPES, BITS):
+            if kind not in (*TYPES, *WORDS, BITS):
                 continue
-            num_bytes = np.dtype(TYPES.get(kind, np.uint8)).itemsize
+            num_bytes = np.dtype((TYPES | WORDS).get(kind, np.uint8)).itemsize
             for extent in shape:
                 num_bytes *= extent
             if min(shape, default=0) < 0 or begin < 0 or num_bytes != end - begin:

@@ -72,7 +72,7 @@ def calibrate(
 
 def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
     """The model calibrated for `key`; None if there is none. A file that cannot be read is logged and ignored."""
-    file = _file(key, folder)
+    file = file_of(key, folder)
     try:
         saved = json.loads(file.read_text())
         if saved["version"] != VERSION:
@@ -88,7 +88,7 @@ def remembered(key: Mapping[str, object], folder: Path) -> Fitted | None:
 def calibrated_at(key: Mapping[str, object], folder: Path) -> datetime | None:
     """When the model for `key` was calibrated, in local time; None if no file keeps it."""
     with suppress(OSError):
-        return datetime.fromtimestamp(_file(key, folder).stat().st_mtime)
+        return datetime.fromtimestamp(file_of(key, folder).stat().st_mtime)
     return None
 
 
@@ -130,7 +130,7 @@ def latest(folder: Path, model: str | None = None) -> Calibrated:
 def remember(model: Fitted, errors: Errors, key: Mapping[str, object], folder: Path, capacity: Capacity) -> Path:
     """Keep `model` for `key`, with its errors and the executor's `capacity`. Returns the file. If the disk is full, this only logs
     a warning, and the next start calibrates again."""
-    file = _file(key, folder)
+    file = file_of(key, folder)
     fit = {"median": errors.median, "p90": errors.p90, "largest": errors.largest, "worst": list(errors.worst)}
     fit["scatter"] = list(errors.scatter)
     held = [capacity.block_size, capacity.num_blocks, capacity.max_model_len]
@@ -152,7 +152,8 @@ def machine() -> dict[str, Any]:
     return {"cpu": here.name, "sets": list(here.sets), "cores": here.usable}
 
 
-def _file(key: Mapping[str, object], folder: Path) -> Path:
+def file_of(key: Mapping[str, object], folder: Path) -> Path:
+    """The file in `folder` that keeps what was found out for `key`."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / f"{digest[:16]}.json"
 

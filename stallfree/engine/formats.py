@@ -2,9 +2,9 @@
 calibration. The executor makes the trial; this module does not know how.
 """
 
-import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
@@ -31,38 +31,42 @@ class Choice(NamedTuple):
 
 def chosen(checkpoint: Checkpoint, threads: int | None) -> Choice:
     """What the executor openvino takes by default, as far as it is known without a trial."""
-    from stallfree.executors.openvino.trial import worth_trying
-
-    if not worth_trying(checkpoint):
-        return Choice(USUAL, "the file has no matrices of 4 or 8 bits whose codes could be kept")
-    if (found := _remembered(checkpoint, threads)) is not None:
-        return found
-    room = memory()
-    if room is not None and weight_bytes(checkpoint, USUAL) > room.free >= weight_bytes(checkpoint, "file"):
-        return Choice("file", f"int8 would take more than the {mib(room.free)} of free memory")
-    return Choice(USUAL, "no trial was made yet; the first start makes it")
+    return _settled(checkpoint, threads) or Choice(USUAL, "no trial was made yet; the first start makes it")
 
 
 def tried(checkpoint: Checkpoint, kv: str, threads: int | None, say: Callable[[str], None]) -> Choice:
     """As `chosen`, after a trial if one is needed, which is then remembered. `say` gets a line of a new one."""
     from stallfree.executors.openvino.recipe import compute_type
-    from stallfree.executors.openvino.trial import choose, worth_trying
+    from stallfree.executors.openvino.trial import choose
 
-    known = chosen(checkpoint, threads)
-    if not worth_trying(checkpoint) or known.weights == "file" or _remembered(checkpoint, threads) is not None:
-        return known
+    if (settled := _settled(checkpoint, threads)) is not None:
+        return settled
     say("trying the file's own bits and int8 on this machine, once")
     found = Choice(*choose(checkpoint, kv, compute_type(USUAL, kv), threads))
     file = _file(checkpoint, threads)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(found._asdict()))
         part.replace(file)
     except OSError as error:
         log.warning("what the trial found cannot be kept in %s: %s", file, error)
     say(f"weights {found.weights}: {found.why}")
     return found
+
+
+def _settled(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
+    """The choice that needs no trial any more; None if it needs one."""
+    from stallfree.executors.openvino.trial import has_codes
+
+    if not has_codes(checkpoint):
+        return Choice(USUAL, "the file has no matrices of 4 or 8 bits whose codes could be kept")
+    if (found := _remembered(checkpoint, threads)) is not None:
+        return found
+    room = memory()
+    if room is not None and weight_bytes(checkpoint, USUAL) > room.free >= weight_bytes(checkpoint, "file"):
+        return Choice("file", f"int8 would take more than the {mib(room.free)} of free memory")
+    return None if checkpoint.config.mixture is None else Choice(USUAL, "experts are not tried; --weights file keeps their bits")
 
 
 def _remembered(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
@@ -77,5 +81,4 @@ def _file(checkpoint: Checkpoint, threads: int | None) -> Path:
     stat = checkpoint.path.stat()
     model = [checkpoint.path.name, stat.st_size, stat.st_mtime_ns]
     key = calibrate.machine() | {"model": model, "threads": threads, "openvino": metadata.version("openvino")}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "trials" / f"{digest[:16]}.json"
+    return calibrate.file_of(key, cache_folder() / "trials")

@@ -137,6 +137,16 @@ def test_a_packed_matrix_that_ends_early_is_named(plain, tmp_path):
         checkpoint.read("model.layers.2.mlp.down_proj.weight")
 
 
+def test_a_file_that_lacks_packed_bytes_is_refused_when_it_is_opened(plain, tmp_path):
+    for file in plain.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    pack_folder(tmp_path, "gptq")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_config_that_is_refused_names_its_file(plain, tmp_path):
     (tmp_path / "config.json").write_bytes((plain / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((plain / "model.safetensors").read_bytes())

@@ -61,6 +61,14 @@ def test_a_file_without_codes_to_keep_needs_no_trial(plain, trials):
     assert not trials
 
 
+def test_experts_are_not_tried(checkpoint, trials):
+    mixture = replace(checkpoint, config=replace(checkpoint.config, family="mixtral", experts=4, active_experts=2))
+    found = formats.tried(mixture, "u8", None, lambda line: None)
+    assert found.weights == "int8"
+    assert "experts are not tried" in found.why
+    assert not trials
+
+
 def test_what_the_disk_has_no_room_for_is_tried_again(checkpoint, trials, monkeypatch, caplog):
     def full(*arguments):
         raise OSError(28, "No space left on device")

@@ -2,7 +2,7 @@
 timed in both, in turn.
 
 Four bits are half the bytes to read, and more instructions to use them. Which counts for more depends on the processor. It knows
-nothing of attention, and of the rest of an iteration, which take as long with either.
+nothing of attention, and of the rest of an iteration, which take as long with either; and nothing of experts.
 """
 
 import statistics
@@ -36,9 +36,9 @@ class Trial(NamedTuple):
     why: str
 
 
-def worth_trying(checkpoint: Checkpoint) -> bool:
+def has_codes(checkpoint: Checkpoint) -> bool:
     """Whether a matrix of a layer has codes in the file that products can use."""
-    return checkpoint.config.mixture is None and any(name.startswith("model.layers.") for name in checkpoint.bits)
+    return any(name.startswith("model.layers.") for name in checkpoint.bits)
 
 
 def choose(checkpoint: Checkpoint, kv: str, compute: ov.Type, threads: int | None) -> Trial:
