@@ -4,8 +4,9 @@
 
 Splitwise (ISCA'24): vLLM of 2023 on A100 and H100, from its simulator's repository. A prompt is one iteration and the front end's
 time; a token is a decode iteration of the batch, with the prompt and half of the 128 tokens before it. LMDeploy: TurboMind of 2023
-(version 0.1.0a1) on A100, from its documentation; first tokens of batches of one, and the median time of later ones. Nothing is
-fitted here. `vllm-2023` was fitted to Splitwise's token times of TP 4 and 8, `fused` to nothing.
+(version 0.1.0a1) on A100, from its documentation; first tokens of batches of one, and the median time of later ones. LoongServe
+(2404.09526): prefills on 8 A800, by tensor parallelism and by a ring of four groups of two. Nothing is fitted here. `vllm-2023` was
+fitted to Splitwise's token times of TP 4 and 8, `fused` to nothing, and the ring's one coefficient to the longest of its prefills.
 """
 
 import csv
@@ -26,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for engine in SHOWN:
-        for table, pairs in (("Splitwise", splitwise(engine)), ("LMDeploy", lmdeploy(engine))):
+        for table, pairs in (("Splitwise", splitwise(engine)), ("LMDeploy", lmdeploy(engine)), ("LoongServe", loongserve(engine))):
             errors: dict[str, list[float]] = {}
             for what, measured, priced in pairs:
                 errors.setdefault(what, []).append(priced / measured - 1)
@@ -52,13 +53,21 @@ def lmdeploy(engine: str) -> Iterator[tuple[str, float, float]]:
         yield "tokens", float(row["token_ms"]), 1000 * cost.seconds([(prompt + int(row["output_tokens"]) // 2, 1)] * batch)
 
 
+def loongserve(engine: str) -> Iterator[tuple[str, float, float]]:
+    """The same."""
+    for row in _read("loongserve.csv"):
+        sp, batch = int(row["sp"]), int(row["batch"])
+        priced = 1000 * _cost(row, engine, sp).seconds([(0, int(row["prompt_tokens"]))] * batch)
+        yield f"prompts, SP{sp} TP{row['tp']}", float(row["prefill_ms"]), priced
+
+
 def _read(name: str) -> list[dict[str, str]]:
     with (DATA / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _cost(row: dict[str, str], engine: str) -> Roofline:
-    return Roofline(hardware.load(row["hardware"]), shape.Sharded(shape.load(row["model"]), int(row["tp"])), engine)
+def _cost(row: dict[str, str], engine: str, sp: int = 1) -> Roofline:
+    return Roofline(hardware.load(row["hardware"]), shape.Sharded(shape.load(row["model"]), int(row["tp"])), engine, sp=sp)
 
 
 def _summary(errors: list[float]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def perf(
     hardware: Annotated[str, typer.Option(help="A device, the path of a .toml, or this-cpu, as calibrated.")] = "a100-80g",
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallelism.")] = 1,
+    sp: Annotated[int, typer.Option(help="Sequence parallelism: groups of --tp devices that share each prompt's tokens.")] = 1,
     shape: Annotated[
         str, typer.Option(help="32@2048: 32 decodes after 2,048 tokens each; 512: a first chunk; 4096+512: one after 4,096.")
     ] = "32@2048,512",
@@ -65,8 +66,8 @@ def perf(
             raise ValueError(f"which model? give --model one of {', '.join(models.names())}, or the path of a config.json")
         device = devices.load(hardware)
         sharded = models.Sharded(models.load(model), tp, pp, weights, kv)
-        cost = Roofline(device, sharded, engine, node=node, network=network)
-        room = sharded.kv_tokens(device.memory)
+        cost = Roofline(device, sharded, engine, node=node, network=network, sp=sp)
+        room = sp * sharded.kv_tokens(device.memory)
         tokens = sum(start + count for start, count in work)
         if tokens > room:
             raise ValueError(
@@ -76,12 +77,14 @@ def perf(
     longest = max(start + count for start, count in work)
     if longest > (most := sharded.model.max_model_len):
         typer.echo(f"note: {sharded.model.name} was made for {most:,} tokens, this is priced at {longest:,}", err=True)
-    _price(device, sharded, cost, work, room, as_json)
+    _price(device, sharded, cost, work, sp, room, as_json)
 
 
-def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[int, int]], room: int, as_json: bool) -> None:
-    seconds, tokens = cost.seconds(work), sum(count for _, count in work)
-    dollars = device.price * sharded.tp * sharded.pp * seconds / 3600 / tokens * 1e6
+def _price(
+    device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[int, int]], sp: int, room: int, as_json: bool
+) -> None:
+    seconds, tokens, number = cost.seconds(work), sum(count for _, count in work), sp * sharded.tp * sharded.pp
+    dollars = device.price * number * seconds / 3600 / tokens * 1e6
     operators = cost.operators(work)
     if as_json:
         rows = [
@@ -102,12 +105,13 @@ def _price(device: Hardware, sharded: Sharded, cost: Roofline, work: list[tuple[
         at_limit = (limit, f"{1000 * op.count * least:.3f}", f"{least / op.cost.seconds:.0%}") if least else ("", "", "")
         lines.append((op.name, str(op.count), f"{1000 * took:.3f}", f"{took / seconds:.1%}", *at_limit))
     print_grid(lines)
-    devices = f"{sharded.tp * sharded.pp} x {device.name}" if sharded.tp * sharded.pp > 1 else device.name
+    devices = f"{number} x {device.name}" if number > 1 else device.name
     typer.echo(f"{sharded.model.name} on {devices}: {1000 * seconds:.2f} ms, {tokens:,} tokens, ${dollars:.3f} per million of them")
     if sharded.pp > 1:
         typer.echo(f"stages: {', '.join(f'{1000 * stage:.2f}' for stage in cost.stages(work))} ms")
     typer.echo(f"engine: {cost.engine.about}")
-    typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and the KV of {room:,} tokens in 90 % of its memory")
+    holds = f"the KV of {room // sp:,} tokens" + (f", all {sp} groups of {room:,}" if sp > 1 else "")
+    typer.echo(f"each holds {sharded.weight_bytes / 1e9:.1f} GB of weights and {holds} in 90 % of its memory")
 
 
 @app.command(short_help="Compare prices with measured kernels.")

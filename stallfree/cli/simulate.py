@@ -255,8 +255,8 @@ def _instance(deployment: Deployment) -> Instance | None:
 
     if deployment.hardware != THIS_CPU:
         return None
-    if (deployment.tp, deployment.pp, deployment.weights, deployment.kv) != (1, 1, "fp16", "fp16"):
-        raise ValueError(f"{THIS_CPU} is simulated as it was calibrated; tp, pp, weights and kv are for other hardware")
+    if (deployment.tp, deployment.pp, deployment.sp, deployment.weights, deployment.kv) != (1, 1, 1, "fp16", "fp16"):
+        raise ValueError(f"{THIS_CPU} is simulated as it was calibrated; tp, pp, sp, weights and kv are for other hardware")
     calibration = latest(cache_folder() / "calibration", deployment.model)
     about = f"{calibration.name} on this machine, as calibrated"
     return Instance(calibration.cost, calibration.capacity, None, about, scatter=calibration.scatter)

@@ -57,6 +57,7 @@ HELP: dict[str, tuple[str, str | None]] = {
     "hardware": ("A name of `stallfree list hardware`, a device's .toml, or this-cpu, as calibrated.", None),
     "tp": ("Tensor parallelism.", None),
     "pp": ("Pipeline parallelism.", None),
+    "sp": ("Sequence parallelism: groups of --tp devices that share each iteration's tokens.", None),
     "weights": ("Precision of the weights: bf16, fp16, fp8, fp8-block, int8 or int4.", None),
     "kv": ("Precision of the KV cache: bf16, fp16, fp8, u8, or u4 (keys have 8 bits).", None),
     "engine": (f"{ENGINE[:-1]}; or a DistServe profile, a .json.", None),

@@ -8,6 +8,7 @@ shape. It knows no clock and no requests, and it learns nothing: this machine ca
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from stallfree.core.nearest import nearest
@@ -16,6 +17,7 @@ from stallfree.perf import kernels
 from stallfree.perf.adapters import Adapters
 from stallfree.perf.hardware import Hardware
 from stallfree.perf.kernels import NONE, Attention, Chunks, Cost
+from stallfree.perf.ring import Striped
 from stallfree.perf.shape import Sharded
 
 QUANTUM = 64
@@ -143,8 +145,9 @@ class Sums(NamedTuple):
 
 class Roofline:
     """The cost model of `sharded` on `device`s, with one of `ENGINES`. `node`: devices used on each node, None for all. `network`:
-    the link between nodes, None for the device's first. `adapters`: the matrices that they are on (`adapters.MODULES`). Raises
-    ValueError if no link joins the devices.
+    the link between nodes, None for the device's first. `adapters`: the matrices that they are on (`adapters.MODULES`). `sp`:
+    groups of `sharded.tp` devices that share the tokens of each iteration (`ring.py`). Raises ValueError if no link joins the
+    devices.
 
     A tensor-parallel group lies within a node if it fits. Pipeline stages follow each other in the same node while it has room.
     """
@@ -158,12 +161,18 @@ class Roofline:
         node: int | None = None,
         network: str | None = None,
         adapters: str = "attention",
+        sp: int = 1,
     ):
+        if sp < 1 or (sp > 1 and sharded.pp > 1):
+            raise ValueError(
+                f"sequence parallelism {sp} with {sharded.pp} pipeline stages has no price; give sp of 1 or more, and pp 1"
+            )
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
         if node is not None and not 1 <= node <= device.node:
             raise ValueError(f"a node of {device.name} has {device.node} devices, so {node} of it cannot be used")
         model, tp = sharded.model, sharded.tp
+        self._sp = sp
         self.device, self.sharded, self.engine = device, sharded, ENGINES[engine]
         self.measured = device.kernels(self.engine.libraries)
         used = node or device.node
@@ -173,18 +182,19 @@ class Roofline:
         same = [(stage + 2) * tp <= (stage * tp // used + 1) * used for stage in range(sharded.pp - 1)]
         self._sends = [device.link(2 * tp, used) if here else device.link(used + 1, used, network) for here in same]
         known = self.measured.attention
-        self._attention = Attention(
-            device,
-            known.get(sharded.kv, known["fp16"]),
-            sharded.heads,
-            sharded.kv_heads,
-            model.head_dim,
-            sharded.kv_bytes_per_layer,
-            self.engine.masked,
+        attention = Attention if sp == 1 else partial(Striped, sp, device.link(sp * tp, used, network))
+        self._attention: Attention = attention(
+            device=device,
+            measured=known.get(sharded.kv, known["fp16"]),
+            heads=sharded.heads,
+            kv_heads=sharded.kv_heads,
+            head_dim=model.head_dim,
+            kv_bytes=sharded.kv_bytes_per_layer,
+            masked=self.engine.masked,
         )
         self._num_layers = model.num_layers
         self.adapters = Adapters(device, sharded, adapters, self.engine.adapter_s)
-        host = self.engine.iteration_s + (self.engine.workers_s if tp * sharded.pp > 1 else 0.0)
+        host = self.engine.iteration_s + (self.engine.workers_s if sp * tp * sharded.pp > 1 else 0.0)
         self._host_s, self._sequence_s = host / device.host, self.engine.sequence_s / device.host
         # Seconds of a layer without attention, and before the layers, by the iteration's tokens; after them, by its rows of logits.
         self._layers: dict[int, float] = {}
@@ -311,6 +321,7 @@ class Roofline:
 
     def _linear(self, tokens: int) -> Iterator[Operator]:
         """The kernels of one layer on one device that depend only on the number of tokens."""
+        tokens = -(-tokens // self._sp)
         device, measured, sharded, model = self.device, self.measured, self.sharded, self.sharded.model
         yield Operator("norm", 2, kernels.elementwise(device, measured, "norm", tokens, model.hidden_size))
         for matrix in sharded.layer():
@@ -341,7 +352,8 @@ class Roofline:
             yield Operator("adapters", 1, Cost(self.adapters.seconds(ranks, tokens)))
 
     def _embedding(self, tokens: int) -> Cost:
-        return kernels.elementwise(self.device, self.measured, "embedding", tokens, self.sharded.model.hidden_size)
+        share = -(-tokens // self._sp)
+        return kernels.elementwise(self.device, self.measured, "embedding", share, self.sharded.model.hidden_size)
 
     def _head(self, requests: int) -> list[Operator]:
         """One row of logits for each piece of work, and gathering their parts."""

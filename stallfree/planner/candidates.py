@@ -85,7 +85,7 @@ class Candidates:
     def replica(self, tp: int, pp: int, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
         site = self.site
         used = site.per_node if tp * pp <= site.per_node else tp
-        deployment = Deployment(site.model, site.hardware, tp, pp, site.weights, site.kv, site.engine, node=used)
+        deployment = Deployment(site.model, site.hardware, tp, pp, weights=site.weights, kv=site.kv, engine=site.engine, node=used)
         deployment = replace(deployment, policy=policy, token_budget=budget, max_model_len=site.max_model_len)
         deployment = replace(deployment, tenant_weights=site.tenant_weights)
         deployment = replace(deployment, rank=site.rank, adapter_modules=site.adapter_modules)

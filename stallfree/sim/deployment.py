@@ -8,9 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """`model`: a built-in name or a config.json. `hardware`: a device's name or its TOML. `tp`: devices that share each layer;
-    `pp`: pipeline stages. `weights`, `kv`: precisions. `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a file
-    with an engine's fitted times (`perf.profiled`). `node`: devices used of each node (None: all). `network`: between nodes (None:
-    the device's first).
+    `pp`: pipeline stages; `sp`: groups of `tp` devices that share each iteration's tokens, and the KV. `weights`, `kv`:
+    precisions. `engine`: what launches the kernels (`perf.roofline.ENGINES`), or a file with an engine's fitted times
+    (`perf.profiled`). `node`: devices used of each node (None: all). `network`: between nodes (None: the device's first).
 
     `policy`: by name, with its own options (`policy_option`, each NAME=VALUE; `token_budget` for short). `slo`: in words,
     perhaps of several classes. `tenant_weights`: of tenants with another weight than 1, in words (`workload.mix.weights`).
@@ -29,6 +29,7 @@ class Deployment:
     hardware: str = "a100-80g"
     tp: int = 1
     pp: int = 1
+    sp: int = 1
     weights: str = "fp16"
     kv: str = "fp16"
     engine: str = "vllm-2026"

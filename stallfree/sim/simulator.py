@@ -168,7 +168,7 @@ def instance(deployment: Deployment) -> Instance:
         raise ValueError(f"which model? It is one of {', '.join(models.names())}, or the path of a config.json")
     device, model = devices.load(deployment.hardware), models.load(deployment.model)
     sharded = models.Sharded(model, deployment.tp, deployment.pp, deployment.weights, deployment.kv)
-    tokens = sharded.kv_tokens(device.memory, deployment.gpu_memory_utilization)
+    tokens = deployment.sp * sharded.kv_tokens(device.memory, deployment.gpu_memory_utilization)
     if deployment.block_size < 1:
         raise ValueError(f"a KV block cannot have {deployment.block_size} tokens; give a block size of 1 or more")
     length = model.max_model_len if deployment.max_model_len is None else deployment.max_model_len
@@ -176,13 +176,17 @@ def instance(deployment: Deployment) -> Instance:
         raise ValueError(
             f"a request of {length:,} tokens ({'the context' if deployment.max_model_len is None else '--max-model-len'}) does not "
             f"fit: {tokens:,} tokens of KV fit beside the weights; give a --max-model-len from 2 to {tokens:,}, more devices "
-            "(--tp, --pp), or devices with more memory"
+            "(--tp, --pp, --sp), or devices with more memory"
         )
     cost: CostModel
     shelf, front_s = None, 0.0
     if deployment.engine.endswith(".json"):
         if deployment.rank is not None:
             raise ValueError("a fitted engine (.json) has no prices of adapters; leave out --rank, or take another --engine")
+        if deployment.sp > 1:
+            raise ValueError(
+                "a fitted engine (.json) has no prices of sequence parallelism; leave out --sp, or take another --engine"
+            )
         cost = Profiled(Path(deployment.engine), model.name, deployment.tp)  # type: ignore[assignment]  # it only prices
     else:
         cost = Roofline(
@@ -192,11 +196,12 @@ def instance(deployment: Deployment) -> Instance:
             node=deployment.node,
             network=deployment.network,
             adapters=deployment.adapter_modules,
+            sp=deployment.sp,
         )
         if deployment.rank is not None:
             shelf = _shelf(deployment.rank, cost, deployment.block_size, tokens // deployment.block_size)
         front_s = cost.front_s
-    number = deployment.tp * deployment.pp
+    number = deployment.tp * deployment.pp * deployment.sp
     return Instance(
         cost,
         Capacity(deployment.block_size, tokens // deployment.block_size, length, depth=deployment.pp),

@@ -205,7 +205,7 @@ def _nodes(free: Sequence[int], number: int, each: int, placed: Sequence[tuple[i
 
 
 def _size(deployment: Deployment) -> int:
-    return deployment.tp * deployment.pp
+    return deployment.tp * deployment.pp * deployment.sp
 
 
 def _busy(replica: Replica) -> float:

@@ -59,6 +59,13 @@ def test_a_pipeline_tells_its_stages(stallfree):
     assert all(row in out for row in ("send", "all-reduce", "attention, chunks", "stages: ", "8 x a100-80g-pcie"))
 
 
+def test_a_ring_is_priced_with_the_kv_of_all_its_groups(stallfree):
+    question = ("perf", "--model", "llama2-7b", "--hardware", "a800", "--tp", "2", "--shape", "100000", "--json")
+    one, four = (json.loads(stallfree(*question, "--sp", sp)[1]) for sp in "14")
+    assert 4 * one["kv_tokens"] == four["kv_tokens"]
+    assert one["seconds"] > 2 * four["seconds"]
+
+
 def test_tokens_beyond_the_models_context_are_priced_with_a_note(stallfree):
     code, _, err = stallfree("perf", "--model", "llama2-7b", "--shape", "8000+64")
     assert (0, "note: llama2-7b was made for 4,096 tokens, this is priced at 8,064\n") == (code, err)
@@ -90,6 +97,8 @@ def test_what_there_are_prices_for_is_listed(stallfree, what, known):
         ([], "which model?"),
         (["--model", "llama2-70b"], "60.6 GB too much; TP 2 or PP 2 or fp8 weights would do"),
         (["--model", "llama2-7b", "--tp", "3"], "TP 3 does not divide"),
+        (["--model", "llama2-7b", "--sp", "0"], "sequence parallelism 0 with 1 pipeline stages has no price"),
+        (["--model", "llama2-7b", "--sp", "2", "--pp", "2"], "sequence parallelism 2 with 2 pipeline stages has no price"),
         (["--model", "llama2-7b", "--shape", "512x"], "write 32@2048"),
         (["--model", "llama2-7b", "--shape", "100@4000"], "KV of 400,100 tokens does not fit beside the weights"),
         (["--model", "llama2-7b", "--weights", "fp3"], "weights in 'fp3' are not known"),

@@ -28,6 +28,19 @@ def test_stages_are_plans_in_flight_and_devices_are_paid():
     assert 4 * single.dollars == four.dollars
 
 
+def test_a_ring_holds_the_kv_of_all_its_groups_and_its_devices_are_paid():
+    single, ring = instance(LLAMA), instance(replace(LLAMA, sp=4))
+    assert 4 * single.capacity.num_blocks <= ring.capacity.num_blocks < 4 * single.capacity.num_blocks + 4
+    assert 4 * single.dollars == ring.dollars
+    report = Simulator(replace(LLAMA, sp=4)).trial(SOME, 3.0, 5, Slo.parse("tbt=100ms"))
+    assert 60 == report.completed
+
+
+def test_a_fitted_engine_has_no_prices_of_a_ring():
+    with pytest.raises(ValueError, match="leave out --sp"):
+        instance(replace(LLAMA, sp=2, engine="some.json"))
+
+
 def test_classes_and_weights_come_from_words():
     simulator = Simulator(replace(LLAMA, slo="chat: tbt=60ms; batch: ttlt=60s", tenant_weights="acme=3, crawler=0.5"))
     assert (Slo.parse("tbt=60ms"), {"acme": 3.0, "crawler": 0.5}) == (simulator.targets, simulator.weights)
