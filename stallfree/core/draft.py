@@ -231,7 +231,7 @@ class Draft:
         pool = ledger.pool
         if not request.ticket or self.left <= 0 or ledger.full:  # with a ticket, it waits in this ledger's queue
             return 0
-        spare = ledger.spare + ledger.adapters.owed(request)
+        spare = ledger.kept_free(request)
         cached = pool.match(request, spare)
         remaining = request.num_tokens - cached
         size = min(remaining, self.left, remaining if count is None else count)

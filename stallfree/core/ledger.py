@@ -88,6 +88,11 @@ class Ledger:
         """KV blocks that an admission leaves free."""
         return self.watermark if self.running or self.num_held else 0
 
+    def kept_free(self, request: Request) -> int:
+        """KV blocks that an admission of `request` leaves free, those included that an adapter is owed. None if nobody runs:
+        who is owed may have to wait for an adapter of somebody who comes earlier and is not asked yet, and so on in a circle."""
+        return self.spare + self.adapters.owed(request) if self.running or self.num_held else 0
+
     @property
     def full(self) -> bool:
         """Whether as many requests have KV as may run."""

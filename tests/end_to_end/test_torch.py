@@ -19,7 +19,7 @@ def expected():
         engine.close()
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), *(pytest.param(3, pp, marks=pytest.mark.slow) for pp in (1, 2))])
 def test_greedy_tokens_are_the_same_on_any_ranks(expected, tp, pp):  # two ranks do not divide its 9 heads
     engine = assemble(Options(executor="torch", device="cpu", tp=tp, pp=pp, **EXACT)).engine
     try:
