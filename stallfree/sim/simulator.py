@@ -166,6 +166,10 @@ def instance(deployment: Deployment) -> Instance:
     """The machine of one replica, by the roofline. Raises ValueError for unknown names and for sizes that do not fit."""
     if deployment.model is None:
         raise ValueError(f"which model? It is one of {', '.join(models.names())}, or the path of a config.json")
+    if deployment.sp < 1:
+        raise ValueError(f"a ring cannot have {deployment.sp} groups; give --sp 1 or more")
+    if deployment.sp > 1 and deployment.rank is not None:
+        raise ValueError("each group of a ring would hold the adapters, which has no price; leave out --rank, or --sp")
     device, model = devices.load(deployment.hardware), models.load(deployment.model)
     sharded = models.Sharded(model, deployment.tp, deployment.pp, deployment.weights, deployment.kv)
     tokens = deployment.sp * sharded.kv_tokens(device.memory, deployment.gpu_memory_utilization)

@@ -36,9 +36,18 @@ def test_a_ring_holds_the_kv_of_all_its_groups_and_its_devices_are_paid():
     assert 60 == report.completed
 
 
-def test_a_fitted_engine_has_no_prices_of_a_ring():
-    with pytest.raises(ValueError, match="leave out --sp"):
-        instance(replace(LLAMA, sp=2, engine="some.json"))
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"sp": 0}, "a ring cannot have 0 groups"),
+        ({"sp": 2, "pp": 2}, "sequence parallelism 2 with 2 pipeline stages"),
+        ({"sp": 2, "engine": "some.json"}, "leave out --sp"),
+        ({"sp": 2, "rank": "8"}, "leave out --rank"),
+    ],
+)
+def test_a_ring_that_has_no_price_is_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        instance(replace(LLAMA, **fields))
 
 
 def test_classes_and_weights_come_from_words():
