@@ -154,7 +154,7 @@ def test_this_cpu_is_simulated_as_calibrated(stallfree, tmp_path, monkeypatch):
     assert 1.25 * model.seconds([(64, 1)]) == pytest.approx(report["tbt_s"]["p50"])
     code, _, err = stallfree("simulate", *lone, "--tp", "2")
     assert 2 == code
-    assert "tp, pp, weights and kv are for other hardware" in err
+    assert "tp, pp, sp, weights and kv are for other hardware" in err
 
 
 @pytest.mark.parametrize(
