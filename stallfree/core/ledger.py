@@ -86,12 +86,17 @@ class Ledger:
     @property
     def spare(self) -> int:
         """KV blocks that an admission leaves free."""
-        return self.watermark if self.running or self.num_held else 0
+        return self.watermark if self._occupied else 0
 
     def kept_free(self, request: Request) -> int:
-        """KV blocks that an admission of `request` leaves free, those included that an adapter is owed. None if nobody runs:
-        who is owed may have to wait for an adapter of somebody who comes earlier and is not asked yet, and so on in a circle."""
-        return self.spare + self.adapters.owed(request) if self.running or self.num_held else 0
+        """KV blocks that an admission of `request` leaves free, those included that an adapter is owed. None if nobody has KV: who
+        is owed may wait for an adapter of somebody who comes earlier and is not asked yet, and that one for `request`."""
+        return self.spare + self.adapters.owed(request) if self._occupied else 0
+
+    @property
+    def _occupied(self) -> bool:
+        """Whether any request has KV."""
+        return bool(self.running or self.num_held)
 
     @property
     def full(self) -> bool:

@@ -50,7 +50,7 @@ def admit(ledger: Ledger) -> Request | None:
     request, head = next(filter(ledger.adapters.ready, ledger.expected), None), ledger.queue.head()
     if request is None or (head is not None and head[0] < request.key):
         return None
-    spare = ledger.spare + ledger.adapters.owed(request)
+    spare = ledger.kept_free(request)
     cached = ledger.pool.match(request, spare)
     upto = request.num_tokens + (request.max_tokens if ledger.reserve == "max" else 0)
     if not ledger.pool.grow(request, upto, spare):

@@ -198,6 +198,30 @@ def test_no_circle_of_requests_waits_when_nobody_runs():
     run_out(s)
 
 
+def test_no_circle_of_requests_waits_for_kv_from_elsewhere():
+    """The same for prompts that another engine computes."""
+    s = shared(Slo, 16, {"0": 8, "1": 5, "3": 6, "5": 8})
+    elsewhere, here = True, False
+    for number, (where, adapter, tenant, length) in enumerate(
+        [(here, "5", "a", 1), (elsewhere, "3", "a", 21), (elsewhere, "0", "b", 1), (here, "1", "a", 1), (here, "5", "a", 1),
+         (elsewhere, "3", "b", 1), (here, "1", "b", 1)]
+    ):  # fmt: skip
+        request = Request(str(number), range(length), 4, adapter=adapter, tenant=tenant, arrival=float(number))
+        if where is elsewhere:
+            transfer.expect(s.ledger, request)
+        else:
+            s.submit(request)
+        if number % 3 == 0:
+            load(s)
+            step(s)
+    for _ in range(100):
+        load(s)
+        if (arrived := transfer.admit(s.ledger)) is not None:
+            transfer.deliver(s.ledger, arrived, 0, 0.0)
+        step(s)
+    assert not s.ledger.requests
+
+
 def test_the_loads_before_a_request_are_those_under_way_and_those_that_wait_before_it():
     s = scheduler(blocks=40, sizes=dict.fromkeys("abcde", 2))
     adapters = s.ledger.adapters
