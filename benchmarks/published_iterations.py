@@ -34,6 +34,16 @@ def main() -> None:
             errors["all"] = [error for group in list(errors.values()) for error in group]
             rows += [{"table": table, "engine": engine, "of": what, **_summary(group)} for what, group in errors.items()]
     harness.show("published iterations: |priced / measured - 1|", rows, harness.machine(), options.json)
+    prefills = [
+        {
+            "prefill": f"{row['batch']} x {row['prompt_tokens']}",
+            "split": what,
+            "measured, ms": round(measured),
+            "priced, ms": round(priced),
+        }
+        for row, (what, measured, priced) in zip(_read("loongserve.csv"), loongserve("graph"), strict=True)
+    ]
+    harness.show("LoongServe's prefills, engine graph", prefills, harness.machine(), None)
 
 
 def splitwise(engine: str) -> Iterator[tuple[str, float, float]]:

@@ -1,7 +1,7 @@
-"""Attention whose tokens are spread over several tensor-parallel groups, which pass their KV around a ring.
+"""The time of attention whose tokens are spread over several tensor-parallel groups, which pass their KV around a ring.
 
-Each group has of each prompt every so many-th token, so that all have the same part of the causal mask (striped attention, arXiv
-2311.09431). Its queries meet each group's KV in turn, and while they do, the next KV is on its way (ring attention, arXiv
+Of N groups each has every N-th token of each prompt, so that all have the same part of the causal mask (striped attention, arXiv
+2311.09431). A group's queries meet each group's KV in turn, and while they do, the next KV is on its way (ring attention, arXiv
 2310.01889). It does not know who holds which request, nor how groups are formed.
 """
 
@@ -19,10 +19,9 @@ PASS = 1.12
 class Striped(Attention):
     """`Attention` of one layer on one device of `sp` groups that `link` joins; the `shape` arguments are those of `Attention`."""
 
-    def __init__(self, sp: int, link: Link, heads: int, head_dim: int, kv_bytes: float, **shape: Any):
-        super().__init__(heads=heads, head_dim=head_dim, kv_bytes=kv_bytes, **shape)
-        self._sp, self._link = sp, link
-        self._row_bytes, self._kv_bytes = 2.0 * heads * head_dim, kv_bytes
+    def __init__(self, sp: int, link: Link, heads: int, head_dim: int, **shape: Any):
+        super().__init__(heads=heads, head_dim=head_dim, **shape)
+        self._sp, self._link, self._row_bytes = sp, link, 2.0 * heads * head_dim
 
     def chunks(self, sums: Chunks) -> float:
         """Seconds of all passes. A group's own KV is there; each other group's comes while the pass before runs."""
