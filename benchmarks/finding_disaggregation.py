@@ -25,7 +25,7 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.perf import links, shape
-from stallfree.planner.candidates import Candidates
+from stallfree.planner.candidates import Candidates, Shape
 from stallfree.planner.search import Answer, search
 from stallfree.planner.site import Site
 from stallfree.sim.simulator import Instance, Simulator
@@ -110,12 +110,12 @@ def across(quick: bool) -> list[dict[str, Any]]:
     for model in MODELS[1:2] if quick else MODELS:
         site = Site(model, gpus=8, nodes=2, max_model_len=4096)
         candidates = Candidates(site)
-        replica = candidates.replica(4, 1, "slo", slo=str(slo), replicas=2, router="shortest-queue")
+        replica = candidates.replica(Shape(4), "slo", slo=str(slo), replicas=2, router="shortest-queue")
         simulators[f"{model} co-located"] = Simulator(replica)
         together = Candidates(replace(site, nodes=1))
         for way in ("distserve", "splitwise"):
-            apart = candidates.split(way, (4, 1), (4, 1), (1, 1), whole=True)
-            near = {"nvlink": together.split(way, (4, 1), (4, 1), (1, 1))}
+            apart = candidates.split(way, Shape(4), Shape(4), (1, 1), whole=True)
+            near = {"nvlink": together.split(way, Shape(4), Shape(4), (1, 1))}
             for link, pair in (near | {link: replace(apart, link=link) for link in LINKS[1:]}).items():
                 simulators[f"{model} {way} {link}"] = SplitSimulator(pair)
     with Trials(simulators) as trials:
@@ -141,13 +141,14 @@ def outputs(quick: bool) -> list[dict[str, Any]]:
         ("llama3-8b", "llama2-13b", "llama2-70b"), (1024, 3072), ("ib-200g", "eth-25g"), ("distserve", "splitwise")
     ):
         candidates = Candidates(Site(model, gpus=8, nodes=2, max_model_len=4096))
-        pair = candidates.split(way, (4, 1), (4, 1), (1, 1), whole=True)
-        result = SplitSimulator(replace(pair, link=link)).run([Arrival(0.0, prompt, 3)])
+        pair = candidates.split(way, Shape(4), Shape(4), (1, 1), whole=True)
+        simulator = SplitSimulator(replace(pair, link=link))
+        result = simulator.run([Arrival(0.0, prompt, 3)])
         (line,) = result.lines
         decode = line.tokens[2] - line.tokens[1]
         sharded, network = shape.Sharded(shape.load(model), 1, 1), links.load(link)
         whole = prompt * sharded.kv_bytes_per_token / network.bandwidth
-        prefill = line.tokens[0] - result.transfers.exposed_s
+        prefill = line.tokens[0] - result.transfers.exposed_s - simulator.prefill.instance.front_s
         layers = sharded.model.num_layers
         # Sent layer by layer: the last layer's KV remains, or what the link could not send while the others were computed.
         left = whole if way == "distserve" else max(whole / layers, whole - prefill * (1 - 1 / layers))
@@ -196,8 +197,8 @@ def closed_form(site: Site, prompt: float, output: float, target: float) -> floa
     candidates = Candidates(site)
     alone, pools = 0.0, 0.0
     rates = {}
-    for (tp, pp), instance in candidates.shapes.items():
-        if pp == 1:
+    for (tp, pp, sp), instance in candidates.shapes.items():
+        if pp == sp == 1:
             alone = max(alone, site.gpus // tp * alone_rate(instance, prompt, output, target))
             rates[tp] = pool_rates(instance, prompt, output, target)
     for (a, (prefill, _)), (b, (_, decode)) in product(rates.items(), rates.items()):
