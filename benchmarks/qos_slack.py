@@ -7,17 +7,26 @@ sit out. With equal targets for all, both plan the same. In the mix, half of the
 
 First table: capacity, the rate at which the targets are just met. Second: TTFT and late tokens at 90 % of sarathi's capacity.
 
+`--live`: the embedded model, with targets of 3 and 10 times its lone decode iteration; half of the requests have a target that is
+ten times as loose. `strict` and `slack` serve the same arrivals, in turn.
+
     python benchmarks/qos_slack.py
+    python benchmarks/qos_slack.py --live
 """
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from harness import machine, parser, show
+from ladder import SEED, Server
+from ladder import WORKLOAD as LIVE_WORKLOAD
+from slo_control import lone_decode
 
-from stallfree.core.slo import Slo
+from stallfree.bench.server import server
+from stallfree.core.slo import Slo, Target
 from stallfree.metrics.capacity import shortfalls
 from stallfree.metrics.report import Report, report
 from stallfree.metrics.timeline import Timeline
@@ -34,6 +43,8 @@ CASES: Mapping[str, Mapping[str, Slo]] = {
     "tbt=50ms, half 500ms": {"": Slo.parse("ttft=2s,tbt=50ms"), "loose": Slo.parse("ttft=2s,tbt=500ms")},
 }
 REQUESTS = 800
+LIVE: Mapping[int, Sequence[float]] = {3: (0.5, 1.0, 1.5, 2.0), 10: (1.0, 2.0, 3.0, 4.0)}
+"""Targets, in lone decode iterations -> requests per second."""
 
 
 def serve(side: str, classes: Mapping[str, Slo], rate: float, requests: int) -> list[Timeline]:
@@ -67,8 +78,45 @@ def capacity(side: str, classes: Mapping[str, Slo], requests: int) -> float:
     return low
 
 
+def live(seconds: float) -> list[dict[str, Any]]:
+    """A row for each target, rate and side, with both classes. `late`: the share of gaps above the class's target."""
+    lone, rows = lone_decode(), []
+    print(f"lone decode iteration: {1e3 * lone:.1f} ms", file=sys.stderr)
+    for times, rates in LIVE.items():
+        tight, loose = (Slo(tbt=Target(round(k * times * lone, 4), 99.0)) for k in (1, 10))
+        for rate in rates:
+            rng = random.Random(SEED)
+            drawn = LIVE_WORKLOAD.draw(rate, SEED, duration_s=seconds)
+            arrivals = [replace(a, service_class=rng.choice(("tight", "loose"))) for a in drawn]
+            for side, options in {"strict": ["--policy-option", "slack=false"], "slack": []}.items():
+                with server(["--slo", f"tight: {tight}; loose: {loose}", *options]) as url:
+                    under_load = Server(url, LIVE_WORKLOAD)
+                    under_load.warm_up()
+                    lines = under_load.run(arrivals).lines
+                row: dict[str, Any] = {"target": f"{times}x, {tight}", "requests/s": rate, "side": side}
+                for name, found in reports(lines, {"tight": tight, "loose": loose}).items():
+                    ttft, tbt, attained = found.ttft_s, found.tbt_s, found.slo_attainment["tbt"].in_time
+                    if ttft is None or tbt is None or attained is None:
+                        raise RuntimeError(f"{side} answered nothing at {rate}/s")
+                    suffix = f", {name}"
+                    row |= {f"TTFT p50, s{suffix}": ttft.p50, f"p90{suffix}": ttft.p90, f"TBT p99, ms{suffix}": 1e3 * tbt.p99}
+                    row |= {f"late, %{suffix}": 100 * (1 - attained)}
+                rows.append(row)
+    return rows
+
+
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--live", action="store_true", help="measure the embedded model on this machine instead")
+    args = arguments.parse_args()
+    if args.live:
+        show(
+            "The embedded model, half of the requests with a looser target",
+            live(10.0 if args.quick else 45.0),
+            machine(),
+            args.json,
+        )
+        return
     requests = 150 if args.quick else REQUESTS
     rows, loads = [], []
     for case, classes in CASES.items():
