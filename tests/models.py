@@ -2,9 +2,11 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,10 +57,17 @@ def reference(model: object, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tensors: int = 0, **values: object) -> None:
-    """Write the tensors of `checkpoint` as a GGUF file, with queries and keys in llama.cpp's order. `values` are more metadata
-    under the architecture's name (uint32, or their own type); None leaves one out. With at most `most_tensors` in each, several
-    files are written, named after `path`."""
+def write_gguf(
+    path: Path,
+    checkpoint: Checkpoint,
+    kind: str = "F32",
+    most_tensors: int = 0,
+    kinds: Mapping[str, str] = MappingProxyType({}),
+    **values: object,
+) -> None:
+    """Write the tensors of `checkpoint` as a GGUF file, with queries and keys in llama.cpp's order. `kind`: of the matrices, and
+    `kinds` that of some modules. `values` are more metadata under the architecture's name (uint32, or their own type); None leaves
+    one out. With at most `most_tensors` in each, several files are written, named after `path`."""
     import gguf
 
     config = checkpoint.config
@@ -129,7 +138,11 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: str = "F32", most_tenso
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
             prefix = f"blk.{layer}."
-        add_tensor(f"{prefix}{(SHORT | OWN_SHORT.get(family, {}))[stem]}.{suffix}", data, kind if data.ndim == 2 else "F32")
+        add_tensor(
+            f"{prefix}{(SHORT | OWN_SHORT.get(family, {}))[stem]}.{suffix}",
+            data,
+            kinds.get(module, kind) if data.ndim == 2 else "F32",
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -26,7 +26,7 @@ class Checkpoint:
 
     `read(name)` gives one of `config.tensors()` as float32, freshly allocated. `metadata`: a GGUF file's key-value pairs as plain
     Python values, the tokenizer included; None for a folder, whose tokenizer files are in `path`. `files`: those with the tensors.
-    `bits`: the quantised matrices whose own codes `blocks(name)` gives, with the bits of a code, 4 or 8.
+    `codes`: the quantised matrices whose own codes `blocks(name)` gives, with their form: int4, int8 or e2m1 (4 bits).
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Checkpoint:
     read: Callable[[str], np.ndarray]
     metadata: Mapping[str, object] | None
     files: tuple[Path, ...] = ()
-    bits: Mapping[str, int] = field(default_factory=dict)
+    codes: Mapping[str, str] = field(default_factory=dict)
     blocks: Callable[[str], Blocks] = _none
 
 

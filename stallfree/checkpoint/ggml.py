@@ -9,14 +9,14 @@ from gguf import GGMLQuantizationType
 from stallfree.checkpoint.blocks import Blocks
 
 KINDS = {
-    GGMLQuantizationType.Q4_0: 4,
-    GGMLQuantizationType.Q4_1: 4,
-    GGMLQuantizationType.Q4_K: 4,
-    GGMLQuantizationType.Q8_0: 8,
-    GGMLQuantizationType.MXFP4: 4,
+    GGMLQuantizationType.Q4_0: "int4",
+    GGMLQuantizationType.Q4_1: "int4",
+    GGMLQuantizationType.Q4_K: "int4",
+    GGMLQuantizationType.Q8_0: "int8",
+    GGMLQuantizationType.MXFP4: "e2m1",
 }
-"""GGUF's quantisations that `Blocks` can hold as they are, with their bits. Those of 5 and 6 bits have no place in it: the
-executors have products of 4 and of 8 bits."""
+"""GGUF's quantisations that `Blocks` can hold as they are, with the form of their codes. Those of 5 and 6 bits have no place in it:
+the executors have products of 4 and of 8 bits."""
 
 
 def from_ggml(raw: np.ndarray, kind: GGMLQuantizationType) -> Blocks:

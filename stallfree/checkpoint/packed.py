@@ -55,18 +55,18 @@ class PackedMatrices:
         return np.ascontiguousarray(values[rows])
 
     def blocks(self, name: str) -> Blocks:
-        """The same with its own codes; for `bits` only."""
+        """The same with its own codes; for `codes` only."""
         whole, rows = self._rows[name]
         blocks = self._packing.blocks(self._stored, self._tensors, whole, self._whole[whole], self._source)
         return Blocks(*(part[rows] for part in blocks))
 
     @property
-    def bits(self) -> dict[str, int]:
-        """The matrices whose inputs of a group are side by side, with the bits of a code."""
+    def codes(self) -> dict[str, str]:
+        """The matrices whose inputs of a group are side by side, with the form of their codes."""
         usual = {
             whole: self._packing.side_by_side(self._stored, self._tensors, whole, shape) for whole, shape in self._whole.items()
         }
-        return {name: 4 for name, (whole, _) in self._rows.items() if usual[whole]}
+        return {name: "int4" for name, (whole, _) in self._rows.items() if usual[whole]}
 
     def _stored(self, name: str) -> np.ndarray:
         """A tensor in the type that it has in the file, if that is one of whole numbers; otherwise as float32."""

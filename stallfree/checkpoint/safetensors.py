@@ -65,9 +65,9 @@ def read_folder(path: Path) -> Checkpoint:
     shapes = {name: shape for name, (_, _, shape, _) in tensors.items()} | {name: part.shape for name, part in stacked.items()}
     check_tensors(config, shapes if packed is None else shapes | packed.shapes, str(path))
     read = partial(folded, config, partial(_read, tensors, stacked, packed))
-    bits = {name: 4 for name, part in stacked.items() if part.scales} if packed is None else packed.bits
+    codes = {name: "e2m1" for name, part in stacked.items() if part.scales} if packed is None else packed.codes
     blocks = partial(folded_blocks, config, partial(_blocks, stacked) if packed is None else packed.blocks)
-    return Checkpoint(path, config, read, None, tuple(files), bits, blocks)
+    return Checkpoint(path, config, read, None, tuple(files), codes, blocks)
 
 
 def _read(tensors: Tensors, stacked: dict[str, Part], packed: PackedMatrices | None, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from stallfree.executors.machine import memory
 WEIGHT_BYTES = {"int4": 0.625, "int8": 1.0625, "fp8": 1.0, "bf16": 2.0, "fp16": 2.0, "f32": 4.0}
 """Bytes of a matrix's number in each format, with the scales in float32 that 64 numbers share (int4 also has an offset)."""
 
-OWN_BYTES = {4: 0.66, 8: 1.125}
+OWN_BYTES = {"int4": 0.66, "e2m1": 0.66, "int8": 1.125}
 """Bytes of a matrix's number that keeps the file's bits, with the scales in float32 that 32 numbers share (4 bits: and a least
 number in 8 bits)."""
 
@@ -57,7 +57,7 @@ def weight_bytes(checkpoint: Checkpoint, form: str) -> int:
     def each(name: str, rank: int) -> float:
         if rank < 2:
             return 4
-        return OWN_BYTES.get(checkpoint.bits.get(name, 0), WEIGHT_BYTES["int8"]) if form == "file" else WEIGHT_BYTES[form]
+        return OWN_BYTES.get(checkpoint.codes.get(name, ""), WEIGHT_BYTES["int8"]) if form == "file" else WEIGHT_BYTES[form]
 
     return sum(math.ceil(math.prod(shape) * each(name, len(shape))) for name, shape in checkpoint.config.tensors().items())
 

@@ -162,7 +162,7 @@ def test_a_gguf_file_with_experts_that_cannot_be_used_is_refused(tmp_path: Path,
 def test_blocks_of_mxfp4_stand_for_the_same_numbers(packed: Path, tmp_path: Path) -> None:
     folder = open_checkpoint(packed)
     name = f"{FIRST}.1.up_proj.weight"
-    assert (4, 32) == (folder.bits[name], folder.blocks(name).group)
+    assert ("e2m1", 32) == (folder.codes[name], folder.blocks(name).group)
     np.testing.assert_array_equal(folder.read(name), folder.blocks(name).dense())
     write_folder(tmp_path / "folder", "qwen3_moe", **EXPERTS, num_hidden_layers=1)
     write_gguf(tmp_path / "model.gguf", open_checkpoint(tmp_path / "folder"), "MXFP4")

@@ -96,10 +96,10 @@ def test_a_packed_folder_is_the_model_with_rounded_weights(plain, method, tmp_pa
     dense = pack_folder(tmp_path, method)
     checkpoint, before = open_checkpoint(tmp_path), open_checkpoint(plain)
     assert checkpoint.config == before.config
-    assert set(checkpoint.bits.values()) == {4}
+    assert set(checkpoint.codes.values()) == {"int4"}
     read = {name: checkpoint.read(name) for name in checkpoint.config.tensors()}
     for name, values in read.items():
-        if name in checkpoint.bits:
+        if name in checkpoint.codes:
             np.testing.assert_allclose(checkpoint.blocks(name).dense(), values, rtol=1e-5, atol=1e-7)
             assert not np.array_equal(values, before.read(name))
         else:

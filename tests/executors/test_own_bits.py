@@ -101,6 +101,15 @@ def test_the_graph_computes_with_the_files_own_bits(checkpoint, tmp_path):
     assert np.array_equal(logits(second), found)
 
 
+def test_matrices_that_are_fused_may_have_codes_of_different_forms(plain, tmp_path):
+    kinds = {"k_proj": "MXFP4", "v_proj": "Q8_0", "up_proj": "MXFP4", "down_proj": "F32"}
+    write_gguf(tmp_path / "model.gguf", open_checkpoint(plain), "Q4_1", kinds=kinds)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert {"int4", "int8", "e2m1"} == set(checkpoint.codes.values())
+    exact, found = (logits(OpenVINOExecutor(checkpoint, weights=form, kv="f32", kv_bytes=1 << 21)) for form in ("f32", "file"))
+    assert np.abs(found - exact).mean() < CLOSE * exact.std()
+
+
 def test_adapters_work_with_the_files_own_bits_and_a_second_graph_converts_nothing_again(plain, tmp_path):
     write_gguf(tmp_path / "model.gguf", open_checkpoint(plain), "Q4_1")
     checkpoint, read = open_checkpoint(tmp_path / "model.gguf"), []

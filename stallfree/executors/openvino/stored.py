@@ -54,7 +54,7 @@ def eight_bits(values: np.ndarray, group: int) -> Stored:
 
 
 def own_bits(parts: Sequence[Blocks]) -> Stored:
-    """Blocks of one group size and number of bits, one below the other, with their own codes."""
+    """Blocks of one group size and form of codes, one below the other, with their own codes."""
     codes, scales, zeros = (np.concatenate(part) for part in zip(*parts, strict=True))
     if codes.dtype == np.int8:
         return Stored(codes.reshape(*scales.shape, -1), scales[..., None])

@@ -38,7 +38,7 @@ class Trial(NamedTuple):
 
 def has_codes(checkpoint: Checkpoint) -> bool:
     """Whether a matrix of a layer has codes in the file that products can use."""
-    return any(name.startswith("model.layers.") for name in checkpoint.bits)
+    return any(name.startswith("model.layers.") for name in checkpoint.codes)
 
 
 def choose(checkpoint: Checkpoint, kv: str, compute: ov.Type, threads: int | None) -> Trial:

@@ -69,7 +69,7 @@ class Weights:
         """The products of `x` [tokens, in] with the rows of several matrices, one below the other: [tokens, out]."""
         if self._form != "file":
             return ops.matmul(x, self.matrix(*names), False, True)
-        parts = [self._own_product(x, tuple(run), bits) for bits, run in groupby(names, self._bits)]
+        parts = [self._own_product(x, tuple(run), form) for form, run in groupby(names, self._codes)]
         return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
 
     def _rows(self, names: Sequence[str]) -> np.ndarray:
@@ -77,12 +77,13 @@ class Weights:
         parts = [self._checkpoint.read(name) for name in names]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _bits(self, name: str) -> int:
-        """The bits of the codes in the file that a product can use; 0 if there are none, or if rows of the matrix are looked up."""
-        return 0 if (name,) in self._shared else self._checkpoint.bits.get(name, 0)
+    def _codes(self, name: str) -> str:
+        """The form of the codes in the file that a product can use; "" if there are none, or if rows of the matrix are looked
+        up."""
+        return "" if (name,) in self._shared else self._checkpoint.codes.get(name, "")
 
-    def _own_product(self, x: ov.Node, names: tuple[str, ...], bits: int) -> ov.Node:
-        if not bits:
+    def _own_product(self, x: ov.Node, names: tuple[str, ...], form: str) -> ov.Node:
+        if not form:
             return ops.matmul(x, self.matrix(*names), False, True)
         stored = self._stored(names, lambda: own_bits([self._checkpoint.blocks(name) for name in names]))
         if names not in self._own:
