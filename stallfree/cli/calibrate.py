@@ -17,6 +17,7 @@ def calibrate(
     executor: options.Executor = "openvino",
     device: options.Device = None,
     tp: options.Tp = 1,
+    sp: options.Sp = 1,
     pp: options.Pp = 1,
     gpu_memory_utilization: options.GpuMemory = 0.9,
     as_json: options.Json = False,
@@ -35,6 +36,7 @@ def calibrate(
         threads=threads,
         device=device,
         tp=tp,
+        sp=sp,
         pp=pp,
         gpu_memory_utilization=gpu_memory_utilization,
     )

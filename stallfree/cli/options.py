@@ -138,6 +138,10 @@ Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Where executor torch runs.", show_default="cuda if there is a GPU")
 ]
 Tp = Annotated[int, typer.Option(help="Tensor parallelism: ranks that share each layer (executor torch).", min=1)]
+Sp = Annotated[
+    int,
+    typer.Option(help="Sequence parallelism: groups of --tp ranks that share the tokens of each request (executor torch).", min=1),
+]
 Pp = Annotated[int, typer.Option(help="Pipeline parallelism: stages that share the layers (executor torch).", min=1)]
 Workers = Annotated[Literal["local", "ray"], typer.Option(help="Where ranks run: on this machine, or on a Ray cluster.")]
 GpuMemory = Annotated[
@@ -289,6 +293,7 @@ class Served:
     threads: Threads = None
     device: Device = None
     tp: Tp = 1
+    sp: Sp = 1
     pp: Pp = 1
     workers: Workers = "local"
     gpu_memory_utilization: GpuMemory = 0.9

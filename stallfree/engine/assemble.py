@@ -70,10 +70,11 @@ class Options:
     targets in words, for policies that take them and to count late tokens; of several classes, the policy gets those of the first.
     `kv_host_memory`: bytes of this machine's memory that keep evicted KV (None: none).
 
-    For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer; `pp` stages share the
-    layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER; `adapters`: a folder whose sub-folders are
-    adapters under their own names; `max_adapter_rank`: the largest that is accepted. `generation_config`: "auto" takes the sampling
-    values that the model's makers recommend as defaults, "none" the model's own distribution. `on_worker_loss`: running requests
+    For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer, `sp` groups of ranks
+    each request's tokens, and `pp` stages the layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER;
+    `adapters`: a folder whose sub-folders are adapters under their own names; `max_adapter_rank`: the largest that is accepted.
+    `generation_config`: "auto" takes the sampling values that the model's makers recommend as defaults, "none" the model's own
+    distribution. `on_worker_loss`: running requests
     fail or restart when a worker is lost. `speculate`: who guesses tokens: "ngram", "draft:MODEL", a class of the user's, or None
     for nobody; `draft_tokens`: the most for a stream in an iteration.
     """
@@ -95,6 +96,7 @@ class Options:
     threads: int | None = None
     device: str | None = None
     tp: int = 1
+    sp: int = 1
     pp: int = 1
     workers: str = "local"
     gpu_memory_utilization: float = 0.9
@@ -105,6 +107,16 @@ class Options:
     adapter: Sequence[str] | None = None
     adapters: Path | None = None
     max_adapter_rank: int = MAX_RANK
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.tp * self.sp * self.pp
+
+    @property
+    def alone(self) -> bool:
+        """Whether the engine's own process runs the model."""
+        return self.tp == self.sp == self.pp == 1 and self.workers == "local"
 
 
 @dataclass(frozen=True)
@@ -252,7 +264,7 @@ def _speculation(
         return None
 
     def small(checkpoint: Checkpoint, share: float) -> Executor:
-        own = completed(replace(options, max_model_len=None, tp=1, pp=1, adapter=None, adapters=None), checkpoint)
+        own = completed(replace(options, max_model_len=None, tp=1, sp=1, pp=1, adapter=None, adapters=None), checkpoint)
         memory = int(share * (own.kv_memory or _kv_bytes(own, checkpoint)))
         make = MAKERS.get(options.executor, (_own, None, None))[0]
         loading = partial(say, f"loading the draft model {checkpoint.path.name}")
@@ -293,7 +305,7 @@ def completed(options: Options, checkpoint: Checkpoint) -> Options:
     limited = here.threads if options.executor == "openvino" and here.threads < here.socket_cores else None
     options = replace(options, threads=options.threads or limited)
     options = replace(options, weights=options.weights or weights or formats.chosen(checkpoint, options.threads).weights)
-    memory = options.kv_memory or _kv_bytes(options, checkpoint) // (options.tp * options.pp)
+    memory = options.kv_memory or _kv_bytes(options, checkpoint) // options.ranks
     return replace(options, kv_memory=memory)
 
 
@@ -312,10 +324,10 @@ def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
     from stallfree.executors.torch.runner import TYPES
     from stallfree.executors.torch.weights import FORMATS
 
-    torch_options, ranks = _torch_options(options), options.tp * options.pp
-    torch_options.check(checkpoint.config, ranks if options.workers == "local" else 1)
+    torch_options = _torch_options(options)
+    torch_options.check(checkpoint.config, options.ranks if options.workers == "local" else 1)
     if options.device == "cpu" and options.workers == "local":
-        check_model(checkpoint, torch_options.weights, torch_options.kv, ranks * (options.kv_memory or 0), FORMATS)
+        check_model(checkpoint, torch_options.weights, torch_options.kv, options.ranks * (options.kv_memory or 0), FORMATS)
     return next(name for name, kind in TYPES.items() if kind == torch_options.activations)
 
 
@@ -335,8 +347,10 @@ def calibration_key(options: Options, path: Path, max_model_len: int) -> dict[st
         from stallfree.executors.torch import device_name
 
         key["device"] = device_name(options.device or "")
-        if (options.tp, options.pp, options.workers) != (1, 1, "local"):
+        if not options.alone:
             key |= {"tp": options.tp, "pp": options.pp, "workers": options.workers}
+        if options.sp > 1:
+            key["sp"] = options.sp
     elif options.executor not in MAKERS:
         cls = user_classes.find("executor", options.executor, method="submit")
         key["file"] = Path(inspect.getfile(cls)).stat().st_mtime_ns
@@ -379,8 +393,9 @@ def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> 
 def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
     from stallfree.executors.openvino import OpenVINOExecutor
 
-    if (options.tp, options.pp, options.workers) != (1, 1, "local") or options.device not in (None, "cpu"):
-        raise ValueError("executor openvino is one process on this machine's processor; --executor torch takes device, tp and pp")
+    if not options.alone or options.device not in (None, "cpu"):
+        takes = "--executor torch takes device, tp, sp and pp"
+        raise ValueError(f"executor openvino is one process on this machine's processor; {takes}")
     loading()
     return OpenVINOExecutor(
         checkpoint,
@@ -400,10 +415,17 @@ def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None]
     arithmetic(options, checkpoint)
     torch_options = _torch_options(options)
     loading()
-    if (options.tp, options.pp, options.workers) == (1, 1, "local"):
+    if options.alone:
         return executors.TorchExecutor(checkpoint, torch_options, options.kv_memory)
-    workers, memory = executors.workers(options.workers), options.kv_memory
-    return executors.ParallelExecutor(checkpoint, torch_options, memory, tp=options.tp, pp=options.pp, workers=workers)
+    return executors.ParallelExecutor(
+        checkpoint,
+        torch_options,
+        options.kv_memory,
+        tp=options.tp,
+        sp=options.sp,
+        pp=options.pp,
+        workers=executors.workers(options.workers),
+    )
 
 
 def _torch_options(options: Options) -> "TorchOptions":
@@ -445,8 +467,8 @@ def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], 
     for key in values:
         if key not in parameters:
             raise ValueError(f"executor {name!r} takes no {key}; it takes {taken}")
-    if (options.tp, options.pp, options.workers) != (1, 1, "local"):
-        raise ValueError(f"executor {name!r} is one process; --executor torch takes tp, pp and workers")
+    if not options.alone:
+        raise ValueError(f"executor {name!r} is one process; --executor torch takes tp, sp, pp and workers")
     if "kv_bytes" in parameters:
         values["kv_bytes"] = options.kv_memory or _kv_bytes(options, checkpoint)
     for key, parameter in parameters.items():

@@ -119,7 +119,7 @@ def application(
         metrics_interval_s=WINDOW_S,
         look_back_period_s=3 * WINDOW_S,
     )
-    gpus = options.tp * options.pp if options.executor == "torch" and options.device == "cuda" and options.workers == "local" else 0
+    gpus = options.ranks if options.executor == "torch" and options.device == "cuda" and options.workers == "local" else 0
     deployment = serve.deployment(
         name="stallfree",
         autoscaling_config=scaling,

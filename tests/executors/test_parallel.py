@@ -259,7 +259,7 @@ def test_a_rank_that_cannot_reach_the_others_names_the_address():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(RuntimeError, match=f"rank 1 could not meet the others at 127.0.0.1:{port} within 0:00:01"):
-        join({"host": "127.0.0.1", "port": port, "timeout_s": 1, "rank": 1, "tp": 2, "pp": 1}, "gloo")
+        join({"host": "127.0.0.1", "port": port, "timeout_s": 1, "rank": 1, "world": 2}, "gloo")
 
 
 @pytest.mark.parametrize(("layers", "pp", "expected"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (3, 1, [3])])

@@ -254,11 +254,11 @@ def last_tokens(executor, keys):
     return {id.partition(" ")[2]: token for id, (token,) in result.tokens.items()}
 
 
-@pytest.mark.parametrize(("tp", "pp", "heads"), [(2, 1, 2), (2, 1, 1), (1, 2, 2)])
-def test_ranks_give_the_tokens_of_merged_weights(tp, pp, heads, tmp_path):
+@pytest.mark.parametrize(("tp", "sp", "pp", "heads"), [(2, 1, 1, 2), (2, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 2)])
+def test_ranks_give_the_tokens_of_merged_weights(tp, sp, pp, heads, tmp_path):
     write_folder(tmp_path / "base", "llama", num_key_value_heads=heads)
     checkpoint = open_checkpoint(tmp_path / "base")
-    executor = ParallelExecutor(checkpoint, EXACT, KV // 2, tp=tp, pp=pp, workers=Local())
+    executor = ParallelExecutor(checkpoint, EXACT, sp * KV // 2, tp=tp, sp=sp, pp=pp, workers=Local())
     try:
         expected = several(executor, checkpoint, tmp_path)
         keys = tuple(expected)

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache for a hybrid batch: chunks of prompts with cached context, and decodes, in one call.
 
 The device decides what computes it: on CUDA the kernel in `kernels`, or FlashInfer (`flash`) if the batch was planned for it;
-elsewhere torch's own attention, which is also the reference for the others. Each token attends to itself and the tokens before it;
+elsewhere torch's own attention, which is also the reference for the others. If the tokens are spread over groups of ranks, these
+compute it together (`striped`). Each token attends to itself and the tokens before it;
 with a window, only to the last `window` of these. With sinks, a head may attend to nothing: its softmax has one more logit.
 It knows batches and caches, and no model.
 """
@@ -17,7 +18,7 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 def write(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     """Write keys or values, [tokens, KV heads, head size], to their `slots` in `cache` [blocks, block size, ...]."""
-    _raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, slots, _raw(values.to(cache.dtype)))
+    raw(cache).view(-1, *cache.shape[2:]).index_copy_(0, slots, raw(values.to(cache.dtype)))
 
 
 def attend(
@@ -32,6 +33,8 @@ def attend(
     head size], already hold the batch's own keys and values. `window` 0: no limit. `sinks` [heads]: the logits of attending
     to nothing.
     """
+    if batch.striped is not None:
+        return batch.striped.attend(query, keys, values, window, sinks)
     if batch.planned is not None:
         return batch.planned(query, keys, values, window)
     if query.is_cuda:
@@ -63,7 +66,7 @@ def reference(
         if window:
             seen &= at >= lengths[:, None] - window
         # Zero times what another request left behind is not zero if that is not a number.
-        gathered = [_gather(cache, tables).to(query.dtype) for cache in (keys, values)]
+        gathered = [contents(cache, tables).to(query.dtype) for cache in (keys, values)]
         key, value = (each.masked_fill_(~seen[..., None, None], 0) for each in gathered)
         decoded = _attention(query[rows][:, None], key, value, seen[:, None, None], sinks)
         out[rows] = decoded[:, 0]
@@ -71,7 +74,7 @@ def reference(
     for i, (count, end) in enumerate(zip(batch.counts, batch.ends, strict=True)):
         if count > 1:
             tables = batch.tables[i : i + 1, : -(-end // keys.shape[1])]
-            key, value = _gather(keys, tables)[:, :end], _gather(values, tables)[:, :end]
+            key, value = contents(keys, tables)[:, :end], contents(values, tables)[:, :end]
             position = torch.arange(end - count, end, device=query.device)[:, None]
             at = torch.arange(end, device=query.device)
             seen = at <= position
@@ -82,13 +85,13 @@ def reference(
     return out
 
 
-def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+def contents(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """The contents of the blocks in `tables`, [pieces, tokens of the longest, KV heads, head size]."""
-    blocks = _raw(cache)[tables].view(cache.dtype)
+    blocks = raw(cache)[tables].view(cache.dtype)
     return blocks.view(blocks.shape[0], -1, *blocks.shape[3:])
 
 
-def _raw(values: torch.Tensor) -> torch.Tensor:
+def raw(values: torch.Tensor) -> torch.Tensor:
     """fp8 as bytes, because torch can move bytes on every device."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 

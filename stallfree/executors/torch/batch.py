@@ -15,6 +15,7 @@ from stallfree.executors.checks import needed_blocks
 
 if TYPE_CHECKING:
     from stallfree.executors.torch.adapters import Adapted
+    from stallfree.executors.torch.striped import Striped
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Computes attention of queries over keys and values, with a window; see `attention.attend`."""
@@ -28,7 +29,8 @@ class Batch:
     the first row of each piece. `lengths` [N]: tokens of KV of each piece after this iteration. `tables` [N, blocks of the
     longest]: block numbers, filled up with 0. `rows`: the rows to compute logits of. `counts`, `ends`: tokens and `lengths` of each
     piece, on the host. `planned`: computes the batch's attention; None: our own does. `adapted`: the rows with adapters; None:
-    there are none. `programs`: what the attention kernel keeps from the first layer for the others.
+    there are none. `striped`: what other groups of ranks have of its tokens; None: there are no other groups. `programs`:
+    what the attention kernel keeps from the first layer for the others.
     """
 
     tokens: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     ends: tuple[int, ...]
     planned: Attend | None = None
     adapted: "Adapted | None" = None
+    striped: "Striped | None" = None
     programs: dict[tuple[int, bool], torch.Tensor] = field(init=False, default_factory=dict)
 
     @property
@@ -69,12 +72,12 @@ def pack(
     """
     size, number = capacity.block_size, len(work)
     counts, ends = tuple(w.count for w in work), tuple(w.start + w.count for w in work)
-    width = max(-(-end // size) for end in ends)
+    width = max((-(-end // size) for end in ends), default=0)
     tables = np.zeros((number, width), np.int64)
     for table, w, end in zip(tables, work, ends, strict=True):
         needed = -(-end // size)
         table[:needed] = w.blocks[:needed]
-    begins, lengths = np.zeros(number + 1, np.int64), np.array(ends)
+    begins, lengths = np.zeros(number + 1, np.int64), np.array(ends, np.int64)
     np.cumsum(counts, out=begins[1:])
     piece = np.repeat(np.arange(number), counts)
     positions = np.arange(begins[-1]) + (lengths - begins[1:])[piece]

@@ -49,8 +49,8 @@ class Workers(Protocol):
     host: str
     """The address of the driver for these processes."""
 
-    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
-        """Start `tp` x `pp` processes, the `tp` of a stage near each other, each with a `device`. They connect to `port` and show
+    def start(self, each: int, pp: int, device: str, port: int, token: str) -> None:
+        """Start `each` x `pp` processes, those of a stage near each other, each with a `device`. They connect to `port` and show
         `token`. Raises RuntimeError if there is no room for them.
         """
 
@@ -69,13 +69,13 @@ class Local:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
+    def start(self, each: int, pp: int, device: str, port: int, token: str) -> None:
         command = [sys.executable, "-m", "stallfree.executors.torch", self.host, str(port)]
         environment = os.environ | {worker.TOKEN: token}
         self._processes = [
             # In their own process groups, so that Ctrl-C reaches only the server, which ends them.
             subprocess.Popen([*command, str(rank), str(rank)], env=environment, stdin=subprocess.DEVNULL, process_group=0)
-            for rank in range(tp * pp)
+            for rank in range(each * pp)
         ]
 
     def alive(self) -> bool:
@@ -116,22 +116,24 @@ class Bubbles:
 
 
 class Parts:
-    """The part of the whole model's KV on each of `tp` x `pp` ranks: its stage's layers and its heads. If there are fewer KV heads
-    than ranks, neighbours have the same. `owners`: ranks that together have all KV, each a different part.
+    """The part of the whole model's KV on each of `tp` x `sp` x `pp` ranks: its stage's layers, its group's tokens and its heads.
+    If there are fewer KV heads than ranks, neighbours have the same. `owners`: ranks that together have all KV, each a different
+    part.
     """
 
-    def __init__(self, config: ModelConfig, itemsize: int, tp: int, pp: int):
+    def __init__(self, config: ModelConfig, itemsize: int, tp: int, sp: int, pp: int):
         pieces = min(config.num_kv_heads, tp)
         each = config.num_kv_heads // pieces * config.head_dim * itemsize
         places = [rank * pieces // tp for rank in range(tp)]
         self._shape = 2 * config.num_layers, -1, pieces * each
         self._parts = [
-            (slice(2 * layers.start, 2 * layers.stop), slice(None), slice(place * each, place * each + each))
+            (slice(2 * layers.start, 2 * layers.stop), slice(group, None, sp), slice(place * each, place * each + each))
             for layers in stages(config.num_layers, pp)
+            for group in range(sp)
             for place in places
         ]
-        self.owners = [rank for rank in range(tp * pp) if rank % tp == 0 or places[rank % tp] != places[rank % tp - 1]]
-        self.block_bytes = 2 * config.num_layers * BLOCK * pieces * each
+        self.owners = [rank for rank in range(tp * sp * pp) if rank % tp == 0 or places[rank % tp] != places[rank % tp - 1]]
+        self.block_bytes = 2 * config.num_layers * sp * BLOCK * pieces * each
 
     def of(self, memory: memoryview, rank: int) -> np.ndarray:
         """This rank's part of the blocks in `memory`, a view: [keys and values of its layers, tokens, bytes of its heads]."""
@@ -139,8 +141,9 @@ class Parts:
 
 
 class ParallelExecutor:
-    """The model of `checkpoint` on `tp` x `pp` ranks, placed by `workers`. KV takes `kv_bytes` on each rank (None, only on GPUs:
-    the rest of their memory). An iteration that takes longer than `answer_s` seconds is lost.
+    """The model of `checkpoint` on `tp` x `sp` x `pp` ranks, placed by `workers`. With `sp` groups, a KV block has `sp` times as
+    many tokens, of which each group has its part. KV takes `kv_bytes` on each rank (None, only on GPUs: the rest of their memory).
+    An iteration that takes longer than `answer_s` seconds is lost.
 
     Raises ValueError for sizes that do not divide or devices that are missing, MemoryError if something does not fit, RuntimeError
     for ranks that do not start; each with the rank's own message.
@@ -155,26 +158,31 @@ class ParallelExecutor:
         kv_bytes: int | None,
         *,
         tp: int,
+        sp: int = 1,
         pp: int,
         workers: Workers,
         answer_s: float = ANSWER_S,
     ):
         check_split(checkpoint.config, tp, options.weights)
         stages(checkpoint.config.num_layers, pp)
-        options.check(checkpoint.config, tp * pp if isinstance(workers, Local) else 1)
+        if sp < 1:
+            raise ValueError(f"SP {sp}: tokens are spread over at least 1 group")
+        options.check(checkpoint.config, tp * sp * pp if isinstance(workers, Local) else 1)
         self._setup: dict[str, Any] = {
             "model": str(checkpoint.path.resolve()),
             "options": asdict(options),
             "tp": tp,
+            "sp": sp,
             "pp": pp,
+            "world": tp * sp * pp,
             "kv_bytes": kv_bytes,
             "timeout_s": START_S,
         }
-        self._tp, self._pp, self._answer_s = tp, pp, answer_s
+        self._each, self._pp, self._answer_s = tp * sp, pp, answer_s
         self._vocab_size = checkpoint.config.vocab_size
         self._workers = workers
-        self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, pp)
-        self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._parts.block_bytes
+        self._parts = Parts(checkpoint.config, TYPES[options.kv].itemsize, tp, sp, pp)
+        self.layout, self.block_bytes = layout(checkpoint.config, options.kv, sp), self._parts.block_bytes
         self.numbers = kv_numbers(checkpoint.config, options.kv)
         self._packing = Packing(checkpoint.config, options.activations, TYPES[options.kv].itemsize, tp=tp)
         self._socks: list[socket.socket] = []
@@ -190,7 +198,7 @@ class ParallelExecutor:
         self._kv: dict[int, bytes] = {}
         self._bubbles = Bubbles(pp)
         self._store: TCPStore | None = None
-        self.capacity = Capacity(BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
+        self.capacity = Capacity(sp * BLOCK, self._start(), options.length(checkpoint.config), depth=pp)
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
@@ -281,7 +289,7 @@ class ParallelExecutor:
         self._setup |= {"host": host, "port": self._store.port}
         with socket.create_server((host, 0)) as server:
             try:
-                self._workers.start(self._tp, self._pp, self._setup["options"]["device"], server.getsockname()[1], token)
+                self._workers.start(self._each, self._pp, self._setup["options"]["device"], server.getsockname()[1], token)
                 self._socks, self._sides = self._accept(server, token)
                 return self._set_up()
             except ConnectionError as error:
@@ -294,7 +302,7 @@ class ParallelExecutor:
     def _accept(self, server: socket.socket, token: str) -> tuple[list[socket.socket], list[socket.socket]]:
         """The ranks' first and second connections."""
         end, socks = time.monotonic() + START_S, dict[tuple[int, bool], socket.socket]()
-        ranks = range(self._tp * self._pp)
+        ranks = range(self._each * self._pp)
         host, port = server.getsockname()[:2]
         server.settimeout(1)
         while len(socks) < 2 * len(ranks):
@@ -368,7 +376,7 @@ class ParallelExecutor:
             if "kv" in message:
                 self._kv[rank] = message["kv"]
             elif "step" in message:
-                self._messages[rank // self._tp].append(message)
+                self._messages[rank // self._each].append(message)
             else:
                 raise ConnectionError(f"rank {rank}: {message['error']}")
 

@@ -13,6 +13,7 @@ from stallfree.executors.torch.batch import Batch
 from stallfree.executors.torch.fused import Turns, keep
 from stallfree.executors.torch.lora import adapt
 from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.striped import Striped
 from stallfree.executors.torch.weights import Matrix, Weights
 
 
@@ -64,6 +65,9 @@ class Model(ABC):
         """From tokens, or the previous stage's output [tokens, hidden], to the logits [rows, vocabulary] float32 of the batch's
         `rows`, or to the next stage's input.
         """
+        if batch.striped is not None and not len(batch.tokens):
+            hidden = self._assist(batch.striped, caches)
+            return self._logits(hidden, batch) if self._last else hidden
         if hidden is None:
             hidden = self._embed(batch.tokens)
         turns = {kind: (cos[batch.positions], sin[batch.positions]) for kind, (cos, sin) in self._tables.items()}
@@ -71,9 +75,7 @@ class Model(ABC):
         for layer, kind, cache in zip(self._layers, self._turns, caches, strict=True):
             hidden, delta = self.block(layer, hidden, delta, batch, turns[kind], cache)
         hidden = hidden if delta is None else hidden + delta
-        if self._head is None:
-            return hidden
-        return self._ranks.join(self._head(self.normed(hidden[batch.rows], self._norm)).float(), self.config.vocab_size)
+        return self._logits(hidden[batch.rows], batch) if self._last else hidden
 
     def attention(
         self,
@@ -106,6 +108,22 @@ class Model(ABC):
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts."""
         return self._ranks.add(values)
+
+    def _assist(self, striped: Striped, caches: list[Cache]) -> torch.Tensor:
+        """Take part in the attention of other groups' tokens. Returns the layers' output for no token."""
+        none = caches[0][0].new_empty(0, self.num_heads, self.config.head_dim, dtype=self._dtype)
+        for number, cache in zip(self.layers, caches, strict=True):
+            striped.attend(none, *cache, self.config.windows[number], None)
+        return none.new_empty(0, self.config.hidden_size)
+
+    def _logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The logits of the rows `hidden` [rows, hidden], [rows, vocabulary] float32; of groups of ranks, the first has all rows
+        and the others none."""
+        if batch.striped is not None:
+            hidden = batch.striped.gathered(hidden)
+        if self._head is None or not len(hidden):
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self._ranks.join(self._head(self.normed(hidden, self._norm)).float(), self.config.vocab_size)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self._embedding is None:

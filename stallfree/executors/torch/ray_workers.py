@@ -23,21 +23,21 @@ class RayWorkers:
         self._actors: list[Any] = []
         self._runs: list[Any] = []
 
-    def start(self, tp: int, pp: int, device: str, port: int, token: str) -> None:
-        each = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
-        bundle = {name: tp * number for name, number in each.items()}
+    def start(self, each: int, pp: int, device: str, port: int, token: str) -> None:
+        needs = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+        bundle = {name: each * number for name, number in needs.items()}
         self._group = placement_group([bundle] * pp, strategy="PACK")
         if not self._group.wait(PLACED_S):
-            resources = {name: int(ray.cluster_resources().get(name, 0)) for name in each}
+            resources = {name: int(ray.cluster_resources().get(name, 0)) for name in needs}
             wanted = " and ".join(f"{int(number)} {name}" for name, number in bundle.items())
             self.stop()
             raise RuntimeError(
                 f"Ray found no room within {PLACED_S:g} s for {pp} stages of {wanted}, each on one node; "
-                f"the cluster has {resources} in all; lower --tp or --pp, or add nodes"
+                f"the cluster has {resources} in all; lower --tp, --sp or --pp, or add nodes"
             )
-        actor = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_restarts=0)(_Worker)
-        for rank in range(tp * pp):
-            where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // tp)
+        actor = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Worker)
+        for rank in range(each * pp):
+            where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // each)
             self._actors.append(actor.options(scheduling_strategy=where).remote())
             self._runs.append(self._actors[-1].work.remote(self.host, port, token, rank))
 

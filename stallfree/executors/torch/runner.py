@@ -23,6 +23,7 @@ from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import SIZES, Graphs
 from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.striped import Groups, pack_stripes
 from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -92,15 +93,23 @@ class Options:
 
 
 class Runner:
-    """This rank's part of the `layers` of `checkpoint`, on `device`. Raises ValueError if the ranks cannot share them, MemoryError
-    if the weights do not fit.
+    """This rank's part of the `layers` of `checkpoint`, on `device`. `groups`: those over which tokens are spread; None: they are
+    not. Raises ValueError if the ranks cannot share the layers, MemoryError if the weights do not fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, ranks: Ranks, layers: range, device: torch.device):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: Options,
+        ranks: Ranks,
+        layers: range,
+        device: torch.device,
+        groups: Groups | None = None,
+    ):
         config = checkpoint.config
         check_split(config, ranks.size, options.weights)
         self._length = options.length(config)
-        self._options, self._device = options, device
+        self._options, self._device, self._groups = options, device, groups
         self._kv = TYPES[options.kv]
         parts = Weights(checkpoint, options.weights, options.activations, device, ranks.rank, ranks.size)
         try:
@@ -149,8 +158,9 @@ class Runner:
         self.capacity = Capacity(BLOCK, num_blocks, self._length, depth)
 
     def record(self) -> None:
-        """On a GPU: choose the attention, and record decode iterations as CUDA graphs if the model allows it."""
-        if self._device.type != "cuda":
+        """On a GPU: choose the attention, and record decode iterations as CUDA graphs if the model allows it. Attention over
+        several groups is neither chosen nor recorded."""
+        if self._device.type != "cuda" or self._groups is not None:
             return
         with torch.inference_mode():
             windows = {self._model.config.windows[number] for number in self._model.layers}
@@ -172,7 +182,10 @@ class Runner:
         the input of the next stage, [tokens, hidden]. `hidden`: the input of this stage; `ahead`: values of the unknown tokens.
         """
         with torch.inference_mode():
-            batch = pack(work, rows, self.capacity, self._device, ahead)
+            if self._groups is None:
+                batch = pack(work, rows, self.capacity, self._device, ahead)
+            else:
+                batch, work = pack_stripes(self._groups, work, rows, self.capacity, self._device)
             if (adapted := self.adapters.of(work)) is not None:
                 batch = replace(batch, adapted=adapted)
             if self._graphs is not None and self._graphs.takes(batch):
@@ -180,6 +193,10 @@ class Runner:
             if self._flash is not None:
                 batch = replace(batch, planned=self._flash.plan(batch))
             return self._call(batch, hidden)
+
+    def num_tokens(self, work: Sequence[Work]) -> int:
+        """How many of the tokens are this rank's own."""
+        return sum(w.count if self._groups is None else self._groups.count(w) for w in work)
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
         for cache, piece in self._pieces(blocks, memory):
@@ -218,9 +235,9 @@ class Runner:
         return torch.zeros(number + 1, *self._shape, dtype=self._kv, device=self._device)
 
 
-def layout(config: ModelConfig, kv: str) -> str:
-    """The layout of the whole model's blocks (see `MovesKV`). It is the same for all devices and numbers of ranks."""
-    return f"torch {kv}: {2 * config.num_layers} x ({BLOCK}, {config.num_kv_heads}, {config.head_dim})"
+def layout(config: ModelConfig, kv: str, sp: int = 1) -> str:
+    """The layout of the whole model's blocks (see `MovesKV`) on `sp` groups. It is the same for all devices, TP and PP."""
+    return f"torch {kv}: {2 * config.num_layers} x ({sp * BLOCK}, {config.num_kv_heads}, {config.head_dim})"
 
 
 def kv_numbers(config: ModelConfig, kv: str) -> KVNumbers:

@@ -23,6 +23,7 @@ from stallfree.executors.torch.executor import OUT_OF_MEMORY, blocks
 from stallfree.executors.torch.parallel import Alone, Group, Ranks
 from stallfree.executors.torch.runner import Options, Runner, stages, use_threads
 from stallfree.executors.torch.sampler import sample
+from stallfree.executors.torch.striped import Groups
 
 TOKEN = "STALLFREE_WORKER_TOKEN"
 """The environment variable with the token by which the driver knows its own processes."""
@@ -63,23 +64,32 @@ class Rank:
     """The part of `setup`'s model that rank `setup["rank"]` holds, joined with the other ranks. `local`: the number of its GPU."""
 
     def __init__(self, setup: dict[str, Any], local: int):
-        rank, tp, pp = setup["rank"], setup["tp"], setup["pp"]
+        rank, tp, sp, pp = setup["rank"], setup["tp"], setup["sp"], setup["pp"]
         options = Options(**setup["options"])
-        self._stage, self._tp, self._pp = rank // tp, tp, pp
+        each = tp * sp
+        self._stage, self._each, self._pp = rank // each, each, pp
         self._rank = rank
         device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        use_threads(options, tp * pp)
+        use_threads(options, each * pp)
         ranks: Ranks = Alone()
-        if tp * pp > 1:
+        stripes: Groups | None = None
+        if each * pp > 1:
             join(setup, "nccl" if device.type == "cuda" else "gloo")
-            groups = [dist.new_group(range(stage * tp, stage * tp + tp)) for stage in range(pp)]
+            # Every rank has to take part in making every group.
+            layers = [dist.new_group(range(first, first + tp)) for first in range(0, each * pp, tp)]
+            across = [range(stage * each + place, (stage + 1) * each, tp) for stage in range(pp) for place in range(tp)]
+            tokens = [dist.new_group(members) for members in across]
             if tp > 1:
-                ranks = Group(groups[self._stage])
+                ranks = Group(layers[rank // tp])
+            if sp > 1:
+                own = self._stage * tp + rank % tp
+                stripes = Groups(tokens[own], across[own])
         checkpoint = open_checkpoint(Path(setup["model"]))
         self._device, self._waits = device, Waits(device)
-        self._runner = Runner(checkpoint, options, ranks, stages(checkpoint.config.num_layers, pp)[self._stage], device)
+        part = stages(checkpoint.config.num_layers, pp)[self._stage]
+        self._runner = Runner(checkpoint, options, ranks, part, device, stripes)
         self._config = checkpoint.config
         self._plans, self._ran = 0, threading.Condition()
         self._kv_bytes: int | None = setup["kv_bytes"]
@@ -96,18 +106,20 @@ class Rank:
         """Run this rank's part of the plan's iteration. Returns its message to the driver, if this rank sends one."""
         started = time.perf_counter()
         hidden = None
+        number = self._runner.num_tokens(plan.work)
         if self._stage:
-            shape = sum(w.count for w in plan.work), self._runner.hidden_size
-            hidden = torch.empty(shape, dtype=self._runner.dtype, device=self._device)
-            dist.recv(hidden, self._rank - self._tp)
+            hidden = torch.empty((number, self._runner.hidden_size), dtype=self._runner.dtype, device=self._device)
+            if number:
+                dist.recv(hidden, self._rank - self._each)
         self._waits.begin()
         rows = Rows(plan.work)
         out = self._runner.run(plan.work, rows.rows, hidden)
         message: dict[str, Any] = {"step": plan.step}
         if self._stage < self._pp - 1:
             message["waited_s"] = self._waits.end()
-            dist.send(out.contiguous(), self._rank + self._tp)
-        elif self._rank % self._tp == 0:
+            if number:
+                dist.send(out.contiguous(), self._rank + self._each)
+        elif self._rank % self._each == 0:
             tokens, details, failed = sample(out[rows.sampled] if rows.scored else out, [w for w in plan.work if w.samples])
             scores = rows.scores(out.cpu().numpy()) if rows.scored else {}
             seconds = time.perf_counter() - started
@@ -116,7 +128,7 @@ class Rank:
         with self._ran:
             self._plans += 1
             self._ran.notify()
-        return message if self._rank % self._tp == 0 else None
+        return message if self._rank % self._each == 0 else None
 
     def read(self, blocks: list[int]) -> dict[str, Any]:
         """This rank's part of the KV in these blocks."""
@@ -144,7 +156,7 @@ def join(setup: dict[str, Any], backend: str) -> None:
     host, port, seconds = setup["host"], setup["port"], timedelta(seconds=setup["timeout_s"])
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=seconds)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=setup["rank"], world_size=setup["tp"] * setup["pp"], timeout=seconds)
+        dist.init_process_group(backend, store=store, rank=setup["rank"], world_size=setup["world"], timeout=seconds)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"rank {setup['rank']} could not meet the others at {host}:{port} within {seconds}: {reason}") from None

@@ -1,0 +1,244 @@
+"""Sequence parallelism: the tokens of each request are spread over groups of ranks, and so is their KV. Of N groups, number g has
+the tokens at the positions p with p mod N = g (striped attention, arXiv 2311.09431), so that all have the same part of the causal
+mask. A group computes all of a layer for its own tokens. Attention alone needs the others:
+
+- A chunk's queries stay where they are, and the KV goes around: each group computes with what it has, and meanwhile sends this to
+  the next group (ring attention, arXiv 2310.01889).
+- A decode's query goes to all groups, because it is much smaller than the KV. The group of its token merges their answers. So
+  each group is the master of some of the decodes (LoongServe, arXiv 2404.09526).
+
+It knows plans and groups, and no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from stallfree.core.plan import Capacity, Work
+from stallfree.executors.torch.attention import contents, raw
+from stallfree.executors.torch.batch import Batch, pack
+
+KEYS = 4096
+"""Keys that a pass multiplies at once. It bounds the memory for the logits of attention."""
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""Attention over a part of the keys: the result [tokens, heads, head size], and the logarithm of the sum of the exponentials of its
+logits [tokens, heads], by which such results can be merged. Both float32."""
+
+
+class Groups:
+    """The `size` groups, of which this rank is in number `number`. `ranks`: those of its kind, one in each group, in order."""
+
+    def __init__(self, process_group: dist.ProcessGroup, ranks: Sequence[int]):
+        self._process_group, self._ranks = process_group, ranks
+        self.number, self.size = dist.get_rank(process_group), len(ranks)
+
+    def held(self, end: int, number: int | None = None) -> int:
+        """How many tokens before position `end` a group has."""
+        return (end + self.size - 1 - (self.number if number is None else number)) // self.size
+
+    def count(self, work: Work) -> int:
+        """How many tokens of the work this group has."""
+        return self.held(work.start + work.count) - self.held(work.start)
+
+    def gather(self, own: torch.Tensor, each: Sequence[int]) -> torch.Tensor:
+        """The rows of all groups, one group after the other. `each`: how many rows each has."""
+        padded = own.new_zeros(max(each), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in each]
+        dist.all_gather(parts, padded, group=self._process_group)
+        return torch.cat([part[:number] for part, number in zip(parts, each, strict=True)])
+
+    def passed(self, values: torch.Tensor, into: torch.Tensor) -> list[dist.Work]:
+        """Begin to send `values` to the next group, and to receive those of the one before `into` memory."""
+        after, before = (self._ranks[(self.number + step) % self.size] for step in (1, -1))
+        sent, received = (raw(tensor).view(-1) for tensor in (values, into))
+        sending = dist.P2POp(dist.isend, sent, after, self._process_group)
+        return dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, before, self._process_group)])
+
+
+@dataclass(frozen=True, slots=True)
+class Striped:
+    """An iteration of all groups, as one group sees it. Pieces of one token are decodes, the others chunks; both are in the order
+    of the plan.
+
+    `ends`: tokens of each piece after this iteration. `tables` [pieces, blocks of the longest]: block numbers. `decodes`, `chunks`:
+    the numbers of such pieces. `masters`: the group of each decode. `queries`: this group's rows of the batch for each piece, from
+    and to; their positions are `positions` [rows]. `sampled`: the group of each row whose logits are wanted.
+    """
+
+    groups: Groups
+    ends: Sequence[int]
+    tables: torch.Tensor
+    decodes: Sequence[int]
+    chunks: Sequence[int]
+    masters: np.ndarray
+    queries: Sequence[tuple[int, int]]
+    positions: torch.Tensor
+    sampled: np.ndarray
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `attention.attend`. All groups call it together, also those without a token of their own."""
+        out = query.new_empty(query.shape, dtype=torch.float32)
+        rest = query.new_empty(query.shape[:2], dtype=torch.float32)
+        if self.decodes:
+            rows = [
+                self.queries[i][0] for i, master in zip(self.decodes, self.masters, strict=True) if master == self.groups.number
+            ]
+            out[rows], rest[rows] = self._decoded(query[rows].float(), keys, values, window)
+        if self.chunks:
+            self._ring(query, keys, values, window, out, rest)
+        if sinks is not None:  # one more logit, of a value that is 0
+            out *= torch.sigmoid(rest - sinks.float())[..., None]
+        return out.to(query.dtype)
+
+    def gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows whose logits are wanted, in the order of the plan, on the first group; none on the others. `own`: those of this
+        group."""
+        rows = self.groups.gather(own, self._counts(self.sampled))
+        order = np.empty(len(self.sampled), np.int64)
+        order[np.argsort(self.sampled, kind="stable")] = np.arange(len(self.sampled))
+        return rows[torch.as_tensor(order, device=rows.device)] if self.groups.number == 0 else rows[:0]
+
+    def _counts(self, owners: np.ndarray) -> list[int]:
+        return [int(number) for number in np.bincount(owners, minlength=self.groups.size)]
+
+    def _decoded(self, own: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> Partial:
+        """The attention of this group's decodes. `own`: their queries."""
+        each, number = self._counts(self.masters), self.groups.number
+        everyone = self.groups.gather(own, each)
+        order = np.argsort(self.masters, kind="stable")  # queries come by group
+        pieces = [self.decodes[i] for i in order]
+        held = [self.groups.held(self.ends[i]) for i in pieces]
+        if longest := max(held):
+            which = torch.as_tensor(pieces, device=keys.device)
+            tables = self.tables[which, : -(-longest // keys.shape[1])]
+            key, value = (contents(cache, tables) for cache in (keys, values))
+            at = number + self.groups.size * torch.arange(key.shape[1], device=keys.device)
+            last = torch.as_tensor([self.ends[i] - 1 for i in pieces], device=keys.device)[:, None]
+            part = attention(everyone[:, None], key, value, seen(at, last[..., None], window))
+        else:
+            part = nothing(everyone[:, None])
+        answer = torch.cat([part[0][:, 0], part[1][:, 0, :, None]], -1)
+        everywhere = self.groups.gather(answer, [len(pieces)] * self.groups.size).view(self.groups.size, *answer.shape)
+        begin = sum(each[:number])
+        mine = everywhere[:, begin : begin + each[number]]
+        merged = mine[0, ..., :-1], mine[0, ..., -1]
+        for other in mine[1:]:
+            merged = merge(merged, (other[..., :-1], other[..., -1]))
+        return merged
+
+    def _ring(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int, out: torch.Tensor, rest: torch.Tensor
+    ) -> None:
+        """Write the attention of this group's part of each chunk into `out` and `rest`. The KV of all chunks goes around as one."""
+        groups = self.groups
+        lengths = [groups.held(self.ends[i], 0) for i in self.chunks]  # group 0 has the most
+        now = keys.new_zeros(2, sum(lengths), *keys.shape[2:])
+        at = 0
+        for i, length in zip(self.chunks, lengths, strict=True):
+            own = groups.held(self.ends[i])
+            tables = self.tables[i : i + 1, : -(-own // keys.shape[1])]
+            for cache, piece in zip((keys, values), now, strict=True):
+                piece[at : at + own] = contents(cache, tables)[0, :own]
+            at += length
+        parts: dict[int, Partial] = {}
+        for step in range(groups.size):
+            coming = torch.empty_like(now)
+            passing = groups.passed(now, coming) if step < groups.size - 1 else []
+            owner, at = (groups.number - step) % groups.size, 0
+            for i, length in zip(self.chunks, lengths, strict=True):
+                begin, end = self.queries[i]
+                if begin < end:
+                    place = owner + groups.size * torch.arange(length, device=keys.device)
+                    visible = seen(place, self.positions[begin:end, None], window)[None]
+                    mine = query[None, begin:end].float()
+                    part = attention(mine, now[:1, at : at + length], now[1:, at : at + length], visible)
+                    parts[i] = merge(parts[i], part) if i in parts else part
+                at += length
+            for work in passing:
+                work.wait()
+            now = coming
+        for i, (result, sums) in parts.items():
+            begin, end = self.queries[i]
+            out[begin:end], rest[begin:end] = result[0], sums[0]
+
+
+def pack_stripes(
+    groups: Groups, work: Sequence[Work], rows: Sequence[int], capacity: Capacity, device: torch.device
+) -> tuple[Batch, list[Work]]:
+    """As `batch.pack`, for the tokens of one group; and its part of the work. `capacity`: of one group, whose blocks hold every
+    N-th token of the whole ones.
+    """
+    own, queries, places, first = [], [], [], 0
+    for w in work:
+        begin, end = groups.held(w.start), groups.held(w.start + w.count)
+        queries.append((first, first + end - begin))
+        first += end - begin
+        if begin < end:
+            tokens = w.tokens[(groups.number - w.start) % groups.size :: groups.size]
+            own.append(w._replace(start=begin, count=end - begin, tokens=tokens))
+            places.append(groups.number + groups.size * np.arange(begin, end))
+    owners = np.concatenate([np.arange(w.start, w.start + w.count) % groups.size for w in work])
+    ahead = np.cumsum(owners == groups.number) - 1  # the row in this group of a row of its own
+    sampled = owners[np.asarray(rows, np.int64)]
+    mine = [int(ahead[row]) for row, owner in zip(rows, sampled, strict=True) if owner == groups.number]
+    batch = pack(own, mine, capacity, device)
+    positions = torch.as_tensor(np.concatenate(places) if places else np.zeros(0, np.int64), device=device)
+    ends = [w.start + w.count for w in work]
+    decodes = [i for i, w in enumerate(work) if w.count == 1]
+    width = max(-(-groups.held(end, 0) // capacity.block_size) for end in ends)
+    tables = np.zeros((len(work), width), np.int64)
+    for table, w in zip(tables, work, strict=True):
+        table[: len(w.blocks)] = w.blocks[:width]
+    striped = Striped(
+        groups, ends, torch.as_tensor(tables, device=device), decodes, [i for i, w in enumerate(work) if w.count > 1],
+        np.array([(ends[i] - 1) % groups.size for i in decodes], np.int64), queries, positions, sampled,
+    )  # fmt: skip
+    return replace(batch, positions=positions, striped=striped), own
+
+
+def seen(keys: torch.Tensor, queries: torch.Tensor, window: int) -> torch.Tensor:
+    """Whether the token at position `queries` attends to the one at position `keys`."""
+    causal = keys <= queries
+    return causal & (keys > queries - window) if window else causal
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Partial:
+    """`query` [pieces, tokens, heads, head size], `key` and `value` [pieces, keys, KV heads, head size], `visible` [pieces, tokens,
+    keys]. The partial results are [pieces, tokens, ...]."""
+    whole = nothing(query)
+    for begin in range(0, key.shape[1], KEYS):
+        part = slice(begin, begin + KEYS)
+        whole = merge(whole, _attention(query, key[:, part], value[:, part], visible[..., part]))
+    return whole
+
+
+def nothing(query: torch.Tensor) -> Partial:
+    """The attention of `query` to no key."""
+    return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The attention over the keys of both."""
+    total = torch.logaddexp(a[1], b[1])
+    first, second = ((sums - total).nan_to_num(nan=-torch.inf).exp()[..., None] for sums in (a[1], b[1]))  # nan: neither has a key
+    return first * a[0] + second * b[0], total
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Partial:
+    heads, kv_heads, size = query.shape[2], key.shape[2], query.shape[3]
+    q = query.view(*query.shape[:2], kv_heads, heads // kv_heads, size)
+    k = key.to(query.dtype)
+    # Zero times what another request left behind is not zero if that is not a number.
+    v = value.to(query.dtype).masked_fill(~visible.any(1)[..., None, None], 0)
+    logits = torch.einsum("pthgd,pkhd->pthgk", q, k) * size**-0.5
+    logits = logits.masked_fill(~visible[:, :, None, None], -torch.inf)
+    sums = logits.logsumexp(-1)
+    weights = (logits - sums[..., None]).nan_to_num(nan=-torch.inf).exp()
+    return torch.einsum("pthgk,pkhd->pthgd", weights, v).reshape(query.shape), sums.reshape(query.shape[:3])
