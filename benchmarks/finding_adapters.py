@@ -22,14 +22,14 @@ import numpy as np
 from finding_disaggregation import TARGETS, lengths_of
 from harness import machine, parser, show
 
-from stallfree.core.plan import Shape
+from stallfree.core import plan
 from stallfree.core.policy import CostModel
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.metrics.capacity import search, shortfalls
 from stallfree.perf.adapters import Adapters
 from stallfree.perf.roofline import Roofline
-from stallfree.planner.candidates import Candidates, Deployed, name, together
+from stallfree.planner.candidates import Candidates, Deployed, Shape, name, together
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Split
 from stallfree.sim.shelf import HOST_LINK, Shelf
@@ -89,9 +89,9 @@ def deployments(place: Place, site: Site) -> Iterator[Deployed]:
     candidates = Candidates(site)
     for policy, budget, tp in place.alone:
         slo = SLO if policy == "slo" else None
-        yield together(candidates.replica(tp, 1, policy, budget, slo=slo), site.gpus // tp)
+        yield together(candidates.replica(Shape(tp), policy, budget, slo=slo), site.gpus // tp)
     for way, tp, prefill, decode in place.pools:
-        yield candidates.split(way, (tp, 1), (tp, 1), (prefill, decode), whole=True)
+        yield candidates.split(way, Shape(tp), Shape(tp), (prefill, decode), whole=True)
 
 
 def capacity(deployed: Deployed, traffic: Traffic, start: float, free: str = "") -> float:
@@ -115,7 +115,7 @@ class Blind:
 
     of: CostModel
 
-    def seconds(self, shape: Shape) -> float:
+    def seconds(self, shape: plan.Shape) -> float:
         return self.of.seconds([piece for piece in shape if piece[1] >= 0])
 
 
@@ -192,7 +192,7 @@ def prices(quick: bool) -> list[dict[str, Any]]:
     for place in PLACES[:1] if quick else PLACES:
         tp = min(tp for _, _, tp in place.alone)
         for rank, modules in ((8, "attention"), (64, "attention"), (8, "all"), (64, "all")):
-            device = instance(Candidates(replace(place.site, adapter_modules=modules)).replica(tp, 1))
+            device = instance(Candidates(replace(place.site, adapter_modules=modules)).replica(Shape(tp)))
             assert isinstance(device.cost, Roofline)
             adapters: Adapters = device.cost.adapters
             plain, once, twice = (

@@ -39,8 +39,9 @@ def capacities(site: Site, traffic: Traffic, slo: Slo) -> tuple[float, float, fl
     answer = search(candidates, traffic, slo, Trials, lambda line: None)
     split, alone = (next((unit.rate for unit in answer.whole if (" -> " in unit.name) is kind), 0.0) for kind in (True, False))
     first = {
-        f"TP{tp}": Simulator(candidates.replica(tp, pp, "prefill-first", replicas=site.gpus // (tp * pp), router="shortest-queue"))
-        for tp, pp in candidates.shapes
+        str(shape): Simulator(candidates.replica(shape, "prefill-first", replicas=site.gpus // shape.size, router="shortest-queue"))
+        for shape in candidates.shapes
+        if shape.sp == 1
     }
     with Trials(first) as trials:
         rates = trials.capacities({name: (traffic, slo, max(alone, 1.0)) for name in first}, lowest=0.01, shortest_s=30.0)

@@ -202,8 +202,8 @@ def main() -> None:
     tokens, repeats = (60, 1) if args.quick else (200, 3)
     rows = [scheduler_row(running, waiting) for running in (256, 1000) for waiting in (0, 100_000)]
     show("Scheduler", rows, facts, None)
-    policy = policy_row()
-    show("The slo policy, 256 running and 1,000 waiting", [policy], facts, None)
+    policy = [policy_row(tenants) for tenants in (1, 100)]
+    show("The slo policy, 256 running and 1,000 waiting", policy, facts, None)
     eviction = eviction_row()
     show("Eviction from the prefix cache", [eviction], facts, None)
     lives, alones = [], []

@@ -7,6 +7,7 @@ candidate is.
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
+from typing import NamedTuple, Self
 
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
@@ -16,12 +17,28 @@ from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Instance, instance
 from stallfree.sim.split import place
 
-Shape = tuple[int, int]
-"""TP and PP of a replica."""
+
+class Shape(NamedTuple):
+    """How the devices of a replica share the model: heads (TP) and layers (PP); or, in a ring of `sp` groups, the tokens."""
+
+    tp: int
+    pp: int = 1
+    sp: int = 1
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> Self:
+        return cls(deployment.tp, deployment.pp, deployment.sp)
+
+    @property
+    def size(self) -> int:
+        """How many devices there are."""
+        return self.tp * self.pp * self.sp
+
+
 Deployed = Deployment | Split
 
-PARTS, STAGES = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8)
-"""TP and PP that are tried. DistServe (OSDI'24) published placements with 3 of each."""
+PARTS, STAGES, GROUPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8), (2, 4, 8)
+"""TP, PP and SP that are tried. DistServe (OSDI'24) published placements with 3 of each of the first two."""
 PROMPT_BATCH = 2048
 """Most tokens in a batch of prompts, as in Splitwise (ISCA'24, section 4)."""
 SATURATED = 1.05
@@ -31,7 +48,7 @@ MOST_UNITS = 4
 
 
 class Candidates:
-    """The deployments that `site` allows. `shapes`: a replica's instance for each (TP, PP) that the model and the devices fit.
+    """The deployments that `site` allows. `shapes`: a replica's instance for each shape that the model and the devices fit.
     Raises ValueError for an invalid site, and if nothing fits, with what the largest split lacks.
 
     A replica that fits in a node is in one. A larger one has one pipeline stage in each of several nodes.
@@ -52,7 +69,7 @@ class Candidates:
         why: list[str] = []
         for shape in self._possible():
             try:
-                self.shapes[shape] = instance(self.replica(*shape))
+                self.shapes[shape] = instance(self.replica(shape))
             except ValueError as error:
                 why.append(str(error))
         if not self.shapes and len(set(why)) == 1:  # the split is not the reason
@@ -61,10 +78,10 @@ class Candidates:
             raise ValueError(f"no split of {counted(site.gpus, 'GPU')} holds the model: {why[-1]}")
 
     def _possible(self) -> Iterator[Shape]:
-        """The shapes that the devices allow, with layers and heads that come out even; always TP 1."""
+        """The shapes that the devices allow, with layers and heads that come out even; always TP 1. A ring is in one node."""
         site = self.site
         if site.model is None:
-            yield 1, 1
+            yield Shape(1)
             return
         model = models.load(site.model)
         # A file of fitted times has no pipelines.
@@ -73,7 +90,14 @@ class Candidates:
             for tp in PARTS:
                 in_nodes = tp * pp <= site.per_node or (tp <= site.per_node and pp <= site.nodes)
                 if in_nodes and tp * pp <= site.gpus and self._divides(tp):
-                    yield tp, pp
+                    yield Shape(tp, pp)
+
+        if site.engine.endswith(".json") or site.rank is not None:  # they have no prices for a ring
+            return
+        for sp in GROUPS:
+            for tp in PARTS:
+                if tp * sp <= site.per_node and self._divides(tp):
+                    yield Shape(tp, 1, sp)
 
     def _divides(self, tp: int) -> bool:
         try:
@@ -82,18 +106,18 @@ class Candidates:
             return False
         return True
 
-    def replica(self, tp: int, pp: int, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
+    def replica(self, shape: Shape, policy: str = "sarathi", budget: int | None = None, **more: object) -> Deployment:
         site = self.site
-        used = site.per_node if tp * pp <= site.per_node else tp
-        deployment = Deployment(site.model, site.hardware, tp, pp, weights=site.weights, kv=site.kv, engine=site.engine, node=used)
+        used = site.per_node if shape.size <= site.per_node else shape.tp
+        deployment = Deployment(site.model, site.hardware, *shape, site.weights, site.kv, site.engine, used)
         deployment = replace(deployment, policy=policy, token_budget=budget, max_model_len=site.max_model_len)
         deployment = replace(deployment, tenant_weights=site.tenant_weights)
         deployment = replace(deployment, rank=site.rank, adapter_modules=site.adapter_modules)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
-    def saturation(self, tp: int, pp: int) -> int:
+    def saturation(self, shape: Shape) -> int:
         """The fewest tokens of a prefill batch that saturate a replica: L_m of DistServe (OSDI'24)."""
-        cost = self.shapes[tp, pp].cost
+        cost = self.shapes[shape].cost
         per_token = {size: cost.seconds([(0, size)]) / size for size in (128, 256, 512, 1024, 2048, 4096)}
         least = min(per_token.values())
         return min(size for size, seconds in per_token.items() if seconds <= SATURATED * least)
@@ -101,15 +125,15 @@ class Candidates:
     def prefill(self, shape: Shape, way: str) -> Deployment:
         """A prefill replica of a pair that works in `way`, a name of `WAYS`."""
         if way == "hybrid":
-            return self.replica(*shape, "sarathi", PROMPT_BATCH)
-        batch = PROMPT_BATCH if way == "splitwise" else self.saturation(*shape)
-        return self.replica(*shape, "hybrid-only", max_tokens=max(batch, Deployment().max_seqs))
+            return self.replica(shape, "sarathi", PROMPT_BATCH)
+        batch = PROMPT_BATCH if way == "splitwise" else self.saturation(shape)
+        return self.replica(shape, "hybrid-only", max_tokens=max(batch, Deployment().max_seqs))
 
     def decode(self, shape: Shape, way: str) -> Deployment:
         """A decode replica of a pair that works in `way`. It also computes prompts: those that it preempted, or took over; in small
         chunks if `way` is hybrid.
         """
-        return self.replica(*shape, "sarathi", 256 if way == "hybrid" else 512)
+        return self.replica(shape, "sarathi", 256 if way == "hybrid" else 512)
 
     def split(self, way: str, prefill: Shape, decode: Shape, numbers: tuple[int, int], *, whole: bool = False) -> Split:
         """A unit of so many prefill and decode replicas, on as few nodes as hold it; KV stays in its node if it can. `whole`: on
@@ -132,24 +156,23 @@ class Candidates:
 
     def like(self, pair: Split, way: str) -> Split:
         """The pools of `pair`, working in another `way`."""
-        (a, b), numbers = ((p.tp, p.pp) for p in (pair.prefill, pair.decode)), (pair.prefill.replicas, pair.decode.replicas)
-        return self.split(way, a, b, numbers)
+        numbers = pair.prefill.replicas, pair.decode.replicas
+        return self.split(way, Shape.of(pair.prefill), Shape.of(pair.decode), numbers)
 
     def ratios(self, prefill: Shape, decode: Shape) -> Iterator[tuple[int, int]]:
         """Pairs of numbers of prefill and decode replicas in a unit: small, and without a common divisor."""
-        each = [tp * pp for tp, pp in (prefill, decode)]
         for a in range(1, MOST_UNITS + 1):
             for b in range(1, MOST_UNITS + 1):
                 common = any(a % k == 0 == b % k for k in range(2, MOST_UNITS + 1))
-                if not common and a * each[0] + b * each[1] <= self.site.gpus:
+                if not common and a * prefill.size + b * decode.size <= self.site.gpus:
                     yield a, b
 
     def most(self, unit: Deployed) -> int:
         """How many of `unit` the nodes hold; 0 if none."""
         if isinstance(unit, Split):
             return next((n for n in range(self.site.gpus // size(unit), 0, -1) if fits(self._pairs(unit, n))), 0)
-        if unit.tp * unit.pp <= self.site.per_node:
-            return self.site.nodes * (self.site.per_node // (unit.tp * unit.pp))
+        if (each := Shape.of(unit).size) <= self.site.per_node:
+            return self.site.nodes * (self.site.per_node // each)
         return (self.site.nodes // unit.pp) * (self.site.per_node // unit.tp)
 
     def repeated(self, unit: Deployed, number: int) -> Deployed:
@@ -182,7 +205,7 @@ def together(deployment: Deployment, number: int) -> Deployment:
 def size(deployed: Deployed) -> int:
     """How many devices a deployment takes."""
     pools = (deployed,) if isinstance(deployed, Deployment) else (deployed.prefill, deployed.decode)
-    return sum(pool.replicas * pool.tp * pool.pp for pool in pools)
+    return sum(pool.replicas * Shape.of(pool).size for pool in pools)
 
 
 def fits(split: Split) -> bool:
@@ -207,4 +230,5 @@ def _policy(pool: Deployment) -> str:
 
 
 def _split(pool: Deployment) -> str:
-    return f"TP{pool.tp}" if pool.pp == 1 else f"TP{pool.tp}-PP{pool.pp}"
+    more = (f"-{name}{number}" for name, number in (("PP", pool.pp), ("SP", pool.sp)) if number > 1)
+    return f"TP{pool.tp}{''.join(more)}"

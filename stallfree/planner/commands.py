@@ -7,6 +7,7 @@ from shlex import quote
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Targets
 from stallfree.perf.shape import load, repository
+from stallfree.planner.candidates import Shape
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.pairings import PAIRINGS
@@ -70,15 +71,15 @@ def _engine(site: Site, deployment: Deployment, slo: Targets) -> str:
 def _options(site: Site, deployment: Deployment) -> Iterator[str]:
     """The options that differ from the defaults, which simulated and real engines share."""
     usual = Deployment()
-    for name in ("tp", "pp", "policy", "token_budget", "max_tokens", "weights", "kv", "max_model_len"):
+    for name in ("tp", "pp", "sp", "policy", "token_budget", "max_tokens", "weights", "kv", "max_model_len"):
         value = getattr(deployment, name)
         if value != getattr(usual, name):
             yield f"--{name.replace('_', '-')} {value}"
-    if deployment.tp * deployment.pp > site.per_node:
+    if Shape.of(deployment).size > site.per_node:
         yield "--workers ray"
 
 
 def _times(pool: Deployment) -> str:
-    gpus = pool.tp * pool.pp
+    gpus = Shape.of(pool).size
     often = "once, with" if pool.replicas == 1 else f"{pool.replicas} times, each with its own ports and"
     return f"{often} {gpus} GPU{'s' if gpus > 1 else ''} of its own (CUDA_VISIBLE_DEVICES)"

@@ -23,9 +23,9 @@ from stallfree.workload.traffic import Traffic
 SHAPES = 3
 """At most this many splits of a model are tried for each part: the best by their estimated capacity."""
 GAIN = 1.2
-"""A split with pipeline stages is tried if, by estimate, it serves so many times as much as any split without stages. In
+"""A split with pipeline stages, or a ring, is tried if, by estimate, it serves so many times as much as any other split. In
 simulation, splits without stages serve 1.1 to 1.4 times their estimate, and pipelines 0.7 to 1.1 times, because stages wait for
-each other."""
+each other. Pools have no rings: KV passes only between engines with as many groups, and a ring decodes slowly."""
 DRAWN = 300
 """Requests that are drawn to find the mean lengths of a load."""
 
@@ -109,7 +109,7 @@ def parts(candidates: Candidates, traffic: Traffic, slo: Targets, bursty: bool, 
     lengths = Lengths.of(traffic)
     classes = by_class(slo)
     guess = {shape: estimate(instance, lengths, classes.default) for shape, instance in candidates.shapes.items()}
-    in_pools = [shape for shape in guess if 2 * shape[0] * shape[1] <= candidates.site.gpus]
+    in_pools = [shape for shape in guess if shape.sp == 1 and 2 * shape.size <= candidates.site.gpus]
     alone = _possible(candidates, _best(guess, "whole", list(guess)), slo)
     cases: dict[str, tuple[Tried, Targets, float]] = {}
     numbers: dict[str, int] = {}
@@ -121,7 +121,7 @@ def parts(candidates: Candidates, traffic: Traffic, slo: Targets, bursty: bool, 
     for kind, targets in (("prompts", first_tokens), ("decodes", slo)):
         for shape in _best(guess, kind, in_pools)[:SHAPES]:
             key = f"{kind} {shape}"
-            numbers[key] = max(1, candidates.most(candidates.replica(*shape)) // 2) if bursty else 1
+            numbers[key] = max(1, candidates.most(candidates.replica(shape)) // 2) if bursty else 1
             rate = numbers[key] * getattr(guess[shape], kind)
             cases[key] = _pool(candidates, kind, shape, numbers[key]), targets, rate
     rates = {key: rate / numbers[key] for key, rate in find(cases).items()}
@@ -150,10 +150,11 @@ def _best(guess: Mapping[Shape, Estimate], kind: str, shapes: list[Shape]) -> li
 
     def each(shape: Shape) -> float:
         rate: float = getattr(guess[shape], kind)
-        return rate / (shape[0] * shape[1])
+        return rate / shape.size
 
-    single = max((each(shape) for shape in shapes if shape[1] == 1), default=0.0)
-    return sorted((shape for shape in shapes if shape[1] == 1 or each(shape) >= GAIN * single), key=lambda shape: -each(shape))
+    simple = [shape for shape in shapes if shape.size == shape.tp]
+    least = GAIN * max(map(each, simple), default=0.0)
+    return sorted((shape for shape in shapes if shape in simple or each(shape) >= least), key=lambda shape: -each(shape))
 
 
 def _pool(candidates: Candidates, kind: str, shape: Shape, number: int) -> Tried:
@@ -173,7 +174,7 @@ def _possible(candidates: Candidates, shapes: list[Shape], slo: Targets) -> dict
     for shape in shapes:
         if len(deployments) == SHAPES:
             break
-        deployment = candidates.replica(*shape, "slo", slo=str(slo))
+        deployment = candidates.replica(shape, "slo", slo=str(slo))
         try:
             Simulator(deployment)
         except ValueError as error:
@@ -182,5 +183,5 @@ def _possible(candidates: Candidates, shapes: list[Shape], slo: Targets) -> dict
             deployments[shape] = deployment
     if not deployments:
         fastest = min(why, key=lambda shape: candidates.shapes[shape].cost.seconds([(1, 1)]))
-        raise ValueError(f"nothing here meets {slo}: with {name(candidates.replica(*fastest, 'slo'))}, the fastest, {why[fastest]}")
+        raise ValueError(f"nothing here meets {slo}: with {name(candidates.replica(fastest, 'slo'))}, the fastest, {why[fastest]}")
     return deployments

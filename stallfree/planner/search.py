@@ -173,10 +173,10 @@ def _units(candidates: Candidates, each: Parts, slo: Targets) -> dict[str, tuple
     units: list[tuple[Deployed, float]] = []
     for shape, rate in each.alone.items():
         # Whole prompts first are better if the first token is urgent and later tokens are not.
-        units.append((candidates.replica(*shape, "slo", slo=str(slo)), rate))
-        units.append((candidates.replica(*shape, "prefill-first"), rate))
-    best = max(each.alone, key=lambda shape: each.alone[shape] / (shape[0] * shape[1]))
-    units += [(candidates.replica(*best, "sarathi", budget), each.alone[best]) for budget in BUDGETS]
+        units.append((candidates.replica(shape, "slo", slo=str(slo)), rate))
+        units.append((candidates.replica(shape, "prefill-first"), rate))
+    best = max(each.alone, key=lambda shape: each.alone[shape] / shape.size)
+    units += [(candidates.replica(best, "sarathi", budget), each.alone[best]) for budget in BUDGETS]
     rows = pairs(candidates, each)
     inside = [row for row in rows if candidates.site.per_node % size(row[2]) == 0]
     for way in WAYS:

@@ -9,7 +9,7 @@ from typer.main import get_command
 from stallfree.cli import app
 from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
-from stallfree.planner.candidates import Candidates
+from stallfree.planner.candidates import Candidates, Shape
 from stallfree.planner.commands import commands, cross_check
 from stallfree.planner.site import Site
 
@@ -26,28 +26,28 @@ def parsed(line: str) -> dict[str, object]:
 def test_classes_are_typed_as_one_argument():
     candidates = Candidates(Site("llama3-8b", gpus=1))
     classes = Classes.parse("chat: ttft=2s,tbt=100ms; batch: ttlt=10min")
-    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), classes)
+    (line,) = commands(candidates.site, candidates.replica(Shape(1), "slo"), classes)
     assert Classes.parse(parsed(line)["slo"]) == classes
 
 
 @pytest.mark.parametrize("model", ["opt-13b", "opt-66b", "opt-175b"])
 def test_a_model_that_no_engine_here_serves_has_no_command(model):
     candidates = Candidates(Site(model, gpus=16, nodes=2))
-    tp, pp = next(iter(candidates.shapes))
-    for deployed in (candidates.replica(tp, pp, "slo"), candidates.split("distserve", (tp, pp), (tp, pp), (1, 1))):
+    shape = next(iter(candidates.shapes))
+    for deployed in (candidates.replica(shape, "slo"), candidates.split("distserve", shape, shape, (1, 1))):
         (line,) = commands(candidates.site, deployed, SLO)
         assert line.startswith(f"# no command: this engine does not serve {model}")
 
 
 def test_weights_that_no_engine_here_loads_have_no_command():
     candidates = Candidates(Site("llama2-13b", gpus=4, hardware="h100", weights="fp8-block"))
-    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), SLO)
+    (line,) = commands(candidates.site, candidates.replica(Shape(1), "slo"), SLO)
     assert line.startswith("# no command: this engine has no products in fp8 with block scales")
 
 
 def test_kv_that_no_engine_on_a_gpu_has_is_planned_without_a_command():
     candidates = Candidates(Site("llama2-13b", gpus=4, hardware="h100", kv="u4"))
-    (line,) = commands(candidates.site, candidates.replica(1, 1, "slo"), SLO)
+    (line,) = commands(candidates.site, candidates.replica(Shape(1), "slo"), SLO)
     assert line.startswith("# no command: executor torch has no KV in u4")
 
 
@@ -56,13 +56,13 @@ def test_a_model_of_a_file_is_named_by_its_folder(tmp_path):
     values |= {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps(values))
     candidates = Candidates(Site(str(tmp_path / "config.json"), gpus=1))
-    (line,) = commands(candidates.site, candidates.replica(1, 1, "sarathi", 512), SLO)
+    (line,) = commands(candidates.site, candidates.replica(Shape(1), "sarathi", 512), SLO)
     assert str(tmp_path) == parsed(line)["model"]
 
 
 def test_co_located_replicas_are_one_command():
     candidates = Candidates(Site("llama2-13b", gpus=4, weights="int8", max_model_len=2048))
-    (line,) = commands(candidates.site, candidates.replica(2, 1, "sarathi", 512, replicas=2), SLO)
+    (line,) = commands(candidates.site, candidates.replica(Shape(2), "sarathi", 512, replicas=2), SLO)
     assert line.startswith("stallfree deploy meta-llama/Llama-2-13b-hf --executor torch --tp 2 ")
     options = parsed(line)
     assert ("meta-llama/Llama-2-13b-hf", 2, 1, "sarathi", 512, "int8", 2048, "2") == tuple(
@@ -70,9 +70,15 @@ def test_co_located_replicas_are_one_command():
     )
 
 
+def test_a_ring_is_started_with_its_groups():
+    candidates = Candidates(Site("llama2-13b", gpus=4))
+    (line,) = commands(candidates.site, candidates.replica(Shape(2, 1, 2), "sarathi"), SLO)
+    assert (2, 2) == tuple(parsed(line)[name] for name in ("tp", "sp"))
+
+
 def test_two_pools_run_the_policies_that_were_simulated():
     candidates = Candidates(Site("llama2-13b", gpus=4))
-    pair = candidates.split("splitwise", (1, 1), (2, 1), (2, 1))
+    pair = candidates.split("splitwise", Shape(1), Shape(2), (2, 1))
     prefill, decode, route, lacks = commands(candidates.site, pair, SLO)
     options = [parsed(prefill), parsed(decode)]
     assert [("prefill", 1, "hybrid-only", 2048), ("decode", 2, "sarathi", 8192)] == [
@@ -90,17 +96,17 @@ def test_two_pools_run_the_policies_that_were_simulated():
 
 def test_engines_on_several_hosts_listen_for_each_other():
     candidates = Candidates(Site("llama2-70b", gpus=16, nodes=16))
-    key, prefill, decode, route = commands(candidates.site, candidates.split("distserve", (1, 2), (1, 2), (1, 1)), SLO)
+    key, prefill, decode, route = commands(candidates.site, candidates.split("distserve", Shape(1, 2), Shape(1, 2), (1, 1)), SLO)
     assert key.startswith("export STALLFREE_PEER_KEY=")
     assert "0.0.0.0" == parsed(prefill)["peer_host"] == parsed(decode)["host"]
     assert parsed(route)["spill"] is None
     assert "ray" == parsed(prefill)["workers"] == parsed(decode)["workers"]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("shape", [Shape(1), Shape(2), Shape(1, 1, 2)])
 def test_ranks_within_a_node_are_processes_of_it(shape):
     candidates = Candidates(Site("llama2-13b", gpus=4, nodes=2))
-    (line,) = commands(candidates.site, candidates.replica(*shape), SLO)
+    (line,) = commands(candidates.site, candidates.replica(shape), SLO)
     assert "--workers" not in line
 
 

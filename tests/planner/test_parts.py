@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from stallfree.core.classes import Classes
 from stallfree.core.slo import Slo
-from stallfree.planner.candidates import Candidates
+from stallfree.planner.candidates import Candidates, Shape
 from stallfree.planner.parts import SHAPES, Lengths, estimate, pairs, parts
 from stallfree.planner.site import Site
 from stallfree.workload.traffic import Traffic
@@ -15,7 +15,7 @@ LENGTHS = Lengths.of(TRAFFIC)
 
 
 def test_prompts_alone_serve_less_the_more_urgent_the_first_token_is():
-    instance = Candidates(Site("llama2-7b", gpus=2)).shapes[1, 1]
+    instance = Candidates(Site("llama2-7b", gpus=2)).shapes[Shape(1)]
     rates = [
         estimate(instance, LENGTHS, replace(SLO, ttft=replace(SLO.ttft, seconds=seconds))).prompts for seconds in (0.1, 0.4, 4.0)
     ]
@@ -25,7 +25,7 @@ def test_prompts_alone_serve_less_the_more_urgent_the_first_token_is():
 
 def test_a_pipeline_has_as_many_iterations_under_way_as_stages():
     shapes = Candidates(Site("llama2-7b", gpus=4)).shapes
-    one, two = (estimate(shapes[1, pp], LENGTHS, SLO).decodes for pp in (1, 2))
+    one, two = (estimate(shapes[Shape(1, pp)], LENGTHS, SLO).decodes for pp in (1, 2))
     assert one < two < 2.5 * one
 
 
@@ -50,10 +50,10 @@ def test_under_bursty_arrivals_a_part_is_a_whole_pool_and_its_rate_is_shared_out
     found, cases = simulated(bursty=True)
     for shape, rate in found.alone.items():
         simulator, _, whole = cases[f"alone {shape}"]
-        assert 8 // (shape[0] * shape[1]) == simulator.deployment.replicas
+        assert 8 // shape.size == simulator.deployment.replicas
         assert whole == rate * simulator.deployment.replicas
     for shape in found.decodes:
-        assert max(1, 4 // (shape[0] * shape[1])) == cases[f"decodes {shape}"][0].split.decode.replicas
+        assert max(1, 4 // shape.size) == cases[f"decodes {shape}"][0].split.decode.replicas
 
 
 def test_prompts_alone_are_judged_by_what_each_class_asks_of_its_first_token():
@@ -70,6 +70,6 @@ def test_pairs_are_as_good_as_their_weaker_part_and_the_best_is_first():
     totals = [total for total, _, _ in rows]
     assert totals == sorted(totals, reverse=True)
     _, rate, pair = rows[0]
-    shapes = [(pool.tp, pool.pp) for pool in (pair.prefill, pair.decode)]
+    shapes = [Shape.of(pool) for pool in (pair.prefill, pair.decode)]
     rates = (pair.prefill.replicas * found.prompts[shapes[0]], pair.decode.replicas * found.decodes[shapes[1]])
     assert rate == min(rates)

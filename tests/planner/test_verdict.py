@@ -5,7 +5,7 @@ import pytest
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import report
 from stallfree.metrics.timeline import Timeline
-from stallfree.planner.candidates import Candidates
+from stallfree.planner.candidates import Candidates, Shape
 from stallfree.planner.search import Answer, Ranked
 from stallfree.planner.site import Site
 from stallfree.planner.verdict import verdict
@@ -23,8 +23,8 @@ def ranked(deployed, draws, why=("80.0% within ttft=1s@p90",)):
 
 def advice(co_located, split):
     candidates = Candidates(SITE)
-    alone = ranked(candidates.replica(1, 1, "slo", replicas=2, router="shortest-queue"), co_located)
-    pools = ranked(candidates.split("distserve", (1, 1), (1, 1), (1, 1)), split)
+    alone = ranked(candidates.replica(Shape(1), "slo", replicas=2, router="shortest-queue"), co_located)
+    pools = ranked(candidates.split("distserve", Shape(1), Shape(1), (1, 1)), split)
     return verdict(SITE, Answer([alone, pools], sorted([alone, pools], key=lambda each: -each.rate)), TRAFFIC, SLO)
 
 
