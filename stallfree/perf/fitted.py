@@ -158,12 +158,7 @@ class Fitted:
         ratio = seconds / (self.pace * _product(self.prices, row))
         self.error += 0.05 * (abs(1 / ratio - 1) - self.error)
         self.pace *= min(max(ratio, 1 / 3), 3) ** HASTE
-        for values in (*self._matrix, self._target):
-            for i in range(len(values)):
-                values[i] *= FORGET
-        _add(self._matrix, self._target, [x * self.pace / seconds for x in row])
-        matrix = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._anchor, self._matrix, strict=True)]
-        _improve(self.prices, matrix, [a + b for a, b in zip(self._pull, self._target, strict=True)])
+        self._refit([x * self.pace / seconds for x in row])
         return ratio
 
     def features(self, shape: Shape) -> Row:
@@ -180,6 +175,20 @@ class Fitted:
         )
         size = len(errors)
         return Errors(size, errors[size // 2][0], errors[min(size - 1, size * 9 // 10)][0], *errors[-1], scatter)
+
+    def _refit(self, row: Row) -> None:
+        """Add the equation that `row` times prices is 1, and move each price towards the least squares. This runs after every
+        iteration, so features that no iteration had yet, whose sums are all 0, are left out."""
+        anchor, matrix, target, prices = self._anchor, self._matrix, self._target, self.prices
+        seen = [i for i, x in enumerate(row) if x or matrix[i][i] or anchor[i][i]]
+        for i in seen:
+            line, held, value, total = matrix[i], anchor[i], row[i], 0.0
+            for j in seen:
+                both = line[j] = FORGET * line[j] + value * row[j]
+                total += (held[j] + both) * prices[j]
+            target[i] = FORGET * target[i] + value
+            diagonal = held[i] + line[i]
+            prices[i] = max(0.0, prices[i] + (self._pull[i] + target[i] - total) / diagonal)
 
     def _anchor_to(self, anchor: list[Row]) -> None:
         anchor = [_padded(row) for row in (*anchor, *[[]] * (len(FEATURES) - len(anchor)))]
