@@ -327,7 +327,8 @@ def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
     torch_options = _torch_options(options)
     torch_options.check(checkpoint.config, options.ranks if options.workers == "local" else 1)
     if options.device == "cpu" and options.workers == "local":
-        check_model(checkpoint, torch_options.weights, torch_options.kv, options.ranks * (options.kv_memory or 0), FORMATS)
+        kv_bytes = options.ranks * (options.kv_memory or 0)
+        check_model(checkpoint, torch_options.weights, torch_options.kv, kv_bytes, FORMATS, options.sp)
     return next(name for name, kind in TYPES.items() if kind == torch_options.activations)
 
 
@@ -485,7 +486,7 @@ MAKERS = {"openvino": (_openvino, None, "u8"), "torch": (_torch, "bf16", "bf16")
 
 def _kv_bytes(options: Options, checkpoint: Checkpoint) -> int:
     """The default KV memory of all ranks on a processor, in bytes."""
-    return default_kv_bytes(weight_bytes(checkpoint, options.weights or ""))
+    return default_kv_bytes(options.sp * weight_bytes(checkpoint, options.weights or ""))
 
 
 def _simulated(options: Options) -> Parts:

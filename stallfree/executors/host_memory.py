@@ -67,15 +67,17 @@ def kv_bytes_per_token(config: ModelConfig, kv: str) -> int:
     return math.ceil(config.num_layers * config.num_kv_heads * (config.head_dim * KV_BYTES[kv] + KV_SCALES.get(kv, 0)))
 
 
-def check_model(checkpoint: Checkpoint, weights: str, kv: str, kv_bytes: int, formats: Sequence[str]) -> None:
-    """Raises MemoryError if the weights do not fit beside `kv_bytes` of KV. Nothing has been loaded yet. `formats`: those that the
-    executor has for weights, for the advice."""
-    room, size = memory(), weight_bytes(checkpoint, weights)
+def check_model(checkpoint: Checkpoint, weights: str, kv: str, kv_bytes: int, formats: Sequence[str], copies: int = 1) -> None:
+    """Raises MemoryError if `copies` of the weights do not fit beside `kv_bytes` of KV. Nothing has been loaded yet. `formats`:
+    those that the executor has for weights, for the advice."""
+    room, size = memory(), copies * weight_bytes(checkpoint, weights)
     if room is None or (kv_bytes and size + kv_bytes <= room.free):
         return
+    what = f"{weights} weights take" if copies == 1 else f"{copies} copies of {weights} weights take"
     raise MemoryError(
-        f"{checkpoint.path.name} does not fit: {weights} weights take {gib(size)} and the KV cache {gib(kv_bytes)}, and "
-        f"{gib(room.free)} of memory ({room}) is available; {what_fits(checkpoint, weights, kv, room.free, formats)}"
+        f"{checkpoint.path.name} does not fit: {what} {gib(size)} and the KV cache {gib(kv_bytes)}, and {gib(room.free)} of memory "
+        f"({room}) is available; {what_fits(checkpoint, weights, kv, room.free // copies, formats)}"
+        + (" for each copy; or take fewer groups (--sp)" if copies > 1 else "")
     )
 
 

@@ -19,9 +19,12 @@ def expected():
         engine.close()
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), *(pytest.param(3, pp, marks=pytest.mark.slow) for pp in (1, 2))])
-def test_greedy_tokens_are_the_same_on_any_ranks(expected, tp, pp):  # two ranks do not divide its 9 heads
-    engine = assemble(Options(executor="torch", device="cpu", tp=tp, pp=pp, **EXACT)).engine
+SLOW = [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((3, 1, 1), (3, 1, 2), (1, 4, 1))]
+
+
+@pytest.mark.parametrize(("tp", "sp", "pp"), [(1, 1, 1), (1, 1, 2), (1, 2, 1), *SLOW])
+def test_greedy_tokens_are_the_same_on_any_ranks(expected, tp, sp, pp):  # two ranks do not divide its 9 heads
+    engine = assemble(Options(executor="torch", device="cpu", tp=tp, sp=sp, pp=pp, **EXACT)).engine
     try:
         assert expected == outputs(engine, budget=64)[0]
     finally:

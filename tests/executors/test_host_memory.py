@@ -87,6 +87,15 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path, monkeypa
         check_model(checkpoint(), form, "u8", kv_bytes, FORMATS)
 
 
+def test_groups_with_all_weights_each_are_refused_with_what_fits_for_each(tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, files=container(memory=6 * GIB))
+    check_model(checkpoint(), "bf16", "bf16", GIB, FORMATS, 2)
+    with pytest.raises(
+        MemoryError, match=r"4 copies of bf16 weights take 8.2\d GiB .* give --weights int8, .* for each copy; or take fewer groups"
+    ):
+        check_model(checkpoint(), "bf16", "bf16", GIB, FORMATS, 4)
+
+
 def test_a_model_that_fits_is_not_refused(tmp_path, monkeypatch):
     pretend(tmp_path, monkeypatch, files=container(memory=3 * GIB))
     check_model(checkpoint(), "int8", "u8", GIB, FORMATS)

@@ -81,7 +81,9 @@ class Options:
         if not gpus:
             raise ValueError("device 'cuda' is missing: torch finds no GPU; take --device cpu")
         if gpus < ranks:
-            raise ValueError(f"{ranks} ranks need {ranks} GPUs, and torch finds {gpus}; take a smaller TP and PP, or --device cpu")
+            raise ValueError(
+                f"{ranks} ranks need {ranks} GPUs, and torch finds {gpus}; take a smaller TP, SP or PP, or --device cpu"
+            )
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < (8, 0) and "bf16" in (self.weights, self.kv):
             raise ValueError(f"{torch.cuda.get_device_name()} has no bfloat16; take --weights fp16 --kv fp16")
