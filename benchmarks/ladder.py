@@ -50,16 +50,17 @@ class Rung:
 
 
 class Server:
-    """A server under load, at `url`. Its requests have only the fields that it accepts."""
+    """A server under load, at `url`. Its requests have only the fields that it accepts. `model`: None for the first that it
+    lists."""
 
-    def __init__(self, url: str, workload: Workload = WORKLOAD):
-        self.workload = workload
+    def __init__(self, url: str, workload: Workload = WORKLOAD, model: str | None = None):
+        self.workload, self._model = workload, model
         self.client = Client(url, timeout_s=300)
         self.dialect = asyncio.run(self._probe())
 
     async def _probe(self) -> Dialect:
         async with self.client:
-            return await Dialect.probe(self.client)
+            return await Dialect.probe(self.client, self._model)
 
     def run(self, arrivals: Sequence[Arrival]) -> Load:
         """Raises RuntimeError if the client could not keep its schedule, because then nothing is measured."""

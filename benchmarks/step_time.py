@@ -126,8 +126,11 @@ def bfloat16_folder(checkpoint: Checkpoint, folder: Path) -> None:
 def servable_folder(checkpoint: Checkpoint, folder: Path) -> None:
     """As `bfloat16_folder`, with the tokenizer."""
     bfloat16_folder(checkpoint, folder)
-    Text.from_gguf(checkpoint.metadata or {}).tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer, (end, *_) = Text.from_gguf(checkpoint.metadata or {}).tokenizer, checkpoint.config.eos_token_ids
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.id_to_token(end)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
 
 
 def run(python: str, script: str, job: dict[str, Any]) -> tuple[str, dict[str, list[float]]]:
