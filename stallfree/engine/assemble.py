@@ -74,9 +74,10 @@ class Options:
     each request's tokens, and `pp` stages the layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER;
     `adapters`: a folder whose sub-folders are adapters under their own names; `max_adapter_rank`: the largest that is accepted.
     `generation_config`: "auto" takes the sampling values that the model's makers recommend as defaults, "none" the model's own
-    distribution. `on_worker_loss`: running requests
-    fail or restart when a worker is lost. `speculate`: who guesses tokens: "ngram", "draft:MODEL", a class of the user's, or None
-    for nobody; `draft_tokens`: the most for a stream in an iteration.
+    distribution. `on_worker_loss`: running requests fail or restart when a worker is lost. `speculate`: who guesses tokens:
+    "ngram", "draft:MODEL", a class of the user's, or None for nobody; `draft_tokens`: the most for a stream in an iteration.
+
+    Raises ValueError for fewer than one of any kind of ranks.
     """
 
     model: str | None = None
@@ -107,6 +108,11 @@ class Options:
     adapter: Sequence[str] | None = None
     adapters: Path | None = None
     max_adapter_rank: int = MAX_RANK
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "sp", "pp"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {number}, expected at least 1")
 
     @property
     def ranks(self) -> int:

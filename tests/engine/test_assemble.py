@@ -50,6 +50,19 @@ def test_ranks_on_a_processor_share_the_default_memory(checkpoint, tmp_path, mon
     assert (GIB, None) == (options.kv_memory, options.threads)
 
 
+def test_what_the_weights_of_each_group_of_ranks_leave_is_the_default_memory(checkpoint, tmp_path, monkeypatch):
+    pretend(tmp_path, monkeypatch, files=container(memory=3 * GIB))
+    one, two = (completed(Options(executor="torch", device="cpu", weights="int8", sp=sp), checkpoint) for sp in (1, 2))
+    assert 3 * GIB // 4 == one.kv_memory
+    assert 0 < two.kv_memory < GIB // 3  # 0.9 of 3 GiB, without 1.09 GiB twice, for each of two
+
+
+@pytest.mark.parametrize("name", ["tp", "sp", "pp"])
+def test_fewer_than_one_rank_of_a_kind_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+        Options(executor="torch", **{name: 0})
+
+
 @pytest.mark.parametrize(
     "other", [{"cores": 2}, {"flags": "avx2"}, {"files": container(cpu="100000 100000")}, {"files": container(cpu="200000 100000")}]
 )
