@@ -15,7 +15,7 @@ sampled, with penalties and log-probabilities) with both features, and every tok
 Features that belong to the requests (salts, adapters, grammars, tools, several completions) are compared with a plain engine that
 serves these requests one after another; KV of fewer bits with a plain engine whose KV has as few. In each run both features must
 also have had an effect, the accounts of requests and KV blocks must agree (`check()`), and no block may be left with nobody.
-Sixty sets of three are tested, too (`make test-all`).
+Pairs with SP2, and sixty sets of three, are tested by `make test-all`.
 
 This page is made from the tests (`python -m tests.composition`; the tests are in `tests/composition/`): **yes** is a test that
 passes, and a number is a note below that says why the two cannot be had together.

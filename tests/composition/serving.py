@@ -49,6 +49,7 @@ FEATURES = {
     "chunked": "prompts in chunks of at most 16 tokens an iteration",
     "overlap": "an iteration is planned while one runs (torch on a GPU; here on the processor)",
     "TP2": "two ranks share each layer (torch)",
+    "SP2": "two groups of ranks share the tokens of each request (torch)",
     "PP2": "two pipeline stages (torch)",
     "hand-off": "another engine computes the prompts and hands KV over",
     "prefix cache": "equal beginnings share KV",
@@ -69,11 +70,13 @@ FEATURES = {
 OF_REQUESTS = frozenset({"salt", "adapters", "structured", "tools", "n"})
 KV = frozenset({"u8 KV", "u4 KV"})
 REFUSED = {
-    frozenset({"overlap", "TP2"}): "several ranks run as a pipeline, one plan in each stage, without overlap",
-    frozenset({"overlap", "PP2"}): "several ranks run as a pipeline, one plan in each stage, without overlap",
+    **{
+        frozenset({"overlap", ranks}): "several ranks run as a pipeline, one plan in each stage, without overlap"
+        for ranks in ("TP2", "SP2", "PP2")
+    },
     **{
         frozenset({ranks, kv}): "executor torch has KV in f32, bf16, fp16 or fp8"
-        for ranks in ("overlap", "TP2", "PP2")
+        for ranks in ("overlap", "TP2", "SP2", "PP2")
         for kv in ("u8 KV", "u4 KV")
     },
     KV: "KV has one format: `--kv` takes one",
@@ -81,7 +84,7 @@ REFUSED = {
 }
 """Pairs that cannot be had, and why."""
 
-TORCH = frozenset({"overlap", "TP2", "PP2"})
+TORCH = frozenset({"overlap", "TP2", "SP2", "PP2"})
 TEXT = chat_text(HERMES)
 LONGEST, MEMORY = 256, 6 << 20
 TOKENS = 18
@@ -266,8 +269,8 @@ class World:
             return torch.TorchExecutor(self.checkpoint, options, MEMORY, overlap=not use)
         if "overlap" in ranks:
             raise ValueError(REFUSED[frozenset(ranks)])  # there is no option for it
-        tp, pp = 1 + ("TP2" in ranks), 1 + ("PP2" in ranks)
-        return torch.ParallelExecutor(self.checkpoint, options, MEMORY, tp=tp, pp=pp, workers=torch.workers("local"))
+        tp, sp, pp = (1 + (name in ranks) for name in ("TP2", "SP2", "PP2"))
+        return torch.ParallelExecutor(self.checkpoint, options, MEMORY, tp=tp, sp=sp, pp=pp, workers=torch.workers("local"))
 
     def requests(self, features: Collection[str], world_salt: str = "") -> list[Request]:
         """The same requests for the same features: prompts that repeat themselves, of which some begin alike."""
@@ -358,7 +361,8 @@ class World:
         checks: dict[str, Callable[[], bool]] = {
             "chunked": lambda: max(sum(count for _, _, count in r.work) for r in records) <= 16,
             "overlap": lambda: unknown > 0,
-            "TP2": lambda: engine.executor._tp == 2,
+            "TP2": lambda: engine.executor.tp == 2,
+            "SP2": lambda: engine.executor.sp == 2,
             "PP2": lambda: engine.executor.capacity.depth == 2,
             "hand-off": lambda: len(requests) == sum(len(r.delivered) for r in records),
             "prefix cache": lambda: any(count for r in records for _, count in r.cached) or bool(engine.source),

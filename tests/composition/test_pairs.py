@@ -31,7 +31,9 @@ def test_each_feature_alone(world, features):
     world.serve(features)
 
 
-@pytest.mark.parametrize("features", PAIRS, ids=" + ".join)
+@pytest.mark.parametrize(
+    "features", [pytest.param(pair, marks=pytest.mark.slow) if "SP2" in pair else pair for pair in PAIRS], ids=" + ".join
+)
 def test_two_features(world, features):
     if frozenset(features) in REFUSED:
         words = "without overlap|kv 'u[84]' is unknown|KV has one format|--speculate 'ngram, draft:model'"

@@ -178,6 +178,7 @@ class ParallelExecutor:
             "kv_bytes": kv_bytes,
             "timeout_s": START_S,
         }
+        self.tp, self.sp = tp, sp
         self._each, self._pp, self._answer_s = tp * sp, pp, answer_s
         self._vocab_size = checkpoint.config.vocab_size
         self._workers = workers
