@@ -171,8 +171,8 @@ class Candidates:
         """How many of `unit` the nodes hold; 0 if none."""
         if isinstance(unit, Split):
             return next((n for n in range(self.site.gpus // size(unit), 0, -1) if fits(self._pairs(unit, n))), 0)
-        if (each := Shape.of(unit).size) <= self.site.per_node:
-            return self.site.nodes * (self.site.per_node // each)
+        if unit.devices <= self.site.per_node:
+            return self.site.nodes * (self.site.per_node // unit.devices)
         return (self.site.nodes // unit.pp) * (self.site.per_node // unit.tp)
 
     def repeated(self, unit: Deployed, number: int) -> Deployed:
@@ -205,7 +205,7 @@ def together(deployment: Deployment, number: int) -> Deployment:
 def size(deployed: Deployed) -> int:
     """How many devices a deployment takes."""
     pools = (deployed,) if isinstance(deployed, Deployment) else (deployed.prefill, deployed.decode)
-    return sum(pool.replicas * Shape.of(pool).size for pool in pools)
+    return sum(pool.replicas * pool.devices for pool in pools)
 
 
 def fits(split: Split) -> bool:

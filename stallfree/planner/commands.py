@@ -7,7 +7,6 @@ from shlex import quote
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Targets
 from stallfree.perf.shape import load, repository
-from stallfree.planner.candidates import Shape
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.pairings import PAIRINGS
@@ -75,11 +74,11 @@ def _options(site: Site, deployment: Deployment) -> Iterator[str]:
         value = getattr(deployment, name)
         if value != getattr(usual, name):
             yield f"--{name.replace('_', '-')} {value}"
-    if Shape.of(deployment).size > site.per_node:
+    if deployment.devices > site.per_node:
         yield "--workers ray"
 
 
 def _times(pool: Deployment) -> str:
-    gpus = Shape.of(pool).size
+    gpus = pool.devices
     often = "once, with" if pool.replicas == 1 else f"{pool.replicas} times, each with its own ports and"
     return f"{often} {gpus} GPU{'s' if gpus > 1 else ''} of its own (CUDA_VISIBLE_DEVICES)"

@@ -57,6 +57,11 @@ class Deployment:
     draft_model: str | None = None
     on_late: str = "serve"
 
+    @property
+    def devices(self) -> int:
+        """How many devices each replica takes."""
+        return self.tp * self.pp * self.sp
+
 
 @dataclass(frozen=True, slots=True)
 class Split:

@@ -205,7 +205,7 @@ def instance(deployment: Deployment) -> Instance:
         if deployment.rank is not None:
             shelf = _shelf(deployment.rank, cost, deployment.block_size, tokens // deployment.block_size)
         front_s = cost.front_s
-    number = deployment.tp * deployment.pp * deployment.sp
+    number = deployment.devices
     return Instance(
         cost,
         Capacity(deployment.block_size, tokens // deployment.block_size, length, depth=deployment.pp),

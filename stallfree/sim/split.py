@@ -14,7 +14,7 @@ from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.sim import pairings
-from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.deployment import Split
 from stallfree.sim.fabric import Port
 from stallfree.sim.replica import Replica
 from stallfree.sim.simulate import holding, scripted, uncollected
@@ -66,7 +66,7 @@ class SplitSimulator:
         whole = models.Sharded(model, 1, 1, split.prefill.weights, split.prefill.kv)
         self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.num_layers
         # Between replicas of one node, each device sends its own part.
-        self._within = min(_size(split.prefill), _size(split.decode)) * device.link(2, device.node).bandwidth
+        self._within = min(split.prefill.devices, split.decode.devices) * device.link(2, device.node).bandwidth
         sources, targets = self._where
         # Replicas on the same nodes have their stages beside each other, if they have the same number of stages.
         near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
@@ -175,15 +175,15 @@ def place(split: Split) -> tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, 
     for _ in range(pools[0].replicas + pools[1].replicas):
         # The pool of which the smaller share is placed comes next.
         kind = min((0, 1), key=lambda k: (len(placed[k]) + 1) / pools[k].replicas if len(placed[k]) < pools[k].replicas else inf)
-        size = _size(pools[kind])
+        size = pools[kind].devices
         number = 1 if size <= split.per_node else max(pools[kind].pp, -(-size // split.per_node))
         each = -(-size // number)
         nodes = _nodes(free, number, each, placed[kind])
         if nodes is None:
-            need = sum(_size(pool) * pool.replicas for pool in pools)
+            need = sum(pool.devices * pool.replicas for pool in pools)
             raise ValueError(
-                f"{pools[0].replicas} prefill replicas of {_size(pools[0])} devices and {pools[1].replicas} decode replicas of "
-                f"{_size(pools[1])} take {need} devices, which do not fit {split.nodes} node{'s' if split.nodes > 1 else ''} of "
+                f"{pools[0].replicas} prefill replicas of {pools[0].devices} devices and {pools[1].replicas} decode replicas of "
+                f"{pools[1].devices} take {need} devices, which do not fit {split.nodes} node{'s' if split.nodes > 1 else ''} of "
                 f"{split.per_node}; take fewer"
             )
         for node in nodes:
@@ -202,10 +202,6 @@ def _nodes(free: Sequence[int], number: int, each: int, placed: Sequence[tuple[i
         return min(fitting, key=placed.count)
     single = [node for node, room in enumerate(free) if room >= each]
     return tuple(single[:number]) if len(single) >= number else None
-
-
-def _size(deployment: Deployment) -> int:
-    return deployment.tp * deployment.pp * deployment.sp
 
 
 def _busy(replica: Replica) -> float:
