@@ -27,7 +27,8 @@ ALLOWED = {
     "metrics": ({"core", "metrics"}, {"matplotlib", "numpy"}),
     "workload": ({"workload"}, {"numpy"}),
     "bench": ({"core", "metrics", "workload", "bench"}, {"aiohttp", "numpy"}),
-    "sim": ({"core", "policies", "perf", "qos", "processes", "workload", "metrics", "sim"}, set()),
+    "elastic": ({"core", "elastic"}, set()),
+    "sim": ({"core", "elastic", "policies", "perf", "qos", "processes", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
     "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "vllm": (
