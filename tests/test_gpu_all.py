@@ -75,7 +75,7 @@ def results(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
     parts = results[1]["parts"]
-    assert ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "theirs"] == list(parts)
+    assert ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "striped", "theirs"] == list(parts)
     assert {"theirs": "needs cuda"} == {name: part["status"] for name, part in parts.items() if part["status"] != "ok"}
     for row in (row for part in parts.values() for row in part["rows"]):
         assert row["status"] in ("ok", "needs cuda") or row["case"] == "hardware", row
@@ -168,7 +168,7 @@ def test_a_part_for_which_there_is_no_time_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize(
-    "part", ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "theirs"]
+    "part", ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "striped", "theirs"]
 )
 def test_the_cases_of_a_gpu_have_names_of_their_own(monkeypatch, part, quick):
     monkeypatch.syspath_prepend(SCRIPT.parent)

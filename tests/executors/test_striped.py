@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from stallfree.checkpoint import open_checkpoint
-from stallfree.core.plan import Plan, Work
+from stallfree.core.plan import Capacity, Plan, Work
 from stallfree.executors.base import Lost
 from tests.models import write_folder
 
@@ -21,11 +21,12 @@ pytest.importorskip("transformers")
 import torch
 
 from stallfree.executors.torch import ParallelExecutor, TorchExecutor
+from stallfree.executors.torch import striped as striped_attention
 from stallfree.executors.torch.adapters import BLOCK
 from stallfree.executors.torch.driver import Local
 from stallfree.executors.torch.parallel import Alone
 from stallfree.executors.torch.runner import Runner
-from stallfree.executors.torch.striped import Groups
+from stallfree.executors.torch.striped import Groups, pack_stripes
 from tests.executors.test_openvino import GPT_OSS, TOKENS, work
 from tests.executors.test_parallel import EXACT, KV, SHAPES, handed_over, served
 
@@ -136,6 +137,56 @@ def iterations(draw):
 def test_any_split_of_the_tokens_gives_the_logits_of_one_rank(rings, plans, size):
     for plan in plans:
         assert np.abs(rings[1].run(plan) - rings[size].run(plan)).max() < 1e-4
+
+
+class Flash:
+    """Torch's flash attention, which needs a GPU, as its kernels define it."""
+
+    @staticmethod
+    def chunk(query, key, value, before):
+        last = torch.arange(query.shape[1])[:, None] + key.shape[1] - query.shape[1]
+        keys = torch.arange(key.shape[1])
+        visible = (keys <= last) & ((keys >= last - before) | (before < 0))
+        return striped_attention.attention(query, key, value, visible[None])
+
+    @staticmethod
+    def decodes(query, key, value, lengths):
+        visible = torch.arange(key.shape[1]) < lengths[:, None, None]
+        return striped_attention.attention(query[:, None], key, value, visible)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(plans=iterations(), size=st.sampled_from((2, 3, 4)))
+def test_what_flash_attention_is_told_to_see_gives_the_logits_of_one_rank(rings, plans, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(striped_attention, "flash_takes", lambda query: True)
+        patch.setattr(striped_attention, "flash", Flash.chunk)
+        patch.setattr(striped_attention, "flash_decodes", Flash.decodes)
+        for plan in plans:
+            assert np.abs(rings[1].run(plan) - rings[size].run(plan)).max() < 1e-4
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_what_flash_attention_is_told_to_see_is_right_for_the_smallest_windows(window, monkeypatch):
+    monkeypatch.setattr(striped_attention, "flash_takes", lambda query: True)
+    monkeypatch.setattr(striped_attention, "flash", Flash.chunk)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(4):
+        groups = Threads(number, 4, None, {})
+        batch, own = pack_stripes(groups, [work(TOKENS[:9], start=10)], [], Capacity(4, 9, 100), torch.device("cpu"))
+        query, key, value = (torch.randn(1, n, 2, 8, generator=generator) for n in (own[0].count, 5, 5))
+        for owner in range(4):
+            result, sums = batch.striped._pass(query, key, value, 0, owner, window)
+            visible = striped_attention.seen(owner + 4 * torch.arange(5), batch.positions[:, None], window)[None]
+            expected, expected_sums = striped_attention.attention(query, key, value, visible)
+            assert torch.allclose(expected, result, atol=1e-6)
+            assert torch.allclose(expected_sums, sums, atol=1e-6)
 
 
 def test_each_group_has_every_nth_token():

@@ -7,11 +7,13 @@ mask. A group computes all of a layer for its own tokens. Attention alone needs 
 - A decode's query goes to all groups, because it is much smaller than the KV. The group of its token merges their answers. So
   each group is the master of some of the decodes (LoongServe, arXiv 2404.09526).
 
-It knows plans and groups, and no model.
+On a GPU, torch's flash attention computes numbers of 16 bits. Everything else, and decodes with a window, is computed by torch's
+operators in float32. It knows plans and groups, and no model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 from stallfree.core.plan import Capacity, Work
 from stallfree.executors.torch.attention import contents, raw
-from stallfree.executors.torch.batch import Batch, pack
+from stallfree.executors.torch.batch import Batch, pack, upload
 
 KEYS = 4096
 """Keys that a pass multiplies at once. It bounds the memory for the logits of attention."""
@@ -61,21 +63,36 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
+class Decodes:
+    """The decodes of an iteration, by their groups. They are on the device before the first layer, so that no layer waits for them.
+
+    `each`: how many decodes each group is the master of. `rows`: this group's own rows of the batch. `tables` [decodes, blocks of
+    the longest]: block numbers. `last` [decodes]: the position of each token. `held` [decodes]: how many tokens this group has of
+    each.
+    """
+
+    each: Sequence[int]
+    rows: torch.Tensor
+    tables: torch.Tensor
+    last: torch.Tensor
+    held: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Striped:
     """An iteration of all groups, as one group sees it. Pieces of one token are decodes, the others chunks; both are in the order
     of the plan.
 
-    `ends`: tokens of each piece after this iteration. `tables` [pieces, blocks of the longest]: block numbers. `decodes`, `chunks`:
-    the numbers of such pieces. `masters`: the group of each decode. `queries`: this group's rows of the batch for each piece, from
-    and to; their positions are `positions` [rows]. `sampled`: the group of each row whose logits are wanted.
+    `ends`: tokens of each piece after this iteration. `tables` [pieces, blocks of the longest]: block numbers. `chunks`: their
+    numbers. `queries`: this group's rows of the batch for each piece, from and to; their positions are `positions` [rows].
+    `sampled`: the group of each row whose logits are wanted.
     """
 
     groups: Groups
     ends: Sequence[int]
     tables: torch.Tensor
-    decodes: Sequence[int]
+    decodes: Decodes | None
     chunks: Sequence[int]
-    masters: np.ndarray
     queries: Sequence[tuple[int, int]]
     positions: torch.Tensor
     sampled: np.ndarray
@@ -86,11 +103,9 @@ class Striped:
         """See `attention.attend`. All groups call it together, also those without a token of their own."""
         out = query.new_empty(query.shape, dtype=torch.float32)
         rest = query.new_empty(query.shape[:2], dtype=torch.float32)
-        if self.decodes:
-            rows = [
-                self.queries[i][0] for i, master in zip(self.decodes, self.masters, strict=True) if master == self.groups.number
-            ]
-            out[rows], rest[rows] = self._decoded(query[rows].float(), keys, values, window)
+        if self.decodes is not None:
+            rows = self.decodes.rows
+            out[rows], rest[rows] = self._decoded(self.decodes, query[rows], keys, values, window)
         if self.chunks:
             self._ring(query, keys, values, window, out, rest)
         if sinks is not None:  # one more logit, of a value that is 0
@@ -100,32 +115,26 @@ class Striped:
     def gathered(self, own: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted, in the order of the plan, on the first group; none on the others. `own`: those of this
         group."""
-        rows = self.groups.gather(own, self._counts(self.sampled))
+        rows = self.groups.gather(own, _counts(self.sampled, self.groups.size))
         order = np.empty(len(self.sampled), np.int64)
         order[np.argsort(self.sampled, kind="stable")] = np.arange(len(self.sampled))
         return rows[torch.as_tensor(order, device=rows.device)] if self.groups.number == 0 else rows[:0]
 
-    def _counts(self, owners: np.ndarray) -> list[int]:
-        return [int(number) for number in np.bincount(owners, minlength=self.groups.size)]
-
-    def _decoded(self, own: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> Partial:
+    def _decoded(self, decodes: Decodes, own: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> Partial:
         """The attention of this group's decodes. `own`: their queries."""
-        each, number = self._counts(self.masters), self.groups.number
+        each, number = decodes.each, self.groups.number
         everyone = self.groups.gather(own, each)
-        order = np.argsort(self.masters, kind="stable")  # queries come by group
-        pieces = [self.decodes[i] for i in order]
-        held = [self.groups.held(self.ends[i]) for i in pieces]
-        if longest := max(held):
-            which = torch.as_tensor(pieces, device=keys.device)
-            tables = self.tables[which, : -(-longest // keys.shape[1])]
-            key, value = (contents(cache, tables) for cache in (keys, values))
-            at = number + self.groups.size * torch.arange(key.shape[1], device=keys.device)
-            last = torch.as_tensor([self.ends[i] - 1 for i in pieces], device=keys.device)[:, None]
-            part = attention(everyone[:, None], key, value, seen(at, last[..., None], window))
+        if decodes.tables.shape[1]:
+            key, value = (contents(cache, decodes.tables) for cache in (keys, values))
+            if not window and flash_takes(everyone):
+                part = flash_decodes(everyone, key, value, decodes.held)
+            else:
+                at = number + self.groups.size * torch.arange(key.shape[1], device=keys.device)
+                part = attention(everyone[:, None].float(), key, value, seen(at, decodes.last[:, None, None], window))
         else:
             part = nothing(everyone[:, None])
         answer = torch.cat([part[0][:, 0], part[1][:, 0, :, None]], -1)
-        everywhere = self.groups.gather(answer, [len(pieces)] * self.groups.size).view(self.groups.size, *answer.shape)
+        everywhere = self.groups.gather(answer, [len(answer)] * self.groups.size).view(self.groups.size, *answer.shape)
         begin = sum(each[:number])
         mine = everywhere[:, begin : begin + each[number]]
         merged = mine[0, ..., :-1], mine[0, ..., -1]
@@ -155,10 +164,9 @@ class Striped:
             for i, length in zip(self.chunks, lengths, strict=True):
                 begin, end = self.queries[i]
                 if begin < end:
-                    place = owner + groups.size * torch.arange(length, device=keys.device)
-                    visible = seen(place, self.positions[begin:end, None], window)[None]
-                    mine = query[None, begin:end].float()
-                    part = attention(mine, now[:1, at : at + length], now[1:, at : at + length], visible)
+                    part = self._pass(
+                        query[None, begin:end], now[:1, at : at + length], now[1:, at : at + length], i, owner, window
+                    )
                     parts[i] = merge(parts[i], part) if i in parts else part
                 at += length
             for work in passing:
@@ -167,6 +175,22 @@ class Striped:
         for i, (result, sums) in parts.items():
             begin, end = self.queries[i]
             out[begin:end], rest[begin:end] = result[0], sums[0]
+
+    def _pass(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, i: int, owner: int, window: int) -> Partial:
+        """The attention of this group's part of chunk `i` to what group `owner` has of its KV. All are [1, tokens, ...]."""
+        number, size = self.groups.number, self.groups.size
+        if not flash_takes(query):
+            begin, end = self.queries[i]
+            place = owner + size * torch.arange(key.shape[1], device=key.device)
+            visible = seen(place, self.positions[begin:end, None], window)[None]
+            return attention(query.float(), key, value, visible)
+        # Counted in each group's own tokens: our token j sees the owner's up to j, or up to j - 1 if its j comes after ours.
+        later = int(owner > number)
+        last = self.groups.held(self.ends[i]) - later
+        before = -(-(window + owner - number) // size) - 1 - later
+        if not last or (window and before < 0):
+            return nothing(query)
+        return flash(query, key[:, :last], value[:, :last], before if window else -1)
 
 
 def pack_stripes(
@@ -191,16 +215,37 @@ def pack_stripes(
     batch = pack(own, mine, capacity, device)
     positions = torch.as_tensor(np.concatenate(places) if places else np.zeros(0, np.int64), device=device)
     ends = [w.start + w.count for w in work]
-    decodes = [i for i, w in enumerate(work) if w.count == 1]
     width = max(-(-groups.held(end, 0) // capacity.block_size) for end in ends)
     tables = np.zeros((len(work), width), np.int64)
     for table, w in zip(tables, work, strict=True):
         table[: len(w.blocks)] = w.blocks[:width]
     striped = Striped(
-        groups, ends, torch.as_tensor(tables, device=device), decodes, [i for i, w in enumerate(work) if w.count > 1],
-        np.array([(ends[i] - 1) % groups.size for i in decodes], np.int64), queries, positions, sampled,
+        groups, ends, torch.as_tensor(tables, device=device), _decodes(groups, work, tables, queries, capacity.block_size, device),
+        [i for i, w in enumerate(work) if w.count > 1], queries, positions, sampled,
     )  # fmt: skip
     return replace(batch, positions=positions, striped=striped), own
+
+
+def _decodes(
+    groups: Groups, work: Sequence[Work], tables: np.ndarray, queries: Sequence[tuple[int, int]], block: int, device: torch.device
+) -> Decodes | None:
+    """The decodes of `work`; None if there are none."""
+    pieces = sorted((i for i, w in enumerate(work) if w.count == 1), key=lambda i: work[i].start % groups.size)
+    if not pieces:
+        return None
+    masters = np.array([work[i].start % groups.size for i in pieces])
+    held = [groups.held(work[i].start + 1) for i in pieces]
+    return Decodes(
+        _counts(masters, groups.size),
+        upload([queries[i][0] for i, master in zip(pieces, masters, strict=True) if master == groups.number], device),
+        upload(tables[pieces, : -(-max(held) // block)], device),
+        upload([work[i].start for i in pieces], device),
+        upload(held, device, torch.int32),
+    )
+
+
+def _counts(owners: np.ndarray, groups: int) -> list[int]:
+    return [int(number) for number in np.bincount(owners, minlength=groups)]
 
 
 def seen(keys: torch.Tensor, queries: torch.Tensor, window: int) -> torch.Tensor:
@@ -221,14 +266,50 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visib
 
 def nothing(query: torch.Tensor) -> Partial:
     """The attention of `query` to no key."""
-    return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
+    return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+
+
+def flash_takes(query: torch.Tensor) -> bool:
+    """Whether torch's flash attention computes such queries. It multiplies numbers of 16 bits, and adds in 32."""
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return query.is_cuda and fits and _has_flash(query.device)
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: int) -> Partial:
+    """As `attention`, in one kernel, where each query sees one key more than the query before it, and the last query sees the last
+    key. `before`: how many keys a query sees besides its last one; -1: all."""
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(
+        query, key.to(query.dtype), value.to(query.dtype), None, None, query.shape[1], key.shape[1], 0.0, True, False,
+        window_size_left=before, window_size_right=0,
+    )  # fmt: skip
+    return _no_key(out, sums.transpose(1, 2))
+
+
+def flash_decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> Partial:
+    """As `attention`, in one kernel, for `query` [pieces, heads, head size]: each sees the first `lengths` [pieces] keys, int32."""
+    pieces, width = key.shape[:2]
+    rows = torch.arange(pieces + 1, dtype=torch.int32, device=query.device)
+    flat = (each.flatten(0, 1).to(query.dtype) for each in (key, value))
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(
+        query, *flat, rows, width * rows, 1, width, 0.0, False, False, seqused_k=lengths
+    )
+    return _no_key(out[:, None], sums.T[:, None])
+
+
+def _no_key(out: torch.Tensor, sums: torch.Tensor) -> Partial:
+    """torch's flash attention says +inf where a query sees no key."""
+    return out.float(), sums.nan_to_num(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The attention over the keys of both."""
-    total = torch.logaddexp(a[1], b[1])
-    first, second = ((sums - total).nan_to_num(nan=-torch.inf).exp()[..., None] for sums in (a[1], b[1]))  # nan: neither has a key
-    return first * a[0] + second * b[0], total
+    share = torch.sigmoid(b[1] - a[1]).nan_to_num(nan=0.0)  # of b; nan: neither has a key
+    return torch.lerp(a[0], b[0], share[..., None]), torch.logaddexp(a[1], b[1])
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Partial:
