@@ -10,6 +10,7 @@ from pathlib import Path
 from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.adapter import WEIGHTS, Adapter
 from stallfree.checkpoint.adapter_config import CONFIG
+from stallfree.checkpoint.safetensors import quantisation
 
 PIECES, PIECE = 256, 4096
 """Pieces of each file that are hashed, evenly spread, and bytes of a piece. A smaller file is hashed whole. Different weights of
@@ -18,7 +19,8 @@ one shape differ everywhere."""
 
 def identity(checkpoint: Checkpoint) -> str:
     """The same name for copies of the same files in any place; another one for other weights or another configuration."""
-    return _name(repr(checkpoint.config), checkpoint.files)
+    packed = quantisation(checkpoint.path) if checkpoint.metadata is None else None
+    return _name(repr(checkpoint.config) + (repr(packed) if packed else ""), checkpoint.files)
 
 
 def adapter_identity(adapter: Adapter) -> str:

@@ -82,9 +82,13 @@ def _blocks(stacked: dict[str, Part], name: str) -> Blocks:
 
 def _packing(path: Path, family: str) -> Packing | None:
     """How matrices are packed, by config.json; None if they are not."""
-    file = path / "config.json"
-    quantised = read_json(file).get("quantization_config")
-    return Packing.of(quantised, str(file)) if quantised and not _mxfp4(family, quantised) else None
+    quantised = quantisation(path)
+    return Packing.of(quantised, str(path / "config.json")) if quantised and not _mxfp4(family, quantised) else None
+
+
+def quantisation(path: Path) -> object:
+    """What a folder's config.json says of packed matrices; None for nothing. Raises CheckpointError as `read_json` does."""
+    return read_json(path / "config.json").get("quantization_config")
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -316,5 +320,5 @@ def _index(folder: Path, files: Sequence[Path]) -> Tensors:
     tensors: Tensors = {}
     for file in files:
         header = read_header(file)
-        tensors |= {name: entry for name, entry in header.items() if folder / names.get(name, file) == file}
+        tensors |= {name: entry for name, entry in header.items() if name not in names or folder / names[name] == file}
     return tensors

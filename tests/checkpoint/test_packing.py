@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from stallfree.checkpoint import CheckpointError, open_checkpoint
+from stallfree.checkpoint.identity import identity
 from stallfree.checkpoint.packing import Packing
 from tests.checkpoint.packing import CONFIGS, GROUP, SCHEME, numbers, pack_folder, stored
 from tests.models import change_json, write_folder
@@ -124,6 +125,15 @@ def test_a_bias_of_zeros_that_the_model_does_not_have_is_left_out(plain, tmp_pat
     save_file(tensors | {name: np.ones(96, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"does not have: 'model\.layers\.0\.mlp\.down_proj\.bias'"):
         open_checkpoint(tmp_path)
+
+
+def test_how_matrices_are_packed_is_part_of_the_identity(plain, tmp_path):
+    for file in plain.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    pack_folder(tmp_path, "gptq")
+    before = identity(open_checkpoint(tmp_path))
+    change_json(tmp_path / "config.json", quantization_config=CONFIGS["gptq"] | {"checkpoint_format": "gptq_v2"})
+    assert identity(open_checkpoint(tmp_path)) != before
 
 
 def test_a_packed_matrix_that_ends_early_is_named(plain, tmp_path):

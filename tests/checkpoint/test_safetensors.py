@@ -84,6 +84,12 @@ def test_tensors_of_several_files_are_found(folder: Path) -> None:
         np.testing.assert_array_equal(values(name, shapes[name]), open_checkpoint(folder).read(name))
 
 
+def test_a_folder_may_have_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_checkpoint(folder).read("model.norm.weight")
+    monkeypatch.chdir(folder.parent)
+    np.testing.assert_array_equal(expected, open_checkpoint(Path(folder.name)).read("model.norm.weight"))
+
+
 @pytest.mark.parametrize(("kind", "bound"), [("F16", 0.002), ("BF16", 0.02)])
 def test_half_precision_is_read_as_float32(folder: Path, kind: str, bound: float) -> None:
     shapes = open_checkpoint(folder).config.tensors()

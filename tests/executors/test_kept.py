@@ -10,7 +10,7 @@ from stallfree.executors.openvino.kept import HEADER, Kept
 
 ARRAYS = {
     "codes": np.arange(-6, 6, dtype=np.int8).reshape(2, 3, 2),
-    "pairs": np.arange(9000, dtype=np.uint16).astype(np.uint8),
+    "pairs": np.arange(9000, dtype=np.uint16),
     "scales": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3, 1),
 }
 

@@ -27,7 +27,7 @@ VERSION = 1
 ALIGNMENT = mmap.ALLOCATIONGRANULARITY
 HEADER = 128
 """Bytes of the first line."""
-TYPES = ("int8", "uint8", "float32")
+TYPES = ("int8", "uint8", "uint16", "float32")
 LEAN_S = 0.05
 """How often mapped memory is given back, in seconds."""
 
