@@ -6,8 +6,8 @@ log-likelihood of each token but a window's first. `agree` is the share of posit
 f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last rows run the default, and the default with u4 KV, in
 iterations of 16 decodes, each of a different window, because decodes use other kernels. `tokens in 1 GiB`: tokens whose KV fits.
 
-With `--model`, only the formats of weights are compared, for these GGUF files: the file's own numbers in f32, its own bits
-(`--weights file`), and int8; u8 KV.
+With `--model`, only the formats of weights are compared, for these GGUF files and folders: the file's own numbers in f32, its own
+bits (`--weights file`), and int8; u8 KV.
 
     python benchmarks/quality.py [--model FILE ...]
 """
@@ -78,9 +78,8 @@ def _within(change: float) -> str:
 
 def rows_of(checkpoint: Checkpoint, runs: Sequence[tuple[str, str, bool]], most: int | None) -> tuple[list[dict[str, str]], int]:
     """A row for each run (weights, KV, whether one token at a time), of which the first is the reference; and the tokens."""
-    if checkpoint.metadata is None:
-        raise SystemExit(f"{checkpoint.path} is no GGUF file")
-    ids = Text.from_gguf(checkpoint.metadata).encode(TEXT.read_text("utf-8"))
+    path, metadata = checkpoint.path, checkpoint.metadata
+    ids = (Text.from_folder(path) if metadata is None else Text.from_gguf(metadata)).encode(TEXT.read_text("utf-8"))
     windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)][:most]
     rows: list[dict[str, str]] = []
     default: dict[bool, float] = {}
@@ -96,7 +95,7 @@ def rows_of(checkpoint: Checkpoint, runs: Sequence[tuple[str, str, bool]], most:
         more = 100 * (perplexity / default[one_by_one] - 1) if kv == "u4" else 0.0
         rows.append(
             {
-                "file": checkpoint.path.name,
+                "file": path.name,
                 "weights": weights,
                 "KV": kv,
                 "run as": f"{DECODES} decodes" if one_by_one else f"chunks of {CHUNK}",
@@ -115,7 +114,7 @@ def rows_of(checkpoint: Checkpoint, runs: Sequence[tuple[str, str, bool]], most:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--model", nargs="+", metavar="FILE", help="GGUF files whose weights are compared")
+    arguments.add_argument("--model", nargs="+", metavar="FILE", help="GGUF files and folders whose weights are compared")
     args: argparse.Namespace = arguments.parse_args()
     facts, rows = machine(), []
     runs = [(weights, kv, False) for weights, kv in CONFIGURATIONS] + [("int8", "u8", True), ("int8", "u4", True)]
