@@ -75,7 +75,8 @@ def results(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
     parts = results[1]["parts"]
-    assert ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "striped", "theirs"] == list(parts)
+    expected = ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "striped", "theirs"]
+    assert expected == list(parts)
     assert {"theirs": "needs cuda"} == {name: part["status"] for name, part in parts.items() if part["status"] != "ok"}
     for row in (row for part in parts.values() for row in part["rows"]):
         assert row["status"] in ("ok", "needs cuda") or row["case"] == "hardware", row

@@ -20,6 +20,7 @@ from stallfree.workload.traffic import SHORTEST_S, Traffic
 if TYPE_CHECKING:
     from stallfree.metrics.capacity import Capacity
     from stallfree.metrics.report import Report
+    from stallfree.sim.elastic import ElasticSimulator
     from stallfree.sim.simulate import Simulation
     from stallfree.sim.simulator import Instance, Simulator
     from stallfree.sim.trials import Trial, Trials, Tried
@@ -223,7 +224,7 @@ def compare(
         measuring.print_parts({f"{name}, {rate:g}/s": report for (name, rate), report in reports.items()})
 
 
-def _summary(simulator: Simulator, run: Simulation, dollars: float | None) -> str:
+def _summary(simulator: Simulator | ElasticSimulator, run: Simulation, dollars: float | None) -> str:
     """One line about a run; `dollars`: US dollars per million output tokens, if the hardware has a price."""
     kv = simulator.instance.capacity
     bubbles = f", bubbles {run.bubbles:.1%}" if kv.depth > 1 else ""
@@ -232,13 +233,17 @@ def _summary(simulator: Simulator, run: Simulation, dollars: float | None) -> st
     return f"{room}: {run.iterations:,} iterations{bubbles}{price}"
 
 
-def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator:
+def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator | ElasticSimulator:
     """A simulator of the deployment. Raises ValueError if it cannot be, if lengths of `traffic` exceed its context, or if its
     requests name a class that is not there.
     """
+    from stallfree.sim import elastic
     from stallfree.sim.simulator import Simulator
 
-    simulator = Simulator(deployment, _instance(deployment))
+    if deployment.policy in elastic.POLICIES:
+        simulator: Simulator | ElasticSimulator = elastic.ElasticSimulator(deployment)
+    else:
+        simulator = Simulator(deployment, _instance(deployment))
     traffic.workload.lengths.check(simulator.instance.capacity.max_model_len)
     words.check_classes(traffic, simulator.classes)
     return simulator

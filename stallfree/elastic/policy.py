@@ -12,7 +12,7 @@ from stallfree.elastic.state import Instances, Iteration, Stream
 SATURATED = 1.05
 """A batch of prompts saturates a group if its seconds per token are at most so many times the least possible."""
 MOST_PROMPTS = 32
-"""The most prompts of one plan. It bounds the search for the best batches, which grows with the square."""
+"""The most waiting prompts that a plan looks at. The search for the best batches grows with the square."""
 
 
 class Prices(Protocol):

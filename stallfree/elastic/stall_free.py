@@ -5,9 +5,8 @@ It sees prices and instances, and learns nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
-from stallfree.elastic.policy import Prices, decoding, fewest_with_room, joined, spread
+from stallfree.elastic.policy import MOST_PROMPTS, Prices, decoding, fewest_with_room, joined, spread
 from stallfree.elastic.state import Instances, Iteration, Stream
 
 ALONE = 10.0
@@ -30,8 +29,10 @@ class StallFree:
     its instances, and chunks of prompts for the time that is left up to `tbt` seconds.
 
     A prompt gets the fewest instances, those with the least work, on which its first token would come within `due` seconds of its
-    arrival; if none are enough, those on which it comes first. Its KV stays on the fewest of them with room. Of the prompts on the
-    same instances, the one whose wait is longest for its size goes first: long ones hold up no short ones, and none starves.
+    arrival, or on which it takes one iteration. If none are enough, it gets the fewest with room: it is late, but others lose
+    least. Its KV stays on the fewest of them with room. Of the prompts on the same instances, the one whose wait is longest for its
+    size goes first: long ones hold up no short ones, and none starves. Past a prompt that has no room, only those go that take one
+    iteration.
     """
 
     def __init__(self, prices: Prices, number: int, tbt: float, due: Callable[[Stream], float]):
@@ -66,28 +67,27 @@ class StallFree:
         return begun if begun or not plans else self.plan(instances, now)  # preempted streams have made room
 
     def _admitted(self, instances: Instances, now: float) -> list[Stream]:
-        """Gives rings to waiting prompts, in the order of their arrival, as long as there is room. All that wait to begin."""
+        """Gives rings to waiting prompts, in the order of their arrival. All that wait to begin."""
         room, load = self._room(instances), [0.0] * self._number
         for stream, ring in self._rings.items():
             for member in ring.members:
                 load[member] += ring.seconds * (1 - stream.computed / stream.length)
-        order = sorted(range(self._number), key=lambda member: load[member])
-        for stream in instances.waiting:
-            if stream in self._rings:
-                continue
-            best, soonest = None, inf
+        order, full = sorted(range(self._number), key=lambda member: load[member]), False
+        for stream in [stream for stream in instances.waiting if stream not in self._rings][:MOST_PROMPTS]:
+            best = None
             for degree in range(1, self._number + 1):
                 members = order[:degree]
                 if sum(max(0, room[member]) for member in members) <= stream.length:
                     continue
-                seconds = self._prices.seconds(degree, [(0, stream.length)])
-                end = now + max(load[member] for member in members) + seconds
-                if end < soonest:
-                    best, soonest = Ring(members, fewest_with_room(stream.length + 1, members, room), seconds), end
-                if soonest <= stream.arrival + self._due(stream):
+                seconds = self._seconds(degree, stream.length)
+                ring = Ring(members, fewest_with_room(stream.length + 1, members, room), seconds)
+                in_time = now + max(load[member] for member in members) + seconds <= stream.arrival + self._due(stream)
+                best = ring if best is None or in_time else best
+                if seconds <= self._tbt or in_time:
                     break
-            if best is None:
-                break
+            if best is None or (full and best.seconds > self._tbt):
+                full = True
+                continue
             self._rings[stream] = best
             spread(stream.length, best.homes, room)
             for member in best.members:
@@ -121,6 +121,8 @@ class StallFree:
         for stream in sorted(prompts, key=lambda stream: (stream.arrival - now) / self._rings[stream].seconds):
             homes = self._rings[stream].homes
             most = min(stream.length - stream.computed, sum(max(0, room[member]) for member in homes))
+            if most < 1:  # decodes have filled its room
+                continue
             tokens = self._tokens(len(group), shape, stream.computed, most, limit)
             if not chunks:
                 tokens = max(tokens, min(LEAST, most))
@@ -137,6 +139,11 @@ class StallFree:
                 del self._rings[last]
             return None
         return Iteration(frozenset(group), chunks, kept)
+
+    def _seconds(self, degree: int, tokens: int) -> float:
+        """Of a prompt in chunks that take `tbt` each. A ring of many instances is slow at small chunks with much before them."""
+        chunk = max(LEAST, self._tokens(degree, [], tokens // 2, tokens, self._tbt))
+        return max(self._prices.seconds(degree, [(0, tokens)]), tokens / chunk * self._tbt if chunk < tokens else 0.0)
 
     def _tokens(self, degree: int, shape: list[tuple[int, int]], before: int, most: int, limit: float) -> int:
         """The most tokens of a chunk beside `shape` within `limit` seconds, in steps of `LEAST`, or all of `most`."""

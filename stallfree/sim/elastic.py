@@ -1,19 +1,49 @@
-"""Instances that form groups anew for every iteration, in virtual time. It knows prices and clocks, and plans nothing."""
+"""Instances that form groups anew for every iteration, in virtual time: their prices, their clocks, and a deployment of them.
+
+It plans nothing; the policies of `stallfree.elastic` do.
+"""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from itertools import count
+from math import inf
 
+from stallfree.core.classes import Classes
 from stallfree.core.plan import Shape
+from stallfree.core.record import Run
+from stallfree.core.slo import Slo
+from stallfree.elastic.loongserve import LoongServe
 from stallfree.elastic.policy import Policy
+from stallfree.elastic.stall_free import StallFree
 from stallfree.elastic.state import Instances, Iteration, Stream
+from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
 from stallfree.perf.kernels import send
 from stallfree.perf.roofline import Roofline
 from stallfree.sim.deployment import Deployment
+from stallfree.sim.simulate import Simulation
+from stallfree.sim.simulator import dollars_per_million, instance
+from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
+
+UNHURRIED_S = 2.0
+"""When first tokens are due without a target, in seconds: the limit for the median of Sarathi-Serve (OSDI'24, section 5)."""
+POLICIES = ("elastic", "loongserve")
+"""Policies that plan groups of instances. The `sp` of such a deployment is the number of its instances."""
+TAKEN = ("model", "hardware", "tp", "sp", "weights", "kv", "engine", "node", "network", "policy", "slo", "max_model_len")
+"""Fields of a deployment that groups of instances have. The others stay at their defaults."""
+
+
+@dataclass(slots=True)
+class Groups:
+    """As `simulate.Machine`: so many iterations of all groups. How long each instance was busy is not counted."""
+
+    iterations: int = 0
+    active_s: float = 0.0
+    busy_s: tuple[float, ...] = ()
 
 
 class Rings:
@@ -43,17 +73,85 @@ class Rings:
         return self._costs[degree - 1].seconds(shape)
 
 
-def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy) -> list[Timeline]:
-    """Serve `arrivals`, in the order of their times, to their ends. Returns their timelines in the order in which they ended.
-    Raises ValueError for a request that does not fit all instances, and if the policy leaves one waiting for ever.
+class ElasticSimulator:
+    """A deployment whose `policy` is one of `POLICIES`, ready to run many times. The policy keeps the targets of requests that name
+    no class. Raises ValueError for fields that groups of instances do not have, and as `simulator.instance` does."""
+
+    def __init__(self, deployment: Deployment):
+        usual = Deployment()
+        for field in fields(deployment):
+            value = getattr(deployment, field.name)
+            if field.name not in TAKEN and value != getattr(usual, field.name):
+                raise ValueError(
+                    f"policy {deployment.policy} has no {field.name}, which is {value}; leave it out, or take policy slo"
+                )
+        if deployment.sp < 2 or deployment.engine.endswith(".json"):
+            raise ValueError(
+                f"policy {deployment.policy} forms groups of instances, with the prices of rings; give --sp 2 or more, and an "
+                "--engine by name"
+            )
+        self.deployment, self.instance, self.rings = deployment, instance(deployment), Rings(deployment)
+        self.classes = None if deployment.slo is None else Classes.parse(deployment.slo)
+        self.policy()
+
+    @property
+    def targets(self) -> Slo | None:
+        """The targets of requests that name no class."""
+        return None if self.classes is None else self.classes.default
+
+    def policy(self) -> Policy:
+        """A new policy."""
+        if self.deployment.policy == "loongserve":
+            return LoongServe(self.rings, self.deployment.sp)
+        targets = self.targets or Slo()
+        if targets.tbt is None:
+            raise ValueError("policy elastic fills iterations up to a target for TBT; give one: --slo tbt=100ms")
+        due = UNHURRIED_S if targets.ttft is None else targets.ttft.seconds
+        return StallFree(self.rings, self.deployment.sp, targets.tbt.seconds, lambda stream: due)
+
+    @property
+    def header(self) -> Run:
+        """Raises ValueError: there are no records."""
+        raise ValueError(f"policy {self.deployment.policy} keeps no records; leave out --record and --chrome-trace")
+
+    def run(
+        self,
+        arrivals: Iterable[Arrival],
+        *,
+        ended: Callable[[Timeline], None] | None = None,
+        records: bool = False,
+        spans: bool = False,
+    ) -> Simulation:
+        """Serve `arrivals`. Raises ValueError as `serve` does, and if records or spans are wanted."""
+        if records or spans:
+            _ = self.header
+        return serve(arrivals, self.rings, self.policy(), ended)
+
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
+        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
+        tally = Tally(slo)
+        self.run(traffic.stream(rate, seed), ended=tally.add)
+        return tally.report(rate)
+
+    def dollars_per_million(self, report: Report) -> float | None:
+        """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""
+        return dollars_per_million(self.instance.dollars, report)
+
+
+def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy, ended: Callable[[Timeline], None] | None = None) -> Simulation:
+    """Serve `arrivals`, in the order of their times, to their ends. `ended`: called with the timeline of each request that ends;
+    then no timelines are kept. Raises ValueError for a request that does not fit all instances, and if the policy leaves one
+    waiting for ever.
     """
-    instances, lines, number = Instances(rings.rooms), [], count()
+    lines: list[Timeline] = []
+    end = lines.append if ended is None else ended
+    instances, number, groups = Instances(rings.rooms), count(), Groups()
     outputs: dict[Stream, tuple[int, Timeline]] = {}
     ends: list[tuple[float, int, Iteration]] = []
     coming = iter(arrivals)
     arrival = next(coming, None)
     while arrival is not None or ends:
-        now = min(ends[0][0] if ends else float("inf"), arrival.at + rings.front_s if arrival else float("inf"))
+        now = min(ends[0][0] if ends else inf, arrival.at + rings.front_s if arrival else inf)
         while arrival is not None and arrival.at + rings.front_s <= now:
             stream = Stream(str(next(number)), arrival.at, arrival.prompt_tokens)
             if arrival.prompt_tokens + arrival.output_tokens > sum(rings.rooms):
@@ -62,7 +160,15 @@ def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy) -> list[Tim
                     f"{sum(rings.rooms):,}; limit the lengths (--max-total)"
                 )
             instances.arrive(stream)
-            outputs[stream] = arrival.output_tokens, Timeline(stream.id, arrival.at, arrival.prompt_tokens)
+            line = Timeline(
+                stream.id,
+                arrival.at,
+                arrival.prompt_tokens,
+                tenant=arrival.tenant,
+                service_class=arrival.service_class,
+                priority=arrival.priority,
+            )
+            outputs[stream] = arrival.output_tokens, line
             arrival = next(coming, None)
         while ends and ends[0][0] <= now:
             for stream in instances.end(heapq.heappop(ends)[2]):
@@ -71,7 +177,7 @@ def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy) -> list[Tim
                 if stream.output == most:
                     instances.leave(stream)
                     line.finished, line.reason = now, "length"
-                    lines.append(line)
+                    end(line)
                     del outputs[stream]
                     policy.ended(stream, now - line.tokens[0])
         for iteration in policy.plan(instances, now):
@@ -83,9 +189,10 @@ def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy) -> list[Tim
                 line = outputs[stream][1]
                 line.scheduled = now if line.scheduled is None else line.scheduled
             heapq.heappush(ends, (now + seconds, next(number), iteration))
+            groups.iterations += 1
     if outputs:
         raise ValueError(f"{type(policy).__name__} plans no work for {len(outputs)} requests; they would wait for ever")
-    return lines
+    return Simulation([groups], lines, [], [])
 
 
 def shape(iteration: Iteration) -> Shape:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from struct import pack
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from zlib import crc32
 
 from stallfree.core.ledger import Limits
@@ -33,13 +33,24 @@ STOP = -1
 """The token that ends an output before `max_tokens`; no prompt has it."""
 
 
+class Machine(Protocol):
+    """What a simulation says of a machine. For the values see `Replica`."""
+
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def active_s(self) -> float: ...
+    @property
+    def busy_s(self) -> Sequence[float]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """`lines`: the requests' timelines, in the order in which they ended in each replica; empty if `ended` took them. `records`,
     `spans`: those of each replica, if wanted.
     """
 
-    replicas: Sequence[Replica]
+    replicas: Sequence[Machine]
     lines: list[Timeline]
     records: list[list[StepRecord]]
     spans: list[list[Span]]

@@ -157,9 +157,13 @@ class Simulator:
 
     def dollars_per_million(self, report: Report) -> float | None:
         """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""
-        if self.instance.dollars is None or not report.output_tokens_per_s:
-            return None
-        return self.instance.dollars * self.deployment.replicas / 3600 / report.output_tokens_per_s * 1e6
+        dollars = self.instance.dollars
+        return dollars_per_million(None if dollars is None else dollars * self.deployment.replicas, report)
+
+
+def dollars_per_million(dollars: float | None, report: Report) -> float | None:
+    """US dollars for a million output tokens on devices that cost so much an hour; None if that, or the tokens, are nothing."""
+    return None if dollars is None or not report.output_tokens_per_s else dollars / 3600 / report.output_tokens_per_s * 1e6
 
 
 def instance(deployment: Deployment) -> Instance:
