@@ -248,3 +248,34 @@ def test_prefix_cache_hits_are_reported(stallfree, tmp_path):
     assert 3 * 512 == json.loads(stallfree(*arguments, "--prefix-cache", "--json")[1])["cached_tokens"]
     assert "prefix cache" not in stallfree(*arguments)[1]
     assert "The prefix cache had no hits" in stallfree("simulate", *LLAMA, "--rate", "4", "--prefix-cache")[1]
+
+
+GROUPS = ("--model", "llama2-7b", "--hardware", "a800", "--tp", "2", "--sp", "4", "--requests", "20", "--slo", "tbt=100ms")
+
+
+def test_compare_puts_elastic_groups_beside_a_ring(stallfree):
+    long = ("--lengths", "300/30 + 20%:100000/20", "--max-model-len", "200000", "--rates", "1")
+    code, out, _ = stallfree("compare", "loongserve", "elastic", "slo", *GROUPS, *long, "--json")
+    assert 0 == code
+    runs = {run["configuration"]: run for run in json.loads(out)["runs"]}
+    assert {"loongserve", "elastic", "slo"} == {*runs}
+    assert all(20 == run["completed"] and not run["errors"] for run in runs.values())
+    assert runs["elastic"]["tbt_s"]["max"] <= 0.1 < runs["slo"]["ttft_s"]["p50"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "elastic", "--sp", "1"), "policy elastic forms groups of instances, with the prices of rings; give --sp 2"),
+        (("--policy", "loongserve", "--prefix-cache"), "policy loongserve has no prefix_cache, which is True; leave it out"),
+        (("--policy", "elastic", "--slo", "ttft=1s"), "policy elastic fills iterations up to a target for TBT; give one"),
+        (("--policy", "loongserve", "--max-model-len", "2000000"), "a request of 2,000,000 tokens (--max-model-len) does not fit"),
+        (("--policy", "elastic", "--record", "new.jsonl"), "policy elastic keeps no records; leave out --record"),
+    ],
+)
+def test_what_elastic_groups_do_not_have_is_refused(stallfree, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = stallfree("simulate", *GROUPS, "--rate", "1", *options)
+    assert code != 0
+    assert message in error
+    assert not [*tmp_path.iterdir()]
