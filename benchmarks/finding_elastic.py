@@ -164,8 +164,10 @@ def main() -> None:
                 show(f"Capacity, requests/s, 90 % {title}", table, machine(), args.json)
                 show("Ratios", [ratios(load, rates) for load in loads], machine(), None)
             if args.plot:
-                sides = {side: [(number, rates[load, side] or 0.0) for number, load in enumerate(loads)] for side in SIDES}
-                plot.lines(sides, ", ".join(loads), "requests/s", "Llama-2-7B on 8 A800", args.plot, log="y")
+                numbered = list(enumerate(loads))
+                sides = {side: [(n, rate) for n, load in numbered if (rate := rates[load, side])] for side in SIDES}
+                words = ", ".join(f"{n}: {load}" for n, load in numbered)
+                plot.lines(sides, words, "requests/s, sustained", "Llama-2-7B on 8 A800", args.plot, log="y")
         if "beside" in args.parts:
             rates = {"zipf 1.0": 0.8, "zipf 1.2": 2.0, "zipf 1.4": 6.0, "chats": 15.0, "mixed": 0.3}
             cases = [(load, side, rates[load]) for load, side in product(loads, SIDES) if (load, side) != ("mixed", "4 x TP2")]
