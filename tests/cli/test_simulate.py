@@ -119,7 +119,7 @@ def test_a_mistake_in_the_file_is_named(stallfree, tmp_path, text, says):
 def test_capacity_is_found_for_each_configuration(stallfree, tmp_path):
     file = tmp_path / "two.toml"
     file.write_text("[configurations.two-devices]\ntp = 2\n")
-    search = ("--config", str(file), "--slo", "tbt=40ms", "--start", "8", "--tolerance", "0.3", "--trials", "1")
+    search = ("--config", str(file), "--slo", "tbt=40ms", "--start", "8", "--tolerance", "0.3", "--trials", "1", "--shortest", "5")
     code, out, _ = stallfree("capacity", "sarathi:256", *LLAMA, *search, "--json")
     configurations = json.loads(out)["configurations"]
     assert (0, {"sarathi:256", "two-devices"}) == (code, set(configurations))
