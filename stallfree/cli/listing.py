@@ -21,11 +21,13 @@ def listing(what: What, as_json: options.Json = False) -> None:
         import importlib
 
         from stallfree import policies
+        from stallfree.sim import elastic
 
         rows = {
             n: _first_sentence(importlib.import_module(f"stallfree.policies.{n.replace('-', '_')}").__doc__)
             for n in policies.names()
         }
+        rows |= {n: f"{about}; in simulations with --sp" for n, about in elastic.POLICIES.items()}
     elif what is What.hardware:
         from stallfree.perf import hardware
 

@@ -31,8 +31,11 @@ from stallfree.workload.workload import Arrival
 
 UNHURRIED_S = 2.0
 """When first tokens are due without a target, in seconds: the limit for the median of Sarathi-Serve (OSDI'24, section 5)."""
-POLICIES = ("elastic", "loongserve")
-"""Policies that plan groups of instances. The `sp` of such a deployment is the number of its instances."""
+POLICIES = {
+    "elastic": "Stall-free groups of instances: they grow for a prompt that would be late, and every decode is in every iteration",
+    "loongserve": "Groups of instances that form anew for every iteration, with whole prompts (LoongServe, arXiv 2404.09526)",
+}
+"""Policies that plan groups of instances, in words. The `sp` of such a deployment is the number of its instances."""
 TAKEN = ("model", "hardware", "tp", "sp", "weights", "kv", "engine", "node", "network", "policy", "slo", "max_model_len")
 """Fields of a deployment that groups of instances have. The others stay at their defaults."""
 
