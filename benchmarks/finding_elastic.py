@@ -77,7 +77,7 @@ def alone(prompt: int, output: int) -> float:
 
 
 def run(side: str, lengths: str, rate: float, seed: int, requests: int) -> list[Timeline]:
-    """The timelines under a load; none if a request does not fit."""
+    """The timelines under a load. Raises ValueError if a request does not fit."""
     arrivals = Traffic("poisson", lengths, LONGEST, requests=requests).lasting(LASTING_S, rate).stream(rate, seed)
     if side in ("TP8 chunks", "TP8 slo"):
         policy = {"policy": "sarathi", "token_budget": 2048} if side == "TP8 chunks" else {"policy": "slo", "slo": f"tbt={TBT_S}s"}

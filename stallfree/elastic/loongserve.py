@@ -15,11 +15,10 @@ WORTH = 0.9
 
 
 class Batch(NamedTuple):
-    """Prompts that a group computes together in `seconds`."""
+    """Prompts that a group computes together."""
 
     prompts: Sequence[Stream]
     members: Sequence[int]
-    seconds: float
 
 
 class Allocation(NamedTuple):
@@ -167,7 +166,7 @@ class LoongServe:
                         seconds = self._seconds(batch, len(group))
                         weight = before[0] + sum(seconds / stream.length for stream in batch)
                         if weight < choice[0]:
-                            choice = weight, [*before[1], Batch(batch, group, seconds)]
+                            choice = weight, [*before[1], Batch(batch, group)]
                 if choice[0] < inf:
                     best[to, end] = choice
         return best.get((len(members), len(prompts)), (inf, []))[1]

@@ -17,16 +17,15 @@ from stallfree.elastic.loongserve import LoongServe
 from stallfree.elastic.policy import Policy
 from stallfree.elastic.stall_free import StallFree
 from stallfree.elastic.state import Instances, Iteration, Stream
-from stallfree.metrics.report import Report, Tally, Targets
+from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
 from stallfree.perf.kernels import send
 from stallfree.perf.roofline import Roofline
 from stallfree.sim.deployment import Deployment
-from stallfree.sim.simulate import Simulation
+from stallfree.sim.simulate import Simulates, Simulation
 from stallfree.sim.simulator import dollars_per_million, instance
-from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
 UNHURRIED_S = 2.0
@@ -76,7 +75,7 @@ class Rings:
         return self._costs[degree - 1].seconds(shape)
 
 
-class ElasticSimulator:
+class ElasticSimulator(Simulates):
     """A deployment whose `policy` is one of `POLICIES`, ready to run many times. The policy keeps the targets of requests that name
     no class. Raises ValueError for fields that groups of instances do not have, and as `simulator.instance` does."""
 
@@ -129,12 +128,6 @@ class ElasticSimulator:
         if records or spans:
             _ = self.header
         return serve(arrivals, self.rings, self.policy(), ended)
-
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
-        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
-        tally = Tally(slo)
-        self.run(traffic.stream(rate, seed), ended=tally.add)
-        return tally.report(rate)
 
     def dollars_per_million(self, report: Report) -> float | None:
         """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""

@@ -4,6 +4,7 @@ It knows no rates, targets or model names: arrivals are drawn elsewhere, and `me
 """
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
 from stallfree.core.speculation import Speculation
+from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.sim.cluster import serve
 from stallfree.sim.guesses import Chance
@@ -27,6 +29,7 @@ from stallfree.sim.replica import LEAP, Replica, Span, script
 from stallfree.sim.routers import load
 from stallfree.sim.shelf import Shelf
 from stallfree.workload.prompt import Prompt
+from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
 STOP = -1
@@ -64,6 +67,20 @@ class Simulation:
         """The share of time in which a stage was idle, while its replica had an iteration under way."""
         active = sum(replica.active_s * len(replica.busy_s) for replica in self.replicas)
         return 1 - sum(sum(replica.busy_s) for replica in self.replicas) / active if active else 0.0
+
+
+class Simulates(ABC):
+    """A deployment ready to run. A trial is a run that keeps no timelines."""
+
+    @abstractmethod
+    def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> object:
+        """Serve `arrivals`. `ended`: called with the timeline of each request that ends; then no timelines are kept."""
+
+    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
+        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
+        tally = Tally(slo)
+        self.run(traffic.stream(rate, seed), ended=tally.add)
+        return tally.report(rate)
 
 
 class Drafts(NamedTuple):

@@ -15,7 +15,7 @@ from stallfree.core.policy import CostModel, Forecasting, Policy, Setup, Tuned
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
 from stallfree.core.speculation import MOST
-from stallfree.metrics.report import Report, Tally, Targets
+from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import shape as models
@@ -26,9 +26,8 @@ from stallfree.policies.slo import possible
 from stallfree.sim.deployment import Deployment
 from stallfree.sim.guesses import Chance
 from stallfree.sim.shelf import Shelf, ranks
-from stallfree.sim.simulate import Drafts, Simulation, simulate
+from stallfree.sim.simulate import Drafts, Simulates, Simulation, simulate
 from stallfree.workload.mix import weights
-from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
 DRAFTED = [(512, 1)] * 8
@@ -52,7 +51,7 @@ class Instance(NamedTuple):
     shelf: Shelf | None = None
 
 
-class Simulator:
+class Simulator(Simulates):
     """A deployment ready to run many times, on the instance `placed`, or else on that of the roofline.
 
     Raises ValueError for unknown names, limits that do not fit, options that the policy does not take, and impossible targets.
@@ -148,12 +147,6 @@ class Simulator:
             small = instance(replace(deployment, model=deployment.draft_model, rank=None, max_model_len=None))
             draft_s = small.cost.seconds(DRAFTED)
         return Drafts(Chance(acceptance, draft_s), deployment.draft_tokens, calibrated(self.instance))
-
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
-        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
-        tally = Tally(slo)
-        self.run(traffic.stream(rate, seed), ended=tally.add)
-        return tally.report(rate)
 
     def dollars_per_million(self, report: Report) -> float | None:
         """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""

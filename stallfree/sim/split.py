@@ -8,7 +8,6 @@ from typing import Any
 from stallfree.core.plan import Shape
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-from stallfree.metrics.report import Report, Tally, Targets
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
@@ -17,10 +16,9 @@ from stallfree.sim import pairings
 from stallfree.sim.deployment import Split
 from stallfree.sim.fabric import Port
 from stallfree.sim.replica import Replica
-from stallfree.sim.simulate import holding, scripted, uncollected
+from stallfree.sim.simulate import Simulates, holding, scripted, uncollected
 from stallfree.sim.simulator import Instance, Simulator
 from stallfree.sim.transfer import Pools, Totals
-from stallfree.workload.traffic import Traffic
 from stallfree.workload.workload import Arrival
 
 
@@ -37,7 +35,7 @@ class PoolsResult:
     decode_idle: float = 0.0
 
 
-class SplitSimulator:
+class SplitSimulator(Simulates):
     """The deployment `split`, ready to run many times. Its pools are on the instances `prefill` and `decode`, or else on those of
     the roofline. Raises ValueError for pools that do not fit the nodes, or that do not serve the same model with the same KV, and
     as `Simulator` does.
@@ -72,12 +70,6 @@ class SplitSimulator:
         near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
         self._near = [numbers or list(range(len(targets))) for numbers in near]
         pairings.load(split.pairing, self._near)
-
-    def trial(self, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
-        """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
-        tally = Tally(slo)
-        self.run(traffic.stream(rate, seed), ended=tally.add)
-        return tally.report(rate)
 
     @property
     def dollars(self) -> float | None:

@@ -46,8 +46,8 @@ POLICIES = {
 class Watched:
     """A policy whose every plan is checked: streams hold what they have, and the instances what they hold."""
 
-    def __init__(self, policy, instances=None):
-        self.policy, self.tbt = policy, 0.0
+    def __init__(self, policy):
+        self.policy = policy
         self.degrees, self.together = set(), False
 
     def ended(self, stream, seconds):
@@ -203,6 +203,21 @@ def test_a_prompt_is_spread_whole_or_not_at_all(tokens, room):
     assert all(0 < part <= before[member] for member, part in parts.items())
 
 
+def test_kv_moves_whole_and_only_where_there_is_room():
+    instances = Instances([100, 100])
+    for name, held in (("a", {0: 60}), ("b", {1: 50})):
+        instances.arrive(stream := Stream(name, 0.0, sum(held.values())))
+        instances.begin(iteration := Iteration(frozenset(held), {stream: held}))
+        instances.end(iteration)
+    first, second = instances.running
+    with pytest.raises(ValueError, match="a cannot move 60 tokens to instance 1, with room for 50"):
+        instances.move(first, 1)
+    assert (instances.free, first.held) == ([40, 50], {0: 60})
+    instances.leave(second)
+    instances.move(first, 1)
+    assert (instances.free, first.held) == ([100, 40], {1: 60})
+
+
 def test_instances_that_share_a_stream_are_joined_also_through_others():
     instances = Instances([ROOM] * 5)
     for name, held in (("a", {0: 5, 1: 5}), ("b", {1: 5, 3: 5}), ("c", {2: 5})):
@@ -221,5 +236,6 @@ def test_rings_have_the_prices_of_fixed_ones():
     assert sum(rings.rooms) // 16 == whole.capacity.num_blocks
     assert rings.seconds(4, [(0, 50_000)]) == whole.cost.seconds([(0, 50_000)])
     assert rings.seconds(1, [(0, 50_000)]) > 3 * rings.seconds(4, [(0, 50_000)])
-    # 2.1 MB of KV of 4 tokens on two devices, which each send a half over 200 GB/s
+    # each of two devices sends its half of 0.52 MB a token, over 185 GB/s
+    assert rings.moving(200_000) == pytest.approx(200_000 * 262_144 / 185e9, rel=1e-3)
     assert rings.moving(400_000) / rings.moving(200_000) == pytest.approx(2, rel=1e-3)

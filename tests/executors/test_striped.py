@@ -111,6 +111,16 @@ def rings(request, tmp_path_factory):
     return {size: Ring(checkpoint, size) for size in (1, 2, 3, 4)}
 
 
+SAME = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+"""The same examples in each run."""
+
+
 @st.composite
 def iterations(draw):
     """Iterations with pieces of up to three requests, each of which goes on where it was, or begins again from a cached part."""
@@ -126,13 +136,7 @@ def iterations(draw):
     return plans
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SAME
 @given(plans=iterations(), size=st.sampled_from((2, 3, 4)))
 def test_any_split_of_the_tokens_gives_the_logits_of_one_rank(rings, plans, size):
     for plan in plans:
@@ -155,13 +159,7 @@ class Flash:
         return striped_attention.attention(query[:, None], key, value, visible)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SAME
 @given(plans=iterations(), size=st.sampled_from((2, 3, 4)))
 def test_what_flash_attention_is_told_to_see_gives_the_logits_of_one_rank(rings, plans, size):
     with pytest.MonkeyPatch.context() as patch:
