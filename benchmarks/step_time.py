@@ -69,7 +69,7 @@ def batch(decodes: int, chunk: int = 0, context: int = 512) -> dict[str, Any]:
 
 BATCHES = [
     batch(1, context=32),
-    *(batch(n) for n in (1, 4, 8, 16, 32)),
+    *(batch(n) for n in (1, 2, 4, 8, 16, 32)),
     *(batch(16, chunk) for chunk in (16, 32, 64, 128, 256, 512)),
     batch(0, 512),
 ]

@@ -17,7 +17,10 @@ ALLOWED = {
     "perf": ({"core", "checkpoint", "perf"}, set()),
     "checkpoint": ({"checkpoint"}, {"gguf", "huggingface_hub", "numpy"}),
     "parsers": ({"parsers"}, set()),
-    "executors": ({"core", "checkpoint", "executors"}, {"flashinfer", "msgpack", "numpy", "openvino", "ray", "torch", "triton"}),
+    "executors": (
+        {"core", "checkpoint", "executors"},
+        {"flashinfer", "llvmlite", "msgpack", "numba", "numpy", "openvino", "ray", "torch", "triton"},
+    ),
     "proposers": ({"core", "executors", "proposers"}, set()),
     "engine": (
         {"core", "perf", "policies", "proposers", "qos", "checkpoint", "engine", "executors"},

@@ -7,6 +7,7 @@ from worker import job, say, tokens
 
 from stallfree.checkpoint import open_checkpoint
 from stallfree.core.plan import Plan, Work
+from stallfree.engine.calibrate import quicker_few
 from stallfree.executors.openvino import OpenVINOExecutor
 
 
@@ -14,6 +15,7 @@ def main() -> None:
     task = job()
     say(version=f"stallfree {version('stallfree')}, openvino {version('openvino')}")
     executor = OpenVINOExecutor(open_checkpoint(task["model"]), weights=task["weights"], kv_bytes=1 << 28)
+    executor.few = quicker_few(executor)
     size = executor.capacity.block_size
     longest = max(max(b["context"] + 1, b["chunk"]) for b in task["batches"])
     per_request = -(-longest // size)

@@ -7,7 +7,6 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.engine.text import Text
-from stallfree.executors.base import Executor
+from stallfree.executors.base import Executor, TakesFew
 from stallfree.executors.host_memory import check_model, default_kv_bytes, weight_bytes
 from stallfree.executors.machine import machine
 from stallfree.executors.sampling import Sampling
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
 
 SMALL = 32 << 20
 """Weights in files of at most this many bytes are converted at each start: it takes less than a second."""
+
+Stage = Callable[[str], None]
+"""Is told what is done with a model now, such as loading."""
 
 Progress = Callable[[str], calibrate.Progress]
 """Gives what is called while something that has this label takes its time."""
@@ -255,7 +257,9 @@ def _cost(
         return Fitted(SIMULATED)
     folder = cache_folder() / "calibration"
     model = calibrate.remembered(key, folder)
-    if model is not None:
+    if model is not None and model.few <= (executor.most_few if isinstance(executor, TakesFew) else 0):
+        if isinstance(executor, TakesFew):
+            executor.few = model.few
         return model
     say("calibrating: timing iterations on this machine, once (`stallfree calibrate` does it again)")
     model, errors = calibrate.calibrate(executor, progress, unmet=0.0 if config is None else config.unmet)
@@ -273,8 +277,13 @@ def _speculation(
         own = completed(replace(options, max_model_len=None, tp=1, sp=1, pp=1, adapter=None, adapters=None), checkpoint)
         memory = int(share * (own.kv_memory or _kv_bytes(own, checkpoint)))
         make = MAKERS.get(options.executor, (_own, None, None))[0]
-        loading = partial(say, f"loading the draft model {checkpoint.path.name}")
-        return make(checkpoint, replace(own, kv_memory=memory), loading, lambda done, of: None)
+        path = checkpoint.path
+        return make(
+            checkpoint,
+            replace(own, kv_memory=memory),
+            lambda stage: say(f"{stage} the draft model {path.name}"),
+            lambda done, of: None,
+        )
 
     proposer = proposing.proposer(options.speculate, executor, text, config, small, say)
     return Speculation(proposer, cost, options.draft_tokens, None if config is None else config.vocab_size)
@@ -388,7 +397,7 @@ def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> 
     if options.generation_config == "none":
         recommendation = {}
     sampling = Sampling(**recommendation)  # type: ignore[arg-type]  # top_k is an int
-    executor = make(checkpoint, options, lambda: say(f"loading {path.name}"), progress("converting"))
+    executor = make(checkpoint, options, lambda stage: say(f"{stage} {path.name}"), progress("converting"))
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # a model in several files has one name
     name = EMBEDDED if options.model is None else options.model if not Path(options.model).exists() else stem
     key = calibration_key(options, path, executor.capacity.max_model_len)
@@ -397,13 +406,13 @@ def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> 
     return executor, text, name, f"{weights} weights, {kv} KV", key, whole, sampling, checkpoint.config
 
 
-def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
+def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting: calibrate.Progress) -> Executor:
     from stallfree.executors.openvino import OpenVINOExecutor
 
     if not options.alone or options.device not in (None, "cpu"):
         takes = "--executor torch takes device, tp, sp and pp"
         raise ValueError(f"executor openvino is one process on this machine's processor; {takes}")
-    loading()
+    stage("loading")
     return OpenVINOExecutor(
         checkpoint,
         weights=options.weights or "",
@@ -413,15 +422,16 @@ def _openvino(checkpoint: Checkpoint, options: Options, loading: Callable[[], No
         threads=options.threads,
         folder=cache_folder() / "converted" if sum(file.stat().st_size for file in checkpoint.files) > SMALL else None,
         progress=converting,
+        compiling=lambda: stage("compiling, once on this machine, what few tokens take in"),
     )
 
 
-def _torch(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
+def _torch(checkpoint: Checkpoint, options: Options, stage: Stage, converting: calibrate.Progress) -> Executor:
     from stallfree.executors import torch as executors
 
     arithmetic(options, checkpoint)
     torch_options = _torch_options(options)
-    loading()
+    stage("loading")
     if options.alone:
         return executors.TorchExecutor(checkpoint, torch_options, options.kv_memory)
     return executors.ParallelExecutor(
@@ -464,7 +474,7 @@ def _device(options: Options) -> str:
     return options.device or usual_device()
 
 
-def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], converting: calibrate.Progress) -> Executor:
+def _own(checkpoint: Checkpoint, options: Options, stage: Stage, converting: calibrate.Progress) -> Executor:
     """An executor that a user wrote: its class gets the checkpoint, and those of these options that its parameters name."""
     cls, name = user_classes.find("executor", options.executor, method="submit"), options.executor
     parameters = user_classes.parameters(cls, skip=1)
@@ -481,7 +491,7 @@ def _own(checkpoint: Checkpoint, options: Options, loading: Callable[[], None], 
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in values:
             raise ValueError(f"executor {name!r} needs {key}, which was not given (--{key.replace('_', '-')})")
-    loading()
+    stage("loading")
     executor: Executor = cls(checkpoint, **values)
     return executor
 

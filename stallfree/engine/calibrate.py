@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from stallfree.core.plan import Capacity, Plan, Shape, Work
 from stallfree.executors import machine as machines
-from stallfree.executors.base import Executor
+from stallfree.executors.base import Executor, TakesFew
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted, Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 PATIENCE_S = 8.0
 """Seconds after which a calibration ends, if it has timed every shape once."""
 
@@ -33,6 +34,9 @@ RING, CHUNK = 4096, 512
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
 """The sampling of the decodes of `_sampled`."""
+
+FEW, FEW_TURNS = (4, 2, 1), 5
+"""Numbers of tokens for which the two ways of an executor are compared (`TakesFew`), and how often."""
 
 TILES = (64, 32, 16, 8)
 """Sizes of the tiles, in tokens, in which executors may work, the largest first."""
@@ -47,15 +51,18 @@ def calibrate(
     """Time iterations on an idle `executor` and fit a model to them. Returns the model and its errors. Overwrites the KV.
 
     `wanted`: the shapes to time, for an executor whose sampling takes no time on the host; by default, those of a processor.
-    `unmet`: the share of experts that a token does not meet (`Fitted`).
+    `unmet`: the share of experts that a token does not meet (`Fitted`). An executor that takes few tokens another way is set to do
+    so as long as that is quicker.
     """
-    capacity = executor.capacity
+    capacity, few = executor.capacity, 0
     shapes = [shape for shape in wanted or processor_shapes(capacity) if _fits(shape, capacity)]
     sampled = [] if wanted else [shape for shape in _sampled(capacity) if _fits(shape, capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
     probes = [[(0, size)] for size in sorted(sizes) if not wanted and _fits([(0, size)], capacity)]
     end = time.perf_counter() + PATIENCE_S
     _fill(executor, min(CHUNK, max(sum(count for _, count in shape) for shape in shapes)))
+    if isinstance(executor, TakesFew):
+        few = executor.few = quicker_few(executor)
     samples: list[Sample] = []
     # Shapes are timed twice if there is time, so that a slow moment of the machine does not affect one kind of iteration alone.
     plan = [*shapes, *probes, *sampled, *shapes, *sampled]
@@ -65,7 +72,7 @@ def calibrate(
         samples.append((shape, timed(executor, shape)))
         progress(len(samples), len(plan))
     times = {shape[0][1]: seconds for shape, seconds in samples[len(shapes) : len(shapes) + len(probes)]}
-    model = Fitted.fit(samples, _quantum(times), unmet)
+    model = Fitted.fit(samples, _quantum(times), unmet, few)
     progress(len(plan), len(plan))
     return model, model.errors(samples)
 
@@ -164,7 +171,7 @@ def processor_shapes(capacity: Capacity) -> Iterator[list[tuple[int, int]]]:
     long = min(2048, capacity.max_model_len * 3 // 4)
     middle = long // 4
     for context in (16, middle, long):
-        for batch in (1, 4, 12, 32):
+        for batch in (1, 2, 4, 12, 32):
             yield [(context, 1)] * batch
     for start in (0, middle, long):
         for count in (16, 48, 128):
@@ -213,6 +220,20 @@ def timed(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
     plan = Plan(0, 0.0, tuple(work))
     seconds = _seconds(executor, plan)
     return seconds if seconds > SHORT_S else _seconds(executor, plan)
+
+
+def quicker_few(executor: TakesFew) -> int:
+    """The most tokens, with some context, for which the other way of `executor` is quicker. Overwrites KV."""
+    context = min(256, executor.capacity.max_model_len // 2)
+    for tokens in [tokens for tokens in FEW if tokens <= executor.most_few and _fits([(context, 1)], executor.capacity)]:
+        times: list[list[float]] = [[], []]
+        for _ in range(FEW_TURNS):
+            for way, few in enumerate((0, tokens)):
+                executor.few = few
+                times[way].append(timed(executor, [(context, 1)] * tokens))
+        if median(times[1]) < median(times[0]):
+            return tokens
+    return 0
 
 
 def _seconds(executor: Executor, plan: Plan) -> float:

@@ -97,5 +97,15 @@ class Verifies(Protocol):
     verifies: Literal[True]
 
 
+@runtime_checkable
+class TakesFew(Executor, Protocol):
+    """Optional ability of an executor: iterations without adapters of at most `few` tokens go another way than the others. It is
+    quicker up to some number of tokens, at most `most_few`: `few` may be set to any number up to it, between plans. 0: none do.
+    """
+
+    few: int
+    most_few: int
+
+
 class Lost(RuntimeError):
     """The process that ran the model is gone, and all KV with it. The executor has started it again."""

@@ -13,17 +13,18 @@ from stallfree.core.plan import Shape, parts
 
 FEATURES = (
     "iteration", "tokens", "decode context", "prefill context", "prefill attention", "sampled rows", "adapter ranks",
-    "adapter products", "experts",
+    "adapter products", "experts", "many tokens", "few tokens",
 )  # fmt: skip
-"""In this order: 1; the iteration's tokens; tokens of KV that its decodes read; tokens of KV that its prefill chunks read; pairs of
-query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling counts as; the sum of
-the ranks of its adapters; that sum times the tokens; the expected share of a layer's experts that at least one token meets, or 0
-for a dense model."""
+"""In this order: 1; the iteration's tokens, if they are many; tokens of KV that its decodes read; tokens of KV that its prefill
+chunks read; pairs of query and key in those chunks; rows of logits, one for each piece of work, with the extra rows that sampling
+counts as; the sum of the ranks of its adapters; that sum times the tokens; the expected share of a layer's experts that at least
+one token meets, or 0 for a dense model; 1 if the tokens are many; its tokens, if they are few. Only executors that take a few
+tokens another way know few: for others, the last two are 0."""
 
-SIZES = (len(FEATURES) - 3, len(FEATURES) - 1, len(FEATURES))
-"""How many prices a cost model may be made of: that of experts may be left out, and those of adapters."""
+SIZES = (len(FEATURES) - 5, len(FEATURES) - 3, len(FEATURES) - 2, len(FEATURES))
+"""How many prices a cost model may be made of: those of few tokens may be left out, that of experts, and those of adapters."""
 
-SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0, 1.0)
+SCALE = (1.0, 100.0, 10_000.0, 10_000.0, 100_000.0, 10.0, 100.0, 10_000.0, 1.0, 1.0, 1.0)
 """The unit of each feature. With these units all prices have one order of magnitude, and the least squares are well conditioned."""
 
 GUESSES = {6: (0, 0.3), 7: (1, 0.05)}
@@ -44,7 +45,11 @@ FORGET = 0.99
 HASTE = 0.1
 """The weight of the newest iteration in `pace`, which has two thirds of a change of speed after ten iterations."""
 
+ALL_MANY = -1
+"""A value of `few` with which any number of tokens is many."""
+
 Row = list[float]
+Features = tuple[float, float, float, float, float, float, float, float, float, float, float]
 Sample = tuple[Shape, float]
 """An iteration's shape and the seconds that it took."""
 
@@ -74,16 +79,25 @@ class Fitted:
     forgetting (Ljung, System Identification, chapter 11). Coordinate descent from the present prices keeps them above or at 0.
     """
 
-    def __init__(self, prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005), quantum: int = 1, unmet: float = 0.0):
+    def __init__(
+        self,
+        prices: Sequence[float] = (0.008, 0.04, 0.007, 0.007, 0.02, 0.005),
+        quantum: int = 1,
+        unmet: float = 0.0,
+        few: int = 0,
+    ):
         if len(prices) not in SIZES or not all(0 <= price < inf for price in prices) or not any(prices):
             raise ValueError(f"prices are {len(FEATURES)} times in seconds, none negative and not all 0; these are {list(prices)}")
         if quantum < 1:
             raise ValueError(f"quantum is {quantum}, expected at least 1 token")
         if not 0 <= unmet < 1:
             raise ValueError(f"unmet is {unmet:g}; the share of experts that a token does not meet is from 0 to below 1")
+        if few < 0:
+            raise ValueError(f"few is {few}, expected a number of tokens, or 0")
         self.prices = _padded(prices)
         self.quantum = quantum
         self.unmet = unmet
+        self.few = few
         self.pace = 1.0
         self.error = 0.0
         # Without a calibration, each price is anchored by itself.
@@ -91,18 +105,18 @@ class Fitted:
         self._anchor_to([[ANCHOR / size / p**2 if i == j and p else 0.0 for j in range(size)] for i, p in enumerate(self.prices)])
 
     @classmethod
-    def fit(cls, samples: Sequence[Sample], quantum: int = 1, unmet: float = 0.0) -> Self:
+    def fit(cls, samples: Sequence[Sample], quantum: int = 1, unmet: float = 0.0, few: int = 0) -> Self:
         """The cost model that describes `samples` best. Raises ValueError if there are none, or for times that are not above 0."""
         if not samples or not all(0 < seconds < inf for _, seconds in samples):
             raise ValueError(f"a fit needs iterations that took time; these are {len(samples)}")
         size = len(FEATURES)
         matrix, target = [[0.0] * size for _ in range(size)], [0.0] * size
         for shape, seconds in samples:
-            _add(matrix, target, [x / seconds for x in _row(*parts(shape), unmet)])
+            _add(matrix, target, [x / seconds for x in _row(*parts(shape), unmet, few)])
         prices = [0.0] * size
         for _ in range(5000):
             _improve(prices, matrix, target)
-        model = cls(prices, quantum, unmet)
+        model = cls(prices, quantum, unmet, few)
         model._anchor_to([[value * ANCHOR / len(samples) for value in row] for row in matrix])
         return model
 
@@ -110,7 +124,7 @@ class Fitted:
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The cost model with this `state`, as it was before it learned. Raises ValueError if `state` is not one."""
         try:
-            model = cls(state["prices"], state["quantum"], state.get("unmet", 0.0))
+            model = cls(state["prices"], state["quantum"], state.get("unmet", 0.0), state.get("few", 0))
             anchor = [[float(value) for value in row] for row in state["anchor"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the state of a cost model: {error!r}") from None
@@ -121,26 +135,36 @@ class Fitted:
 
     def state(self) -> dict[str, Any]:
         """The state before any learning, for JSON."""
-        return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor, "unmet": self.unmet}
+        return {"prices": self._start, "quantum": self.quantum, "anchor": self._anchor, "unmet": self.unmet, "few": self.few}
 
     def seconds(self, shape: Shape) -> float:
         return self.batch(*parts(shape))
 
     def batch(self, decodes: int, context: int, chunks: Shape) -> float:
-        _, tokens, decoding, prefilling, pairs, rows, ranks, products, met = _row(decodes, context, chunks, self.unmet)
-        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met = self.prices
+        return self._priced(_row(decodes, context, chunks, self.unmet, self.few))
+
+    def _priced(self, row: Features) -> float:
+        _, tokens, decoding, prefilling, pairs, rows, ranks, products, met, many, few = row
+        fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met, per_many, per_few = (
+            self.prices
+        )
         return self.pace * (
             fixed + per_token * tokens + per_decoding * decoding + per_prefilling * prefilling + per_pair * pairs + per_row * rows
-            + per_rank * ranks + per_product * products + per_met * met
+            + per_rank * ranks + per_product * products + per_met * met + per_many * many + per_few * few
         )  # fmt: skip
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
+        tokens = sum([count for _, count in shape if count > 0])
+        if tokens + most <= self.few:
+            fitting = (count for count in range(most, 0, -1) if self.seconds([*shape, (start, count)]) <= limit)
+            return next(fitting, 0)
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
-        _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met = prices
+        _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met, _, _ = prices
         per_token += per_product * sum([ranks for ranks, count in shape if count < 0])
-        spare = limit - self.seconds(shape) - per_row - per_context * start
+        # A longer chunk makes the tokens many.
+        spare = limit - self._priced(_row(*parts(shape), self.unmet, ALL_MANY)) - per_row - per_context * start
         if self.unmet:  # a chunk may meet all other experts
-            spare -= per_met * self.unmet ** sum([count for _, count in shape if count > 0])
+            spare -= per_met * self.unmet**tokens
         if spare <= 0:
             return 0
         # A chunk of c tokens costs linear x c + square x c^2.
@@ -150,7 +174,7 @@ class Fitted:
         count = int(2 * spare / (linear + sqrt(linear**2 + 4 * square * spare)))
         if self.quantum == 1:
             return count
-        waste = (sum(count for _, count in shape if count > 0) + count) % self.quantum
+        waste = (tokens + count) % self.quantum
         return count - waste if waste < count else count
 
     def learn(self, shape: Shape, seconds: float) -> float:
@@ -163,7 +187,7 @@ class Fitted:
 
     def features(self, shape: Shape) -> Row:
         """The `FEATURES` of an iteration, in units of `SCALE`."""
-        return list(_row(*parts(shape), self.unmet))
+        return list(_row(*parts(shape), self.unmet, self.few))
 
     def errors(self, samples: Sequence[Sample]) -> Errors:
         """How well the cost model describes `samples`. Raises ValueError if there are none."""
@@ -217,9 +241,7 @@ def _padded(row: Sequence[float]) -> Row:
     return [*map(float, row), *[0.0] * (len(FEATURES) - len(row))]
 
 
-def _row(
-    decodes: int, context: int, chunks: Shape, unmet: float
-) -> tuple[float, float, float, float, float, float, float, float, float]:
+def _row(decodes: int, context: int, chunks: Shape, unmet: float, few: int) -> Features:
     tokens, before, pairs, rows, ranks = decodes, 0, 0.0, decodes, 0
     for start, count in chunks:
         if count <= 0:
@@ -229,10 +251,13 @@ def _row(
         tokens += count
         before += start
         pairs += count * (start + (count + 1) / 2)
-    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met = SCALE
+    fixed, per_token, per_decoding, per_prefilling, per_pair, per_row, per_rank, per_product, per_met, _, _ = SCALE
+    met, many, little, much = (1 - unmet**tokens) / per_met if unmet else 0.0, 0.0, 0.0, tokens / per_token
+    if few:
+        many, little, much = (0.0, float(tokens), 0.0) if tokens <= few and not ranks else (1.0, 0.0, much)
     return (
-        1 / fixed, tokens / per_token, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row,
-        ranks / per_rank, ranks * tokens / per_product, (1 - unmet**tokens) / per_met if unmet else 0.0,
+        1 / fixed, much, context / per_decoding, before / per_prefilling, pairs / per_pair, rows / per_row, ranks / per_rank,
+        ranks * tokens / per_product, met, many, little,
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """A calibration describes the executor that it timed. It is kept per machine and model; a broken file is ignored."""
 
+from dataclasses import replace
+
 import pytest
 
 from stallfree.core.plan import Capacity, Plan, StepResult
-from stallfree.engine.calibrate import calibrate, remember, remembered
+from stallfree.engine.calibrate import VERSION, calibrate, remember, remembered
 from stallfree.executors.simulated import Linear
 
 COST = Linear(iteration_s=0.01, token_s=0.0004, context_s=0.0)
@@ -57,7 +59,9 @@ def test_a_calibration_is_remembered_for_its_key_alone(tmp_path):
     assert None is remembered({**KEY, "cpu": "another"}, tmp_path / "new")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 4}', '{"version": 4, "model": {"prices": [1]}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", f'{{"version": {VERSION}}}', f'{{"version": {VERSION}, "model": {{"prices": [1]}}}}']
+)
 def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content):
     file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
     file.write_text(content)
@@ -68,7 +72,7 @@ def test_a_broken_calibration_is_named_and_passed_over(tmp_path, caplog, content
 
 def test_a_calibration_of_another_version_is_passed_over(tmp_path):
     file = remember(*calibrate(Instant()), KEY, tmp_path, CAPACITY)
-    file.write_text(file.read_text().replace('"version": 4', '"version": 0'))
+    file.write_text(file.read_text().replace(f'"version": {VERSION}', '"version": 0'))
     assert None is remembered(KEY, tmp_path)
 
 
@@ -76,3 +80,25 @@ def test_a_place_that_cannot_be_written_costs_a_line_in_the_log(tmp_path, caplog
     (tmp_path / "file").touch()
     remember(*calibrate(Instant()), KEY, tmp_path / "file", CAPACITY)
     assert "cannot be kept" in caplog.text
+
+
+class TwoWays(Instant):
+    """Takes up to `quick` tokens in less time another way, and more in more."""
+
+    most_few = 4
+
+    def __init__(self, quick: int) -> None:
+        super().__init__()
+        self.quick, self.few = quick, 4
+
+    def collect(self) -> StepResult:
+        result, tokens = super().collect(), sum(w.count for w in self.plans[-1].work)
+        factor = 1 if tokens > self.few else 0.4 if tokens <= self.quick else 1.5
+        return replace(result, seconds=factor * result.seconds)
+
+
+@pytest.mark.parametrize(("quick", "few"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (9, 4)])
+def test_few_tokens_go_the_way_that_is_quicker_for_them(quick, few):
+    executor = TwoWays(quick)
+    model, _ = calibrate(executor)
+    assert (executor.few, model.few) == (few, few)

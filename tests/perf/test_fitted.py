@@ -131,7 +131,7 @@ def mixture(count: int = 80) -> list[tuple[list[tuple[int, int]], float]]:
 
 def test_the_experts_that_an_iteration_meets_are_priced():
     model = Fitted.fit(mixture(), unmet=UNMET)
-    assert 0.2 == pytest.approx(model.prices[-1], rel=0.05)
+    assert 0.2 == pytest.approx(model.prices[FEATURES.index("experts")], rel=0.05)
     assert model.errors(mixture()).p90 < 0.03 < Fitted.fit(mixture()).errors(mixture()).p90
 
 
@@ -179,3 +179,39 @@ def test_rows_that_sampling_counts_for_cost_what_a_row_costs():
     shape = [(100, 1)] * 3 + [(0, 50)]
     assert pytest.approx(model.seconds(shape) + 7 * PRICES[-1] / 10) == model.seconds([*shape, (7, 0)])
     assert model.room([*shape, (500, 0)], 0, 500, 0.2) < model.room(shape, 0, 500, 0.2)
+
+
+FEW = Fitted((0.004, 0.03, 0.01, 0.01, 0.02, 0.002, 0, 0, 0, 0.005, 0.0008), few=4)
+"""A machine on which up to four tokens take a quicker way."""
+
+
+def test_few_tokens_are_priced_by_themselves():
+    one, four, five = (FEW.seconds([(0, 1)] * count) for count in (1, 4, 5))
+    assert four - one == pytest.approx(3 * (0.0008 + 0.0002))
+    assert five == pytest.approx(0.004 + 0.005 + 5 * 0.0003 + 5 * 0.0002)
+    assert FEW.seconds([(8, -1), (0, 1)]) > one + 0.0045  # adapters take the way of many
+
+
+def test_the_prices_of_both_ways_are_found():
+    data = [(shape, FEW.seconds(shape)) for shape in shapes(60) + [[(c, 1)] * n for n in (1, 2, 4) for c in (10, 900)] if shape]
+    found = Fitted.fit(data, few=4)
+    assert found.errors(data).largest < 0.02 < 0.05 < Fitted.fit(data).errors(data).p90
+    assert Fitted.from_state(found.state()).seconds([(500, 1)]) == found.seconds([(500, 1)])
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("most", [1, 2, 4, 700])
+@pytest.mark.parametrize("limit", [0.004, 0.006, 0.011, 0.04])
+def test_a_chunk_that_makes_tokens_many_is_priced_so(decodes, most, limit):
+    shape = [(100, 1)] * decodes
+    count = FEW.room(shape, 0, most, limit)
+    assert 0 <= count <= most
+    if count:
+        assert FEW.seconds([*shape, (0, count)]) <= limit
+    if decodes + most <= 4 or decodes >= 4:
+        assert count == most or FEW.seconds([*shape, (0, count + 1)]) > limit
+
+
+def test_a_number_of_few_tokens_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="few is -1"):
+        Fitted(few=-1)

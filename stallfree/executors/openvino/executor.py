@@ -3,6 +3,7 @@
 It keeps KV tensors and knows nothing about requests between plans.
 """
 
+import logging
 import math
 import threading
 import time
@@ -21,13 +22,17 @@ from stallfree.core.plan import Capacity, Plan, StepResult, Work
 from stallfree.executors.base import KVNumbers
 from stallfree.executors.checks import needed_blocks, sift
 from stallfree.executors.host_memory import check_memory, check_model
+from stallfree.executors.machine import machine
 from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
 from stallfree.executors.openvino.deltas import UNIT
+from stallfree.executors.openvino.few import MOST, FewTokens, UnknownGroups, first, obstacle
 from stallfree.executors.openvino.graph import INPUTS
 from stallfree.executors.openvino.memory import huge_pages
 from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
 from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
+
+log = logging.getLogger(__name__)
 
 WARMED = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of units of adapters whose kernels are compiled before any request wants them. Others are compiled when they are first
@@ -40,7 +45,8 @@ class OpenVINOExecutor:
     `weights`: the format of stored matrices, int8, bf16 or f32. Products of int8 weights are computed in int8, with a scale for
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose. `folder`: where
-    converted weights are kept for the next start. `progress` is called with the number of matrices converted so far, and of all.
+    converted weights are kept for the next start. `progress` is called with the number of matrices converted so far, and of all;
+    `compiling` before what a few tokens take is compiled, which takes ten seconds, once on a machine.
 
     Raises what `check` raises, before anything is loaded.
     """
@@ -58,6 +64,7 @@ class OpenVINOExecutor:
         threads: int | None = None,
         folder: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
+        compiling: Callable[[], None] = lambda: None,
     ) -> None:
         compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size
@@ -97,6 +104,16 @@ class OpenVINOExecutor:
         self._loading = threading.Lock()
         with self._recipe.lean():
             self._warm_up(range(num_blocks))
+        self._few: FewTokens | None = None
+        if not obstacle(checkpoint, weights, kv):
+            if first():
+                compiling()
+            try:
+                source, count = self._recipe.weights(), threads or machine().threads
+                self._few = FewTokens(source, config, self._cache, self.capacity, count, range(num_blocks))
+            except UnknownGroups as error:
+                log.info("few tokens take the graph: %s", error)
+        self.few = self.most_few = 0 if self._few is None else MOST
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
@@ -167,6 +184,8 @@ class OpenVINOExecutor:
         del self._adapters[key]
 
     def close(self) -> None:
+        if self._few is not None:
+            self._few.close()
         del self._request, self._adapted, self._cache, self._tensors
 
     def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -202,6 +221,8 @@ class OpenVINOExecutor:
         """Logits of `rows` of packed work, valid until the next call. Only work with adapters pays for them."""
         feed, graph = feed | {"sampled_rows": rows}, self._adapted
         if graph is None or not any(w.adapter for w in work):
+            if self._few is not None and len(feed["input_ids"]) <= self.few:
+                return self._few.logits(feed)
             return _infer(self._request, feed)
         adapters = [self._adapters[w.adapter] if w.adapter else None for w in work]
         return _infer(graph.request, feed | graph.arranged(adapters, [w.count for w in work]))

@@ -55,7 +55,7 @@ def eight_bits(values: np.ndarray, group: int) -> Stored:
 
 def own_bits(parts: Sequence[Blocks]) -> Stored:
     """Blocks of one group size and form of codes, one below the other, with their own codes."""
-    codes, scales, zeros = (np.concatenate(part) for part in zip(*parts, strict=True))
+    codes, scales, zeros = (np.ascontiguousarray(np.concatenate(part)) for part in zip(*parts, strict=True))
     if codes.dtype == np.int8:
         return Stored(codes.reshape(*scales.shape, -1), scales[..., None])
     if codes.dtype == np.uint16:

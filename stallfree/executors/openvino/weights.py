@@ -4,7 +4,7 @@ inputs.
 Tensors pass one at a time, so the whole float32 model is never in memory. It knows number formats and nothing of transformers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -56,21 +56,35 @@ class Weights:
 
     def vector(self, *names: str) -> ov.Node:
         """The concatenation of vectors, [out] float32; or of matrices that stay exact, [out, in]."""
-        return constant(np.concatenate([self._checkpoint.read(name) for name in names]))
+        return constant(self.numbers(*names))
 
     def matrix(self, *names: str) -> ov.Node:
         """The rows of several matrices, one below the other, [out, in], of which rows are looked up. The same names give the same
         node."""
         if names not in self._shared:
-            self._shared[names] = self._dense(names, lambda: self._rows(names))
+            self._shared[names] = self._dense(names)
         return self._shared[names]
 
     def product(self, x: ov.Node, names: Sequence[str]) -> ov.Node:
         """The products of `x` [tokens, in] with the rows of several matrices, one below the other: [tokens, out]."""
-        if self._form != "file":
-            return ops.matmul(x, self.matrix(*names), False, True)
-        parts = [self._own_product(x, tuple(run), form) for form, run in groupby(names, self._codes)]
+        parts = [self._own_product(x, run, form) for run, form in self._runs(names)]
         return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
+
+    def stored(self, names: Sequence[str]) -> list[Stored]:
+        """What `product` multiplies with, for weights of 8 or 4 bits."""
+        return [self._own_stored(run) if form else self._eight_bits(run) for run, form in self._runs(names)]
+
+    def numbers(self, *names: str) -> np.ndarray:
+        """The concatenation of vectors, [out] float32."""
+        return np.concatenate([self._checkpoint.read(name) for name in names])
+
+    def _runs(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Matrices side by side that have one form of codes in a product, and this form; "" if they are dense."""
+        if self._form != "file":
+            yield tuple(names), ""
+            return
+        for form, run in groupby(names, self._codes):
+            yield tuple(run), form
 
     def _rows(self, names: Sequence[str]) -> np.ndarray:
         """The rows of several matrices, one below the other. A single one, which may have gigabytes, is not copied."""
@@ -85,7 +99,7 @@ class Weights:
     def _own_product(self, x: ov.Node, names: tuple[str, ...], form: str) -> ov.Node:
         if not form:
             return ops.matmul(x, self.matrix(*names), False, True)
-        stored = self._stored(names, lambda: own_bits([self._checkpoint.blocks(name) for name in names]))
+        stored = self._own_stored(names)
         if names not in self._own:
             least = None
             if stored.least is not None and stored.least_scales is not None:
@@ -99,14 +113,20 @@ class Weights:
         sums = ops.reduce_sum(ops.reshape(x, constant([-1, groups, width], np.int64), False), constant([2], np.int64), False)
         return ops.add(y, ops.matmul(sums, least, False, True))
 
-    def _dense(self, names: tuple[str, ...], values: Callable[[], np.ndarray]) -> ov.Node:
+    def _dense(self, names: tuple[str, ...]) -> ov.Node:
         if self._form == "f32":
-            return constant(values())
+            return constant(self._rows(names))
         if self._form == "bf16":
-            numbers = values()
+            numbers = self._rows(names)
             stored = ov.op.Constant(ov.Tensor(bfloat16(numbers), list(numbers.shape), ov.Type.bf16), shared_memory=False)
             return ops.convert(stored, np.float32)
-        return self._node(self._stored(names, lambda: eight_bits(values(), self._group)))
+        return self._node(self._eight_bits(names))
+
+    def _eight_bits(self, names: tuple[str, ...]) -> Stored:
+        return self._stored(names, lambda: eight_bits(self._rows(names), self._group))
+
+    def _own_stored(self, names: tuple[str, ...]) -> Stored:
+        return self._stored(names, lambda: own_bits([self._checkpoint.blocks(name) for name in names]))
 
     def _stored(self, names: tuple[str, ...], make: Callable[[], Stored]) -> Stored:
         """What `make` gives, from the file that keeps it, if there is one; made once."""

@@ -1,0 +1,174 @@
+"""What numba has no words for: vectors, atomic numbers, and memory by its address.
+
+What has a `builder` writes operations for LLVM, which chooses the processor's instructions for them (for `multiplied`, on x86,
+vpmaddwd in 256 or 512 bits). It knows nothing of matrices.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+CHUNK = 32
+"""Codes that are multiplied at once."""
+LANES = CHUNK // 2
+
+FEATURES = binding.get_host_cpu_features()
+"""The instructions that the processor has, by LLVM's names."""
+
+BYTE, SHORT, WORD, LONG, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def vector_of(kind: ir.Type, size: int) -> ir.VectorType:
+    return ir.VectorType(kind, size)
+
+
+def picked(builder: ir.IRBuilder, first: ir.Value, indices: Sequence[int], second: ir.Value | None = None) -> ir.Value:
+    """The numbers of one or two vectors at these places."""
+    second = ir.Constant(first.type, ir.Undefined) if second is None else second
+    return builder.shuffle_vector(first, second, ir.Constant(vector_of(WORD, len(indices)), list(indices)))
+
+
+def filled(builder: ir.IRBuilder, value: ir.Value, size: int) -> ir.Value:
+    kind = vector_of(value.type, size)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
+    return picked(builder, first, [0] * size)
+
+
+def load(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, index: ir.Value, align: int) -> ir.Value:
+    """The value of type `kind` that begins `index` elements behind `address`."""
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    place = builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
+    loaded = builder.load(builder.bitcast(place, kind.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+    """Store float32, one or a vector, `index` numbers behind `address`."""
+    place = builder.gep(builder.inttoptr(address, FLOAT.as_pointer()), [index])
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=4)
+
+
+def multiplied(builder: ir.IRBuilder, codes: ir.Value, address: ir.Value, index: ir.Value) -> ir.Value:
+    """The products of `CHUNK` codes, int32, with as many int16 `index` numbers behind `address`, in sums of two."""
+    values = builder.sext(load(builder, vector_of(SHORT, CHUNK), address, index, 2), vector_of(WORD, CHUNK))
+    products = builder.mul(codes, values)
+    return builder.add(picked(builder, products, range(0, CHUNK, 2)), picked(builder, products, range(1, CHUNK, 2)))
+
+
+def bytes_multiplied(builder: ir.IRBuilder, codes: ir.Value, values: ir.Value, start: ir.Value) -> ir.Value:
+    """`start`, int32, plus the products of uint8 codes below 16 and int8 values in sums of four: in one instruction where the
+    processor has it (VNNI), or in two (AVX2)."""
+    size = start.type.count
+    if FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"):
+        kind = ir.FunctionType(start.type, [start.type] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.256")
+        return builder.call(function, [start, builder.bitcast(codes, start.type), builder.bitcast(values, start.type)])
+    shorts = vector_of(SHORT, 2 * size)
+    if FEATURES.get("avx2"):
+        kind = ir.FunctionType(shorts, [codes.type] * 2)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.ub.sw")
+        pairs = builder.call(function, [codes, values])
+    else:
+        products = builder.mul(builder.zext(codes, vector_of(SHORT, 4 * size)), builder.sext(values, vector_of(SHORT, 4 * size)))
+        pairs = builder.add(*(picked(builder, products, range(at, 4 * size, 2)) for at in (0, 1)))
+    words = builder.sext(pairs, vector_of(WORD, 2 * size))
+    return builder.add(start, builder.add(*(picked(builder, words, range(at, 2 * size, 2)) for at in (0, 1))))
+
+
+def summed(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    size, add = vector.type.count, builder.fadd if vector.type.element == FLOAT else builder.add
+    while not size % 2:
+        size //= 2
+        vector = add(*(picked(builder, vector, range(at, at + size)) for at in (0, size)))
+    return reduce(add, [builder.extract_element(vector, ir.Constant(WORD, i)) for i in range(size)])
+
+
+def splat(value: float, kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def loop(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    step: int,
+    starts: Sequence[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """The values that `body` makes of `starts`, called with each `step`-th number below `count`, at least with 0, and the values so
+    far."""
+    before, block, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(block)
+    builder.position_at_end(block)
+    number, values = builder.phi(LONG), [builder.phi(start.type) for start in starts]
+    grown = body(number, values)
+    following = builder.add(number, ir.Constant(LONG, step))
+    builder.cbranch(builder.icmp_signed("<", following, count), block, end)
+    for phi, start, value in zip([number, *values], [ir.Constant(LONG, 0), *starts], [following, *grown], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, builder.block)
+    builder.position_at_end(end)
+    return grown
+
+
+def fused(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z, of float32 vectors."""
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{x.type.count}f32"), [x, y, z])
+
+
+@intrinsic
+def add_to(context: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at `address`, atomically. Returns what it was."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], LONG.as_pointer()), args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def look_at(context: Any, address: Any) -> Any:
+    """The int64 at `address`, as other threads have left it."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(builder.inttoptr(args[0], LONG.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pointer(context: Any, address: Any) -> Any:
+    """The memory at `address`, for `numba.carray`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def as_float(context: Any, bits: Any) -> Any:
+    """The float32 with these 32 bits."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def call(context: Any, function: Any, args: Any) -> Any:
+    """Call the compiled function at an address, with a tuple of int64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        numbers = cgutils.unpack_tuple(builder, values[1])
+        kind = ir.FunctionType(ir.VoidType(), [LONG] * len(numbers))
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), numbers)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, args), generate
