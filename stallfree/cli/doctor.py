@@ -11,6 +11,7 @@ import typer
 from stallfree.cli import options
 
 NAMES = {
+    "few_tokens": "few tokens",
     "kv": "KV",
     "kv_memory": "KV memory",
     "kv_tokens": "tokens of KV",

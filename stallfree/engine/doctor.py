@@ -22,7 +22,7 @@ from stallfree.executors.host_memory import MOST_KV, SPARE, kv_bytes_per_token, 
 from stallfree.executors.machine import Machine, governors, huge_pages, load, machine, memory
 from stallfree.policies.slo import Slo
 
-PACKAGES = ("openvino", "torch", "numpy", "tokenizers")
+PACKAGES = ("openvino", "torch", "numba", "numpy", "tokenizers")
 """The packages whose versions decide what runs, and how fast."""
 
 CHUNK = 512
@@ -141,7 +141,13 @@ def _costs(options: assemble.Options, checkpoint: Checkpoint) -> dict[str, Any]:
     seconds = {name: cost.seconds(shape) for name, shape in COSTS.items()}
     speed = CHUNK / seconds["prefill_512"]
     target = {"slo": str(Slo(cost=cost).slo), "slo_basis": assemble.basis(cost, key)}
-    return {"calibrated": when.isoformat(" ", "minutes"), "seconds": seconds, "prefill_tokens_per_s": speed} | target
+    found = {
+        "calibrated": when.isoformat(" ", "minutes"),
+        "seconds": seconds,
+        "prefill_tokens_per_s": speed,
+        "few_tokens": cost.few,
+    }
+    return found | target
 
 
 def _chosen(
@@ -181,8 +187,22 @@ def _chosen(
         ),
         "max_seqs": _choice(options.max_seqs, "most requests at once, by default"),
         "max_tokens": _choice(options.max_tokens, "most tokens of an iteration, by default; the policy takes fewer"),
+        **_few_tokens(options, checkpoint, costs),
         "slo": _choice(costs.get("slo"), costs.get("slo_basis", "5 small decode iterations, once they are calibrated")),
     }
+
+
+def _few_tokens(options: assemble.Options, checkpoint: Checkpoint, costs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Up to how many tokens an iteration does not take the graph, for the executor that has one."""
+    if options.executor != "openvino":
+        return {}
+    from stallfree.executors.openvino.few import MOST, obstacle
+
+    if why := obstacle(checkpoint, options.weights or "", options.kv or ""):
+        return {"few_tokens": _choice(0, f"every iteration takes the graph; the quicker way for few tokens {why}")}
+    few = costs.get("few_tokens")
+    when = "as calibrated" if few is not None else f"0 to {MOST}, once calibrated"
+    return {"few_tokens": _choice(few, f"an iteration of at most so many does not take the graph: {when}")}
 
 
 def _choice(value: object, why: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def multiplied(kind, width, least_width, vectors, rows, groups, draw) -> tuple[np.ndarray, np.ndarray]:
+def multiplied(kind, width, least_width, half, vectors, rows, groups, draw) -> tuple[np.ndarray, np.ndarray]:
     """The products of random matrices and vectors by `rows_product`, and by their definition, [vectors, rows]."""
     own = width if kind == INT8 else 32
     if kind == INT8:
@@ -85,10 +85,10 @@ def multiplied(kind, width, least_width, vectors, rows, groups, draw) -> tuple[n
     else:
         codes = draw.integers(0, 256, (rows, groups * width // 2), np.uint8)
         numbers, most = np.stack([codes & 15, codes >> 4], -1).reshape(rows, groups, width).astype(float), 127
-    scales = draw.uniform(0.1, 1, (rows, groups)).astype(np.float32)
+    scales = draw.uniform(0.1, 1, (rows, groups)).astype(np.float16 if half else np.float32)
     zeros = draw.integers(0, 16, (rows, groups), np.uint8)
     numbers -= {INT8: 0, INT4: 16 * (numbers > 7), UINT4: zeros[..., None]}[kind]
-    weights = (numbers * scales[..., None]).reshape(rows, -1)
+    weights = (numbers * scales[..., None].astype(float)).reshape(rows, -1)
     least = draw.integers(-127, 128, (rows, groups), np.int8)
     least_scales = draw.uniform(0.01, 0.1, (rows, groups // max(1, least_width))).astype(np.float32)
     if least_width:
@@ -103,7 +103,7 @@ def multiplied(kind, width, least_width, vectors, rows, groups, draw) -> tuple[n
         laid = x.reshape(vectors, -1, 32, 2).swapaxes(-1, -2).astype(np.int8)
     laid, out = np.ascontiguousarray(laid), np.full((vectors, rows + 3), np.nan, np.float32)
     arrays = codes, zeros, scales, least, least_scales
-    kernels.rows_product(kind, width, least_width, vectors).ctypes(
+    kernels.rows_product(kind, width, least_width, half, vectors).ctypes(
         1, rows, *map(address, arrays), x.shape[1], *map(address, (laid, x_scales, sums, out)), rows + 3
     )
     assert np.isnan(out[:, 0]).all()  # the first row is left to others, and nothing is written behind the last
@@ -111,9 +111,9 @@ def multiplied(kind, width, least_width, vectors, rows, groups, draw) -> tuple[n
     return out[:, 1:rows], (values.reshape(vectors, -1) @ weights.T)[:, 1:]
 
 
-FORMS = [(INT8, width, 0) for width in (32, 64, 96)] + [
-    (kind, width, least) for kind in (INT4, UINT4) for width, least in ((32, 0), (64, 0), (128, 0), (32, 16), (32, 18), (32, 32))
-]
+GROUPS = ((32, 0), (64, 0), (128, 0), (32, 16), (32, 18), (32, 32))
+FORMS = [(INT8, width, 0, half) for width in (32, 64, 96) for half in (0, 1)]
+FORMS += [(kind, *group, half) for kind in (INT4, UINT4) for group in GROUPS for half in (0, 1)]
 
 
 @pytest.mark.parametrize("features", [None, {"avx2": True}, {}], ids=["this processor", "AVX2", "any"])

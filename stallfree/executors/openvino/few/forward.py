@@ -18,12 +18,19 @@ from stallfree.executors.openvino.few.kernels import heads_attention, rows_produ
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
 from stallfree.executors.openvino.few.step import BY_HEAD, MOST, TOGETHER, WHOLE, Batch, Own, Sizes, Tables, run
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS
-from stallfree.executors.openvino.few.vectors import CHUNK
+from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES
 from stallfree.executors.openvino.stored import Stored
 from stallfree.executors.openvino.weights import Weights
 
 VECTORS = (1, 2, 4, 4)
 """How many vectors products take for 1 to `MOST` tokens. With three, the fourth is any."""
+
+
+LEAST_HALF, MOST_HALF = 2.0**-12, 2.0**15
+"""Scales are read as float16, half of the bytes, if the largest of a matrix is between these: smaller ones then lose no more than
+2^-13 of the largest."""
+HALVES = "f16c" in FEATURES and FEATURES["f16c"]
+"""Whether the processor reads float16."""
 
 
 class UnknownGroups(ValueError):
@@ -51,10 +58,10 @@ class FewTokens:
         self._parts: list[list[int]] = []
         self._numbers: list[np.ndarray] = []
         self._length = 0
-        self._functions: dict[tuple[int, int, int], list[int]] = {}
+        self._functions: dict[tuple[int, int, int, int], list[int]] = {}
         self._size = threads
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        embedding = self._product(source.stored(["model.embed_tokens.weight"]))
+        embedding = self._product(source.stored(["model.embed_tokens.weight"]), rows_are_read=True)
         products, vectors = [], []
         for layer in range(config.num_layers):
             attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
@@ -139,7 +146,7 @@ class FewTokens:
         """End the other threads. The model must not run afterwards."""
         self._end()
 
-    def _product(self, matrices: Sequence[Stored]) -> tuple[int, int]:
+    def _product(self, matrices: Sequence[Stored], rows_are_read: bool = False) -> tuple[int, int]:
         """The parts of a product: the first, and the one behind the last."""
         first = len(self._parts)
         for matrix in matrices:
@@ -148,7 +155,9 @@ class FewTokens:
             shared = 0 if matrix.least is None else matrix.least.shape[2]
             if not _known(matrix, groups, width, shared):
                 raise UnknownGroups(f"a matrix has groups of {width} weights in {matrix.codes.dtype}, {groups} in a row")
-            if (form := (kind, width, shared)) not in self._functions:
+            if half := not rows_are_read and HALVES and LEAST_HALF <= matrix.scales.max() <= MOST_HALF:
+                matrix = matrix._replace(scales=matrix.scales.astype(np.float16))
+            if (form := (kind, width, shared, int(half))) not in self._functions:
                 self._functions[form] = [rows_product(*form, vectors).address for vectors in VECTORS]
             fields = matrix.codes, matrix.zeros, matrix.scales, matrix.least, matrix.least_scales
             addresses = [0 if array is None else array.ctypes.data for array in fields]

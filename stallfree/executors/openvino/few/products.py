@@ -3,7 +3,7 @@
 It knows how codes and scales lie, and no models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -15,6 +15,7 @@ from stallfree.executors.openvino.few.vectors import (
     BYTE,
     CHUNK,
     FLOAT,
+    HALF,
     LANES,
     LONG,
     WORD,
@@ -40,8 +41,8 @@ class _Row:
     """Writes the products of one row of a matrix with several vectors. What it is given are values of the program that is
     written."""
 
-    def __init__(self, builder: ir.IRBuilder, vectors: int, args: Sequence[ir.Value]) -> None:
-        self.b, self.vectors = builder, vectors
+    def __init__(self, builder: ir.IRBuilder, vectors: int, half: bool, args: Sequence[ir.Value]) -> None:
+        self.b, self.vectors, self.half = builder, vectors, half
         self.codes, self.zeros, self.scales, self.least, self.least_scales, self.row, self.groups = args[:7]
         self.x, self.x_scales, self.x_sums, self.out, self.apart = args[7:]
         self.first = builder.mul(self.row, self.groups)
@@ -49,6 +50,14 @@ class _Row:
     def place(self, vector: int, group: ir.Value) -> ir.Value:
         """The place of a vector's group among those of all vectors."""
         return self.b.add(self.b.mul(ir.Constant(LONG, vector), self.groups), group)
+
+    def scale(self, at: ir.Value, number: int = 1) -> ir.Value:
+        """The scale at this place, or a vector of several."""
+        kind, wanted = HALF if self.half else FLOAT, FLOAT
+        if number > 1:
+            kind, wanted = vector_of(kind, number), vector_of(FLOAT, number)
+        loaded = load(self.b, kind, self.scales, at, 2)
+        return self.b.fpext(loaded, wanted) if self.half else loaded
 
     def eight_bits(self, chunks: int) -> list[ir.Value]:
         b, width, wide = self.b, chunks * CHUNK, vector_of(FLOAT, LANES)
@@ -58,7 +67,7 @@ class _Row:
             for chunk in range(chunks):
                 place = b.add(b.mul(at, ir.Constant(LONG, width)), ir.Constant(LONG, chunk * CHUNK))
                 codes.append(b.sext(load(b, vector_of(BYTE, CHUNK), self.codes, place, 1), vector_of(WORD, CHUNK)))
-            scale = load(b, FLOAT, self.scales, at, 4)
+            scale = self.scale(at)
             for vector, total in enumerate(totals):
                 place = self.place(vector, group)
                 both = b.fmul(scale, load(b, FLOAT, self.x_scales, place, 4))
@@ -76,11 +85,14 @@ class _Row:
         b, bytes_, two = self.b, vector_of(BYTE, CHUNK), vector_of(FLOAT, 2)
         wide = vector_of(FLOAT, CHUNK // 4)
 
-        def both(kind: ir.Type, array: ir.Value, at: ir.Value, align: int) -> ir.Value:
+        def both(read: Callable[[ir.Value, int], ir.Value], at: ir.Value) -> ir.Value:
             """The numbers of the groups that two times `CHUNK` codes belong to."""
             if width == CHUNK:
-                return load(b, vector_of(kind, 2), array, at, align)
-            return filled(b, load(b, kind, array, b.udiv(at, ir.Constant(LONG, width // CHUNK)), align), 2)
+                return read(at, 2)
+            return filled(b, read(b.udiv(at, ir.Constant(LONG, width // CHUNK)), 1), 2)
+
+        def zero(at: ir.Value, number: int) -> ir.Value:
+            return load(b, vector_of(BYTE, number) if number > 1 else BYTE, self.zeros, at, 1)
 
         def body(group: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             at, grown = b.add(self.first, group), []
@@ -89,9 +101,9 @@ class _Row:
             if signed:
                 pairs = b.xor(pairs, splat(0x88, bytes_))
             else:
-                zeros = b.uitofp(both(BYTE, self.zeros, at, 1), two)
+                zeros = b.uitofp(both(zero, at), two)
             even, odd = b.and_(pairs, splat(15, bytes_)), b.lshr(pairs, splat(4, bytes_))
-            scales = both(FLOAT, self.scales, at, 4)
+            scales = both(self.scale, at)
             less = b.fmul(zeros, scales)
             for vector in range(self.vectors):
                 total, correction = totals[2 * vector : 2 * vector + 2]
@@ -129,13 +141,13 @@ class _Row:
 
 @intrinsic
 def row_product(
-    context: Any, kind: Any, width: Any, least_width: Any, vectors: Any, codes: Any, zeros: Any, scales: Any, least: Any,
+    context: Any, kind: Any, width: Any, least_width: Any, half: Any, vectors: Any, codes: Any, zeros: Any, scales: Any, least: Any,
     least_scales: Any, row: Any, groups: Any, x: Any, x_scales: Any, x_sums: Any, out: Any, apart: Any,
 ) -> Any:  # fmt: skip
     """Row `row` of a matrix times `vectors` vectors; the products go to `out`, `apart` numbers apart.
 
-    `kind`, `width`, `least_width`, `vectors`: literals. Of the matrix: addresses of all `codes`, of `zeros` uint8 and `scales`
-    float32 for each `width` weights, of `least` int8, numbers that are added to all weights of a group, times a float32 of
+    `kind`, `width`, `least_width`, `half`, `vectors`: literals. Of the matrix: addresses of all `codes`, of `zeros` uint8 and
+    `scales` for each `width` weights, float32 or with `half` float16, of `least` int8, numbers that are added to all weights of a group, times a float32 of
     `least_scales` for each `least_width` groups, which is 0 if there are none. `width` is a multiple of `CHUNK`; with 4 bits
     `CHUNK`, or without `least` a multiple of two.
 
@@ -144,13 +156,13 @@ def row_product(
     groups of `CHUNK`, with the sums of their numbers in `x_sums`, float32; two groups lie so: the codes at even places, then those
     at odd ones.
     """
-    literals = kind, width, least_width, vectors
+    literals = kind, width, least_width, half, vectors
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
         return None
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        form, wide, shared, number = (value.literal_value for value in literals)
-        row = _Row(builder, number, args[4:])
+        form, wide, shared, short, number = (value.literal_value for value in literals)
+        row = _Row(builder, number, bool(short), args[5:])
         products = row.eight_bits(wide // CHUNK) if form == INT8 else row.four_bits(form == INT4, wide)
         if shared:
             products = [builder.fadd(*both) for both in zip(products, row.least_numbers(shared), strict=True)]

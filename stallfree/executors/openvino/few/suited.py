@@ -13,16 +13,16 @@ the file that keeps them, which the system may take back."""
 
 
 def obstacle(checkpoint: Checkpoint, weights: str, kv: str) -> str:
-    """Why few tokens have to take the graph, in words; "" if they need not."""
+    """What this way lacks, or wants, for the model, in words; "" if it can be taken."""
     config, room = checkpoint.config, memory()
     if sys.platform != "linux":
-        return f"it needs Linux's semaphores, and this is {sys.platform}"
+        return f"needs Linux's semaphores, and this is {sys.platform}"
     if config.mixture is not None or config.sinks:
-        return f"it knows no {'mixtures of experts' if config.mixture is not None else 'attention sinks'}"
+        return f"knows no {'mixtures of experts' if config.mixture is not None else 'attention sinks'}"
     if weights not in ("int8", "file") or kv != "u8":
-        return f"it knows weights 'int8' and 'file' with KV 'u8', not {weights!r} with {kv!r}"
+        return f"knows weights 'int8' and 'file' with KV 'u8', not {weights!r} with {kv!r}"
     if config.head_dim % 32 or not quantisation_group(config):
-        return f"it wants sizes of a multiple of 32; a head has {config.head_dim}, the hidden state {config.hidden_size}"
+        return f"wants sizes of a multiple of 32; a head has {config.head_dim}, the hidden state {config.hidden_size}"
     if room is not None and SHARE * (needed := weight_bytes(checkpoint, weights)) > room.limit:
-        return f"it reads a second copy of the weights, and their {gib(needed)} are more than an eighth of memory ({room})"
+        return f"reads a second copy of the weights, and their {gib(needed)} are more than an eighth of memory ({room})"
     return ""

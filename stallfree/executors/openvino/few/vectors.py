@@ -19,7 +19,8 @@ LANES = CHUNK // 2
 FEATURES = binding.get_host_cpu_features()
 """The instructions that the processor has, by LLVM's names."""
 
-BYTE, SHORT, WORD, LONG, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 
 def vector_of(kind: ir.Type, size: int) -> ir.VectorType:
