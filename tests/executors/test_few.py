@@ -76,7 +76,7 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def multiplied(kind, width, least_width, half, vectors, rows, groups, draw) -> tuple[np.ndarray, np.ndarray]:
+def multiplied(kind, width, least_width, half, together, vectors, rows, groups, draw) -> tuple[np.ndarray, np.ndarray]:
     """The products of random matrices and vectors by `rows_product`, and by their definition, [vectors, rows]."""
     own = width if kind == INT8 else 32
     if kind == INT8:
@@ -100,10 +100,10 @@ def multiplied(kind, width, least_width, half, vectors, rows, groups, draw) -> t
     sums = values.sum(-1).astype(np.float32)
     laid = x.astype(np.int16)
     if kind != INT8:
-        laid = x.reshape(vectors, -1, 32, 2).swapaxes(-1, -2).astype(np.int8)
+        laid = x.reshape(vectors, -1, together * 16, 2).swapaxes(-1, -2).astype(np.int8)
     laid, out = np.ascontiguousarray(laid), np.full((vectors, rows + 3), np.nan, np.float32)
     arrays = codes, zeros, scales, least, least_scales
-    kernels.rows_product(kind, width, least_width, half, vectors).ctypes(
+    kernels.rows_product(kind, width, least_width, half, together, vectors).ctypes(
         1, rows, *map(address, arrays), x.shape[1], *map(address, (laid, x_scales, sums, out)), rows + 3
     )
     assert np.isnan(out[:, 0]).all()  # the first row is left to others, and nothing is written behind the last
@@ -112,16 +112,17 @@ def multiplied(kind, width, least_width, half, vectors, rows, groups, draw) -> t
 
 
 GROUPS = ((32, 0), (64, 0), (128, 0), (32, 16), (32, 18), (32, 32))
-FORMS = [(INT8, width, 0, half) for width in (32, 64, 96) for half in (0, 1)]
-FORMS += [(kind, *group, half) for kind in (INT4, UINT4) for group in GROUPS for half in (0, 1)]
+FORMS = [(INT8, width, 0, half, 0) for width in (32, 64, 96) for half in (0, 1)]
+FORMS += [(kind, *group, half, 2) for kind in (INT4, UINT4) for group in GROUPS for half in (0, 1)]
+FORMS += [(kind, *group, half, 4) for kind in (INT4, UINT4) for group in GROUPS for half in (0, 1)] if vectors.has_vnni() else []
 
 
 @pytest.mark.parametrize("features", [None, {"avx2": True}, {}], ids=["this processor", "AVX2", "any"])
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_are_multiplied_as_they_are_defined(form, features, monkeypatch):
     if features is not None:
-        if form[0] == INT8:
-            pytest.skip("a matrix of 8 bits is computed in one way")
+        if form[4] != 2:
+            pytest.skip("computed in one way")
         if features and not vectors.FEATURES.get("avx2"):
             pytest.skip("this processor has no AVX2")
         monkeypatch.setattr(vectors, "FEATURES", features)
@@ -129,7 +130,7 @@ def test_rows_are_multiplied_as_they_are_defined(form, features, monkeypatch):
         kernels.rows_product.cache_clear()
     for number in (1, 2, 4):
         draw = np.random.default_rng(number)
-        found, wanted = multiplied(*form, number, 5, 2 * (form[2] or 3), draw)
+        found, wanted = multiplied(*form, number, 5, (form[4] or 2) * (form[2] or 3), draw)
         assert np.abs(found - wanted).max() < 2e-6 * np.abs(wanted).max() * 10
     if features is not None:
         kernels.rows_product.cache_clear()

@@ -18,7 +18,7 @@ from stallfree.executors.openvino.few.kernels import heads_attention, rows_produ
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
 from stallfree.executors.openvino.few.step import BY_HEAD, MOST, TOGETHER, WHOLE, Batch, Own, Sizes, Tables, run
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS
-from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES
+from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES, has_vnni
 from stallfree.executors.openvino.stored import Stored
 from stallfree.executors.openvino.weights import Weights
 
@@ -58,7 +58,7 @@ class FewTokens:
         self._parts: list[list[int]] = []
         self._numbers: list[np.ndarray] = []
         self._length = 0
-        self._functions: dict[tuple[int, int, int, int], list[int]] = {}
+        self._functions: dict[tuple[int, ...], list[int]] = {}
         self._size = threads
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         embedding = self._product(source.stored(["model.embed_tokens.weight"]), rows_are_read=True)
@@ -157,12 +157,14 @@ class FewTokens:
                 raise UnknownGroups(f"a matrix has groups of {width} weights in {matrix.codes.dtype}, {groups} in a row")
             if half := not rows_are_read and HALVES and LEAST_HALF <= matrix.scales.max() <= MOST_HALF:
                 matrix = matrix._replace(scales=matrix.scales.astype(np.float16))
-            if (form := (kind, width, shared, int(half))) not in self._functions:
+            own = CHUNK if kind != INT8 else width  # groups of activations
+            number = groups * width // own
+            together = 0 if kind == INT8 else 4 if has_vnni() and not number % 4 else 2
+            if (form := (kind, width, shared, int(half), together)) not in self._functions:
                 self._functions[form] = [rows_product(*form, vectors).address for vectors in VECTORS]
             fields = matrix.codes, matrix.zeros, matrix.scales, matrix.least, matrix.least_scales
             addresses = [0 if array is None else array.ctypes.data for array in fields]
-            own = CHUNK if kind != INT8 else width  # groups of activations
-            self._parts.append([kind != INT8, own, out, groups * width // own, *addresses, *self._functions[form]])
+            self._parts.append([together, own, out, number, *addresses, *self._functions[form]])
             self._alive.append(matrix)
         return first, len(self._parts)
 

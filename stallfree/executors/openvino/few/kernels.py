@@ -62,7 +62,7 @@ def softmax(x: np.ndarray) -> None:
 
 
 @cache
-def rows_product(kind: int, width: int, least_width: int, half: int, vectors: int) -> Any:
+def rows_product(kind: int, width: int, least_width: int, half: int, together: int, vectors: int) -> Any:
     """A function that multiplies rows `begin` to `end` - 1 of a matrix with `vectors` vectors, as `row_product`."""
 
     @cfunc(types.void(*[types.int64] * 13), cache=KEPT, error_model="numpy")
@@ -72,7 +72,7 @@ def rows_product(kind: int, width: int, least_width: int, half: int, vectors: in
     ) -> None:  # fmt: skip
         for row in range(begin, end):
             row_product(
-                kind, width, least_width, half, vectors, codes, zeros, scales, least, least_scales, row, groups, x, x_scales, x_sums,
+                kind, width, least_width, half, together, vectors, codes, zeros, scales, least, least_scales, row, groups, x, x_scales, x_sums,
                 out + 4 * row, apart,
             )  # fmt: skip
 

@@ -19,8 +19,9 @@ MOST = 4
 """The most tokens of an iteration."""
 
 FOUR, WIDTH, ROWS, GROUPS, CODES, ZEROS, SCALES, LEAST, LEAST_SCALES, FUNCTIONS = range(10)
-"""The columns of `Tables.parts`: of a matrix, whether its codes have 4 bits, weights in a group, rows, groups of a row, and
-addresses, 0 for what it does not have; then those of `rows_product` for 1 to `MOST` tokens."""
+"""The columns of `Tables.parts`: of a matrix, how many groups of 4-bit codes are multiplied together (0: its codes have 8 bits),
+weights in a group, rows, groups of a row, and addresses, 0 for what it does not have; then those of `rows_product` for 1 to `MOST`
+tokens."""
 
 TOGETHER = 4
 """The most heads that attention computes at once."""
@@ -135,8 +136,9 @@ def normed(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> No
 
 
 @quick()
-def quantise(own: Own, tokens: int, groups: int, width: int, four: bool) -> None:
-    """Write the inputs of a product as codes, in groups, as `row_product` wants them for a matrix of 8 or 4 bits."""
+def quantise(own: Own, tokens: int, groups: int, width: int, four: int) -> None:
+    """Write the inputs of a product as codes, in groups, as `row_product` wants them. `four`: how many groups it takes together, 0
+    for a matrix of 8 bits."""
     size, levels = groups * width, np.float32(BYTE_LEVELS if four else LEVELS)
     bytes_ = own.codes.view(np.int8)
     for token in range(tokens):
@@ -149,10 +151,10 @@ def quantise(own: Own, tokens: int, groups: int, width: int, four: bool) -> None
             scale, factor = largest / levels, levels / largest
             own.scales[place] = scale
             if four:
-                at, total = token * size + (group // 2) * 2 * width + (group % 2) * (width // 2), np.int32(0)
+                at, total = token * size + group // four * four * width + group % four * (width // 2), np.int32(0)
                 for i in range(width // 2):
                     even, odd = np.int32(np.rint(x[2 * i] * factor)), np.int32(np.rint(x[2 * i + 1] * factor))
-                    bytes_[at + i], bytes_[at + width + i] = even, odd
+                    bytes_[at + i], bytes_[at + four * width // 2 + i] = even, odd
                     total += even + odd
                 own.sums[place] = np.float32(total) * scale
             else:
@@ -166,12 +168,12 @@ def product(
     tables: Tables, span: np.ndarray, bias: np.ndarray, tokens: int, own: Own, out: np.ndarray, rank: int, size: int
 ) -> None:
     """This thread's rows of the product of `own.x` with the matrices of `span`, one below the other: [tokens, rows] in `out`."""
-    before, quantised = 0, (np.int64(-1), False)
+    before, quantised = 0, (np.int64(-1), np.int64(-1))
     for at in range(span[0], span[1]):
         part = tables.parts[at]
-        width, rows, groups, form = part[WIDTH], part[ROWS], part[GROUPS], (part[WIDTH], part[FOUR] != 0)
+        width, rows, groups, form = part[WIDTH], part[ROWS], part[GROUPS], (part[WIDTH], part[FOUR])
         if form != quantised:
-            quantise(own, tokens, groups, width, part[FOUR] != 0)
+            quantise(own, tokens, groups, width, part[FOUR])
             quantised = form
         begin, end = rows * rank // size, rows * (rank + 1) // size
         x = own.codes.ctypes.data, own.scales.ctypes.data, own.sums.ctypes.data

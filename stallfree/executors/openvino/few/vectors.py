@@ -23,6 +23,11 @@ BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes and adds up four products, in vectors of 256 and 512 bits."""
+    return bool(FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"))
+
+
 def vector_of(kind: ir.Type, size: int) -> ir.VectorType:
     return ir.VectorType(kind, size)
 
@@ -48,6 +53,14 @@ def load(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, index: ir.Valu
     return loaded
 
 
+def fetch(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value) -> None:
+    """Begin to read the bytes there from memory: what is read in order crosses a page before the processor expects it."""
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    place = builder.gep(builder.inttoptr(address, BYTE.as_pointer()), [offset])
+    builder.call(function, [place, *(ir.Constant(WORD, value) for value in (0, 3, 1))])  # to read, into all caches, data
+
+
 def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
     """Store float32, one or a vector, `index` numbers behind `address`."""
     place = builder.gep(builder.inttoptr(address, FLOAT.as_pointer()), [index])
@@ -63,11 +76,11 @@ def multiplied(builder: ir.IRBuilder, codes: ir.Value, address: ir.Value, index:
 
 def bytes_multiplied(builder: ir.IRBuilder, codes: ir.Value, values: ir.Value, start: ir.Value) -> ir.Value:
     """`start`, int32, plus the products of uint8 codes below 16 and int8 values in sums of four: in one instruction where the
-    processor has it (VNNI), or in two (AVX2)."""
+    processor has it (VNNI), or in two (AVX2, for 32 bytes)."""
     size = start.type.count
-    if FEATURES.get("avx512vnni") and FEATURES.get("avx512vl"):
+    if has_vnni():
         kind = ir.FunctionType(start.type, [start.type] * 3)
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.256")
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.vpdpbusd.{32 * size}")
         return builder.call(function, [start, builder.bitcast(codes, start.type), builder.bitcast(values, start.type)])
     shorts = vector_of(SHORT, 2 * size)
     if FEATURES.get("avx2"):
