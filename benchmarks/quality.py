@@ -4,8 +4,8 @@ The text is *Alice's Adventures in Wonderland* (benchmarks/data, public domain),
 teacher-forced through the executor, the same tokens for every configuration; perplexity is exp of the mean negative
 log-likelihood of each token but a window's first. `agree` is the share of positions at which the most probable token is that of
 f32 weights and f32 KV. A window runs in chunks of 512 tokens. The last rows run the default, and the default with u4 KV, in
-iterations of 16 decodes, each of a different window, because decodes use other kernels, and the default in iterations of 4, which do
-not take the graph. `tokens in 1 GiB`: tokens whose KV fits.
+iterations of 16 decodes, each of a different window, because decodes use other kernels, and the default in iterations of 4, which
+do not take the graph. `tokens in 1 GiB`: tokens whose KV fits.
 
 With `--model`, only the formats of weights are compared, for these GGUF files and folders: the file's own numbers in f32, its own
 bits (`--weights file`), and int8; u8 KV.

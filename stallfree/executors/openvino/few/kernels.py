@@ -72,8 +72,8 @@ def rows_product(kind: int, width: int, least_width: int, half: int, together: i
     ) -> None:  # fmt: skip
         for row in range(begin, end):
             row_product(
-                kind, width, least_width, half, together, vectors, codes, zeros, scales, least, least_scales, row, groups, x, x_scales, x_sums,
-                out + 4 * row, apart,
+                kind, width, least_width, half, together, vectors, codes, zeros, scales, least, least_scales, row, groups, x,
+                x_scales, x_sums, out + 4 * row, apart,
             )  # fmt: skip
 
     return function
