@@ -41,4 +41,4 @@ quick = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
 
 def first() -> bool:
     """Whether nothing is kept yet, so that all has to be compiled."""
-    return not KEPT or not any(FOLDER.iterdir())
+    return not KEPT or not any(FOLDER.rglob("*.nbi"))

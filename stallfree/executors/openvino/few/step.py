@@ -187,9 +187,8 @@ def product(
 
 
 @exact()
-def vector(tables: Tables, layer: int, which: int, size: int) -> np.ndarray:
-    """A small vector of a layer; empty if it has none."""
-    at = tables.vectors[layer, which]
+def vector(tables: Tables, at: int, size: int) -> np.ndarray:
+    """The small vector that begins at `at`; empty for -1."""
     return tables.numbers[at : at + size] if at >= 0 else tables.numbers[:0]
 
 
@@ -240,7 +239,8 @@ def attention(sizes: Sizes, tables: Tables, batch: Batch, own: Own, layer: int, 
     begin, end, each = heads * rank // size, heads * (rank + 1) // size, heads // kv_heads
     angles, bytes_each, window = batch.angles[tables.turns[layer]], sizes.kv_bytes, tables.windows[layer]
     stride, query, key = kv_heads * sizes.block * bytes_each, heads * dim, (heads + kv_heads) * dim
-    q_weights, k_weights = vector(tables, layer, Q_NORM, query), vector(tables, layer, K_NORM, kv_heads * dim)
+    begins = tables.vectors[layer]
+    q_weights, k_weights = vector(tables, begins[Q_NORM], query), vector(tables, begins[K_NORM], kv_heads * dim)
     if begin == end:
         return
     for shared in range(begin // each, (end - 1) // each + 1):
@@ -294,9 +294,9 @@ def embed(tables: Tables, layers: int, token: int, out: np.ndarray) -> None:
 
 
 @quick()
-def added(tables: Tables, layer: int, norm: int, eps: float, x: np.ndarray, out: np.ndarray, hidden: np.ndarray) -> None:
-    """Add `x`, normalised if the layer has this norm, to the residual stream. `out` is overwritten."""
-    normed(x, vector(tables, layer, norm, len(x)), eps, out)
+def added(tables: Tables, norm: int, eps: float, x: np.ndarray, out: np.ndarray, hidden: np.ndarray) -> None:
+    """Add `x` to the residual stream, normalised if `norm` is where the weights for that begin. `out` is overwritten."""
+    normed(x, vector(tables, norm, len(x)), eps, out)
     for i in range(len(x)):
         hidden[i] += out[i]
 
@@ -309,32 +309,32 @@ def iterate(sizes: Sizes, tables: Tables, batch: Batch, own: Own, team: int, ran
     for token in range(tokens):
         embed(tables, sizes.layers, batch.tokens[token], own.hidden[token])
     for layer in range(sizes.layers):
-        spans = tables.products[layer]
+        spans, begins = tables.products[layer], tables.vectors[layer]
         for token in range(tokens):
-            normed(own.hidden[token, :width], vector(tables, layer, BEFORE, width), sizes.eps, own.x[token])
+            normed(own.hidden[token, :width], vector(tables, begins[BEFORE], width), sizes.eps, own.x[token])
         queries, kept = sizes.heads * sizes.dim, 2 * sizes.kv_heads * sizes.dim
-        product(tables, spans[QKV], vector(tables, layer, QKV_BIAS, queries + kept), tokens, own, first, rank, size)
+        product(tables, spans[QKV], vector(tables, begins[QKV_BIAS], queries + kept), tokens, own, first, rank, size)
         meet(team, size)
         attention(sizes, tables, batch, own, layer, tokens, rank, size)
         meet(team, size)
         for token in range(tokens):
             normed(batch.attended[token], tables.numbers[:0], sizes.eps, own.x[token])
-        product(tables, spans[OUTPUT], vector(tables, layer, OUTPUT_BIAS, width), tokens, own, second, rank, size)
+        product(tables, spans[OUTPUT], vector(tables, begins[OUTPUT_BIAS], width), tokens, own, second, rank, size)
         meet(team, size)
         for token in range(tokens):
-            added(tables, layer, AFTER, sizes.eps, second[token, :width], own.x[token], own.hidden[token])
-            normed(own.hidden[token, :width], vector(tables, layer, BEFORE_FFN, width), sizes.eps, own.x[token])
-        product(tables, spans[UP], vector(tables, layer, UP_BIAS, 2 * sizes.ffn), tokens, own, first, rank, size)
+            added(tables, begins[AFTER], sizes.eps, second[token, :width], own.x[token], own.hidden[token])
+            normed(own.hidden[token, :width], vector(tables, begins[BEFORE_FFN], width), sizes.eps, own.x[token])
+        product(tables, spans[UP], vector(tables, begins[UP_BIAS], 2 * sizes.ffn), tokens, own, first, rank, size)
         meet(team, size)
         for token in range(tokens):
             activate(sizes.gelu, first[token, : 2 * sizes.ffn], own.x[token])
-        product(tables, spans[DOWN], vector(tables, layer, DOWN_BIAS, width), tokens, own, second, rank, size)
+        product(tables, spans[DOWN], vector(tables, begins[DOWN_BIAS], width), tokens, own, second, rank, size)
         meet(team, size)
         for token in range(tokens):
-            added(tables, layer, AFTER_FFN, sizes.eps, second[token, :width], own.x[token], own.hidden[token])
+            added(tables, begins[AFTER_FFN], sizes.eps, second[token, :width], own.x[token], own.hidden[token])
     for row in range(wanted):
         hidden = own.hidden[batch.wanted[row], :width]
-        normed(hidden, vector(tables, sizes.layers, BEFORE, width), sizes.eps, own.x[row])
+        normed(hidden, vector(tables, tables.vectors[sizes.layers, BEFORE], width), sizes.eps, own.x[row])
     if wanted:
         product(tables, tables.products[sizes.layers, 0], tables.numbers[:0], wanted, own, batch.logits, rank, size)
     meet(team, size)
