@@ -1,6 +1,9 @@
 """A few tokens without the graph: the same logits, the same KV, for every family and every form of weights that it takes."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 from stallfree.checkpoint import open_checkpoint
 from stallfree.executors.machine import Room
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import MOST, kernels, obstacle, vectors
+from stallfree.executors.openvino.few import MOST, forward, kernels, obstacle, vectors
+from stallfree.executors.openvino.few.compiled import KEEPS
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
 from tests.checkpoint.packing import CONFIGS, pack_folder
 from tests.executors.test_openvino import CLOSE, MODELS, TOKENS, work
@@ -76,7 +80,7 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def multiplied(kind, width, least_width, half, together, vectors, rows, groups, draw) -> tuple[np.ndarray, np.ndarray]:
+def multiplied(kind, width, least_width, half, together, vectors, rows, groups, draw, kept=KEEPS) -> tuple[np.ndarray, np.ndarray]:
     """The products of random matrices and vectors by `rows_product`, and by their definition, [vectors, rows]."""
     own = width if kind == INT8 else 32
     if kind == INT8:
@@ -103,7 +107,7 @@ def multiplied(kind, width, least_width, half, together, vectors, rows, groups, 
         laid = x.reshape(vectors, -1, together * 16, 2).swapaxes(-1, -2).astype(np.int8)
     laid, out = np.ascontiguousarray(laid), np.full((vectors, rows + 3), np.nan, np.float32)
     arrays = codes, zeros, scales, least, least_scales
-    kernels.rows_product(kind, width, least_width, half, together, vectors).ctypes(
+    kernels.rows_product(kind, width, least_width, half, together, vectors, kept).ctypes(
         1, rows, *map(address, arrays), x.shape[1], *map(address, (laid, x_scales, sums, out)), rows + 3
     )
     assert np.isnan(out[:, 0]).all()  # the first row is left to others, and nothing is written behind the last
@@ -126,11 +130,10 @@ def test_rows_are_multiplied_as_they_are_defined(form, features, monkeypatch):
         if features and not vectors.FEATURES.get("avx2"):
             pytest.skip("this processor has no AVX2")
         monkeypatch.setattr(vectors, "FEATURES", features)
-        monkeypatch.setattr(kernels, "KEPT", False)
         kernels.rows_product.cache_clear()
     for number in (1, 2, 4):
         draw = np.random.default_rng(number)
-        found, wanted = multiplied(*form, number, 5, (form[4] or 2) * (form[2] or 3), draw)
+        found, wanted = multiplied(*form, number, 5, (form[4] or 2) * (form[2] or 3), draw, KEEPS and features is None)
         assert np.abs(found - wanted).max() < 2e-6 * np.abs(wanted).max() * 10
     if features is not None:
         kernels.rows_product.cache_clear()
@@ -168,7 +171,7 @@ def test_attention_is_what_it_is_defined_as(heads, dim, last, window, seed):
     out, room = np.zeros((heads, dim), np.float32), np.zeros(heads * (dim + last + 2), np.float32)
     places = [address(cache) + memory[0, 0, 0].nbytes for cache in memory]
     blocks = table.astype(np.int64)
-    kernels.heads_attention(dim, block, heads).ctypes(
+    kernels.heads_attention(dim, block, heads, KEEPS).ctypes(
         address(query), *places, address(blocks), memory[0, 0].nbytes, first, last, address(room), address(out)
     )
     assert np.abs(out - wanted).max() < 2e-3 * max(1, np.abs(wanted).max())
@@ -254,3 +257,50 @@ def test_groups_that_no_kernel_knows_take_the_graph(plain, monkeypatch):
     assert (made.few, made.most_few) == (0, 0)
     assert made.logits([work(TOKENS[:1])]).shape == (1, 160)
     made.close()
+
+
+@pytest.mark.parametrize(("failures", "found"), [(1, True), (2, False)])
+def test_what_cannot_be_compiled_or_kept_is_compiled_again_or_done_without(failures, found, monkeypatch, caplog):
+    calls, forgotten = [], []
+
+    def made(*args, kept):
+        calls.append(kept)
+        if len(calls) <= failures:
+            raise OSError(28, "No space left on device")
+        return "made"
+
+    monkeypatch.setattr(forward, "FewTokens", made)
+    monkeypatch.setattr(forward, "KEEPS", True)
+    monkeypatch.setattr(forward, "forget", lambda: forgotten.append(True))
+    assert (forward.few_tokens("source", "config") is not None) is found
+    assert calls == [True, False]
+    assert len(forgotten) == caplog.text.count("No space left on device") == failures
+
+
+DAMAGED = """
+from pathlib import Path
+from stallfree.checkpoint import open_checkpoint
+from stallfree.executors.openvino import OpenVINOExecutor
+said = []
+made = OpenVINOExecutor(open_checkpoint(Path({!r})), kv_bytes=1 << 21, compiling=lambda: said.append("compiles"))
+print(*said, made.most_few)
+"""
+
+
+@pytest.mark.slow  # it compiles three times
+def test_a_damaged_file_is_compiled_again(tmp_path):
+    write_folder(tmp_path / "model", "llama")
+    command, env = [sys.executable, "-c", DAMAGED.format(str(tmp_path / "model"))], {"STALLFREE_CACHE": str(tmp_path / "cache")}
+
+    def started() -> tuple[str, str]:
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), done.stderr
+
+    assert started() == ("compiles 4", "")
+    assert started() == ("4", "")
+    for file in (tmp_path / "cache").rglob("*.nbi"):
+        file.write_bytes(b"damaged")
+    found, said = started()
+    assert found == "4"
+    assert "cannot be compiled, or kept" in said
+    assert started()[0] == "compiles 4"

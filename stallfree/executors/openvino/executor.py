@@ -3,7 +3,6 @@
 It keeps KV tensors and knows nothing about requests between plans.
 """
 
-import logging
 import math
 import threading
 import time
@@ -25,14 +24,12 @@ from stallfree.executors.host_memory import check_memory, check_model
 from stallfree.executors.machine import machine
 from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
 from stallfree.executors.openvino.deltas import UNIT
-from stallfree.executors.openvino.few import MOST, FewTokens, UnknownGroups, first, obstacle
+from stallfree.executors.openvino.few import MOST, FewTokens, few_tokens, first, obstacle
 from stallfree.executors.openvino.graph import INPUTS
 from stallfree.executors.openvino.memory import huge_pages
 from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
 from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
-
-log = logging.getLogger(__name__)
 
 WARMED = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of units of adapters whose kernels are compiled before any request wants them. Others are compiled when they are first
@@ -108,11 +105,8 @@ class OpenVINOExecutor:
         if not obstacle(checkpoint, weights, kv):
             if first():
                 compiling()
-            try:
-                source, count = self._recipe.weights(), threads or machine().threads
-                self._few = FewTokens(source, config, self._cache, self.capacity, count, range(num_blocks))
-            except UnknownGroups as error:
-                log.info("few tokens take the graph: %s", error)
+            source, count = self._recipe.weights(), threads or machine().threads
+            self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
         self.few = self.most_few = 0 if self._few is None else MOST
 
     def submit(self, plan: Plan) -> None:

@@ -1,9 +1,9 @@
-"""Iterations of at most `MOST` tokens without the graph, compiled by numba: `FewTokens`. `obstacle` says why a model cannot have
-them, `first` whether all has to be compiled."""
+"""Iterations of at most `MOST` tokens without the graph, compiled by numba: `few_tokens` gives them, if it can. `obstacle` says why
+a model cannot have them, `first` whether all has to be compiled."""
 
 from stallfree.executors.openvino.few.compiled import first
-from stallfree.executors.openvino.few.forward import FewTokens, UnknownGroups
+from stallfree.executors.openvino.few.forward import FewTokens, few_tokens
 from stallfree.executors.openvino.few.step import MOST
 from stallfree.executors.openvino.few.suited import obstacle
 
-__all__ = ["MOST", "FewTokens", "UnknownGroups", "first", "obstacle"]
+__all__ = ["MOST", "FewTokens", "few_tokens", "first", "obstacle"]

@@ -6,6 +6,7 @@ that depends on all of them. It knows no function.
 
 import hashlib
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def _kept(folder: Path) -> bool:
 
 
 FOLDER = _folder()
-KEPT = _kept(FOLDER)
+KEEPS = _kept(FOLDER)
+"""Whether what is compiled can be kept."""
 
 exact = partial(numba.njit, nogil=True, error_model="numpy")
 quick = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
@@ -41,4 +43,9 @@ quick = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
 
 def first() -> bool:
     """Whether nothing is kept yet, so that all has to be compiled."""
-    return not KEPT or not any(FOLDER.rglob("*.nbi"))
+    return not KEEPS or not any(FOLDER.rglob("*.nbi"))
+
+
+def forget() -> None:
+    """Remove what is kept."""
+    shutil.rmtree(FOLDER, ignore_errors=True)

@@ -5,22 +5,27 @@ It fills the tables of `step.py` from stored weights and the executor's KV cache
 """
 
 import ctypes
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from stallfree.checkpoint import ModelConfig
 from stallfree.core.plan import Capacity
+from stallfree.executors.openvino.few.compiled import FOLDER, KEEPS, forget
 from stallfree.executors.openvino.few.kernels import heads_attention, rows_product
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
-from stallfree.executors.openvino.few.step import BY_HEAD, MOST, TOGETHER, WHOLE, Batch, Own, Sizes, Tables, run
+from stallfree.executors.openvino.few.step import BY_HEAD, MOST, TOGETHER, WHOLE, Batch, Own, Sizes, Tables, compiled
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS
 from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES, has_vnni
 from stallfree.executors.openvino.stored import Stored
 from stallfree.executors.openvino.weights import Weights
+
+log = logging.getLogger(__name__)
 
 VECTORS = (1, 2, 4, 4)
 """How many vectors products take for 1 to `MOST` tokens. With three, the fourth is any."""
@@ -39,8 +44,8 @@ class UnknownGroups(ValueError):
 
 class FewTokens:
     """A model of `source`'s weights. `cache`: the bytes of each layer's keys and values in 8 bits, [blocks, KV heads, tokens, scale
-    and zero point in float32 and a head's numbers]. `threads`: how many compute. The first run compiles, which takes seconds where
-    numba has not kept the result: it is made here, and writes into `blocks`.
+    and zero point in float32 and a head's numbers]. `threads`: how many compute. It compiles, which takes seconds where numba has not
+    `kept` the result, and runs once, which writes into `blocks`.
 
     Raises UnknownGroups.
     """
@@ -53,13 +58,14 @@ class FewTokens:
         capacity: Capacity,
         threads: int,
         blocks: Sequence[int],
+        kept: bool,
     ) -> None:
         self._alive: list[object] = [cache]
         self._parts: list[list[int]] = []
         self._numbers: list[np.ndarray] = []
         self._length = 0
         self._functions: dict[tuple[int, ...], list[int]] = {}
-        self._size = threads
+        self._size, self._kept = 1, kept
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         embedding = self._product(source.stored(["model.embed_tokens.weight"]), rows_are_read=True)
         products, vectors = [], []
@@ -94,7 +100,7 @@ class FewTokens:
             vectors=np.array(vectors, np.int64), windows=np.array(config.windows, np.int64),
             turns=np.array([kinds.index(config.turns(layer)) for layer in range(config.num_layers)], np.int64),
             caches=np.array([layer.ctypes.data for layer in cache], np.int64).reshape(-1, 2),
-            attend=np.array([heads_attention(config.head_dim, block_size, n + 1).address for n in range(TOGETHER)], np.int64),
+            attend=np.array([heads_attention(config.head_dim, block_size, n + 1, kept).address for n in range(TOGETHER)], np.int64),
         )  # fmt: skip
         self._batch = Batch(
             counts=np.zeros(2, np.int64), tokens=np.zeros(MOST, np.int64), positions=np.zeros(MOST, np.int64),
@@ -104,8 +110,15 @@ class FewTokens:
             logits=np.zeros((MOST, config.vocab_size), np.float32),
         )  # fmt: skip
         team = np.zeros((TURNS + threads) * LINE, np.uint8)
-        self._run = partial(run, sizes, tables, self._batch)
+        self._run = partial(compiled(kept), sizes, tables, self._batch)
         self._own, self._team = Own.of(sizes), team.ctypes.data
+        table = np.array(blocks[:1], np.int32)
+        for tokens in range(1, min(MOST, block_size, longest) + 1):
+            self.logits({
+                "input_ids": np.zeros(tokens, np.int32), "position_ids": np.arange(tokens, dtype=np.int32),
+                "subsequence_begins": np.array([0, tokens], np.int32), "block_indices": table,
+                "block_indices_begins": np.array([0, 1], np.int32), "sampled_rows": np.arange(tokens, dtype=np.int32),
+            })  # fmt: skip
         semaphores = [ctypes.c_void_p(team.ctypes.data + (TURNS + rank) * LINE) for rank in range(threads)]
         for semaphore in semaphores:
             ctypes.CDLL(None).sem_init(semaphore, 0, 0)
@@ -118,13 +131,7 @@ class FewTokens:
         for thread in others:
             thread.start()
         self._end = weakref.finalize(self, _end, team, semaphores, others)
-        table = np.array(blocks[:1], np.int32)
-        for tokens in range(1, min(MOST, block_size, longest) + 1):
-            self.logits({
-                "input_ids": np.zeros(tokens, np.int32), "position_ids": np.arange(tokens, dtype=np.int32),
-                "subsequence_begins": np.array([0, tokens], np.int32), "block_indices": table,
-                "block_indices_begins": np.array([0, 1], np.int32), "sampled_rows": np.arange(tokens, dtype=np.int32),
-            })  # fmt: skip
+        self._size = threads
 
     def logits(self, feed: dict[str, np.ndarray]) -> np.ndarray:
         """What the graph gives for these inputs, of at most `MOST` tokens. Valid until the next call."""
@@ -161,7 +168,7 @@ class FewTokens:
             number = groups * width // own
             together = 0 if kind == INT8 else 4 if has_vnni() and not number % 4 else 2
             if (form := (kind, width, shared, int(half), together)) not in self._functions:
-                self._functions[form] = [rows_product(*form, vectors).address for vectors in VECTORS]
+                self._functions[form] = [rows_product(*form, vectors, self._kept).address for vectors in VECTORS]
             fields = matrix.codes, matrix.zeros, matrix.scales, matrix.least, matrix.least_scales
             addresses = [0 if array is None else array.ctypes.data for array in fields]
             self._parts.append([together, own, out, number, *addresses, *self._functions[form]])
@@ -193,3 +200,18 @@ def _end(team: np.ndarray, semaphores: Sequence[ctypes.c_void_p], others: Sequen
         ctypes.CDLL(None).sem_post(semaphore)
     for thread in others:
         thread.join()
+
+
+def few_tokens(source: Weights, config: ModelConfig, *rest: Any) -> FewTokens | None:
+    """`FewTokens` with these arguments, compiled again if what was kept is damaged, or cannot be kept; None if that fails."""
+    for kept in (KEEPS, False):
+        try:
+            return FewTokens(source, config, *rest, kept=kept)
+        except UnknownGroups as error:
+            log.info("few tokens take the graph: %s", error)
+            return None
+        except Exception as error:  # numba's, LLVM's, or the disk's: the graph can do without all of them
+            what = "it is compiled again, and not kept" if kept else "few tokens take the graph"
+            log.warning("what few tokens take cannot be compiled, or kept in %s (%r); %s", FOLDER, error, what)
+            forget()
+    return None

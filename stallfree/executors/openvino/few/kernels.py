@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, types
 
-from stallfree.executors.openvino.few.compiled import KEPT, quick
+from stallfree.executors.openvino.few.compiled import quick
 from stallfree.executors.openvino.few.past import scores, weigh
 from stallfree.executors.openvino.few.products import row_product
 from stallfree.executors.openvino.few.vectors import as_float, pointer
@@ -62,10 +62,11 @@ def softmax(x: np.ndarray) -> None:
 
 
 @cache
-def rows_product(kind: int, width: int, least_width: int, half: int, together: int, vectors: int) -> Any:
-    """A function that multiplies rows `begin` to `end` - 1 of a matrix with `vectors` vectors, as `row_product`."""
+def rows_product(kind: int, width: int, least_width: int, half: int, together: int, vectors: int, kept: bool) -> Any:
+    """A function that multiplies rows `begin` to `end` - 1 of a matrix with `vectors` vectors, as `row_product`; `kept`, once it is
+    compiled."""
 
-    @cfunc(types.void(*[types.int64] * 13), cache=KEPT, error_model="numpy")
+    @cfunc(types.void(*[types.int64] * 13), cache=kept, error_model="numpy")
     def function(
         begin: int, end: int, codes: int, zeros: int, scales: int, least: int, least_scales: int, groups: int, x: int,
         x_scales: int, x_sums: int, out: int, apart: int,
@@ -80,13 +81,13 @@ def rows_product(kind: int, width: int, least_width: int, half: int, together: i
 
 
 @cache
-def heads_attention(dim: int, block: int, heads: int) -> Any:
+def heads_attention(dim: int, block: int, heads: int, kept: bool) -> Any:
     """A function for attention of `heads` queries, of `dim` numbers each, that share a head of keys and values, to
     tokens `first` to `last` - 1 of blocks of `block` tokens. `keys`, `values`: addresses of this head's numbers in block 0; those
     of the next block are `stride` bytes behind. `memory`: room for `dim` + `last` + 2 float32 of each query."""
     each = 8 + dim
 
-    @cfunc(types.void(*[types.int64] * 9), cache=KEPT, fastmath=True, error_model="numpy")
+    @cfunc(types.void(*[types.int64] * 9), cache=kept, fastmath=True, error_model="numpy")
     def function(
         queries: int, keys: int, values: int, table: int, stride: int, first: int, last: int, memory: int, result: int
     ) -> None:

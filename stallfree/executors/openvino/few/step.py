@@ -5,12 +5,13 @@ thread computes for itself, so that they meet only five times in a layer. It kno
 tables.
 """
 
-from typing import NamedTuple, Self
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numba import carray
 
-from stallfree.executors.openvino.few.compiled import KEPT, exact, quick
+from stallfree.executors.openvino.few.compiled import exact, quick
 from stallfree.executors.openvino.few.kernels import BYTE_LEVELS, LEVELS, exp
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS, meet, sleep, wake
 from stallfree.executors.openvino.few.vectors import call, look_at, pointer
@@ -340,7 +341,6 @@ def iterate(sizes: Sizes, tables: Tables, batch: Batch, own: Own, team: int, ran
     meet(team, size)
 
 
-@exact(cache=KEPT)
 def run(sizes: Sizes, tables: Tables, batch: Batch, own: Own, team: int, rank: int, size: int) -> None:
     """Thread 0 wakes the others, and returns after one iteration. They take part in each until the team ends."""
     while True:
@@ -354,3 +354,9 @@ def run(sizes: Sizes, tables: Tables, batch: Batch, own: Own, team: int, rank: i
         iterate(sizes, tables, batch, own, team, rank, size)
         if not rank:
             return
+
+
+@cache
+def compiled(kept: bool) -> Any:
+    """`run`, compiled for what it is called with first; `kept`, once it is."""
+    return exact(cache=kept)(run)
