@@ -44,8 +44,8 @@ class UnknownGroups(ValueError):
 
 class FewTokens:
     """A model of `source`'s weights. `cache`: the bytes of each layer's keys and values in 8 bits, [blocks, KV heads, tokens, scale
-    and zero point in float32 and a head's numbers]. `threads`: how many compute. It compiles, which takes seconds where numba has not
-    `kept` the result, and runs once, which writes into `blocks`.
+    and zero point in float32 and a head's numbers]. `threads`: how many compute. It compiles, which takes seconds where numba has
+    not `kept` the result, and runs once, which writes into `blocks`.
 
     Raises UnknownGroups.
     """
@@ -58,6 +58,7 @@ class FewTokens:
         capacity: Capacity,
         threads: int,
         blocks: Sequence[int],
+        *,
         kept: bool,
     ) -> None:
         self._alive: list[object] = [cache]
