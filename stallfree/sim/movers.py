@@ -135,9 +135,9 @@ class TaiChi:
 
 
 class DynaServe:
-    """DynaServe (arXiv 2504.09285): all replicas are equal. Of the two with the least work, the first computes a request up to some
-    token, and the second computes the rest. The cut is where both will have as much work left. It may be in the prompt, in the
-    answer as long as it is expected to be, or at the end.
+    """DynaServe (arXiv 2504.09285): all replicas are equal. The one with the fewest pending tokens computes a request up to some
+    token, and of the others the one with the least work computes the rest. The cut is where both will have as much work left. It
+    may be in the prompt, in the answer as long as it is expected to be, or at the end.
 
     The cut, the balance and the transfer while computing are modelled. The paper's predictor of lengths is not: the mean of the
     answers so far is expected. A cut in the answer is made when the stream has got there, if the second replica has room then.
@@ -153,7 +153,8 @@ class DynaServe:
 
     def place(self, request: Request, cluster: Moving) -> Place:
         loads = [self._load(number, cluster) for number in range(len(self._machines))]
-        source = loads.index(min(loads))
+        waits = [replica.pending(request.arrival) for replica in cluster.replicas]
+        source = waits.index(min(waits))
         cost, _, near = self._machines[source]
         if not near:
             return Place(source)
@@ -163,8 +164,8 @@ class DynaServe:
         first = prices.prefill(cost, 0, prompt)
         share = (loads[target] + first + answer * each - loads[source]) / 2
         if share < first:
-            cut = _within(cost, prompt, share)
-            return Place(source, target, prompt if prompt - cut < self.least else max(cut, min(prompt, self.least)))
+            cut = max(self.least, _within(cost, prompt, share))
+            return Place(source, target, cut if prompt - cut >= self.least else prompt)
         more = int((share - first) / each)
         if answer - more >= self.least:
             self._cuts[source][request.id] = prompt + more, target

@@ -13,13 +13,14 @@ compute prompts in chunks: one that computes only whole prompts never goes on wi
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, nextafter
 from typing import NamedTuple, Protocol, cast
 
 from stallfree.core.plan import Plan
 from stallfree.core.request import Request, Status
+from stallfree.core.slo import Slo
 from stallfree.metrics.timeline import Timeline
 from stallfree.sim.fabric import Fabric, Port
 from stallfree.sim.replica import Script
@@ -73,7 +74,7 @@ class Move:
 
 class Moving:
     """`prefill` and `decode` replicas, made with hooks of this class, and numbered in this order. For the other arguments see
-    `sim.transfer.Pools`; `path` gives the ports between any two replicas.
+    `sim.transfer.Pools`; `path` gives the ports between any two replicas. `targets`: of requests that have none of their own.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class Moving:
         layers: int,
         latency_s: float,
         ended: Callable[[Request], None],
+        targets: Slo = Slo(),  # noqa: B008  # it is frozen
     ):
         self.transfers = Totals()
         self.fabric = Fabric()
-        self._mover, self._path = mover, path
+        self._mover, self._path, self._targets = mover, path, targets
         self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
         self._moves: dict[str, Move] = {}
         self._on_end = ended
@@ -167,7 +169,7 @@ class Moving:
         copy = twin(request)
         if (whole and request.max_tokens == 1) or not self._reserve(target, copy, request.arrival):
             return request
-        part = request if whole else _first(request, cut)
+        part = request if whole else _first(request, cut, self._targets)
         self._moves[request.id] = Move(source, target, part, copy, cut)
         return part
 
@@ -273,8 +275,13 @@ class Moving:
         self._on_end(request)
 
 
-def _first(request: Request, cut: int) -> Request:
-    """The first tokens of a prompt as a request of their own. It samples a token and does not end with it."""
+def _first(request: Request, cut: int, targets: Slo) -> Request:
+    """The first tokens of a prompt as a request of their own. They are due after their share of the time for the first token. It
+    samples a token and does not end with it.
+    """
+    slo = targets if request.slo is None else request.slo.within(targets)
+    if slo.ttft is not None:
+        slo = replace(slo, ttft=replace(slo.ttft, seconds=slo.ttft.seconds * cut / len(request.prompt)))
     part = Request(
         request.id,
         request.prompt[:cut],
@@ -283,7 +290,7 @@ def _first(request: Request, cut: int) -> Request:
         priority=request.priority,
         tenant=request.tenant,
         weight=request.weight,
-        slo=request.slo,
+        slo=slo,
         service_class=request.service_class,
     )
     part.sampling = Script((request.prompt[0],) * 2, _line(request), cut + 2)

@@ -126,8 +126,9 @@ class SplitSimulator(Simulates):
         pools = zip(self._prices, (self.split.prefill, self.split.decode), strict=True)
         kinds = [(cost, pool.token_budget) for cost, pool in pools for _ in range(pool.replicas)]
         machines = [Machine(*kind, near) for kind, near in zip(kinds, self._near, strict=True)]
-        mover = MOVERS[self.split.pairing](machines, self.split.prefill.replicas, self.prefill.targets or Slo())
-        return Moving(*replicas, mover, path, **more)
+        targets = self.prefill.targets or Slo()
+        mover = MOVERS[self.split.pairing](machines, self.split.prefill.replicas, targets)
+        return Moving(*replicas, mover, path, targets=targets, **more)
 
     def _replicas(self, simulator: Simulator) -> list[Callable[..., Replica]]:
         deployment, instance = simulator.deployment, simulator.instance
