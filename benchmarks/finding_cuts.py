@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness import machine, parser, show
 
@@ -158,6 +158,11 @@ def title(deployed: Deployed | None) -> str:
     return f"{name(deployed)}, {sizes}"
 
 
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    sides = {side: [(f"{row['targets']}, {row['mix']}", row[f"{side} / pure"]) for row in rows] for side in MOVES}
+    plot.dots(sides, "over the best of slo, fixed and pools", "Llama-2-13B, 8 A100", file, even=1.0)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("cells", nargs="*", metavar="CELL", help="TARGETS:MIX, such as tight:chat; without one, all")
@@ -176,8 +181,7 @@ def main() -> None:
     show("Requests/s on all GPUs, the median of the draws", rows, machine(), args.json)
     show("What each side is", what, {}, None)
     if args.plot:
-        sides = {side: [(f"{row['targets']}, {row['mix']}", row[f"{side} / pure"]) for row in rows] for side in MOVES}
-        plot.dots(sides, "over the better of co-location and pools", "Llama-2-13B, 8 A100", args.plot, even=1.0)
+        draw(rows, args.plot)
 
 
 if __name__ == "__main__":
