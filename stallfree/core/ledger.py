@@ -137,6 +137,7 @@ class Ledger:
         self._arrivals += 1
         request.key = (*self._key(request), self._arrivals)
         request.lookup = (-1, request.root, 0)  # another pool may have written it
+        request.status = Status.WAITING
         self.requests[request.id] = request
 
     def run(self, request: Request) -> None:

@@ -27,12 +27,13 @@ class Refused(ValueError):
 
 class Status(Enum):
     """The state of a request: `WAITING` -> `RUNNING` -> `FINISHED`. Preemption leads from `RUNNING` back to `WAITING`. `HELD`: it
-    keeps its KV and gets no work, while a KV transfer takes this KV to another engine.
+    keeps its KV and gets no work, while a KV transfer takes this KV to another engine. `RELEASED`: it continues on that engine.
     """
 
     WAITING = "waiting"
     RUNNING = "running"
     HELD = "held"
+    RELEASED = "released"
     FINISHED = "finished"
 
 

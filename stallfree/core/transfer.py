@@ -1,9 +1,9 @@
 """KV transfers in the ledger: the states of a request and its blocks when one engine computes the prompt and another decodes. It
 does not know how the blocks travel.
 
-The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), then
-`deliver` (KV and first token are here) or `recall` (give up the transfer and
-compute the prompt here).
+The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), then one of
+three: `deliver` (the KV of the prompt and the first token are here), `resume` (the KV of some of its tokens is here, and it goes on
+with the others), or `recall` (give up the transfer and compute the prompt here).
 """
 
 from bisect import insort
@@ -29,7 +29,7 @@ def release(ledger: Ledger, id: str) -> Request:
         raise ValueError(f"{request!r} is in flight; it can be released once its plan is complete")
     ledger.leave(request)
     ledger.drop_kv(request)
-    request.status = Status.WAITING
+    request.status = Status.RELEASED
     return request
 
 
@@ -39,16 +39,17 @@ def expect(ledger: Ledger, request: Request) -> None:
     insort(ledger.expected, request, key=lambda r: r.key)
 
 
-def admit(ledger: Ledger) -> Request | None:
+def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
     """Admit the first expected request whose adapter is here: reserve blocks for the KV of its prompt. The first `num_cached`
     tokens are already here. Until `deliver` or `recall`, a policy sees a prompt that is entirely in flight.
 
-    Returns None and changes nothing if there is none, if there is no room, or if the head of the queue comes before it.
+    Returns None and changes nothing if there is none, if there is no room, or, unless it may go `ahead`, if the head of the queue
+    comes before it.
     """
     if not ledger.expected or ledger.full:
         return None
     request, head = next(filter(ledger.adapters.ready, ledger.expected), None), ledger.queue.head()
-    if request is None or (head is not None and head[0] < request.key):
+    if request is None or (head is not None and head[0] < request.key and not ahead):
         return None
     spare = ledger.kept_free(request)
     cached = ledger.pool.match(request, spare)
@@ -75,6 +76,21 @@ def deliver(ledger: Ledger, request: Request, token: int, now: float) -> Request
     ledger.end(request, reason)
     ledger.sweep()
     return request
+
+
+def resume(ledger: Ledger, request: Request, computed: int, stream: Request | None = None) -> None:
+    """The KV of the first `computed` tokens of an admitted request is here: it goes on with the rest. `stream`: the same request on
+    the other engine, if it has output; its tokens and their times are taken over. If blocks are short, the KV that has no block is
+    lost, and its tokens are computed again.
+    """
+    if stream is not None:
+        request.output, request.num_tokens = stream.output, stream.num_tokens
+        request.first_token, request.last_token = stream.first_token, stream.last_token
+    if not ledger.pool.grow(request, computed):
+        computed = len(request.blocks) * ledger.pool.block_size
+    request.in_flight, request.transferring = 0, False
+    request.num_computed = request.num_planned = computed
+    ledger.pool.commit(request)
 
 
 def recall(ledger: Ledger, request: Request) -> None:

@@ -15,7 +15,7 @@ from stallfree.qos.answers import Answers
 from stallfree.qos.credits import Credits
 from stallfree.qos.deadlines import Deadlines
 
-FINISHED = Status.FINISHED
+FINISHED, RELEASED = Status.FINISHED, Status.RELEASED
 
 LOOKAHEAD = 16
 """How many waiting requests, the oldest, compete for the next prefill. To order all would cost more than it gains."""
@@ -87,6 +87,7 @@ class Order:
             self.credits.correct(r, prices.used(self._cost, r))
             if r.status is FINISHED:
                 self._answers.learn(r)
+            if r.status in (FINISHED, RELEASED):
                 self.credits.close(r)
 
     def _prompt(self, draft: Draft, r: Request, share: float) -> Prompt:

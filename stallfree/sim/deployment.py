@@ -66,8 +66,9 @@ class Deployment:
 @dataclass(frozen=True, slots=True)
 class Split:
     """Two pools: `prefill` replicas compute prompts, `decode` replicas decode. `pairing`: who computes a prompt and who decodes
-    (`sim.pairings`). They are on `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`). `near`: KV stays in a
-    node that also has a decode replica, and goes over the devices' own links.
+    (`sim.pairings`); or which requests move between any two replicas (`sim.movers`), by the targets of `prefill`. They are on
+    `nodes` nodes of `per_node` devices each, joined by `link` (`perf.links`). `near`: KV stays in a node that also has a replica it
+    may go to, and goes over the devices' own links.
     """
 
     prefill: Deployment

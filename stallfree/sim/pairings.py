@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from stallfree.core.nearest import nearest
 from stallfree.core.request import Request
+from stallfree.sim.movers import MOVERS
 from stallfree.sim.replica import Replica
 from stallfree.sim.transfer import Pools
 
@@ -74,5 +75,6 @@ PAIRINGS: dict[str, type[DistServe] | type[Splitwise]] = {"distserve": DistServe
 def load(name: str, near: Sequence[Sequence[int]]) -> DistServe | Splitwise:
     """A pairing by its name. Raises ValueError that names the nearest pairing if there is none."""
     if name not in PAIRINGS:
-        raise ValueError(f"unknown pairing {name!r}{nearest(name, PAIRINGS)}; known: {', '.join(PAIRINGS)}")
+        known = (*PAIRINGS, *MOVERS)
+        raise ValueError(f"unknown pairing {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return PAIRINGS[name](near)

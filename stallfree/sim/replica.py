@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import inf
 from typing import NamedTuple, cast
 
@@ -140,6 +141,11 @@ class Replica:
         """Requests that were taken and have not ended."""
         return len(self.scheduler.ledger.requests) + len(self._unsubmitted) + len(self._coming)
 
+    @property
+    def requests(self) -> Iterator[Request]:
+        """The requests that `num_requests` counts."""
+        return chain(self.scheduler.ledger.requests.values(), self._unsubmitted, self._coming)
+
     def pending(self, now: float) -> int:
         """Tokens to be planned until every request here has its first token, or its next one. An expected request counts with its
         prompt until it has room. Counted at each call: a running count would have to follow every change.
@@ -197,9 +203,10 @@ class Replica:
         if not self.scheduler.ledger.adapters.ready(request):
             self._reschedule(now)
 
-    def admit(self) -> Request | None:
-        """Reserve blocks for the first expected request. None if there is no room, or if none is expected."""
-        return transfer.admit(self.scheduler.ledger)
+    def admit(self, *, ahead: bool = False) -> Request | None:
+        """Reserve blocks for the first expected request. None if there is no room, or if none is expected. For `ahead` see
+        `core.transfer.admit`."""
+        return transfer.admit(self.scheduler.ledger, ahead=ahead)
 
     def forgo(self, id: str, now: float) -> None:
         """An expected request will not come. Free its blocks."""
@@ -212,6 +219,16 @@ class Replica:
         if transfer.deliver(self.scheduler.ledger, request, token, now) is not None:
             self._gone.append(request)
             self._end(request, now)
+        self._reschedule(now)
+
+    def resume(self, request: Request, computed: int, stream: Request | None, now: float) -> None:
+        """The KV of the first `computed` tokens of an admitted request is here. `stream`: as in `core.transfer.resume`."""
+        transfer.resume(self.scheduler.ledger, request, computed, stream)
+        self._reschedule(now)
+
+    def enter(self, request: Request, now: float) -> None:
+        """Take a request that arrived earlier, and comes in now."""
+        self._unsubmitted.append(request)
         self._reschedule(now)
 
     def run(self, until: float) -> None:

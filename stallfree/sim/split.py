@@ -8,6 +8,7 @@ from typing import Any
 from stallfree.core.plan import Shape
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.slo import Slo
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
@@ -15,9 +16,11 @@ from stallfree.perf import shape as models
 from stallfree.sim import pairings
 from stallfree.sim.deployment import Split
 from stallfree.sim.fabric import Port
+from stallfree.sim.movers import MOVERS, Machine
+from stallfree.sim.moving import Moving
 from stallfree.sim.replica import Replica
 from stallfree.sim.simulate import Simulates, holding, scripted, uncollected
-from stallfree.sim.simulator import Instance, Simulator
+from stallfree.sim.simulator import Instance, Simulator, calibrated
 from stallfree.sim.transfer import Pools, Totals
 from stallfree.workload.workload import Arrival
 
@@ -57,6 +60,9 @@ class SplitSimulator(Simulates):
             raise ValueError("two pools guess no tokens; leave out --draft-acceptance")
         if "refuse" in (split.prefill.on_late, split.decode.on_late):
             raise ValueError("two pools forecast no first tokens, so none can be refused; leave out --on-late refuse")
+        moves = split.pairing in MOVERS
+        if moves and any(pool.prefix_cache or pool.rank is not None for pool in (split.prefill, split.decode)):
+            raise ValueError(f"{split.pairing} knows no prefix cache and no adapters; leave out --prefix-cache and --rank")
         self.prefill, self.decode = Simulator(split.prefill, prefill), Simulator(split.decode, decode)
         self._where = place(split)
         self._network = links.load(split.link)
@@ -65,11 +71,16 @@ class SplitSimulator(Simulates):
         self.kv_bytes, self._layers = whole.kv_bytes_per_token, model.num_layers
         # Between replicas of one node, each device sends its own part.
         self._within = min(split.prefill.devices, split.decode.devices) * device.link(2, device.node).bandwidth
+        if moves:  # KV goes from any replica to any other
+            self._where = ((*self._where[0], *self._where[1]),) * 2
+            self._prices = [calibrated(pool.instance) for pool in (self.prefill, self.decode)]
         sources, targets = self._where
+        others = [[to for to in range(len(targets)) if not (moves and to == number)] for number in range(len(sources))]
         # Replicas on the same nodes have their stages beside each other, if they have the same number of stages.
-        near = [[to for to, b in enumerate(targets) if a == b] if split.near else [] for a in sources]
-        self._near = [numbers or list(range(len(targets))) for numbers in near]
-        pairings.load(split.pairing, self._near)
+        near = [[to for to in numbers if split.near and targets[to] == a] for a, numbers in zip(sources, others, strict=True)]
+        self._near = [close or numbers for close, numbers in zip(near, others, strict=True)]
+        if not moves:
+            pairings.load(split.pairing, self._near)
 
     @property
     def dollars(self) -> float | None:
@@ -90,17 +101,7 @@ class SplitSimulator(Simulates):
             begin, last = min(begin, line.arrival), max(last, line.tokens[-1])
             end(line)
 
-        path, latency_s = self._paths()
-        pools = Pools(
-            self._replicas(self.prefill),
-            self._replicas(self.decode),
-            pairings.load(self.split.pairing, self._near),
-            path,
-            kv_bytes=self.kv_bytes,
-            layers=self._layers,
-            latency_s=latency_s,
-            ended=note_end,
-        )
+        pools = self._pools(note_end)
         with uncollected():
             pools.serve(
                 scripted(
@@ -115,6 +116,19 @@ class SplitSimulator(Simulates):
             )
         idle = [1 - sum(_busy(r) for r in pool) / len(pool) / max(last - begin, 1e-9) for pool in (pools.prefill, pools.decode)]
         return PoolsResult(result.lines, pools.transfers, *idle)
+
+    def _pools(self, ended: Callable[[Request], None]) -> Pools | Moving:
+        path, latency_s = self._paths()
+        replicas = self._replicas(self.prefill), self._replicas(self.decode)
+        more: Any = {"kv_bytes": self.kv_bytes, "layers": self._layers, "latency_s": latency_s, "ended": ended}
+        if self.split.pairing not in MOVERS:
+            return Pools(*replicas, pairings.load(self.split.pairing, self._near), path, **more)
+        pools = zip(self._prices, (self.split.prefill, self.split.decode), strict=True)
+        kinds = [(cost, pool.token_budget) for cost, pool in pools for _ in range(pool.replicas)]
+        machines = [Machine(*kind, near) for kind, near in zip(kinds, self._near, strict=True)]
+        targets = self.prefill.targets or Slo()
+        mover = MOVERS[self.split.pairing](machines, self.split.prefill.replicas, targets)
+        return Moving(*replicas, mover, path, targets=targets, **more)
 
     def _replicas(self, simulator: Simulator) -> list[Callable[..., Replica]]:
         deployment, instance = simulator.deployment, simulator.instance

@@ -60,9 +60,12 @@ class Pairing(Protocol):
 class Totals:
     """Totals of all KV transfers: `transferred` requests, `bytes` moved, and seconds from a first token's sampling until its KV
     arrived (`exposed_s`). `decode_s`: seconds from first to last token. `local`: requests that one replica computed entirely.
+    If requests move (`sim.moving`), `transferred` and `exposed_s` count each move, from the moment at which the source stopped;
+    `streams` of these moves were of decoding streams; and `local` requests were placed whole.
     """
 
     transferred: int = 0
+    streams: int = 0
     bytes: float = 0.0
     exposed_s: float = 0.0
     decode_s: float = 0.0
@@ -135,18 +138,7 @@ class Pools:
             raise ValueError(f"{left} requests wait for ever: no policy plans work for them, or no decode replica has room")
 
     def _run(self, until: float) -> None:
-        """Run all replicas and flows up to `until`, event by event."""
-        every = (*self.prefill, *self.decode)
-        while True:
-            first = min(every, key=_due)
-            if self.fabric.due <= first.due:
-                if self.fabric.due >= until:
-                    return
-                self.fabric.run()
-            elif first.due >= until:
-                return
-            else:
-                first.run(nextafter(first.due, inf))
+        advance((*self.prefill, *self.decode), self.fabric, until)
 
     def _place(self, request: Request) -> None:
         source = self._pairing.prefill(request, self)
@@ -201,20 +193,7 @@ class Pools:
         if transfer.target is None:
             transfer.target = self._pairing.decode(transfer.source, self)
         self._promised[transfer.target].discard(transfer)
-        transfer.twin = Request(
-            request.id,
-            request.prompt,
-            request.max_tokens,
-            stop_ids=request.stop_ids,
-            arrival=request.arrival,
-            priority=request.priority,
-            tenant=request.tenant,
-            weight=request.weight,
-            slo=request.slo,
-            service_class=request.service_class,
-            adapter=request.adapter,
-            sampling=request.sampling,
-        )
+        transfer.twin = twin(request)
         self.decode[transfer.target].expect(transfer.twin, now)
         self._admit(transfer.target, now)
 
@@ -268,6 +247,38 @@ class Pools:
         tokens = request.sampling.line.tokens  # type: ignore[attr-defined]
         self.transfers.decode_s += tokens[-1] - tokens[0]
         self._on_end(request)
+
+
+def advance(replicas: Sequence[Replica], fabric: Fabric, until: float) -> None:
+    """Run all replicas and flows up to `until`, event by event."""
+    while True:
+        first = min(replicas, key=_due)
+        if fabric.due <= first.due:
+            if fabric.due >= until:
+                return
+            fabric.run()
+        elif first.due >= until:
+            return
+        else:
+            first.run(nextafter(first.due, inf))
+
+
+def twin(request: Request) -> Request:
+    """The same request for another replica, without any token computed."""
+    return Request(
+        request.id,
+        request.prompt,
+        request.max_tokens,
+        stop_ids=request.stop_ids,
+        arrival=request.arrival,
+        priority=request.priority,
+        tenant=request.tenant,
+        weight=request.weight,
+        slo=request.slo,
+        service_class=request.service_class,
+        adapter=request.adapter,
+        sampling=request.sampling,
+    )
 
 
 def _due(replica: Replica) -> float:

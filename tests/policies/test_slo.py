@@ -10,6 +10,7 @@ from stallfree.core.policy import Setup
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo as Targets
+from stallfree.core.transfer import hold, release
 from stallfree.perf.fitted import Fitted
 from stallfree.policies import load
 from stallfree.policies.slo import Slo
@@ -189,3 +190,18 @@ def test_streams_whose_sampling_takes_long_leave_less_time_for_prefill():
             scheduler.complete(plan, StepResult(plan.step, {w.id: (1,) for w in plan.work if w.samples}, 0.0), now)
         budgets.append(scheduler.schedule(now).budget)
     assert budgets[1] < budgets[0]
+
+
+def test_a_request_that_goes_on_elsewhere_leaves_no_bill():
+    policy = Slo("tbt=100ms", Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005)))
+    scheduler = Scheduler(policy, Capacity(16, 1000, 4000))
+    for id, prompt in (("goes", 100), ("stays", 300)):
+        scheduler.submit(Request(id, range(prompt), 9))
+    for now in range(3):
+        plan = scheduler.schedule(now)
+        scheduler.complete(plan, StepResult(plan.step, {w.id: (7,) for w in plan.work if w.samples}, 0.1), now + 0.1)
+    assert {"goes", "stays"} == {r.id for r in policy.credits.billed}
+    hold(scheduler.ledger, "goes")
+    release(scheduler.ledger, "goes")
+    scheduler.schedule(3.0)
+    assert {"stays"} == {r.id for r in policy.credits.billed}
