@@ -340,8 +340,7 @@ class Slo:
 
     def _brought(self, draft: Draft, r: Request) -> float:
         """Seconds that the request's adapter adds to an iteration, if nobody else in the draft uses it."""
-        brought = draft.brings(r)
-        return self.cost.seconds([*brought, (1, 1)]) - self.cost.seconds([(1, 1)]) if brought else 0.0
+        return prices.adapters(self.cost, draft.brings(r))
 
     def _too_slow(self, seconds: float, streams: Sequence[Request]) -> bool:
         """Whether an iteration of this many seconds is longer than the gap between tokens may be. A request's own target counts

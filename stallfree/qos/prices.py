@@ -1,20 +1,36 @@
 """What one request adds to the time of iterations that run anyway: its marginal seconds by a cost model. A request that runs alone
 takes longer."""
 
+from collections.abc import Sequence
+
 from stallfree.core.policy import CostModel
 from stallfree.core.request import Request
 
 
+def beside(cost: CostModel) -> list[tuple[int, int]]:
+    """Decodes beside which an iteration's tokens are not few, for a cost model that prices these apart (`Fitted.few`)."""
+    return [(0, 1)] * getattr(cost, "few", 0)
+
+
 def prefill(cost: CostModel, start: int, stop: int) -> float:
     """Seconds that the tokens from `start` to `stop` of a prompt add."""
-    return cost.seconds([(start, stop - start)]) - cost.seconds([(start, 1)]) if stop > start + 1 else 0.0
+    if stop <= start + 1:
+        return 0.0
+    base = beside(cost)
+    return cost.seconds([*base, (start, stop - start)]) - cost.seconds([*base, (start, 1)])
 
 
 def decode(cost: CostModel, context: int, extra_rows: int = 0) -> float:
     """Seconds that one more decode at `context` tokens adds, whose sampling takes as long as `extra_rows` plain rows."""
-    one = (context, 1)
+    one, base = (context, 1), beside(cost)
     extra = [(extra_rows, 0)] if extra_rows else []
-    return cost.seconds([one, one, *extra]) - cost.seconds([one])
+    return cost.seconds([*base, one, one, *extra]) - cost.seconds([*base, one])
+
+
+def adapters(cost: CostModel, brought: Sequence[tuple[int, int]]) -> float:
+    """Seconds that adapters add, the pieces `brought` of a shape."""
+    base = [*beside(cost), (1, 1)]
+    return cost.seconds([*brought, *base]) - cost.seconds(base) if brought else 0.0
 
 
 def expected(cost: CostModel, r: Request, start: int, answer: float) -> float:
