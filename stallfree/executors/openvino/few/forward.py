@@ -34,7 +34,7 @@ VECTORS = (1, 2, 4, 4)
 LEAST_HALF, MOST_HALF = 2.0**-12, 2.0**15
 """Scales are read as float16, half of the bytes, if the largest of a matrix is between these: smaller ones then lose no more than
 2^-13 of the largest."""
-HALVES = "f16c" in FEATURES and FEATURES["f16c"]
+HALVES = bool(FEATURES.get("f16c"))
 """Whether the processor reads float16."""
 
 
@@ -113,13 +113,11 @@ class FewTokens:
         team = np.zeros((TURNS + threads) * LINE, np.uint8)
         self._run = partial(compiled(kept), sizes, tables, self._batch)
         self._own, self._team = Own.of(sizes), team.ctypes.data
-        table = np.array(blocks[:1], np.int32)
-        for tokens in range(1, min(MOST, block_size, longest) + 1):
-            self.logits({
-                "input_ids": np.zeros(tokens, np.int32), "position_ids": np.arange(tokens, dtype=np.int32),
-                "subsequence_begins": np.array([0, tokens], np.int32), "block_indices": table,
-                "block_indices_begins": np.array([0, 1], np.int32), "sampled_rows": np.arange(tokens, dtype=np.int32),
-            })  # fmt: skip
+        self.logits({
+            "input_ids": np.zeros(1, np.int32), "position_ids": np.zeros(1, np.int32), "sampled_rows": np.zeros(1, np.int32),
+            "subsequence_begins": np.array([0, 1], np.int32), "block_indices": np.array(blocks[:1], np.int32),
+            "block_indices_begins": np.array([0, 1], np.int32),
+        })  # fmt: skip
         semaphores = [ctypes.c_void_p(team.ctypes.data + (TURNS + rank) * LINE) for rank in range(threads)]
         for semaphore in semaphores:
             ctypes.CDLL(None).sem_init(semaphore, 0, 0)

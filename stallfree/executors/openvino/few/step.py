@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from stallfree.executors.openvino.few.compiled import exact, quick
-from stallfree.executors.openvino.few.kernels import BYTE_LEVELS, LEVELS, exp
+from stallfree.executors.openvino.few.kernels import BYTE_LEVELS, exp, quantised
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS, meet, sleep, wake
 from stallfree.executors.openvino.few.vectors import call, look_at, pointer
 
@@ -140,28 +140,26 @@ def normed(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> No
 def quantise(own: Own, tokens: int, groups: int, width: int, four: int) -> None:
     """Write the inputs of a product as codes, in groups, as `row_product` wants them. `four`: how many groups it takes together, 0
     for a matrix of 8 bits."""
-    size, levels = groups * width, np.float32(BYTE_LEVELS if four else LEVELS)
-    bytes_ = own.codes.view(np.int8)
+    size, levels, bytes_ = groups * width, np.float32(BYTE_LEVELS), own.codes.view(np.int8)
     for token in range(tokens):
+        if not four:
+            rows = carray(pointer(own.x[token].ctypes.data), (groups, width), np.float32)
+            scales, sums = own.scales[token * groups :].ctypes.data, own.sums[token * groups :].ctypes.data
+            quantised(rows, own.codes[token * size :].ctypes.data, scales, sums)
+            continue
         for group in range(groups):
             start, place = group * width, token * groups + group
             x = own.x[token, start : start + width]
-            largest = np.float32(1e-30)
+            largest, total = np.float32(1e-30), np.int32(0)
             for i in range(width):
                 largest = max(largest, abs(x[i]))
             scale, factor = largest / levels, levels / largest
-            own.scales[place] = scale
-            if four:
-                at, total = token * size + group // four * four * width + group % four * (width // 2), np.int32(0)
-                for i in range(width // 2):
-                    even, odd = np.int32(np.rint(x[2 * i] * factor)), np.int32(np.rint(x[2 * i + 1] * factor))
-                    bytes_[at + i], bytes_[at + four * width // 2 + i] = even, odd
-                    total += even + odd
-                own.sums[place] = np.float32(total) * scale
-            else:
-                codes = own.codes[token * size + start : token * size + start + width]
-                for i in range(width):
-                    codes[i] = np.int32(np.rint(x[i] * factor))
+            at = token * size + group // four * four * width + group % four * (width // 2)
+            for i in range(width // 2):
+                even, odd = np.int32(np.rint(x[2 * i] * factor)), np.int32(np.rint(x[2 * i + 1] * factor))
+                bytes_[at + i], bytes_[at + four * width // 2 + i] = even, odd
+                total += even + odd
+            own.scales[place], own.sums[place] = scale, np.float32(total) * scale
 
 
 @exact()
