@@ -1,4 +1,5 @@
-"""The possible deployments: co-located replicas and pairs of pools, in every split of the devices that the model fits.
+"""The possible deployments: co-located replicas, pairs of pools, and instances between which requests are cut or move, in every
+split of the devices that the model fits.
 
 Each is a unit of few devices, which is repeated until the devices are used up. It knows no loads; the search finds how good a
 candidate is.
@@ -7,13 +8,14 @@ candidate is.
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.planner.site import Site, counted
 from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
 from stallfree.sim.split import place
 
@@ -36,6 +38,11 @@ class Shape(NamedTuple):
 
 
 Deployed = Deployment | Split
+Chunk = int | None
+"""Tokens of an iteration; None: policy `slo` finds them."""
+Kinds = tuple[tuple[Shape, int], tuple[Shape, int]]
+"""The shape and the number of the instances of both kinds."""
+Kind = Literal["co-located", "pools", "moving"]
 
 PARTS, STAGES, GROUPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8), (2, 4, 8)
 """TP, PP and SP that are tried. DistServe (OSDI'24) published placements with 3 of each of the first two."""
@@ -148,11 +155,16 @@ class Candidates:
             self.site.per_node,
             near=not whole,
         )
-        if whole:
-            return unit
-        least = min(self.site.nodes, -(-size(unit) // self.site.per_node))
-        fewer = (replace(unit, nodes=nodes) for nodes in range(least, self.site.nodes))
-        return next((each for each in fewer if fits(each)), unit)
+        return unit if whole else self._on_few_nodes(unit)
+
+    def moving(self, mover: str, kinds: Kinds, chunks: tuple[Chunk, Chunk], slo: str) -> Split:
+        """A unit of two kinds of instances, each with its chunk size, between which `mover`, a name of `MOVERS`, cuts or moves
+        requests by the targets `slo`; on as few nodes as hold it."""
+        first, second = (
+            self.replica(shape, "slo" if chunk is None else "sarathi", chunk, slo=slo, replicas=number)
+            for (shape, number), chunk in zip(kinds, chunks, strict=True)
+        )
+        return self._on_few_nodes(Split(first, second, mover, self.site.link, self.site.nodes, self.site.per_node, near=True))
 
     def like(self, pair: Split, way: str) -> Split:
         """The pools of `pair`, working in another `way`."""
@@ -188,6 +200,12 @@ class Candidates:
         kv = models.Sharded(models.load(site.model or ""), 1, 1, site.weights, site.kv).kv_bytes_per_token
         return len({nodes[0] for nodes in sources}) * links.load(site.link).bandwidth / kv
 
+    def _on_few_nodes(self, unit: Split) -> Split:
+        """`unit` on as few nodes as hold it."""
+        least = min(self.site.nodes, -(-size(unit) // self.site.per_node))
+        fewer = (replace(unit, nodes=nodes) for nodes in range(least, self.site.nodes))
+        return next((each for each in fewer if fits(each)), unit)
+
     def _pairs(self, unit: Split, number: int) -> Split:
         prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
         return replace(unit, prefill=prefill, decode=decode, nodes=self.site.nodes)
@@ -200,6 +218,13 @@ WAYS = ("distserve", "splitwise", "hybrid")
 def together(deployment: Deployment, number: int) -> Deployment:
     """`number` replicas. One alone needs no router, and then runs faster in simulation."""
     return deployment if number == 1 else replace(deployment, replicas=number, router="shortest-queue")
+
+
+def kind(deployed: Deployed) -> Kind:
+    """Co-located replicas, pools for prompts and for decodes, or instances between which requests are cut or move."""
+    if isinstance(deployed, Deployment):
+        return "co-located"
+    return "moving" if deployed.pairing in MOVERS else "pools"
 
 
 def size(deployed: Deployed) -> int:
@@ -217,11 +242,14 @@ def fits(split: Split) -> bool:
 
 
 def name(deployed: Deployed) -> str:
-    """A deployment's name, such as slo TP2, or distserve 2 x TP1 -> 1 x TP2."""
+    """A deployment's name, such as slo TP2; distserve 2 x TP1 -> 1 x TP2; or taichi 1 x TP2 -> 3 x TP2, 2048/256, with its chunk
+    sizes."""
     if isinstance(deployed, Deployment):
         return f"{_policy(deployed)} {_split(deployed)}"
     far = "" if deployed.near else ", KV anywhere"
     pools = (deployed.prefill, deployed.decode)
+    if kind(deployed) == "moving":
+        far = f", {'/'.join(str(pool.token_budget or pool.policy) for pool in pools)}{far}"
     return f"{deployed.pairing} {' -> '.join(f'{pool.replicas} x {_split(pool)}' for pool in pools)}{far}"
 
 
