@@ -14,6 +14,7 @@ from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.planner.site import Site, counted
+from stallfree.sim import systems
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
@@ -46,10 +47,6 @@ Kind = Literal["co-located", "pools", "moving"]
 
 PARTS, STAGES, GROUPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8), (2, 4, 8)
 """TP, PP and SP that are tried. DistServe (OSDI'24) published placements with 3 of each of the first two."""
-PROMPT_BATCH = 2048
-"""Most tokens in a batch of prompts, as in Splitwise (ISCA'24, section 4)."""
-SATURATED = 1.05
-"""A batch of prompts saturates a device if its seconds per token are at most so many times the least possible."""
 MOST_UNITS = 4
 """Most replicas of one pool in a unit: ratios between pools are made of the numbers from 1 to this."""
 
@@ -122,25 +119,13 @@ class Candidates:
         deployment = replace(deployment, rank=site.rank, adapter_modules=site.adapter_modules)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
-    def saturation(self, shape: Shape) -> int:
-        """The fewest tokens of a prefill batch that saturate a replica: L_m of DistServe (OSDI'24)."""
-        cost = self.shapes[shape].cost
-        per_token = {size: cost.seconds([(0, size)]) / size for size in (128, 256, 512, 1024, 2048, 4096)}
-        least = min(per_token.values())
-        return min(size for size, seconds in per_token.items() if seconds <= SATURATED * least)
-
     def prefill(self, shape: Shape, way: str) -> Deployment:
         """A prefill replica of a pair that works in `way`, a name of `WAYS`."""
-        if way == "hybrid":
-            return self.replica(shape, "sarathi", PROMPT_BATCH)
-        batch = PROMPT_BATCH if way == "splitwise" else self.saturation(shape)
-        return self.replica(shape, "hybrid-only", max_tokens=max(batch, Deployment().max_seqs))
+        return systems.prefill(self.replica(shape), way, self.shapes[shape].cost)
 
     def decode(self, shape: Shape, way: str) -> Deployment:
-        """A decode replica of a pair that works in `way`. It also computes prompts: those that it preempted, or took over; in small
-        chunks if `way` is hybrid.
-        """
-        return self.replica(shape, "sarathi", 256 if way == "hybrid" else 512)
+        """A decode replica of a pair that works in `way`."""
+        return systems.decode(self.replica(shape), way)
 
     def split(self, way: str, prefill: Shape, decode: Shape, numbers: tuple[int, int], *, whole: bool = False) -> Split:
         """A unit of so many prefill and decode replicas, on as few nodes as hold it; KV stays in its node if it can. `whole`: on

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from stallfree.planner.candidates import Candidates, Chunk, Shape
 from stallfree.sim.deployment import Split
+from stallfree.sim.systems import CHUNKS
 
 RATIOS = ((1, 1), (1, 3), (3, 1))
-"""Numbers of P-heavy and D-heavy instances in a unit."""
-CHUNKS: tuple[Chunk, Chunk] = 1024, 256
-"""The chunk sizes of P-heavy and of D-heavy instances with which ratios are compared."""
+"""Numbers of P-heavy and D-heavy instances in a unit. They are compared with the chunk sizes `CHUNKS`."""
 OTHERS: tuple[tuple[Chunk, ...], tuple[Chunk, ...]] = (512, 2048, None), (512, 1024, None)
 """The chunk sizes that the best ratio is tried with next, those of P-heavy instances first, then those of the others."""
 SHAPES = 2
