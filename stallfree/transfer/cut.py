@@ -30,7 +30,7 @@ class Cut:
         return self.tokens if self.percent is None else max(1, int(prompt_tokens * self.percent / 100))
 
     def __str__(self) -> str:
-        return f"{self.tokens}" if self.percent is None else f"{self.percent:.9f}%"
+        return f"{self.tokens}" if self.percent is None else f"{self.percent:.6f}%"
 
 
 WHOLE = Cut()

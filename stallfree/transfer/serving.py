@@ -217,7 +217,7 @@ class _Caller:
             async for batch in outputs:
                 for output in batch:
                     frame = _frame(number, output, blocks)
-                    self.link.send(frame)
+                    self.link.send(frame, ahead=frame["type"] == "token")  # the client need not wait for KV
                     if frame["type"] == "failed":
                         outputs.close()
         self._outputs.pop(number, None)
