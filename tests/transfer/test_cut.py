@@ -4,17 +4,21 @@ each is shown once, whatever breaks in between."""
 import asyncio
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from stallfree import policies
+from stallfree.core.plan import StepResult
 from stallfree.core.policy import Setup
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
+from stallfree.core.speculation import Speculation
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.streams import Reading
 from stallfree.executors.sampling import Fixed, Sampling, TokenLogprob
+from stallfree.executors.simulated import Linear
 from stallfree.perf.fitted import Fitted
 from stallfree.transfer.cut import Cut
 from stallfree.transfer.frames import send
@@ -290,6 +294,53 @@ def test_a_peer_of_an_older_release_hands_over_after_the_first_token(hurried):
     free(decoder)
 
 
+class Verifying(Remembering):
+    """Checks drafts, and writes their KV."""
+
+    verifies = True
+
+    def submit(self, plan):
+        tokens = {}
+        for w in plan.work:
+            sampled = []
+            for position, token in enumerate(w.tokens, w.start):
+                self.kv[w.blocks[position // 4], position % 4] = token, position
+                if w.decode or position == w.start + w.count - 1:
+                    seen = self.kv[list(w.blocks)].reshape(-1, 2)[: position + 1]
+                    sampled.append(int((seen[:, 0] * (seen[:, 1] + 7)).sum()) % 251)
+            if w.samples:
+                tokens[w.id] = w.verified(sampled)
+        self.results.append(StepResult(plan.step, tokens, 0.001))
+
+
+class Guessing:
+    """Guesses right and wrong tokens."""
+
+    draft_s = 0.0
+
+    def propose(self, requests, most):
+        return [
+            [token if at % 3 else 250 - token for at, token in enumerate(expected(r.tokens(0, r.num_tokens), number), r.num_tokens)]
+            for r, number in zip(requests, most, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("cut", [62, 63, 64, 65, 66, 68, 72, 80])
+def test_a_prefill_engine_that_guesses_sends_no_kv_of_a_wrong_guess(cut):
+    speculation = Speculation(Guessing(), Linear(1.0, 0.0, 0.0), 4)
+    decoder = engine()
+    prefiller = Engine(Verifying(), bytes_as_text(), policies.load("sarathi", token_budget=16), speculation=speculation)
+
+    async def run():
+        async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
+            return await serve(thread, asks, [PROMPT, PROMPT[:60], PROMPT[:59]], cut, 24)
+
+    assert [expected(prompt, 24) for prompt in (PROMPT, PROMPT[:60], PROMPT[:59])] == asyncio.run(run())
+    assert cut < 64 or 0 < speculation.accepted < speculation.drafted
+    free(decoder)
+    free(prefiller)
+
+
 class Unchecked(Remembering):
     """Its KV may be anything."""
 
@@ -371,7 +422,7 @@ class Scored(Remembering):
     def collect(self):
         result = super().collect()
         details = {id: [TokenLogprob(-float(token), ()) for token in tokens] for id, tokens in result.tokens.items()}
-        return type(result)(result.step, result.tokens, result.seconds, details=details)
+        return replace(result, details=details)
 
 
 @pytest.mark.parametrize("cut", [30, 64])
