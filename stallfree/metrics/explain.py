@@ -177,7 +177,11 @@ class Explained:
         if delivered:
             transfer = delivered[0]
             moved = f"{transfer.num_bytes:,} bytes of KV, {_ms(transfer.seconds)} of copying and sending"
-            what = "Its prompt was" if transfer.cut is None else f"The first {_number(transfer.cut, 'token')} of its prompt were"
+            what = (
+                "Its prompt was"
+                if transfer.cut is None
+                else f"The first {_number(transfer.cut, 'token')} of its prompt {'was' if transfer.cut == 1 else 'were'}"
+            )
             yield f"{what} computed by another engine, asked {self._at(transfer.asked)}; {moved}."
         elif not scheduled and not shown:
             yield "It was never scheduled."

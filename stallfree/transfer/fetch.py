@@ -45,6 +45,8 @@ class Fetch:
         size = self._asking.terms.block_size
         self._request = request
         self._first, self._blocks = request.num_cached // size, -(-request.cut // size)
+        if self._ends_there:
+            self._first = min(self._blocks, len(request.prompt))  # its peer knows no larger one
         self._next = self._first
         if self._is_part and request.num_cached >= request.cut:
             self._engine.prefetch.resume(request, 0, 0.0)
@@ -56,6 +58,12 @@ class Fetch:
     def _is_part(self) -> bool:
         """Whether it brings a part of the prompt, and no token."""
         return self._request.cut < len(self._request.prompt)
+
+    @property
+    def _ends_there(self) -> bool:
+        """Whether all output is sampled there, after its first token too, so that no KV is needed here."""
+        prompt = len(self._request.prompt)
+        return self._request.cut > prompt and self._request.cut + 1 == prompt + self._request.max_tokens
 
     def cancel(self) -> None:
         self.stop()
@@ -99,6 +107,13 @@ class Fetch:
         """
         token, details, copying = self._token(header), _details(header.get("details")), header.get("seconds")
         computed = self._request.cut if self._is_part else self._request.num_tokens
+        if self._ends_there:
+            if computed < self._request.cut:
+                self.failed("it ended before the last token")
+            else:
+                self._drop()
+                self._engine.prefetch.extend(self._request, token, details)
+            return
         if self._next != (blocks := -(-computed // self._asking.terms.block_size)):
             raise Broken(f"the last token came after {self._next} blocks of {blocks}")
         self._drop()

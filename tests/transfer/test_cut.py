@@ -79,9 +79,9 @@ def test_what_is_in_the_prefix_cache_is_not_sent(cut):
 
     async def run():
         async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
-            return [await serve(thread, asks, [prompt], cut, 6) for prompt in (PROMPT[:40], follow)]
+            return await serve(thread, asks, [PROMPT[:40]], 40, 6), await serve(thread, asks, [follow], cut, 12)
 
-    assert [[expected(PROMPT[:40], 6)], [expected(follow, 6)]] == asyncio.run(run())
+    assert ([expected(PROMPT[:40], 6)], [expected(follow, 12)]) == asyncio.run(run())
     last = [d for r in records for d in r.delivered][-1]
     assert (44, 64 * max(0, -(-cut // 4) - 11)) == (last.cached, last.num_bytes)
 
@@ -284,7 +284,7 @@ def test_a_peer_of_an_older_release_hands_over_after_the_first_token(hurried):
 
     async def run(address):
         async with decoding(decoder, address) as (thread, asks):
-            return await serve(thread, asks, [PROMPT[:50]], 60)
+            return await serve(thread, asks, [PROMPT[:50]], 55)
 
     with Peer(terms(decoder), old) as peer:
         (tokens,) = asyncio.run(run(peer.address))
@@ -363,6 +363,37 @@ class Whole:
         for r in draft.waiting:
             if not draft.admit(r, whole=True):
                 break
+
+
+def test_of_a_request_that_ends_there_no_kv_comes_and_none_is_taken_for_cached():
+    records = []
+    decoder, prefiller = engine(records=records), engine()
+
+    async def run():
+        async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
+            answers = [await serve(thread, asks, [prompt], 1000) for prompt in ([3], PROMPT)]
+            assert not decoder.busy
+            return [*answers, await serve(thread, asks, [PROMPT], 1)]
+
+    assert [[expected(prompt, OUTPUT)] for prompt in ([3], PROMPT, PROMPT)] == asyncio.run(run())
+    (transfer,) = [d for r in records for d in r.delivered]
+    assert 0 == transfer.cached
+    free(decoder)
+    free(prefiller)
+
+
+def test_a_peer_of_an_older_release_that_does_not_end_it_is_no_reason_to_go_on_without_kv(hurried):
+    records = []
+    decoder = engine(records=records)
+
+    async def run(address):
+        async with decoding(decoder, address) as (thread, asks):
+            return await serve(thread, asks, [PROMPT[:50]], 1000)
+
+    with Peer(terms(decoder), done) as peer:
+        assert [expected(PROMPT[:50], OUTPUT)] == asyncio.run(run(peer.address))
+    assert ["r0"] == [id for r in records for id in r.recalled]
+    free(decoder)
 
 
 @pytest.mark.parametrize("policy", [Whole(), policies.load("orca")])
