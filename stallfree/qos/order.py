@@ -83,7 +83,7 @@ class Order:
         """Learn from the requests that are not `running` any more, and correct their bills. Bill those that a KV transfer brought:
         the policy did not admit them.
         """
-        if len(self.credits.billed) == len(running):
+        if self.credits.billed.keys() == set(running):
             return
         for r in running:
             if r not in self.credits.billed:

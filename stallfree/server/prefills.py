@@ -24,6 +24,10 @@ FRESH_S = 10.0
 avoided for ever."""
 
 
+PLACES = ("prefill", "both", "decode")
+"""Where a prompt is computed: by a prefill engine, in part by one and in part by a decode server, or by a decode server alone."""
+
+
 class Pace:
     """Prompt tokens per second of one prefill engine, from sending a whole prompt to its first token, with those that waited
     before it."""
@@ -79,13 +83,14 @@ def tokens_there(prompt: int, cached: int, pending: int, rate: float, here: Here
 
 class Prefills:
     """The prefill engines `names` (host:port). While each has more than `spill` prompt tokens to compute, none gets any more.
-    `pending`: the prompt tokens that each still has to compute, as far as this router knows.
+    `pending`: the prompt tokens that each still has to compute, as far as this router knows. `given`: prompts so far, by place.
     """
 
     def __init__(self, names: Iterable[str], spill: float = inf, clock: Callable[[], float] = time.monotonic):
         self.pending = dict.fromkeys(names, 0)
         self.spill = spill
         self.clock = clock
+        self.given = dict.fromkeys(PLACES, 0)
         self.paces = {name: Pace(clock) for name in self.pending}
 
     @property
@@ -112,7 +117,9 @@ class Prefills:
         elif rate is not None and here is not None:
             there = tokens_there(prompt.tokens, cached, self.pending[name], rate, here)
         if prompt.tokens and not there:
+            self.given["decode"] += 1
             return Pending(self, HERE, 0)
+        self.given["both" if there < prompt.tokens else "prefill"] += 1
         return Pending(self, name, there, prompt)
 
 

@@ -285,7 +285,10 @@ class _Metrics(Collector):
         )
         for name, tokens in self._router.prefills.pending.items():
             pending.add_metric((name,), tokens)
-        yield from (requests, outstanding, up, pending)
+        prompts = CounterMetricFamily("stallfree_router_prompts", "Prompts, by who computes them.", labels=("place",))
+        for place, number in self._router.prefills.given.items():
+            prompts.add_metric((place,), number)
+        yield from (requests, outstanding, up, pending, prompts)
         yield GaugeMetricFamily("stallfree_router_draining", "1 while no new requests are taken.", self._router.draining)
 
 

@@ -230,3 +230,15 @@ def test_a_request_from_elsewhere_is_billed_for_what_is_computed_here(cut):
             scheduler.complete(plan, StepResult(plan.step, {w.id: (7,) for w in plan.work if w.samples}, 0.1), now + 0.1)
     assert 9 == len(request.output)
     assert not policy.credits.billed
+
+
+def test_a_request_from_elsewhere_is_billed_also_if_another_ends_at_the_same_time():
+    policy = Slo("tbt=100ms", Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005)))
+    scheduler = Scheduler(policy, Capacity(16, 1000, 4000))
+    scheduler.submit(Request("here", range(100), 1))
+    plan = scheduler.schedule(0.0)
+    expect(scheduler.ledger, elsewhere := Request("elsewhere", range(100), 9))
+    admit(scheduler.ledger)
+    scheduler.complete(plan, StepResult(plan.step, {"here": (7,)}, 0.1), 0.1)
+    scheduler.schedule(0.2)
+    assert {elsewhere} == policy.credits.billed.keys()

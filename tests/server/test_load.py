@@ -84,6 +84,7 @@ def test_a_server_whose_prompts_are_computed_elsewhere_counts_what_it_computes_i
     with Server(serves_peers=True) as prefill, forecasting(asks=[prefill.peer_socket.getsockname()]) as decode:
         idle = load(decode, 1000)
         assert 0.0 == idle["backlog_s"] < idle["predicted_ttft_s"]
+        assert f"stallfree_prefill_room_seconds {idle['prefill_room_s']}" in decode.client.get("/metrics").text
         prefill.executor.gate.clear()
         backlogs = []
         for cut in ("1000", "200"):
@@ -93,7 +94,6 @@ def test_a_server_whose_prompts_are_computed_elsewhere_counts_what_it_computes_i
                 backlogs.append(load(decode)["backlog_s"])
         prefill.executor.gate.set()
         assert [0.0, pytest.approx(0.8, rel=0.01)] == backlogs
-        assert f"stallfree_prefill_room_seconds {load(decode)['prefill_room_s']}" in decode.client.get("/metrics").text
 
 
 def test_a_forecast_is_for_the_tenant_that_asks(server):

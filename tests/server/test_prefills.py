@@ -86,6 +86,7 @@ def test_without_a_cut_a_prompt_goes_as_a_whole_or_not_at_all(here, named, cut):
     pending = engines.give(Outline(1000), 0, here)
     assert (named, cut) == (pending.named, pending.cut)
     assert {"a:1": 0 if named == HERE else 1000} == engines.pending
+    assert {"prefill": int(named != HERE), "both": 0, "decode": int(named == HERE)} == engines.given
     with pending:
         pass
     assert {"a:1": 0} == engines.pending
@@ -118,8 +119,8 @@ class Says:
         pass
 
 
-@pytest.mark.parametrize(("knows", "there"), [(True, 1000), (False, 2000)])
-def test_a_router_cuts_a_prompt(knows, there, monkeypatch):
+@pytest.mark.parametrize(("knows", "there", "place"), [(True, 1000, "both"), (False, 2000, "prefill")])
+def test_a_router_cuts_a_prompt(knows, there, place, monkeypatch):
     """For texts it guesses a quarter of the tokens that they have here. It names a share, so that the cut is right nevertheless."""
     monkeypatch.setattr(choosing, "ASK_S", PATIENCE_S)
     monkeypatch.setattr(prefills, "FRESH_S", inf)
@@ -129,6 +130,7 @@ def test_a_router_cuts_a_prompt(knows, there, monkeypatch):
         with Route(decode.url, prefills=[name(prefill)]) as route:
             route.router.prefills.paces[name(prefill)].learn(500_000, 500.0)
             assert 200 == route.client.post(COMPLETIONS, json={"prompt": "x" * 2000, "max_tokens": 5}).status_code
+            assert f'stallfree_router_prompts_total{{place="{place}"}} 1.0' in route.client.get("/metrics").text
         decode.settled()
         prefill.settled()
         metrics = [server.client.get("/metrics").text for server in (prefill, decode)]
