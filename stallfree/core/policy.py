@@ -87,6 +87,15 @@ class Steady(Policy, Protocol):
 
 
 @runtime_checkable
+class Chunks(Policy, Protocol):
+    """A policy that says whether it computes prompts in chunks. Then it also goes on with a prompt whose first part another engine
+    has computed. Any other policy gets only whole prompts from other engines.
+    """
+
+    chunks: bool
+
+
+@runtime_checkable
 class Learner(Policy, Protocol):
     """A policy that learns from the results of its plans."""
 

@@ -18,7 +18,7 @@ from stallfree.core.slo import Slo
 VERSION = 3
 RARE = (
     "extra_rows", "constrained", "scored", "deferred", "drafted", "paused", "tenants", "classes", "predicted", "refused",
-    "adapters", "loaded", "restored",
+    "adapters", "loaded", "restored", "shown",
 )  # fmt: skip
 """Fields of a record that are written only if they hold anything."""
 
@@ -54,8 +54,9 @@ class Refusal(NamedTuple):
 
 class Delivered(NamedTuple):
     """A request whose prompt was computed elsewhere. Its blocks were reserved and its KV transfer requested at `asked` (seconds);
-    at `t` (seconds) KV and first token were here. `cached` tokens had been here before. `num_bytes` of KV came, in `seconds` of
-    copying, sending and receiving, without waits."""
+    at `t` (seconds) KV and one more token were here. `cached` tokens had been here before. `num_bytes` of KV came, in `seconds` of
+    copying, sending and receiving, without waits. `cut`: only so many tokens of the prompt came, and no token with them; None: all
+    came."""
 
     id: str
     asked: float
@@ -63,6 +64,7 @@ class Delivered(NamedTuple):
     cached: int
     num_bytes: int
     seconds: float
+    cut: int | None = None
 
 
 class Loaded(NamedTuple):
@@ -154,7 +156,8 @@ class StepRecord:
     `predicted`: (id, seconds from its arrival to its first token, as forecast then) of those with a forecast. `refused`: requests
     that were refused since the last record. `adapters`: (id, its adapter's key, the adapter's KV blocks and rank) of those with an
     adapter. `loaded`: adapters that were loaded since the last record. `restored`: see `Plan`; of a request in `cached`, these
-    tokens are among the ones found.
+    tokens are among the ones found. `shown`: (id, t) of each token that another engine sampled, and that was shown at `t` (s)
+    while the KV was still on its way.
     """
 
     step: int
@@ -192,6 +195,13 @@ class StepRecord:
     adapters: list[tuple[str, str, int, int]] = field(default_factory=list)
     loaded: list[Loaded] = field(default_factory=list)
     restored: list[tuple[str, int]] = field(default_factory=list)
+    shown: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def sampled_elsewhere(self) -> list[tuple[str, float]]:
+        """(id, t) of each token that another engine sampled, in the order of the tokens of a request: `shown`, and those that came
+        with delivered KV."""
+        return [*self.shown, *((d.id, d.t) for d in self.delivered if d.cut is None)]
 
     @property
     def drafts(self) -> tuple[int, int]:
@@ -215,6 +225,7 @@ class StepRecord:
         dropped: Sequence[str] = (),
         delivered: Sequence[Delivered] = (),
         recalled: Sequence[str] = (),
+        shown: Sequence[tuple[str, float]] = (),
         loaded: Sequence[Loaded] = (),
     ) -> Self:
         """The record of a completed plan. `times`: (t_plan, t_start, t_end). `dropped`: see `Completed`. `prints`: takes the
@@ -266,6 +277,7 @@ class StepRecord:
             adapters=[(r.id, r.adapter, *ledger.adapters.known.get(r.adapter, (0, 0))) for r in arrived if r.adapter],
             loaded=list(loaded),
             restored=list(plan.restored),
+            shown=list(shown),
         )
 
     def to_json(self) -> str:
@@ -283,7 +295,7 @@ class StepRecord:
         values: dict[str, Any] = {"bubble_s": 0.0} | {name: [] for name in RARE} | _values(line)
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError(f"a record of version {VERSION} has other fields than {line[:80]!r}")
-        for name in ("work", "cached", "extra_rows", "drafted", "tenants", "classes", "predicted", "adapters", "restored"):
+        for name in ("work", "cached", "extra_rows", "drafted", "tenants", "classes", "predicted", "adapters", "restored", "shown"):
             values[name] = [tuple(row) for row in values[name]]
         values["arrived"] = [Arrived(*row)._replace(blocks=tuple(row[-1])) for row in values["arrived"]]
         values["delivered"] = [Delivered(*row) for row in values["delivered"]]

@@ -53,10 +53,11 @@ class Request:
 
     Only the scheduler writes: `output` (token ids), `blocks` (KV block numbers, in order), `num_tokens` (prompt and output),
     `num_computed` (tokens whose KV exists), `num_planned` (`num_computed` and those in flight), `in_flight` (plans), `transferring`
-    (another engine computes its prompt; the KV is not here yet), `num_cached` (prompt tokens found in the prefix cache at the last
-    admission), `status`, `finish_reason` ("stop", "length", "abort" or "error"), `num_preemptions`, `first_token` and `last_token`
-    (when they were sampled, in seconds; inf before), `relegated` (its targets cannot be met any more), `drafts` (guessed tokens
-    that the plan in flight checks), `key` (its place in the order), and `ticket` (its live queue entry; 0 if none). Only
+    (another engine computes its first tokens; the KV is not here yet), `cut` (how many of its tokens get their KV from another
+    engine), `num_cached` (prompt tokens found in the prefix cache at the last admission), `status`, `finish_reason` ("stop",
+    "length", "abort" or "error"), `num_preemptions`, `first_token` and `last_token` (when they were sampled, in seconds; inf
+    before), `relegated` (its targets cannot be met any more), `drafts` (guessed tokens that the plan in flight checks), `key` (its
+    place in the order), and `ticket` (its live queue entry; 0 if none). Only
     `Speculation` writes `guess` (what it knows of guesses so far) and `paused` (it is not planned ahead of its last token, after
     which more can be guessed). Only the block pool writes: `num_shared` (leading blocks that are indexed), `prefix` (the node of
     the last of these), `lookup` (what the last search of the index found) and `num_restored` (tokens whose KV came back from host
@@ -64,7 +65,7 @@ class Request:
     """
 
     __slots__ = (
-        "adapter", "arrival", "blocks", "constrained", "drafts", "extra_rows", "finish_reason", "first_token", "guess", "id",
+        "adapter", "arrival", "blocks", "constrained", "cut", "drafts", "extra_rows", "finish_reason", "first_token", "guess", "id",
         "in_flight", "key", "last_token", "lookup", "max_tokens", "min_tokens", "num_cached", "num_computed", "num_planned",
         "num_preemptions", "num_restored", "num_shared", "num_tokens", "output", "paused", "predicted", "prefix", "priority",
         "prompt", "relegated", "root", "salt", "sampling", "scored", "service_class", "slo", "status", "stop_ids", "tenant",
@@ -117,6 +118,7 @@ class Request:
         self.num_planned = 0
         self.in_flight = 0
         self.transferring = False
+        self.cut = 0
         self.num_cached = 0
         self.num_shared = 0
         self.num_restored = 0

@@ -1,9 +1,9 @@
 """KV transfers in the ledger: the states of a request and its blocks when one engine computes the prompt and another decodes. It
 does not know how the blocks travel.
 
-The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), then one of
-three: `deliver` (the KV of the prompt and the first token are here), `resume` (the KV of some of its tokens is here, and it goes on
-with the others), or `recall` (give up the transfer and compute the prompt here).
+The first calls `hold` (no more work), then `release`. The second calls `expect` (queue it), `admit` (reserve blocks), `extend` for
+each token that the first samples while KV is on its way, then one of three: `deliver` (KV and one more token are here), `resume`
+(the KV of some of its tokens is here, and it goes on with the others), or `recall` (give up the transfer and compute it here).
 """
 
 from bisect import insort
@@ -33,15 +33,19 @@ def release(ledger: Ledger, id: str) -> Request:
     return request
 
 
-def expect(ledger: Ledger, request: Request) -> None:
-    """Queue a new request whose prompt another engine computes after `admit` has reserved blocks. Raises `Refused`."""
+def expect(ledger: Ledger, request: Request, cut: int | None = None) -> None:
+    """Queue a new request whose first `cut` tokens (None: its prompt) another engine computes after `admit` has reserved blocks. A
+    cut beyond the prompt includes output, all but its last token. Raises `Refused`.
+    """
     ledger.enter(request)
+    request.cut = len(request.prompt) if cut is None else cut
     insort(ledger.expected, request, key=lambda r: r.key)
 
 
 def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
-    """Admit the first expected request whose adapter is here: reserve blocks for the KV of its prompt. The first `num_cached`
-    tokens are already here. Until `deliver` or `recall`, a policy sees a prompt that is entirely in flight.
+    """Admit the first expected request whose adapter is here: reserve blocks for the KV of its prompt, and of the output before its
+    cut. The first `num_cached` tokens are already here. Until `deliver`, `resume` or `recall`, a policy sees a request that is
+    entirely in flight.
 
     Returns None and changes nothing if there is none, if there is no room, or, unless it may go `ahead`, if the head of the queue
     comes before it.
@@ -53,7 +57,7 @@ def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
         return None
     spare = ledger.kept_free(request)
     cached = ledger.pool.match(request, spare)
-    upto = request.num_tokens + (request.max_tokens if ledger.reserve == "max" else 0)
+    upto = request.num_tokens + request.max_tokens if ledger.reserve == "max" else max(request.num_tokens, request.cut)
     if not ledger.pool.grow(request, upto, spare):
         ledger.pool.release(request)
         return None
@@ -65,17 +69,23 @@ def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
     return request
 
 
+def extend(ledger: Ledger, request: Request, token: int, now: float) -> Request | None:
+    """The other engine has sampled a token of an admitted request, before its cut; the KV is still on its way. Returned if this
+    token ends it.
+    """
+    ended = _append(ledger, request, token, now)
+    request.num_planned = request.num_tokens
+    return ended
+
+
 def deliver(ledger: Ledger, request: Request, token: int, now: float) -> Request | None:
-    """The KV and the first token of an admitted request are here: it is a ready decode now. Returned if this token ends it."""
+    """The KV of all tokens of an admitted request is here, and one more token: it is a ready decode now. Returned if this token
+    ends it.
+    """
     request.in_flight, request.transferring = 0, False
     request.num_computed = request.num_planned
     ledger.pool.commit(request)
-    reason = request.append((token,), now)
-    if reason is None:
-        return None
-    ledger.end(request, reason)
-    ledger.sweep()
-    return request
+    return _append(ledger, request, token, now)
 
 
 def resume(ledger: Ledger, request: Request, computed: int, stream: Request | None = None) -> None:
@@ -83,6 +93,7 @@ def resume(ledger: Ledger, request: Request, computed: int, stream: Request | No
     the other engine, if it has output; its tokens and their times are taken over. If blocks are short, the KV that has no block is
     lost, and its tokens are computed again.
     """
+    request.cut = computed
     if stream is not None:
         request.output, request.num_tokens = stream.output, stream.num_tokens
         request.first_token, request.last_token = stream.first_token, stream.last_token
@@ -94,6 +105,16 @@ def resume(ledger: Ledger, request: Request, computed: int, stream: Request | No
 
 
 def recall(ledger: Ledger, request: Request) -> None:
-    """Give up the KV transfer of an admitted request. It returns to its old place in the queue; its prompt is computed here."""
-    request.in_flight = 0
+    """Give up the KV transfer of an admitted request. It returns to its old place in the queue, and all is computed here."""
+    request.in_flight, request.cut = 0, 0
     ledger.requeue(request)
+
+
+def _append(ledger: Ledger, request: Request, token: int, now: float) -> Request | None:
+    """Add a token that the other engine sampled. The request is returned if this token ends it."""
+    reason = request.append((token,), now)
+    if reason is None:
+        return None
+    ledger.end(request, reason)
+    ledger.sweep()
+    return request

@@ -13,7 +13,7 @@ from math import inf
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Plan, StepResult, Work
-from stallfree.core.policy import Policy
+from stallfree.core.policy import Chunks, Policy
 from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
@@ -41,8 +41,8 @@ class _Outstanding:
 class Engine:
     """Serves requests on `executor` as `policy` plans. `record`, which may be set later, is called with a StepRecord after every
     iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values for what a request leaves open. `speculation`:
-    adds drafts to iterations; the executor must check them (`base.Verifies`). `prefetch` keeps the requests whose prompts other
-    engines compute.
+    adds drafts to iterations; the executor must check them (`base.Verifies`). `prefetch` keeps the requests whose first tokens
+    other engines compute.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Engine:
         self.sampling = sampling or Sampling()
         self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse, speculation=speculation)
         self.clock = clock
-        self.prefetch = Prefetch(self.scheduler.ledger, clock, self._first_token, self._move)
+        chunks = isinstance(policy, Chunks) and policy.chunks
+        self.prefetch = Prefetch(self.scheduler.ledger, clock, self._sampled_elsewhere, self._move, chunks=chunks)
         self.adapters = Loader(self.scheduler.ledger, executor, clock, self._without_adapter, self._move)
         self.host: HostTier | None = None
         """Host memory for evicted KV, if there is any. Whoever sets it does it before the first request."""
@@ -109,8 +110,8 @@ class Engine:
     ) -> None:
         """Queue a request. Its tokens become text as `reading` says. Raises `Refused` if it can never be served.
 
-        `transfer`: brings the KV of its prompt from another engine. `watch`: is called for each piece of its prompt computed here
-        for another engine.
+        `transfer`: brings the KV of its first tokens from another engine. `watch`: is called for each piece of it computed here for
+        another engine.
         """
         if isinstance(request.sampling, Sampling):
             request.extra_rows = request.sampling.extra_rows
@@ -130,21 +131,23 @@ class Engine:
         """End a request now, without an output; its KV is free at once. Does nothing if it has already ended."""
         if id in self._streams:
             self._streams.forget(id)
-            self.prefetch.drop(id)
             self._end(id, "abort")
 
     def step(self) -> list[Output]:
-        """Run one iteration. Returns its outputs: none if it was all prefill, or if there is nothing to do.
+        """Run one iteration. Returns its outputs: none if it was all prefill, or if there is nothing to do. Outputs that came from
+        elsewhere since the last step are returned at once, without an iteration.
 
         If the executor loses all KV, running requests end with an error, or, with `restart`, are computed again.
 
         Raises RuntimeError if the policy plans nothing though requests wait, because they would wait for ever.
         """
-        outputs, self._pending = self._pending, []
+        if self._pending:
+            outputs, self._pending, self.waits = self._pending, [], False
+            return outputs
         try:
-            return outputs + self._step()
+            return self._step()
         except Lost as lost:
-            return outputs + self._recover(lost)
+            return self._recover(lost)
 
     def close(self) -> None:
         self.adapters.close()
@@ -221,8 +224,8 @@ class Engine:
         return None
 
     def _call_watches(self, plan: Plan, result: StepResult) -> list[Output]:
-        """Call the watches of what was computed. The KV of a request that has just ended is not written over yet. Returns the last
-        outputs of requests whose watch raised."""
+        """Call the watches of what was computed, without wrong drafts. The KV of a request that has just ended is not written over
+        yet. Returns the last outputs of requests whose watch raised."""
         failed: list[Output] = []
         watches = self._streams.watches
         if not watches or result.error is not None:
@@ -231,7 +234,7 @@ class Engine:
             watch = watches.get(work.id)
             if watch is not None and work.id not in result.failed:
                 try:
-                    watch(work)
+                    watch(work._replace(count=len(result.tokens.get(work.id, ()))) if work.drafts else work)
                 except Exception as error:
                     failed.append(self._streams.fail(work.id, "its KV could not be passed on", error))
         return failed
@@ -264,29 +267,28 @@ class Engine:
     def _note(self, plan: Plan, result: StepResult, times: tuple[float, float, float], dropped: Sequence[str]) -> None:
         """Pass the iteration's record to `record`. If this raises, the requests must not fail."""
         arrived, ended, self._arrived, self._ended = self._arrived, self._ended, [], []
-        delivered, recalled = self.prefetch.news()
+        news = self.prefetch.news()
         if self.record is None:
             return
         try:
             self.record(
                 StepRecord.of(
                     plan, result, self.scheduler.ledger, times, arrived, ended, self._prints,
-                    dropped=dropped, delivered=delivered, recalled=recalled, loaded=self.adapters.news(),
+                    dropped=dropped, loaded=self.adapters.news(), **news._asdict(),
                 )
             )  # fmt: skip
         except Exception:
             log.exception("the record of step %d is lost", plan.step)
 
-    def _first_token(self, request: Request, token: int, details: object) -> None:
-        """The KV of a prompt that was computed elsewhere is here, with its first token."""
+    def _sampled_elsewhere(self, request: Request, token: int, details: object) -> None:
+        """Another engine has sampled the next token of a request."""
         if request.finish_reason is not None:
             self._ended.append(request)
-        self._pending.append(self._streams.output(request.id, token, details, 1))
+        self._pending.append(self._streams.output(request.id, token, details, len(request.output)))
 
     def _without_adapter(self, requests: Sequence[Request], reason: str) -> None:
         """The adapter of these requests cannot be loaded: they end with this error."""
         for request in requests:
-            self.prefetch.drop(request.id)
             self._end(request.id, "error")
             self._pending.append(self._streams.ended(request.id, reason))
 
@@ -300,6 +302,8 @@ class Engine:
         return [self._streams.ended(request.id, str(lost)) for request in ended if request.id in self._streams]
 
     def _end(self, id: str, reason: str) -> None:
+        """End a request, and its KV transfer if it has one."""
+        self.prefetch.drop(id)
         request = self.scheduler.abort(id, reason)
         if request is not None:
             self._ended.append(request)

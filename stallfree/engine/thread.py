@@ -138,13 +138,13 @@ class EngineThread:
         requests: Sequence[Request],
         reading: Reading = AS_IT_COMES,
         *,
-        transfer: Callable[[], Transfer | None] = lambda: None,
+        transfer: Callable[[Request], Transfer | None] = lambda request: None,
         watch: Watch | None = None,
         serve_late: bool = True,
     ) -> Outputs:
         """Queue all `requests` or none. Raises `Unavailable`, or `Refused` if one can never be served. `transfer` makes each
-        request's `Transfer`, if another engine computes its prompt. `reading`, `watch`: see `Engine.submit`. Without `serve_late`,
-        raises `TooLate` if a first token would miss its target.
+        request's `Transfer`, if another engine computes its first tokens. `reading`, `watch`: see `Engine.submit`. Without
+        `serve_late`, raises `TooLate` if a first token would miss its target.
 
         Nothing is awaited between the check for room and the queueing, so the queue's limit holds.
         """
@@ -156,16 +156,17 @@ class EngineThread:
             self.engine.scheduler.ledger.validate(request)
         if self.num_waiting + len(requests) > self.max_queue:
             raise Unavailable(f"the queue is full ({self.num_waiting} requests wait, {self.max_queue} may); try again later", 1)
-        self._foresee(requests, serve_late=serve_late)
+        transfers = [transfer(request) for request in requests]
+        self._foresee(requests, transfers, serve_late=serve_late)
         outputs = Outputs([r.id for r in requests], self._abort)
         self._idle.clear()
-        for request in requests:
+        for request, own in zip(requests, transfers, strict=True):
             self._streams[request.id] = outputs
-            submit = partial(self.engine.submit, request, reading, transfer=transfer(), watch=watch)
+            submit = partial(self.engine.submit, request, reading, transfer=own, watch=watch)
             self.call(partial(self._submit, request.id, submit))
         return outputs
 
-    def _foresee(self, requests: Sequence[Request], *, serve_late: bool) -> None:
+    def _foresee(self, requests: Sequence[Request], transfers: Sequence[Transfer | None], *, serve_late: bool) -> None:
         if self.forecast is None:
             return
         look = self.engine.scheduler.ledger.pool.look  # it only reads, so it may run beside the engine
@@ -173,8 +174,11 @@ class EngineThread:
         for request, (cached, wait_s) in zip(requests, found, strict=True):
             if not serve_late and (late := self.forecast.late(request, cached, wait_s)) is not None:
                 raise TooLate(late)
-        for request, (cached, wait_s) in zip(requests, found, strict=True):
-            self.forecast.enter(request, cached, wait_s)
+        for request, transfer, (cached, wait_s) in zip(requests, transfers, found, strict=True):
+            if transfer is None:
+                self.forecast.enter(request, cached, wait_s)
+            else:
+                self.forecast.expect(request, max(cached, self.engine.prefetch.cut(request, transfer)))
 
     def _submit(self, id: str, submit: Callable[[], None]) -> None:
         try:

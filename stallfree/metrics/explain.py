@@ -53,15 +53,20 @@ class Explained:
         """The whole run: what was served, how well, which tokens were late, why, and because of which requests."""
         records, stalls = self.records, [s for of_record in self.stalls for s in of_record]
         seconds = records[-1].t_end - self.origin
-        emitted = sum(len(r.emitted) + len(r.delivered) for r in records)
+        emitted = sum(len(r.emitted) + len(r.sampled_elsewhere) for r in records)
         reasons = Counter(f.reason for r in records for f in r.finished)
         ends = ", ".join(f"{count} by {reason}" for reason, count in reasons.most_common()) or "none"
         yield f"{len(records)} iterations in {seconds:.1f} s under policy {self.run.policy}, {self.run.slo or 'with no SLO'}."
         yield f"{len(self.arrived)} requests arrived and got {emitted} tokens; ended: {ends}."
         yield f"{_of_all(records, 'budget')} tokens of budget an iteration; {_of_all(records, 'num_waiting')} requests waited."
-        delivered, recalled = sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records)
-        if delivered or recalled:
-            yield f"{_number(delivered, 'prompt')} computed by other engines; {recalled} computed here after a KV transfer failed."
+        transfers, recalled = [d for r in records for d in r.delivered], sum(len(r.recalled) for r in records)
+        if transfers or recalled:
+            parts = sum(d.cut is not None for d in transfers)
+            in_part = f", {parts} of them in part" if parts else ""
+            computed = f"{_number(len(transfers), 'prompt')} computed by other engines{in_part}"
+            yield f"{computed}; {recalled} computed here after a KV transfer failed."
+        if shown := sum(len(r.shown) for r in records):
+            yield f"{_number(shown, 'token')} of other engines shown while KV was on its way."
         checked, right = map(sum, zip(*(r.drafts for r in records), strict=True))
         if checked:
             yield f"{_number(checked, 'draft')} checked, {right} of them right ({right / checked:.0%})."
@@ -135,6 +140,8 @@ class Explained:
         for s in self.stalls[index]:
             what = "waited" if s.kind == "left out" else "was late"
             yield f"{s.id} {what}: {_ms(s.gap_s)} since its token before; {self._words(s)}."
+        if r.shown:
+            yield f"Tokens of other engines shown since the step before{_list([id for id, _ in r.shown])}."
         if r.delivered:
             yield f"KV transfers delivered since the step before{_list([d.id for d in r.delivered])}."
         if r.recalled:
@@ -156,20 +163,29 @@ class Explained:
         a = self._find(id)
         scheduled = [index for index, r in enumerate(self.records) if any(id == a.id for id, _, _ in r.work)]
         delivered = [d for r in self.records for d in r.delivered if d.id == a.id]
-        tokens = [*(d.t for d in delivered), *(r.t_end for r in self.records if a.id in r.emitted)]
+        shown = [t for r in self.records for id, t in r.shown if id == a.id]
+        elsewhere = [t for r in self.records for id, t in r.sampled_elsewhere if id == a.id]
+        tokens = [*elsewhere, *(r.t_end for r in self.records if a.id in r.emitted)]
         targets = f"{self.shares.whose(a.id)}{f', own targets {a.slo}' if a.slo else ''}"
         yield f"{a.id} arrived {self._at(a.arrival)}: {a.prompt_tokens} prompt tokens, at most {a.max_tokens} of output{targets}."
         yield from self._adapter(a)
         yield from self.shares.fate(a.id)
         if any(a.id in r.recalled for r in self.records):
             yield "Its KV transfer failed, so this engine computed its prompt."
+        if shown:
+            yield f"Another engine sampled its first {_number(len(shown), 'token')} while KV was on its way."
         if delivered:
             transfer = delivered[0]
             moved = f"{transfer.num_bytes:,} bytes of KV, {_ms(transfer.seconds)} of copying and sending"
-            yield f"Its prompt was computed by another engine, asked {self._at(transfer.asked)}; {moved}."
-        elif not scheduled:
+            what = (
+                "Its prompt was"
+                if transfer.cut is None
+                else f"The first {_number(transfer.cut, 'token')} of its prompt {'was' if transfer.cut == 1 else 'were'}"
+            )
+            yield f"{what} computed by another engine, asked {self._at(transfer.asked)}; {moved}."
+        elif not scheduled and not shown:
             yield "It was never scheduled."
-        else:
+        elif scheduled:
             yield from self._beginning(a, scheduled)
         if tokens:
             gaps = [y - x for x, y in pairwise(tokens)]

@@ -223,6 +223,9 @@ class StallAccount:
         earliest = NEVER
         reached: dict[str, int] = {}
         self.looked_up, self.found, self.lookups = 0, 0, {}
+        for id, t_shown in step.sampled_elsewhere:
+            if id in streams:
+                self._from_elsewhere(id, streams[id], t_shown)
         for transfer in step.delivered:
             if transfer.id in streams:
                 self._deliver(transfer, streams[transfer.id])
@@ -320,10 +323,26 @@ class StallAccount:
         stream.due = (max(stream.arrival + stream.ttft_s, t) if stream.envelope else t) + stream.target_s
 
     def _deliver(self, transfer: Delivered, stream: _Stream) -> None:
-        stream.scheduled, stream.cached, stream.tokens = transfer.asked, transfer.cached, 1
+        stream.scheduled, stream.cached = transfer.asked, transfer.cached
         self._look_up(transfer.id, stream.prompt_tokens, transfer.cached)
-        self._begin(transfer.id, stream, transfer.t, stream.prompt_tokens)
-        stream.last = transfer.t
+
+    def _from_elsewhere(self, id: str, stream: _Stream, t: float) -> None:
+        """A token that another engine sampled came at `t`. If it is late, no iteration here is the reason."""
+        stream.tokens += 1
+        if stream.last is None:
+            stream.scheduled = t  # until it is known when it was asked for
+            self._begin(id, stream, t, stream.prompt_tokens)
+        else:
+            pace = "tpot" if stream.envelope else "tbt"
+            self.gaps.append(t - stream.last)
+            self.due[pace] += stream.due < NEVER
+            if t > stream.due:
+                stream.late += 1
+                self.late[pace] += 1
+                late_s = t - stream.due
+                self.stalls.append(Stall(self.iteration.step, t, id, "late", "unexpected", t - stream.last, late_s, self.iteration))
+            stream.due = (stream.due if stream.envelope else t) + stream.target_s
+        stream.last = t
 
     def _look_up(self, id: str, tokens: int, found: int) -> None:
         """`tokens` of a request were looked up in the prefix cache, and `found` of them were there."""

@@ -53,9 +53,12 @@ def timelines(records: Iterable[StepRecord]) -> dict[str, Timeline]:
             lines[id].service_class = service_class
         for id, found in r.cached:
             lines[id].cached = min(found, lines[id].prompt_tokens)
+        for id, t in r.sampled_elsewhere:
+            if lines[id].scheduled is None:
+                lines[id].scheduled = t  # until it is known when it was asked for
+            lines[id].tokens.append(t)
         for d in r.delivered:
             lines[d.id].scheduled, lines[d.id].cached = d.asked, d.cached
-            lines[d.id].tokens.append(d.t)
         for id, _, _ in r.work:
             if lines[id].scheduled is None:
                 lines[id].scheduled = r.t_start

@@ -13,6 +13,7 @@ class AdapterClusters:
 
     reserve: Reserve = "prompt"
     stall_free = True
+    chunks = True
 
     def __init__(self, token_budget: int = 512, clusters: int = 32):
         if token_budget < 1:

@@ -11,6 +11,7 @@ class ChunkedOnly:
 
     reserve: Reserve = "prompt"
     stall_free = False
+    chunks = True
 
     def __init__(self, token_budget: int = 64):
         if token_budget < 1:

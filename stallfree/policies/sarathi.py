@@ -12,6 +12,7 @@ class Sarathi:
     reserve: Reserve = "prompt"
     stall_free = True
     steady = True
+    chunks = True
 
     def __init__(self, token_budget: int = 64):
         if token_budget < 1:

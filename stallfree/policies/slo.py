@@ -68,6 +68,7 @@ class Slo:
 
     reserve: Reserve = "prompt"
     stall_free = True  # for streams with equal targets
+    chunks = True
 
     def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None, slack: bool = True):
         self.cost = cost or Fitted()

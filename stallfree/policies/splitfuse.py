@@ -15,6 +15,7 @@ class Splitfuse:
     reserve: Reserve = "fit"
     stall_free = True
     steady = True
+    chunks = True
 
     def __init__(self, token_budget: int = 768):
         if token_budget < 1:

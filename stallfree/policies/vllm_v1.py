@@ -16,6 +16,7 @@ class VllmV1:
 
     reserve: Reserve = "fit"
     stall_free = True
+    chunks = True
 
     def __init__(self, token_budget: int = 8192, long_prefill_token_threshold: int = 0):
         if token_budget < 1:

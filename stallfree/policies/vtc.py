@@ -18,6 +18,7 @@ class Vtc:
 
     reserve: Reserve = "max"
     stall_free = True
+    chunks = True
 
     def __init__(self, token_budget: int = 512, output_weight: float = 2.0):
         if token_budget < 1:

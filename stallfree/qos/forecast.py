@@ -77,7 +77,7 @@ class Forecast:
         self.policy = policy
         self.outcomes = Outcomes()
         self.caution = 1.0
-        self._waiting: dict[str, tuple[Request, _Work, float]] = {}
+        self._waiting: dict[str, tuple[Request, _Work, float | None]] = {}
 
     @property
     def backlog(self) -> float:
@@ -113,11 +113,17 @@ class Forecast:
         request.predicted = self.outcomes.corrected(raw)
         self._waiting[request.id] = request, work, raw
 
+    def expect(self, request: Request, given: int) -> None:
+        """A request has arrived that gets the KV of its first tokens, `given` in all, from elsewhere or from the cache. When that
+        comes is not forecast; the rest of its prompt counts in the forecasts of others.
+        """
+        self._waiting[request.id] = request, self._work(request, min(given, len(request.prompt) - 1), 0.0), None
+
     def leave(self, id: str) -> None:
         """A request has its first token, or has ended without one. A second call does nothing."""
         if id in self._waiting:
             request, _, raw = self._waiting.pop(id)
-            if request.output:
+            if request.output and raw is not None:
                 seconds = request.first_token - request.arrival
                 self.outcomes.add(raw, seconds)
                 if (target := self.policy.targets(request).ttft) is not None:

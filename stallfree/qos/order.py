@@ -68,7 +68,7 @@ class Order:
 
     def bill(self, r: Request) -> None:
         """A request was admitted: bill what it will probably take."""
-        self.credits.bill(r, prices.expected(self._cost, r, r.num_cached, self._answers.left(r)))
+        self.credits.bill(r, prices.expected(self._cost, r, prices.given(r), self._answers.left(r)))
 
     def review(self, step: int, requests: Sequence[Request]) -> None:
         """Look at some of the `requests`, which have run: bill those that took more than was expected what they are expected to
@@ -80,9 +80,14 @@ class Order:
                     self.credits.bill(r, used + self._answers.left(r) * prices.decode(self._cost, r.num_tokens, r.extra_rows))
 
     def settle(self, running: Sequence[Request]) -> None:
-        """Learn from the requests that are not `running` any more, and correct their bills."""
-        if len(self.credits.billed) == len(running):
+        """Learn from the requests that are not `running` any more, and correct their bills. Bill those that a KV transfer brought:
+        the policy did not admit them.
+        """
+        if self.credits.billed.keys() == set(running):
             return
+        for r in running:
+            if r not in self.credits.billed:
+                self.bill(r)
         for r in [r for r in self.credits.billed if r.status is not RUNNING]:
             self.credits.correct(r, prices.used(self._cost, r))
             if r.status is FINISHED:

@@ -33,8 +33,13 @@ def adapters(cost: CostModel, brought: Sequence[tuple[int, int]]) -> float:
     return cost.seconds([*brought, *base]) - cost.seconds(base) if brought else 0.0
 
 
+def given(r: Request) -> int:
+    """Prompt tokens whose KV a request found in the prefix cache, or gets from another engine."""
+    return min(len(r.prompt), max(r.num_cached, r.cut))
+
+
 def expected(cost: CostModel, r: Request, start: int, answer: float) -> float:
-    """Seconds that a request will have added by its end, if `start` tokens are in the prefix cache and it gets `answer` tokens."""
+    """Seconds that a request will have added by its end, if the KV of `start` tokens is given and it gets `answer` tokens."""
     length = len(r.prompt)
     return prefill(cost, start, length) + answer * decode(cost, length + int(answer / 2), r.extra_rows)
 
@@ -42,5 +47,5 @@ def expected(cost: CostModel, r: Request, start: int, answer: float) -> float:
 def used(cost: CostModel, r: Request) -> float:
     """Seconds that a request has added so far. What was computed twice, because KV was short, counts once."""
     length, written = len(r.prompt), len(r.output)
-    prompt = prefill(cost, r.num_cached, length if written else min(length, r.num_computed))
+    prompt = prefill(cost, given(r), length if written else min(length, r.num_computed))
     return prompt + written * decode(cost, length + written // 2, r.extra_rows)

@@ -13,12 +13,13 @@ from stallfree.engine.thread import Outputs, TooLate, Unavailable
 from stallfree.server import intake, targets
 from stallfree.server.dialects.call import Call, Choice
 from stallfree.server.errors import ApiError
-from stallfree.server.intake import HERE, PREFILL
+from stallfree.server.intake import CUT, HERE, PREFILL
 from stallfree.server.reading import Query
 from stallfree.server.request_log import Entry
 from stallfree.server.schema import CompletionRequest
 from stallfree.server.service import Service
 from stallfree.server.sse import EventStream, watching
+from stallfree.transfer.cut import WHOLE, Cut
 
 Kind = TypeVar("Kind", bound=Call)
 
@@ -87,7 +88,7 @@ def _submit(service: Service, kind: type[Call], query: Query, requests: Sequence
     if service.traces is not None:
         service.traces.note_call([r.id for r in requests], kind.operation, request.headers)
     try:
-        transfer = _transfers(service, request.headers.get(PREFILL))
+        transfer = _transfers(service, request.headers.get(PREFILL), request.headers.get(CUT))
         if intake.prompt_logprobs(query.body) is not None:
             transfer = _nowhere  # the logits of the whole prompt are needed here
         slo = query.body.slo
@@ -118,14 +119,21 @@ def _choices(query: Query, requests: Sequence[core.Request]) -> list[Choice]:
     ]
 
 
-def _transfers(service: Service, name: str | None) -> Callable[[], Transfer | None]:
-    """A function that makes each request's KV transfer, or None. `name`: the prefill engine that the router chose."""
+def _transfers(service: Service, name: str | None, cut: str | None) -> Callable[[core.Request], Transfer | None]:
+    """A function that makes each request's KV transfer, or None. `name`: the prefill engine that the router chose. `cut`: how much
+    of a request this one computes, in words.
+    """
+    try:
+        wanted = WHOLE if cut is None else Cut.parse(cut)
+    except ValueError as error:
+        raise ApiError(400, f"{CUT}: {error}", param=CUT) from None
     if service.asking is not None and name != HERE:
-        return service.asking.transfers(name)
-    if name not in (None, HERE):
-        raise ApiError(400, f"{PREFILL}: this server computes its prompts itself; it is not of --role decode", param=PREFILL)
+        return service.asking.transfers(name, wanted)
+    for header, value in ((PREFILL, name), (CUT, cut)):
+        if value not in (None, HERE) and service.asking is None:
+            raise ApiError(400, f"{header}: this server computes its prompts itself; it is not of --role decode", param=header)
     return _nowhere
 
 
-def _nowhere() -> None:
+def _nowhere(request: core.Request) -> None:
     """No transfer: the prompt is computed here."""

@@ -1,6 +1,5 @@
-"""Which server gets a request, and which prefill engine computes its prompt. The server is the one that forecasts the earliest
-first token. Each is asked only about the tokens that are not in its prefix cache. Servers without a forecast are chosen by how few
-requests they have.
+"""Which server gets a request: the one that forecasts the earliest first token. Each is asked only about the tokens that are not in
+its prefix cache. Servers without a forecast are chosen by how few requests they have.
 
 No server says what is in its cache. The router remembers which server last got the beginning of a prompt, as hashes of pieces of
 its text. It has no tokenizer and keeps no text.
@@ -21,7 +20,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from stallfree.server.intake import HERE
 from stallfree.server.tenants import FAIRNESS
 
 ASK_S = 0.05
@@ -121,34 +119,6 @@ class Prefixes:
             self._servers.popitem(last=False)
 
 
-class Pending:
-    """The prompt of a request, if it has one. It is pending at the prefill engine `named` until its first token passes, or the
-    request ends."""
-
-    def __init__(self, pending: dict[str, int], spill: float, prompt: Outline | None):
-        self._pending = pending
-        self._tokens, self._openings = (0, 0) if prompt is None else (prompt.tokens, prompt.openings)
-        self.named = min(pending, key=lambda name: pending[name]) if pending and prompt is not None else None
-        self._is_pending = False
-        if self.named is not None and pending[self.named] > spill:
-            self.named = HERE
-        elif self.named is not None:
-            self._is_pending = True
-            pending[self.named] += self._tokens
-
-    def receive(self, events: bytes) -> None:
-        """Count `events` of the stream. The first ones may be openings, without a token."""
-        if self._is_pending:
-            self._openings -= events.count(b"data: ")
-            if self._openings < 0:
-                self.computed()
-
-    def computed(self) -> None:
-        if self._is_pending and self.named is not None:
-            self._pending[self.named] -= self._tokens
-            self._is_pending = False
-
-
 def least_outstanding(servers: Sequence[Server]) -> list[Server]:
     """The servers that are up, those with the fewest outstanding requests first."""
     return sorted((server for server in servers if server.up), key=_outstanding)
@@ -167,14 +137,13 @@ async def earliest(
     if len(up) < 2:
         return up
     cached = prefixes.find(prompt.pieces)
-    telling = {name: headers[name] for name in TELLING if name in headers}
     sent = {server: server.sent for server in up}
-    tokens = {server: _uncached(prompt, cached.get(server, 0)) for server in up}
-    answers = await asyncio.gather(*[_forecast(session, server, tokens[server], prompt.model, telling) for server in up])
+    tokens = {server: uncached(prompt, cached.get(server, 0)) for server in up}
+    answers = await asyncio.gather(*[forecast(session, server, tokens[server], prompt.model, headers) for server in up])
     seconds = {
-        server: forecast * (1 + server.sent - sent[server])
-        for server, forecast in zip(up, answers, strict=True)
-        if forecast is not None
+        server: expected * (1 + server.sent - sent[server])
+        for server, expected in zip(up, answers, strict=True)
+        if expected is not None
     }
     forecasting = sorted(seconds, key=lambda server: (seconds[server], server.outstanding))
     others = least_outstanding([server for server in up if server not in seconds])
@@ -182,15 +151,17 @@ async def earliest(
     return list(merge(forecasting, others, key=_outstanding))
 
 
-async def _forecast(
+async def forecast(
     session: aiohttp.ClientSession, server: Server, tokens: int, model: str, headers: Mapping[str, str]
 ) -> float | None:
-    """Seconds until a prompt for `model` of so many uncached tokens would have its first token at `server`; inf if the server does
-    not have the model, None if it does not say in time."""
+    """Seconds until a prompt for `model` of so many uncached tokens, all computed at `server`, would have its first token; inf if
+    the server does not have the model, None if it does not say in time. `headers`: of the request.
+    """
+    telling = {name: headers[name] for name in TELLING if name in headers}
     timeout = aiohttp.ClientTimeout(total=ASK_S)
     with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError, OverflowError, LookupError, TypeError):
         query = {"prompt_tokens": str(tokens)} | ({"model": model[:MOST_NAME]} if model else {})
-        async with session.get(f"{server.url}/load", params=query, headers=headers, timeout=timeout) as answer:
+        async with session.get(f"{server.url}/load", params=query, headers=telling, timeout=timeout) as answer:
             if answer.status == 404 and (await answer.json())["error"]["code"] == "model_not_found":
                 return inf
             load = await answer.json() if answer.status == 200 else None
@@ -200,7 +171,7 @@ async def _forecast(
     return None
 
 
-def _uncached(prompt: Outline, pieces: int) -> int:
+def uncached(prompt: Outline, pieces: int) -> int:
     """About how many tokens of `prompt` are not among its first `pieces`; at least 1."""
     return max(1, round(prompt.tokens * (1 - pieces * PIECE / prompt.characters)))
 

@@ -27,6 +27,8 @@ PREFILL = "x-stallfree-prefill"
 """Header in which a router names the prefill engine (host:port) that computes a request's prompt, or `HERE`."""
 HERE = "none"
 """Value of that header: the server itself computes the prompt."""
+CUT = "x-stallfree-cut"
+"""Header that says how many of a request's first tokens the prefill engine computes (`transfer.cut`); without it, its prompt."""
 
 
 def requests(

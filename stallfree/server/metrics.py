@@ -103,7 +103,7 @@ class Metrics(Collector):
             self._looked_up += account.looked_up
             self._cached += account.found
             self._restored += sum(tokens for _, tokens in step.restored)
-            self._generated += len(step.emitted) + len(step.delivered)
+            self._generated += len(step.emitted) + len(step.sampled_elsewhere)
             checked, right = step.drafts
             self._drafts["right"] += right
             self._drafts["wrong"] += checked - right

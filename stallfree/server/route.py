@@ -1,5 +1,5 @@
-"""A router. It passes each request on to the decode server that `choosing` puts first, and names the prefill engine with the fewest
-prompt tokens to compute, as far as the router knows. It names none while all have too many.
+"""A router. It passes each request on to the decode server that `choosing` puts first, and names the prefill engine that `prefills`
+finds for it, and how much of the prompt this one computes.
 
 It reads only the outline of a body, and whether a stream has its first token. All else passes unchanged, the API key too. It sends
 nothing to a server that is down, until its /health answers 200.
@@ -23,11 +23,12 @@ from starlette.types import Receive, Scope, Send
 import stallfree
 from stallfree.server import errors
 from stallfree.server.app import MAX_BODY_BYTES
-from stallfree.server.choosing import Outline, Pending, Prefixes, Server, earliest, least_outstanding, outline
+from stallfree.server.choosing import Outline, Prefixes, Server, earliest, least_outstanding, outline, uncached
 from stallfree.server.door import Door
 from stallfree.server.errors import ApiError
-from stallfree.server.intake import PREFILL
+from stallfree.server.intake import CUT, PREFILL
 from stallfree.server.keys import Keys
+from stallfree.server.prefills import Pending, Prefills, ask
 from stallfree.server.schema import Health
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ MOST_REFUSALS = 2
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 POST_PATHS = (*GENERATING, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 GET_PATHS = ("/v1/models", "/v1/models/{name:path}", "/version")
-KEPT_BACK = {"host", "content-length", "connection", "transfer-encoding", "accept-encoding", "expect", PREFILL}
+KEPT_BACK = {"host", "content-length", "connection", "transfer-encoding", "accept-encoding", "expect", PREFILL, CUT}
 """Request headers that the router does not pass on."""
 PASSED = ("content-type", "cache-control", "retry-after", "www-authenticate")
 """Response headers that the router passes on."""
@@ -64,8 +65,8 @@ class _Refusal(Exception):
 
 class Router:
     """Passes requests on to `decodes` (URLs), and names one of `prefills` (host:port), if there are any. While each of these has
-    more than `spill` prompt tokens to compute, it names none, and the decode server computes the prompt. `share_prefixes`: the
-    servers let keys find each other's cached prefixes.
+    more than `spill` prompt tokens to compute, the decode server computes the prompt. `share_prefixes`: the servers let keys find
+    each other's cached prefixes.
     """
 
     def __init__(
@@ -73,8 +74,7 @@ class Router:
     ):
         self.servers = [Server(url) for url in decodes]
         self.prefixes = Prefixes()
-        self.pending = dict.fromkeys(prefills, 0)
-        self.spill = inf if spill is None else spill
+        self.prefills = Prefills(prefills, inf if spill is None else spill)
         self.share_prefixes = share_prefixes
         self.draining = False
         self.ending = asyncio.Event()
@@ -147,7 +147,7 @@ class Router:
 
     async def _order(self, prompt: Outline | None, request: Request) -> list[Server]:
         """The servers that are up, in the order in which they are to be tried."""
-        if prompt is None:
+        if prompt is None or self.prefills.pending:  # what a server forecasts for itself says nothing of a prompt elsewhere
             return least_outstanding(self.servers)
         return await earliest(self.session, self.servers, prompt, self.prefixes, request.headers)
 
@@ -155,14 +155,14 @@ class Router:
         self, server: Server, prompt: Outline | None, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Send the server's answer, and count its outcome. Raises _Refusal, and the errors of aiohttp, before anything is sent."""
-        pending = Pending(self.pending, self.spill, prompt)
-        if prompt is not None:
-            self.prefixes.remember(prompt.pieces, server)
         server.sent += 1
         server.outstanding += 1
         outcome = "left"
         try:
-            outcome = await self._through(server, pending, request, body, scope, receive, send)
+            with await self._prefill(server, prompt, request) as pending:
+                if prompt is not None:
+                    self.prefixes.remember(prompt.pieces, server)
+                outcome = await self._through(server, pending, request, body, scope, receive, send)
         except _Refusal:
             outcome = "refused"
             raise
@@ -170,9 +170,16 @@ class Router:
             outcome = "failed"
             raise
         finally:
-            pending.computed()
             server.outstanding -= 1
             server.outcomes[outcome] += 1
+
+    async def _prefill(self, server: Server, prompt: Outline | None, request: Request) -> Pending:
+        """What a prefill engine computes of the prompt, for this server."""
+        cached, here = 0, None
+        if prompt is not None and self.prefills.asks:
+            new = uncached(prompt, self.prefixes.find(prompt.pieces).get(server, 0))
+            cached, here = max(0, prompt.tokens - new), await ask(self.session, server, new, prompt.model, request.headers)
+        return self.prefills.give(prompt, cached, here)
 
     async def _through(
         self, server: Server, pending: Pending, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send
@@ -181,6 +188,8 @@ class Router:
         headers = {name: value for name, value in request.headers.items() if name not in KEPT_BACK}
         if pending.named is not None:
             headers[PREFILL] = pending.named
+        if pending.cut is not None:
+            headers[CUT] = str(pending.cut)
         url = server.url + request.url.path
         async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
             if answer.status == 503:
@@ -274,9 +283,12 @@ class _Metrics(Collector):
         pending = GaugeMetricFamily(
             "stallfree_router_pending_prompt_tokens", "Prompt tokens to compute, as far as the router knows.", labels=("prefill",)
         )
-        for name, tokens in self._router.pending.items():
+        for name, tokens in self._router.prefills.pending.items():
             pending.add_metric((name,), tokens)
-        yield from (requests, outstanding, up, pending)
+        prompts = CounterMetricFamily("stallfree_router_prompts", "Prompts, by who computes them.", labels=("place",))
+        for place, number in self._router.prefills.given.items():
+            prompts.add_metric((place,), number)
+        yield from (requests, outstanding, up, pending, prompts)
         yield GaugeMetricFamily("stallfree_router_draining", "1 while no new requests are taken.", self._router.draining)
 
 

@@ -129,7 +129,7 @@ class Moving:
         copy = twin(request)
         copy.output, copy.num_tokens = [*request.output], request.num_tokens
         copy.first_token, copy.last_token = request.first_token, request.last_token
-        if not self._reserve(target, copy, now):
+        if not self._reserve(target, copy, now, len(request.prompt)):
             return False
         self._moves[request.id] = move = Move(source, target, request, copy, None, request.num_computed)
         self._send(move, request.num_computed, now)
@@ -167,18 +167,18 @@ class Moving:
         """The part of `request` that the source computes; all of it if the target has no room."""
         whole = cut == len(request.prompt)
         copy = twin(request)
-        if (whole and request.max_tokens == 1) or not self._reserve(target, copy, request.arrival):
+        if (whole and request.max_tokens == 1) or not self._reserve(target, copy, request.arrival, cut):
             return request
         part = request if whole else _first(request, cut, self._targets)
         self._moves[request.id] = Move(source, target, part, copy, cut)
         return part
 
-    def _reserve(self, target: int, copy: Request, now: float) -> bool:
+    def _reserve(self, target: int, copy: Request, now: float, cut: int) -> bool:
         """Reserve room for a request in replica `target`, or do nothing. Prompts that wait there for their turn do not count: at
         capacity some always do.
         """
         replica = self.replicas[target]
-        replica.expect(copy, now)
+        replica.expect(copy, now, cut)
         if replica.admit(ahead=True) is copy:
             return True
         replica.forgo(copy.id, now)

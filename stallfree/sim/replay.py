@@ -205,7 +205,7 @@ class _Served:
 def _served(run: Run, records: Sequence[StepRecord], stopped: Set[str]) -> dict[str, _Served]:
     """A new request for each that arrived, by id. The `stopped` ones end after as many tokens as recorded, or by `max_tokens`."""
     for r in records:
-        if r.delivered or r.recalled:
+        if r.delivered or r.recalled or r.shown:
             raise ValueError(
                 f"step {r.step} has requests that were transferred by another engine, and this record does not explain when they "
                 "came; replay the run of an engine with --role both"

@@ -197,9 +197,9 @@ class Replica:
         transfer.release(self.scheduler.ledger, id)
         self._reschedule(now)
 
-    def expect(self, request: Request, now: float) -> None:
+    def expect(self, request: Request, now: float, cut: int | None = None) -> None:
         """Queue a request whose prompt is computed elsewhere. It goes on here once `admit` has reserved blocks."""
-        transfer.expect(self.scheduler.ledger, request)
+        transfer.expect(self.scheduler.ledger, request, cut)
         if not self.scheduler.ledger.adapters.ready(request):
             self._reschedule(now)
 

@@ -1,27 +1,19 @@
-"""The side that decodes. It reserves blocks, asks a prefill engine for a prompt, writes the blocks that arrive into its own cache,
-and lets the request decode once all have arrived. It does not know how the prefill engine schedules.
-
-All steps of a transfer happen in the engine's thread, between two iterations, so a block is written only while it is reserved for
-its request. A transfer that fails goes to the next peer. Without one, the prompt is computed here: this side is a whole engine.
+"""The side that decodes: its connections to prefill engines, and the frames that come over them. What becomes of a request is in
+`fetch`. It does not know how a prefill engine schedules.
 """
 
 import logging
-import math
-import sys
 import threading
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import cast
 
 from stallfree.core.request import Request
-from stallfree.engine.adapters import name_of
 from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
-from stallfree.executors.base import MovesKV
-from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
+from stallfree.transfer.cut import WHOLE, Cut
+from stallfree.transfer.fetch import Fetch
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, whole
 from stallfree.transfer.terms import Refusal, Terms, address, connect
@@ -32,7 +24,7 @@ RETRY_S = 1.0
 """Seconds between two attempts to connect to a peer."""
 CONNECT_S = 5.0
 STALE_S = 60.0
-"""Seconds without a block after which the next peer is asked for the prompt."""
+"""Seconds without a block or token after which the next peer is asked for the prompt."""
 MOST_UNKNOWN = 64
 """At most this many unknown names of prefill engines are logged, because a client can make up any number."""
 
@@ -42,7 +34,7 @@ class Asking:
 
     def __init__(self, thread: EngineThread, terms: Terms, addresses: Sequence[tuple[str, int]], key: str):
         self.thread, self.terms = thread, terms
-        self.peers = [_Peer(self, host, port, key) for host, port in addresses]
+        self.peers = [Peer(self, host, port, key) for host, port in addresses]
         self.numbers = count()
         self._turn = 0
         self._unknown: set[str] = set()
@@ -66,14 +58,15 @@ class Asking:
         for peer in self.peers:
             peer.close()
 
-    def transfers(self, name: str | None) -> Callable[[], Transfer]:
+    def transfers(self, name: str | None, cut: Cut = WHOLE) -> Callable[[Request], Transfer]:
         """A function that makes the `Transfer` of a request. `name`: the peer (host:port) to ask first. It is a hint: for an
-        unknown name the peers are asked in turn, and the log says so once.
+        unknown name the peers are asked in turn, and the log says so once. `cut`: how many of the request's first tokens to ask
+        for.
         """
         named = next((peer for peer in self.peers if peer.name == name), None)
         if name is not None and named is None:
             self._warn_of(name[:80])
-        return lambda: _Transfer(self, named)
+        return lambda request: Fetch(self, named, cut.of(len(request.prompt)))
 
     @property
     def form(self) -> Form | None:
@@ -83,7 +76,7 @@ class Asking:
     def num_connected(self) -> int:
         return sum(peer.link is not None for peer in self.peers)
 
-    def order(self, first: "_Peer | None") -> "list[_Peer]":
+    def order(self, first: "Peer | None") -> "list[Peer]":
         """All peers, from `first` on; if that is None, from the one whose turn it is."""
         begin = self._turn % len(self.peers) if first is None else self.peers.index(first)
         self._turn += 1
@@ -97,7 +90,7 @@ class Asking:
         log.warning("%r, named by a router, is not a prefill engine of this server; it asks in turn: %s", name, known)
 
 
-class _Peer:
+class Peer:
     """A prefill engine: the connection to it, which is renewed after each loss, and its `transfers`. Only the engine's thread uses
     `link`, `ring` and `transfers`. `trouble`: the connection error that was logged last.
     """
@@ -107,7 +100,7 @@ class _Peer:
         self.name = address(host, port)
         self.link: Link | None = None
         self.ring: memoryview | None = None
-        self.transfers: dict[int, _Transfer] = {}
+        self.transfers: dict[int, Fetch] = {}
         self.trouble = ""
         self._asking = asking
         self._over = threading.Event()
@@ -189,11 +182,13 @@ class _Peer:
                     transfer.write(whole(header, "first", 2**31), number, memory, seconds)
                 if "at" in header:
                     link.send({"type": "taken"})
+            case "token" if transfer is not None:
+                transfer.extend(header)
             case "done" if transfer is not None:
                 transfer.done(header)
             case "failed" if transfer is not None:
                 transfer.failed(str(header.get("why"))[:300])
-            case "done" | "failed":
+            case "token" | "done" | "failed":
                 pass
             case other:
                 raise Broken(f"a frame of unknown type {str(other)[:80]!r}")
@@ -202,123 +197,4 @@ class _Peer:
         for transfer in list(self.transfers.values()):
             if time.monotonic() - transfer.heard > STALE_S:
                 transfer.stop()
-                transfer.failed(f"no block for {STALE_S:g} s")
-
-
-class _Transfer:
-    """One request's KV transfer, a `Transfer`: the peer that was asked, and the blocks so far. Only the engine's thread uses it."""
-
-    def __init__(self, asking: Asking, preferred: _Peer | None):
-        self._asking, self._preferred = asking, preferred
-        self._engine = asking.thread.engine
-        self._executor = cast(MovesKV, self._engine.executor)
-        self._peer: _Peer | None = None
-        self._number = 0
-        self._num_bytes, self._seconds = 0, 0.0
-        self.heard = 0.0
-
-    def start(self, request: Request) -> None:
-        size = self._asking.terms.block_size
-        self._request = request
-        self._first, self._blocks = request.num_cached // size, -(-len(request.prompt) // size)
-        self._left = self._asking.order(self._preferred)
-        self._ask()
-
-    def cancel(self) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Cancel the transfer at the peer that was asked."""
-        peer, self._peer = self._peer, None
-        if peer is not None and peer.transfers.pop(self._number, None) is not None and peer.link is not None:
-            peer.link.send({"type": "cancel", "number": self._number})
-
-    def write(self, first: int, number: int, memory: memoryview, seconds: float) -> None:
-        """Write `number` blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
-        if first != self._next or not number or first + number > self._blocks:
-            raise Broken(f"blocks {first} to {first + number} came, expected {self._next} to at most {self._blocks}")
-        began = time.perf_counter()
-        try:
-            form = self._asking.form
-            kv = memory if form is None else memoryview(form.unpack(memory, number))
-            self._executor.write_blocks(self._request.blocks[first : first + number], kv)
-        except Exception as error:  # it must not end the engine
-            log.exception("KV could not be written")
-            self.stop()
-            self.failed(f"its KV could not be written: {type(error).__name__}")
-            return
-        self._next += number
-        self._num_bytes += len(memory)
-        self._seconds += seconds + time.perf_counter() - began
-        self.heard = time.monotonic()
-
-    def done(self, header: Header) -> None:
-        """Deliver the request with its first token. Raises Broken if blocks are missing."""
-        token = whole(header, "token", self._engine.text.vocab_size - 1)
-        if self._next != self._blocks:
-            raise Broken(f"the first token came after {self._next} blocks of {self._blocks}")
-        details, copying = _details(header.get("details")), header.get("seconds")
-        self._drop()
-        seconds = self._seconds + (copying if isinstance(copying, float) and 0 <= copying < math.inf else 0.0)
-        self._engine.prefetch.deliver(self._request, token, details, self._num_bytes, seconds)
-
-    def failed(self, why: str) -> None:
-        """Ask the next peer, or have the prompt computed here."""
-        log.warning("request %s: its KV transfer failed: %s", self._request.id, why)
-        self._drop()
-        self._ask()
-
-    def _drop(self) -> None:
-        if self._peer is not None:
-            self._peer.transfers.pop(self._number, None)
-            self._peer = None
-
-    def _ask(self) -> None:
-        while self._left:
-            peer = self._left.pop(0)
-            if peer.link is not None:
-                self._peer, self._number, self._next = peer, next(self._asking.numbers), self._first
-                self.heard = time.monotonic()
-                peer.transfers[self._number] = self
-                peer.link.send(self._header(), _packed(self._request.prompt))
-                return
-        self._engine.prefetch.recall(self._request)
-
-    def _header(self) -> Header:
-        request = self._request
-        sampling = request.sampling if isinstance(request.sampling, Sampling) else GREEDY
-        return {
-            "type": "prefill",
-            "number": self._number,
-            "first": self._first,
-            "sampling": to_values(sampling),
-            "salt": request.salt,
-            "priority": request.priority,
-            "slo": "" if request.slo is None else str(request.slo),
-            "tenant": request.tenant,
-            "weight": request.weight,
-            "class": request.service_class,
-            **self._adapter(),
-        }
-
-    def _adapter(self) -> Header:
-        """Of the adapter, its name and a name of its contents: the same name may mean another adapter there."""
-        key = self._request.adapter
-        return {"adapter": name_of(key), "identity": self._engine.adapters.identity(key)} if key else {}
-
-
-def _packed(tokens: Sequence[int]) -> bytes:
-    numbers = array("i", tokens)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
-
-
-def _details(field: object) -> TokenLogprob | None:
-    if field is None:
-        return None
-    try:
-        logprob, top = cast(tuple[float, list[tuple[int, float]]], field)
-        return TokenLogprob(float(logprob), tuple((int(token), float(value)) for token, value in top))
-    except (TypeError, ValueError):
-        raise Broken("log-probabilities that cannot be read") from None
+                transfer.failed(f"no block or token for {STALE_S:g} s")

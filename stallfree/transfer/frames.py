@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ SILENCE_S = 5.0
 ALIVE = {"type": "alive"}
 
 Header = dict[str, Any]
+Frame = tuple[Header, bytes | bytearray]
 
 
 class Broken(ConnectionError):
@@ -97,15 +99,18 @@ class Link:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
-        self._outgoing: queue.SimpleQueue[tuple[Header, bytes | bytearray] | None] = queue.SimpleQueue()
+        self._outgoing: queue.PriorityQueue[tuple[bool, int, Frame | None]] = queue.PriorityQueue()
+        self._numbers = count()
 
     def start(self, received: Callable[[Header, bytearray, float], None], ended: Callable[[str], None]) -> None:
         threading.Thread(target=self._send, name="transfer-out", daemon=True).start()
         threading.Thread(target=self._receive, args=(received, ended), name="transfer-in", daemon=True).start()
 
-    def send(self, header: Header, body: bytes | bytearray = b"") -> None:
-        """Queue a frame. It never waits, and may be called in any thread. After the connection's end the frame is dropped."""
-        self._outgoing.put((header, body))
+    def send(self, header: Header, body: bytes | bytearray = b"", *, ahead: bool = False) -> None:
+        """Queue a frame, `ahead` of those that are not. It never waits, and may be called in any thread. After the connection's end
+        the frame is dropped.
+        """
+        self._outgoing.put((not ahead, next(self._numbers), (header, body)))
 
     def close(self) -> None:
         """End the connection; `ended` is called. It may be called in any thread, and more than once."""
@@ -114,13 +119,13 @@ class Link:
     def _send(self) -> None:
         while True:
             try:
-                item = self._outgoing.get(timeout=ALIVE_S)
+                _, _, frame = self._outgoing.get(timeout=ALIVE_S)
             except queue.Empty:
-                item = ALIVE, b""
-            if item is None:
+                frame = ALIVE, b""
+            if frame is None:
                 return
             try:
-                send(self._sock, *item)
+                send(self._sock, *frame)
             except OSError:
                 self.close()
                 return
@@ -136,5 +141,5 @@ class Link:
             ended(f"{type(error).__name__}: {error}")
         finally:
             self.close()
-            self._outgoing.put(None)
+            self._outgoing.put((False, -1, None))
             self._sock.close()

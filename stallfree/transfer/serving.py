@@ -1,5 +1,6 @@
-"""The side that prefills. Decode engines connect and ask for prompts. They get the KV blocks as iterations fill them, then the
-first token. For its own engine each prompt is a request of one token. It does not know how the other side reserves blocks.
+"""The side that prefills. Decode engines connect and ask for prompts. They get the KV blocks as iterations fill them, and one token
+after them, or several while they are sampled. For its own engine each prompt is a request of so many tokens. It does not know how
+the other side reserves blocks, or what it does with the tokens.
 
 Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. They go into the memory
 shared with the decode engine if it has room, else into a frame. The other side bounds the work: it asks only for prompts that it
@@ -43,6 +44,8 @@ CALLERS = 64
 MEETING_S = 15.0
 """Seconds within which a decode engine must introduce itself."""
 MOST_NUMBER = 2**63
+MOST_TOKENS = 2**31
+"""Most tokens of output that a decode engine may name. The engine refuses what is longer than its longest sequence."""
 
 
 class Serving:
@@ -172,12 +175,13 @@ class _Caller:
         if tokens and not (0 <= min(tokens) and max(tokens) < size):
             raise Broken(f"a token id outside the vocabulary of {size}")
         priority, weight = header.get("priority"), header.get("weight", 1.0)
+        max_tokens = whole({"tokens": 1} | header, "tokens", MOST_TOKENS)  # older releases ask for one
         if not (isinstance(weight, int | float) and 0 < weight < math.inf):
             raise Broken(f"a weight of {str(weight)[:20]}, which is no number above 0")
         return Request(
             secrets.token_hex(12),
             tokens.tolist(),
-            1,
+            max_tokens,
             arrival=self._thread.engine.clock(),
             priority=priority if isinstance(priority, int) else 0,
             tenant=str(header.get("tenant", "")),
@@ -197,7 +201,8 @@ class _Caller:
         return self._thread.engine.adapters.find(name, identity) or f"{name} with the contents {identity}"
 
     def _begin(self, number: int, first: int, request: Request) -> None:
-        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first)
+        upto = len(request.prompt) + request.max_tokens - 1
+        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first, upto)
         try:
             self._outputs[number] = outputs = self._thread.submit([request], watch=blocks.watch)
         except (Refused, Unavailable) as error:
@@ -211,7 +216,10 @@ class _Caller:
         with outputs:
             async for batch in outputs:
                 for output in batch:
-                    self.link.send(_last(number, output, blocks))
+                    frame = _frame(number, output, blocks)
+                    self.link.send(frame, ahead=frame["type"] == "token")  # the client need not wait for KV
+                    if frame["type"] == "failed":
+                        outputs.close()
         self._outputs.pop(number, None)
 
     def _cancel(self, number: int) -> None:
@@ -225,7 +233,9 @@ class _Caller:
 
 
 class _Blocks:
-    """Copies the blocks of prompt `number`, from block `first` on, and sends them in `form`. `seconds`: spent on copying."""
+    """Copies the blocks of the first `upto` tokens of request `number`, from block `first` on, and sends them in `form`. `seconds`:
+    spent on copying.
+    """
 
     def __init__(
         self,
@@ -236,23 +246,25 @@ class _Blocks:
         room: Room | None,
         number: int,
         first: int,
+        upto: int,
     ):
         self._executor = cast(MovesKV, thread.engine.executor)
         self._block_size = thread.engine.executor.capacity.block_size
         self._at_once = max(1, FRAME // self._executor.block_bytes)
         self._form, self._link, self._ring, self._room, self._number = form, link, ring, room, number
-        self._next = first
+        self._next, self._upto = first, upto
         self.seconds = 0.0
         self.error: str | None = None
 
     def watch(self, work: Work) -> None:
-        """Send the blocks that `work` and earlier work filled, in full frames. With the first token, send all, also a part-filled
-        last block. The engine's thread calls it.
+        """Send the blocks that `work` and earlier work filled: of a prompt in full frames, and once it is computed all that are
+        full, with the last token also a part-filled block. The engine's thread calls it.
         """
         end = work.start + work.count
-        upto = -(-end // self._block_size) if work.samples else end // self._block_size
+        blocks = -(-end // self._block_size) if end >= self._upto else end // self._block_size
+        least = 1 if work.samples else self._at_once
         try:
-            while (left := upto - self._next) > 0 and (work.samples or left >= self._at_once) and self.error is None:
+            while (left := blocks - self._next) >= least and self.error is None:
                 number = min(left, self._at_once)
                 tokens = min(self._block_size, end - (self._next + number - 1) * self._block_size)
                 self._send(work.blocks[self._next : self._next + number], tokens)
@@ -285,12 +297,13 @@ class _Blocks:
         memory[:] = self._form.pack(kv, len(blocks), tokens)
 
 
-def _last(number: int, output: Output, blocks: _Blocks) -> Header:
-    """The last frame of a prompt: its first token, or the reason why there is none."""
+def _frame(number: int, output: Output, blocks: _Blocks) -> Header:
+    """The frame for a token, the last one of a request as `done`; or the reason why there is none."""
     why = output.error or blocks.error
     if why is not None or not output.tokens:
         return {"type": "failed", "number": number, "why": why or "it was ended"}
     details = None
     if isinstance(output.details, TokenLogprob):
         details = [output.details.logprob, output.details.top]
-    return {"type": "done", "number": number, "token": output.tokens[0], "details": details, "seconds": blocks.seconds}
+    frame = {"number": number, "token": output.tokens[0], "details": details}
+    return frame | ({"type": "token"} if output.finish_reason is None else {"type": "done", "seconds": blocks.seconds})

@@ -53,6 +53,7 @@ FEATURES = {
     "SP2": "two groups of ranks share the tokens of each request (torch)",
     "PP2": "two pipeline stages (torch)",
     "hand-off": "another engine computes the prompts and hands KV over",
+    "cut": "another engine computes a part of a prompt, or a prompt and the first tokens of its output",
     "prefix cache": "equal beginnings share KV",
     "salt": "requests with a `cache_salt` share KV only with their like",
     "host tier": "host memory keeps KV that the cache has no room for (`--kv-host-memory`)",
@@ -200,22 +201,28 @@ class Preempting:
 
 
 class HandedOver:
-    """A transfer from the engine `source`, which computes the prompt at once."""
+    """A transfer from the engine `source`, which computes the tokens before the `cut` at once."""
 
-    def __init__(self, source: Engine, target: Engine):
+    def __init__(self, source: Engine, target: Engine, cut: int | None = None):
         self._source, self._target = source, target
+        self.cut = cut
 
     def start(self, request: Request) -> None:
-        source, size = self._source, self._source.executor.capacity.block_size
-        moved, count = bytearray(), -(-len(request.prompt) // size)
+        source, size, prompt, cut = self._source, self._source.executor.capacity.block_size, len(request.prompt), request.cut
+        moved, count = bytearray(), -(-cut // size)
 
         def watch(work: Any) -> None:
-            if work.start + work.count == len(request.prompt):
+            if work.start + work.count == cut:
                 moved.extend(bytes(count * source.executor.block_bytes))
                 source.executor.read_blocks(work.blocks[:count], memoryview(moved))
 
         twin = Request(
-            request.id, request.prompt, 1, adapter=request.adapter, salt=request.salt, sampling=replace(request.sampling)
+            request.id,
+            request.prompt[:cut],
+            max(0, cut - prompt) + 1,
+            adapter=request.adapter,
+            salt=request.salt,
+            sampling=replace(request.sampling) if cut >= prompt else Sampling(temperature=0.0),
         )
         source.submit(twin, watch=watch)
         outputs = []
@@ -223,9 +230,16 @@ class HandedOver:
             outputs += source.step()
             if source.waits:
                 source.adapters.join()
+        *first, last = [output for output in outputs if output.tokens]
+        for output in first:
+            self._target.prefetch.extend(request, output.tokens[0], output.details)
+        if request.finish_reason is not None:
+            return
         self._target.executor.write_blocks(request.blocks[:count], memoryview(moved))
-        (last,) = [output for output in outputs if output.tokens]
-        self._target.prefetch.deliver(request, last.tokens[0], last.details, len(moved), 0.0)
+        if cut < prompt:
+            self._target.prefetch.resume(request, len(moved), 0.0)
+        else:
+            self._target.prefetch.deliver(request, last.tokens[0], last.details, len(moved), 0.0)
 
     def cancel(self) -> None:
         pass
@@ -356,7 +370,10 @@ class World:
                         length = min(LONGEST, pool.num_free * pool.block_size) - 2
                         engine.submit(Request("filler", [number] * length, 1, sampling=Sampling(temperature=0.0)))
                         run(engine)
-                engine.submit(request, transfer=None if source is None else HandedOver(source, engine))
+                prompt = len(request.prompt)
+                cuts = [prompt // 3, prompt + 5] if "cut" in features else []
+                cuts += [None] if "hand-off" in features else []
+                engine.submit(request, transfer=None if source is None else HandedOver(source, engine, cuts[number % len(cuts)]))
                 if number % 2:
                     for _ in range(3):
                         step(engine)
@@ -381,9 +398,10 @@ class World:
             "SP2": lambda: engine.executor.sp == 2,
             "PP2": lambda: engine.executor.capacity.depth == 2,
             "hand-off": lambda: len(requests) == sum(len(r.delivered) for r in records),
+            "cut": lambda: any(d.cut for r in records for d in r.delivered) and any(r.shown for r in records),
             "prefix cache": lambda: any(count for r in records for _, count in r.cached) or bool(engine.source),
             "salt": lambda: len({r.root for r in requests if not r.adapter}) > 1,
-            "host tier": lambda: any(r.restored for r in records),
+            "host tier": lambda: any(r.restored for r in records) or any(r.num_restored for r in requests),
             "u8 KV": lambda: "u8" in engine.executor.layout,
             "u4 KV": lambda: "u4" in engine.executor.layout,
             "few tokens": lambda: max(sum(count for _, _, count in r.work) for r in records) <= engine.executor.few,
@@ -441,7 +459,7 @@ class World:
         if "host tier" in features and records is not None:
             engine.host = HostTier(executor, engine.scheduler.ledger.pool, MEMORY, in_host=True)
         engines = [engine]
-        if "hand-off" in features:
+        if {"hand-off", "cut"} & set(features):
             other = self.executor(features, "prefill")
             held.append(other)
             engine.source = Engine(other, TEXT, load("sarathi", token_budget=512), whole, reuse=reuse)

@@ -104,10 +104,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         family=st.integers(0, 2),
         stop=st.booleans(),
         elsewhere=st.booleans(),
+        cut=st.sampled_from([0.3, 0.9, 1, 1, 1.3]),
         adapter=st.integers(0, 6),
         tenant=st.sampled_from(["", "", "other"]),
     )
-    def submit(self, length, max_tokens, priority, family, stop, elsewhere, adapter, tenant):
+    def submit(self, length, max_tokens, priority, family, stop, elsewhere, cut, adapter, tenant):
         # Prompts of one family begin alike, so that prefixes are shared.
         self.now += 1
         prompt = [1000 * family + i for i in range(length // 2)] + [len(self.everybody)] * (length - length // 2)
@@ -125,7 +126,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         try:
             if elsewhere:
-                transfer.expect(self.ledger, request)
+                most = length + max_tokens - 1
+                least = 1 if getattr(self.scheduler.policy, "chunks", False) else length
+                transfer.expect(self.ledger, request, max(least, min(most, int(cut * length))))
             else:
                 self.scheduler.submit(request)
         except Refused:
@@ -156,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def reserve(self):
         request = transfer.admit(self.ledger)
         if request is not None:
-            assert len(request.blocks) * self.ledger.capacity.block_size >= len(request.prompt)
+            assert len(request.blocks) * self.ledger.capacity.block_size >= max(len(request.prompt), request.cut)
             self.reserved.append(request)
         self.ledger.check()
 
@@ -168,12 +171,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.come(request, fails)
         self.ledger.check()
 
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def show(self, data):
+        """The other engine has sampled a token of output."""
+        request = data.draw(st.sampled_from(self.reserved))
+        if request.num_tokens < request.cut and transfer.extend(self.ledger, request, request.num_tokens, self.now) is not None:
+            assert "stop" == request.finish_reason, "the last token comes with the KV"
+            self.reserved.remove(request)
+        self.ledger.check()
+
     def come(self, request, fails):
         """The expected KV transfer is delivered, or fails."""
         if fails:
             transfer.recall(self.ledger, request)
             assert request.status is Status.WAITING
-        elif transfer.deliver(self.ledger, request, len(request.prompt), self.now) is not None:
+        elif request.cut < len(request.prompt):
+            cut = max(request.cut, request.num_cached)
+            transfer.resume(self.ledger, request, cut)
+            assert len(request.prompt) - cut == request.remaining
+        elif transfer.deliver(self.ledger, request, request.num_tokens, self.now) is not None:
             assert request.finish_reason in ("stop", "length")
         else:
             assert request.remaining == 1

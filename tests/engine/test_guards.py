@@ -87,6 +87,7 @@ def test_a_request_whose_watcher_raises_ends_alone():
 
 def test_a_prompt_that_cannot_be_asked_for_elsewhere_is_computed_here():
     class Transfer:
+        cut = None
         start = cancel = make_trouble
 
     ends = served(transfer=Transfer())
@@ -95,6 +96,7 @@ def test_a_prompt_that_cannot_be_asked_for_elsewhere_is_computed_here():
 
 def test_an_abort_that_cannot_call_off_what_is_fetched_aborts():
     class Transfer:
+        cut = None
         start = staticmethod(lambda request: None)
         cancel = staticmethod(make_trouble)
 

@@ -10,10 +10,11 @@ from stallfree.core.policy import Setup
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo as Targets
-from stallfree.core.transfer import hold, release
+from stallfree.core.transfer import admit, deliver, expect, hold, release, resume
 from stallfree.perf.fitted import Fitted
 from stallfree.policies import load
 from stallfree.policies.slo import Slo
+from stallfree.qos import prices
 
 TARGET_S = 0.1
 
@@ -205,3 +206,39 @@ def test_a_request_that_goes_on_elsewhere_leaves_no_bill():
     release(scheduler.ledger, "goes")
     scheduler.schedule(3.0)
     assert {"stays"} == {r.id for r in policy.credits.billed}
+
+
+@pytest.mark.parametrize("cut", [100, 900, 1000])
+def test_a_request_from_elsewhere_is_billed_for_what_is_computed_here(cut):
+    policy = Slo("tbt=100ms", Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005)))
+    scheduler = Scheduler(policy, Capacity(16, 1000, 4000))
+    request = Request("r", range(1000), 9)
+    expect(scheduler.ledger, request, cut)
+    assert request is admit(scheduler.ledger)
+    scheduler.submit(Request("other", range(500), 9))
+    plan = scheduler.schedule(0.0)
+    bill = policy.credits.billed[request]
+    assert bill == pytest.approx(prices.expected(policy.cost, request, cut, policy.answers.left(request)))
+    scheduler.complete(plan, StepResult(plan.step, {w.id: (7,) for w in plan.work if w.samples}, 0.1), 0.1)
+    if cut < 1000:
+        resume(scheduler.ledger, request, cut)
+    else:
+        deliver(scheduler.ledger, request, 7, 0.1)
+    for now in range(1, 60):
+        plan = scheduler.schedule(now)
+        if plan.work:
+            scheduler.complete(plan, StepResult(plan.step, {w.id: (7,) for w in plan.work if w.samples}, 0.1), now + 0.1)
+    assert 9 == len(request.output)
+    assert not policy.credits.billed
+
+
+def test_a_request_from_elsewhere_is_billed_also_if_another_ends_at_the_same_time():
+    policy = Slo("tbt=100ms", Fitted((0.011, 0.0042, 0.0025, 0.0025, 0.0002, 0.0005)))
+    scheduler = Scheduler(policy, Capacity(16, 1000, 4000))
+    scheduler.submit(Request("here", range(100), 1))
+    plan = scheduler.schedule(0.0)
+    expect(scheduler.ledger, elsewhere := Request("elsewhere", range(100), 9))
+    admit(scheduler.ledger)
+    scheduler.complete(plan, StepResult(plan.step, {"here": (7,)}, 0.1), 0.1)
+    scheduler.schedule(0.2)
+    assert {elsewhere} == policy.credits.billed.keys()

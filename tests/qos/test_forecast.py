@@ -55,6 +55,21 @@ def test_who_leaves_counts_no_more_and_its_outcome_is_learned():
     assert 2 * raw == pytest.approx(r.predicted, rel=0.01)
 
 
+def test_a_prompt_from_elsewhere_counts_with_the_rest_that_is_computed_here_and_teaches_nothing():
+    one, other = forecast(), forecast()
+    alone = one.seconds(request("r"))
+    for given in [600, 1000] * 20:
+        r = request("r")
+        one.expect(r, given)
+        other.enter(r, given)
+        assert (other.backlog if given < 1000 else 0) == one.backlog
+        r.output, r.first_token = [1], 60.0
+        one.leave(r.id)
+        other.leave(r.id)
+    assert 0 == one.backlog
+    assert alone == one.seconds(request("r")) != other.seconds(request("r"))
+
+
 def test_a_request_that_would_be_late_is_told_by_how_much():
     one = forecast()
     assert one.late(request("r")) is None

@@ -10,6 +10,7 @@ from stallfree.core.slo import Slo
 from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.perf.fitted import Fitted
+from stallfree.server.intake import CUT
 from stallfree.server.tenants import FAIRNESS
 from tests.server.conftest import FAST, LETTERS, Executor, Server
 from tests.server.test_bad_input import COMPLETIONS, error_of
@@ -79,10 +80,20 @@ def test_the_room_is_a_metric_too(server):
     assert f"stallfree_prefill_room_seconds {load(server)['prefill_room_s']}" in server.client.get("/metrics").text
 
 
-def test_a_server_whose_prompts_are_computed_elsewhere_forecasts_nothing():
+def test_a_server_whose_prompts_are_computed_elsewhere_counts_what_it_computes_itself():
     with Server(serves_peers=True) as prefill, forecasting(asks=[prefill.peer_socket.getsockname()]) as decode:
-        assert load(decode)["predicted_ttft_s"] is None
-        assert "\nstallfree_prefill_room_seconds" not in decode.client.get("/metrics").text
+        idle = load(decode, 1000)
+        assert 0.0 == idle["backlog_s"] < idle["predicted_ttft_s"]
+        assert f"stallfree_prefill_room_seconds {idle['prefill_room_s']}" in decode.client.get("/metrics").text
+        prefill.executor.gate.clear()
+        backlogs = []
+        for cut in ("1000", "200"):
+            body = {"prompt": "x" * 1000, "max_tokens": 2, "stream": True}
+            with decode.client.stream("POST", COMPLETIONS, json=body, headers={CUT: cut}) as answer:
+                assert 200 == answer.status_code
+                backlogs.append(load(decode)["backlog_s"])
+        prefill.executor.gate.set()
+        assert [0.0, pytest.approx(0.8, rel=0.01)] == backlogs
 
 
 def test_a_forecast_is_for_the_tenant_that_asks(server):

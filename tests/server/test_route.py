@@ -4,15 +4,15 @@ import asyncio
 import json
 import threading
 from contextlib import suppress
-from math import inf
 
 import httpx
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from stallfree.server.choosing import OUTCOMES, Pending, outline
-from stallfree.server.intake import HERE, PREFILL
+from stallfree.server.choosing import OUTCOMES, Outline, outline
+from stallfree.server.intake import CUT, HERE, PREFILL
+from stallfree.server.prefills import Prefills
 from stallfree.server.route import Router, create_router
 from stallfree.server.run import bind, configure
 from tests.server.conftest import FAST, SLOW, Server, quiet
@@ -87,7 +87,7 @@ def test_the_answer_is_that_of_one_server(server, pair, path, body):
         streams = [client.post(path, json=body | {"stream": True}).text for client in (server.client, route.client)]
     alone, routed = ([[c.get("text"), c.get("delta")] for e in events(text) for c in e["choices"]] for text in streams)
     assert sorted(map(str, alone)) == sorted(map(str, routed))
-    assert {0} == set(route.router.pending.values())
+    assert {0} == set(route.router.prefills.pending.values())
 
 
 def test_prompts_are_computed_by_the_prefill_server(pair):
@@ -133,7 +133,28 @@ def test_a_server_that_asks_nobody_refuses_to_be_told_whom_to_ask(server):
 
 def test_a_client_cannot_choose_the_prefill_engine_through_a_router(pair):
     with Route(pair[0].url) as route:
-        assert 200 == route.client.post(COMPLETIONS, json={"prompt": "a"}, headers={PREFILL: "10.0.0.1:22"}).status_code
+        for header in ({PREFILL: "10.0.0.1:22"}, {CUT: "none"}):
+            assert 200 == route.client.post(COMPLETIONS, json={"prompt": "a"}, headers=header).status_code
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+@pytest.mark.parametrize("cut", ["1", "16", "50%", "299", "301", "305", "1000"])
+def test_at_any_cut_the_answer_is_that_of_one_server(server, pair, path, body, cut):
+    alone = server.post(path, body | {"seed": 1}).json()
+    there = pair[0].post(path, body | {"seed": 1}, headers={CUT: cut}).json()
+    assert (alone["choices"], alone["usage"]) == (there["choices"], there["usage"])
+
+
+@pytest.mark.parametrize("cut", ["", "0", "-1", "a", "1.5", "0%", "100%", "5 tokens", "9" * 10, "1e3"])
+def test_a_cut_that_is_none_is_refused(pair, cut):
+    answer = pair[0].post(COMPLETIONS, {"prompt": "a"}, headers={CUT: cut})
+    assert (400, CUT) == (answer.status_code, answer.json()["error"]["param"])
+    assert "write a number of tokens" in answer.json()["error"]["message"]
+
+
+def test_a_server_that_asks_nobody_refuses_to_be_told_where_to_cut(server):
+    answer = server.post(COMPLETIONS, {"prompt": "a"}, headers={CUT: "5"})
+    assert (400, CUT) == (answer.status_code, answer.json()["error"]["param"])
 
 
 def test_errors_go_through_as_they_are(pair):
@@ -160,7 +181,7 @@ def test_a_malformed_body_is_refused_by_the_server_and_leaves_nothing_behind(pai
     decode, prefill = pair
     with Route(decode.url, prefills=[name(prefill)]) as route:
         assert 400 == route.client.post(path, content=body).status_code
-        until(lambda: (0, {0}) == (route.router.unfinished, set(route.router.pending.values())))
+        until(lambda: (0, {0}) == (route.router.unfinished, set(route.router.prefills.pending.values())))
 
 
 def test_the_api_key_is_the_servers_to_check():
@@ -289,31 +310,31 @@ def test_what_is_no_url_is_refused(url):
         Router([url])
 
 
-def pending_of(engines: dict[str, int], path: str, fields: dict[str, object], spill: float = inf) -> Pending:
-    return Pending(engines, spill, outline(path, json.dumps(fields).encode()))
+def body_of(path: str, fields: dict[str, object]) -> Outline:
+    return outline(path, json.dumps(fields).encode())
 
 
 def test_the_prefill_engine_with_the_fewest_tokens_pending_is_named():
-    engines = {"a:1": 0, "b:1": 0}
-    long = pending_of(engines, COMPLETIONS, {"prompt": list(range(100))})
-    short = [pending_of(engines, CHAT, {"messages": [{"content": "x" * 78}], "n": 2}) for _ in range(2)]
+    engines = Prefills(("a:1", "b:1"))
+    long = engines.give(body_of(COMPLETIONS, {"prompt": list(range(100))}))
+    short = [engines.give(body_of(CHAT, {"messages": [{"content": "x" * 78}], "n": 2})) for _ in range(2)]
     assert ["a:1", "b:1", "b:1"] == [prompt.named for prompt in (long, *short)]
-    assert {"a:1": 100, "b:1": 40} == engines
+    assert {"a:1": 100, "b:1": 40} == engines.pending
     for prompt in (long, *short):
         prompt.receive(b"data: {}\n\ndata: {}\n\n")
-    assert {"a:1": 0, "b:1": 40} == engines
+    assert {"a:1": 0, "b:1": 40} == engines.pending
     short[0].receive(b"data: {}\n\n")
     short[1].computed()
     short[1].computed()
-    assert {"a:1": 0, "b:1": 0} == engines
-    assert Pending(engines, inf, None).named is None
-    assert "a:1" == Pending(engines, inf, outline(COMPLETIONS, b"{")).named
+    assert {"a:1": 0, "b:1": 0} == engines.pending
+    assert engines.give(None).named is None
+    assert "a:1" == engines.give(outline(COMPLETIONS, b"{")).named
 
 
 def test_while_every_prefill_engine_is_busy_nobody_is_named():
-    engines = {"a:1": 0, "b:2": 0}
-    prompts = [pending_of(engines, COMPLETIONS, {"prompt": list(range(100))}, spill=50) for _ in range(3)]
+    engines = Prefills(("a:1", "b:2"), spill=50)
+    prompts = [engines.give(body_of(COMPLETIONS, {"prompt": list(range(100))})) for _ in range(3)]
     assert ["a:1", "b:2", HERE] == [each.named for each in prompts]
     for each in prompts:
         each.computed()
-    assert {"a:1": 0, "b:2": 0} == engines
+    assert {"a:1": 0, "b:2": 0} == engines.pending

@@ -14,7 +14,7 @@ import pytest
 from stallfree.executors.sampling import Sampling, to_values
 from stallfree.transfer import asking, frames, serving
 from stallfree.transfer.asking import Asking
-from stallfree.transfer.frames import Broken, receive, send
+from stallfree.transfer.frames import Broken, Link, receive, send
 from stallfree.transfer.terms import Refusal, Terms, address, connect, introduce, welcome
 from tests.transfer.conftest import (
     Remembering,
@@ -303,6 +303,8 @@ def listen(sock):
 
 def prefill_frame(**fields):
     tokens = fields.pop("tokens", [1, 2, 3])
+    if "tokens_of_output" in fields:
+        fields["tokens"] = fields.pop("tokens_of_output")
     header = {"type": "prefill", "number": 0, "first": 0, "sampling": to_values(Sampling()), "priority": 0, "slo": ""}
     return header | fields, array("i", tokens).tobytes()
 
@@ -319,6 +321,9 @@ def prefill_frame(**fields):
         prefill_frame(slo="soon"),
         prefill_frame(weight=0),
         prefill_frame(weight="heavy"),
+        prefill_frame(tokens_of_output=-1),
+        prefill_frame(tokens_of_output="many"),
+        prefill_frame(tokens_of_output=None),
         prefill_frame(number=-1),
         prefill_frame(number="x"),
         prefill_frame(first=4),
@@ -344,12 +349,20 @@ def test_a_caller_that_says_what_it_must_not_is_cut_off_and_disturbs_nobody(fram
     assert [expected(PROMPT, 6)] == asyncio.run(run())
 
 
-@pytest.mark.parametrize(("tokens", "says"), [([], "the prompt is empty"), ([1] * 300, "the prompt has 300 tokens")])
-def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, says):
+@pytest.mark.parametrize(
+    ("tokens", "output", "says"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([1] * 300, 1, "the prompt has 300 tokens"),
+        ([1], 0, "max_tokens is 0"),
+        ([1], 2**31, "1 prompt tokens and max_tokens 2147483648"),
+    ],
+)
+def test_a_prompt_that_can_never_be_computed_there_is_refused_by_number(tokens, output, says):
     async def run():
         async with prefilling(engine()) as (host, port):
             sock, _ = await asyncio.to_thread(connect, host, port, terms(engine()), "", PATIENCE_S)
-            send(sock, *prefill_frame(tokens=tokens, number=7))
+            send(sock, *prefill_frame(tokens=tokens, tokens_of_output=output, number=7))
             with sock:
                 return (await asyncio.to_thread(receive, sock))[0]
 
@@ -364,6 +377,16 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_read():
         sender.sendall(struct.pack("<II", 10, (1 << 32) - 1))
         with pytest.raises(Broken, match="longer than"):
             receive(receiver)
+
+
+def test_a_frame_goes_ahead_of_those_that_wait():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = Link(socket.create_connection(server.getsockname()))
+        for number, ahead in enumerate((False, False, True, True)):
+            link.send({"number": number}, ahead=ahead)
+        link.start(lambda *frame: None, lambda why: None)
+        with server.accept()[0] as sock:
+            assert [2, 3, 0, 1] == [receive(sock)[0]["number"] for _ in range(4)]
 
 
 def test_a_frame_is_read_as_it_was_sent():

@@ -17,7 +17,7 @@ from stallfree.server.service import Service
 class Load(BaseModel):
     """What the server has to do. `prefill_room_s`: seconds of prefill that it can still take within its targets. `backlog_s`:
     seconds of prefill that wait. `running`, `waiting`: requests. `predicted_ttft_s`: seconds until a new request would have its
-    first token. All seconds are null if the policy forecasts nothing, or if other engines compute the prompts.
+    first token, if all of its prompt is computed here. All seconds are null if the policy forecasts nothing.
     """
 
     prefill_room_s: float | None = None
@@ -69,7 +69,7 @@ def routes(service: Service) -> APIRouter:
         adapter = service.models.adapter(model)
         thread = service.thread
         load = Load(running=thread.num_running, waiting=thread.num_waiting)
-        if thread.forecast is not None and service.asking is None:
+        if thread.forecast is not None:
             load.prefill_room_s, load.backlog_s = thread.forecast.room, thread.forecast.backlog
             newcomer = _newcomer(service, request, prompt_tokens, adapter)
             load.predicted_ttft_s = thread.forecast.seconds(newcomer, wait_s=service.engine.adapters.wait_s(newcomer))
@@ -80,7 +80,7 @@ def routes(service: Service) -> APIRouter:
         """Prometheus' text format."""
         asking, engine = service.asking, service.engine
         prefill_engines = None if asking is None else (asking.num_connected, len(asking.peers))
-        forecast = service.thread.forecast if asking is None else None
+        forecast = service.thread.forecast
         room = None if forecast is None else forecast.room
         text = service.metrics.expose(engine.scheduler.ledger, engine.clock(), prefill_engines, room)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
