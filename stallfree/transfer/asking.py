@@ -20,10 +20,11 @@ from stallfree.core.request import Request
 from stallfree.engine.adapters import name_of
 from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
-from stallfree.executors.base import MovesKV
+from stallfree.executors.base import MovesKV, MovesLayers
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, whole
+from stallfree.transfer.pieces import Arrived, Piece
 from stallfree.transfer.terms import Refusal, Terms, address, connect
 
 log = logging.getLogger(__name__)
@@ -176,17 +177,17 @@ class _Peer:
         match kind:
             case "blocks":
                 memory = memoryview(body)
-                most = self._asking.thread.engine.executor.capacity.num_blocks
-                number = whole(header, "count", most)
-                form = self._asking.form
-                size = number * self._asking.terms.block_bytes if form is None else form.size(number)
+                terms, form = self._asking.terms, self._asking.form
+                piece = Piece.of(header, self._asking.thread.engine.executor.capacity.num_blocks, terms.num_layers)
+                raw = piece.size(terms.block_bytes, terms.num_layers)
+                size = raw if form is None else form.size(piece.blocks, piece.num_layers)
                 if "at" in header:
                     at = whole(header, "at", len(self.ring or b""))
                     memory = memoryview(b"" if self.ring is None else self.ring)[at : at + size]
                 if len(memory) != size:
                     raise Broken(f"{len(memory):,} bytes for blocks of {size:,}")
                 if transfer is not None:
-                    transfer.write(whole(header, "first", 2**31), number, memory, seconds)
+                    transfer.write(piece, memory, seconds)
                 if "at" in header:
                     link.send({"type": "taken"})
             case "done" if transfer is not None:
@@ -233,21 +234,23 @@ class _Transfer:
         if peer is not None and peer.transfers.pop(self._number, None) is not None and peer.link is not None:
             peer.link.send({"type": "cancel", "number": self._number})
 
-    def write(self, first: int, number: int, memory: memoryview, seconds: float) -> None:
-        """Write `number` blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
-        if first != self._next or not number or first + number > self._blocks:
-            raise Broken(f"blocks {first} to {first + number} came, expected {self._next} to at most {self._blocks}")
+    def write(self, piece: Piece, memory: memoryview, seconds: float) -> None:
+        """Write a piece of the KV, which arrived in `seconds`. Raises Broken unless it is the next one."""
+        self._arrived.add(piece)
         began = time.perf_counter()
         try:
             form = self._asking.form
-            kv = memory if form is None else memoryview(form.unpack(memory, number))
-            self._executor.write_blocks(self._request.blocks[first : first + number], kv)
+            kv = memory if form is None else memoryview(form.unpack(memory, piece.blocks, piece.num_layers))
+            blocks = self._request.blocks[piece.first : piece.end]
+            if piece.layers is None:
+                self._executor.write_blocks(blocks, kv)
+            else:
+                cast(MovesLayers, self._executor).write_layers(blocks, piece.layers, kv)
         except Exception as error:  # it must not end the engine
             log.exception("KV could not be written")
             self.stop()
             self.failed(f"its KV could not be written: {type(error).__name__}")
             return
-        self._next += number
         self._num_bytes += len(memory)
         self._seconds += seconds + time.perf_counter() - began
         self.heard = time.monotonic()
@@ -255,8 +258,7 @@ class _Transfer:
     def done(self, header: Header) -> None:
         """Deliver the request with its first token. Raises Broken if blocks are missing."""
         token = whole(header, "token", self._engine.text.vocab_size - 1)
-        if self._next != self._blocks:
-            raise Broken(f"the first token came after {self._next} blocks of {self._blocks}")
+        self._arrived.check()
         details, copying = _details(header.get("details")), header.get("seconds")
         self._drop()
         seconds = self._seconds + (copying if isinstance(copying, float) and 0 <= copying < math.inf else 0.0)
@@ -277,7 +279,8 @@ class _Transfer:
         while self._left:
             peer = self._left.pop(0)
             if peer.link is not None:
-                self._peer, self._number, self._next = peer, next(self._asking.numbers), self._first
+                self._peer, self._number = peer, next(self._asking.numbers)
+                self._arrived = Arrived(self._first, self._blocks, self._asking.terms.num_layers)
                 self.heard = time.monotonic()
                 peer.transfers[self._number] = self
                 peer.link.send(self._header(), _packed(self._request.prompt))

@@ -1,9 +1,10 @@
 """The side that prefills. Decode engines connect and ask for prompts. They get the KV blocks as iterations fill them, then the
 first token. For its own engine each prompt is a request of one token. It does not know how the other side reserves blocks.
 
-Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. They go into the memory
-shared with the decode engine if it has room, else into a frame. The other side bounds the work: it asks only for prompts that it
-has reserved blocks for.
+Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. If both executors move
+layers, some layers are copied while the iteration computes the next ones; the last copy is still waited for after the iteration.
+They go into the memory shared with the decode engine if it has room, else into a frame. The other side bounds the work: it asks
+only for prompts that it has reserved blocks for.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import cast
 
@@ -25,18 +27,19 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo
 from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
-from stallfree.executors.base import MovesKV
+from stallfree.executors.base import MovesKV, MovesLayers
 from stallfree.executors.sampling import TokenLogprob, of_values
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, shut, whole
+from stallfree.transfer.pieces import Outgoing, Piece
 from stallfree.transfer.ring import Room
 from stallfree.transfer.terms import Refusal, Terms, address, welcome
 
 log = logging.getLogger(__name__)
 
 FRAME = 4 << 20
-"""Bytes of KV in one frame; more if a block is larger. Before a prompt's end only full frames are sent: on one machine each wakes
-four threads, in two processes, during the iteration that computes the next chunk.
+"""Bytes of KV in one frame, about (`Outgoing`). Small frames are sent only where there is nothing to add: on one machine each wakes
+four threads, in two processes, while the next chunk or layer is computed.
 """
 CALLERS = 64
 """At most this many decode engines may be connected, and at most this many may be meeting."""
@@ -89,7 +92,7 @@ class Serving:
         try:
             if len(self._callers) >= CALLERS:
                 raise Refusal(f"{CALLERS} decode engines are connected already")
-            ring = welcome(sock, self._terms, self._key)
+            ring, num_layers = welcome(sock, self._terms, self._key)
         except (OSError, Refusal) as error:
             if self._is_news(host, str(error)):
                 log.warning("the decode engine at %s was refused: %s", address(host, port), error)
@@ -100,7 +103,7 @@ class Serving:
             self._meetings.release()
         with self._lock:
             self._refused.pop(host, None)
-        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring)
+        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring, num_layers)
         self._callers.add(caller)
         caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
 
@@ -120,12 +123,20 @@ class Serving:
 
 
 class _Caller:
-    """A decode engine that is connected by `link`, and the prompts it asked for."""
+    """A decode engine that is connected by `link`, and the prompts it asked for. It takes `num_layers` layers one by one (0: it
+    takes only whole blocks).
+    """
 
     def __init__(
-        self, thread: EngineThread, loop: asyncio.AbstractEventLoop, transfer_kv: str, link: Link, ring: memoryview | None
+        self,
+        thread: EngineThread,
+        loop: asyncio.AbstractEventLoop,
+        transfer_kv: str,
+        link: Link,
+        ring: memoryview | None,
+        num_layers: int,
     ):
-        self.link = link
+        self.link, self._num_layers = link, num_layers
         self._thread, self._loop, self._ring = thread, loop, ring
         self._form = Form.of(transfer_kv, thread.engine.executor)
         self._room = None if ring is None else Room(len(ring))
@@ -197,15 +208,22 @@ class _Caller:
         return self._thread.engine.adapters.find(name, identity) or f"{name} with the contents {identity}"
 
     def _begin(self, number: int, first: int, request: Request) -> None:
-        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first)
+        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first, self._num_layers)
+        self._follow(request.id, blocks.computed)
         try:
             self._outputs[number] = outputs = self._thread.submit([request], watch=blocks.watch)
         except (Refused, Unavailable) as error:
+            self._follow(request.id, None)
             self.link.send({"type": "failed", "number": number, "why": str(error)})
             return
         task = self._loop.create_task(self._answer(number, outputs, blocks))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+        task.add_done_callback(lambda _: self._follow(request.id, None))
+
+    def _follow(self, id: str, computed: Callable[[Work, int], None] | None) -> None:
+        if self._num_layers:
+            cast(MovesLayers, self._thread.engine.executor).follow(id, computed)
 
     async def _answer(self, number: int, outputs: Outputs, blocks: "_Blocks") -> None:
         with outputs:
@@ -225,7 +243,9 @@ class _Caller:
 
 
 class _Blocks:
-    """Copies the blocks of prompt `number`, from block `first` on, and sends them in `form`. `seconds`: spent on copying."""
+    """Copies the blocks of prompt `number`, from block `first` on, and sends them in `form`, piece by piece (`Outgoing`).
+    `num_layers`: as in `_Caller`. `seconds`: spent on copying. The engine's thread calls it.
+    """
 
     def __init__(
         self,
@@ -236,53 +256,89 @@ class _Blocks:
         room: Room | None,
         number: int,
         first: int,
+        num_layers: int,
     ):
         self._executor = cast(MovesKV, thread.engine.executor)
         self._block_size = thread.engine.executor.capacity.block_size
-        self._at_once = max(1, FRAME // self._executor.block_bytes)
         self._form, self._link, self._ring, self._room, self._number = form, link, ring, room, number
-        self._next = first
+        self._outgoing, self._num_layers = Outgoing(first, self._executor.block_bytes, num_layers, FRAME), num_layers
+        self._copies: list[tuple[int, threading.Event]] = []
+        """Copies under way: the block at which each ends, and whether it was sent or has failed."""
         self.seconds = 0.0
         self.error: str | None = None
 
     def watch(self, work: Work) -> None:
         """Send the blocks that `work` and earlier work filled, in full frames. With the first token, send all, also a part-filled
-        last block. The engine's thread calls it.
+        last block. Return once they are copied, because other requests may get the blocks now.
         """
-        end = work.start + work.count
-        upto = -(-end // self._block_size) if work.samples else end // self._block_size
-        try:
-            while (left := upto - self._next) > 0 and (work.samples or left >= self._at_once) and self.error is None:
-                number = min(left, self._at_once)
-                tokens = min(self._block_size, end - (self._next + number - 1) * self._block_size)
-                self._send(work.blocks[self._next : self._next + number], tokens)
-        except Exception as error:  # it must not end the engine
-            log.exception("KV could not be read")
-            self.error = f"its KV could not be read: {type(error).__name__}"
-
-    def _send(self, blocks: Sequence[int], tokens: int) -> None:
-        """Send `blocks`, the last of which has `tokens` tokens."""
-        began = time.perf_counter()
-        size = len(blocks) * self._executor.block_bytes if self._form is None else self._form.size(len(blocks))
-        header = {"type": "blocks", "number": self._number, "first": self._next, "count": len(blocks)}
-        at = None if self._room is None else self._room.take(size)
-        if at is None or self._ring is None:
-            body = bytearray(size)
-            self._copy(blocks, tokens, memoryview(body))
-            self._link.send(header, body)
-        else:
-            self._copy(blocks, tokens, self._ring[at : at + size])
-            self._link.send(header | {"at": at})
-        self._next += len(blocks)
+        self.computed(work, None)
+        began, upto = time.perf_counter(), self._upto(work)
+        for end, sent in self._copies:
+            if end <= upto:  # a later one may be of an iteration that was submitted already
+                sent.wait()
+        self._copies = [each for each in self._copies if each[0] > upto]
         self.seconds += time.perf_counter() - began
 
-    def _copy(self, blocks: Sequence[int], tokens: int, memory: memoryview) -> None:
-        if self._form is None:
+    def computed(self, work: Work, layers: int | None) -> None:
+        """Send what is due when `layers` layers (None: all) of `work` are computed."""
+        began = time.perf_counter()
+        try:
+            for piece in self._outgoing.due(self._upto(work), layers, last=work.samples) if self.error is None else ():
+                self._send(piece, work)
+        except Exception as error:
+            self._failed(error)
+        self.seconds += time.perf_counter() - began
+
+    def _upto(self, work: Work) -> int:
+        """The end of the blocks that `work` fills; at the prompt's end, of all its blocks."""
+        end = work.start + work.count
+        return -(-end // self._block_size) if work.samples else end // self._block_size
+
+    def _send(self, piece: Piece, work: Work) -> None:
+        """Copy a piece of the request's blocks, and send it once it is copied."""
+        raw = piece.size(self._executor.block_bytes, self._num_layers)
+        size = raw if self._form is None else self._form.size(piece.blocks, piece.num_layers)
+        header = {"type": "blocks", "number": self._number} | piece.header
+        at = None if self._room is None else self._room.take(size)
+        body = bytearray(size if at is None else 0)
+        memory = memoryview(body)
+        if at is not None and self._ring is not None:
+            header["at"], memory = at, self._ring[at : at + size]
+        kv = memory if self._form is None else memoryview(bytearray(raw))
+        tokens = min(self._block_size, work.start + work.count - (piece.end - 1) * self._block_size)
+        sent = threading.Event()
+
+        def send(copy: Future[None]) -> None:
+            try:
+                copy.result()
+                if self._form is not None:
+                    memory[:] = self._form.pack(kv, piece.blocks, tokens, piece.num_layers)
+            except Exception as error:
+                self._failed(error)
+            self._link.send(header, body)  # after a failure, too: the other side drops it, and frees its memory
+            sent.set()
+
+        self._copied(piece, work.blocks[piece.first : piece.end], kv).add_done_callback(send)
+        self._copies.append((piece.end, sent))
+
+    def _copied(self, piece: Piece, blocks: Sequence[int], memory: memoryview) -> Future[None]:
+        """Copy a piece of these blocks into `memory`."""
+        copy: Future[None] = Future()
+        try:
+            if piece.layers is not None:
+                return cast(MovesLayers, self._executor).read_layers(blocks, piece.layers, memory)
             self._executor.read_blocks(blocks, memory)
-            return
-        kv = memoryview(bytearray(len(blocks) * self._executor.block_bytes))
-        self._executor.read_blocks(blocks, kv)
-        memory[:] = self._form.pack(kv, len(blocks), tokens)
+            copy.set_result(None)
+        except Exception as error:
+            copy.set_exception(error)
+        return copy
+
+    def _failed(self, error: Exception) -> None:
+        """End the transfer with an error. It must not end the engine."""
+        if self.error is None:
+            log.error("KV could not be read", exc_info=error)
+            self.error = f"its KV could not be read: {type(error).__name__}"
+            self._link.send({"type": "failed", "number": self._number, "why": self.error})
 
 
 def _last(number: int, output: Output, blocks: _Blocks) -> Header:
