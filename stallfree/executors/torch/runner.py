@@ -199,7 +199,7 @@ class Runner:
                 return self._graphs(batch, hidden)
             if self._flash is not None:
                 batch = replace(batch, planned=self._flash.plan(batch))
-            return self._model(batch, hidden, self._cache, computed)
+            return self._call(batch, hidden, computed)
 
     def num_tokens(self, work: Sequence[Work]) -> int:
         """How many of the tokens are this rank's own."""
@@ -248,8 +248,10 @@ class Runner:
         for cache, piece in parts(tensors, blocks, memory):
             cache[list(blocks)] = piece.to(self._device)
 
-    def _call(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        return self._model(batch, hidden, self._cache)
+    def _call(
+        self, batch: Batch, hidden: torch.Tensor | None, computed: Callable[[int], None] = lambda layers: None
+    ) -> torch.Tensor:
+        return self._model(batch, hidden, self._cache, computed)
 
     def _blocks(self, number: int) -> torch.Tensor:
         """Memory for `number` blocks, and a spare one that no request gets: padding of recorded iterations is written there."""
