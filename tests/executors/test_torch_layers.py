@@ -11,6 +11,7 @@ from stallfree.executors.base import MovesLayers
 from tests.executors.test_openvino import TOKENS, work
 from tests.executors.test_torch import EXACT, FAMILIES, KV, blocks
 from tests.models import write_folder
+from tests.waiting import PATIENCE_S
 
 torch = pytest.importorskip("torch")
 
@@ -85,6 +86,7 @@ class FakeStream:
         pass
 
     def wait_event(self, event):
+        event.awaited.set()
         event.come.wait()
 
     def __enter__(self):
@@ -98,7 +100,7 @@ class FakeEvent:
     """An event of a GPU, which comes when the test says so; one of the reader's own stream at once."""
 
     def __init__(self, blocking=False):
-        self.come = threading.Event()
+        self.awaited, self.come = threading.Event(), threading.Event()
         self.blocking = blocking
 
     def record(self, stream):
@@ -132,14 +134,16 @@ def test_on_a_gpu_a_layer_is_read_once_it_is_computed_and_nobody_waits_for_that(
     first = reader.read([keys, values], [3, 1], memoryview(memories[0]))
     second = reader.read([values], [0, 2], memoryview(memories[1]))
     assert ["computing"] * 2 == [event.stream for event in gpu]
+    assert gpu[0].awaited.wait(PATIENCE_S)
     assert not first.done()
     keys[:] = torch.arange(32, dtype=torch.uint8).view(4, 8)
     values[:] = 100 + keys
     gpu[0].come.set()
-    first.result(60)
+    first.result(PATIENCE_S)
+    assert gpu[1].awaited.wait(PATIENCE_S)
     assert not second.done()
     gpu[1].come.set()
-    second.result(60)
+    second.result(PATIENCE_S)
     reader.close()
     expected = np.arange(32, dtype=np.uint8).reshape(4, 8)
     assert b"".join(part.tobytes() for part in (expected[[3, 1]], 100 + expected[[3, 1]])) == memories[0]
@@ -152,7 +156,7 @@ def test_an_error_on_a_gpu_is_the_readers_and_the_next_read_works(gpu):
     for event in gpu:
         event.come.set()
     with pytest.raises(IndexError):
-        reads[0].result(60)
-    reads[1].result(60)
+        reads[0].result(PATIENCE_S)
+    reads[1].result(PATIENCE_S)
     reader.close()
     assert b"\1" * 8 == memory

@@ -14,6 +14,7 @@ from stallfree.core.request import Request
 from stallfree.executors.base import Lost
 from stallfree.transfer import serving
 from stallfree.transfer.frames import Link, send
+from stallfree.transfer.ring import Room
 from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, serve, terms
 from tests.transfer.test_peers import Peer, close, done
 from tests.waiting import PATIENCE_S, comes
@@ -382,13 +383,17 @@ class Unreadable(Layered):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_layers_that_cannot_be_read_fail_their_request_and_no_other(at_once, caplog):
-    records = []
+def test_layers_that_cannot_be_read_fail_their_request_and_no_other(at_once, caplog, monkeypatch):
+    """And the memory that both share is free afterwards."""
+    records, rooms = [], []
     decoder, prefiller = engine(Layered(), records=records), engine(Unreadable(at_once=at_once), budget=200)
+    monkeypatch.setattr(serving, "Room", lambda size: rooms.append(Room(size)) or rooms[-1])
 
     async def run():
         async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
-            return [await serve(thread, asks, [prompt]) for prompt in (PROMPTS[-1], PROMPTS[-2])]
+            answers = [await serve(thread, asks, [prompt]) for prompt in (PROMPTS[-1], PROMPTS[-2])]
+            await comes(lambda: not rooms[0]._taken)
+            return answers
 
     assert [[EXPECTED[-1]], [EXPECTED[-2]]] == asyncio.run(run())
     assert (1, 1) == (sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records))
