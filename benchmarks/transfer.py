@@ -6,6 +6,8 @@ on a server that prefills and one that decodes, where clients abort some at rand
 sees it. The added time is the median over pairs, because this machine changes its speed from minute to minute. The limit is 5 % of
 the prefill. All servers run on the same cores; unused ones are idle. Their KV is small, and is used once before anything is
 counted: the first touch of memory costs more than the KV transfer.
+`layers`: the same TTFT with executor torch on the processor, whose KV leaves layer by layer, and with it leaving in whole blocks.
+The policy is prefill-first, which computes a prompt in one iteration.
 
     python benchmarks/transfer.py
 """
@@ -30,14 +32,18 @@ WARMING = 12
 SMALL = "128MiB"
 POLICIES = ("sarathi", "slo")
 LIMIT = 5.0
+TORCH = ("--policy", "prefill-first", "--executor", "torch", "--device", "cpu")
+START = "from stallfree.cli import main; main()"
+WHOLE = f"from stallfree.executors.torch import TorchExecutor; del TorchExecutor.follow; {START}"
+"""Starts a server whose KV leaves in whole blocks: without this method, the executor moves no layers."""
 ABORTED = 0.2
 AT_ONCE = 8
 
 
 @contextlib.contextmanager
-def serve(*options: str) -> Iterator[dict[str, Any]]:
-    """Runs a server with these options; gives its card."""
-    command = [sys.executable, "-m", "stallfree", "serve", "--port", "0", "--json", *options]
+def serve(*options: str, start: str = START) -> Iterator[dict[str, Any]]:
+    """Runs a server with these options; gives its card. `start`: the code that starts it."""
+    command = [sys.executable, "-c", start, "serve", "--port", "0", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield json.loads(process.stdout.readline() if process.stdout else "")
@@ -46,11 +52,11 @@ def serve(*options: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def servers(*options: str) -> Iterator[tuple[str, str]]:
-    """URLs of a server by itself, and of a server whose prompts a third one computes."""
+def servers(*options: str, start: str = START) -> Iterator[tuple[str, str]]:
+    """URLs of a server by itself, and of a server whose prompts a third one computes. `start`: the code that starts the third."""
     with (
         serve(*options) as alone,
-        serve("--role", "prefill", "--peer-port", "0", *options) as prefill,
+        serve("--role", "prefill", "--peer-port", "0", *options, start=start) as prefill,
         serve("--role", "decode", "--prefill", prefill["peers"], *options) as decode,
     ):
         time.sleep(2)  # until they are connected
@@ -150,10 +156,16 @@ def main() -> None:
     for policy in POLICIES:
         with servers(*length, "--kv-memory", SMALL, "--policy", policy) as urls:
             rows.append(asyncio.run(added(*urls, 4 if args.quick else 60, policy)))
+    layers = []
+    for name, start in (("layers", START), ("whole blocks", WHOLE)):
+        with servers(*length, "--kv-memory", SMALL, *TORCH, start=start) as urls:
+            layers.append({"KV leaves in": name} | asyncio.run(added(*urls, 4 if args.quick else 60, TORCH[1])))
     show("Tokens", [first], facts, None)
     show(f"TTFT, {LENGTH:,} tokens", rows, facts, None)
+    show(f"TTFT, {LENGTH:,} tokens, executor torch", layers, facts, None)
     if args.json is not None:
-        args.json.write_text(json.dumps({"title": "KV transfer", "machine": facts, "rows": [first, *rows]}, indent=1) + "\n")
+        rows = [first, *rows, *layers]
+        args.json.write_text(json.dumps({"title": "KV transfer", "machine": facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The interface between the engine and what runs the model. It says nothing about devices, files or tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from stallfree.checkpoint.adapter import Adapter
-from stallfree.core.plan import Capacity, Plan, StepResult
+from stallfree.core.plan import Capacity, Plan, StepResult, Work
 
 
 class Executor(Protocol):
@@ -63,6 +64,32 @@ class NumbersKV(MovesKV, Protocol):
     """Optional ability of an executor that moves KV: it tells how its blocks hold `numbers`. They can be sent with fewer bits."""
 
     numbers: KVNumbers
+
+
+@runtime_checkable
+class MovesLayers(MovesKV, Protocol):
+    """Optional ability of an executor that moves KV: it computes an iteration layer by layer, and moves the KV of some layers.
+
+    `num_layers`: the layers of the model. They share a block's bytes equally.
+
+    `follow`: from now on, `submit` calls `computed(work, layers)` after each layer, for each piece of work of request `id`. Then
+    the KV of this work in the first `layers` layers is there, or comes before anything that is submitted later (on a GPU). An
+    iteration may also run without these calls. `computed` must not raise; None ends the calls. Any thread may call `follow`.
+
+    `read_layers`: reads these `layers` of `blocks` into `memory`, which holds as many bytes. `computed` may call it, for the layers
+    that it was told. The future is done once the bytes are there: on a processor when the call returns, on a GPU later, in
+    another thread and in the order of the calls. The blocks must keep their KV until then.
+
+    `write_layers`: the inverse, which acts as `write_blocks` does.
+    """
+
+    num_layers: int
+
+    def follow(self, id: str, computed: Callable[[Work, int], None] | None) -> None: ...
+
+    def read_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> Future[None]: ...
+
+    def write_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> None: ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from stallfree.transfer.cut import WHOLE, Cut
 from stallfree.transfer.fetch import Fetch
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, whole
+from stallfree.transfer.pieces import Piece
 from stallfree.transfer.terms import Refusal, Terms, address, connect
 
 log = logging.getLogger(__name__)
@@ -169,17 +170,17 @@ class Peer:
         match kind:
             case "blocks":
                 memory = memoryview(body)
-                most = self._asking.thread.engine.executor.capacity.num_blocks
-                number = whole(header, "count", most)
-                form = self._asking.form
-                size = number * self._asking.terms.block_bytes if form is None else form.size(number)
+                terms, form = self._asking.terms, self._asking.form
+                piece = Piece.of(header, self._asking.thread.engine.executor.capacity.num_blocks, terms.num_layers)
+                raw = piece.size(terms.block_bytes, terms.num_layers)
+                size = raw if form is None else form.size(piece.blocks, piece.num_layers)
                 if "at" in header:
                     at = whole(header, "at", len(self.ring or b""))
                     memory = memoryview(b"" if self.ring is None else self.ring)[at : at + size]
                 if len(memory) != size:
                     raise Broken(f"{len(memory):,} bytes for blocks of {size:,}")
                 if transfer is not None:
-                    transfer.write(whole(header, "first", 2**31), number, memory, seconds)
+                    transfer.write(piece, memory, seconds)
                 if "at" in header:
                     link.send({"type": "taken"})
             case "token" if transfer is not None:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, cast
 from stallfree.core.policy import Forecasting
 from stallfree.core.request import Request
 from stallfree.engine.adapters import name_of
-from stallfree.executors.base import MovesKV
+from stallfree.executors.base import MovesKV, MovesLayers
 from stallfree.executors.sampling import GREEDY, Sampling, TokenLogprob, to_values
 from stallfree.transfer.frames import Broken, Header, whole
+from stallfree.transfer.pieces import Arrived, Piece
 
 if TYPE_CHECKING:
     from stallfree.transfer.asking import Asking, Peer
@@ -47,7 +48,6 @@ class Fetch:
         self._first, self._blocks = request.num_cached // size, -(-request.cut // size)
         if self._ends_there:
             self._first = min(self._blocks, len(request.prompt))  # its peer knows no larger one
-        self._next = self._first
         if self._is_part and request.num_cached >= request.cut:
             self._engine.prefetch.resume(request, 0, 0.0)
             return
@@ -74,21 +74,23 @@ class Fetch:
         if peer is not None and peer.transfers.pop(self._number, None) is not None and peer.link is not None:
             peer.link.send({"type": "cancel", "number": self._number})
 
-    def write(self, first: int, number: int, memory: memoryview, seconds: float) -> None:
-        """Write `number` blocks from `first` on, which arrived in `seconds`. Raises Broken unless they are the next ones."""
-        if first != self._next or not number or first + number > self._blocks:
-            raise Broken(f"blocks {first} to {first + number} came, expected {self._next} to at most {self._blocks}")
+    def write(self, piece: Piece, memory: memoryview, seconds: float) -> None:
+        """Write a piece of the KV, which arrived in `seconds`. Raises Broken unless it is the next one."""
+        self._arrived.add(piece)
         began = time.perf_counter()
         try:
             form = self._asking.form
-            kv = memory if form is None else memoryview(form.unpack(memory, number))
-            self._executor.write_blocks(self._request.blocks[first : first + number], kv)
+            kv = memory if form is None else memoryview(form.unpack(memory, piece.blocks, piece.num_layers))
+            blocks = self._request.blocks[piece.first : piece.end]
+            if piece.layers is None:
+                self._executor.write_blocks(blocks, kv)
+            else:
+                cast(MovesLayers, self._executor).write_layers(blocks, piece.layers, kv)
         except Exception as error:  # it must not end the engine
             log.exception("KV could not be written")
             self.stop()
             self.failed(f"its KV could not be written: {type(error).__name__}")
             return
-        self._next += number
         self._num_bytes += len(memory)
         self._seconds += seconds + time.perf_counter() - began
         self.heard = time.monotonic()
@@ -114,8 +116,7 @@ class Fetch:
                 self._drop()
                 self._engine.prefetch.extend(self._request, token, details)
             return
-        if self._next != (blocks := -(-computed // self._asking.terms.block_size)):
-            raise Broken(f"the last token came after {self._next} blocks of {blocks}")
+        self._arrived.check(-(-computed // self._asking.terms.block_size))
         self._drop()
         seconds = self._seconds + (copying if isinstance(copying, float) and 0 <= copying < math.inf else 0.0)
         if self._is_part:
@@ -141,7 +142,8 @@ class Fetch:
         while self._left and not self._request.output:  # a peer that began anew would send tokens that were shown
             peer = self._left.pop(0)
             if peer.link is not None:
-                self._peer, self._number, self._next = peer, next(self._asking.numbers), self._first
+                self._peer, self._number = peer, next(self._asking.numbers)
+                self._arrived = Arrived(self._first, self._blocks, self._asking.terms.num_layers)
                 self.heard = time.monotonic()
                 peer.transfers[self._number] = self
                 peer.link.send(self._header(), _packed(self._request.prompt[: self._request.cut]))

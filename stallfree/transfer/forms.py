@@ -46,15 +46,15 @@ class Form:
             raise ValueError(f"--transfer-kv {name}: KV in {numbers.form} cannot be sent so; KV in {known} can; take same")
         return cls(name, numbers, executor.capacity.block_size)
 
-    def size(self, blocks: int) -> int:
-        """Bytes of `blocks` blocks in this form."""
-        return self._numbers.layers * sum(self._sizes(blocks))
+    def size(self, blocks: int, layers: int | None = None) -> int:
+        """Bytes of `layers` layers (None: all) of `blocks` blocks in this form."""
+        return (self._numbers.layers if layers is None else layers) * sum(self._sizes(blocks))
 
-    def pack(self, memory: memoryview, blocks: int, tokens: int) -> bytearray:
-        """`blocks` blocks in this form, of an executor's bytes in `memory`. The last block has `tokens` tokens; the bytes after
-        them need not be numbers, and are not sent.
+    def pack(self, memory: memoryview, blocks: int, tokens: int, layers: int | None = None) -> bytearray:
+        """`layers` layers (None: all) of `blocks` blocks in this form, of an executor's bytes in `memory`. The last block has
+        `tokens` tokens; the bytes after them need not be numbers, and are not sent.
         """
-        out = bytearray(self.size(blocks))
+        out = bytearray(self.size(blocks, layers))
         with np.errstate(all="ignore"):
             for kind, raw, packed in self._pieces(memory, memoryview(out), blocks):
                 values = self._read(raw, blocks)
@@ -62,9 +62,9 @@ class Form:
                 self._quantise(values, self._axes[kind], packed)
         return out
 
-    def unpack(self, packed: memoryview, blocks: int) -> bytearray:
-        """An executor's bytes of `blocks` blocks, from this form."""
-        out = bytearray(blocks * self._numbers.layers * 2 * self._raw_size)
+    def unpack(self, packed: memoryview, blocks: int, layers: int | None = None) -> bytearray:
+        """An executor's bytes of `layers` layers (None: all) of `blocks` blocks, from this form."""
+        out = bytearray(blocks * (self._numbers.layers if layers is None else layers) * 2 * self._raw_size)
         with np.errstate(all="ignore"):  # a peer may send what is no number
             for kind, raw, piece in self._pieces(memoryview(out), packed, blocks):
                 self._write(self._restored(piece, self._axes[kind], blocks), raw)
@@ -88,7 +88,7 @@ class Form:
         """Keys (0) and values (1) of each layer: their bytes in the executor's order, and in this form."""
         source, target, each = np.frombuffer(raw, np.uint8), np.frombuffer(packed, np.uint8), blocks * self._raw_size
         begin = at = 0
-        for _ in range(self._numbers.layers):
+        while begin < len(source):
             for kind, size in enumerate(self._sizes(blocks)):
                 yield kind, source[begin : begin + each], target[at : at + size]
                 begin, at = begin + each, at + size

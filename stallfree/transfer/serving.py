@@ -2,9 +2,7 @@
 after them, or several while they are sampled. For its own engine each prompt is a request of so many tokens. It does not know how
 the other side reserves blocks, or what it does with the tokens.
 
-Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. They go into the memory
-shared with the decode engine if it has room, else into a frame. The other side bounds the work: it asks only for prompts that it
-has reserved blocks for.
+The other side bounds the work: it asks only for prompts that it has reserved blocks for.
 """
 
 import asyncio
@@ -17,7 +15,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
@@ -26,19 +24,16 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo
 from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
-from stallfree.executors.base import MovesKV
+from stallfree.executors.base import MovesLayers
 from stallfree.executors.sampling import TokenLogprob, of_values
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, shut, whole
 from stallfree.transfer.ring import Room
+from stallfree.transfer.sending import Pipe, Sending
 from stallfree.transfer.terms import Refusal, Terms, address, welcome
 
 log = logging.getLogger(__name__)
 
-FRAME = 4 << 20
-"""Bytes of KV in one frame; more if a block is larger. Before a prompt's end only full frames are sent: on one machine each wakes
-four threads, in two processes, during the iteration that computes the next chunk.
-"""
 CALLERS = 64
 """At most this many decode engines may be connected, and at most this many may be meeting."""
 MEETING_S = 15.0
@@ -92,7 +87,7 @@ class Serving:
         try:
             if len(self._callers) >= CALLERS:
                 raise Refusal(f"{CALLERS} decode engines are connected already")
-            ring = welcome(sock, self._terms, self._key)
+            ring, num_layers = welcome(sock, self._terms, self._key)
         except (OSError, Refusal) as error:
             if self._is_news(host, str(error)):
                 log.warning("the decode engine at %s was refused: %s", address(host, port), error)
@@ -103,7 +98,7 @@ class Serving:
             self._meetings.release()
         with self._lock:
             self._refused.pop(host, None)
-        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring)
+        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring, num_layers)
         self._callers.add(caller)
         caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
 
@@ -123,15 +118,23 @@ class Serving:
 
 
 class _Caller:
-    """A decode engine that is connected by `link`, and the prompts it asked for."""
+    """A decode engine that is connected by `link`, and the prompts it asked for. It takes `num_layers` layers one by one (0: it
+    takes only whole blocks).
+    """
 
     def __init__(
-        self, thread: EngineThread, loop: asyncio.AbstractEventLoop, transfer_kv: str, link: Link, ring: memoryview | None
+        self,
+        thread: EngineThread,
+        loop: asyncio.AbstractEventLoop,
+        transfer_kv: str,
+        link: Link,
+        ring: memoryview | None,
+        num_layers: int,
     ):
         self.link = link
-        self._thread, self._loop, self._ring = thread, loop, ring
-        self._form = Form.of(transfer_kv, thread.engine.executor)
-        self._room = None if ring is None else Room(len(ring))
+        self._thread, self._loop = thread, loop
+        form, room = Form.of(transfer_kv, thread.engine.executor), None if ring is None else Room(len(ring))
+        self._pipe = Pipe(link, form, ring, room, num_layers)
         self._outputs: dict[int, Outputs] = {}
         self._answers: set[asyncio.Task[None]] = set()
 
@@ -144,9 +147,9 @@ class _Caller:
                 self._do(self._begin, whole(header, "number", MOST_NUMBER), first, request)
             case "cancel":
                 self._do(self._cancel, whole(header, "number", MOST_NUMBER))
-            case "taken" if self._room is not None:
+            case "taken" if self._pipe.room is not None:
                 try:
-                    self._room.free()
+                    self._pipe.room.free()
                 except IndexError:
                     raise Broken("a piece of memory was freed that was not taken") from None
             case "alive":
@@ -202,17 +205,24 @@ class _Caller:
 
     def _begin(self, number: int, first: int, request: Request) -> None:
         upto = len(request.prompt) + request.max_tokens - 1
-        blocks = _Blocks(self._thread, self._form, self.link, self._ring, self._room, number, first, upto)
+        blocks = Sending(self._thread, self._pipe, number, first, upto)
+        self._follow(request.id, blocks.computed)
         try:
             self._outputs[number] = outputs = self._thread.submit([request], watch=blocks.watch)
         except (Refused, Unavailable) as error:
+            self._follow(request.id, None)
             self.link.send({"type": "failed", "number": number, "why": str(error)})
             return
         task = self._loop.create_task(self._answer(number, outputs, blocks))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+        task.add_done_callback(lambda _: self._follow(request.id, None))
 
-    async def _answer(self, number: int, outputs: Outputs, blocks: "_Blocks") -> None:
+    def _follow(self, id: str, computed: Callable[[Work, int], None] | None) -> None:
+        if self._pipe.num_layers:
+            cast(MovesLayers, self._thread.engine.executor).follow(id, computed)
+
+    async def _answer(self, number: int, outputs: Outputs, blocks: Sending) -> None:
         with outputs:
             async for batch in outputs:
                 for output in batch:
@@ -232,72 +242,7 @@ class _Caller:
             self._cancel(number)
 
 
-class _Blocks:
-    """Copies the blocks of the first `upto` tokens of request `number`, from block `first` on, and sends them in `form`. `seconds`:
-    spent on copying.
-    """
-
-    def __init__(
-        self,
-        thread: EngineThread,
-        form: Form | None,
-        link: Link,
-        ring: memoryview | None,
-        room: Room | None,
-        number: int,
-        first: int,
-        upto: int,
-    ):
-        self._executor = cast(MovesKV, thread.engine.executor)
-        self._block_size = thread.engine.executor.capacity.block_size
-        self._at_once = max(1, FRAME // self._executor.block_bytes)
-        self._form, self._link, self._ring, self._room, self._number = form, link, ring, room, number
-        self._next, self._upto = first, upto
-        self.seconds = 0.0
-        self.error: str | None = None
-
-    def watch(self, work: Work) -> None:
-        """Send the blocks that `work` and earlier work filled: of a prompt in full frames, and once it is computed all that are
-        full, with the last token also a part-filled block. The engine's thread calls it.
-        """
-        end = work.start + work.count
-        blocks = -(-end // self._block_size) if end >= self._upto else end // self._block_size
-        least = 1 if work.samples else self._at_once
-        try:
-            while (left := blocks - self._next) >= least and self.error is None:
-                number = min(left, self._at_once)
-                tokens = min(self._block_size, end - (self._next + number - 1) * self._block_size)
-                self._send(work.blocks[self._next : self._next + number], tokens)
-        except Exception as error:  # it must not end the engine
-            log.exception("KV could not be read")
-            self.error = f"its KV could not be read: {type(error).__name__}"
-
-    def _send(self, blocks: Sequence[int], tokens: int) -> None:
-        """Send `blocks`, the last of which has `tokens` tokens."""
-        began = time.perf_counter()
-        size = len(blocks) * self._executor.block_bytes if self._form is None else self._form.size(len(blocks))
-        header = {"type": "blocks", "number": self._number, "first": self._next, "count": len(blocks)}
-        at = None if self._room is None else self._room.take(size)
-        if at is None or self._ring is None:
-            body = bytearray(size)
-            self._copy(blocks, tokens, memoryview(body))
-            self._link.send(header, body)
-        else:
-            self._copy(blocks, tokens, self._ring[at : at + size])
-            self._link.send(header | {"at": at})
-        self._next += len(blocks)
-        self.seconds += time.perf_counter() - began
-
-    def _copy(self, blocks: Sequence[int], tokens: int, memory: memoryview) -> None:
-        if self._form is None:
-            self._executor.read_blocks(blocks, memory)
-            return
-        kv = memoryview(bytearray(len(blocks) * self._executor.block_bytes))
-        self._executor.read_blocks(blocks, kv)
-        memory[:] = self._form.pack(kv, len(blocks), tokens)
-
-
-def _frame(number: int, output: Output, blocks: _Blocks) -> Header:
+def _frame(number: int, output: Output, blocks: Sending) -> Header:
     """The frame for a token, the last one of a request as `done`; or the reason why there is none."""
     why = output.error or blocks.error
     if why is not None or not output.tokens:

@@ -5,9 +5,9 @@ and KV layouts; a difference is refused with both values. It does not know what 
 import hmac
 import secrets
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from stallfree.executors.base import Executor, MovesKV
+from stallfree.executors.base import Executor, MovesKV, MovesLayers
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import MOST_BODY, Header, receive, send
 from stallfree.transfer.ring import Ring, attach
@@ -25,7 +25,8 @@ class Refusal(ValueError):
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The facts that both engines must have in common: the `model` and its number formats, `block_size` (tokens), `block_bytes`,
-    and the `layout` of these bytes. `transfer_kv`: the form of KV in transfer (`forms`), or "same".
+    and the `layout` of these bytes. `transfer_kv`: the form of KV in transfer (`forms`), or "same". `num_layers` may differ: the
+    layers of a block, if the engine moves them one by one, else 0.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Terms:
     block_bytes: int
     layout: str
     transfer_kv: str = "same"
+    num_layers: int = 0
 
     @classmethod
     def of(cls, executor: Executor, model: str, transfer_kv: str = "same") -> "Terms":
@@ -42,7 +44,8 @@ class Terms:
         if executor.block_bytes > MOST_BODY:
             raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large for a KV transfer; at most {MOST_BODY:,}")
         Form.of(transfer_kv, executor)
-        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout, transfer_kv)
+        num_layers = executor.num_layers if isinstance(executor, MovesLayers) else 0
+        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout, transfer_kv, num_layers)
 
     def against(self, other: object) -> str:
         """How these terms, a prefill engine's, differ from a decode engine's `other` terms, and the way out, in words for both;
@@ -51,10 +54,15 @@ class Terms:
         values = {"transfer_kv": "same"} | (other if isinstance(other, dict) else {})  # older releases do not name the form
         names = {"model": "model", "block_size": "block size", "block_bytes": "bytes of a block", "layout": "KV layout"}
         names["transfer_kv"] = "KV in transfer"
-        pairs = [(names[f.name], str(getattr(self, f.name)), str(values.get(f.name))[:400]) for f in fields(self)]
+        pairs = [(names[f], str(getattr(self, f)), str(values.get(f))[:400]) for f in names]
         differ = [(name, prefill, decode) for name, prefill, decode in pairs if prefill != decode]
         reasons = [f"{name}: {prefill} at the prefill engine, {decode} at the decode engine" for name, prefill, decode in differ]
         return "; ".join([*reasons, WAY_OUT]) if reasons else ""
+
+    def layers_with(self, other: Header) -> int:
+        """The layers of a block, if this engine and one of these `other` terms both move them one by one; else 0. Older releases do
+        not name them."""
+        return self.num_layers if other.get("num_layers") == self.num_layers else 0
 
 
 def address(host: str, port: int) -> str:
@@ -62,9 +70,9 @@ def address(host: str, port: int) -> str:
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
-    """The prefill side of a meeting. Returns the memory that both share, if they are on one machine. Raises OSError, or Refusal
-    after it has sent the reason.
+def welcome(sock: socket.socket, terms: Terms, key: str) -> tuple[memoryview | None, int]:
+    """The prefill side of a meeting. Returns the memory that both share, if they are on one machine, and the layers that they move
+    one by one (0: only whole blocks). Raises OSError, or Refusal after it has sent the reason.
     """
     own = secrets.token_hex(16)
     send(sock, {"stallfree": PROTOCOL, "nonce": own})
@@ -82,7 +90,7 @@ def welcome(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
         raise Refusal(why)
     memory = attach(hello.get("ring"))
     send(sock, {"proof": _proof("prefill", nonces, key), "ring": memory is not None, "transfer_kv": terms.transfer_kv})
-    return memory
+    return memory, terms.layers_with(hello["terms"])
 
 
 def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:

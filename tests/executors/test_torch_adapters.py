@@ -141,7 +141,7 @@ def test_recorded_decodes_get_the_adapters_of_the_batch(way, llama, tmp_path):
         recorded = empty_batch(16, capacity, capacity.num_blocks, torch.device("cpu"))
         object.__setattr__(recorded, "adapted", runner.adapters.decodes(16))
         batches = []
-        runner._call = lambda batch, hidden: batches.append(batch) or torch.zeros(len(batch.rows), 1)
+        runner._call = lambda batch, hidden, computed: batches.append(batch) or torch.zeros(len(batch.rows), 1)
         runner.run([piece(key, TOKENS[40:41], 40, i) for i, key in enumerate(ORDER)], range(len(ORDER)))
         put(batches[0], recorded, 12, capacity.num_blocks, 16)
         logits = runner._model(first(recorded, 12, has_adapters=True), None, runner._cache)

@@ -14,7 +14,7 @@ from stallfree.engine.assemble import bytes_as_text
 from stallfree.engine.engine import Engine
 from stallfree.engine.thread import EngineThread
 from stallfree.executors.sampling import Sampling
-from stallfree.transfer import asking, frames, ring, serving
+from stallfree.transfer import asking, frames, ring, sending
 from stallfree.transfer.asking import Asking
 from stallfree.transfer.serving import Serving
 from stallfree.transfer.terms import Terms
@@ -153,7 +153,7 @@ def way(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def small_frames(monkeypatch):
     """Two blocks fill a frame."""
-    monkeypatch.setattr(serving, "FRAME", 2 * Remembering().block_bytes)
+    monkeypatch.setattr(sending, "FRAME", 2 * Remembering().block_bytes)
 
 
 @pytest.fixture

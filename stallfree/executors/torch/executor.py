@@ -6,7 +6,7 @@ It keeps KV tensors, and of requests only the tokens sampled last.
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -49,6 +49,9 @@ class TorchExecutor:
         self.layout, self.block_bytes = layout(checkpoint.config, options.kv), self._runner.block_bytes
         self.numbers = kv_numbers(checkpoint.config, options.kv)
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
+        self.num_layers = checkpoint.config.num_layers
+        self.read_layers, self.write_layers = self._runner.read_layers, self._runner.write_layers
+        self._followers: dict[str, Callable[[Work, int], None]] = {}
 
     def adapter_blocks(self, adapter: Adapter) -> int:
         return self._runner.adapter_blocks(adapter)
@@ -58,6 +61,13 @@ class TorchExecutor:
 
     def drop_adapter(self, key: str) -> None:
         self._runner.drop_adapter(key)
+
+    def follow(self, id: str, computed: Callable[[Work, int], None] | None) -> None:
+        """See `MovesLayers`."""
+        if computed is None:
+            self._followers.pop(id, None)
+        else:
+            self._followers[id] = computed
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run; a GPU runs on after this returns. Raises ValueError, and changes nothing, if
@@ -70,7 +80,7 @@ class TorchExecutor:
         try:
             ahead = self._last.tokens(unknown) if unknown and self._last is not None else None
             rows = Rows(work)
-            logits = self._runner.run(work, rows.rows, ahead=ahead)
+            logits = self._runner.run(work, rows.rows, ahead=ahead, computed=self._announcement(work))
             sampling = [w for w in work if w.samples]
             ready, deferred = ready_rows(sampling)
             own = logits[rows.of(ready)] if rows.scored or deferred else logits
@@ -97,6 +107,16 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._runner.close()
+
+    def _announcement(self, work: Sequence[Work]) -> Callable[[int], None]:
+        """A function that tells the followers of `work` how many layers are computed."""
+        followed = [(w, follower) for w in work if (follower := self._followers.get(w.id)) is not None]
+
+        def announce(layers: int) -> None:
+            for w, follower in followed:
+                follower(w, layers)
+
+        return announce
 
     def _check(self, work: Sequence[Work]) -> None:
         check(work, self.capacity, self._vocab_size, self._runner.adapters)

@@ -3,6 +3,7 @@ some of the layers. It does not know what is in a layer (the family's file does)
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,9 +62,15 @@ class Model(ABC):
     def normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         """`x` normalised in its last dimension."""
 
-    def __call__(self, batch: Batch, hidden: torch.Tensor | None, caches: list[Cache]) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor | None,
+        caches: list[Cache],
+        computed: Callable[[int], None] = lambda layers: None,
+    ) -> torch.Tensor:
         """From tokens, or the previous stage's output [tokens, hidden], to the logits [rows, vocabulary] float32 of the batch's
-        `rows`, or to the next stage's input.
+        `rows`, or to the next stage's input. `computed` is called after each layer, with the number of layers so far.
         """
         if batch.striped is not None and not len(batch.tokens):
             hidden = self._assist(batch.striped, caches)
@@ -72,8 +79,9 @@ class Model(ABC):
             hidden = self._embed(batch.tokens)
         turns = {kind: (cos[batch.positions], sin[batch.positions]) for kind, (cos, sin) in self._tables.items()}
         delta = None
-        for layer, kind, cache in zip(self._layers, self._turns, caches, strict=True):
+        for number, (layer, kind, cache) in enumerate(zip(self._layers, self._turns, caches, strict=True), 1):
             hidden, delta = self.block(layer, hidden, delta, batch, turns[kind], cache)
+            computed(number)
         hidden = hidden if delta is None else hidden + delta
         return self._logits(hidden[batch.rows], batch) if self._last else hidden
 

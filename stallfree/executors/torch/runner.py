@@ -2,7 +2,8 @@
 other ranks' processes, or who sends the plans.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
@@ -23,6 +24,7 @@ from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import SIZES, Graphs
 from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.reader import Reader, copy, parts
 from stallfree.executors.torch.striped import Groups, pack_stripes
 from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
 
@@ -126,6 +128,7 @@ class Runner:
         self._cache: list[Cache] = []
         self._graphs: Graphs | None = None
         self._flash: Flash | None = None
+        self._reader: Reader | None = None
         self.adapters = Adapters(self._packing, layers, device)
         self.capacity = Capacity(BLOCK, 0, self._length)
 
@@ -179,9 +182,11 @@ class Runner:
         rows: Sequence[int],
         hidden: torch.Tensor | None = None,
         ahead: torch.Tensor | None = None,
+        computed: Callable[[int], None] = lambda layers: None,
     ) -> torch.Tensor:
         """Run `work`, which the caller has checked (`batch.check`). Returns the logits of `rows`, [rows, vocabulary] float32, or
         the input of the next stage, [tokens, hidden]. `hidden`: the input of this stage; `ahead`: values of the unknown tokens.
+        `computed`: see `Model`; a recorded iteration does not call it.
         """
         with torch.inference_mode():
             if self._groups is None:
@@ -194,19 +199,31 @@ class Runner:
                 return self._graphs(batch, hidden)
             if self._flash is not None:
                 batch = replace(batch, planned=self._flash.plan(batch))
-            return self._call(batch, hidden)
+            return self._call(batch, hidden, computed)
 
     def num_tokens(self, work: Sequence[Work]) -> int:
         """How many of the tokens are this rank's own."""
         return sum(w.count if self._groups is None else self._groups.count(w) for w in work)
 
     def read_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
-        for cache, piece in self._pieces(blocks, memory):
-            piece.copy_(cache[list(blocks)])
+        copy(self._tensors(), blocks, memory)
 
     def write_blocks(self, blocks: Sequence[int], memory: memoryview) -> None:
-        for cache, piece in self._pieces(blocks, memory):
-            cache[list(blocks)] = piece.to(self._device)
+        self._write(self._tensors(), blocks, memory)
+
+    def read_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> Future[None]:
+        """See `MovesLayers`."""
+        tensors = self._tensors(layers)
+        if self._device.type == "cuda":
+            self._reader = self._reader or Reader(self._device)
+            return self._reader.read(tensors, blocks, memory)
+        copy(tensors, blocks, memory)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def write_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> None:
+        self._write(self._tensors(layers), blocks, memory)
 
     def adapter_blocks(self, adapter: Adapter) -> int:
         return self._packing.blocks(adapter)
@@ -218,19 +235,23 @@ class Runner:
         self.adapters.drop(key)
 
     def close(self) -> None:
-        self._graphs, self._flash, self._cache = None, None, []
+        if self._reader is not None:
+            self._reader.close()
+        self._graphs, self._flash, self._reader, self._cache = None, None, None, []
 
-    def _pieces(self, blocks: Sequence[int], memory: memoryview) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each tensor of the cache, [blocks, bytes], with its part of `memory`."""
-        values, at = torch.frombuffer(memory, dtype=torch.uint8), 0
-        for tensor in (tensor for layer in self._cache for tensor in layer):
-            cache = tensor.view(torch.uint8).flatten(1)
-            size = len(blocks) * cache.shape[1]
-            yield cache, values[at : at + size].view(len(blocks), -1)
-            at += size
+    def _tensors(self, layers: range | None = None) -> list[torch.Tensor]:
+        """The keys and values of `layers` (None: of all), each [blocks, bytes]."""
+        caches = self._cache if layers is None else self._cache[layers.start : layers.stop]
+        return [tensor.view(torch.uint8).flatten(1) for cache in caches for tensor in cache]
 
-    def _call(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        return self._model(batch, hidden, self._cache)
+    def _write(self, tensors: Sequence[torch.Tensor], blocks: Sequence[int], memory: memoryview) -> None:
+        for cache, piece in parts(tensors, blocks, memory):
+            cache[list(blocks)] = piece.to(self._device)
+
+    def _call(
+        self, batch: Batch, hidden: torch.Tensor | None, computed: Callable[[int], None] = lambda layers: None
+    ) -> torch.Tensor:
+        return self._model(batch, hidden, self._cache, computed)
 
     def _blocks(self, number: int) -> torch.Tensor:
         """Memory for `number` blocks, and a spare one that no request gets: padding of recorded iterations is written there."""
