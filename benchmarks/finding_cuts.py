@@ -23,7 +23,7 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.metrics.report import Targets
-from stallfree.planner.candidates import WAYS, Candidates, Deployed, Shape, name, together
+from stallfree.planner.candidates import WAYS, Candidates, Chunk, Deployed, Kinds, Shape, name, together
 from stallfree.planner.capacities import capacities
 from stallfree.planner.parts import pairs, parts
 from stallfree.planner.site import Site
@@ -49,10 +49,6 @@ TOLERANCE, ROUGH = 0.04, 0.08
 STEP, LEAST = 1.2, 1 / 4
 DRAWS = 3
 """Draws of the load; the rates are medians."""
-Chunk = int | None
-"""Tokens of an iteration; None: policy `slo` finds them."""
-Kinds = tuple[tuple[Shape, int], tuple[Shape, int]]
-"""The shape and the number of the instances of both kinds."""
 
 
 class Best(NamedTuple):
@@ -92,8 +88,7 @@ class Cell:
         return self.candidates.replica(shape, policy, chunk, slo=self.text, replicas=number)
 
     def _moving(self, way: str, kinds: Kinds, chunks: tuple[Chunk, Chunk]) -> Split:
-        first, second = (self._replicas(shape, chunk, number) for (shape, number), chunk in zip(kinds, chunks, strict=True))
-        return Split(first, second, way, SITE.link, SITE.nodes, SITE.per_node, near=True)
+        return self.candidates.moving(way, kinds, chunks, self.text)
 
     def _ratios(self, shape: Shape, whole: Iterable[Deployed]) -> list[Kinds]:
         """Some, half and most of the instances P-heavy; and the two kinds of the best pair of pools."""
@@ -144,15 +139,10 @@ class Cell:
 
 
 def title(deployed: Deployed | None) -> str:
-    """A name with the number of replicas, or with both chunk sizes."""
+    """A name, with the number of co-located replicas."""
     if deployed is None:
         return "none"
-    if isinstance(deployed, Deployment):
-        return f"{deployed.replicas} x {name(deployed)}"
-    if deployed.pairing != "taichi":
-        return name(deployed)
-    sizes = "/".join(str(pool.token_budget or "slo") for pool in (deployed.prefill, deployed.decode))
-    return f"{name(deployed)}, {sizes}"
+    return f"{deployed.replicas} x {name(deployed)}" if isinstance(deployed, Deployment) else name(deployed)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -71,6 +71,8 @@ def plan(
     question = f"{planned}; {load}; {targets}."
     rows = _table(answer, site, traffic)
     lines = [_simulated(answer, site, traffic), advice.headline, advice.binds]
+    if advice.moved is not None:
+        lines.append(advice.moved)
     if advice.dollars is not None:
         lines.append(f"${advice.dollars:.2f} per million output tokens at capacity.")
     sources, lengths = known(site, answer, traffic), Lengths.of(traffic)

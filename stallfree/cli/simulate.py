@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stallfree.sim.elastic import ElasticSimulator
     from stallfree.sim.simulate import Simulation
     from stallfree.sim.simulator import Instance, Simulator
+    from stallfree.sim.split import SplitSimulator
     from stallfree.sim.trials import Trial, Trials, Tried
     from stallfree.workload.workload import Arrival
 
@@ -41,7 +42,8 @@ Policies = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[POLICY]...",
-        help="Policies, such as slo or sarathi:512 (tokens per iteration). Without any: the tables [configurations.NAME] of "
+        help="Policies, such as slo or sarathi:512 (tokens per iteration), or systems of two kinds of replicas: distserve, "
+        "splitwise, hybrid, taichi, dynaserve; distserve:1 has one for prompts. Without any: the tables [configurations.NAME] of "
         "--config, or --policy.",
         show_default=False,
     ),
@@ -141,7 +143,7 @@ def capacity(
 
     deployments = words.configurations(context, deployment, policies or [])
     traffic = words.traced(traffic, trace).ending(REQUESTS)
-    simulators = {name: _simulator(each, traffic) for name, each in deployments.items()}
+    simulators = {name: _tried(each, traffic) for name, each in deployments.items()}
     for name, each in deployments.items():
         if each.slo is None:
             raise ValueError(f"which targets make the capacity of {name}? give them, such as --slo tbt=100ms")
@@ -199,7 +201,7 @@ def compare(
     measuring.check_page(html)
     deployments = words.configurations(context, deployment, policies or [])
     traffic, loads = words.traced(traffic, trace).ending(REQUESTS), _rates(rates)
-    simulators = {name: _simulator(each, traffic) for name, each in deployments.items()}
+    simulators = {name: _tried(each, traffic) for name, each in deployments.items()}
     with running(simulators, len(simulators) * len(loads)) as pool:
         cases = {
             (name, rate): (name, traffic, rate, traffic.seed, Classes.parse(each.slo) if each.slo else Slo())
@@ -234,17 +236,36 @@ def _summary(simulator: Simulator | ElasticSimulator, run: Simulation, dollars: 
 
 
 def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator | ElasticSimulator:
-    """A simulator of the deployment. Raises ValueError if it cannot be, if lengths of `traffic` exceed its context, or if its
+    """A simulator of replicas of one kind. Raises ValueError if it cannot be, if lengths of `traffic` exceed its context, or if its
     requests name a class that is not there.
     """
     from stallfree.sim import elastic
     from stallfree.sim.simulator import Simulator
+    from stallfree.sim.systems import SYSTEMS
 
+    if deployment.policy in SYSTEMS:
+        raise ValueError(
+            f"{deployment.policy} is a system of two kinds of replicas; `stallfree compare` and `capacity` simulate it"
+        )
     if deployment.policy in elastic.POLICIES:
         simulator: Simulator | ElasticSimulator = elastic.ElasticSimulator(deployment)
     else:
         simulator = Simulator(deployment, _instance(deployment))
     traffic.workload.lengths.check(simulator.instance.capacity.max_model_len)
+    words.check_classes(traffic, simulator.classes)
+    return simulator
+
+
+def _tried(deployment: Deployment, traffic: Traffic) -> Simulator | ElasticSimulator | SplitSimulator:
+    """As `_simulator`; also for the systems of two kinds of replicas."""
+    from stallfree.sim import systems
+    from stallfree.sim.simulator import instance
+    from stallfree.sim.split import SplitSimulator
+
+    if deployment.policy not in systems.SYSTEMS:
+        return _simulator(deployment, traffic)
+    simulator = SplitSimulator(systems.split(deployment, instance(deployment).cost))
+    traffic.workload.lengths.check(simulator.max_model_len)
     words.check_classes(traffic, simulator.classes)
     return simulator
 

@@ -91,6 +91,11 @@ HELP: dict[str, tuple[str, str | None]] = {
     "link": ("Link between nodes, one port each: ib-400g, ib-200g, ib-100g, eth-100g, eth-25g, eth-10g.", None),
     "replicas": ("Copies of the engine, each on its own devices.", None),
     "router": ("Which replica a request goes to: round-robin, least-loaded, shortest-queue, prefix-affinity, least-ttft.", None),
+    "prefill_replicas": (
+        "In a system of two kinds (distserve, splitwise, hybrid, taichi, dynaserve), replicas that compute prompts, or have large "
+        "chunks.",
+        "half",
+    ),
     "prefix_cache": ("Share the KV of equal prompt beginnings.", None),
 }
 """The help of each field, and the words that --help shows for a default of None."""
@@ -285,15 +290,19 @@ def check_classes(traffic: Traffic, targets: Classes | None) -> None:
 
 
 def configurations(context: typer.Context, deployment: Deployment, policies: list[str]) -> dict[str, Deployment]:
-    """Deployments by name: `deployment` with each of the `policies` (such as sarathi:512), and with the values of each
-    configuration in the file; without either, `deployment` alone. Raises ValueError for a name that is there twice.
+    """Deployments by name: `deployment` with each of the `policies` (such as sarathi:512, or taichi:1 with one replica of the first
+    kind), and with the values of each configuration in the file; without either, `deployment` alone. Raises ValueError for a name
+    that is there twice.
     """
+    from stallfree.sim.systems import SYSTEMS
+
     deployments: dict[str, Deployment] = {}
     for text in policies:
-        name, budget = policy(text)
+        name, number = policy(text)
         if text in deployments:
             raise ValueError(f"{text!r} is named twice; name each policy once")
-        deployments[text] = replace(deployment, policy=name, token_budget=budget)
+        of_number = "prefill_replicas" if name in SYSTEMS else "token_budget"
+        deployments[text] = replace(deployment, policy=name, **{of_number: number})  # type: ignore[arg-type]  # both are int | None
     for name, own in context.meta.get(_CONFIGURATIONS, {}).items():
         if name in deployments:
             raise ValueError(f"{name!r} is named twice, as a policy and as a configuration; rename the configuration")
@@ -305,6 +314,6 @@ def configurations(context: typer.Context, deployment: Deployment, policies: lis
 
 
 def policy(text: str) -> tuple[str, int | None]:
-    """A policy's name, and its token budget if a number follows, as in sarathi:128."""
+    """A policy's name, and the number that follows, as in sarathi:128."""
     name, colon, number = text.rpartition(":")
     return (name, int(number)) if colon and number.isdecimal() else (text, None)

@@ -61,6 +61,8 @@ def _settled(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
 
     if not has_codes(checkpoint):
         return Choice(USUAL, "the file has no matrices of 4 or 8 bits whose codes could be kept")
+    if "e2m1" in checkpoint.codes.values():
+        return Choice("file", "int8 of numbers in MXFP4 costs 2.5 % of perplexity")
     if (found := _remembered(checkpoint, threads)) is not None:
         return found
     room = memory()

@@ -1,4 +1,5 @@
-"""The possible deployments: co-located replicas and pairs of pools, in every split of the devices that the model fits.
+"""The possible deployments: co-located replicas, pairs of pools, and instances between which requests are cut or move, in every
+split of the devices that the model fits.
 
 Each is a unit of few devices, which is repeated until the devices are used up. It knows no loads; the search finds how good a
 candidate is.
@@ -7,13 +8,15 @@ candidate is.
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.planner.site import Site, counted
+from stallfree.sim import systems
 from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
 from stallfree.sim.split import place
 
@@ -36,13 +39,14 @@ class Shape(NamedTuple):
 
 
 Deployed = Deployment | Split
+Chunk = int | None
+"""Tokens of an iteration; None: policy `slo` finds them."""
+Kinds = tuple[tuple[Shape, int], tuple[Shape, int]]
+"""The shape and the number of the instances of both kinds."""
+Kind = Literal["co-located", "pools", "moving"]
 
 PARTS, STAGES, GROUPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8), (2, 4, 8)
 """TP, PP and SP that are tried. DistServe (OSDI'24) published placements with 3 of each of the first two."""
-PROMPT_BATCH = 2048
-"""Most tokens in a batch of prompts, as in Splitwise (ISCA'24, section 4)."""
-SATURATED = 1.05
-"""A batch of prompts saturates a device if its seconds per token are at most so many times the least possible."""
 MOST_UNITS = 4
 """Most replicas of one pool in a unit: ratios between pools are made of the numbers from 1 to this."""
 
@@ -115,25 +119,13 @@ class Candidates:
         deployment = replace(deployment, rank=site.rank, adapter_modules=site.adapter_modules)
         return replace(deployment, **more)  # type: ignore[arg-type]
 
-    def saturation(self, shape: Shape) -> int:
-        """The fewest tokens of a prefill batch that saturate a replica: L_m of DistServe (OSDI'24)."""
-        cost = self.shapes[shape].cost
-        per_token = {size: cost.seconds([(0, size)]) / size for size in (128, 256, 512, 1024, 2048, 4096)}
-        least = min(per_token.values())
-        return min(size for size, seconds in per_token.items() if seconds <= SATURATED * least)
-
     def prefill(self, shape: Shape, way: str) -> Deployment:
         """A prefill replica of a pair that works in `way`, a name of `WAYS`."""
-        if way == "hybrid":
-            return self.replica(shape, "sarathi", PROMPT_BATCH)
-        batch = PROMPT_BATCH if way == "splitwise" else self.saturation(shape)
-        return self.replica(shape, "hybrid-only", max_tokens=max(batch, Deployment().max_seqs))
+        return systems.prefill(self.replica(shape), way, self.shapes[shape].cost)
 
     def decode(self, shape: Shape, way: str) -> Deployment:
-        """A decode replica of a pair that works in `way`. It also computes prompts: those that it preempted, or took over; in small
-        chunks if `way` is hybrid.
-        """
-        return self.replica(shape, "sarathi", 256 if way == "hybrid" else 512)
+        """A decode replica of a pair that works in `way`."""
+        return systems.decode(self.replica(shape), way)
 
     def split(self, way: str, prefill: Shape, decode: Shape, numbers: tuple[int, int], *, whole: bool = False) -> Split:
         """A unit of so many prefill and decode replicas, on as few nodes as hold it; KV stays in its node if it can. `whole`: on
@@ -148,11 +140,16 @@ class Candidates:
             self.site.per_node,
             near=not whole,
         )
-        if whole:
-            return unit
-        least = min(self.site.nodes, -(-size(unit) // self.site.per_node))
-        fewer = (replace(unit, nodes=nodes) for nodes in range(least, self.site.nodes))
-        return next((each for each in fewer if fits(each)), unit)
+        return unit if whole else self._on_few_nodes(unit)
+
+    def moving(self, mover: str, kinds: Kinds, chunks: tuple[Chunk, Chunk], slo: str) -> Split:
+        """A unit of two kinds of instances, each with its chunk size, between which `mover`, a name of `MOVERS`, cuts or moves
+        requests by the targets `slo`; on as few nodes as hold it."""
+        first, second = (
+            self.replica(shape, "slo" if chunk is None else "sarathi", chunk, slo=slo, replicas=number)
+            for (shape, number), chunk in zip(kinds, chunks, strict=True)
+        )
+        return self._on_few_nodes(Split(first, second, mover, self.site.link, self.site.nodes, self.site.per_node, near=True))
 
     def like(self, pair: Split, way: str) -> Split:
         """The pools of `pair`, working in another `way`."""
@@ -188,6 +185,12 @@ class Candidates:
         kv = models.Sharded(models.load(site.model or ""), 1, 1, site.weights, site.kv).kv_bytes_per_token
         return len({nodes[0] for nodes in sources}) * links.load(site.link).bandwidth / kv
 
+    def _on_few_nodes(self, unit: Split) -> Split:
+        """`unit` on as few nodes as hold it."""
+        least = min(self.site.nodes, -(-size(unit) // self.site.per_node))
+        fewer = (replace(unit, nodes=nodes) for nodes in range(least, self.site.nodes))
+        return next((each for each in fewer if fits(each)), unit)
+
     def _pairs(self, unit: Split, number: int) -> Split:
         prefill, decode = (replace(pool, replicas=pool.replicas * number) for pool in (unit.prefill, unit.decode))
         return replace(unit, prefill=prefill, decode=decode, nodes=self.site.nodes)
@@ -200,6 +203,13 @@ WAYS = ("distserve", "splitwise", "hybrid")
 def together(deployment: Deployment, number: int) -> Deployment:
     """`number` replicas. One alone needs no router, and then runs faster in simulation."""
     return deployment if number == 1 else replace(deployment, replicas=number, router="shortest-queue")
+
+
+def kind(deployed: Deployed) -> Kind:
+    """Co-located replicas, pools for prompts and for decodes, or instances between which requests are cut or move."""
+    if isinstance(deployed, Deployment):
+        return "co-located"
+    return "moving" if deployed.pairing in MOVERS else "pools"
 
 
 def size(deployed: Deployed) -> int:
@@ -217,11 +227,14 @@ def fits(split: Split) -> bool:
 
 
 def name(deployed: Deployed) -> str:
-    """A deployment's name, such as slo TP2, or distserve 2 x TP1 -> 1 x TP2."""
+    """A deployment's name, such as slo TP2; distserve 2 x TP1 -> 1 x TP2; or taichi 1 x TP2 -> 3 x TP2, 2048/256, with its chunk
+    sizes."""
     if isinstance(deployed, Deployment):
         return f"{_policy(deployed)} {_split(deployed)}"
     far = "" if deployed.near else ", KV anywhere"
     pools = (deployed.prefill, deployed.decode)
+    if kind(deployed) == "moving":
+        far = f", {'/'.join(str(pool.token_budget or pool.policy) for pool in pools)}{far}"
     return f"{deployed.pairing} {' -> '.join(f'{pool.replicas} x {_split(pool)}' for pool in pools)}{far}"
 
 

@@ -10,7 +10,8 @@ from itertools import islice
 from math import ceil, inf
 
 from stallfree.metrics.report import Report, Targets, by_class
-from stallfree.planner.candidates import WAYS, Candidates, Deployed, name, size
+from stallfree.planner import moving
+from stallfree.planner.candidates import WAYS, Candidates, Deployed, kind, name, size
 from stallfree.planner.capacities import SECONDS, Found, Open, capacities
 from stallfree.planner.parts import Parts, pairs, parts
 from stallfree.planner.site import counted
@@ -39,6 +40,8 @@ APART, PART = 7, 64
 many requests. A shorter trace has no parts."""
 ENOUGH = 512
 """Candidates are compared in an eighth of a trace, and in at least this many requests."""
+PURE = ("co-located", "pools")
+"""The kinds that servers can be. The third is simulated only: requests are cut at any token, or move while they decode."""
 LEAST = 1 / 3
 """A candidate that misses the SLO at this share of what its parts promise is left there: it is not the best."""
 
@@ -81,8 +84,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a search. `ranked`: all candidates. `whole`: of these the best co-located and the best split one, each
-    simulated on all devices in several draws of the load. Both lists have the best first.
+    """The result of a search. `ranked`: all candidates. `whole`: of these the best of each kind, each simulated on all devices in
+    several draws of the load. Both lists have the best first.
     """
 
     ranked: list[Ranked]
@@ -114,34 +117,42 @@ def search(
 
     tell(f"{counted(len(candidates.shapes), 'split')} of the model over devices; the best for each part by itself")
     each = parts(candidates, traffic, slo, bursty, lambda cases: {key: found.rate for key, found in roughly(cases).items()})
+
+    def tried(units: Iterable[tuple[Deployed, float]], least: float = LEAST) -> dict[str, Ranked]:
+        """Units with the requests per second that they promise, each simulated, or as many of it as the devices hold."""
+        named = {name(unit): (unit, candidates.most(unit), rate) for unit, rate in units}
+        if bursty:
+            named = {key: (candidates.repeated(unit, number), 1, number * rate) for key, (unit, number, rate) in named.items()}
+        cases = {key: (_simulator(unit), slo, rate) for key, (unit, _, rate) in named.items()}
+        founds = roughly(cases, least) if cases else {}
+        return {key: _ranked(found, named[key][0], named[key][1], traffic.seed) for key, found in founds.items()}
+
     units = _units(candidates, each, slo)
-    numbers = {key: candidates.most(unit) for key, (unit, _) in units.items()}
-    if bursty:
-        units = {key: (candidates.repeated(unit, numbers[key]), numbers[key] * rate) for key, (unit, rate) in units.items()}
     tell(f"{len(units)} candidates, each {'on all devices' if bursty else 'a unit of few devices'}")
-    cases = {key: (_simulator(unit), slo, rate) for key, (unit, rate) in units.items()}
-    founds = roughly(cases, LEAST)
-    for kind in (Deployment, Split):  # if none of a kind keeps what its parts promise, it is searched to the end
-        own = {key: case for key, case in cases.items() if isinstance(units[key][0], kind)}
-        if own and not any(founds[key].rate for key in own):
-            founds |= roughly(own)
-    if bursty:
-        numbers = dict.fromkeys(units, 1)
-    ranked = {key: _ranked(found, units[key][0], numbers[key], traffic.seed) for key, found in founds.items()}
+    ranked = tried(units)
+    for one in PURE:  # if none of a kind keeps what its parts promise, it is searched to the end
+        if not any(True for _ in _of(one, ranked)):
+            ranked |= tried([unit for unit in units if kind(unit[0]) == one], 0.0)
     if not any(each.rate for each in ranked.values()):
         raise ValueError(_nearest(ranked.values(), slo))
-    tell("the best of both kinds on all devices together")
+    tell("requests that are cut at any token, or move while they decode")
+    ranked |= tried(moving.units(candidates, each.alone, str(slo)))
+    for second in (False, True):
+        best_chunks = next((each.deployed for key, each in _of("moving", ranked) if key.startswith("taichi")), None)
+        if isinstance(best_chunks, Split):
+            ranked |= tried((unit, ranked[name(best_chunks)].rate) for unit in moving.other_chunks(best_chunks, second))
+    tell("the best of each kind on all devices together")
     clusters = {
         key: each.deployed if bursty else candidates.repeated(each.deployed, each.units)
-        for kind, most in ((Deployment, 1), (Split, FINALISTS))
-        for key, each in islice(_of(kind, ranked), most)
+        for one, most in (("co-located", 1), ("pools", FINALISTS), ("moving", 1))
+        for key, each in islice(_of(one, ranked), most)
     }
     founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, traffic, FINE)
     whole = {key: _ranked(found, clusters[key], 1, traffic.seed) for key, found in founds.items()}
     draws = BURSTY_DRAWS if bursty else DRAWS
     tell(f"the best of each kind in {draws} draws of the load")
-    best = dict(pair for kind in (Deployment, Split) for pair in islice(_of(kind, whole), 1))
-    if not best:
+    best = dict(pair for one in (*PURE, "moving") for pair in islice(_of(one, whole), 1))
+    if not any(kind(each.deployed) in PURE for each in best.values()):
         raise ValueError(_nearest(whole.values(), slo))
     drawn = _drawn(best, traffic, slo, run, draws)
     comparable = {} if traffic.arrivals == "trace" else whole
@@ -168,8 +179,8 @@ def attainments(
         return {name: [(rate, report) for (other, rate), report in reports.items() if other == name] for name in simulators}
 
 
-def _units(candidates: Candidates, each: Parts, slo: Targets) -> dict[str, tuple[Deployed, float]]:
-    """The units to simulate by their names, and the requests per second that their parts promise."""
+def _units(candidates: Candidates, each: Parts, slo: Targets) -> list[tuple[Deployed, float]]:
+    """The co-located units and the pools to simulate, and the requests per second that their parts promise."""
     units: list[tuple[Deployed, float]] = []
     for shape, rate in each.alone.items():
         # Whole prompts first are better if the first token is urgent and later tokens are not.
@@ -181,7 +192,7 @@ def _units(candidates: Candidates, each: Parts, slo: Targets) -> dict[str, tuple
     inside = [row for row in rows if candidates.site.per_node % size(row[2]) == 0]
     for way in WAYS:
         units += [(candidates.like(pair, way), rate) for _, rate, pair in [*rows[:FINALISTS], *inside[:FINALISTS]]]
-    return {name(unit): (unit, rate) for unit, rate in units}
+    return list({name(unit): (unit, rate) for unit, rate in units}.values())
 
 
 def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Targets, run: Open, draws: int) -> dict[str, Ranked]:
@@ -220,10 +231,10 @@ def _sorted(ranked: Iterable[Ranked]) -> list[Ranked]:
     return sorted(ranked, key=lambda each: -each.total)
 
 
-def _of(kind: type, ranked: Mapping[str, Ranked]) -> Iterator[tuple[str, Ranked]]:
-    """Those of one kind that meet the SLO, the best first."""
+def _of(one: str, ranked: Mapping[str, Ranked]) -> Iterator[tuple[str, Ranked]]:
+    """Those of `one` kind that meet the SLO, the best first."""
     best = sorted(ranked.items(), key=lambda pair: -pair[1].total)
-    return (pair for pair in best if isinstance(pair[1].deployed, kind) and pair[1].rate)
+    return (pair for pair in best if kind(pair[1].deployed) == one and pair[1].rate)
 
 
 def _nearest(ranked: Iterable[Ranked], slo: Targets) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from stallfree.core.slo import Slo
 from stallfree.metrics.report import Targets, by_class
+from stallfree.planner.candidates import kind
 from stallfree.planner.capacities import LOWEST, SECONDS
 from stallfree.planner.commands import commands
 from stallfree.planner.search import Answer, Ranked
@@ -26,14 +27,16 @@ DELAY = 0.3
 
 @dataclass(frozen=True)
 class Verdict:
-    """The advice. `headline`: whether to disaggregate. `margin`: the rate of the best split deployment over that of the best
-    co-located one, less 1 (None with one kind only). `margins`: the least and the largest of that over the draws of the load.
-    `sure`: whether the order is called; see `verdict`. `binds`: the limit of the chosen one. `dollars`: its price of a million
-    output tokens at capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity,
-    the share of time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
+    """The advice. `headline`: whether to disaggregate. `moved`: what the best deployment whose requests are cut or move would
+    serve; None if none meets the targets. `margin`: the rate of the best split deployment over that of the best co-located one,
+    less 1 (None with one kind only). `margins`: the least and the largest of that over the draws of the load. `sure`: whether the
+    order is called; see `verdict`. `binds`: the limit of the chosen one. `dollars`: its price of a million output tokens at
+    capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity, the share of
+    time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
     """
 
     headline: str
+    moved: str | None
     margin: float | None
     margins: tuple[float, float] | None
     sure: bool
@@ -50,8 +53,8 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Targets) -> Verdi
     draws, so a draw that is hard for both is no reason for doubt. Of five draws, a kind that is no better leads in all with a
     probability of 1/32.
     """
-    co_located = next((each for each in answer.whole if isinstance(each.deployed, Deployment)), None)
-    split = next((each for each in answer.whole if isinstance(each.deployed, Split)), None)
+    best = {kind(each.deployed): each for each in answer.whole}
+    co_located, split, moving = best.get("co-located"), best.get("pools"), best.get("moving")
     take = co_located or split
     if take is None:
         raise ValueError("an answer without a deployment has no verdict; `search` raises an error instead")
@@ -71,7 +74,8 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Targets) -> Verdi
         drawn = "the whole trace, which is too short for parts"
     headline = _headline(site, co_located, split, sure, drawn) if co_located and split else _alone(site, take, drawn)
     binds = _binds(take, pools, by_class(slo).default)
-    return Verdict(headline, margin, margins, sure, binds, dollars, commands(site, take.deployed, slo), pools)
+    moved = None if moving is None else _moved(site, moving, take, drawn)
+    return Verdict(headline, moved, margin, margins, sure, binds, dollars, commands(site, take.deployed, slo), pools)
 
 
 def _over(rate: float, other: float) -> float:
@@ -118,6 +122,18 @@ def _headline(site: Site, co_located: Ranked, split: Ranked, sure: bool, drawn: 
         return f"{advice}: {words} serves {lead} the {kind}, {other}."
     missed = f"; at higher rates it misses: {'; '.join(second.why)}" if second.why else ""
     return f"{advice}: {words}. The {kind}, {other}, serves next to nothing{missed}."
+
+
+def _moved(site: Site, moving: Ranked, take: Ranked, drawn: str) -> str:
+    """What the best deployment whose requests are cut or move would serve, beside the one that is advised."""
+    by_draw = [_over(a, b) for a, b in zip(moving.draws, take.draws, strict=True)]
+    lead = _over(moving.rate, take.rate)
+    if abs(lead) <= CLOSE or min(by_draw) <= 0 <= max(by_draw):
+        beside = "as much as that, within the error"
+    else:
+        beside = f"{abs(lead):.0%} {'more' if lead > 0 else 'less'} than that"
+    words = _words(site, moving, drawn)
+    return f"If requests were cut at any token or moved while they decode, which only the simulator does: {words} serves {beside}."
 
 
 def _words(site: Site, ranked: Ranked, drawn: str) -> str:

@@ -18,11 +18,12 @@ class Deployment:
     context). KV is in blocks of `block_size` tokens; it gets what the weights leave of `gpu_memory_utilization`, a share of the
     device's memory. An admission leaves the share `watermark` of it free. `max_output`: the tokens that requests ask for, which
     matters if the policy reserves KV for them (None: the actual output). `prefix_cache`: equal prefixes share KV; `router`: for the
-    `replicas`. `rank`: the ranks of adapters, in turn, in words (None: there are none); `adapter_modules`: what they change
-    (`perf.adapters.MODULES`). `draft_acceptance`: how likely a guessed token is right (None: nothing is guessed); `draft_tokens`:
-    the most guesses for a stream in an iteration; `draft_model`: who guesses, with its time on the same devices (None: guesses cost
-    nothing). `on_late`: requests whose first token would come too late by the policy's forecast are refused
-    ("refuse"), or served ("serve").
+    `replicas`. `prefill_replicas`: how many of them compute prompts, or have large chunks, if `policy` is a system of two kinds of
+    replicas (`sim.systems`; None: half). `rank`: the ranks of adapters, in turn, in words (None: there are none);
+    `adapter_modules`: what they change (`perf.adapters.MODULES`). `draft_acceptance`: how likely a guessed token is right (None:
+    nothing is guessed); `draft_tokens`: the most guesses for a stream in an iteration; `draft_model`: who guesses, with its time on
+    the same devices (None: guesses cost nothing). `on_late`: requests whose first token would come too late by the policy's
+    forecast are refused ("refuse"), or served ("serve").
     """
 
     model: str | None = None
@@ -49,6 +50,7 @@ class Deployment:
     max_output: int | None = None
     replicas: int = 1
     router: str = "round-robin"
+    prefill_replicas: int | None = None
     prefix_cache: bool = False
     rank: str | None = None
     adapter_modules: str = "attention"

@@ -65,6 +65,11 @@ class Simulator(Simulates):
         for slo in () if self.classes is None else self.classes.values():
             possible(slo, self.instance.cost)
         self.weights = {} if deployment.tenant_weights is None else weights(deployment.tenant_weights)
+        if deployment.prefill_replicas is not None:
+            raise ValueError(
+                f"policy {deployment.policy} has replicas of one kind; leave out --prefill-replicas, which is for distserve, "
+                "splitwise, hybrid, taichi and dynaserve"
+            )
         self._own = policies.options(deployment.policy, deployment.token_budget, deployment.policy_option)
         self._prices = calibrated(self.instance).state() if policies.wants_setup(deployment.policy) else None
         policy = self.policy()  # report a mistake before anything is simulated

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
+from stallfree.core.classes import Classes
 from stallfree.core.plan import Shape
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
+from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
@@ -20,7 +22,7 @@ from stallfree.sim.movers import MOVERS, Machine
 from stallfree.sim.moving import Moving
 from stallfree.sim.replica import Replica
 from stallfree.sim.simulate import Simulates, holding, scripted, uncollected
-from stallfree.sim.simulator import Instance, Simulator, calibrated
+from stallfree.sim.simulator import Instance, Simulator, calibrated, dollars_per_million
 from stallfree.sim.transfer import Pools, Totals
 from stallfree.workload.workload import Arrival
 
@@ -83,11 +85,25 @@ class SplitSimulator(Simulates):
             pairings.load(split.pairing, self._near)
 
     @property
+    def classes(self) -> Classes | None:
+        """The targets of each class that requests can name."""
+        return self.prefill.classes
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a request."""
+        return min(pool.instance.capacity.max_model_len for pool in (self.prefill, self.decode))
+
+    @property
     def dollars(self) -> float | None:
         """US dollars per hour for all devices; None if one has no price."""
         pools = (self.prefill, self.decode)
         prices = [(pool.instance.dollars, pool.deployment.replicas) for pool in pools]
         return None if any(price is None for price, _ in prices) else sum((price or 0.0) * number for price, number in prices)
+
+    def dollars_per_million(self, report: Report) -> float | None:
+        """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""
+        return dollars_per_million(self.dollars, report)
 
     def run(self, arrivals: Iterable[Arrival], *, ended: Callable[[Timeline], None] | None = None) -> PoolsResult:
         """Serve `arrivals`. `ended`: called with the timeline of each request that ends; then no timelines are kept."""

@@ -15,6 +15,7 @@ from stallfree.cli.deploy import deploy
 from stallfree.cli.options import Served, memory
 from stallfree.cli.serve import serve
 from stallfree.engine.assemble import Options
+from stallfree.sim.systems import SYSTEMS
 from tests.waiting import PATIENCE_S
 
 
@@ -34,7 +35,7 @@ def stallfree(tmp_path, monkeypatch):
 
 def test_every_policy_is_listed_with_what_it_does(stallfree):
     rows = json.loads(stallfree("list", "policies", "--json").stdout)
-    assert [*policies.names(), "elastic", "loongserve"] == [row["name"] for row in rows]
+    assert [*policies.names(), "elastic", "loongserve", *SYSTEMS] == [row["name"] for row in rows]
     assert all(len(row["what"]) > 20 for row in rows)
 
 

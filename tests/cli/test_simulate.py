@@ -279,3 +279,21 @@ def test_what_elastic_groups_do_not_have_is_refused(stallfree, tmp_path, monkeyp
     assert code != 0
     assert message in error
     assert not [*tmp_path.iterdir()]
+
+
+def test_systems_of_two_kinds_are_compared_with_co_location(stallfree):
+    two = ("--model", "llama2-7b", "--replicas", "2", "--requests", "60", "--lengths", "300/20", "--slo", "ttft=1s,tbt=100ms")
+    code, out, err = stallfree("compare", "slo", "distserve", "taichi:1", "dynaserve", "--rates", "2", *two, "--json")
+    assert 0 == code, err
+    runs = {run["configuration"]: run for run in json.loads(out)["runs"]}
+    assert list(runs) == ["slo", "distserve", "taichi:1", "dynaserve"]
+    assert all(run["completed"] == 60 for run in runs.values())
+    assert json.loads(out)["configurations"]["taichi:1"]["prefill_replicas"] == 1
+    for arguments, says in (
+        (("simulate", "--policy", "taichi", "--rate", "2"), "`stallfree compare` and `capacity` simulate it"),
+        (("compare", "distserve:2", "--rates", "2"), "2 of 2 replicas cannot be of the first kind"),
+        (("compare", "slo", "--prefill-replicas", "1", "--rates", "2"), "slo has replicas of one kind"),
+    ):
+        code, _, err = stallfree(*arguments, *two)
+        assert 2 == code
+        assert says in err

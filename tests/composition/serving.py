@@ -31,6 +31,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.executors.base import Lost
 from stallfree.executors.openvino import OpenVINOExecutor
+from stallfree.executors.openvino.few import MOST
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear
 from stallfree.grammar.compiling import Grammars, vocabulary
@@ -58,6 +59,7 @@ FEATURES = {
     "host tier": "host memory keeps KV that the cache has no room for (`--kv-host-memory`)",
     "u8 KV": "`--kv u8`, the default on a processor",
     "u4 KV": "`--kv u4`",
+    "few tokens": "int8 weights and u8 KV; iterations of at most four tokens, which do not take the graph",
     "ngram": "`--speculate ngram`",
     "draft model": "`--speculate draft:MODEL`",
     "adapters": "some requests use a LoRA adapter",
@@ -70,6 +72,8 @@ FEATURES = {
 }
 OF_REQUESTS = frozenset({"salt", "adapters", "structured", "tools", "n"})
 KV = frozenset({"u8 KV", "u4 KV"})
+NUMBERS = KV | {"few tokens"}
+"""Features with other numbers: they are compared with a plain engine that has the same."""
 REFUSED = {
     **{
         frozenset({"overlap", ranks}): "several ranks run as a pipeline, one plan in each stage, without overlap"
@@ -81,6 +85,11 @@ REFUSED = {
         for kv in ("u8 KV", "u4 KV")
     },
     KV: "KV has one format: `--kv` takes one",
+    frozenset({"few tokens", "u4 KV"}): "few tokens take another way only with KV in 8 bits",
+    **{
+        frozenset({"few tokens", ranks}): "few tokens take another way only in executor openvino"
+        for ranks in ("overlap", "TP2", "SP2", "PP2")
+    },
     frozenset({"ngram", "draft model"}): "one proposer guesses: `--speculate` takes one",
 }
 """Pairs that cannot be had, and why."""
@@ -147,6 +156,10 @@ class Losing(Fewer):
             self._executor.drop_adapter(key)
         self._executor.load_adapter(key, adapter, blocks)
         self._loaded.add(key)
+
+    def drop_adapter(self, key: str) -> None:
+        self._executor.drop_adapter(key)
+        self._loaded.discard(key)
 
     def collect(self) -> StepResult:
         result: StepResult = self._executor.collect()
@@ -266,16 +279,19 @@ class World:
         """The executor for these features. `use`: another one of the same kind, for the engine that hands over or to guess."""
         if set(features) >= KV:
             raise ValueError(REFUSED[KV])  # there is no option for it
-        kv = "u8" if "u8 KV" in features else "u4" if "u4 KV" in features else "f32"
+        kv = "u8" if {"u8 KV", "few tokens"} & set(features) else "u4" if "u4 KV" in features else "f32"
+        weights = "int8" if "few tokens" in features else "f32"
         ranks = tuple(sorted(TORCH & set(features)))
-        key = (ranks if not use else bool(ranks) and "torch", kv, use)
+        if weights == "int8" and (ranks or "u4 KV" in features):
+            raise ValueError(next(why for pair, why in REFUSED.items() if "few tokens" in pair and pair <= set(features)))
+        key = (ranks if not use else bool(ranks) and "torch", weights, kv, use)
         if key not in self._executors:
-            self._executors[key] = self._made(ranks, kv, use)
+            self._executors[key] = self._made(ranks, weights, kv, use)
         return self._executors[key]
 
-    def _made(self, ranks: tuple[str, ...], kv: str, use: str) -> Any:
+    def _made(self, ranks: tuple[str, ...], weights: str, kv: str, use: str) -> Any:
         if not ranks or use == "draft":
-            return OpenVINOExecutor(self.checkpoint, weights="f32", kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
+            return OpenVINOExecutor(self.checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
         from stallfree.executors import torch
 
         options = torch.Options("f32", kv, LONGEST, threads=1)
@@ -323,7 +339,7 @@ class World:
 
     def expected(self, features: Collection[str]) -> list[list[int]]:
         """What a plain engine answers to the same requests, one after another."""
-        own = frozenset(features) & (OF_REQUESTS | KV)
+        own = frozenset(features) & (OF_REQUESTS | NUMBERS)
         if own not in self._references:
             outputs = []
             with self._engine(own) as engine:
@@ -388,6 +404,7 @@ class World:
             "host tier": lambda: any(r.restored for r in records) or any(r.num_restored for r in requests),
             "u8 KV": lambda: "u8" in engine.executor.layout,
             "u4 KV": lambda: "u4" in engine.executor.layout,
+            "few tokens": lambda: max(sum(count for _, _, count in r.work) for r in records) <= engine.executor.few,
             "ngram": lambda: engine.scheduler.speculation.drafted > 0,
             "draft model": lambda: engine.scheduler.speculation.drafted > 0,
             "adapters": lambda: any(r.loaded for r in records) and len({r.adapter for r in requests}) > 2,
@@ -412,7 +429,10 @@ class World:
             executor = Losing(executor, 9)
         if unknown is not None and "overlap" in features:
             _count_unknown(executor, unknown)
-        limits = Limits(8, 16) if "chunked" in features else Limits(8, 512)
+        whole = Limits(8, 512)
+        if "few tokens" in features:  # beside an adapter's token, others take the graph, so nobody is beside anybody
+            whole = Limits(1 if "adapters" in features else MOST, MOST)
+        limits = replace(whole, max_tokens=min(16, whole.max_tokens)) if "chunked" in features else whole
         policy: Any = (
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)
         )
@@ -442,7 +462,7 @@ class World:
         if {"hand-off", "cut"} & set(features):
             other = self.executor(features, "prefill")
             held.append(other)
-            engine.source = Engine(other, TEXT, load("sarathi", token_budget=512), Limits(8, 512), reuse=reuse)
+            engine.source = Engine(other, TEXT, load("sarathi", token_budget=512), whole, reuse=reuse)
             engines.append(engine.source)
         if "adapters" in features:
             for each in engines:

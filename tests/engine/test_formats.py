@@ -61,6 +61,15 @@ def test_a_file_without_codes_to_keep_needs_no_trial(plain, trials):
     assert not trials
 
 
+def test_numbers_in_mxfp4_keep_their_bits(plain, tmp_path, trials):
+    write_gguf(tmp_path / "model.gguf", open_checkpoint(plain), "MXFP4")
+    found = formats.tried(open_checkpoint(tmp_path / "model.gguf"), "u8", None, lambda line: None)
+    assert found == formats.chosen(open_checkpoint(tmp_path / "model.gguf"), None)
+    assert found.weights == "file"
+    assert "MXFP4" in found.why
+    assert not trials
+
+
 def test_experts_are_not_tried(checkpoint, trials):
     mixture = replace(checkpoint, config=replace(checkpoint.config, family="mixtral", experts=4, active_experts=2))
     found = formats.tried(mixture, "u8", None, lambda line: None)

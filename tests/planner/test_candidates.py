@@ -8,6 +8,7 @@ from stallfree.planner.candidates import WAYS, Candidates, Shape, name, size
 from stallfree.planner.site import Site
 from stallfree.sim.pairings import PAIRINGS
 from stallfree.sim.split import place
+from stallfree.sim.systems import saturation
 
 
 def splits(model, gpus, nodes):
@@ -73,7 +74,7 @@ def test_names():
 
 def test_a_prefill_batch_of_distserve_saturates():
     candidates = Candidates(Site("llama2-7b", gpus=2))
-    cost, most = candidates.shapes[Shape(1)].cost, candidates.saturation(Shape(1))
+    cost, most = candidates.shapes[Shape(1)].cost, saturation(candidates.shapes[Shape(1)].cost)
     assert cost.seconds([(0, most)]) / most < 1.1 * cost.seconds([(0, 4096)]) / 4096
     assert cost.seconds([(0, most // 2)]) / (most // 2) > 1.05 * cost.seconds([(0, most)]) / most
 
