@@ -41,7 +41,7 @@ many requests. A shorter trace has no parts."""
 ENOUGH = 512
 """Candidates are compared in an eighth of a trace, and in at least this many requests."""
 PURE = ("co-located", "pools")
-"""The kinds that servers can be. The third is simulated only: requests are cut at any token, or move while they decode."""
+"""The kinds that commands can run. The third is simulated only: requests are cut at any token, or move while they decode."""
 LEAST = 1 / 3
 """A candidate that misses the SLO at this share of what its parts promise is left there: it is not the best."""
 

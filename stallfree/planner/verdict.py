@@ -133,7 +133,7 @@ def _moved(site: Site, moving: Ranked, take: Ranked, drawn: str) -> str:
     else:
         beside = f"{abs(lead):.0%} {'more' if lead > 0 else 'less'} than that"
     words = _words(site, moving, drawn)
-    return f"If requests were cut at any token or moved while they decode, which only the simulator does: {words} serves {beside}."
+    return f"With requests that are cut at any token or move while they decode, simulated only: {words} serves {beside}."
 
 
 def _words(site: Site, ranked: Ranked, drawn: str) -> str:

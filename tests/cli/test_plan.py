@@ -83,7 +83,7 @@ def test_attainments_fall_as_the_rate_rises(planned):
 def test_the_page_has_table_and_plot(planned):
     names = planned[0]["units"][0]["name"].replace(">", "&gt;")
     question = "llama2-7b on 2 x a100-80g, 1 node; 2000/30 tokens, poisson arrivals; ttft=1s@p90,tbt=50ms@p99"
-    assert all(part in planned[1] for part in ("<svg", names, "isaggregate", "only the simulator does", question))
+    assert all(part in planned[1] for part in ("<svg", names, "isaggregate", "simulated only", question))
 
 
 def test_a_split_that_misses_the_target_by_itself_leaves_the_others(stallfree):

@@ -96,5 +96,5 @@ def test_what_cut_requests_would_serve_is_said_beside_the_advice_and_does_not_ch
     said = verdict(SITE, Answer([alone, moving], [alone, moving]), TRAFFIC, SLO)
     assert said.headline.startswith("Do not disaggregate: only 2 x slo TP1")
     assert said.commands[0].startswith("stallfree deploy")
-    assert "only the simulator does: taichi 1 x TP1 -> 1 x TP1, 1024/slo (" in said.moved
+    assert "simulated only: taichi 1 x TP1 -> 1 x TP1, 1024/slo (" in said.moved
     assert says in said.moved
