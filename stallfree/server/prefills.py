@@ -22,8 +22,6 @@ MEMORY = 0.8
 FRESH_S = 10.0
 """Seconds after which a pace is forgotten. Then the next whole prompt shows it anew, so that an engine that was slow once is not
 avoided for ever."""
-
-
 PLACES = ("prefill", "both", "decode")
 """Where a prompt is computed: by a prefill engine, in part by one and in part by a decode server, or by a decode server alone."""
 
@@ -39,8 +37,9 @@ class Pace:
 
     def learn(self, tokens: int, seconds: float) -> None:
         """The engine took `seconds` for so many `tokens`."""
-        self._tokens = MEMORY * self._tokens + tokens
-        self._seconds = MEMORY * self._seconds + seconds
+        kept = 0.0 if self.rate is None else MEMORY
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
         self._learned = self._clock()
 
     @property

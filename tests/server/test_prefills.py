@@ -55,6 +55,8 @@ def test_a_pace_is_that_of_the_last_prompts_and_is_forgotten():
     assert pytest.approx(4000, rel=0.02) == pace.rate
     now[0] = prefills.FRESH_S + 1
     assert pace.rate is None
+    pace.learn(50, 1.0)
+    assert 50 == pace.rate
 
 
 def test_a_pace_is_learned_from_whole_prompts_whose_first_token_is_seen():
