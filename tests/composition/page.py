@@ -13,7 +13,7 @@ HEAD = """# What works together
 Each feature was tested with each other one: a small model with random weights, in float32, serves the same requests (greedy and
 sampled, with penalties and log-probabilities) with both features, and every token must be that of an engine that has neither.
 Features that belong to the requests (salts, adapters, grammars, tools, several completions) are compared with a plain engine that
-serves these requests one after another; KV of fewer bits with a plain engine whose KV has as few. In each run both features must
+serves these requests one after another; KV of fewer bits, and few tokens, with one whose numbers are the same. In each run both must
 also have had an effect, the accounts of requests and KV blocks must agree (`check()`), and no block may be left with nobody.
 Pairs with SP2, and sixty sets of three, are tested by `make test-all`.
 
