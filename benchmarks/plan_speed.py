@@ -1,6 +1,6 @@
 """How long does a plan take, and is KV moved as fast as arithmetic says?
 
-`stallfree plan` for 16 A100 on 4 nodes and three models in sequence should take at most 5 minutes on 2 cores. 4,096 tokens of
+`stallfree plan` for 16 A100 on 4 nodes and three models in sequence should take at most 6 minutes on 2 cores. 4,096 tokens of
 Llama-2-70B (0.328 MB each in fp16) over 200 Gb/s should take 53.7 ms, within 1 %, alone and four at a time.
 
     python benchmarks/plan_speed.py
@@ -55,7 +55,7 @@ def main() -> None:
         )
         print(answer["verdict"]["headline"], flush=True)
     show("Plans for 16 A100 on 4 nodes", plans, facts, args.json)
-    print(f"{sum(row['seconds'] for row in plans):.0f} s together; 300 s wanted")
+    print(f"{sum(row['seconds'] for row in plans):.0f} s together; 360 s wanted")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ LEAST = 1 / 3
 """A candidate that misses the SLO at this share of what its parts promise is left there: it is not the best."""
 
 
+PROMISING = 0.8
+"""A deployment with moves that misses the SLO at this share of what its instances serve without any is left there, and one with
+other chunk sizes at the rate of the best so far."""
+
+
 @dataclass(frozen=True)
 class Ranked:
     """A candidate: what was simulated (`deployed`), how many of it (`units`) the devices hold, and the highest `rate` (1/s) at
@@ -136,11 +141,12 @@ def search(
     if not any(each.rate for each in ranked.values()):
         raise ValueError(_nearest(ranked.values(), slo))
     tell("requests that are cut at any token, or move while they decode")
-    ranked |= tried(moving.units(candidates, each.alone, str(slo)))
+    ranked |= tried(moving.units(candidates, each.alone, str(slo)), PROMISING)
     for second in (False, True):
         best_chunks = next((each.deployed for key, each in _of("moving", ranked) if key.startswith("taichi")), None)
         if isinstance(best_chunks, Split):
-            ranked |= tried((unit, ranked[name(best_chunks)].rate) for unit in moving.other_chunks(best_chunks, second))
+            rate = ranked[name(best_chunks)].rate
+            ranked |= tried(((unit, rate) for unit in moving.other_chunks(best_chunks, second)), 1.0)
     tell("the best of each kind on all devices together")
     clusters = {
         key: each.deployed if bursty else candidates.repeated(each.deployed, each.units)

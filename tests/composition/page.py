@@ -13,8 +13,8 @@ HEAD = """# What works together
 Each feature was tested with each other one: a small model with random weights, in float32, serves the same requests (greedy and
 sampled, with penalties and log-probabilities) with both features, and every token must be that of an engine that has neither.
 Features that belong to the requests (salts, adapters, grammars, tools, several completions) are compared with a plain engine that
-serves these requests one after another; KV of fewer bits, and few tokens, with one whose numbers are the same. In each run both must
-also have had an effect, the accounts of requests and KV blocks must agree (`check()`), and no block may be left with nobody.
+serves these requests one after another; KV of fewer bits, and few tokens, with one whose numbers are the same. In each run both
+must also have had an effect, the accounts of requests and KV blocks must agree (`check()`), and no block may be left with nobody.
 Pairs with SP2, and sixty sets of three, are tested by `make test-all`.
 
 This page is made from the tests (`python -m tests.composition`; the tests are in `tests/composition/`): **yes** is a test that
