@@ -89,12 +89,14 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a search. `ranked`: all candidates. `whole`: of these the best of each kind, each simulated on all devices in
-    several draws of the load. Both lists have the best first.
+    """The result of a search. `ranked`: all candidates. `whole`: of these the best of each kind that commands can run, each
+    simulated on all devices in several draws of the load. Both lists have the best first. `moved`: the best whose requests are cut
+    or move, on all devices in the first draw; None if none meets the SLO.
     """
 
     ranked: list[Ranked]
     whole: list[Ranked]
+    moved: Ranked | None = None
 
     @property
     def best(self) -> Ranked:
@@ -156,13 +158,14 @@ def search(
     founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, traffic, FINE)
     whole = {key: _ranked(found, clusters[key], 1, traffic.seed) for key, found in founds.items()}
     draws = BURSTY_DRAWS if bursty else DRAWS
-    tell(f"the best of each kind in {draws} draws of the load")
-    best = dict(pair for one in (*PURE, "moving") for pair in islice(_of(one, whole), 1))
-    if not any(kind(each.deployed) in PURE for each in best.values()):
+    tell(f"the best of both kinds in {draws} draws of the load")
+    best = dict(pair for one in PURE for pair in islice(_of(one, whole), 1))
+    if not best:
         raise ValueError(_nearest(whole.values(), slo))
     drawn = _drawn(best, traffic, slo, run, draws)
     comparable = {} if traffic.arrivals == "trace" else whole
-    return Answer(_sorted((ranked | comparable | drawn).values()), _sorted(drawn.values()))
+    moved = next((each for _, each in _of("moving", whole)), None)
+    return Answer(_sorted((ranked | comparable | drawn).values()), _sorted(drawn.values()), moved)
 
 
 def begin(traffic: Traffic) -> Traffic:

@@ -54,7 +54,7 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Targets) -> Verdi
     probability of 1/32.
     """
     best = {kind(each.deployed): each for each in answer.whole}
-    co_located, split, moving = best.get("co-located"), best.get("pools"), best.get("moving")
+    co_located, split = best.get("co-located"), best.get("pools")
     take = co_located or split
     if take is None:
         raise ValueError("an answer without a deployment has no verdict; `search` raises an error instead")
@@ -74,7 +74,8 @@ def verdict(site: Site, answer: Answer, traffic: Traffic, slo: Targets) -> Verdi
         drawn = "the whole trace, which is too short for parts"
     headline = _headline(site, co_located, split, sure, drawn) if co_located and split else _alone(site, take, drawn)
     binds = _binds(take, pools, by_class(slo).default)
-    moved = None if moving is None else _moved(site, moving, take, drawn)
+    first = take.rate if traffic.arrivals == "trace" else take.draws[0]
+    moved = None if answer.moved is None else _moved(site, answer.moved, first)
     return Verdict(headline, moved, margin, margins, sure, binds, dollars, commands(site, take.deployed, slo), pools)
 
 
@@ -124,16 +125,14 @@ def _headline(site: Site, co_located: Ranked, split: Ranked, sure: bool, drawn: 
     return f"{advice}: {words}. The {kind}, {other}, serves next to nothing{missed}."
 
 
-def _moved(site: Site, moving: Ranked, take: Ranked, drawn: str) -> str:
-    """What the best deployment whose requests are cut or move would serve, beside the one that is advised."""
-    by_draw = [_over(a, b) for a, b in zip(moving.draws, take.draws, strict=True)]
-    lead = _over(moving.rate, take.rate)
-    if abs(lead) <= CLOSE or min(by_draw) <= 0 <= max(by_draw):
-        beside = "as much as that, within the error"
-    else:
-        beside = f"{abs(lead):.0%} {'more' if lead > 0 else 'less'} than that"
-    words = _words(site, moving, drawn)
-    return f"With requests that are cut at any token or move while they decode, simulated only: {words} serves {beside}."
+def _moved(site: Site, moved: Ranked, rate: float) -> str:
+    """What the best deployment whose requests are cut or move would serve, beside the one that is advised, which served so many
+    requests per second of the same load."""
+    lead = _over(moved.rate, rate)
+    beside = "as much as that, within the error" if abs(lead) <= CLOSE else f"{abs(lead):.0%} {'more' if lead > 0 else 'less'}"
+    words = f"{moved.title} ({moved.rate:.3g} requests/s; {moved.rate / site.gpus:.3g} a GPU)"
+    how = "With requests that are cut at any token or move while they decode, simulated only, in the first draw"
+    return f"{how}: {words}, {beside}."
 
 
 def _words(site: Site, ranked: Ranked, drawn: str) -> str:

@@ -80,21 +80,13 @@ def test_pools_that_serve_nothing_in_most_draws_end_no_plan():
     assert None is poor.pools
 
 
-@pytest.mark.parametrize(
-    ("draws", "says"),
-    [
-        ([11, 10, 12, 11, 11], "serves as much as that, within the error"),
-        ([15, 14, 9, 15, 15], "serves as much as that, within the error"),  # not in every draw
-        ([15, 14, 16, 15, 15], "serves 50% more than that"),
-        ([5, 4, 6, 5, 5], "serves 50% less than that"),
-    ],
-)
-def test_what_cut_requests_would_serve_is_said_beside_the_advice_and_does_not_change_it(draws, says):
+@pytest.mark.parametrize(("rate", "says"), [(11, "as much as that, within the error."), (15, ", 50% more."), (5, ", 50% less.")])
+def test_what_cut_requests_would_serve_is_said_beside_the_advice_and_does_not_change_it(rate, says):
     candidates = Candidates(SITE)
     alone = ranked(candidates.replica(Shape(1), "slo", replicas=2, router="shortest-queue"), [10, 9, 11, 10, 10])
-    moving = ranked(candidates.moving("taichi", ((Shape(1), 1), (Shape(1), 1)), (1024, None), str(SLO)), draws)
-    said = verdict(SITE, Answer([alone, moving], [alone, moving]), TRAFFIC, SLO)
+    moving = ranked(candidates.moving("taichi", ((Shape(1), 1), (Shape(1), 1)), (1024, None), str(SLO)), [rate])
+    said = verdict(SITE, Answer([alone, moving], [alone], moving), TRAFFIC, SLO)
     assert said.headline.startswith("Do not disaggregate: only 2 x slo TP1")
     assert said.commands[0].startswith("stallfree deploy")
-    assert "simulated only: taichi 1 x TP1 -> 1 x TP1, 1024/slo (" in said.moved
-    assert says in said.moved
+    assert "simulated only, in the first draw: taichi 1 x TP1 -> 1 x TP1, 1024/slo (" in said.moved
+    assert said.moved.endswith(says)
