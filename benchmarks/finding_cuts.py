@@ -23,13 +23,14 @@ from harness import machine, parser, show
 from stallfree.core.slo import Slo
 from stallfree.metrics import plot
 from stallfree.metrics.report import Targets
-from stallfree.planner.candidates import WAYS, Candidates, Chunk, Deployed, Kinds, Shape, name, together
+from stallfree.planner.candidates import WAYS, Candidates, Deployed, Kinds, Shape, name, together
 from stallfree.planner.capacities import capacities
 from stallfree.planner.parts import pairs, parts
 from stallfree.planner.site import Site
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.simulator import Simulator
 from stallfree.sim.split import SplitSimulator
+from stallfree.sim.systems import Chunk, chunked
 from stallfree.sim.trials import Trials, Tried
 from stallfree.workload.traffic import Traffic
 
@@ -84,8 +85,7 @@ class Cell:
         return self._drawn(found)
 
     def _replicas(self, shape: Shape, chunk: Chunk, number: int = 1) -> Deployment:
-        policy = "slo" if chunk is None else "sarathi"
-        return self.candidates.replica(shape, policy, chunk, slo=self.text, replicas=number)
+        return chunked(self.candidates.replica(shape, slo=self.text, replicas=number), chunk)
 
     def _moving(self, way: str, kinds: Kinds, chunks: tuple[Chunk, Chunk]) -> Split:
         return self.candidates.moving(way, kinds, chunks, self.text)

@@ -19,6 +19,7 @@ from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
 from stallfree.sim.split import place
+from stallfree.sim.systems import Chunk
 
 
 class Shape(NamedTuple):
@@ -39,8 +40,6 @@ class Shape(NamedTuple):
 
 
 Deployed = Deployment | Split
-Chunk = int | None
-"""Tokens of an iteration; None: policy `slo` finds them."""
 Kinds = tuple[tuple[Shape, int], tuple[Shape, int]]
 """The shape and the number of the instances of both kinds."""
 Kind = Literal["co-located", "pools", "moving"]
@@ -146,7 +145,7 @@ class Candidates:
         """A unit of two kinds of instances, each with its chunk size, between which `mover`, a name of `MOVERS`, cuts or moves
         requests by the targets `slo`; on as few nodes as hold it."""
         first, second = (
-            self.replica(shape, "slo" if chunk is None else "sarathi", chunk, slo=slo, replicas=number)
+            systems.chunked(self.replica(shape, slo=slo, replicas=number), chunk)
             for (shape, number), chunk in zip(kinds, chunks, strict=True)
         )
         return self._on_few_nodes(Split(first, second, mover, self.site.link, self.site.nodes, self.site.per_node, near=True))

@@ -6,9 +6,9 @@ It knows the capacities of co-located replicas, which say what such instances ma
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from stallfree.planner.candidates import Candidates, Chunk, Shape
+from stallfree.planner.candidates import Candidates, Shape
 from stallfree.sim.deployment import Split
-from stallfree.sim.systems import CHUNKS
+from stallfree.sim.systems import CHUNKS, Chunk, chunked
 
 RATIOS = ((1, 1), (1, 3), (3, 1))
 """Numbers of P-heavy and D-heavy instances in a unit. They are compared with the chunk sizes `CHUNKS`."""
@@ -26,11 +26,11 @@ def units(candidates: Candidates, alone: Mapping[Shape, float], slo: str) -> Ite
     plain = [shape for shape in alone if shape.size == shape.tp]
     best = sorted(plain, key=lambda shape: -alone[shape] / shape.size)[:SHAPES]
     for shape in best:
-        cases: list[tuple[str, tuple[int, int], tuple[Chunk, Chunk]]] = [("dynaserve", (1, 1), (None, None))]
+        cases = [("dynaserve", (1, 1))]
         if shape is best[0]:
-            cases += [("taichi", numbers, CHUNKS) for numbers in RATIOS]
-        for mover, (first, second), chunks in cases:
-            unit = candidates.moving(mover, ((shape, first), (shape, second)), chunks, slo)
+            cases += [("taichi", numbers) for numbers in RATIOS]
+        for mover, (first, second) in cases:
+            unit = candidates.moving(mover, ((shape, first), (shape, second)), CHUNKS[mover], slo)
             if candidates.most(unit):
                 yield unit, (first + second) * alone[shape]
 
@@ -39,5 +39,5 @@ def other_chunks(unit: Split, second: bool) -> Iterator[Split]:
     """`unit` with each other chunk size of its first, or of its `second`, kind of instances."""
     pool = unit.decode if second else unit.prefill
     for chunk in OTHERS[second]:
-        other = replace(pool, policy="slo" if chunk is None else "sarathi", token_budget=chunk)
+        other = chunked(pool, chunk)
         yield replace(unit, decode=other) if second else replace(unit, prefill=other)

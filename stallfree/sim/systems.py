@@ -8,7 +8,6 @@ from dataclasses import replace
 from stallfree.core.policy import CostModel
 from stallfree.perf import hardware as devices
 from stallfree.sim.deployment import Deployment, Split
-from stallfree.sim.movers import MOVERS
 
 SYSTEMS = {
     "distserve": "Whole prompts on the first replicas, decodes on the others (DistServe, OSDI'24)",
@@ -22,8 +21,15 @@ PROMPT_BATCH = 2048
 """Most tokens in a batch of prompts, as in Splitwise (ISCA'24, section 4)."""
 SATURATED = 1.05
 """A batch of prompts saturates a device if its seconds per token are at most so many times the least possible."""
-CHUNKS = 1024, 256
-"""The chunk sizes of taichi's P-heavy and D-heavy replicas, if they are not searched."""
+Chunk = int | None
+"""Tokens of an iteration; None: policy `slo` finds them."""
+CHUNKS: dict[str, tuple[Chunk, Chunk]] = {"taichi": (1024, 256), "dynaserve": (None, None)}
+"""The chunk sizes of the first and of the second kind, of the systems that cut or move requests, if they are not searched."""
+
+
+def chunked(replica: Deployment, chunk: Chunk) -> Deployment:
+    """`replica` with iterations of so many tokens."""
+    return replace(replica, policy="slo" if chunk is None else "sarathi", token_budget=chunk)
 
 
 def saturation(cost: CostModel) -> int:
@@ -35,10 +41,10 @@ def saturation(cost: CostModel) -> int:
 
 def prefill(replica: Deployment, system: str, cost: CostModel) -> Deployment:
     """`replica`, whose iterations cost `cost`, as one of the first kind."""
-    if system in MOVERS:
-        return _mover(replica, system, CHUNKS[0])
+    if system in CHUNKS:
+        return chunked(replica, CHUNKS[system][0])
     if system == "hybrid":
-        return replace(replica, policy="sarathi", token_budget=PROMPT_BATCH)
+        return chunked(replica, PROMPT_BATCH)
     batch = PROMPT_BATCH if system == "splitwise" else saturation(cost)
     return replace(replica, policy="hybrid-only", token_budget=None, max_tokens=max(batch, replica.max_seqs))
 
@@ -46,9 +52,9 @@ def prefill(replica: Deployment, system: str, cost: CostModel) -> Deployment:
 def decode(replica: Deployment, system: str) -> Deployment:
     """`replica` as one of the second kind. It also computes prompts: those that it preempted, or took over; in small chunks if the
     system is hybrid."""
-    if system in MOVERS:
-        return _mover(replica, system, CHUNKS[1])
-    return replace(replica, policy="sarathi", token_budget=256 if system == "hybrid" else 512)
+    if system in CHUNKS:
+        return chunked(replica, CHUNKS[system][1])
+    return chunked(replica, 256 if system == "hybrid" else 512)
 
 
 def split(deployment: Deployment, cost: CostModel) -> Split:
@@ -70,9 +76,3 @@ def split(deployment: Deployment, cost: CostModel) -> Split:
     node = deployment.node or devices.load(deployment.hardware).node
     nodes = -(-number * deployment.devices // node)
     return Split(*pools, system, nodes=nodes, per_node=node, near=True)
-
-
-def _mover(replica: Deployment, system: str, chunk: int) -> Deployment:
-    if system == "dynaserve":
-        return replace(replica, policy="slo", token_budget=None)
-    return replace(replica, policy="sarathi", token_budget=chunk)

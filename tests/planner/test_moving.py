@@ -42,7 +42,7 @@ def test_adapters_do_not_move():
 
 
 def test_every_other_chunk_size_is_tried_for_one_kind_at_a_time(candidates):
-    unit = candidates.moving("taichi", ((Shape(1), 1), (Shape(1), 3)), moving.CHUNKS, SLO)
+    unit = candidates.moving("taichi", ((Shape(1), 1), (Shape(1), 3)), moving.CHUNKS["taichi"], SLO)
     first, second = ([name(each).split(", ")[1] for each in moving.other_chunks(unit, second)] for second in (False, True))
     assert first == ["512/256", "2048/256", "slo/256"]
     assert second == ["1024/512", "1024/1024", "1024/slo"]

@@ -1,5 +1,6 @@
 """Engines whose tokens depend on every byte of KV, in one process: one prefills, one decodes."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -133,6 +134,33 @@ async def serve(thread, asks, prompts, max_tokens: int = 6) -> list[list[int]]:
     requests = [Request(f"r{i}", prompt, max_tokens, arrival=i, sampling=GREEDY) for i, prompt in enumerate(prompts)]
     outputs = await read(thread.submit(requests, transfer=asks.transfers(None)))
     return [[token for o in outputs if o.id == r.id for token in o.tokens] for r in requests]
+
+
+async def breaks(asks, rng) -> None:
+    """Break the connection to a peer, ten times a second."""
+    while True:
+        await asyncio.sleep(0.1)
+        link = rng.choice(asks.peers).link
+        if link is not None:
+            link.close()
+
+
+def served_by_others(decoder, first, second, others: int, prompt) -> list[list[int]]:
+    """The tokens of a prompt whose peer goes when some of its KV has come. `others`: how many peers are left then."""
+
+    async def run():
+        async with (
+            prefilling(second) as spare,
+            prefilling(first) as address,
+            decoding(decoder, address, *[spare] * others) as (thread, asks),
+        ):
+            task = asyncio.create_task(serve(thread, asks, [prompt]))
+            await comes(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
+            asks.peers[0].link.close()
+            first.executor.go()
+            return await task
+
+    return asyncio.run(run())
 
 
 def free(engine: Engine) -> None:

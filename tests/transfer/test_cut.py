@@ -22,7 +22,7 @@ from stallfree.executors.simulated import Linear
 from stallfree.perf.fitted import Fitted
 from stallfree.transfer.cut import Cut
 from stallfree.transfer.frames import send
-from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read
+from tests.transfer.conftest import GREEDY, Remembering, breaks, decoding, engine, expected, free, prefilling, read
 from tests.transfer.test_peers import Peer, all_blocks, blocks, close, done, terms
 from tests.waiting import PATIENCE_S, comes
 
@@ -488,16 +488,9 @@ def test_many_requests_with_random_cuts_aborts_and_breaks_never_get_a_wrong_toke
                     async for batch in outputs:
                         tokens += [token for output in batch for token in output.tokens]
 
-    async def breaks(asks):
-        while True:
-            await asyncio.sleep(0.1)
-            link = rng.choice(asks.peers).link
-            if link is not None:
-                link.close()
-
     async def run():
         async with prefilling(prefiller) as a, prefilling(other) as b, decoding(decoder, a, b) as (thread, asks):
-            breaker = asyncio.create_task(breaks(asks))
+            breaker = asyncio.create_task(breaks(asks, rng))
             await asyncio.gather(*(client(thread, asks, i) for i in range(len(prompts))))
             breaker.cancel()
             await comes(lambda: not decoder.busy and not prefiller.busy and not other.busy)

@@ -1,7 +1,6 @@
 """KV leaves layer by layer: what arrives is exact, it leaves while the iteration runs, and nothing that breaks gives wrong KV."""
 
 import asyncio
-import contextlib
 import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,19 @@ from stallfree.executors.base import Lost
 from stallfree.transfer import sending, serving
 from stallfree.transfer.frames import Link, send
 from stallfree.transfer.ring import Room
-from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, serve, terms
+from tests.transfer.conftest import (
+    GREEDY,
+    Remembering,
+    breaks,
+    decoding,
+    engine,
+    expected,
+    free,
+    prefilling,
+    serve,
+    served_by_others,
+    terms,
+)
 from tests.transfer.test_peers import Peer, close, done
 from tests.waiting import PATIENCE_S, comes
 
@@ -299,19 +310,7 @@ def test_a_peer_that_goes_between_two_layers_is_replaced(others, hurried, way):
     decoder = engine(Layered(), records=records)
     first, second = engine(Layered(steps=2), budget=200), engine(Layered(), budget=200)
 
-    async def run():
-        async with (
-            prefilling(second) as spare,
-            prefilling(first) as address,
-            decoding(decoder, address, *[spare] * others) as (thread, asks),
-        ):
-            task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
-            await comes(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
-            asks.peers[0].link.close()
-            first.executor.go()
-            return await task
-
-    assert [EXPECTED[-1]] == asyncio.run(run())
+    assert [EXPECTED[-1]] == served_by_others(decoder, first, second, others, PROMPTS[-1])
     assert (others, 1 - others) == (sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records))
     free(decoder)
     free(first)
@@ -419,15 +418,9 @@ def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(mak
                 async for batch in outputs:
                     tokens += [token for output in batch for token in output.tokens]
 
-    async def breaks(asks):
-        while True:
-            await asyncio.sleep(0.1)
-            with contextlib.suppress(AttributeError):
-                asks.peers[0].link.close()
-
     async def run():
         async with prefilling(prefiller) as address, decoding(decoder, address) as (thread, asks):
-            breaker = asyncio.create_task(breaks(asks))
+            breaker = asyncio.create_task(breaks(asks, rng))
             await asyncio.gather(*(client(thread, asks, i) for i in range(len(prompts))), return_exceptions=True)
             breaker.cancel()
             await comes(lambda: not decoder.busy and not prefiller.busy)

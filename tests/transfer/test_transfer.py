@@ -7,7 +7,19 @@ import pytest
 
 from stallfree.core.request import Request, Status
 from stallfree.core.slo import Slo
-from tests.transfer.conftest import GREEDY, Remembering, decoding, engine, expected, free, prefilling, read, serve
+from tests.transfer.conftest import (
+    GREEDY,
+    Remembering,
+    breaks,
+    decoding,
+    engine,
+    expected,
+    free,
+    prefilling,
+    read,
+    serve,
+    served_by_others,
+)
 from tests.waiting import PATIENCE_S, comes
 
 PROMPTS = [[(7 * i + j) % 251 for j in range(length)] for i, length in enumerate((1, 3, 4, 5, 40, 61, 100))]
@@ -132,19 +144,7 @@ def test_a_peer_that_goes_is_replaced(others, hurried, caplog):
     decoder = engine(records=records)
     first, second = engine(Remembering(turns=3)), engine()
 
-    async def run():
-        async with (
-            prefilling(second) as spare,
-            prefilling(first) as address,
-            decoding(decoder, address, *[spare] * others) as (thread, asks),
-        ):
-            task = asyncio.create_task(serve(thread, asks, [PROMPTS[-1]]))
-            await comes(lambda: asks.peers[0].transfers and next(iter(asks.peers[0].transfers.values()))._num_bytes)
-            asks.peers[0].link.close()
-            first.executor.go()
-            return await task
-
-    assert [EXPECTED[-1]] == asyncio.run(run())
+    assert [EXPECTED[-1]] == served_by_others(decoder, first, second, others, PROMPTS[-1])
     assert (others, 1 - others) == (sum(len(r.delivered) for r in records), sum(len(r.recalled) for r in records))
     assert "its KV transfer failed" in caplog.text
     free(decoder)
@@ -216,16 +216,9 @@ def test_many_requests_with_random_aborts_and_breaks_never_get_a_wrong_token(hur
                 async for batch in outputs:
                     tokens += [token for output in batch for token in output.tokens]
 
-    async def breaks(asks):
-        while True:
-            await asyncio.sleep(0.1)
-            link = rng.choice(asks.peers).link
-            if link is not None:
-                link.close()
-
     async def run():
         async with prefilling(prefiller) as a, prefilling(other) as b, decoding(decoder, a, b) as (thread, asks):
-            breaker = asyncio.create_task(breaks(asks))
+            breaker = asyncio.create_task(breaks(asks, rng))
             await asyncio.gather(*(client(thread, asks, i) for i in range(len(prompts))), return_exceptions=True)
             breaker.cancel()
             await comes(lambda: not decoder.busy and not prefiller.busy and not other.busy)
