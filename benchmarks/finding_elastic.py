@@ -90,7 +90,7 @@ def run(side: str, lengths: str, rate: float, seed: int, requests: int) -> list[
         "4 x TP2": lambda: Fixed(place, [[number] for number in range(4)]),
         "TP8": lambda: Fixed(place, [[0]]),
     }
-    return serve(arrivals, place, make[side]()).lines
+    return serve(arrivals, place, [make[side]()]).lines
 
 
 def within(lines: Sequence[Timeline], parts: int = 1) -> float:

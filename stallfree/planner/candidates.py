@@ -1,5 +1,5 @@
-"""The possible deployments: co-located replicas, pairs of pools, and instances between which requests are cut or move, in every
-split of the devices that the model fits.
+"""The possible deployments: co-located replicas, pairs of pools, and instances between which requests are cut, move or are spread,
+in every split of the devices that the model fits.
 
 Each is a unit of few devices, which is repeated until the devices are used up. It knows no loads; the search finds how good a
 candidate is.
@@ -14,7 +14,7 @@ from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.planner.site import Site, counted
-from stallfree.sim import systems
+from stallfree.sim import elastic, systems
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
@@ -205,9 +205,9 @@ def together(deployment: Deployment, number: int) -> Deployment:
 
 
 def kind(deployed: Deployed) -> Kind:
-    """Co-located replicas, pools for prompts and for decodes, or instances between which requests are cut or move."""
+    """Co-located replicas, pools for prompts and for decodes, or instances between which requests are cut, move or are spread."""
     if isinstance(deployed, Deployment):
-        return "co-located"
+        return "moving" if deployed.policy in elastic.POLICIES else "co-located"
     return "moving" if deployed.pairing in MOVERS else "pools"
 
 

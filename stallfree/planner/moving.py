@@ -1,12 +1,15 @@
-"""Deployments whose requests are cut at any token, or move while they decode: those that are worth a simulation.
+"""Deployments whose requests are cut at any token, move while they decode, or are spread over groups of instances: those that are
+worth a simulation.
 
 It knows the capacities of co-located replicas, which say what such instances may serve together, and simulates nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from stallfree.planner.candidates import Candidates, Shape
+from stallfree.metrics.report import Targets, by_class
+from stallfree.planner.candidates import Candidates, Deployed, Shape
+from stallfree.sim import elastic
 from stallfree.sim.deployment import Split
 from stallfree.sim.systems import CHUNKS, Chunk, chunked
 
@@ -18,7 +21,7 @@ SHAPES = 2
 """Equal instances are tried with so many splits of the model: the best by capacity."""
 
 
-def units(candidates: Candidates, alone: Mapping[Shape, float], slo: str) -> Iterator[tuple[Split, float]]:
+def units(candidates: Candidates, alone: Mapping[Shape, float], slo: Targets) -> Iterator[tuple[Deployed, float]]:
     """Units to begin with, and the requests per second that their instances serve without moves. `alone`: those of a co-located
     replica of each shape. None with adapters, which the simulator does not move."""
     if candidates.site.rank is not None:
@@ -30,9 +33,25 @@ def units(candidates: Candidates, alone: Mapping[Shape, float], slo: str) -> Ite
         if shape is best[0]:
             cases += [("taichi", numbers) for numbers in RATIOS]
         for mover, (first, second) in cases:
-            unit = candidates.moving(mover, ((shape, first), (shape, second)), CHUNKS[mover], slo)
+            unit = candidates.moving(mover, ((shape, first), (shape, second)), CHUNKS[mover], str(slo))
             if candidates.most(unit):
                 yield unit, (first + second) * alone[shape]
+    yield from _groups(candidates, best, alone, slo)
+
+
+def _groups(
+    candidates: Candidates, shapes: Sequence[Shape], alone: Mapping[Shape, float], slo: Targets
+) -> Iterator[tuple[Deployed, float]]:
+    """The instances of a node as elastic groups, with both policies: those of the first of `shapes` of which a node has several."""
+    site = candidates.site
+    if site.model is None or site.engine.endswith(".json") or site.tenant_weights is not None:  # they have no prices or weights
+        return
+    for shape in shapes:
+        if (number := site.per_node // shape.tp) > 1:
+            for policy in elastic.POLICIES:
+                if policy == "loongserve" or by_class(slo).default.tbt is not None:
+                    yield candidates.replica(Shape(shape.tp, 1, number), policy, slo=str(slo)), number * alone[shape]
+            return
 
 
 def other_chunks(unit: Split, second: bool) -> Iterator[Split]:

@@ -15,7 +15,9 @@ from stallfree.planner.candidates import WAYS, Candidates, Deployed, kind, name,
 from stallfree.planner.capacities import SECONDS, Found, Open, capacities
 from stallfree.planner.parts import Parts, pairs, parts
 from stallfree.planner.site import counted
+from stallfree.sim import elastic
 from stallfree.sim.deployment import Deployment, Split
+from stallfree.sim.elastic import ElasticSimulator
 from stallfree.sim.simulator import Simulator
 from stallfree.sim.split import SplitSimulator
 from stallfree.sim.trials import Tried
@@ -41,7 +43,8 @@ many requests. A shorter trace has no parts."""
 ENOUGH = 512
 """Candidates are compared in an eighth of a trace, and in at least this many requests."""
 PURE = ("co-located", "pools")
-"""The kinds that commands can run. The third is simulated only: requests are cut at any token, or move while they decode."""
+"""The kinds that commands can run. The third is simulated only: requests are cut at any token, move while they decode, or are
+spread over groups of instances."""
 LEAST = 1 / 3
 """A candidate that misses the SLO at this share of what its parts promise is left there: it is not the best."""
 
@@ -90,8 +93,8 @@ class Ranked:
 @dataclass(frozen=True)
 class Answer:
     """The result of a search. `ranked`: all candidates. `whole`: of these the best of each kind that commands can run, each
-    simulated on all devices in several draws of the load. Both lists have the best first. `moved`: the best whose requests are cut
-    or move, on all devices in the first draw; None if none meets the SLO.
+    simulated on all devices in several draws of the load. Both lists have the best first. `moved`: the best of the kind that is
+    simulated only, on all devices in the first draw; None if none meets the SLO.
     """
 
     ranked: list[Ranked]
@@ -142,8 +145,8 @@ def search(
             ranked |= tried([unit for unit in units if kind(unit[0]) == one], 0.0)
     if not any(each.rate for each in ranked.values()):
         raise ValueError(_nearest(ranked.values(), slo))
-    tell("requests that are cut at any token, or move while they decode")
-    ranked |= tried(moving.units(candidates, each.alone, str(slo)), PROMISING)
+    tell("requests that are cut at any token, move while they decode, or are spread over groups of instances")
+    ranked |= tried(moving.units(candidates, each.alone, slo), PROMISING)
     for second in (False, True):
         best_chunks = next((each.deployed for key, each in _of("moving", ranked) if key.startswith("taichi")), None)
         if isinstance(best_chunks, Split):
@@ -228,8 +231,10 @@ def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Targets, run: Ope
     return drawn
 
 
-def _simulator(deployed: Deployed) -> Simulator | SplitSimulator:
-    return Simulator(deployed) if isinstance(deployed, Deployment) else SplitSimulator(deployed)
+def _simulator(deployed: Deployed) -> Simulator | ElasticSimulator | SplitSimulator:
+    if isinstance(deployed, Split):
+        return SplitSimulator(deployed)
+    return ElasticSimulator(deployed) if deployed.policy in elastic.POLICIES else Simulator(deployed)
 
 
 def _ranked(found: Found, deployed: Deployed, units: int, seed: int) -> Ranked:

@@ -27,10 +27,10 @@ DELAY = 0.3
 
 @dataclass(frozen=True)
 class Verdict:
-    """The advice. `headline`: whether to disaggregate. `moved`: what the best deployment whose requests are cut or move would
-    serve; None if none meets the targets. `margin`: the rate of the best split deployment over that of the best co-located one,
-    less 1 (None with one kind only). `margins`: the least and the largest of that over the draws of the load. `sure`: whether the
-    order is called; see `verdict`. `binds`: the limit of the chosen one. `dollars`: its price of a million output tokens at
+    """The advice. `headline`: whether to disaggregate. `moved`: what the best deployment whose requests are cut, move or are spread
+    would serve; None if none meets the targets. `margin`: the rate of the best split deployment over that of the best co-located
+    one, less 1 (None with one kind only). `margins`: the least and the largest of that over the draws of the load. `sure`: whether
+    the order is called; see `verdict`. `binds`: the limit of the chosen one. `dollars`: its price of a million output tokens at
     capacity, if the devices have one. `commands`: they run it. `pools`: for the best split deployment at capacity, the share of
     time that each pool idles, the mean seconds that a KV transfer delays first tokens, and their share of decode time.
     """
@@ -126,12 +126,12 @@ def _headline(site: Site, co_located: Ranked, split: Ranked, sure: bool, drawn: 
 
 
 def _moved(site: Site, moved: Ranked, rate: float) -> str:
-    """What the best deployment whose requests are cut or move would serve, beside the one that is advised, which served so many
-    requests per second of the same load."""
+    """What the best deployment whose requests are cut, move or are spread would serve, beside the one that is advised, which served
+    so many requests per second of the same load."""
     lead = _over(moved.rate, rate)
     beside = "as much as that, within the error" if abs(lead) <= CLOSE else f"{abs(lead):.0%} {'more' if lead > 0 else 'less'}"
     words = f"{moved.title} ({moved.rate:.3g} requests/s; {moved.rate / site.gpus:.3g} a GPU)"
-    how = "With requests that are cut at any token or move while they decode, simulated only, in the first draw"
+    how = "With requests that are cut, move or are spread over groups of instances, simulated only, in the first draw"
     return f"{how}: {words}, {beside}."
 
 

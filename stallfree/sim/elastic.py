@@ -4,7 +4,7 @@ It plans nothing; the policies of `stallfree.elastic` do.
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from math import inf
@@ -36,7 +36,9 @@ POLICIES = {
 }
 """Policies that plan groups of instances, in words. The `sp` of such a deployment is the number of its instances."""
 TAKEN = ("model", "hardware", "tp", "sp", "weights", "kv", "engine", "node", "network", "policy", "slo", "max_model_len")
-"""Fields of a deployment that groups of instances have. The others stay at their defaults."""
+"""Fields of a deployment that groups of instances have. The others stay at their defaults, but for `replicas`."""
+ROUTER = "shortest-queue"
+"""How requests are shared among replicas: a request goes to the one that has to compute the fewest tokens."""
 
 
 @dataclass(slots=True)
@@ -83,10 +85,12 @@ class ElasticSimulator(Simulates):
         usual = Deployment()
         for field in fields(deployment):
             value = getattr(deployment, field.name)
-            if field.name not in TAKEN and value != getattr(usual, field.name):
+            if field.name not in (*TAKEN, "replicas", "router") and value != getattr(usual, field.name):
                 raise ValueError(
                     f"policy {deployment.policy} has no {field.name}, which is {value}; leave it out, or take policy slo"
                 )
+        if deployment.replicas > 1 and deployment.router != ROUTER:
+            raise ValueError(f"replicas of policy {deployment.policy} share requests by {ROUTER} only; give --router {ROUTER}")
         if deployment.sp < 2 or deployment.engine.endswith(".json"):
             raise ValueError(
                 f"policy {deployment.policy} forms groups of instances, with the prices of rings; give --sp 2 or more, and an "
@@ -127,27 +131,45 @@ class ElasticSimulator(Simulates):
         """Serve `arrivals`. Raises ValueError as `serve` does, and if records or spans are wanted."""
         if records or spans:
             _ = self.header
-        return serve(arrivals, self.rings, self.policy(), ended)
+        return serve(arrivals, self.rings, [self.policy() for _ in range(self.deployment.replicas)], ended)
 
     def dollars_per_million(self, report: Report) -> float | None:
         """US dollars for a million output tokens; None if the devices have no price, or if there were no tokens."""
-        return dollars_per_million(self.instance.dollars, report)
+        each = self.instance.dollars
+        return dollars_per_million(None if each is None else each * self.deployment.replicas, report)
 
 
-def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy, ended: Callable[[Timeline], None] | None = None) -> Simulation:
-    """Serve `arrivals`, in the order of their times, to their ends. `ended`: called with the timeline of each request that ends;
-    then no timelines are kept. Raises ValueError for a request that does not fit all instances, and if the policy leaves one
-    waiting for ever.
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """Instances with a policy of their own. `groups`: its iterations so far."""
+
+    instances: Instances
+    policy: Policy
+    groups: Groups
+
+    @property
+    def pending(self) -> int:
+        """The tokens to compute until each of its requests has its next one."""
+        return sum(stream.length - stream.computed for stream in (*self.instances.waiting, *self.instances.running))
+
+
+def serve(
+    arrivals: Iterable[Arrival], rings: Rings, policies: Sequence[Policy], ended: Callable[[Timeline], None] | None = None
+) -> Simulation:
+    """Serve `arrivals`, in the order of their times, to their ends, on a replica for each of `policies`. `ended`: called with the
+    timeline of each request that ends; then no timelines are kept. Raises ValueError for a request that does not fit all instances
+    of a replica, and if a policy leaves one waiting for ever.
     """
     lines: list[Timeline] = []
     end = lines.append if ended is None else ended
-    instances, number, groups = Instances(rings.rooms), count(), Groups()
+    replicas, number = [Replica(Instances(rings.rooms), policy, Groups()) for policy in policies], count()
     outputs: dict[Stream, tuple[int, Timeline]] = {}
-    ends: list[tuple[float, int, Iteration]] = []
+    ends: list[tuple[float, int, int, Iteration]] = []
     coming = iter(arrivals)
     arrival = next(coming, None)
     while arrival is not None or ends:
         now = min(ends[0][0] if ends else inf, arrival.at + rings.front_s if arrival else inf)
+        changed: set[int] = set()
         while arrival is not None and arrival.at + rings.front_s <= now:
             stream = Stream(str(next(number)), arrival.at, arrival.prompt_tokens)
             if arrival.prompt_tokens + arrival.output_tokens > sum(rings.rooms):
@@ -155,7 +177,10 @@ def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy, ended: Call
                     f"a request of {arrival.prompt_tokens + arrival.output_tokens:,} tokens does not fit all instances, which hold "
                     f"{sum(rings.rooms):,}; limit the lengths (--max-total)"
                 )
-            instances.arrive(stream)
+            loads = [replica.pending for replica in replicas] if len(replicas) > 1 else [0]
+            chosen = loads.index(min(loads))
+            replicas[chosen].instances.arrive(stream)
+            changed.add(chosen)
             line = Timeline(
                 stream.id,
                 arrival.at,
@@ -167,28 +192,33 @@ def serve(arrivals: Iterable[Arrival], rings: Rings, policy: Policy, ended: Call
             outputs[stream] = arrival.output_tokens, line
             arrival = next(coming, None)
         while ends and ends[0][0] <= now:
-            for stream in instances.end(heapq.heappop(ends)[2]):
+            _, _, chosen, iteration = heapq.heappop(ends)
+            replica = replicas[chosen]
+            changed.add(chosen)
+            for stream in replica.instances.end(iteration):
                 most, line = outputs[stream]
                 line.tokens.append(now)
                 if stream.output == most:
-                    instances.leave(stream)
+                    replica.instances.leave(stream)
                     line.finished, line.reason = now, "length"
                     end(line)
                     del outputs[stream]
-                    policy.ended(stream, now - line.tokens[0])
-        for iteration in policy.plan(instances, now):
-            seconds = rings.seconds(len(iteration.members), shape(iteration))
-            if iteration.moved:
-                seconds += rings.moving(iteration.moved)
-            instances.begin(iteration)
-            for stream in iteration.chunks:
-                line = outputs[stream][1]
-                line.scheduled = now if line.scheduled is None else line.scheduled
-            heapq.heappush(ends, (now + seconds, next(number), iteration))
-            groups.iterations += 1
+                    replica.policy.ended(stream, now - line.tokens[0])
+        for chosen in sorted(changed):
+            replica = replicas[chosen]
+            for iteration in replica.policy.plan(replica.instances, now):
+                seconds = rings.seconds(len(iteration.members), shape(iteration))
+                if iteration.moved:
+                    seconds += rings.moving(iteration.moved)
+                replica.instances.begin(iteration)
+                for stream in iteration.chunks:
+                    line = outputs[stream][1]
+                    line.scheduled = now if line.scheduled is None else line.scheduled
+                heapq.heappush(ends, (now + seconds, next(number), chosen, iteration))
+                replica.groups.iterations += 1
     if outputs:
-        raise ValueError(f"{type(policy).__name__} plans no work for {len(outputs)} requests; they would wait for ever")
-    return Simulation([groups], lines, [], [])
+        raise ValueError(f"{type(policies[0]).__name__} plans no work for {len(outputs)} requests; they would wait for ever")
+    return Simulation([replica.groups for replica in replicas], lines, [], [])
 
 
 def shape(iteration: Iteration) -> Shape:

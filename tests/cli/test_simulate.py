@@ -270,6 +270,10 @@ def test_compare_puts_elastic_groups_beside_a_ring(stallfree):
         (("--policy", "loongserve", "--prefix-cache"), "policy loongserve has no prefix_cache, which is True; leave it out"),
         (("--policy", "elastic", "--slo", "ttft=1s"), "policy elastic fills iterations up to a target for TBT; give one"),
         (("--policy", "loongserve", "--max-model-len", "2000000"), "a request of 2,000,000 tokens (--max-model-len) does not fit"),
+        (
+            ("--policy", "elastic", "--replicas", "2"),
+            "replicas of policy elastic share requests by shortest-queue",
+        ),
         (("--policy", "elastic", "--record", "new.jsonl"), "policy elastic keeps no records; leave out --record"),
     ],
 )

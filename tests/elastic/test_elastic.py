@@ -86,7 +86,7 @@ def test_every_request_gets_all_its_tokens_and_none_is_lost_or_doubled(name, loa
     longest = 2 * ROOM if name == "apart" else 4 * ROOM  # nothing is served that does not fit a group
     load = [(at, min(prompt, longest - output - 60), output) for at, prompt, output in sorted(load)]
     arrivals = [Arrival(*each) for each in load]
-    lines = serve(arrivals, PRICES, Watched(POLICIES[name]())).lines
+    lines = serve(arrivals, PRICES, [Watched(POLICIES[name]())]).lines
     assert sorted((line.arrival, line.prompt_tokens, len(line.tokens)) for line in lines) == sorted(load)
     assert all(line.tokens == sorted(line.tokens) and line.tokens[0] > line.arrival for line in lines)
 
@@ -147,7 +147,7 @@ def test_stall_free_groups_leave_no_ready_decode_out_and_keep_the_time():
         return plans
 
     watched = type("", (), {"plan": staticmethod(plan), "ended": policy.ended})()
-    serve([Arrival(0.02 * i, 900 if i % 10 == 5 else 60, 30) for i in range(60)], PRICES, watched)
+    serve([Arrival(0.02 * i, 900 if i % 10 == 5 else 60, 30) for i in range(60)], PRICES, [watched])
     assert policy.together
     assert policy.degrees > {1}
     assert late
@@ -158,9 +158,9 @@ def test_a_request_that_fits_no_group_is_refused_with_what_fits():
     with pytest.raises(ValueError, match=re.escape("the prompt has 1,600 tokens; with room for one more, at most 1,599 fit")):
         Instances([ROOM] * 4).arrive(Stream("a", 0.0, 1600))
     with pytest.raises(ValueError, match=re.escape("1,601 tokens does not fit all instances, which hold 1,600")):
-        serve([Arrival(0.0, 1590, 11)], PRICES, POLICIES["loongserve"]())
+        serve([Arrival(0.0, 1590, 11)], PRICES, [POLICIES["loongserve"]()])
     with pytest.raises(ValueError, match="Fixed plans no work for 1 requests"):
-        serve([Arrival(0.0, 900, 1)], PRICES, POLICIES["apart"]())
+        serve([Arrival(0.0, 900, 1)], PRICES, [POLICIES["apart"]()])
 
 
 @pytest.mark.parametrize(
@@ -239,3 +239,12 @@ def test_rings_have_the_prices_of_fixed_ones():
     # each of two devices sends its half of 0.52 MB a token, over 185 GB/s
     assert rings.moving(200_000) == pytest.approx(200_000 * 262_144 / 185e9, rel=1e-3)
     assert rings.moving(400_000) / rings.moving(200_000) == pytest.approx(2, rel=1e-3)
+
+
+def test_a_request_goes_to_the_replica_with_the_fewest_tokens_to_compute():
+    watched = [Watched(POLICIES["loongserve"]()) for _ in range(2)]
+    arrivals = [Arrival(0.0, 900, 5), *(Arrival(0.001 * i, 20, 5) for i in range(1, 20))]
+    run = serve(arrivals, PRICES, watched)
+    long = next(line for line in run.lines if line.prompt_tokens == 900)
+    assert 19 == sum(line.tokens[0] < long.tokens[0] for line in run.lines)  # none is behind it
+    assert all(replica.iterations for replica in run.replicas)
