@@ -8,7 +8,7 @@ SMALL = ("plan", "--model", "llama2-7b", "--gpus", "2", "--lengths", "2000/30")
 
 
 def kind(unit):
-    if unit["name"].startswith(("taichi", "dynaserve")):
+    if unit["name"].startswith(("taichi", "dynaserve", "elastic", "loongserve")):
         return "moving"
     return "pools" if " -> " in unit["name"] else "co-located"
 
@@ -33,7 +33,7 @@ def test_units_are_ranked_and_the_best_of_both_kinds_are_run_on_all_devices(plan
     assert rates == sorted(rates, reverse=True)
     kinds = {unit["name"].split()[0] for unit in answer["units"]}
     pure = {"slo", "sarathi:512", "sarathi:2048", "prefill-first", "distserve", "splitwise", "hybrid"}
-    assert pure | {"taichi", "dynaserve"} == kinds
+    assert pure | {"taichi", "dynaserve", "elastic", "loongserve"} == kinds
     best, *others = (unit["capacity"] for unit in answer["all_gpus"])
     assert ["co-located", "pools"] == sorted(map(kind, answer["all_gpus"]))
     assert best >= max(others)
