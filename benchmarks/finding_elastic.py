@@ -13,7 +13,7 @@ what it can sustain. One draw of each rate. The sides:
     TP8 chunks      one group, chunks of 2,048 beside decodes (sarathi:2048)
     TP8 slo         one group, policy slo with tbt=100ms
 
-    python benchmarks/finding_elastic.py capacity beside --plot docs/images/finding_elastic.png
+    python benchmarks/finding_elastic.py --plot docs/images/finding_elastic.png
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +51,9 @@ LOADS = {
 }
 """The lengths of prompts and outputs; LoongServe's goodput and that of the best other system, published for its own lengths."""
 MODEL, HARDWARE, ENGINE, TBT_S = "llama2-7b", "a800", "graph", 0.1
+ENGINES = (ENGINE, "vllm-2023", "eager-2024")
+SINGLE = {"TP8": ("vLLM", 6.35), "TP8 chunks": ("SplitFuse", 23.13)}
+"""The sides that are most like two systems, and their published goodput on ShareGPT, requests/s."""
 LONGEST = 498_000
 SCALE, SHARE = 25.0, 0.9
 QUARTERS = 4
@@ -65,8 +68,8 @@ SHORT = 2000
 
 
 @cache
-def rings(tp: int, sp: int) -> Rings:
-    return Rings(Deployment(MODEL, HARDWARE, tp, sp=sp, engine=ENGINE))
+def rings(tp: int, sp: int, engine: str = ENGINE) -> Rings:
+    return Rings(Deployment(MODEL, HARDWARE, tp, sp=sp, engine=engine))
 
 
 @cache
@@ -76,13 +79,13 @@ def alone(prompt: int, output: int) -> float:
     return min(r.seconds(degree, [(0, prompt)]) + output * r.seconds(degree, [(prompt + output // 2, 1)]) for r, degree in ways)
 
 
-def run(side: str, lengths: str, rate: float, seed: int, requests: int) -> list[Timeline]:
+def run(side: str, lengths: str, rate: float, seed: int, requests: int, engine: str = ENGINE) -> list[Timeline]:
     """The timelines under a load. Raises ValueError if a request does not fit."""
     arrivals = Traffic("poisson", lengths, LONGEST, requests=requests).lasting(LASTING_S, rate).stream(rate, seed)
     if side in ("TP8 chunks", "TP8 slo"):
         policy = {"policy": "sarathi", "token_budget": 2048} if side == "TP8 chunks" else {"policy": "slo", "slo": f"tbt={TBT_S}s"}
-        return Simulator(Deployment(MODEL, HARDWARE, 8, engine=ENGINE, max_model_len=LONGEST, **policy)).run(arrivals).lines
-    place = rings(8, 1) if side == "TP8" else rings(2, 4)
+        return Simulator(Deployment(MODEL, HARDWARE, 8, engine=engine, max_model_len=LONGEST, **policy)).run(arrivals).lines
+    place = rings(8, 1, engine) if side == "TP8" else rings(2, 4, engine)
     make: dict[str, Callable[[], Any]] = {
         "loongserve": lambda: LoongServe(place, 4),
         "stall-free": lambda: StallFree(place, 4, TBT_S, lambda s: SCALE * alone(s.length, 0)),
@@ -107,13 +110,13 @@ def drained(lines: Sequence[Timeline]) -> bool:
     return max(line.tokens[-1] for line in lines) - last <= DRAIN * last
 
 
-def capacity(load: str, side: str, requests: int, parts: int) -> dict[str, Any]:
+def capacity(load: str, side: str, requests: int, parts: int, engine: str = ENGINE) -> dict[str, Any]:
     lengths, published, _ = LOADS[load]
     if side == "4 x TP2" and load == "mixed":  # an instance holds 269,206 tokens
         return {"load": load, "side": side, "requests/s": None}
 
     def passes(rate: float, seed: int) -> bool:
-        lines = run(side, lengths, rate, seed, requests)
+        lines = run(side, lengths, rate, seed, requests, engine)
         return within(lines, parts) >= SHARE and (parts == 1 or drained(lines))
 
     found = search(passes, published, tolerance=0.05, most_trials=TRIALS)
@@ -129,6 +132,18 @@ def ratios(load: str, rates: Mapping[tuple[str, str], float | None]) -> dict[str
         "loongserve / best whole": loongserve / max(others[:3]), "loongserve / best": loongserve / max(others),
         "stall-free / best": stall_free / max(others),
     }  # fmt: skip
+
+
+def systems(requests: int, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """LoongServe's factor over single systems, on chats: with the engine of this finding on both sides, and with older ones on the
+    other side."""
+    ours = pool.submit(capacity, "chats", "loongserve", requests, 1)
+    cases = {(side, engine): pool.submit(capacity, "chats", side, requests, 1, engine) for side in SINGLE for engine in ENGINES}
+    return [
+        {"system": f"{system} ({side})", "published": LOADS["chats"][1] / published}
+        | {engine: ours.result()["requests/s"] / cases[side, engine].result()["requests/s"] for engine in ENGINES}
+        for side, (system, published) in SINGLE.items()
+    ]
 
 
 def beside(load: str, side: str, rate: float, requests: int) -> dict[str, Any]:
@@ -148,17 +163,16 @@ def beside(load: str, side: str, rate: float, requests: int) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument(
-        "parts", nargs="*", metavar="PART", default=["capacity", "beside"], help="capacity, beside; without one, both"
-    )
+    parts = ["capacity", "systems", "beside"]
+    arguments.add_argument("parts", nargs="*", metavar="PART", default=parts, help=f"{', '.join(parts)}; without one, all")
     arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the capacities over the loads")
     args = arguments.parse_args()
     requests, loads = (100, ["zipf 1.2"]) if args.quick else (400, list(LOADS))
     with ProcessPoolExecutor() as pool:
         if "capacity" in args.parts:
-            for parts, title in ((1, "of all requests"), (QUARTERS, "of each quarter by length, sustained")):
+            for number, title in ((1, "of all requests"), (QUARTERS, "of each quarter by length, sustained")):
                 cases = list(product(loads, SIDES))
-                rows = list(pool.map(capacity, *zip(*cases, strict=True), [requests] * len(cases), [parts] * len(cases)))
+                rows = list(pool.map(capacity, *zip(*cases, strict=True), [requests] * len(cases), [number] * len(cases)))
                 rates = {(row["load"], row["side"]): row["requests/s"] for row in rows}
                 table = [{"load": load} | {side: rates[load, side] for side in SIDES} for load in loads]
                 show(f"Capacity, requests/s, 90 % {title}", table, machine(), args.json)
@@ -168,6 +182,8 @@ def main() -> None:
                 sides = {side: [(n, rate) for n, load in numbered if (rate := rates[load, side])] for side in SIDES}
                 words = ", ".join(f"{n}: {load}" for n, load in numbered)
                 plot.lines(sides, words, "requests/s, sustained", "Llama-2-7B on 8 A800", args.plot, log="y")
+        if "systems" in args.parts:
+            show("LoongServe over one system, chats", systems(requests, pool), machine(), None)
         if "beside" in args.parts:
             rates = {"zipf 1.0": 0.8, "zipf 1.2": 2.0, "zipf 1.4": 6.0, "chats": 15.0, "mixed": 0.3}
             cases = [(load, side, rates[load]) for load, side in product(loads, SIDES) if (load, side) != ("mixed", "4 x TP2")]

@@ -54,7 +54,7 @@ def test_it_orders_what_waits(folder):
     assert ["tiny", "short", "middle", "long"] == order("./shortest.py:ShortestFirst")
 
 
-@pytest.mark.parametrize("name", ["./shortest.py:ShortestFirst", "shortest:ShortestFirst"])
+@pytest.mark.parametrize("name", ["./shortest.py:ShortestFirst", pytest.param("shortest:ShortestFirst", marks=pytest.mark.slow)])
 def test_searches_find_it_in_their_processes(folder, name, monkeypatch, capfd):
     search = ("--lengths", "300/10", "--slo", "tbt=40ms", "--start", "4", "--tolerance", "0.5", "--requests", "64", "--json")
     monkeypatch.setattr(sys, "argv", ["stallfree", "capacity", name, "--model", "llama3-8b", *search])

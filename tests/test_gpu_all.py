@@ -73,6 +73,7 @@ def results(tmp_path_factory) -> tuple[Path, dict]:
     return folder, json.loads((folder / "own.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
     parts = results[1]["parts"]
     expected = ["facts", "attention", "models", "transfer", "operators", "steps", "adapters", "engines", "striped", "theirs"]
@@ -83,6 +84,7 @@ def test_every_part_is_run_or_says_why_it_needs_a_gpu(results):
         assert row["status"] == "ok" or row["why"], row
 
 
+@pytest.mark.slow
 def test_what_is_checked_is_within_its_limit(results):
     parts = results[1]["parts"]
     for name in ("attention", "models", "operators", "transfer", "adapters"):
@@ -90,6 +92,7 @@ def test_what_is_checked_is_within_its_limit(results):
     assert [0] == [row["computed here"] for row in parts["transfer"]["rows"]]
 
 
+@pytest.mark.slow
 def test_what_is_measured_has_a_time(results):
     parts = results[1]["parts"]
     assert all(row["ms"] > 0 < row["least, ms"] for row in parts["steps"]["rows"])
@@ -97,6 +100,7 @@ def test_what_is_measured_has_a_time(results):
     assert 9 == sum(row.get("ms", 0) > 0 for row in parts["adapters"]["rows"])
 
 
+@pytest.mark.slow
 def test_the_results_and_a_table_for_each_part_are_in_the_folder(results):
     folder, written = results
     assert written == json.loads((folder / "out" / "results.json").read_text())

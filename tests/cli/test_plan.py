@@ -86,6 +86,7 @@ def test_the_page_has_table_and_plot(planned):
     assert all(part in planned[1] for part in ("<svg", names, "isaggregate", "simulated only", question))
 
 
+@pytest.mark.slow
 def test_a_split_that_misses_the_target_by_itself_leaves_the_others(stallfree):
     """A request by itself takes 10.7 ms a token at TP 1, and 6.7 ms at TP 2."""
     code, out, err = stallfree(*SMALL, "--slo", "ttft=1s@p90,tbt=10ms@p99")
@@ -98,6 +99,7 @@ LONG = ("plan", "--model", "llama2-7b", "--gpus", "2", "--lengths", "3000/20", "
 """A load that one unit serves."""
 
 
+@pytest.mark.slow
 def test_rows_say_whether_they_were_simulated_on_all_devices(stallfree):
     code, out, err = stallfree(*LONG)
     assert 0 == code, err

@@ -65,6 +65,7 @@ def test_what_if_judges_each_request_by_its_class(stallfree, tmp_path):
     assert [{"interactive", "batch"}] * 3 == [set(run["classes"]) for run in runs.values()]
 
 
+@pytest.mark.slow
 def test_capacity_is_where_each_class_keeps_its_targets(stallfree):
     search = (*SHARED, "--start", "8", "--tolerance", "0.5", "--trials", "1", "--json")
     ((_, found),) = json.loads(stallfree("capacity", "slo", *LLAMA, *search)[1])["configurations"].items()
