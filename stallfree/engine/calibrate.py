@@ -35,7 +35,7 @@ RING, CHUNK = 4096, 512
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
 """The sampling of the decodes of `_sampled`."""
 
-FEW, FEW_TURNS = (4, 2, 1), 5
+FEW, FEW_TURNS = (16, 12, 8, 4, 2, 1), 5
 """Numbers of tokens for which the two ways of an executor are compared (`TakesFew`), and how often."""
 
 TILES = (64, 32, 16, 8)

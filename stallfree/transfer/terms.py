@@ -14,7 +14,8 @@ from stallfree.transfer.ring import Ring, attach
 
 PROTOCOL = 1
 WAY_OUT = (
-    "give both the same model, --executor, --weights, --kv and --transfer-kv, and the same release of openvino, if that runs it"
+    "give both the same model, --executor, --sp, --weights, --kv and --transfer-kv, and, if openvino runs it, the same release of "
+    "openvino"
 )
 
 

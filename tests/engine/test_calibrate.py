@@ -85,11 +85,11 @@ def test_a_place_that_cannot_be_written_costs_a_line_in_the_log(tmp_path, caplog
 class TwoWays(Instant):
     """Takes up to `quick` tokens in less time another way, and more in more."""
 
-    most_few = 4
+    most_few = 8
 
     def __init__(self, quick: int) -> None:
         super().__init__()
-        self.quick, self.few = quick, 4
+        self.quick, self.few = quick, 8
 
     def collect(self) -> StepResult:
         result, tokens = super().collect(), sum(w.count for w in self.plans[-1].work)
@@ -97,7 +97,7 @@ class TwoWays(Instant):
         return replace(result, seconds=factor * result.seconds)
 
 
-@pytest.mark.parametrize(("quick", "few"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (9, 4)])
+@pytest.mark.parametrize(("quick", "few"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (9, 8)])
 def test_few_tokens_go_the_way_that_is_quicker_for_them(quick, few):
     executor = TwoWays(quick)
     model, _ = calibrate(executor)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stallfree.checkpoint import open_checkpoint
 from stallfree.executors.machine import Room
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import MOST, forward, kernels, obstacle, vectors
+from stallfree.executors.openvino.few import MOST, USUAL, forward, kernels, obstacle, vectors
 from stallfree.executors.openvino.few.compiled import KEEPS
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
 from tests.checkpoint.packing import CONFIGS, pack_folder
@@ -25,8 +25,8 @@ from tests.models import write_folder, write_gguf
 KV = 1 << 21
 DENSE = [name for name, (family, _) in MODELS.items() if family not in ("mixtral", "qwen3_moe", "gpt_oss") and name != "phi4 mini"]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
-PIECES = [20, 1, 1, 4, 3, 2, 1, 7, 1, 4, 26, 4, 1]
-"""Chunks of `TOKENS`: those of up to four tokens do not take the graph, and read what it wrote, and it what they wrote."""
+PIECES = [20, 1, 1, 4, 3, 2, 1, 7, 1, 4, 17, 9, 4, 1]
+"""Chunks of `TOKENS`: those of up to `MOST` tokens do not take the graph, and read what it wrote, and it what they wrote."""
 
 
 def logits(executor: OpenVINOExecutor) -> np.ndarray:
@@ -41,6 +41,7 @@ def check(checkpoint, weights: str, close: float) -> None:
     exact = OpenVINOExecutor(checkpoint, weights="f32", kv="f32", kv_bytes=KV)
     executor = OpenVINOExecutor(checkpoint, weights=weights, kv_bytes=KV)
     assert (exact.most_few, executor.most_few) == (0, MOST)
+    executor.few = MOST
     wanted, found = logits(exact), logits(executor)
     executor.few = 0
     graph = logits(executor)
@@ -202,13 +203,13 @@ def test_more_tokens_than_are_few_take_the_graph(executor):
     run = executor._few.logits
     executor._few.logits = lambda feed: calls.append(len(feed["input_ids"])) or run(feed)
     try:
-        for few in (4, 2, 0):
+        for few in (MOST, 2, 0):
             executor.few = few
-            for count in (1, 2, 3, 4, 5):
+            for count in (1, 2, 3, MOST, MOST + 1):
                 executor.logits([work(TOKENS[:count])])
     finally:
-        executor._few.logits, executor.few = run, MOST
-    assert calls == [1, 2, 3, 4, 1, 2]
+        executor._few.logits, executor.few = run, USUAL
+    assert calls == [1, 2, 3, MOST, 1, 2]
 
 
 def helpers() -> int:
@@ -231,9 +232,10 @@ def test_a_team_of_any_size_computes_the_same(plain, executor):
     checkpoint = open_checkpoint(plain)
     for threads in (1, 3, 7):
         other = OpenVINOExecutor(checkpoint, kv_bytes=KV, threads=threads)
-        for size in (40, 1, 3):
+        executor.few = other.few = MOST
+        for size in (40, 1, 3, 11):
             wanted, found = (each.logits([work(TOKENS[:size], 0 if size == 40 else 40)]) for each in (executor, other))
-        assert np.array_equal(found, wanted)
+            assert size > MOST or np.array_equal(found, wanted)
         other.close()
 
 

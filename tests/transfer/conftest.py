@@ -185,8 +185,13 @@ def small_frames(monkeypatch):
 
 
 @pytest.fixture
-def hurried(monkeypatch):
-    """Shortens waits that otherwise take seconds."""
+def retried(monkeypatch):
+    """A peer that is gone is tried again at once."""
+    monkeypatch.setattr(asking, "RETRY_S", 0.05)
+
+
+@pytest.fixture
+def hurried(monkeypatch, retried):
+    """Shortens waits that otherwise take seconds. A machine that stops for longer than this silence loses its peers."""
     monkeypatch.setattr(frames, "ALIVE_S", 0.05)
     monkeypatch.setattr(frames, "SILENCE_S", 1.5)
-    monkeypatch.setattr(asking, "RETRY_S", 0.05)

@@ -151,7 +151,7 @@ def test_a_peer_that_goes_is_replaced(others, hurried, caplog):
     free(first)
 
 
-def test_a_peer_that_comes_back_is_asked_again(hurried, caplog):
+def test_a_peer_that_comes_back_is_asked_again(retried, caplog):
     records = []
     decoder, prefiller = engine(records=records), engine()
 

@@ -24,7 +24,7 @@ from stallfree.executors.host_memory import check_memory, check_model
 from stallfree.executors.machine import machine
 from stallfree.executors.openvino.adapted import AdaptedGraph, Loaded, pack, packed_bytes, shown
 from stallfree.executors.openvino.deltas import UNIT
-from stallfree.executors.openvino.few import MOST, FewTokens, few_tokens, first, obstacle
+from stallfree.executors.openvino.few import MOST, USUAL, FewTokens, few_tokens, first, obstacle
 from stallfree.executors.openvino.graph import INPUTS
 from stallfree.executors.openvino.memory import huge_pages
 from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
@@ -107,7 +107,7 @@ class OpenVINOExecutor:
                 compiling()
             source, count = self._recipe.weights(), threads or machine().threads
             self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
-        self.few = self.most_few = 0 if self._few is None else MOST
+        self.few, self.most_few = (0, 0) if self._few is None else (USUAL, MOST)
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""

@@ -3,7 +3,7 @@ a model cannot have them, `first` whether all has to be compiled."""
 
 from stallfree.executors.openvino.few.compiled import first
 from stallfree.executors.openvino.few.forward import FewTokens, few_tokens
-from stallfree.executors.openvino.few.step import MOST
+from stallfree.executors.openvino.few.step import MOST, USUAL
 from stallfree.executors.openvino.few.suited import obstacle
 
-__all__ = ["MOST", "FewTokens", "few_tokens", "first", "obstacle"]
+__all__ = ["MOST", "USUAL", "FewTokens", "few_tokens", "first", "obstacle"]

@@ -1,5 +1,5 @@
 """A model that computes a few tokens at once without the graph. For one to four tokens, most of the graph's time passes between its
-operators, and while its threads wait for each other.
+operators, and while its threads wait for each other. Without VNNI, the graph's products are slower for up to `MOST` tokens, too.
 
 It fills the tables of `step.py` from stored weights and the executor's KV cache. It knows how a model is built, and no requests.
 """
@@ -28,7 +28,7 @@ from stallfree.executors.openvino.weights import Weights
 log = logging.getLogger(__name__)
 
 VECTORS = (1, 2, 4, 4)
-"""How many vectors products take for 1 to `MOST` tokens. With three, the fourth is any."""
+"""How many vectors products take for 1 to `AT_ONCE` tokens. With three, the fourth is any."""
 
 
 LEAST_HALF, MOST_HALF = 2.0**-12, 2.0**15

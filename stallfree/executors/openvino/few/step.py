@@ -16,13 +16,22 @@ from stallfree.executors.openvino.few.kernels import BYTE_LEVELS, exp, quantised
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS, meet, sleep, wake
 from stallfree.executors.openvino.few.vectors import call, look_at, pointer
 
-MOST = 4
+MOST = 16
 """The most tokens of an iteration."""
+
+USUAL = 4
+"""Up to so many tokens this way is quicker than the graph on all processors that were measured."""
+
+AT_ONCE = 4
+"""The most vectors that a row of a matrix is multiplied with at once."""
+
+TILE = 16
+"""Rows of a matrix that are multiplied with all vectors before the next ones are, so that their codes stay in the cache."""
 
 FOUR, WIDTH, ROWS, GROUPS, CODES, ZEROS, SCALES, LEAST, LEAST_SCALES, FUNCTIONS = range(10)
 """The columns of `Tables.parts`: of a matrix, how many groups of 4-bit codes are multiplied together (0: its codes have 8 bits),
-weights in a group, rows, groups of a row, and addresses, 0 for what it does not have; then those of `rows_product` for 1 to `MOST`
-tokens."""
+weights in a group, rows, groups of a row, and addresses, 0 for what it does not have; then those of `rows_product` for 1 to
+`AT_ONCE` vectors."""
 
 TOGETHER = 4
 """The most heads that attention computes at once."""
@@ -175,9 +184,16 @@ def product(
             quantise(own, tokens, groups, width, part[FOUR])
             quantised = form
         begin, end = rows * rank // size, rows * (rank + 1) // size
-        x = own.codes.ctypes.data, own.scales.ctypes.data, own.sums.ctypes.data
+        codes, scales, sums, size_x = own.codes.ctypes.data, own.scales.ctypes.data, own.sums.ctypes.data, groups * width
+        bytes_each = size_x if part[FOUR] else 2 * size_x
         matrix = part[CODES], part[ZEROS], part[SCALES], part[LEAST], part[LEAST_SCALES], groups
-        call(part[FUNCTIONS + tokens - 1], (begin, end, *matrix, *x, out.ctypes.data + 4 * before, out.shape[1]))
+        tile = end - begin if tokens <= AT_ONCE else TILE
+        for first in range(begin, end, max(1, tile)):
+            last = min(end, first + tile)
+            for token in range(0, tokens, AT_ONCE):
+                x = codes + token * bytes_each, scales + 4 * token * groups, sums + 4 * token * groups
+                out_at = out.ctypes.data + 4 * (token * out.shape[1] + before)
+                call(part[FUNCTIONS + min(tokens - token, AT_ONCE) - 1], (first, last, *matrix, *x, out_at, out.shape[1]))
         if len(bias):
             for token in range(tokens):
                 for row in range(before + begin, before + end):
