@@ -23,7 +23,7 @@ ALLOWED = {
     ),
     "proposers": ({"core", "executors", "proposers"}, set()),
     "engine": (
-        {"core", "perf", "policies", "proposers", "qos", "checkpoint", "engine", "executors"},
+        {"core", "elastic", "perf", "policies", "proposers", "qos", "checkpoint", "engine", "executors"},
         {"jinja2", "tokenizers"},
     ),
     "transfer": ({"core", "engine", "executors", "transfer"}, {"numpy"}),

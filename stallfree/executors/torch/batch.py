@@ -15,6 +15,7 @@ from stallfree.executors.checks import needed_blocks
 
 if TYPE_CHECKING:
     from stallfree.executors.torch.adapters import Adapted
+    from stallfree.executors.torch.placed import Placed
     from stallfree.executors.torch.striped import Striped
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -44,7 +45,7 @@ class Batch:
     ends: tuple[int, ...]
     planned: Attend | None = None
     adapted: "Adapted | None" = None
-    striped: "Striped | None" = None
+    striped: "Striped | Placed | None" = None
     programs: dict[tuple[int, bool], torch.Tensor] = field(init=False, default_factory=dict)
 
     @property

@@ -150,6 +150,8 @@ class ParallelExecutor:
     """
 
     verifies = True
+    elastic = False
+    """Whether the groups form anew for every iteration; see `elastic.Cluster`."""
 
     def __init__(
         self,
@@ -176,6 +178,7 @@ class ParallelExecutor:
             "pp": pp,
             "world": tp * sp * pp,
             "kv_bytes": kv_bytes,
+            "elastic": self.elastic,
             "timeout_s": START_S,
         }
         self.tp, self.sp = tp, sp

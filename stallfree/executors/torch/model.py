@@ -14,6 +14,7 @@ from stallfree.executors.torch.batch import Batch
 from stallfree.executors.torch.fused import Turns, keep
 from stallfree.executors.torch.lora import adapt
 from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.placed import Placed
 from stallfree.executors.torch.striped import Striped
 from stallfree.executors.torch.weights import Matrix, Weights
 
@@ -104,7 +105,7 @@ class Model(ABC):
             q, k = (
                 self.normed(x.reshape(len(qkv), -1, len(norm)), norm).view(x.shape) for x, norm in zip((q, k), norms, strict=True)
             )
-        q = keep(q, k, v, turns, cache, batch.slots)
+        q = keep(q, k, v, turns, cache if batch.striped is None else batch.striped.written(cache), batch.slots)
         return attend(q, *cache, batch, window, sinks).reshape(len(qkv), -1)
 
     def adapted(self, site: str, x: torch.Tensor, product: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
@@ -117,7 +118,7 @@ class Model(ABC):
         """The sum of all ranks' parts."""
         return self._ranks.add(values)
 
-    def _assist(self, striped: Striped, caches: list[Cache]) -> torch.Tensor:
+    def _assist(self, striped: Striped | Placed, caches: list[Cache]) -> torch.Tensor:
         """Take part in the attention of other groups' tokens. Returns the layers' output for no token."""
         none = caches[0][0].new_empty(0, self.num_heads, self.config.head_dim, dtype=self._dtype)
         for number, cache in zip(self.layers, caches, strict=True):

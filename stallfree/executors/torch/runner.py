@@ -18,12 +18,13 @@ from stallfree.executors.base import KVNumbers
 from stallfree.executors.host_memory import check_memory
 from stallfree.executors.machine import machine
 from stallfree.executors.torch.adapters import BLOCK, Adapters, Packing
-from stallfree.executors.torch.attention import Cache
-from stallfree.executors.torch.batch import Batch, pack
+from stallfree.executors.torch.attention import Cache, raw, write
+from stallfree.executors.torch.batch import Batch, pack, upload
 from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import SIZES, Graphs
 from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.parallel import Ranks
+from stallfree.executors.torch.placed import Members, Piece, pack_placed, tokens
 from stallfree.executors.torch.reader import Reader, copy, parts
 from stallfree.executors.torch.striped import Groups, pack_stripes
 from stallfree.executors.torch.weights import FORMATS, GROUP, QUANTISED, Weights
@@ -200,6 +201,22 @@ class Runner:
             if self._flash is not None:
                 batch = replace(batch, planned=self._flash.plan(batch))
             return self._call(batch, hidden, computed)
+
+    def run_placed(self, members: Members, pieces: Sequence[Piece], rows: Sequence[int]) -> torch.Tensor:
+        """As `run`, for tokens whose KV is in slots of the `members`. The logits are on the first member."""
+        with torch.inference_mode():
+            return self._call(pack_placed(members, pieces, rows, self._cache, self._device), None)
+
+    def read_slots(self, slots: Sequence[int]) -> torch.Tensor:
+        """The KV in `slots`, [keys and values of all layers, slots, KV heads, head size]; fp8 as bytes."""
+        at = upload(slots, self._device)
+        return torch.stack([raw(tokens(each, at)) for cache in self._cache for each in cache])
+
+    def write_slots(self, slots: Sequence[int], kv: torch.Tensor) -> None:
+        """Write what `read_slots` has read."""
+        at = upload(slots, self._device)
+        for each, part in zip((each for cache in self._cache for each in cache), kv, strict=True):
+            write(each, part.view(each.dtype), at)
 
     def num_tokens(self, work: Sequence[Work]) -> int:
         """How many of the tokens are this rank's own."""

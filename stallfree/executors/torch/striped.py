@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from stallfree.core.plan import Capacity, Work
-from stallfree.executors.torch.attention import contents, raw
+from stallfree.executors.torch.attention import Cache, contents, raw
 from stallfree.executors.torch.batch import Batch, pack, upload
 
 KEYS = 4096
@@ -111,6 +111,10 @@ class Striped:
         if sinks is not None:  # one more logit, of a value that is 0
             out *= torch.sigmoid(rest - sinks.float())[..., None]
         return out.to(query.dtype)
+
+    def written(self, cache: Cache) -> Cache:
+        """Where the KV of the batch's rows is written, by their slots: to the cache itself."""
+        return cache
 
     def gathered(self, own: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted, in the order of the plan, on the first group; none on the others. `own`: those of this

@@ -6,6 +6,7 @@ know who sends a message, or why.
 
 import socket
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -13,6 +14,8 @@ import numpy as np
 
 from stallfree.core.plan import Plan, StepResult, Work
 from stallfree.executors.sampling import GREEDY, Sampling, Score, TokenLogprob, of_values, sampled_before, to_values
+from stallfree.executors.torch.placed import Piece
+from stallfree.executors.torch.slots import Kept
 
 MOST = 256 << 20
 """The longest message that is accepted, in bytes."""
@@ -75,6 +78,42 @@ def to_plan(message: dict[str, Any]) -> Plan:
         at += count
         work.append(Work(id, start, count, samples, decode, own, tuple(_unpacked(table)), sampling, adapter, prompt, output))
     return Plan(message["step"], 0.0, tuple(work))
+
+
+def of_placed(
+    plan: Plan, members: Sequence[int], pasts: Sequence[Sequence[Kept]], keepers: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """An iteration of instances as a message; `for_member` adds what only one of them needs. `pasts`: what each member has of each
+    piece; `keepers`: the members that keep its new tokens, by their places in `members`."""
+    return of_plan(plan) | {
+        "members": list(members),
+        "past": [[_packed(kept.positions) for kept in past] for past in pasts],
+        "keepers": [_packed(each) for each in keepers],
+    }
+
+
+def for_member(slots: Sequence[Sequence[int]], kept: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The slots of one member, for each piece: of the past tokens, and of the new ones that it keeps."""
+    return {"slots": [_packed(each) for each in slots], "kept": [_packed(each) for each in kept]}
+
+
+def to_placed(message: dict[str, Any]) -> tuple[Plan, list[int], list[Piece]]:
+    """The plan, the members, and the pieces as one member sees them."""
+    plan = to_plan(message)
+    rows = zip(plan.work, *(message[key] for key in ("past", "keepers", "slots", "kept")), strict=True)
+    return plan, message["members"], [
+        Piece(work, [_unpacked(each) for each in past], *(_unpacked(each) for each in rest)) for work, past, *rest in rows
+    ]  # fmt: skip
+
+
+def of_move(sources: Mapping[int, Sequence[int]], target: int, into: Sequence[int]) -> dict[str, Any]:
+    """A move of KV between instances, from slots to slots."""
+    return {"target": target, "sources": [[number, _packed(slots)] for number, slots in sources.items()], "into": _packed(into)}
+
+
+def to_move(message: dict[str, Any]) -> tuple[dict[int, list[int]], int, list[int]]:
+    sources = {number: _unpacked(slots) for number, slots in message["sources"]}
+    return sources, message["target"], _unpacked(message["into"])
 
 
 def of_result(result: StepResult) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from stallfree.executors.sampling import Rows
 from stallfree.executors.torch import wire
 from stallfree.executors.torch.executor import OUT_OF_MEMORY, blocks
 from stallfree.executors.torch.parallel import Alone, Group, Ranks
+from stallfree.executors.torch.placed import Members
 from stallfree.executors.torch.runner import Options, Runner, stages, use_threads
 from stallfree.executors.torch.sampler import sample
 from stallfree.executors.torch.striped import Groups
@@ -68,7 +69,7 @@ class Rank:
         options = Options(**setup["options"])
         each = tp * sp
         self._stage, self._each, self._pp = rank // each, each, pp
-        self._rank = rank
+        self._rank, self._tp = rank, tp
         device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -83,7 +84,7 @@ class Rank:
             tokens = [dist.new_group(members) for members in across]
             if tp > 1:
                 ranks = Group(layers[rank // tp])
-            if sp > 1:
+            if sp > 1 and not setup["elastic"]:
                 own = self._stage * tp + rank % tp
                 stripes = Groups(tokens[own], across[own])
         checkpoint = open_checkpoint(Path(setup["model"]))
@@ -120,15 +121,43 @@ class Rank:
             if number:
                 dist.send(out.contiguous(), self._rank + self._each)
         elif self._rank % self._each == 0:
-            tokens, details, failed = sample(out[rows.sampled] if rows.scored else out, [w for w in plan.work if w.samples])
-            scores = rows.scores(out.cpu().numpy()) if rows.scored else {}
-            seconds = time.perf_counter() - started
-            message = wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed, scores=scores))
+            message = self._sampled(plan, rows, out, started)
             message["waited_s"] = self._waits.end()
         with self._ran:
             self._plans += 1
             self._ran.notify()
         return message if self._rank % self._each == 0 else None
+
+    def run_placed(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Run this rank's part of an iteration of instances. Returns the result if this is the first rank of the first member."""
+        started = time.perf_counter()
+        plan, instances, pieces = wire.to_placed(message)
+        rows = Rows(plan.work)
+        instance, place = divmod(self._rank, self._tp)
+        members = Members(instances.index(instance), [member * self._tp + place for member in instances])
+        out = self._runner.run_placed(members, pieces, rows.rows)
+        return self._sampled(plan, rows, out, started) if members.number == 0 and place == 0 else None
+
+    def move(self, sources: dict[int, list[int]], target: int, into: list[int]) -> None:
+        """Take part in a move of KV from the slots of `sources`, by instance, to those of `target`."""
+        instance, place = divmod(self._rank, self._tp)
+        if instance != target:
+            dist.send(self._runner.read_slots(sources[instance]), target * self._tp + place)
+            return
+        first = 0
+        for source, slots in sources.items():
+            own = into[first : first + len(slots)]
+            kv = self._runner.read_slots(own)
+            dist.recv(kv, source * self._tp + place)
+            self._runner.write_slots(own, kv)
+            first += len(slots)
+
+    def _sampled(self, plan: Plan, rows: Rows, out: torch.Tensor, started: float) -> dict[str, Any]:
+        """The result of a plan that began at `started`, as a message. `out`: the logits of `rows`."""
+        tokens, details, failed = sample(out[rows.sampled] if rows.scored else out, [w for w in plan.work if w.samples])
+        scores = rows.scores(out.cpu().numpy()) if rows.scored else {}
+        seconds = time.perf_counter() - started
+        return wire.of_result(StepResult(plan.step, tokens, seconds, details=details, failed=failed, scores=scores))
 
     def read(self, blocks: list[int]) -> dict[str, Any]:
         """This rank's part of the KV in these blocks."""
@@ -216,6 +245,10 @@ def _serve(sock: socket.socket, rank: Rank) -> None:
                 rank.write(message["write"], message["kv"])
             elif "drop" in message:
                 rank.drop(message["drop"])
+            elif "members" in message:
+                answer = rank.run_placed(message)
+            elif "into" in message:
+                rank.move(*wire.to_move(message))
             else:
                 answer = rank.run(wire.to_plan(message))
         except Exception as error:  # the other ranks wait for this one's part, so the driver starts them all again
