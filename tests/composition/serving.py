@@ -31,7 +31,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.executors.base import Lost
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import MOST
+from stallfree.executors.openvino.few import USUAL
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear
 from stallfree.grammar.compiling import Grammars, vocabulary
@@ -431,7 +431,7 @@ class World:
             _count_unknown(executor, unknown)
         whole = Limits(8, 512)
         if "few tokens" in features:  # beside an adapter's token, others take the graph, so nobody is beside anybody
-            whole = Limits(1 if "adapters" in features else MOST, MOST)
+            whole = Limits(1 if "adapters" in features else USUAL, USUAL)
         limits = replace(whole, max_tokens=min(16, whole.max_tokens)) if "chunked" in features else whole
         policy: Any = (
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)
