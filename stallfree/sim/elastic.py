@@ -36,7 +36,7 @@ POLICIES = {
 }
 """Policies that plan groups of instances, in words. The `sp` of such a deployment is the number of its instances."""
 TAKEN = ("model", "hardware", "tp", "sp", "weights", "kv", "engine", "node", "network", "policy", "slo", "max_model_len")
-"""Fields of a deployment that groups of instances have. The others stay at their defaults, but for `replicas`."""
+"""Fields of a deployment that groups of instances have, beside `replicas` and `router`. The others stay at their defaults."""
 ROUTER = "shortest-queue"
 """How requests are shared among replicas: a request goes to the one that has to compute the fewest tokens."""
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from stallfree.core.plan import Work
 from stallfree.executors.torch.attention import Cache, raw, write
 from stallfree.executors.torch.batch import Batch, upload
-from stallfree.executors.torch.striped import Partial, attention, merge, nothing, seen
+from stallfree.executors.torch.striped import Partial, attention, in_order, merge, nothing, seen, with_sinks
 
 
 class Waiting(Protocol):
@@ -121,9 +121,7 @@ class Placed:
             out[own], rest[own] = self._decoded(self.decodes, query[own], keys, values, window)
         if self.chunks:
             self._ring(query, keys, values, window, out, rest)
-        if sinks is not None:  # one more logit, of a value that is 0
-            out *= torch.sigmoid(rest - sinks.float())[..., None]
-        return out.to(query.dtype)
+        return with_sinks((out, rest), sinks).to(query.dtype)
 
     def gathered(self, own: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted, in the order of the plan, on the first member; none on the others. `own`: those of this
@@ -134,9 +132,7 @@ class Placed:
         counts = np.bincount(self.sampled, minlength=self.members.size)
         parts = [own, *(own.new_empty(int(count), *own.shape[1:]) for count in counts[1:])]
         _wait(self.members.exchange({}, dict(enumerate(parts[1:], 1))))
-        order = np.empty(len(self.sampled), np.int64)
-        order[np.argsort(self.sampled, kind="stable")] = np.arange(len(self.sampled))
-        return torch.cat(parts)[torch.as_tensor(order, device=own.device)]
+        return in_order(torch.cat(parts), self.sampled)
 
     def _decoded(self, decodes: Decodes, own: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> Partial:
         """The attention of this member's decodes. `own`: their queries."""

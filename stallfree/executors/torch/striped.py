@@ -108,9 +108,7 @@ class Striped:
             out[rows], rest[rows] = self._decoded(self.decodes, query[rows], keys, values, window)
         if self.chunks:
             self._ring(query, keys, values, window, out, rest)
-        if sinks is not None:  # one more logit, of a value that is 0
-            out *= torch.sigmoid(rest - sinks.float())[..., None]
-        return out.to(query.dtype)
+        return with_sinks((out, rest), sinks).to(query.dtype)
 
     def written(self, cache: Cache) -> Cache:
         """Where the KV of the batch's rows is written, by their slots: to the cache itself."""
@@ -120,9 +118,7 @@ class Striped:
         """The rows whose logits are wanted, in the order of the plan, on the first group; none on the others. `own`: those of this
         group."""
         rows = self.groups.gather(own, _counts(self.sampled, self.groups.size))
-        order = np.empty(len(self.sampled), np.int64)
-        order[np.argsort(self.sampled, kind="stable")] = np.arange(len(self.sampled))
-        return rows[torch.as_tensor(order, device=rows.device)] if self.groups.number == 0 else rows[:0]
+        return in_order(rows, self.sampled) if self.groups.number == 0 else rows[:0]
 
     def _decoded(self, decodes: Decodes, own: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> Partial:
         """The attention of this group's decodes. `own`: their queries."""
@@ -314,6 +310,21 @@ def merge(a: Partial, b: Partial) -> Partial:
     """The attention over the keys of both."""
     share = torch.sigmoid(b[1] - a[1]).nan_to_num(nan=0.0)  # of b; nan: neither has a key
     return torch.lerp(a[0], b[0], share[..., None]), torch.logaddexp(a[1], b[1])
+
+
+def with_sinks(whole: Partial, sinks: torch.Tensor | None) -> torch.Tensor:
+    """The attention over all keys, which is overwritten; with `sinks`, one more logit for each head, of a value that is 0."""
+    out, rest = whole
+    if sinks is not None:
+        out *= torch.sigmoid(rest - sinks.float())[..., None]
+    return out
+
+
+def in_order(rows: torch.Tensor, owners: np.ndarray) -> torch.Tensor:
+    """`rows`, which are sorted by their `owners`, in the order of `owners`."""
+    order = np.empty(len(owners), np.int64)
+    order[np.argsort(owners, kind="stable")] = np.arange(len(owners))
+    return rows[torch.as_tensor(order, device=rows.device)]
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> Partial:
