@@ -31,7 +31,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.executors.base import Lost
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import USUAL
+from stallfree.executors.openvino.few import MOST
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear
 from stallfree.grammar.compiling import Grammars, vocabulary
@@ -59,7 +59,7 @@ FEATURES = {
     "host tier": "host memory keeps KV that the cache has no room for (`--kv-host-memory`)",
     "u8 KV": "`--kv u8`, the default on a processor",
     "u4 KV": "`--kv u4`",
-    "few tokens": "int8 weights and u8 KV; iterations of at most four tokens, which do not take the graph",
+    "few tokens": "int8 weights and u8 KV; iterations of at most 16 tokens, which do not take the graph",
     "ngram": "`--speculate ngram`",
     "draft model": "`--speculate draft:MODEL`",
     "adapters": "some requests use a LoRA adapter",
@@ -291,7 +291,9 @@ class World:
 
     def _made(self, ranks: tuple[str, ...], weights: str, kv: str, use: str) -> Any:
         if not ranks or use == "draft":
-            return OpenVINOExecutor(self.checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
+            executor = OpenVINOExecutor(self.checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
+            executor.few = executor.most_few
+            return executor
         from stallfree.executors import torch
 
         options = torch.Options("f32", kv, LONGEST, threads=1)
@@ -431,7 +433,7 @@ class World:
             _count_unknown(executor, unknown)
         whole = Limits(8, 512)
         if "few tokens" in features:  # beside an adapter's token, others take the graph, so nobody is beside anybody
-            whole = Limits(1 if "adapters" in features else USUAL, USUAL)
+            whole = Limits(1 if "adapters" in features else MOST, MOST)
         limits = replace(whole, max_tokens=min(16, whole.max_tokens)) if "chunked" in features else whole
         policy: Any = (
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)
