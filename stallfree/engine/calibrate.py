@@ -35,8 +35,11 @@ RING, CHUNK = 4096, 512
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, presence_penalty=1.0)
 """The sampling of the decodes of `_sampled`."""
 
-FEW, FEW_TURNS = (16, 12, 8, 4, 2, 1), 5
-"""Numbers of tokens for which the two ways of an executor are compared (`TakesFew`), and how often."""
+FEW, FEW_TURNS, FEW_S = (1, 2, 4, 8, 12, 16, 32, 64, 128), 5, 1.0
+"""Numbers of tokens for which the two ways of an executor are compared (`TakesFew`), how often, and after how many seconds of a
+number no more."""
+FEW_DECODES = 16
+"""Of more tokens than these, the others are a prompt's."""
 
 TILES = (64, 32, 16, 8)
 """Sizes of the tiles, in tokens, in which executors may work, the largest first."""
@@ -223,17 +226,22 @@ def timed(executor: Executor, shape: Sequence[tuple[int, int]]) -> float:
 
 
 def quicker_few(executor: TakesFew) -> int:
-    """The most tokens, with some context, for which the other way of `executor` is quicker. Overwrites KV."""
-    context = min(256, executor.capacity.max_model_len // 2)
-    for tokens in [tokens for tokens in FEW if tokens <= executor.most_few and _fits([(context, 1)], executor.capacity)]:
+    """Up to how many tokens, with some context, the other way of `executor` is quicker. Overwrites KV."""
+    context, quicker = min(256, executor.capacity.max_model_len // 2), 0
+    for tokens in FEW:
+        shape = [(context, 1)] * min(tokens, FEW_DECODES) + [(context, tokens - FEW_DECODES)] * (tokens > FEW_DECODES)
+        if tokens > executor.most_few or not _fits(shape, executor.capacity):
+            break
         times: list[list[float]] = [[], []]
-        for _ in range(FEW_TURNS):
+        end = time.perf_counter() + FEW_S
+        while len(times[0]) < FEW_TURNS and (not times[0] or time.perf_counter() < end):
             for way, few in enumerate((0, tokens)):
                 executor.few = few
-                times[way].append(timed(executor, [(context, 1)] * tokens))
-        if median(times[1]) < median(times[0]):
-            return tokens
-    return 0
+                times[way].append(timed(executor, shape))
+        if median(times[1]) >= median(times[0]):
+            break
+        quicker = tokens
+    return quicker
 
 
 def _seconds(executor: Executor, plan: Plan) -> float:

@@ -154,15 +154,18 @@ class Fitted:
         )  # fmt: skip
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
-        tokens = sum([count for _, count in shape if count > 0])
-        if tokens + most <= self.few:
-            fitting = (count for count in range(most, 0, -1) if self.seconds([*shape, (start, count)]) <= limit)
-            return next(fitting, 0)
+        tokens, ranks = sum([count for _, count in shape if count > 0]), sum([ranks for ranks, count in shape if count < 0])
+        count = self._room(shape, start, most, limit, tokens, ranks, ALL_MANY)
+        if tokens + count > self.few or ranks:
+            return count
+        return self._room(shape, start, min(most, self.few - tokens), limit, tokens, 0, self.few)
+
+    def _room(self, shape: Shape, start: int, most: int, limit: float, tokens: int, ranks: int, few: int) -> int:
+        """`room` where the iteration's tokens are few, or many (`few` is `ALL_MANY`). `shape` has so many `tokens` and `ranks`."""
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
-        _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met, _, _ = prices
-        per_token += per_product * sum([ranks for ranks, count in shape if count < 0])
-        # A longer chunk makes the tokens many.
-        spare = limit - self._priced(_row(*parts(shape), self.unmet, ALL_MANY)) - per_row - per_context * start
+        _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met, _, per_few = prices
+        per_token = per_token + per_product * ranks if few == ALL_MANY else per_few
+        spare = limit - self._priced(_row(*parts(shape), self.unmet, few)) - per_row - per_context * start
         if self.unmet:  # a chunk may meet all other experts
             spare -= per_met * self.unmet**tokens
         if spare <= 0:
@@ -172,7 +175,7 @@ class Fitted:
         if linear * most + square * most**2 <= spare:
             return most
         count = int(2 * spare / (linear + sqrt(linear**2 + 4 * square * spare)))
-        if self.quantum == 1:
+        if self.quantum == 1 or few != ALL_MANY:
             return count
         waste = (tokens + count) % self.quantum
         return count - waste if waste < count else count

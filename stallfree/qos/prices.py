@@ -8,8 +8,9 @@ from stallfree.core.request import Request
 
 
 def beside(cost: CostModel) -> list[tuple[int, int]]:
-    """Decodes beside which an iteration's tokens are not few, for a cost model that prices these apart (`Fitted.few`)."""
-    return [(0, 1)] * getattr(cost, "few", 0)
+    """A chunk beside which an iteration's tokens are not few, for a cost model that prices these apart (`Fitted.few`)."""
+    few = getattr(cost, "few", 0)
+    return [(0, few)] if few else []
 
 
 def prefill(cost: CostModel, start: int, stop: int) -> float:

@@ -31,7 +31,6 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.executors.base import Lost
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import MOST
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear
 from stallfree.grammar.compiling import Grammars, vocabulary
@@ -98,6 +97,8 @@ TORCH = frozenset({"overlap", "TP2", "SP2", "PP2"})
 TEXT = chat_text(HERMES)
 LONGEST, MEMORY = 256, 6 << 20
 TOKENS = 18
+FEW = 16
+"""Tokens of an iteration that are few, if that is among the features."""
 """Of each answer."""
 
 
@@ -292,7 +293,7 @@ class World:
     def _made(self, ranks: tuple[str, ...], weights: str, kv: str, use: str) -> Any:
         if not ranks or use == "draft":
             executor = OpenVINOExecutor(self.checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
-            executor.few = executor.most_few
+            executor.few = FEW
             return executor
         from stallfree.executors import torch
 
@@ -433,7 +434,7 @@ class World:
             _count_unknown(executor, unknown)
         whole = Limits(8, 512)
         if "few tokens" in features:  # beside an adapter's token, others take the graph, so nobody is beside anybody
-            whole = Limits(1 if "adapters" in features else MOST, MOST)
+            whole = Limits(1 if "adapters" in features else FEW, FEW)
         limits = replace(whole, max_tokens=min(16, whole.max_tokens)) if "chunked" in features else whole
         policy: Any = (
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)

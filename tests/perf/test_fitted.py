@@ -202,14 +202,15 @@ def test_the_prices_of_both_ways_are_found():
 @pytest.mark.parametrize("decodes", [0, 1, 3, 4, 9])
 @pytest.mark.parametrize("most", [1, 2, 4, 700])
 @pytest.mark.parametrize("limit", [0.004, 0.006, 0.011, 0.04])
-def test_a_chunk_that_makes_tokens_many_is_priced_so(decodes, most, limit):
+@pytest.mark.parametrize("few", [4, 8, 60])
+def test_a_chunk_may_leave_tokens_few_or_make_them_many(decodes, most, limit, few):
+    cost = Fitted((0.004, 0.03, 0.01, 0.01, 0.02, 0.002, 0, 0, 0, 0.005, 0.0003), few=few)
     shape = [(100, 1)] * decodes
-    count = FEW.room(shape, 0, most, limit)
+    count = cost.room(shape, 0, most, limit)
     assert 0 <= count <= most
     if count:
-        assert FEW.seconds([*shape, (0, count)]) <= limit
-    if decodes + most <= 4 or decodes >= 4:
-        assert count == most or FEW.seconds([*shape, (0, count + 1)]) > limit
+        assert cost.seconds([*shape, (0, count)]) <= limit
+    assert count == most or cost.seconds([*shape, (0, count + 1)]) > limit
 
 
 def test_a_number_of_few_tokens_that_cannot_be_is_refused():

@@ -16,7 +16,7 @@ def test_what_a_request_adds_does_not_depend_on_the_way_of_few_tokens(few):
     for extra in (0, 20):
         assert prices.decode(apart, 700, extra) == pytest.approx(prices.decode(plain, 700, extra))
     # Ranks cost with each token of the base, so a base of one token and a larger one differ.
-    beside = [(0, 1)] * few
+    beside = [(0, few)]
     wanted = plain.seconds([(64, -1), *beside, (1, 1)]) - plain.seconds([*beside, (1, 1)])
     assert prices.adapters(apart, [(64, -1)]) == pytest.approx(wanted)
     assert prices.adapters(apart, []) == 0

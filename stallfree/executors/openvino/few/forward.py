@@ -1,5 +1,6 @@
 """A model that computes a few tokens at once without the graph. For one to four tokens, most of the graph's time passes between its
-operators, and while its threads wait for each other. Without VNNI, the graph's products are slower for up to `MOST` tokens, too.
+operators, and while its threads wait for each other. Without VNNI, the graph's products are slower for more tokens, too: with
+weights of 4 bits for `MOST`.
 
 It fills the tables of `step.py` from stored weights and the executor's KV cache. It knows how a model is built, and no requests.
 """
@@ -21,7 +22,7 @@ from stallfree.executors.openvino.few.kernels import heads_attention, rows_produ
 from stallfree.executors.openvino.few.products import INT4, INT8, UINT4
 from stallfree.executors.openvino.few.step import BY_HEAD, MOST, TOGETHER, WHOLE, Batch, Own, Sizes, Tables, compiled
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS
-from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES, has_vnni
+from stallfree.executors.openvino.few.vectors import CHUNK, FEATURES
 from stallfree.executors.openvino.stored import Stored
 from stallfree.executors.openvino.weights import Weights
 
@@ -165,7 +166,7 @@ class FewTokens:
                 matrix = matrix._replace(scales=matrix.scales.astype(np.float16))
             own = CHUNK if kind != INT8 else width  # groups of activations
             number = groups * width // own
-            together = 0 if kind == INT8 else 4 if has_vnni() and not number % 4 else 2
+            together = 0 if kind == INT8 else 2 if number % 4 else 4
             if (form := (kind, width, shared, int(half), together)) not in self._functions:
                 self._functions[form] = [rows_product(*form, vectors, self._kept).address for vectors in VECTORS]
             fields = matrix.codes, matrix.zeros, matrix.scales, matrix.least, matrix.least_scales

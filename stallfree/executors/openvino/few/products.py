@@ -20,9 +20,12 @@ from stallfree.executors.openvino.few.vectors import (
     LONG,
     WORD,
     bytes_multiplied,
+    cut,
     fetch,
     filled,
     fused,
+    has_vnni,
+    lengthened,
     load,
     loop,
     multiplied,
@@ -41,6 +44,9 @@ lower bits."""
 AHEAD = 512
 """Bytes of codes of 4 bits that are fetched before they are needed: 8 % quicker with two threads. Before 8 bits it is slower."""
 
+SUMS = 4
+"""Sums that the products of a group of `CHUNK` codes of 4 bits are added up to."""
+
 
 class _Row:
     """Writes the products of one row of a matrix with several vectors. What it is given are values of the program that is
@@ -51,10 +57,17 @@ class _Row:
         self.codes, self.zeros, self.scales, self.least, self.least_scales, self.row, self.groups = args[:7]
         self.x, self.x_scales, self.x_sums, self.out, self.apart = args[7:]
         self.first = builder.mul(self.row, self.groups)
+        self.lanes = LANES if has_vnni() else LANES // 2
+
+    def starts(self, lanes: int) -> list[ir.Value]:
+        return [splat(0.0, vector_of(FLOAT, lanes))] * self.vectors
+
+    def times(self, value: ir.Value, number: int) -> ir.Value:
+        return self.b.mul(value, ir.Constant(LONG, number))
 
     def place(self, vector: int, group: ir.Value) -> ir.Value:
         """The place of a vector's group among those of all vectors."""
-        return self.b.add(self.b.mul(ir.Constant(LONG, vector), self.groups), group)
+        return self.b.add(self.times(self.groups, vector), group)
 
     def scale(self, at: ir.Value, number: int = 1) -> ir.Value:
         """The scale at this place, or a vector of several."""
@@ -65,31 +78,32 @@ class _Row:
         return self.b.fpext(loaded, wanted) if self.half else loaded
 
     def eight_bits(self, chunks: int) -> list[ir.Value]:
-        b, width, wide = self.b, chunks * CHUNK, vector_of(FLOAT, LANES)
+        b, width, floats = self.b, chunks * CHUNK, vector_of(FLOAT, self.lanes)
 
         def body(group: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             at, codes, grown = b.add(self.first, group), [], []
             for chunk in range(chunks):
-                place = b.add(b.mul(at, ir.Constant(LONG, width)), ir.Constant(LONG, chunk * CHUNK))
+                place = b.add(self.times(at, width), ir.Constant(LONG, chunk * CHUNK))
                 codes.append(b.sext(load(b, vector_of(BYTE, CHUNK), self.codes, place, 1), vector_of(WORD, CHUNK)))
-            scale = self.scale(at)
+            scale = filled(b, self.scale(at), self.lanes)
             for vector, total in enumerate(totals):
                 place = self.place(vector, group)
-                both = b.fmul(scale, load(b, FLOAT, self.x_scales, place, 4))
-                start = b.mul(place, ir.Constant(LONG, width))
+                start = self.times(place, width)
                 parts = [
                     multiplied(b, codes[chunk], self.x, b.add(start, ir.Constant(LONG, chunk * CHUNK))) for chunk in range(chunks)
                 ]
-                grown.append(fused(b, b.sitofp(reduce(b.add, parts), wide), filled(b, both, LANES), total))
+                whole = reduce(b.add, [part for both in parts for part in cut(b, both, self.lanes)])
+                weighed = b.fmul(b.sitofp(whole, floats), scale)
+                grown.append(fused(b, weighed, filled(b, load(b, FLOAT, self.x_scales, place, 4), self.lanes), total))
             return grown
 
-        return [summed(b, total) for total in loop(b, self.groups, 1, [splat(0.0, wide)] * self.vectors, body)]
+        return loop(b, self.groups, 1, self.starts(self.lanes), body)
 
-    def four_bits(self, signed: bool, width: int, together: int) -> list[ir.Value]:
-        """`together` times `CHUNK` codes at once, each with its share of the lanes."""
+    def four_bits(self, signed: bool, width: int, least_width: int, together: int) -> list[ir.Value]:
+        """`together` times `CHUNK` codes at once, each with its share of the sums."""
         b, bytes_, floats = self.b, vector_of(BYTE, together * LANES), vector_of(FLOAT, together)
-        lanes = together * CHUNK // 8
-        wide = vector_of(FLOAT, lanes)
+        wide = vector_of(FLOAT, together * SUMS)
+        lanes = min(self.lanes, wide.count)
 
         def each(read: Callable[[ir.Value, int], ir.Value], at: ir.Value) -> ir.Value:
             """The numbers of the groups that the codes belong to."""
@@ -104,51 +118,37 @@ class _Row:
         def zero(at: ir.Value, number: int) -> ir.Value:
             return load(b, vector_of(BYTE, number) if number > 1 else BYTE, self.zeros, at, 1)
 
+        def least(at: ir.Value) -> ir.Value:
+            codes = b.sitofp(load(b, vector_of(BYTE, together), self.least, at, 1), floats)
+            scale = load(b, FLOAT, self.least_scales, b.udiv(at, ir.Constant(LONG, least_width)), 4)
+            return b.fmul(codes, filled(b, scale, together))
+
         def body(group: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             at, grown = b.add(self.first, group), []
-            place = b.mul(at, ir.Constant(LONG, LANES))
+            place = self.times(at, LANES)
             fetch(b, self.codes, b.add(place, ir.Constant(LONG, AHEAD)))
             pairs = load(b, bytes_, self.codes, place, 1)
-            zeros = splat(8.0, floats)
             if signed:
                 pairs = b.xor(pairs, splat(0x88, bytes_))
-            else:
-                zeros = b.uitofp(each(zero, at), floats)
-            even, odd = b.and_(pairs, splat(15, bytes_)), b.lshr(pairs, splat(4, bytes_))
+            codes = b.and_(pairs, splat(15, bytes_)), b.lshr(pairs, splat(4, bytes_))
             scales = each(self.scale, at)
-            less = b.fmul(zeros, scales)
-            for vector in range(self.vectors):
-                total, correction = totals[2 * vector : 2 * vector + 2]
+            added = b.fmul(b.fneg(splat(8.0, floats) if signed else b.uitofp(each(zero, at), floats)), scales)
+            if least_width:
+                added = b.fadd(added, least(at))
+            spread = picked(b, scales, [lane // SUMS for lane in range(wide.count)])
+            for vector, total in enumerate(totals):
                 place = self.place(vector, group)
-                start = b.mul(place, ir.Constant(LONG, CHUNK))
+                start = self.times(place, CHUNK)
                 x = [load(b, bytes_, self.x, b.add(start, ir.Constant(LONG, half)), 1) for half in (0, together * LANES)]
-                whole = bytes_multiplied(b, odd, x[1], bytes_multiplied(b, even, x[0], splat(0, vector_of(WORD, lanes))))
-                factors = b.fmul(scales, load(b, floats, self.x_scales, place, 4))
-                spread = picked(b, factors, [lane // (CHUNK // 8) for lane in range(lanes)])
-                grown.append(fused(b, b.sitofp(whole, wide), spread, total))
-                grown.append(b.fsub(correction, b.fmul(less, load(b, floats, self.x_sums, place, 4))))
+                products = b.sitofp(bytes_multiplied(b, codes, x), wide)
+                factors = b.fmul(spread, load(b, wide, self.x_scales, self.times(place, SUMS), 4))
+                more = lengthened(b, b.fmul(added, load(b, floats, self.x_sums, place, 4)), lanes)
+                for both in zip(cut(b, products, lanes), cut(b, factors, lanes), strict=True):
+                    more = fused(b, *both, more)
+                grown.append(b.fadd(total, more))
             return grown
 
-        starts = [splat(0.0, wide), splat(0.0, floats)] * self.vectors
-        sums = [summed(b, value) for value in loop(b, self.groups, together, starts, body)]
-        return [b.fadd(total, correction) for total, correction in zip(sums[::2], sums[1::2], strict=True)]
-
-    def least_numbers(self, width: int) -> list[ir.Value]:
-        """What the least numbers of the groups add, which have 8 bits, and a scale for each `width` groups."""
-        b, wide = self.b, vector_of(FLOAT, width)
-        pieces = b.sdiv(self.groups, ir.Constant(LONG, width))
-        first = b.mul(self.row, pieces)
-
-        def body(piece: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            start = b.mul(piece, ir.Constant(LONG, width))
-            codes = b.sitofp(load(b, vector_of(BYTE, width), self.least, b.add(self.first, start), 1), wide)
-            weights = b.fmul(codes, filled(b, load(b, FLOAT, self.least_scales, b.add(first, piece), 4), width))
-            return [
-                fused(b, weights, load(b, wide, self.x_sums, self.place(vector, start), 4), total)
-                for vector, total in enumerate(totals)
-            ]
-
-        return [summed(b, total) for total in loop(b, pieces, 1, [splat(0.0, wide)] * self.vectors, body)]
+        return loop(b, self.groups, together, self.starts(lanes), body)
 
 
 @intrinsic
@@ -160,13 +160,13 @@ def row_product(
 
     `kind`, `width`, `least_width`, `half`, `together`, `vectors`: literals. Of the matrix: addresses of all `codes`, of `zeros`
     uint8 and `scales` for each `width` weights, float32 or with `half` float16, of `least` int8, numbers that are added to all
-    weights of a group, times a float32 of `least_scales` for each `least_width` groups, which is 0 if there are none. `width` is a
-    multiple of `CHUNK`; with 4 bits `CHUNK`, or without `least` a multiple of two.
+    weights of a group, times a float32 of `least_scales` for each `least_width` groups, which is 0 if there are none, or a multiple
+    of `together`. `width` is a multiple of `CHUNK`; with 4 bits `CHUNK`, or without `least` a multiple of two.
 
     Of the vectors, one behind the other: `x`, their codes, with `x_scales` float32 for each group, of which a row has `groups`. For
     a matrix of 8 bits, they are int16, and their groups those of the matrix. For one of 4 bits, they are int8 in groups of `CHUNK`,
-    with the sums of their numbers in `x_sums`, float32; `together` groups, 2 or 4, lie so: the codes at even places, then those at
-    odd ones.
+    with the sums of their numbers in `x_sums`, float32, and each scale `SUMS` times; `together` groups, 2 or 4, lie so: the codes
+    at even places, then those at odd ones.
     """
     literals = kind, width, least_width, half, together, vectors
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
@@ -175,11 +175,9 @@ def row_product(
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         form, wide, shared, short, many, number = (value.literal_value for value in literals)
         row = _Row(builder, number, bool(short), args[6:])
-        products = row.eight_bits(wide // CHUNK) if form == INT8 else row.four_bits(form == INT4, wide, many)
-        if shared:
-            products = [builder.fadd(*both) for both in zip(products, row.least_numbers(shared), strict=True)]
-        for vector, product in enumerate(products):
-            store(builder, product, row.out, builder.mul(ir.Constant(LONG, vector), row.apart))
+        totals = row.eight_bits(wide // CHUNK) if form == INT8 else row.four_bits(form == INT4, wide, shared, many)
+        for vector, total in enumerate(totals):
+            store(builder, summed(builder, total), row.out, row.times(row.apart, vector))
         return context.get_dummy_value()
 
     return types.void(*literals, *[types.int64] * 12), generate

@@ -13,11 +13,13 @@ from numba import carray
 
 from stallfree.executors.openvino.few.compiled import exact, quick
 from stallfree.executors.openvino.few.kernels import BYTE_LEVELS, exp, quantised
+from stallfree.executors.openvino.few.products import SUMS
 from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS, meet, sleep, wake
 from stallfree.executors.openvino.few.vectors import call, look_at, pointer
 
-MOST = 16
-"""The most tokens of an iteration."""
+MOST = 128
+"""The most tokens of an iteration. What each thread computes for itself, and attention, which reads the keys once for each token,
+grow with them."""
 
 USUAL = 4
 """Up to so many tokens this way is quicker than the graph on all processors that were measured."""
@@ -119,9 +121,17 @@ class Own(NamedTuple):
     def of(cls, sizes: Sizes) -> Self:
         number = MOST * sizes.widest
         hidden, x = np.zeros((2, MOST, sizes.widest), np.float32)
-        scales, sums = np.zeros((2, number), np.float32)
+        codes, scales = _in_line(number, np.int16), _in_line(number, np.float32)
         scores = np.zeros(TOGETHER * (sizes.longest + sizes.dim + 2), np.float32)
-        return cls(hidden, x, np.zeros(number, np.int16), scales, sums, scores, np.zeros((TOGETHER, sizes.dim), np.float32))
+        return cls(hidden, x, codes, scales, np.zeros(number, np.float32), scores, np.zeros((TOGETHER, sizes.dim), np.float32))
+
+
+def _in_line(number: int, kind: type) -> np.ndarray:
+    """Zeros that begin with a line of the caches, so that no vector of them is in two."""
+    size = number * np.dtype(kind).itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size].view(kind)
 
 
 @quick()
@@ -168,7 +178,9 @@ def quantise(own: Own, tokens: int, groups: int, width: int, four: int) -> None:
                 even, odd = np.int32(np.rint(x[2 * i] * factor)), np.int32(np.rint(x[2 * i + 1] * factor))
                 bytes_[at + i], bytes_[at + four * width // 2 + i] = even, odd
                 total += even + odd
-            own.scales[place], own.sums[place] = scale, np.float32(total) * scale
+            own.sums[place] = np.float32(total) * scale
+            for i in range(SUMS):
+                own.scales[place * SUMS + i] = scale
 
 
 @exact()
@@ -185,13 +197,13 @@ def product(
             quantised = form
         begin, end = rows * rank // size, rows * (rank + 1) // size
         codes, scales, sums, size_x = own.codes.ctypes.data, own.scales.ctypes.data, own.sums.ctypes.data, groups * width
-        bytes_each = size_x if part[FOUR] else 2 * size_x
+        bytes_each, scales_each = (size_x, 4 * SUMS * groups) if part[FOUR] else (2 * size_x, 4 * groups)
         matrix = part[CODES], part[ZEROS], part[SCALES], part[LEAST], part[LEAST_SCALES], groups
         tile = end - begin if tokens <= AT_ONCE else TILE
         for first in range(begin, end, max(1, tile)):
             last = min(end, first + tile)
             for token in range(0, tokens, AT_ONCE):
-                x = codes + token * bytes_each, scales + 4 * token * groups, sums + 4 * token * groups
+                x = codes + token * bytes_each, scales + token * scales_each, sums + 4 * token * groups
                 out_at = out.ctypes.data + 4 * (token * out.shape[1] + before)
                 call(part[FUNCTIONS + min(tokens - token, AT_ONCE) - 1], (first, last, *matrix, *x, out_at, out.shape[1]))
         if len(bias):

@@ -74,24 +74,51 @@ def multiplied(builder: ir.IRBuilder, codes: ir.Value, address: ir.Value, index:
     return builder.add(picked(builder, products, range(0, CHUNK, 2)), picked(builder, products, range(1, CHUNK, 2)))
 
 
-def bytes_multiplied(builder: ir.IRBuilder, codes: ir.Value, values: ir.Value, start: ir.Value) -> ir.Value:
-    """`start`, int32, plus the products of uint8 codes below 16 and int8 values in sums of four: in one instruction where the
-    processor has it (VNNI), or in two (AVX2, for 32 bytes)."""
-    size = start.type.count
+def bytes_multiplied(builder: ir.IRBuilder, codes: Sequence[ir.Value], values: Sequence[ir.Value]) -> ir.Value:
+    """The products of vectors of uint8 codes below 16 with as many of int8 values, at most eight, added up in sums of four places:
+    int32. In one instruction for each two where the processor has it (VNNI), or in two and an addition (AVX2)."""
+    size = codes[0].type.count // 4
+    words, shorts = vector_of(WORD, size), vector_of(SHORT, 2 * size)
     if has_vnni():
-        kind = ir.FunctionType(start.type, [start.type] * 3)
+        kind = ir.FunctionType(words, [words] * 3)
         function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.vpdpbusd.{32 * size}")
-        return builder.call(function, [start, builder.bitcast(codes, start.type), builder.bitcast(values, start.type)])
-    shorts = vector_of(SHORT, 2 * size)
+        total = splat(0, words)
+        for both in zip(codes, values, strict=True):
+            total = builder.call(function, [total, *(builder.bitcast(operand, words) for operand in both)])
+        return total
     if FEATURES.get("avx2"):
-        kind = ir.FunctionType(shorts, [codes.type] * 2)
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.ub.sw")
-        pairs = builder.call(function, [codes, values])
-    else:
-        products = builder.mul(builder.zext(codes, vector_of(SHORT, 4 * size)), builder.sext(values, vector_of(SHORT, 4 * size)))
-        pairs = builder.add(*(picked(builder, products, range(at, 4 * size, 2)) for at in (0, 1)))
-    words = builder.sext(pairs, vector_of(WORD, 2 * size))
-    return builder.add(start, builder.add(*(picked(builder, words, range(at, 2 * size, 2)) for at in (0, 1))))
+        pairs = [_by_half(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, both) for both in zip(codes, values, strict=True)]
+        return _by_half(builder, "llvm.x86.avx2.pmadd.wd", words, [reduce(builder.add, pairs), splat(1, shorts)])
+    products = [
+        builder.mul(builder.zext(code, vector_of(WORD, 4 * size)), builder.sext(value, vector_of(WORD, 4 * size)))
+        for code, value in zip(codes, values, strict=True)
+    ]
+    total = reduce(builder.add, products)
+    return reduce(builder.add, [picked(builder, total, range(at, 4 * size, 4)) for at in range(4)])
+
+
+def _by_half(builder: ir.IRBuilder, name: str, kind: ir.VectorType, operands: Sequence[ir.Value]) -> ir.Value:
+    """LLVM's function `name`, of vectors of 32 bytes, for vectors of as many or twice as many. `kind`: the result's."""
+    number = operands[0].type.count * operands[0].type.element.width // 256
+    pieces = list(zip(*[cut(builder, operand, operand.type.count // number) for operand in operands], strict=True))
+    result = ir.FunctionType(vector_of(kind.element, kind.count // number), [piece.type for piece in pieces[0]])
+    function = cgutils.get_or_insert_function(builder.module, result, name)
+    results = [builder.call(function, piece) for piece in pieces]
+    return results[0] if number == 1 else picked(builder, results[0], range(kind.count), results[1])
+
+
+def cut(builder: ir.IRBuilder, vector: ir.Value, size: int) -> list[ir.Value]:
+    """A vector in pieces of at most `size` numbers."""
+    count = vector.type.count
+    if count <= size:
+        return [vector]
+    return [picked(builder, vector, range(at, at + size)) for at in range(0, count, size)]
+
+
+def lengthened(builder: ir.IRBuilder, vector: ir.Value, size: int) -> ir.Value:
+    """A vector with zeros behind its numbers."""
+    count = vector.type.count
+    return picked(builder, vector, [min(at, count) for at in range(size)], splat(0.0, vector.type))
 
 
 def summed(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
