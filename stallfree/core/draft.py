@@ -185,8 +185,16 @@ class Draft:
 
     def decode_all(self, but: Collection[Request] = ()) -> None:
         """`decode` for every ready decode that is not in `but`, in order."""
+        ready, work, size = self._ready, self.work, self._block_size
         for request in [r for r in self.decoding if r not in but] if but else self.decoding:
-            self.decode(request)
+            start = request.num_planned
+            if request in ready and self.left > 0 and start < len(request.blocks) * size:  # as `decode`, without a call
+                ready.remove(request)
+                work[request] = 1
+                request.num_planned = start + 1
+                self.left -= 1
+            else:
+                self.decode(request)
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""

@@ -22,7 +22,7 @@ from stallfree.perf.fitted import Errors, Fitted, Sample
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 PATIENCE_S = 8.0
 """Seconds after which a calibration ends, if it has timed every shape once."""
 

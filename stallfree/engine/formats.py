@@ -20,6 +20,8 @@ from stallfree.executors.machine import memory
 log = logging.getLogger(__name__)
 
 USUAL = "int8"
+VERSION = 2
+"""Of what a trial is. Another one makes those that are remembered void."""
 
 
 class Choice(NamedTuple):
@@ -36,13 +38,12 @@ def chosen(checkpoint: Checkpoint, threads: int | None) -> Choice:
 
 def tried(checkpoint: Checkpoint, kv: str, threads: int | None, say: Callable[[str], None]) -> Choice:
     """As `chosen`, after a trial if one is needed, which is then remembered. `say` gets a line of a new one."""
-    from stallfree.executors.openvino.recipe import compute_type
     from stallfree.executors.openvino.trial import choose
 
     if (settled := _settled(checkpoint, threads)) is not None:
         return settled
     say("trying the file's own bits and int8 on this machine, once")
-    found = Choice(*choose(checkpoint, kv, compute_type(USUAL, kv), threads))
+    found = Choice(*choose(checkpoint, kv, threads))
     file = _file(checkpoint, threads)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,5 +83,6 @@ def _remembered(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
 def _file(checkpoint: Checkpoint, threads: int | None) -> Path:
     stat = checkpoint.path.stat()
     model = [checkpoint.path.name, stat.st_size, stat.st_mtime_ns]
-    key = calibrate.machine() | {"model": model, "threads": threads, "openvino": metadata.version("openvino")}
+    versions = {"openvino": metadata.version("openvino"), "version": VERSION}
+    key = calibrate.machine() | {"model": model, "threads": threads} | versions
     return calibrate.file_of(key, cache_folder() / "trials")

@@ -25,10 +25,10 @@ from stallfree.workload.traffic import Traffic
 
 BUDGETS = (512, 2048)
 """Token budgets of the co-located `sarathi` candidates: the paper's."""
-ROUGH, FINE = 0.08, 0.04
+ROUGH, FINE = 0.08, 0.05
 """Tolerances of the capacity searches, as shares of the capacity: of candidates and of further draws, and of finalists."""
-NEAR = 1.2
-"""The first step of a search whose first rate follows from the parts, or from an earlier search."""
+NEAR, NEARER = 1.2, 1.1
+"""The first step of a search whose first rate follows from the parts, and of a finalist's, whose unit was searched before."""
 ROOM = 1.05
 """A target that can be met is so many times the latency seen almost without load."""
 FINALISTS = 2
@@ -118,12 +118,12 @@ def search(
     bursty = not traffic.arrivals.startswith("poisson")
 
     def find(
-        cases: Mapping[str, tuple[Tried, Targets, float]], load: Traffic, tolerance: float, least: float = 0.0
+        cases: Mapping[str, tuple[Tried, Targets, float]], load: Traffic, tolerance: float, step: float, least: float = 0.0
     ) -> dict[str, Found]:
-        return capacities({key: (*case, traffic.seed) for key, case in cases.items()}, load, run, tolerance, NEAR, least)
+        return capacities({key: (*case, traffic.seed) for key, case in cases.items()}, load, run, tolerance, step, least)
 
     def roughly(cases: Mapping[str, tuple[Tried, Targets, float]], least: float = 0.0) -> dict[str, Found]:
-        return find(cases, begin(traffic), ROUGH, least)
+        return find(cases, begin(traffic), ROUGH, NEAR, least)
 
     tell(f"{counted(len(candidates.shapes), 'split')} of the model over devices; the best for each part by itself")
     each = parts(candidates, traffic, slo, bursty, lambda cases: {key: found.rate for key, found in roughly(cases).items()})
@@ -158,7 +158,7 @@ def search(
         for one, most in (("co-located", 1), ("pools", FINALISTS), ("moving", 1))
         for key, each in islice(_of(one, ranked), most)
     }
-    founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, traffic, FINE)
+    founds = find({key: (_simulator(cluster), slo, ranked[key].total) for key, cluster in clusters.items()}, traffic, FINE, NEARER)
     whole = {key: _ranked(found, clusters[key], 1, traffic.seed) for key, found in founds.items()}
     draws = BURSTY_DRAWS if bursty else DRAWS
     tell(f"the best of both kinds in {draws} draws of the load")

@@ -345,8 +345,12 @@ class Replica:
                     line.scheduled = start
                 if w.samples:
                     position = len(request.output)
-                    tokens[w.id] = w.verified(answer[position : position + w.count])
-                    line.tokens += [end] * len(tokens[w.id])
+                    if w.count > 1 and w.decode:
+                        tokens[w.id] = w.verified(answer[position : position + w.count])
+                        line.tokens += [end] * len(tokens[w.id])
+                    else:
+                        tokens[w.id] = answer[position : position + 1]
+                        line.tokens.append(end)
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done, dropped = scheduler.complete(plan, result, end)
         if self._forecast is not None:

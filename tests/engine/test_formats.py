@@ -10,7 +10,6 @@ from stallfree.checkpoint import open_checkpoint
 from stallfree.engine import formats
 from stallfree.executors.machine import memory
 from stallfree.executors.openvino import trial
-from stallfree.executors.openvino.recipe import compute_type
 from tests.models import write_folder, write_gguf
 
 
@@ -107,6 +106,6 @@ def test_where_only_the_files_own_bits_fit_they_are_taken(checkpoint, trials, mo
 
 
 def test_a_real_trial_names_a_format_and_its_figures(checkpoint):
-    found = trial.choose(checkpoint, "u8", compute_type("int8", "u8"), None)
+    found = trial.choose(checkpoint, "u8", None)
     assert found.weights in ("file", "int8")
-    assert "products of 3 layers take" in found.why
+    assert "iterations of 3 layers take" in found.why
