@@ -423,6 +423,7 @@ def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting
         folder=cache_folder() / "converted" if sum(file.stat().st_size for file in checkpoint.files) > SMALL else None,
         progress=converting,
         compiling=lambda: stage("compiling, once on this machine, what few tokens take in"),
+        packs_later=True,
     )
 
 

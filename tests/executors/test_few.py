@@ -242,6 +242,44 @@ def test_a_team_of_any_size_computes_the_same(plain, executor):
         other.close()
 
 
+def test_few_tokens_are_served_while_weights_are_packed(plain, executor, monkeypatch):
+    begun, go_on, warm_up = threading.Event(), threading.Event(), OpenVINOExecutor._warm_up
+
+    def slow(self, *arguments, **more) -> None:
+        begun.set()
+        go_on.wait()
+        warm_up(self, *arguments, **more)
+
+    monkeypatch.setattr(OpenVINOExecutor, "_warm_up", slow)
+    later = OpenVINOExecutor(open_checkpoint(plain), kv_bytes=KV, packs_later=True)
+    begun.wait()
+    later.few, executor.few = 0, MOST
+    first, rest = [work(TOKENS[:60])], [work(TOKENS[60:62], 60)]
+    assert np.array_equal(later.logits(first), executor.logits(first))
+    many = [work(TOKENS[:70], id=str(i), first_block=3 * (i + 1)) for i in range(2)]
+    found: list[np.ndarray] = []
+    waiting = threading.Thread(target=lambda: found.append(later.logits(many)))
+    waiting.start()
+    assert not found  # more tokens wait for the graph
+    go_on.set()
+    waiting.join()
+    executor.few = 0
+    assert np.array_equal(found[0], executor.logits(many))
+    # The graph reads what few tokens wrote, and nothing else was written there to pack the weights.
+    assert np.array_equal(later.logits(rest), executor.logits(rest))
+    executor.few = USUAL
+    later.close()
+
+
+@pytest.mark.parametrize("kv", ["u8", "f32"])
+def test_without_few_tokens_weights_are_packed_at_once(kv, plain, monkeypatch):
+    monkeypatch.setattr("stallfree.executors.openvino.executor.few_tokens", lambda *_: None)
+    made = OpenVINOExecutor(open_checkpoint(plain), kv=kv, kv_bytes=KV, packs_later=True)
+    assert made._packing is None
+    assert made.logits([work(TOKENS[:1])]).shape == (1, 160)
+    made.close()
+
+
 def test_what_it_cannot_do_is_said(plain, monkeypatch):
     checkpoint = open_checkpoint(plain)
     assert obstacle(checkpoint, "int8", "u8") == obstacle(checkpoint, "file", "u8") == ""

@@ -34,6 +34,8 @@ from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sa
 WARMED = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of units of adapters whose kernels are compiled before any request wants them. Others are compiled when they are first
 wanted, which takes up to 0.1 s."""
+WARM_TOKENS = 64
+"""Tokens of the longer of the first two iterations, which nobody asked for."""
 
 
 class OpenVINOExecutor:
@@ -43,7 +45,9 @@ class OpenVINOExecutor:
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose. `folder`: where
     converted weights are kept for the next start. `progress` is called with the number of matrices converted so far, and of all;
-    `compiling` before what a few tokens take is compiled, which takes ten seconds, once on a machine.
+    `compiling` before what a few tokens take is compiled, which takes ten seconds, once on a machine. `packs_later`: be ready
+    before the graph has packed its weights, if few tokens can be computed without it. They are meanwhile, whatever `few` says; an
+    iteration of more than `most_few` waits.
 
     Raises what `check` raises, before anything is loaded.
     """
@@ -62,6 +66,7 @@ class OpenVINOExecutor:
         folder: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
         compiling: Callable[[], None] = lambda: None,
+        packs_later: bool = False,
     ) -> None:
         compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size
@@ -99,15 +104,22 @@ class OpenVINOExecutor:
         self._adapters: dict[str, Loaded] = {}
         self._adapted: AdaptedGraph | None = None
         self._loading = threading.Lock()
-        with self._recipe.lean():
-            self._warm_up(range(num_blocks))
         self._few: FewTokens | None = None
-        if not obstacle(checkpoint, weights, kv):
+        takes_few = not obstacle(checkpoint, weights, kv)
+        if not (packs_later and takes_few):
+            self._pack_weights()
+        if takes_few:
             if first():
                 compiling()
             source, count = self._recipe.weights(), threads or machine().threads
             self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
         self.few, self.most_few = (0, 0) if self._few is None else (USUAL, MOST)
+        self._packing: threading.Thread | None = None
+        if packs_later and self._few is not None:
+            self._packing = threading.Thread(target=self._warm_up_apart, args=(compiled, tails), name="packing weights")
+            self._packing.start()
+        elif packs_later and takes_few:
+            self._pack_weights()
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
@@ -178,6 +190,7 @@ class OpenVINOExecutor:
         del self._adapters[key]
 
     def close(self) -> None:
+        self._await_packing()
         if self._few is not None:
             self._few.close()
         del self._request, self._adapted, self._cache, self._tensors
@@ -190,9 +203,32 @@ class OpenVINOExecutor:
             yield cache.reshape(-1, each), values[at : at + len(blocks) * each].reshape(-1, each)
             at += len(blocks) * each
 
-    def _warm_up(self, blocks: Sequence[int], graph: AdaptedGraph | None = None, loaded: Loaded | None = None) -> None:
-        """The first runs compile kernels, which takes half a second, so no request should wait for them. Nobody needs what is in
-        `blocks`: KV is written there."""
+    def _pack_weights(self) -> None:
+        with self._recipe.lean():
+            self._warm_up(range(self.capacity.num_blocks))
+
+    def _warm_up_apart(self, compiled: ov.CompiledModel, tails: Sequence[tuple[int, ...]]) -> None:
+        """Pack the weights while requests are served: with KV of its own. The weights stay mapped, because few tokens read them."""
+        request = compiled.create_infer_request()
+        number = min(self.capacity.num_blocks, -(-WARM_TOKENS // self.capacity.block_size))
+        for tail, i in zip(tails, compiled.inputs[len(INPUTS) :], strict=True):
+            request.set_tensor(i, ov.Tensor(i.get_element_type(), [number, *tail]))
+        self._warm_up(range(number), request=request)
+
+    def _await_packing(self) -> None:
+        if self._packing is not None:
+            self._packing.join()
+            self._packing = None
+
+    def _warm_up(
+        self,
+        blocks: Sequence[int],
+        graph: AdaptedGraph | None = None,
+        loaded: Loaded | None = None,
+        request: ov.InferRequest | None = None,
+    ) -> None:
+        """The first runs pack weights and compile kernels, so no request should wait for them. Nobody needs what is in `blocks`: KV
+        is written there. `request`: one with other KV."""
         size, longest = self.capacity.block_size, self.capacity.max_model_len
         if graph is not None and loaded is not None:
             each = shown(-(-loaded.adapter.rank // UNIT))
@@ -202,12 +238,12 @@ class OpenVINOExecutor:
                 work = [Work("warm-up", 0, 1, True, False, (0,), (blocks[0],), None, "", (), [])] * number
                 feed = self._packed(work) | {"sampled_rows": np.arange(number, dtype=np.int32)}
                 _infer(graph.request, feed | graph.arranged(copies[:number], [1] * number))
-        for count in sorted({1, min(64, longest, size * len(blocks))}):
+        for count in sorted({1, min(WARM_TOKENS, longest, size * len(blocks))}):
             table = tuple(blocks[: -(-count // size)])
             work = [Work("warm-up", 0, count, True, False, (0,) * count, table, None, "", (), [])]
             feed = self._packed(work) | {"sampled_rows": np.array([count - 1], np.int32)}
             if graph is None:
-                _infer(self._request, feed)
+                _infer(request or self._request, feed)
             else:
                 _infer(graph.request, feed | graph.arranged([loaded], [count]))
 
@@ -215,8 +251,10 @@ class OpenVINOExecutor:
         """Logits of `rows` of packed work, valid until the next call. Only work with adapters pays for them."""
         feed, graph = feed | {"sampled_rows": rows}, self._adapted
         if graph is None or not any(w.adapter for w in work):
-            if self._few is not None and len(feed["input_ids"]) <= self.few:
+            packing = self._packing is not None and self._packing.is_alive()
+            if self._few is not None and len(feed["input_ids"]) <= (self.most_few if packing else self.few):
                 return self._few.logits(feed)
+            self._await_packing()
             return _infer(self._request, feed)
         adapters = [self._adapters[w.adapter] if w.adapter else None for w in work]
         return _infer(graph.request, feed | graph.arranged(adapters, [w.count for w in work]))
