@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 SMALL = 32 << 20
 """Weights in files of at most this many bytes are converted at each start: it takes less than a second."""
+LARGE = 256 << 20
+"""Weights in files of more bytes are packed while requests are served: that of fewer takes less than a second."""
 
 Stage = Callable[[str], None]
 """Is told what is done with a model now, such as loading."""
@@ -413,6 +415,7 @@ def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting
         takes = "--executor torch takes device, tp, sp and pp"
         raise ValueError(f"executor openvino is one process on this machine's processor; {takes}")
     stage("loading")
+    size = sum(file.stat().st_size for file in checkpoint.files)
     return OpenVINOExecutor(
         checkpoint,
         weights=options.weights or "",
@@ -420,10 +423,10 @@ def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting
         kv_bytes=options.kv_memory or 0,
         max_model_len=options.max_model_len,
         threads=options.threads,
-        folder=cache_folder() / "converted" if sum(file.stat().st_size for file in checkpoint.files) > SMALL else None,
+        folder=cache_folder() / "converted" if size > SMALL else None,
         progress=converting,
         compiling=lambda: stage("compiling, once on this machine, what few tokens take in"),
-        packs_later=True,
+        packs_later=size > LARGE,
     )
 
 
