@@ -1,6 +1,7 @@
 """What an executor is given where the user leaves it open: threads and memory within the container's limits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_what_the_weights_of_each_group_of_ranks_leave_is_the_default_memory(che
     one, two = (completed(Options(executor="torch", device="cpu", weights="int8", sp=sp), checkpoint) for sp in (1, 2))
     assert 3 * GIB // 4 == one.kv_memory
     assert 0 < two.kv_memory < GIB // 3  # 0.9 of 3 GiB, without 1.09 GiB twice, for each of two
+
+
+@pytest.mark.parametrize(("mib", "is_large"), [(1, False), (257, True)])
+def test_only_large_models_are_ready_before_their_weights_are_packed(mib, is_large, checkpoint, monkeypatch):
+    with checkpoint.path.open("r+b") as file:
+        file.truncate(mib << 20)
+    given: dict[str, object] = {}
+    monkeypatch.setattr("stallfree.executors.openvino.OpenVINOExecutor", lambda _, **options: given.update(options))
+    assemble._openvino(replace(checkpoint, files=(checkpoint.path,)), GIVEN, lambda stage: None, lambda done, of: None)
+    assert given["packs_later"] == is_large == (given["folder"] is not None)
 
 
 @pytest.mark.parametrize("name", ["tp", "sp", "pp"])
