@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,11 +61,22 @@ def constraint_of(grammar):
 
 
 def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_served(monkeypatch):
+    call, slow, quick = Helper.call, of_regex("[a-z]{1,30}"), of_choice(["a"])
+
+    def called(self, source, limit_s):
+        if source != slow:
+            return call(self, source, 60)
+        call(self, quick, 60)
+        os.kill(self._process.pid, signal.SIGSTOP)  # no answer can come in time
+        return call(self, source, limit_s)
+
+    monkeypatch.setattr(Helper, "call", called)
     monkeypatch.setattr(compiling, "LIMIT_S", 0.0)
-    grammars = Grammars(TEXT)
-    (slow,) = run(grammars, Grammar(of_regex("[a-z]{1,30}"), "guided_regex"))
-    assert isinstance(slow, GrammarError)
-    assert "guided_regex: it takes more than 0 s to compile; make it simpler, or try again" == str(slow)
+    monkeypatch.setattr(compiling, "PROCESSES", 1)
+    refusal, served = run(Grammars(TEXT), Grammar(slow, "guided_regex"), Grammar(quick, "guided_choice"))
+    assert isinstance(refusal, GrammarError)
+    assert "guided_regex: it takes more than 0 s to compile; make it simpler, or try again" == str(refusal)
+    assert len(served) == 1
 
 
 def test_the_constraint_follows_the_output():
