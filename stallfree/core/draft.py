@@ -4,7 +4,7 @@ A draft enforces the engine's limits and keeps the KV accounts, so a policy cann
 limit. A draft chooses nothing itself.
 """
 
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 
 from stallfree.core.ledger import Ledger
 from stallfree.core.plan import UNKNOWN, Plan, Work
@@ -172,29 +172,27 @@ class Draft:
         """Give a ready decode its token. If KV is short, this preempts requests after it in the order. Returns False if that is not
         enough, if no token is left, if the request is not a ready decode, or if it already has its token.
         """
-        if request not in self._ready or self.left <= 0:
-            return False
-        start = request.num_planned
-        if start >= len(request.blocks) * self._block_size and not self._make_room(request, start + 1):
-            return False
-        self._ready.remove(request)
-        self.work[request] = 1
-        request.num_planned = start + 1
-        self.left -= 1
-        return True
+        return self._decode((request,)) > 0
 
     def decode_all(self, but: Collection[Request] = ()) -> None:
         """`decode` for every ready decode that is not in `but`, in order."""
-        ready, work, size = self._ready, self.work, self._block_size
-        for request in [r for r in self.decoding if r not in but] if but else self.decoding:
+        self._decode([r for r in self.decoding if r not in but] if but else self.decoding)
+
+    def _decode(self, requests: Iterable[Request]) -> int:
+        """`decode` for each of `requests`. Returns how many got their token."""
+        ready, work, size, number = self._ready, self.work, self._block_size, 0
+        for request in requests:
+            if request not in ready or self.left <= 0:
+                continue
             start = request.num_planned
-            if request in ready and self.left > 0 and start < len(request.blocks) * size:  # as `decode`, without a call
-                ready.remove(request)
-                work[request] = 1
-                request.num_planned = start + 1
-                self.left -= 1
-            else:
-                self.decode(request)
+            if start >= len(request.blocks) * size and not self._make_room(request, start + 1):
+                continue
+            ready.remove(request)
+            work[request] = 1
+            request.num_planned = start + 1
+            self.left -= 1
+            number += 1
+        return number
 
     def prefill(self, request: Request, count: int | None = None) -> int:
         """Plan up to `count` more tokens of a running request, as many as fit. Returns their number."""

@@ -97,9 +97,9 @@ TORCH = frozenset({"overlap", "TP2", "SP2", "PP2"})
 TEXT = chat_text(HERMES)
 LONGEST, MEMORY = 256, 6 << 20
 TOKENS = 18
+"""Of each answer."""
 FEW = 16
 """Tokens of an iteration that are few, if that is among the features."""
-"""Of each answer."""
 
 
 def write_model(folder: Path, seed: int = 0) -> Checkpoint:

@@ -44,10 +44,13 @@ def check(checkpoint, weights: str, close: float) -> None:
     assert (exact.most_few, executor.most_few) == (0, MOST)
     executor.few = FEW
     wanted, found = logits(exact), logits(executor)
+    executor.few = MOST
+    at_once = executor.logits([work(TOKENS)])
     executor.few = 0
     graph = logits(executor)
     assert np.abs(found - graph).max() > 0  # it went another way
     assert np.abs(found - wanted).mean() < close * wanted.std()
+    assert np.abs(at_once - wanted).mean() < close * wanted.std()
     executor.close()
 
 

@@ -106,7 +106,8 @@ class OpenVINOExecutor:
         self._loading = threading.Lock()
         self._few: FewTokens | None = None
         takes_few = not obstacle(checkpoint, weights, kv)
-        if not (packs_later and takes_few):
+        packs_later = packs_later and takes_few
+        if not packs_later:
             self._pack_weights()
         if takes_few:
             if first():
@@ -115,11 +116,11 @@ class OpenVINOExecutor:
             self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
         self.few, self.most_few = (0, 0) if self._few is None else (USUAL, MOST)
         self._packing: threading.Thread | None = None
-        if packs_later and self._few is not None:
+        if packs_later and self._few is None:
+            self._pack_weights()
+        elif packs_later:
             self._packing = threading.Thread(target=self._warm_up_apart, args=(compiled, tails), name="packing weights")
             self._packing.start()
-        elif packs_later and takes_few:
-            self._pack_weights()
 
     def submit(self, plan: Plan) -> None:
         """Run the plan, except work that cannot run. Raises ValueError, and changes nothing, if no work can run."""
