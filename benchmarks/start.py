@@ -2,8 +2,9 @@
 own, with models of known shapes and random weights (made_gguf.py).
 
 `first`: the weights are converted. `second`: they are mapped from the file that keeps them. Both end when a decode has run, as a
-server is ready; `packed, s`: when a chunk of 129 tokens has run, which waits for the runtime to pack its weights. `peak / stays`:
-the process's largest resident memory while it loads, over what is resident then. `stays / file`: without KV.
+server is ready; `packed, s`: when the runtime has packed its weights, too. `graph`: whether it does, by the trial that a server
+makes once for a model, before these starts. `peak / stays`: the process's largest resident memory while it loads, over what is
+resident then. `stays / file`: without KV.
 Limits: 3 s for the second start of 1.1B, 10 s for 8B; 1.15 for peak / stays; 1.25 for stays / file, 8B.
 
     python benchmarks/start.py [--shapes 1.1b 8b] [--folder FOLDER]
@@ -24,25 +25,23 @@ from harness import machine, parser, show
 from made_gguf import KINDS, SHAPES, make
 
 from stallfree.checkpoint import open_checkpoint
-from stallfree.core.plan import Plan, Work
+from stallfree.core.plan import Work
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.few import MOST
+from stallfree.executors.openvino.trial import wants_graph
 
 SECONDS = {"1.1b": 3.0, "8b": 10.0}
 KV = 256 << 20
 
 
-def start(model: str, weights: str, folder: str) -> None:
+def start(model: str, weights: str, packs: str, folder: str) -> None:
     """Print what a start takes, as JSON."""
     began = time.perf_counter()
     executor = OpenVINOExecutor(
-        open_checkpoint(model), weights=weights, kv_bytes=KV, max_model_len=2048, folder=Path(folder), packs_later=True
+        open_checkpoint(model), weights=weights, kv_bytes=KV, max_model_len=2048, folder=Path(folder), packs=packs
     )
     executor.logits([Work("a", 0, 1, True, False, (1,), (0,), None, "", (1,), ())])
     seconds = time.perf_counter() - began
-    many = (1,) * (MOST + 1)
-    blocks = tuple(range(-(-len(many) // executor.capacity.block_size)))
-    executor.submit(Plan(0, 0.0, (Work("a", 0, len(many), False, False, many, blocks, None, "", many, ()),)))
+    executor.settle()
     packed = time.perf_counter() - began
     resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     stays = int(resident[1]) << 10 if resident else 0
@@ -68,9 +67,11 @@ def main() -> None:
             if not model.is_file():
                 make(shape, args.kind, model)
             for weights in args.weights:
+                graph, why = wants_graph(open_checkpoint(model), weights, "u8", None)
+                print(f"{model.name}, {weights}: {why}", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=folder) as kept:
                     for number in ("first", "second"):
-                        command = [sys.executable, __file__, "--start", str(model), weights, kept]
+                        command = [sys.executable, __file__, "--start", str(model), weights, "later" if graph else "never", kept]
                         done = subprocess.run(command, check=True, capture_output=True, text=True)
                         found, size = json.loads(done.stdout), model.stat().st_size
                         rows.append(
@@ -78,6 +79,7 @@ def main() -> None:
                                 "model": model.name,
                                 "file, MiB": size >> 20,
                                 "weights": weights,
+                                "graph": "yes" if graph else "no",
                                 "start": number,
                                 "s": round(found["seconds"], 1),
                                 "packed, s": round(found["packed"], 1),

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 SMALL = 32 << 20
 """Weights in files of at most this many bytes are converted at each start: it takes less than a second."""
 LARGE = 256 << 20
-"""Weights in files of more bytes are packed while requests are served: that of fewer takes less than a second."""
+"""Weights in files of more bytes are packed while requests are served, or not at all: that of fewer takes less than a second."""
 
 Stage = Callable[[str], None]
 """Is told what is done with a model now, such as loading."""
@@ -332,7 +333,7 @@ def arithmetic(options: Options, checkpoint: Checkpoint) -> str:
     this machine's memory.
     """
     if options.executor == "openvino":
-        from stallfree.executors.openvino.executor import check
+        from stallfree.executors.openvino import check
 
         form = check(
             checkpoint, options.weights or "", options.kv or "", options.kv_memory or 0, options.max_model_len, options.threads
@@ -369,6 +370,9 @@ def calibration_key(options: Options, path: Path, max_model_len: int) -> dict[st
             key |= {"tp": options.tp, "pp": options.pp, "workers": options.workers}
         if options.sp > 1:
             key["sp"] = options.sp
+    elif options.executor == "openvino":
+        found = formats.graph(path, options.weights or "", options.kv or "", options.threads)
+        key["graph"] = found is None or found.wanted
     elif options.executor not in MAKERS:
         cls = user_classes.find("executor", options.executor, method="submit")
         key["file"] = Path(inspect.getfile(cls)).stat().st_mtime_ns
@@ -409,24 +413,30 @@ def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> 
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting: calibrate.Progress) -> Executor:
-    from stallfree.executors.openvino import OpenVINOExecutor
+    from stallfree.executors.openvino import OpenVINOExecutor, check
+    from stallfree.executors.openvino.few import obstacle
 
     if not options.alone or options.device not in (None, "cpu"):
         takes = "--executor torch takes device, tp, sp and pp"
         raise ValueError(f"executor openvino is one process on this machine's processor; {takes}")
+    size, packs = sum(file.stat().st_size for file in checkpoint.files), "now"
+    weights, kv = options.weights or "", options.kv or ""
+    check(checkpoint, weights, kv, options.kv_memory or 0, options.max_model_len, options.threads)
+    if size > LARGE and not obstacle(checkpoint, weights, kv, copies=1):
+        trying = partial(stage, "trying with and without the runtime's graph, once on this machine,")
+        packs = "later" if formats.graph_tried(checkpoint, weights, kv, options.threads, trying).wanted else "never"
     stage("loading")
-    size = sum(file.stat().st_size for file in checkpoint.files)
     return OpenVINOExecutor(
         checkpoint,
-        weights=options.weights or "",
-        kv=options.kv or "",
+        weights=weights,
+        kv=kv,
         kv_bytes=options.kv_memory or 0,
         max_model_len=options.max_model_len,
         threads=options.threads,
         folder=cache_folder() / "converted" if size > SMALL else None,
         progress=converting,
         compiling=lambda: stage("compiling, once on this machine, what few tokens take in"),
-        packs_later=size > LARGE,
+        packs=packs,
     )
 
 

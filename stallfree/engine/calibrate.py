@@ -62,6 +62,8 @@ def calibrate(
     sampled = [] if wanted else [shape for shape in _sampled(capacity) if _fits(shape, capacity)]
     sizes = {tile * (64 // tile + 1) + extra for tile in TILES for extra in (0, 1)} | {64, 65}
     probes = [[(0, size)] for size in sorted(sizes) if not wanted and _fits([(0, size)], capacity)]
+    if isinstance(executor, TakesFew):
+        executor.settle()
     end = time.perf_counter() + PATIENCE_S
     _fill(executor, min(CHUNK, max(sum(count for _, count in shape) for shape in shapes)))
     if isinstance(executor, TakesFew):

@@ -198,6 +198,9 @@ def _few_tokens(options: assemble.Options, checkpoint: Checkpoint, costs: dict[s
         return {}
     from stallfree.executors.openvino.few import MOST, obstacle
 
+    graph = formats.graph(checkpoint.path, options.weights or "", options.kv or "", options.threads)
+    if graph is not None and not graph.wanted:
+        return {"few_tokens": _choice("all", f"no iteration takes the graph: {graph.why}")}
     if why := obstacle(checkpoint, options.weights or "", options.kv or ""):
         return {"few_tokens": _choice(0, f"every iteration takes the graph; the quicker way for few tokens {why}")}
     few = costs.get("few_tokens")

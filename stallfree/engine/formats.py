@@ -1,11 +1,11 @@
-"""Which format of weights the default takes: what a trial on this machine has found for a model's file, remembered beside its
-calibration. The executor makes the trial; this module does not know how.
+"""Which format of weights the default takes, and whether the runtime's graph is wanted: what trials on this machine have found for
+a model's file, remembered beside its calibration. The executor makes them; this module does not know how.
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from stallfree.executors.machine import memory
 log = logging.getLogger(__name__)
 
 USUAL = "int8"
-VERSION = 2
+VERSION = 3
 """Of what a trial is. Another one makes those that are remembered void."""
 
 
@@ -36,6 +36,13 @@ def chosen(checkpoint: Checkpoint, threads: int | None) -> Choice:
     return _settled(checkpoint, threads) or Choice(USUAL, "no trial was made yet; the first start makes it")
 
 
+class Graph(NamedTuple):
+    """`wanted`: whether the runtime's graph computes anything; `why`, in words."""
+
+    wanted: bool
+    why: str
+
+
 def tried(checkpoint: Checkpoint, kv: str, threads: int | None, say: Callable[[str], None]) -> Choice:
     """As `chosen`, after a trial if one is needed, which is then remembered. `say` gets a line of a new one."""
     from stallfree.executors.openvino.trial import choose
@@ -44,16 +51,39 @@ def tried(checkpoint: Checkpoint, kv: str, threads: int | None, say: Callable[[s
         return settled
     say("trying the file's own bits and int8 on this machine, once")
     found = Choice(*choose(checkpoint, kv, threads))
-    file = _file(checkpoint, threads)
+    _remember(found._asdict(), _file(checkpoint.path, threads))
+    say(f"weights {found.weights}: {found.why}")
+    return found
+
+
+def graph(path: Path, weights: str, kv: str, threads: int | None) -> Graph | None:
+    """What a trial has found about the graph for the model at `path`; None if none was made."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(_file(path, threads, weights, kv).read_text())
+        return Graph(saved["wanted"] is not False, str(saved["why"]))
+    return None
+
+
+def graph_tried(checkpoint: Checkpoint, weights: str, kv: str, threads: int | None, trying: Callable[[], None]) -> Graph:
+    """As `graph`, after a trial if none was made. `trying` is called before it."""
+    from stallfree.executors.openvino.trial import wants_graph
+
+    if (found := graph(checkpoint.path, weights, kv, threads)) is not None:
+        return found
+    trying()
+    found = Graph(*wants_graph(checkpoint, weights, kv, threads))
+    _remember(found._asdict(), _file(checkpoint.path, threads, weights, kv))
+    return found
+
+
+def _remember(found: Mapping[str, object], file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found._asdict()))
+        part.write_text(json.dumps(found))
         part.replace(file)
     except OSError as error:
         log.warning("what the trial found cannot be kept in %s: %s", file, error)
-    say(f"weights {found.weights}: {found.why}")
-    return found
 
 
 def _settled(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
@@ -74,15 +104,16 @@ def _settled(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
 
 def _remembered(checkpoint: Checkpoint, threads: int | None) -> Choice | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        saved = json.loads(_file(checkpoint, threads).read_text())
+        saved = json.loads(_file(checkpoint.path, threads).read_text())
         if saved["weights"] in ("file", USUAL):
             return Choice(saved["weights"], str(saved["why"]))
     return None
 
 
-def _file(checkpoint: Checkpoint, threads: int | None) -> Path:
-    stat = checkpoint.path.stat()
-    model = [checkpoint.path.name, stat.st_size, stat.st_mtime_ns]
+def _file(path: Path, threads: int | None, *formats: str) -> Path:
+    """Where the trial of the weights is kept, or that of the graph with these `formats`."""
+    stat = path.stat()
+    model = [path.name, stat.st_size, stat.st_mtime_ns]
     versions = {"openvino": metadata.version("openvino"), "version": VERSION}
-    key = calibrate.machine() | {"model": model, "threads": threads} | versions
+    key = calibrate.machine() | {"model": model, "threads": threads, "formats": formats} | versions
     return calibrate.file_of(key, cache_folder() / "trials")

@@ -133,6 +133,9 @@ class TakesFew(Executor, Protocol):
     few: int
     most_few: int
 
+    def settle(self) -> None:
+        """Wait until iterations take as long as they will from then on."""
+
 
 class Lost(RuntimeError):
     """The process that ran the model is gone, and all KV with it. The executor has started it again."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stallfree.checkpoint import Checkpoint, ModelConfig
-from stallfree.engine import assemble
+from stallfree.engine import assemble, formats
 from stallfree.engine.assemble import Options, calibration_key, completed
 from tests.machines import GIB, container, pretend
 
@@ -58,14 +58,28 @@ def test_what_the_weights_of_each_group_of_ranks_leave_is_the_default_memory(che
     assert 0 < two.kv_memory < GIB // 3  # 0.9 of 3 GiB, without 1.09 GiB twice, for each of two
 
 
-@pytest.mark.parametrize(("mib", "is_large"), [(1, False), (257, True)])
-def test_only_large_models_are_ready_before_their_weights_are_packed(mib, is_large, checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    ("mib", "kv", "wanted", "packs"),
+    [(1, "u8", False, "now"), (257, "u8", True, "later"), (257, "u8", False, "never"), (257, "f32", False, "now")],
+)
+def test_only_large_models_are_ready_before_their_weights_are_packed(mib, kv, wanted, packs, checkpoint, monkeypatch):
     with checkpoint.path.open("r+b") as file:
         file.truncate(mib << 20)
     given: dict[str, object] = {}
     monkeypatch.setattr("stallfree.executors.openvino.OpenVINOExecutor", lambda _, **options: given.update(options))
-    assemble._openvino(replace(checkpoint, files=(checkpoint.path,)), GIVEN, lambda stage: None, lambda done, of: None)
-    assert given["packs_later"] == is_large == (given["folder"] is not None)
+    monkeypatch.setattr(formats, "graph_tried", lambda *_: formats.Graph(wanted, "it was tried"))
+    large, options = replace(checkpoint, files=(checkpoint.path,)), replace(GIVEN, kv=kv, kv_memory=GIB)
+    assemble._openvino(large, options, lambda stage: None, lambda done, of: None)
+    assert given["packs"] == packs
+    assert (given["folder"] is not None) == (mib > 32)
+
+
+def test_the_calibration_of_another_way_is_another(checkpoint, monkeypatch):
+    options = completed(GIVEN, checkpoint)
+    before = calibration_key(options, checkpoint.path, 8192)
+    for wanted in (True, False):
+        monkeypatch.setattr(formats, "graph", lambda *_, wanted=wanted: formats.Graph(wanted, "it was tried"))
+        assert (before == calibration_key(options, checkpoint.path, 8192)) is wanted
 
 
 @pytest.mark.parametrize("name", ["tp", "sp", "pp"])

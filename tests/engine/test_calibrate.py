@@ -89,7 +89,14 @@ class TwoWays(Instant):
 
     def __init__(self, quick: int) -> None:
         super().__init__()
-        self.quick, self.few = quick, 8
+        self.quick, self.few, self.settled = quick, 8, False
+
+    def settle(self) -> None:
+        self.settled = True
+
+    def submit(self, plan: Plan) -> None:
+        assert self.settled
+        super().submit(plan)
 
     def collect(self) -> StepResult:
         result, tokens = super().collect(), sum(w.count for w in self.plans[-1].work)

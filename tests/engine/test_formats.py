@@ -109,3 +109,40 @@ def test_a_real_trial_names_a_format_and_its_figures(checkpoint):
     found = trial.choose(checkpoint, "u8", None)
     assert found.weights in ("file", "int8")
     assert "iterations of 3 layers take" in found.why
+
+
+def test_whether_a_graph_is_wanted_is_tried_once_for_each_format(checkpoint, monkeypatch):
+    made, said = [], []
+    monkeypatch.setattr(trial, "wants_graph", lambda _, weights, *more: (made.append(weights), (False, "it is slower"))[1])
+    assert formats.graph(checkpoint.path, "file", "u8", None) is None
+    for _ in range(2):
+        found = formats.graph_tried(checkpoint, "file", "u8", None, lambda: said.append("trying"))
+        assert found == formats.graph(checkpoint.path, "file", "u8", None) == (False, "it is slower")
+    assert said == ["trying"]
+    formats.graph_tried(checkpoint, "int8", "u8", None, lambda: None)
+    assert made == ["file", "int8"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"wanted": false}', "[1]"])
+def test_a_damaged_memory_of_the_graph_is_no_memory(checkpoint, monkeypatch, text):
+    monkeypatch.setattr(trial, "wants_graph", lambda *_: (False, "it is slower"))
+    formats.graph_tried(checkpoint, "file", "u8", None, lambda: None)
+    next(Path(checkpoint.path.parent / "cache" / "trials").iterdir()).write_text(text)
+    assert formats.graph(checkpoint.path, "file", "u8", None) is None
+
+
+@pytest.mark.parametrize("weights", ["file", "int8"])
+def test_a_real_trial_of_the_graph_names_its_figures(checkpoint, weights):
+    wanted, why = trial.wants_graph(checkpoint, weights, "u8", None)
+    assert isinstance(wanted, bool)
+    assert "without it, iterations of 3 layers take" in why
+    # The model has contexts of 256 tokens.
+    assert why.endswith("for 1, 4, 16, 80, 256 tokens)")
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(0.5, False), (1.01, False), (1.05, True), (2, True)])
+def test_the_graph_is_wanted_if_it_is_quicker(checkpoint, monkeypatch, factor, wanted):
+    times = {tokens: trial.Ways(tokens, factor * tokens) for tokens in (1, 400)}
+    monkeypatch.setattr(trial, "_times", lambda part, forms, *_: dict.fromkeys(forms, times))
+    # A few tokens do without the graph anyway if that is quicker, and there is memory for both.
+    assert trial.wants_graph(checkpoint, "int8", "u8", None)[0] is wanted

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.core.plan import Work
 from stallfree.executors.machine import Room
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.openvino.few import MOST, USUAL, forward, kernels, obstacle, vectors
@@ -245,7 +246,35 @@ def test_a_team_of_any_size_computes_the_same(plain, executor):
         other.close()
 
 
-def test_few_tokens_are_served_while_weights_are_packed(plain, executor, monkeypatch):
+def many() -> list[Work]:
+    """More than `MOST` tokens, of several requests: decodes of what `before` has computed, and whole prompts."""
+    decodes = [work(TOKENS[40:41], 40, id=f"decode {i}", first_block=4 * i) for i in range(3)]
+    return decodes + [work(TOKENS[:70], id=f"prompt {i}", first_block=12 + 4 * i) for i in range(4)]
+
+
+def before() -> list[Work]:
+    return [work(TOKENS[:40], id=f"decode {i}", first_block=4 * i) for i in range(3)]
+
+
+def test_more_tokens_than_at_once_are_computed_in_parts(plain):
+    executor = OpenVINOExecutor(open_checkpoint(plain), kv_bytes=KV)
+    exact = OpenVINOExecutor(open_checkpoint(plain), weights="f32", kv="f32", kv_bytes=KV)
+    executor.few = 1000
+    for each in (executor, exact):
+        each.logits(before())
+    wanted, found = exact.logits(many()), executor.logits(many())
+    assert np.abs(found - wanted).mean() < CLOSE * wanted.std()
+    whole = executor._packed(many())
+    last = np.array([sum(w.count for w in many()) - 1, 0, 130], np.int32)
+    assert executor._few is not None
+    assert np.array_equal(executor._few.logits(whole | {"sampled_rows": last}), found[last])
+    executor.few = 0
+    assert np.abs(found - executor.logits(many())).max() > 0  # it was no graph's
+    executor.close()
+    exact.close()
+
+
+def test_all_is_served_while_weights_are_packed(plain, executor, monkeypatch):
     begun, go_on, warm_up = threading.Event(), threading.Event(), OpenVINOExecutor._warm_up
 
     def slow(self, *arguments, **more) -> None:
@@ -254,30 +283,45 @@ def test_few_tokens_are_served_while_weights_are_packed(plain, executor, monkeyp
         warm_up(self, *arguments, **more)
 
     monkeypatch.setattr(OpenVINOExecutor, "_warm_up", slow)
-    later = OpenVINOExecutor(open_checkpoint(plain), kv_bytes=KV, packs_later=True)
+    later = OpenVINOExecutor(open_checkpoint(plain), kv_bytes=KV, packs="later")
     begun.wait()
-    later.few, executor.few = 0, MOST
-    first, rest = [work(TOKENS[:60])], [work(TOKENS[60:62], 60)]
-    assert np.array_equal(later.logits(first), executor.logits(first))
-    many = [work(TOKENS[:70], id=str(i), first_block=3 * (i + 1)) for i in range(2)]
-    found: list[np.ndarray] = []
-    waiting = threading.Thread(target=lambda: found.append(later.logits(many)))
-    waiting.start()
-    assert not found  # more tokens wait for the graph
+    later.few, executor.few = 0, 1000
+    for each in (later, executor):
+        each.logits(before())
+    assert np.array_equal(later.logits(many()), executor.logits(many()))
+    settled = threading.Thread(target=later.settle)
+    settled.start()
+    assert settled.is_alive()  # the graph's weights are not packed
     go_on.set()
-    waiting.join()
+    settled.join()
     executor.few = 0
-    assert np.array_equal(found[0], executor.logits(many))
-    # The graph reads what few tokens wrote, and nothing else was written there to pack the weights.
+    # The graph reads what came without it, and nothing else was written there to pack the weights.
+    rest = [work(TOKENS[70:72], 70, id="prompt 3", first_block=24)]
     assert np.array_equal(later.logits(rest), executor.logits(rest))
     executor.few = USUAL
     later.close()
 
 
+def test_a_graph_that_never_packs_computes_nothing(plain, executor, monkeypatch):
+    monkeypatch.setattr(OpenVINOExecutor, "_pack_weights", lambda self: pytest.fail("weights are packed"))
+    monkeypatch.setattr("stallfree.executors.openvino.executor._infer", lambda *_: pytest.fail("the graph computes"))
+    monkeypatch.setattr("stallfree.executors.openvino.few.suited.memory", lambda: Room(1 << 20, 1 << 21, "cgroup"))
+    never = OpenVINOExecutor(open_checkpoint(plain), kv_bytes=KV, packs="never")
+    assert (never.few, never.most_few) == (0, 0)  # there is nothing to calibrate
+    never.settle()
+    executor.few = 1000
+    for each in (never, executor):
+        each.logits(before())
+    assert np.array_equal(never.logits(many()), executor.logits(many()))
+    executor.few = USUAL
+    never.close()
+
+
+@pytest.mark.parametrize("packs", ["later", "never"])
 @pytest.mark.parametrize("kv", ["u8", "f32"])
-def test_without_few_tokens_weights_are_packed_at_once(kv, plain, monkeypatch):
+def test_without_few_tokens_weights_are_packed_at_once(kv, packs, plain, monkeypatch):
     monkeypatch.setattr("stallfree.executors.openvino.executor.few_tokens", lambda *_: None)
-    made = OpenVINOExecutor(open_checkpoint(plain), kv=kv, kv_bytes=KV, packs_later=True)
+    made = OpenVINOExecutor(open_checkpoint(plain), kv=kv, kv_bytes=KV, packs=packs)
     assert made._packing is None
     assert made.logits([work(TOKENS[:1])]).shape == (1, 160)
     made.close()
@@ -293,6 +337,7 @@ def test_what_it_cannot_do_is_said(plain, monkeypatch):
         assert said in obstacle(replace(checkpoint, config=replace(checkpoint.config, **change)), "int8", "u8")
     monkeypatch.setattr("stallfree.executors.openvino.few.suited.memory", lambda: Room(1 << 20, 1 << 21, "cgroup"))
     assert "a second copy" in obstacle(checkpoint, "int8", "u8")
+    assert obstacle(checkpoint, "int8", "u8", copies=1) == ""
     monkeypatch.setattr("sys.platform", "darwin")
     assert "this is darwin" in obstacle(checkpoint, "int8", "u8")
 

@@ -45,9 +45,9 @@ class OpenVINOExecutor:
     each group of activations; all else in bf16 if the CPU has it. `kv`: the format of stored keys and values, u8, u4, bf16 or f32;
     `kv_bytes`: memory for them. `max_model_len`: at most the model's own. `threads`: None lets the runtime choose. `folder`: where
     converted weights are kept for the next start. `progress` is called with the number of matrices converted so far, and of all;
-    `compiling` before what a few tokens take is compiled, which takes ten seconds, once on a machine. `packs_later`: be ready
-    before the graph has packed its weights, if few tokens can be computed without it. They are meanwhile, whatever `few` says; an
-    iteration of more than `most_few` waits.
+    `compiling` before what a few tokens take is compiled, which takes ten seconds, once on a machine. `packs`: when the graph packs
+    its weights. "later": the executor is ready before, and everything is computed without the graph meanwhile, whatever `few` says,
+    if it can be. "never": it always is, except iterations with adapters.
 
     Raises what `check` raises, before anything is loaded.
     """
@@ -66,7 +66,7 @@ class OpenVINOExecutor:
         folder: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
         compiling: Callable[[], None] = lambda: None,
-        packs_later: bool = False,
+        packs: str = "now",
     ) -> None:
         compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size
@@ -105,20 +105,21 @@ class OpenVINOExecutor:
         self._adapted: AdaptedGraph | None = None
         self._loading = threading.Lock()
         self._few: FewTokens | None = None
-        takes_few = not obstacle(checkpoint, weights, kv)
-        packs_later = packs_later and takes_few
-        if not packs_later:
+        self._packing: threading.Thread | None = None
+        takes_few = not obstacle(checkpoint, weights, kv, copies=1 if packs == "never" else 2)
+        if packs == "now" or not takes_few:
+            packs = "now"
             self._pack_weights()
         if takes_few:
             if first():
                 compiling()
             source, count = self._recipe.weights(), threads or machine().threads
             self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
-        self.few, self.most_few = (0, 0) if self._few is None else (USUAL, MOST)
-        self._packing: threading.Thread | None = None
-        if packs_later and self._few is None:
+        self._all_few = packs == "never" and self._few is not None
+        self.few, self.most_few = (0, 0) if self._few is None or self._all_few else (USUAL, MOST)
+        if packs != "now" and self._few is None:
             self._pack_weights()
-        elif packs_later:
+        elif packs == "later":
             self._packing = threading.Thread(target=self._warm_up_apart, args=(compiled, tails), name="packing weights")
             self._packing.start()
 
@@ -190,8 +191,14 @@ class OpenVINOExecutor:
         """Forget an adapter. No plan that uses it may be under way."""
         del self._adapters[key]
 
+    def settle(self) -> None:
+        """Wait until the graph has packed its weights, if it does."""
+        if self._packing is not None:
+            self._packing.join()
+            self._packing = None
+
     def close(self) -> None:
-        self._await_packing()
+        self.settle()
         if self._few is not None:
             self._few.close()
         del self._request, self._adapted, self._cache, self._tensors
@@ -215,11 +222,6 @@ class OpenVINOExecutor:
         for tail, i in zip(tails, compiled.inputs[len(INPUTS) :], strict=True):
             request.set_tensor(i, ov.Tensor(i.get_element_type(), [number, *tail]))
         self._warm_up(range(number), request=request)
-
-    def _await_packing(self) -> None:
-        if self._packing is not None:
-            self._packing.join()
-            self._packing = None
 
     def _warm_up(
         self,
@@ -253,9 +255,8 @@ class OpenVINOExecutor:
         feed, graph = feed | {"sampled_rows": rows}, self._adapted
         if graph is None or not any(w.adapter for w in work):
             packing = self._packing is not None and self._packing.is_alive()
-            if self._few is not None and len(feed["input_ids"]) <= (self.most_few if packing else self.few):
+            if self._few is not None and (self._all_few or packing or len(feed["input_ids"]) <= self.few):
                 return self._few.logits(feed)
-            self._await_packing()
             return _infer(self._request, feed)
         adapters = [self._adapters[w.adapter] if w.adapter else None for w in work]
         return _infer(graph.request, feed | graph.arranged(adapters, [w.count for w in work]))

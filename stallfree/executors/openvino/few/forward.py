@@ -134,20 +134,35 @@ class FewTokens:
         self._size = threads
 
     def logits(self, feed: dict[str, np.ndarray]) -> np.ndarray:
-        """What the graph gives for these inputs, of at most `MOST` tokens. Valid until the next call."""
+        """What the graph gives for these inputs. More than `MOST` tokens are computed in parts, one after the other. Valid until
+        the next call."""
+        tokens, rows = len(feed["input_ids"]), feed["sampled_rows"]
+        if max(tokens, len(rows)) <= MOST:
+            return self._part(feed, 0, tokens, rows)
+        logits = np.empty((len(rows), self._batch.logits.shape[1]), np.float32)
+        for first in range(0, tokens, MOST):
+            last = min(tokens, first + MOST)
+            here = np.flatnonzero((first <= rows) & (rows < last))
+            logits[here] = self._part(feed, first, last, rows[here] - first)
+        return logits
+
+    def _part(self, feed: dict[str, np.ndarray], first: int, last: int, rows: np.ndarray) -> np.ndarray:
+        """The logits of `rows` of the tokens from `first` to before `last`."""
         batch, begins, tables = self._batch, feed["subsequence_begins"], feed["block_indices_begins"]
-        tokens, wanted = len(feed["input_ids"]), len(feed["sampled_rows"])
-        batch.counts[:] = tokens, wanted
-        batch.tokens[:tokens], batch.positions[:tokens] = feed["input_ids"], feed["position_ids"]
-        batch.wanted[:wanted] = feed["sampled_rows"]
+        tokens = last - first
+        batch.counts[:] = tokens, len(rows)
+        batch.tokens[:tokens], batch.positions[:tokens] = feed["input_ids"][first:last], feed["position_ids"][first:last]
+        batch.wanted[: len(rows)] = rows
         for sequence in range(len(begins) - 1):
-            blocks = feed["block_indices"][tables[sequence] : tables[sequence + 1]]
-            batch.blocks[begins[sequence] : begins[sequence + 1], : len(blocks)] = blocks
+            begin, end = max(first, begins[sequence]) - first, min(last, begins[sequence + 1]) - first
+            if begin < end:
+                blocks = feed["block_indices"][tables[sequence] : tables[sequence + 1]]
+                batch.blocks[begin:end, : len(blocks)] = blocks
         for table, (frequencies, scales) in enumerate(self._turns):
             angles = batch.positions[:tokens, None] * frequencies
             batch.angles[table, :tokens, 0], batch.angles[table, :tokens, 1] = np.cos(angles) * scales, np.sin(angles) * scales
         self._run(self._own, self._team, 0, self._size)
-        return batch.logits[:wanted]
+        return batch.logits[: len(rows)]
 
     def close(self) -> None:
         """End the other threads. The model must not run afterwards."""

@@ -12,8 +12,8 @@ SHARE = 8
 the file that keeps them, which the system may take back."""
 
 
-def obstacle(checkpoint: Checkpoint, weights: str, kv: str) -> str:
-    """What this way lacks, or wants, for the model, in words; "" if it can be taken."""
+def obstacle(checkpoint: Checkpoint, weights: str, kv: str, copies: int = 2) -> str:
+    """What this way lacks, or wants, for the model, in words; "" if it can be taken. `copies`: 1 if the graph packs no weights."""
     config, room = checkpoint.config, memory()
     if sys.platform != "linux":
         return f"needs Linux's semaphores, and this is {sys.platform}"
@@ -23,6 +23,6 @@ def obstacle(checkpoint: Checkpoint, weights: str, kv: str) -> str:
         return f"knows weights 'int8' and 'file' with KV 'u8', not {weights!r} with {kv!r}"
     if config.head_dim % 32 or not quantisation_group(config):
         return f"wants sizes of a multiple of 32; a head has {config.head_dim}, the hidden state {config.hidden_size}"
-    if room is not None and SHARE * (needed := weight_bytes(checkpoint, weights)) > room.limit:
+    if copies > 1 and room is not None and SHARE * (needed := weight_bytes(checkpoint, weights)) > room.limit:
         return f"reads a second copy of the weights, and their {gib(needed)} are more than an eighth of memory ({room})"
     return ""
