@@ -73,7 +73,8 @@ class OpenVINOExecutor:
         max_model_len = max_model_len or checkpoint.config.max_model_len
         self._recipe = Recipe(checkpoint, weights, kv, compute, max_model_len, threads, folder, progress)
         compiled = self._recipe.compiled()
-        self._request = compiled.create_infer_request()
+        self._request: ov.InferRequest | None = compiled.create_infer_request()
+        """Of the graph; None if everything is computed without it."""
         cache = compiled.inputs[len(INPUTS) :]
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised caches have their
         # scales in extra columns.
@@ -114,11 +115,13 @@ class OpenVINOExecutor:
             if first():
                 compiling()
             source, count = self._recipe.weights(), threads or machine().threads
-            self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
-        self._all_few = packs == "never" and self._few is not None
-        self.few, self.most_few = (0, 0) if self._few is None or self._all_few else (USUAL, MOST)
+            with self._recipe.lean():  # scales in float32 are read once
+                self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
+        self.few, self.most_few = (0, 0) if self._few is None or packs == "never" else (USUAL, MOST)
         if packs != "now" and self._few is None:
             self._pack_weights()
+        elif packs == "never":
+            self._request = None  # what a compiled graph keeps is a fifth of the weights' bytes
         elif packs == "later":
             self._packing = threading.Thread(target=self._warm_up_apart, args=(compiled, tails), name="packing weights")
             self._packing.start()
@@ -255,7 +258,7 @@ class OpenVINOExecutor:
         feed, graph = feed | {"sampled_rows": rows}, self._adapted
         if graph is None or not any(w.adapter for w in work):
             packing = self._packing is not None and self._packing.is_alive()
-            if self._few is not None and (self._all_few or packing or len(feed["input_ids"]) <= self.few):
+            if self._few is not None and (self._request is None or packing or len(feed["input_ids"]) <= self.few):
                 return self._few.logits(feed)
             return _infer(self._request, feed)
         adapters = [self._adapters[w.adapter] if w.adapter else None for w in work]

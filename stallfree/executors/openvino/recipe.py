@@ -61,8 +61,8 @@ class Recipe:
         self._shared = None if weights == "bf16" else self._fresh()
 
     def lean(self) -> AbstractContextManager[None]:
-        """To compile a graph in, and run it once, which packs its weights: what they are made from takes little memory meanwhile,
-        and none afterwards."""
+        """To compile a graph in, and run it once, which packs its weights; or to arrange them for what does without it: what they
+        are made from takes little memory meanwhile, and afterwards only where it is read again."""
         return nullcontext() if self._kept is None else self._kept.lean()
 
     def compiled(self, groups: Sequence[Group] = ()) -> ov.CompiledModel:
