@@ -136,8 +136,7 @@ class Kept:
 
     def release(self) -> None:
         for mapped in self._maps.values():
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            _release(mapped)
 
     def _index(self) -> dict[str, Entry]:
         with self._path.open("rb") as file:
@@ -168,9 +167,9 @@ class Kept:
             for name, crc in zip(self._maps, pool.map(zlib.crc32, self._maps.values()), strict=True):
                 if crc != self._entries[name].crc:
                     raise ValueError(f"array {name!r} is damaged")
+                _release(self._maps[name])
                 done += self._entries[name].num_bytes
                 progress(done, total)
-        self.release()
 
     def _write(self, name: str, array: np.ndarray) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,3 +195,8 @@ class Kept:
     def _discard(self) -> None:
         with suppress(OSError):
             self._part.unlink()
+
+
+def _release(mapped: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
