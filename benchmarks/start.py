@@ -27,7 +27,7 @@ from made_gguf import KINDS, SHAPES, make
 from stallfree.checkpoint import open_checkpoint
 from stallfree.core.plan import Work
 from stallfree.executors.openvino import OpenVINOExecutor
-from stallfree.executors.openvino.trial import wants_graph
+from stallfree.executors.openvino.trial import choose
 
 SECONDS = {"1.1b": 3.0, "8b": 10.0}
 KV = 256 << 20
@@ -67,7 +67,7 @@ def main() -> None:
             if not model.is_file():
                 make(shape, args.kind, model)
             for weights in args.weights:
-                graph, why = wants_graph(open_checkpoint(model), weights, "u8", None)
+                graph, why = choose(open_checkpoint(model), (weights,), "u8", None, large=True).graphs[weights]
                 print(f"{model.name}, {weights}: {why}", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=folder) as kept:
                     for number in ("first", "second"):

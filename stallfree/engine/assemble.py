@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 SMALL = 32 << 20
 """Weights in files of at most this many bytes are converted at each start: it takes less than a second."""
-LARGE = 256 << 20
-"""Weights in files of more bytes are packed while requests are served, or not at all: that of fewer takes less than a second."""
 
 Stage = Callable[[str], None]
 """Is told what is done with a model now, such as loading."""
@@ -422,7 +420,7 @@ def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting
     size, packs = sum(file.stat().st_size for file in checkpoint.files), "now"
     weights, kv = options.weights or "", options.kv or ""
     check(checkpoint, weights, kv, options.kv_memory or 0, options.max_model_len, options.threads)
-    if size > LARGE and not obstacle(checkpoint, weights, kv, copies=1):
+    if formats.is_large(checkpoint) and not obstacle(checkpoint, weights, kv, copies=1):
         trying = partial(stage, "trying with and without the runtime's graph, once on this machine,")
         packs = "later" if formats.graph_tried(checkpoint, weights, kv, options.threads, trying).wanted else "never"
     stage("loading")

@@ -5,11 +5,11 @@ a model's file, remembered beside its calibration. The executor makes them; this
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stallfree.checkpoint import Checkpoint
 from stallfree.checkpoint.fetch import cache_folder
@@ -17,9 +17,14 @@ from stallfree.engine import calibrate
 from stallfree.executors.host_memory import mib, weight_bytes
 from stallfree.executors.machine import memory
 
+if TYPE_CHECKING:
+    from stallfree.executors.openvino.trial import Graph, Trial
+
 log = logging.getLogger(__name__)
 
 USUAL = "int8"
+LARGE = 256 << 20
+"""Weights in files of more bytes are packed while requests are served, or not at all: that of fewer takes less than a second."""
 VERSION = 3
 """Of what a trial is. Another one makes those that are remembered void."""
 
@@ -31,56 +36,61 @@ class Choice(NamedTuple):
     why: str
 
 
+def is_large(checkpoint: Checkpoint) -> bool:
+    return sum(file.stat().st_size for file in checkpoint.files) > LARGE
+
+
 def chosen(checkpoint: Checkpoint, threads: int | None) -> Choice:
     """What the executor openvino takes by default, as far as it is known without a trial."""
     return _settled(checkpoint, threads) or Choice(USUAL, "no trial was made yet; the first start makes it")
 
 
-class Graph(NamedTuple):
-    """`wanted`: whether the runtime's graph computes anything; `why`, in words."""
-
-    wanted: bool
-    why: str
-
-
 def tried(checkpoint: Checkpoint, kv: str, threads: int | None, say: Callable[[str], None]) -> Choice:
     """As `chosen`, after a trial if one is needed, which is then remembered. `say` gets a line of a new one."""
-    from stallfree.executors.openvino.trial import choose
+    from stallfree.executors.openvino.trial import FORMS
 
     if (settled := _settled(checkpoint, threads)) is not None:
         return settled
     say("trying the file's own bits and int8 on this machine, once")
-    found = Choice(*choose(checkpoint, kv, threads))
-    _remember(found._asdict(), _file(checkpoint.path, threads))
+    found = Choice(*_trial(checkpoint, FORMS, kv, threads)[:2])
+    _remember(found, _file(checkpoint.path, threads))
     say(f"weights {found.weights}: {found.why}")
     return found
 
 
-def graph(path: Path, weights: str, kv: str, threads: int | None) -> Graph | None:
+def graph(path: Path, weights: str, kv: str, threads: int | None) -> "Graph | None":
     """What a trial has found about the graph for the model at `path`; None if none was made."""
+    from stallfree.executors.openvino.trial import Graph
+
     with suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(_file(path, threads, weights, kv).read_text())
         return Graph(saved["wanted"] is not False, str(saved["why"]))
     return None
 
 
-def graph_tried(checkpoint: Checkpoint, weights: str, kv: str, threads: int | None, trying: Callable[[], None]) -> Graph:
+def graph_tried(checkpoint: Checkpoint, weights: str, kv: str, threads: int | None, trying: Callable[[], None]) -> "Graph":
     """As `graph`, after a trial if none was made. `trying` is called before it."""
-    from stallfree.executors.openvino.trial import wants_graph
-
     if (found := graph(checkpoint.path, weights, kv, threads)) is not None:
         return found
     trying()
-    found = Graph(*wants_graph(checkpoint, weights, kv, threads))
-    _remember(found._asdict(), _file(checkpoint.path, threads, weights, kv))
+    return _trial(checkpoint, (weights,), kv, threads).graphs[weights]
+
+
+def _trial(checkpoint: Checkpoint, forms: Sequence[str], kv: str, threads: int | None) -> "Trial":
+    """A trial. Remembers what it finds about graphs."""
+    from stallfree.executors.openvino.trial import choose
+
+    found = choose(checkpoint, forms, kv, threads, large=is_large(checkpoint))
+    for form, graph in found.graphs.items():
+        _remember(graph, _file(checkpoint.path, threads, form, kv))
     return found
 
 
-def _remember(found: Mapping[str, object], file: Path) -> None:
+def _remember(found: "Choice | Graph", file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found))
+        part.write_text(json.dumps(found._asdict()))
         part.replace(file)
     except OSError as error:
         log.warning("what the trial found cannot be kept in %s: %s", file, error)

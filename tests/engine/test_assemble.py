@@ -9,6 +9,7 @@ import pytest
 from stallfree.checkpoint import Checkpoint, ModelConfig
 from stallfree.engine import assemble, formats
 from stallfree.engine.assemble import Options, calibration_key, completed
+from stallfree.executors.openvino.trial import Graph
 from tests.machines import GIB, container, pretend
 
 CONFIG = ModelConfig(
@@ -67,7 +68,7 @@ def test_only_large_models_are_ready_before_their_weights_are_packed(mib, kv, wa
         file.truncate(mib << 20)
     given: dict[str, object] = {}
     monkeypatch.setattr("stallfree.executors.openvino.OpenVINOExecutor", lambda _, **options: given.update(options))
-    monkeypatch.setattr(formats, "graph_tried", lambda *_: formats.Graph(wanted, "it was tried"))
+    monkeypatch.setattr(formats, "graph_tried", lambda *_: Graph(wanted, "it was tried"))
     large, options = replace(checkpoint, files=(checkpoint.path,)), replace(GIVEN, kv=kv, kv_memory=GIB)
     assemble._openvino(large, options, lambda stage: None, lambda done, of: None)
     assert given["packs"] == packs
@@ -78,7 +79,7 @@ def test_the_calibration_of_another_way_is_another(checkpoint, monkeypatch):
     options = completed(GIVEN, checkpoint)
     before = calibration_key(options, checkpoint.path, 8192)
     for wanted in (True, False):
-        monkeypatch.setattr(formats, "graph", lambda *_, wanted=wanted: formats.Graph(wanted, "it was tried"))
+        monkeypatch.setattr(formats, "graph", lambda *_, wanted=wanted: Graph(wanted, "it was tried"))
         assert (before == calibration_key(options, checkpoint.path, 8192)) is wanted
 
 

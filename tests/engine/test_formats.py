@@ -33,9 +33,10 @@ def trials(monkeypatch):
     """The trials that were made. Each finds that the file's own bits are quicker."""
     made = []
 
-    def choose(checkpoint, *arguments):
+    def choose(checkpoint, forms, *arguments, large):
         made.append(checkpoint.path.name)
-        return trial.Trial("file", "it was quicker")
+        graphs = {form: trial.Graph(not large, "it was tried") for form in forms}
+        return trial.Trial("file", "it was quicker", graphs)
 
     monkeypatch.setattr(trial, "choose", choose)
     return made
@@ -91,8 +92,8 @@ def test_what_the_disk_has_no_room_for_is_tried_again(checkpoint, trials, monkey
 @pytest.mark.parametrize("text", ["", "{}", '{"weights": "bf16", "why": ""}', "[1]"])
 def test_a_damaged_memory_is_no_memory(checkpoint, trials, text):
     formats.tried(checkpoint, "u8", None, lambda line: None)
-    file = next(Path(checkpoint.path.parent / "cache" / "trials").iterdir())
-    file.write_text(text)
+    for file in Path(checkpoint.path.parent / "cache" / "trials").iterdir():
+        file.write_text(text)
     assert formats.chosen(checkpoint, None).weights == "int8"
 
 
@@ -105,44 +106,80 @@ def test_where_only_the_files_own_bits_fit_they_are_taken(checkpoint, trials, mo
     assert not trials
 
 
-def test_a_real_trial_names_a_format_and_its_figures(checkpoint):
-    found = trial.choose(checkpoint, "u8", None)
-    assert found.weights in ("file", "int8")
-    assert "iterations of 3 layers take" in found.why
-
-
-def test_whether_a_graph_is_wanted_is_tried_once_for_each_format(checkpoint, monkeypatch):
-    made, said = [], []
-    monkeypatch.setattr(trial, "wants_graph", lambda _, weights, *more: (made.append(weights), (False, "it is slower"))[1])
-    assert formats.graph(checkpoint.path, "file", "u8", None) is None
+def test_whether_a_graph_is_wanted_is_tried_once_for_each_format(checkpoint, trials, monkeypatch):
+    monkeypatch.setattr(formats, "LARGE", 1000)
+    said = []
+    assert formats.graph(checkpoint.path, "int8", "u8", None) is None
     for _ in range(2):
-        found = formats.graph_tried(checkpoint, "file", "u8", None, lambda: said.append("trying"))
-        assert found == formats.graph(checkpoint.path, "file", "u8", None) == (False, "it is slower")
+        found = formats.graph_tried(checkpoint, "int8", "u8", None, lambda: said.append("trying"))
+        assert found == formats.graph(checkpoint.path, "int8", "u8", None) == (False, "it was tried")
     assert said == ["trying"]
-    formats.graph_tried(checkpoint, "int8", "u8", None, lambda: None)
-    assert made == ["file", "int8"]
+    assert len(trials) == 1
+    formats.tried(checkpoint, "u8", None, lambda line: None)
+    formats.graph_tried(checkpoint, "file", "u8", None, lambda: pytest.fail("the trial of the formats has found it"))
+    assert len(trials) == 2
+
+
+def test_small_models_have_a_graph(checkpoint, trials):
+    assert not formats.is_large(checkpoint)
+    assert formats.graph_tried(checkpoint, "file", "u8", None, lambda: None).wanted
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"wanted": false}', "[1]"])
-def test_a_damaged_memory_of_the_graph_is_no_memory(checkpoint, monkeypatch, text):
-    monkeypatch.setattr(trial, "wants_graph", lambda *_: (False, "it is slower"))
+def test_a_damaged_memory_of_the_graph_is_no_memory(checkpoint, trials, text):
     formats.graph_tried(checkpoint, "file", "u8", None, lambda: None)
     next(Path(checkpoint.path.parent / "cache" / "trials").iterdir()).write_text(text)
     assert formats.graph(checkpoint.path, "file", "u8", None) is None
 
 
-@pytest.mark.parametrize("weights", ["file", "int8"])
-def test_a_real_trial_of_the_graph_names_its_figures(checkpoint, weights):
-    wanted, why = trial.wants_graph(checkpoint, weights, "u8", None)
-    assert isinstance(wanted, bool)
-    assert "without it, iterations of 3 layers take" in why
-    # The model has contexts of 256 tokens.
-    assert why.endswith("for 1, 4, 16, 80, 256 tokens)")
+def test_a_real_trial_names_its_figures(checkpoint):
+    found = trial.choose(checkpoint, trial.FORMS, "u8", None, large=True)
+    assert found.weights in trial.FORMS
+    assert "iterations of 3 layers take" in found.why
+    for graph in found.graphs.values():
+        assert "without it, iterations of 3 layers take" in graph.why
+        assert graph.why.endswith("for 1, 4, 16, 80, 256 tokens)")
 
 
-@pytest.mark.parametrize(("factor", "wanted"), [(0.5, False), (1.01, False), (1.05, True), (2, True)])
-def test_the_graph_is_wanted_if_it_is_quicker(checkpoint, monkeypatch, factor, wanted):
-    times = {tokens: trial.Ways(tokens, factor * tokens) for tokens in (1, 400)}
-    monkeypatch.setattr(trial, "_times", lambda part, forms, *_: dict.fromkeys(forms, times))
-    # A few tokens do without the graph anyway if that is quicker, and there is memory for both.
-    assert trial.wants_graph(checkpoint, "int8", "u8", None)[0] is wanted
+@pytest.fixture
+def timed(monkeypatch):
+    """Makes trials find these seconds of each format for 4 tokens, by the graph and without it; 400 tokens take 100 times as long."""
+
+    def given(**seconds: tuple[float, float | None]) -> None:
+        ways = tuple(
+            {form: {} if each[way] is None else {4: each[way], 400: 100 * each[way]} for form, each in seconds.items()}
+            for way in range(2)
+        )
+        monkeypatch.setattr(trial, "_times", lambda *_: ways)
+
+    return given
+
+
+@pytest.mark.parametrize(("without", "wanted"), [(0.5, False), (1.01, False), (1.05, True), (2, True), (None, True)])
+def test_the_graph_is_wanted_if_it_is_quicker(checkpoint, timed, without, wanted):
+    timed(int8=(1, without))
+    # Few tokens do without it anyway, so for them it is as quick.
+    assert trial.choose(checkpoint, ["int8"], "u8", None, large=True).graphs["int8"].wanted is wanted
+    assert trial.choose(checkpoint, ["int8"], "u8", None, large=False).graphs["int8"].wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "int8", "weights"),
+    [
+        ((1, None), (1.1, None), "file"),
+        ((1.01, None), (1, None), "file"),
+        ((1.1, None), (1, None), "int8"),
+        ((3, 0.7), (1, 0.9), "file"),
+    ],
+)
+def test_each_format_is_judged_by_the_quicker_of_its_ways(checkpoint, timed, file, int8, weights):
+    timed(file=file, int8=int8)
+    assert trial.choose(checkpoint, trial.FORMS, "u8", None, large=True).weights == weights
+
+
+def test_a_model_without_memory_for_both_takes_one_way_for_all(checkpoint, timed, monkeypatch):
+    monkeypatch.setattr(trial, "obstacle", lambda *_, copies=2: "it lacks memory" if copies == 2 else "")
+    timed(file=(1, 1.05), int8=(1, 0.9))
+    found = trial.choose(checkpoint, trial.FORMS, "u8", None, large=True)
+    assert {form: graph.wanted for form, graph in found.graphs.items()} == {"file": True, "int8": False}
+    assert found.weights == "int8"

@@ -7,6 +7,7 @@ experts.
 """
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,33 +20,39 @@ from stallfree.executors.openvino.executor import OpenVINOExecutor
 from stallfree.executors.openvino.few import MOST, obstacle
 
 FORMS = ("file", "int8")
-BATCHES = (1, 4, 16, 80)
+BATCHES = (1, 4, 16, 80, 256)
 """Tokens of the iterations that are timed: streams, and streams with a chunk of a prompt."""
-LONG, CONTEXT = 400, 1000
-"""Tokens of an iteration with a long chunk, and those before each piece, for the question whether a graph is wanted: without one,
-attention is slower."""
+CONTEXT = 1000
+"""Tokens before each piece, as far as the model's context goes."""
 STREAMS = 16
 ENOUGH = 128 << 20
 """Weights in the layers that are timed: more than a processor's caches hold."""
-TURNS = 6
+TURNS, FEWEST, TURNS_S = 6, 3, 4.0
+"""Times that each iteration is run, and the fewest if these take longer than so many seconds."""
 CLOSE = 1.02
 """What takes at most this many times as long as the other is as good, if it is less memory."""
 VOCABULARY, KV_BYTES = 64, 64 << 20
 """The layers get an embedding of so many tokens, and so much KV."""
 
 
-class Trial(NamedTuple):
-    """`weights`: the format to take; `why`, in words."""
+class Graph(NamedTuple):
+    """`wanted`: whether the runtime's graph computes anything; `why`, in words. Without one, weights are in memory once, and
+    nothing packs them."""
 
-    weights: str
+    wanted: bool
     why: str
 
 
-class Ways(NamedTuple):
-    """Seconds of an iteration by the graph, and `without` it, None if that is not possible."""
+class Trial(NamedTuple):
+    """`weights`: the format to take; `why`, in words; `graphs`: of each format that was tried, whether it wants a graph."""
 
-    graph: float
-    without: float | None
+    weights: str
+    why: str
+    graphs: Mapping[str, Graph]
+
+
+Times = dict[int, float]
+"""Seconds of iterations, by their tokens."""
 
 
 def has_codes(checkpoint: Checkpoint) -> bool:
@@ -53,63 +60,54 @@ def has_codes(checkpoint: Checkpoint) -> bool:
     return any(name.startswith("model.layers.") for name in checkpoint.codes)
 
 
-def choose(checkpoint: Checkpoint, kv: str, threads: int | None) -> Trial:
-    """Time both formats, each in the quicker of its ways. Takes some seconds, and the memory of `ENOUGH` weights in both, or of one
-    layer if that is more."""
+def choose(checkpoint: Checkpoint, forms: Sequence[str], kv: str, threads: int | None, *, large: bool) -> Trial:
+    """Time the formats, each in the quicker of its ways. `large`: all iterations may do without a graph, if that is quicker. Takes
+    some seconds, and the memory of `ENOUGH` weights in all formats, or of one layer if that is more."""
     part = _first_layers(checkpoint)
-    times = _times(part, FORMS, kv, threads, BATCHES, 0)
-    own, int8 = ({tokens: _quicker(checkpoint, form, kv, tokens, ways) for tokens, ways in times[form].items()} for form in FORMS)
-    ratio, each = _compared(own, int8)
-    why = f"iterations of {part.config.num_layers} layers take {ratio:.2f} of int8's time ({each})"
-    return Trial("file" if ratio <= CLOSE else "int8", f"the file's own codes: {why}")
+    graph, without = _times(part, forms, kv, threads)
+    layers, best, graphs = part.config.num_layers, dict[str, Times](), dict[str, Graph]()
+    for form in forms:
+        few = not obstacle(checkpoint, form, kv) and without[form]
+        mixed = {n: min(seconds, without[form][n]) if few and n <= MOST else seconds for n, seconds in graph[form].items()}
+        best[form], graphs[form] = mixed, Graph(True, "")
+        if large and without[form] and not obstacle(checkpoint, form, kv, copies=1):
+            ratio, each = _compared(without[form], mixed)
+            graphs[form] = Graph(ratio > CLOSE, f"without it, iterations of {layers} layers take {ratio:.2f} of the time ({each})")
+            best[form] = mixed if ratio > CLOSE else without[form]
+    if len(forms) == 1:
+        return Trial(forms[0], "asked for", graphs)
+    ratio, each = _compared(best["file"], best["int8"])
+    why = f"the file's own codes: iterations of {layers} layers take {ratio:.2f} of int8's time ({each})"
+    return Trial("file" if ratio <= CLOSE else "int8", why, graphs)
 
 
-def wants_graph(checkpoint: Checkpoint, weights: str, kv: str, threads: int | None) -> tuple[bool, str]:
-    """Whether iterations of all kinds are quicker if there is a graph, and why, in words. Without one, weights are in memory once,
-    and nothing packs them. `checkpoint`: a model that can do without. Takes as much as `choose`."""
-    part = _first_layers(checkpoint)
-    long = min(LONG, checkpoint.config.max_model_len)
-    context = min(CONTEXT, checkpoint.config.max_model_len - long)
-    times = _times(part, (weights,), kv, threads, (*BATCHES, long), context)[weights]
-    graph = {tokens: _quicker(checkpoint, weights, kv, tokens, ways) for tokens, ways in times.items()}
-    without = {tokens: ways.without for tokens, ways in times.items() if ways.without is not None}
-    if not without:
-        return True, "what can do without it cannot be compiled"
-    ratio, each = _compared(without, graph)
-    return ratio > CLOSE, f"without it, iterations of {part.config.num_layers} layers take {ratio:.2f} of the time ({each})"
-
-
-def _quicker(checkpoint: Checkpoint, weights: str, kv: str, tokens: int, ways: Ways) -> float:
-    """Seconds of an iteration where there is a graph, which not all iterations take."""
-    few = ways.without is not None and tokens <= MOST and not obstacle(checkpoint, weights, kv)
-    return min(ways.graph, ways.without) if few and ways.without is not None else ways.graph
-
-
-def _compared(times: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, str]:
+def _compared(times: Times, others: Times) -> tuple[float, str]:
     """The mean ratio of times, and all of them in words."""
     ratios = [times[tokens] / others[tokens] for tokens in times]
     said = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return statistics.geometric_mean(ratios), f"{said} for {', '.join(map(str, times))} tokens"
 
 
-def _times(
-    part: Checkpoint, forms: Sequence[str], kv: str, threads: int | None, batches: Sequence[int], context: int
-) -> dict[str, dict[int, Ways]]:
-    """Of each format, the times of iterations of so many tokens, each piece behind `context` others, in both ways."""
+def _times(part: Checkpoint, forms: Sequence[str], kv: str, threads: int | None) -> tuple[dict[str, Times], dict[str, Times]]:
+    """Of each format, the times of iterations by the graph, and without it: empty for one that cannot do without."""
     executors = {form: OpenVINOExecutor(part, weights=form, kv=kv, kv_bytes=KV_BYTES, threads=threads) for form in forms}
-    found: dict[str, dict[int, Ways]] = {form: {} for form in forms}
-    for tokens in batches:
+    graph, without = ({form: Times() for form in forms} for _ in range(2))
+    longest = part.config.max_model_len
+    context = min(CONTEXT, max(0, longest - BATCHES[-1]))
+    for tokens in (min(tokens, longest) for tokens in BATCHES):
         each = {(form, few): list[float]() for form, made in executors.items() for few in ((0, tokens) if made.most_few else (0,))}
+        end = time.perf_counter() + TURNS_S
         for turn in range(TURNS):
+            if turn >= FEWEST and time.perf_counter() > end:
+                break
             for form, few in reversed(each) if turn % 2 else each:
                 executors[form].few = few
                 each[form, few].append(_seconds(executors[form], tokens, context))
-        medians = {key: statistics.median(seconds[1:]) for key, seconds in each.items()}
-        for form in forms:
-            found[form][tokens] = Ways(medians[form, 0], medians.get((form, tokens)))
+        for (form, few), seconds in each.items():
+            (without if few else graph)[form][tokens] = statistics.median(seconds[1:])
     for executor in executors.values():
         executor.close()
-    return found
+    return graph, without
 
 
 def _first_layers(checkpoint: Checkpoint) -> Checkpoint:
