@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from stallfree.core.plan import Capacity, Plan, Shape, Work
 from stallfree.executors import machine as machines
-from stallfree.executors.base import Executor, TakesFew
+from stallfree.executors.base import Executor, MovesKV, TakesFew
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted, Sample
 
@@ -197,10 +197,15 @@ def _fits(shape: Shape, capacity: Capacity) -> bool:
 
 
 def _fill(executor: Executor, chunk: int) -> None:
-    """Write the KV that the timed iterations read, `chunk` tokens at once. Memory that was never written is not allocated, and too
-    quick to read."""
-    size, capacity = executor.capacity.block_size, executor.capacity
-    for first in range(0, _ring(capacity) * size - chunk + 1, chunk):
+    """Write the KV that the timed iterations read: memory that was never written is not allocated, and too quick to read. An
+    executor that does not take bytes computes it, `chunk` tokens at once; any other computes one chunk, as its first."""
+    capacity = executor.capacity
+    size, tokens = capacity.block_size, _ring(capacity) * capacity.block_size
+    if isinstance(executor, MovesKV):
+        for block in range(_ring(capacity)):
+            executor.write_blocks((block,), memoryview(bytearray(executor.block_bytes)))
+        tokens = min(tokens, chunk)
+    for first in range(0, tokens - chunk + 1, chunk):
         if _fits([(0, chunk)], capacity):
             blocks = tuple(first // size + k for k in range(-(-chunk // size)))
             work = Work("calibration", 0, chunk, False, False, (0,) * chunk, blocks, None, "", (0,) * chunk, ())

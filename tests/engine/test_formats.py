@@ -143,7 +143,7 @@ def test_a_real_trial_names_its_figures(checkpoint):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Makes trials find these seconds of each format for 4 tokens, by the graph and without it; 400 tokens take 100 times as long."""
+    """Makes trials find these seconds of each format for 4 tokens, by the graph and without; 400 tokens take 100 times as long."""
 
     def given(**seconds: tuple[float, float | None]) -> None:
         ways = tuple(
