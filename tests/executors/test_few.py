@@ -317,6 +317,20 @@ def test_a_graph_that_never_packs_computes_nothing(plain, executor, monkeypatch)
     never.close()
 
 
+def test_without_a_graph_converted_weights_are_kept_whole(plain, executor, tmp_path):
+    made: list[int] = []
+    for _ in range(2):
+        never = OpenVINOExecutor(
+            open_checkpoint(plain), kv_bytes=KV, packs="never", folder=tmp_path, progress=lambda done, of: made.append(of - done)
+        )
+        executor.few = MOST
+        assert np.array_equal(never.logits([work(TOKENS)]), executor.logits([work(TOKENS)]))
+        executor.few = USUAL
+        never.close()
+        assert made.count(0) == 1  # the second start converts nothing
+        assert [file.suffix for file in tmp_path.iterdir()] == [".kept"]
+
+
 @pytest.mark.parametrize("packs", ["later", "never"])
 @pytest.mark.parametrize("kv", ["u8", "f32"])
 def test_without_few_tokens_weights_are_packed_at_once(kv, packs, plain, monkeypatch):

@@ -72,10 +72,12 @@ class OpenVINOExecutor:
         self._vocab_size = checkpoint.config.vocab_size
         max_model_len = max_model_len or checkpoint.config.max_model_len
         self._recipe = Recipe(checkpoint, weights, kv, compute, max_model_len, threads, folder, progress)
-        compiled = self._recipe.compiled()
-        self._request: ov.InferRequest | None = compiled.create_infer_request()
-        """Of the graph; None if everything is computed without it."""
-        cache = compiled.inputs[len(INPUTS) :]
+        config = checkpoint.config
+        takes_few = not obstacle(checkpoint, weights, kv, copies=1 if packs == "never" else 2)
+        if not takes_few:
+            packs = "now"
+        compiled = self._recipe.first_layer() if packs == "never" else self._recipe.compiled()
+        cache = compiled.inputs[len(INPUTS) :] * (config.num_layers if packs == "never" else 1)
         # The runtime chooses the block size and the layout: [blocks, KV heads, tokens, numbers]. Quantised caches have their
         # scales in extra columns.
         tails = [tuple(i.get_partial_shape()[axis].get_length() for axis in (1, 2, 3)) for i in cache]
@@ -84,7 +86,6 @@ class OpenVINOExecutor:
         self.layout = f"openvino {ov.get_version()}, {kv}: " + ", ".join(
             f"{number} x {kind}" for kind, number in Counter(map(str, zip(types, tails, strict=True))).items()
         )
-        config = checkpoint.config
         self.numbers = KVNumbers(kv, config.num_layers, config.num_kv_heads, config.head_dim, heads_first=True)
         num_blocks = kv_bytes // block_bytes
         self.capacity = Capacity(block_size=min(tail[1] for tail in tails), num_blocks=num_blocks, max_model_len=max_model_len)
@@ -100,16 +101,15 @@ class OpenVINOExecutor:
         for tail, i in zip(tails, cache, strict=True):
             self._cache.append(huge_pages(num_blocks * _num_bytes(tail, i.get_element_type())))
             self._tensors.append(ov.Tensor(self._cache[-1], [num_blocks, *tail], i.get_element_type()))
-            self._request.set_tensor(i, self._tensors[-1])
+        self._request = None if packs == "never" else self._connected(compiled)
+        """Of the graph; None if everything is computed without it."""
         self._results: list[StepResult] = []
         self._adapters: dict[str, Loaded] = {}
         self._adapted: AdaptedGraph | None = None
         self._loading = threading.Lock()
         self._few: FewTokens | None = None
         self._packing: threading.Thread | None = None
-        takes_few = not obstacle(checkpoint, weights, kv, copies=1 if packs == "never" else 2)
-        if packs == "now" or not takes_few:
-            packs = "now"
+        if packs == "now":
             self._pack_weights()
         if takes_few:
             if first():
@@ -119,9 +119,10 @@ class OpenVINOExecutor:
                 self._few = few_tokens(source, config, self._cache, self.capacity, count, range(num_blocks))
         self.few, self.most_few = (0, 0) if self._few is None or packs == "never" else (USUAL, MOST)
         if packs != "now" and self._few is None:
+            self._request = self._request or self._connected(self._recipe.compiled())
             self._pack_weights()
         elif packs == "never":
-            self._request = None  # what a compiled graph keeps is a fifth of the weights' bytes
+            self._recipe.finish()
         elif packs == "later":
             self._packing = threading.Thread(target=self._warm_up_apart, args=(compiled, tails), name="packing weights")
             self._packing.start()
@@ -213,6 +214,13 @@ class OpenVINOExecutor:
             each = len(cache) // self.capacity.num_blocks
             yield cache.reshape(-1, each), values[at : at + len(blocks) * each].reshape(-1, each)
             at += len(blocks) * each
+
+    def _connected(self, graph: ov.CompiledModel) -> ov.InferRequest:
+        """A request of the graph, with this executor's KV."""
+        request = graph.create_infer_request()
+        for i, tensor in zip(graph.inputs[len(INPUTS) :], self._tensors, strict=True):
+            request.set_tensor(i, tensor)
+        return request
 
     def _pack_weights(self) -> None:
         with self._recipe.lean():

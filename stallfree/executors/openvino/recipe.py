@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,9 +69,18 @@ class Recipe:
     def compiled(self, groups: Sequence[Group] = ()) -> ov.CompiledModel:
         """The graph, with what adapters add to the products of `groups`."""
         model = build(self.weights(), self.config, self._max_model_len, Deltas(groups, self.compute))
+        self.finish()
+        return self.compile(model)
+
+    def first_layer(self) -> ov.CompiledModel:
+        """The graph of a model of one layer, which shows how the runtime keeps KV."""
+        config = replace(self.config, num_layers=1, windows=self.config.windows[:1])
+        return self.compile(build(self.weights(), config, self._max_model_len, Deltas((), self.compute)))
+
+    def finish(self) -> None:
+        """All weights are made: the next start may read them from the file that keeps them."""
         if self._kept is not None:
             self._kept.finish()
-        return self.compile(model)
 
     def weights(self) -> Weights:
         """The constants of a graph."""
