@@ -17,15 +17,19 @@ from stallfree.executors.openvino.few.vectors import (
     LANES,
     LONG,
     WORD,
+    all_summed,
     filled,
     fused,
     load,
     loop,
     multiplied,
     store,
-    summed,
     vector_of,
 )
+
+TOKENS = 4
+"""Tokens whose values are added at once. Where the processor has fewer registers than there are sums, these are read and written
+once for all of them."""
 
 
 class _Past:
@@ -66,16 +70,21 @@ def scores(
             for start in range(0, size, CHUNK):
                 codes = load(builder, vector_of(BYTE, CHUNK), at, ir.Constant(LONG, start), 1)
                 pieces.append(builder.zext(codes, vector_of(WORD, CHUNK)))
+            totals = []
             for head in range(past.heads):
                 parts = [
                     multiplied(builder, codes, queries, ir.Constant(LONG, head * size + piece * CHUNK))
                     for piece, codes in enumerate(pieces)
                 ]
-                total = builder.sitofp(summed(builder, reduce(builder.add, parts)), FLOAT)
-                less = builder.fmul(zero, load(builder, FLOAT, sums, ir.Constant(LONG, head), 4))
-                factor = builder.fmul(scale, load(builder, FLOAT, scales, ir.Constant(LONG, head), 4))
+                totals.append(reduce(builder.add, parts))
+            each = vector_of(FLOAT, past.heads)
+            total = builder.sitofp(all_summed(builder, totals), each)
+            less = builder.fmul(filled(builder, zero, past.heads), load(builder, each, sums, ir.Constant(LONG, 0), 4))
+            factor = builder.fmul(filled(builder, scale, past.heads), load(builder, each, scales, ir.Constant(LONG, 0), 4))
+            products = builder.fmul(builder.fsub(total, less), factor)
+            for head in range(past.heads):
                 place = builder.add(token, builder.mul(ir.Constant(LONG, head), apart))
-                store(builder, builder.fmul(builder.fsub(total, less), factor), out, place)
+                store(builder, builder.extract_element(products, ir.Constant(WORD, head)), out, place)
             return []
 
         loop(builder, count, 1, [], body)
@@ -97,24 +106,32 @@ def weigh(context: Any, dim: Any, heads: Any, shares: Any, values: Any, count: A
         past = _Past(builder, dim.literal_value, heads.literal_value)
         places = [(head, piece) for head in range(past.heads) for piece in range(past.pieces)]
 
-        def body(token: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            at, scale, zero = past.about(values, token)
-            numbers = []
+        def body(first: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            grown, codes, factors = list(totals), list[ir.Value](), list[list[ir.Value]]()
+            for number in range(TOKENS):
+                token = builder.add(first, ir.Constant(LONG, number))
+                there = builder.icmp_signed("<", token, count)
+                token = builder.select(there, token, first)
+                at, scale, zero = past.about(values, token)
+                scale = builder.select(there, scale, ir.Constant(FLOAT, 0.0))
+                codes.append(at)
+                factors.append([])
+                for head in range(past.heads):
+                    place = builder.add(token, builder.mul(ir.Constant(LONG, head), apart))
+                    factor = builder.fmul(scale, load(builder, FLOAT, shares, place, 4))
+                    factors[-1].append(filled(builder, factor, LANES))
+                    grown[head] = builder.fadd(grown[head], builder.fmul(factor, zero))
             for piece in range(past.pieces):
-                codes = load(builder, vector_of(BYTE, LANES), at, ir.Constant(LONG, piece * LANES), 1)
-                numbers.append(builder.sitofp(builder.zext(codes, vector_of(WORD, LANES)), past.wide))
-            factors, grown = [], []
-            for head in range(past.heads):
-                place = builder.add(token, builder.mul(ir.Constant(LONG, head), apart))
-                factor = builder.fmul(scale, load(builder, FLOAT, shares, place, 4))
-                factors.append(filled(builder, factor, LANES))
-                grown.append(builder.fadd(totals[head], builder.fmul(factor, zero)))
-            for (head, piece), total in zip(places, totals[past.heads :], strict=True):
-                grown.append(fused(builder, numbers[piece], factors[head], total))
+                loaded = [load(builder, vector_of(BYTE, LANES), at, ir.Constant(LONG, piece * LANES), 1) for at in codes]
+                numbers = [builder.sitofp(builder.zext(each, vector_of(WORD, LANES)), past.wide) for each in loaded]
+                for head in range(past.heads):
+                    place = past.heads + head * past.pieces + piece
+                    for number in range(TOKENS):
+                        grown[place] = fused(builder, numbers[number], factors[number][head], grown[place])
             return grown
 
         starts = [load(builder, FLOAT, less, ir.Constant(LONG, head), 4) for head in range(past.heads)]
-        totals = loop(builder, count, 1, [*starts, *(past.piece(out, *place) for place in places)], body)
+        totals = loop(builder, count, TOKENS, [*starts, *(past.piece(out, *place) for place in places)], body)
         for head in range(past.heads):
             store(builder, totals[head], less, ir.Constant(LONG, head))
         for number, total in enumerate(totals[past.heads :]):

@@ -129,6 +129,21 @@ def summed(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return reduce(add, [builder.extract_element(vector, ir.Constant(WORD, i)) for i in range(size)])
 
 
+def all_summed(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
+    """The sum of each of one to four vectors of int32, in a vector: several are added at once."""
+    size = vectors[0].type.count
+    while size > 4:
+        size //= 2
+        vectors = [builder.add(*(picked(builder, v, range(at, at + size)) for at in (0, size))) for v in vectors]
+    both = [*vectors, *[vectors[0]] * (4 - len(vectors))]
+    while len(both) > 1:
+        both = [
+            builder.add(*(picked(builder, a, range(at, 8, 2), b) for at in (0, 1)))
+            for a, b in zip(both[::2], both[1::2], strict=True)
+        ]
+    return picked(builder, both[0], range(len(vectors)))
+
+
 def splat(value: float, kind: ir.VectorType) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
