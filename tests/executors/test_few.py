@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stallfree.checkpoint import open_checkpoint
+from stallfree.checkpoint.adapter import open_adapter
 from stallfree.core.plan import Work
 from stallfree.executors.machine import Room
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.openvino.few import MOST, USUAL, forward, kernels, obstacle, vectors
 from stallfree.executors.openvino.few.compiled import KEEPS
 from stallfree.executors.openvino.few.products import INT4, INT8, SUMS, UINT4
+from tests.adapters import made_adapter
 from tests.checkpoint.packing import CONFIGS, pack_folder
 from tests.executors.test_openvino import CLOSE, MODELS, TOKENS, work
 from tests.models import write_folder, write_gguf
@@ -329,6 +331,25 @@ def test_without_a_graph_converted_weights_are_kept_whole(plain, executor, tmp_p
         never.close()
         assert made.count(0) == 1  # the second start converts nothing
         assert [file.suffix for file in tmp_path.iterdir()] == [".kept"]
+
+
+@pytest.mark.parametrize("form", ["int8", "file"])
+def test_adapters_have_a_graph_though_the_model_has_none(form, plain, tmp_path):
+    write_gguf(tmp_path / "model.gguf", open_checkpoint(plain), "Q4_0")
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    adapter = open_adapter(made_adapter(tmp_path / "adapter", checkpoint.config), checkpoint.config)
+    base, adapted = [work(TOKENS)], [work(TOKENS)._replace(adapter="a")]
+    found = []
+    for packs in ("now", "never"):
+        executor = OpenVINOExecutor(checkpoint, weights=form, kv_bytes=1 << 23, packs=packs)
+        executor.few = 0
+        before = executor.logits(base)
+        executor.load_adapter("a", adapter, tuple(range(20, 20 + executor.adapter_blocks(adapter))))
+        found.append(executor.logits(adapted))
+        assert np.array_equal(executor.logits(base), before)
+        executor.close()
+    assert np.array_equal(*found)  # the same graph
+    assert np.abs(found[0] - before).mean() > CLOSE * before.std()
 
 
 @pytest.mark.parametrize("packs", ["later", "never"])

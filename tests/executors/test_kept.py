@@ -46,6 +46,14 @@ def test_the_next_start_has_the_same_arrays(file):
     assert kept.get("another") is None
 
 
+def test_arrays_may_come_while_memory_is_given_back(file, monkeypatch):
+    kept = Kept(file, "a")
+    kept.put("codes", ARRAYS["codes"])
+    monkeypatch.setattr("stallfree.executors.openvino.kept._release", lambda _: kept.put("pairs", ARRAYS["pairs"]))
+    kept.release()
+    assert (kept.get("pairs") == ARRAYS["pairs"]).all()
+
+
 def test_a_file_that_was_not_finished_is_not_there(file):
     kept = Kept(file, "a")
     kept.put("codes", ARRAYS["codes"])

@@ -135,7 +135,7 @@ class Kept:
             self.release()
 
     def release(self) -> None:
-        for mapped in self._maps.values():
+        for mapped in list(self._maps.values()):  # more may come meanwhile
             _release(mapped)
 
     def _index(self) -> dict[str, Entry]:
