@@ -10,6 +10,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,7 @@ class FewTokens:
         self._length = 0
         self._functions: dict[tuple[int, ...], list[int]] = {}
         self._size, self._kept = 1, kept
+        self._halved: list[tuple[np.ndarray, np.ndarray]] = []
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         embedding = self._product(source.stored(["model.embed_tokens.weight"]), rows_are_read=True)
         products, vectors = [], []
@@ -114,6 +116,9 @@ class FewTokens:
         team = np.zeros((TURNS + threads) * LINE, np.uint8)
         self._run = partial(compiled(kept), sizes, tables, self._batch)
         self._own, self._team = Own.of(sizes), team.ctypes.data
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(_halve, self._halved))
+        del self._halved
         self.logits({
             "input_ids": np.zeros(1, np.int32), "position_ids": np.zeros(1, np.int32), "sampled_rows": np.zeros(1, np.int32),
             "subsequence_begins": np.array([0, 1], np.int32), "block_indices": np.array(blocks[:1], np.int32),
@@ -178,7 +183,9 @@ class FewTokens:
             if not _known(matrix, groups, width, shared):
                 raise UnknownGroups(f"a matrix has groups of {width} weights in {matrix.codes.dtype}, {groups} in a row")
             if half := not rows_are_read and HALVES and LEAST_HALF <= matrix.scales.max() <= MOST_HALF:
-                matrix = matrix._replace(scales=matrix.scales.astype(np.float16))
+                scales = np.empty(matrix.scales.shape, np.float16)
+                self._halved.append((scales, matrix.scales))
+                matrix = matrix._replace(scales=scales)
             own = CHUNK if kind != INT8 else width  # groups of activations
             number = groups * width // own
             together = 0 if kind == INT8 else 2 if number % 4 else 4
@@ -198,6 +205,11 @@ class FewTokens:
         self._numbers.append(source.numbers(*names))
         self._length += len(self._numbers[-1])
         return at
+
+
+def _halve(scales: tuple[np.ndarray, np.ndarray]) -> None:
+    """Write the second into the first, of float16."""
+    np.copyto(*scales, casting="same_kind")
 
 
 def _known(matrix: Stored, groups: int, width: int, shared: int) -> bool:
