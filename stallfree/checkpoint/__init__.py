@@ -37,6 +37,11 @@ class Checkpoint:
     codes: Mapping[str, str] = field(default_factory=dict)
     blocks: Callable[[str], Blocks] = _none
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a GGUF file or a Hugging Face folder. Raises CheckpointError (a ValueError) if it cannot be used."""

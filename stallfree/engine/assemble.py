@@ -411,13 +411,13 @@ def _parts(options: Options, say: Callable[[str], None], progress: Progress) -> 
 
 
 def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting: calibrate.Progress) -> Executor:
-    from stallfree.executors.openvino import OpenVINOExecutor, check
+    from stallfree.executors.openvino import OpenVINOExecutor, Packs, check
     from stallfree.executors.openvino.few import obstacle
 
     if not options.alone or options.device not in (None, "cpu"):
         takes = "--executor torch takes device, tp, sp and pp"
         raise ValueError(f"executor openvino is one process on this machine's processor; {takes}")
-    size, packs = sum(file.stat().st_size for file in checkpoint.files), "now"
+    packs: Packs = "now"
     weights, kv = options.weights or "", options.kv or ""
     check(checkpoint, weights, kv, options.kv_memory or 0, options.max_model_len, options.threads)
     if formats.is_large(checkpoint) and not obstacle(checkpoint, weights, kv, copies=1):
@@ -431,7 +431,7 @@ def _openvino(checkpoint: Checkpoint, options: Options, stage: Stage, converting
         kv_bytes=options.kv_memory or 0,
         max_model_len=options.max_model_len,
         threads=options.threads,
-        folder=cache_folder() / "converted" if size > SMALL else None,
+        folder=cache_folder() / "converted" if checkpoint.num_bytes > SMALL else None,
         progress=converting,
         compiling=lambda: stage("compiling, once on this machine, what few tokens take in"),
         packs=packs,

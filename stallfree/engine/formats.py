@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 
 def is_large(checkpoint: Checkpoint) -> bool:
-    return sum(file.stat().st_size for file in checkpoint.files) > LARGE
+    return checkpoint.num_bytes > LARGE
 
 
 def chosen(checkpoint: Checkpoint, threads: int | None) -> Choice:

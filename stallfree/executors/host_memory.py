@@ -52,7 +52,7 @@ def weight_bytes(checkpoint: Checkpoint, form: str) -> int:
     """Bytes of the weights with matrices in the format `form`; in "file", those that keep the file's bits, and the others int8. For
     a format that is not in `WEIGHT_BYTES`: as in the files."""
     if form not in WEIGHT_BYTES and form != "file":
-        return sum(file.stat().st_size for file in checkpoint.files)
+        return checkpoint.num_bytes
 
     def each(name: str, rank: int) -> float:
         if rank < 2:

@@ -1,5 +1,5 @@
 """The default executor: OpenVINO on the CPU, with one call of the model per hybrid batch."""
 
-from stallfree.executors.openvino.executor import OpenVINOExecutor, check
+from stallfree.executors.openvino.executor import OpenVINOExecutor, Packs, check
 
-__all__ = ["OpenVINOExecutor", "check"]
+__all__ = ["OpenVINOExecutor", "Packs", "check"]

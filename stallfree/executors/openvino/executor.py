@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import openvino as ov
@@ -30,6 +31,9 @@ from stallfree.executors.openvino.memory import huge_pages
 from stallfree.executors.openvino.recipe import KV_FORMATS, Recipe, compute_type
 from stallfree.executors.openvino.weights import FORMATS
 from stallfree.executors.sampling import Rows, begin_constraints, ready_rows, sample
+
+Packs = Literal["now", "later", "never"]
+"""When the graph packs its weights."""
 
 WARMED = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of units of adapters whose kernels are compiled before any request wants them. Others are compiled when they are first
@@ -66,7 +70,7 @@ class OpenVINOExecutor:
         folder: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
         compiling: Callable[[], None] = lambda: None,
-        packs: str = "now",
+        packs: Packs = "now",
     ) -> None:
         compute = check(checkpoint, weights, kv, kv_bytes, max_model_len, threads)
         self._vocab_size = checkpoint.config.vocab_size

@@ -142,7 +142,7 @@ class FewTokens:
         """What the graph gives for these inputs. More than `MOST` tokens are computed in parts, one after the other. Valid until
         the next call."""
         tokens, rows = len(feed["input_ids"]), feed["sampled_rows"]
-        if max(tokens, len(rows)) <= MOST:
+        if tokens <= MOST:
             return self._part(feed, 0, tokens, rows)
         logits = np.empty((len(rows), self._batch.logits.shape[1]), np.float32)
         for first in range(0, tokens, MOST):
