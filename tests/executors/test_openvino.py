@@ -1,5 +1,7 @@
 """The graph computes what `transformers` computes, however the tokens are cut and batched; plans that cannot run are refused."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -405,3 +407,22 @@ def test_another_runtime_is_refused_with_the_version_to_install(llama: Checkpoin
     monkeypatch.delattr("openvino.op._PagedAttentionExtension")
     with pytest.raises(RuntimeError, match=r"no paged-attention operator .* install openvino==2026\.4\.1"):
         OpenVINOExecutor(llama, kv_bytes=KV)
+
+
+def signal_stack() -> int:
+    """The address of this thread's stack for signals; 0 if it has none."""
+    stack = (ctypes.c_size_t * 3)()  # stack_t: address, flags, size
+    assert not ctypes.CDLL(None).sigaltstack(None, stack)
+    return stack[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of memory")
+def test_executors_that_end_in_any_order_leave_a_stack_for_signals_that_is_there(tmp_path):
+    write_folder(tmp_path, "llama")
+    executors = [OpenVINOExecutor(open_checkpoint(tmp_path), kv_bytes=1 << 21) for _ in range(3)]
+    for number in (0, 2, 1):
+        executors[number].close()
+    executors.clear()
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    stack = signal_stack()
+    assert not stack or any(int(begin, 16) <= stack < int(end, 16) for begin, end in spans)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import openvino as ov
@@ -88,7 +88,7 @@ class Recipe:
 
     def compile(self, model: ov.Model) -> ov.CompiledModel:
         with self.lean():
-            return ov.Core().compile_model(model, "CPU", self._settings())
+            return core().compile_model(model, "CPU", self._settings())
 
     def _settings(self) -> dict[str, object]:
         keys, values = KV_FORMATS[self._kv]
@@ -111,6 +111,14 @@ class Recipe:
         return settings
 
 
+@cache
+def core() -> ov.Core:
+    """The runtime, one for all graphs. Each gives the thread that uses it first a stack for signals, and takes it away when its
+    last graph is gone. Of several that went in the order in which they came, a stack stayed that was no memory any more, and the
+    next signal's handler wrote over whatever was there."""
+    return ov.Core()
+
+
 def compute_type(weights: str, kv: str) -> ov.Type:
     """The number format in which the graph computes: that of keys and values; with u8 and u4, bfloat16 if the CPU has it, else
     float32."""
@@ -127,4 +135,4 @@ def compute_type(weights: str, kv: str) -> ov.Type:
 
 def has_bf16() -> bool:
     """Whether this CPU computes in bfloat16."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
