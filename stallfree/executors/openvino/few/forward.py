@@ -1,6 +1,6 @@
-"""A model that computes a few tokens at once without the graph. For one to four tokens, most of the graph's time passes between its
-operators, and while its threads wait for each other. Without VNNI, the graph's products are slower for more tokens, too: with
-weights of 4 bits for `MOST`.
+"""A model that computes tokens without the graph, a few at once, and more in parts. For one to four tokens, most of the graph's
+time passes between its operators, and while its threads wait for each other. Without VNNI, the graph's products are slower for more
+tokens, too: with weights of 4 bits for any number.
 
 It fills the tables of `step.py` from stored weights and the executor's KV cache. It knows how a model is built, and no requests.
 """

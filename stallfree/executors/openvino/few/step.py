@@ -18,7 +18,7 @@ from stallfree.executors.openvino.few.team import LINE, STOPPED, TURNS, meet, sl
 from stallfree.executors.openvino.few.vectors import call, look_at, pointer
 
 MOST = 128
-"""The most tokens of an iteration. What each thread computes for itself, and attention, which reads the keys once for each token,
+"""The most tokens at once. What each thread computes for itself, and attention, which reads the keys once for each token,
 grow with them."""
 
 USUAL = 4
