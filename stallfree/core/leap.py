@@ -7,7 +7,6 @@ It computes no tokens, and does not know how long an iteration takes.
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from stallfree.core.draft import Draft
 from stallfree.core.kv import BlockPool
 from stallfree.core.ledger import Ledger
 from stallfree.core.request import Request
@@ -35,12 +34,19 @@ class Stretch:
         ledger = scheduler.ledger
         self.preempted = tuple(ledger.preempted)
         self.sampling = [r for r in draft.work if r.num_planned == r.num_tokens] if draft.chunks else list(draft.work)
-        self.most = 1 if self.preempted else min(most, _alike(ledger, draft, most))
+        self.most = 1 if self.preempted else min(most, self._alike(ledger, most))
         self.grown: list[int] = []
         if draft.work:
             ledger.preempted.clear()
         else:
             scheduler.open = None
+
+    def taken(self, steps: int) -> int:
+        """KV blocks that the iterations after the first take in the first `steps` iterations. Before the leap, the pool still counts
+        them as free."""
+        size = self._scheduler.ledger.pool.block_size
+        ends = [(r, r.num_planned + (steps - 1) * count) for r, count in self.draft.work.items()]
+        return sum([max(0, -(-end // size) - len(r.blocks)) for r, end in ends])
 
     def leap(self, steps: int, tokens: Sequence[Sequence[int]], now: float) -> list[Request]:
         """Complete the first `steps` iterations. `tokens`: for each request of `sampling`, one token per iteration; only the last
@@ -110,27 +116,25 @@ class Stretch:
                 pool.grow(r, upto)
                 self.grown[step] += 1
 
+    def _alike(self, ledger: Ledger, most: int) -> int:
+        """How many iterations in a row a steady policy would plan alike, including the first.
 
-def _alike(ledger: Ledger, draft: Draft, most: int) -> int:
-    """How many iterations in a row a steady policy would plan alike, including the one in `draft`.
-
-    An iteration repeats if every running request moved on, and at most one prompt was computed, whose chunk the token limit cut
-    short of its end. A request that was refused is refused again, because there will not be more room.
-    """
-    work = draft.work
-    if draft.searched or len(draft.chunks) > 1 or len(work) < len(ledger.running):
-        return 1
-    size = ledger.pool.block_size
-    for r in draft.chunks:
-        if draft.left > 0 or not r.remaining or len(r.blocks) * size < r.num_tokens:
+        An iteration repeats if every running request moved on but for those whose KV is on its way, and at most one prompt was
+        computed, whose chunk the token limit cut short of its end. A request that was refused is refused again, because there will
+        not be more room.
+        """
+        draft = self.draft
+        work = draft.work
+        if draft.searched or len(draft.chunks) > 1:
             return 1
-        most = min(most, 1 + (r.remaining - 1) // work[r])
-    free = ledger.pool.num_free
-    if (most // size + 1) * len(work) <= free:
-        return most
-
-    def lacking(steps: int) -> int:
-        """KV blocks that the decodes need for this many iterations."""
-        return sum([max(0, -(-(r.num_planned + steps - 1) // size) - len(r.blocks)) for r in work if r not in draft.chunks])
-
-    return bisect_right(range(1, most + 1), free, key=lacking)
+        if len(work) < len(ledger.running) and len(work) < sum([not r.transferring for r in ledger.running]):
+            return 1
+        size = ledger.pool.block_size
+        for r in draft.chunks:
+            if draft.left > 0 or not r.remaining or len(r.blocks) * size < r.num_tokens:
+                return 1
+            most = min(most, 1 + (r.remaining - 1) // work[r])
+        free = ledger.pool.num_free
+        if (most // size + 1) * len(work) <= free:
+            return most
+        return bisect_right(range(1, most + 1), free, key=self.taken)

@@ -42,10 +42,10 @@ def expect(ledger: Ledger, request: Request, cut: int | None = None) -> None:
     insort(ledger.expected, request, key=lambda r: r.key)
 
 
-def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
+def admit(ledger: Ledger, *, ahead: bool = False, owed: int = 0) -> Request | None:
     """Admit the first expected request whose adapter is here: reserve blocks for the KV of its prompt, and of the output before its
     cut. The first `num_cached` tokens are already here. Until `deliver`, `resume` or `recall`, a policy sees a request that is
-    entirely in flight.
+    entirely in flight. `owed`: free blocks that belong to others.
 
     Returns None and changes nothing if there is none, if there is no room, or, unless it may go `ahead`, if the head of the queue
     comes before it.
@@ -55,7 +55,7 @@ def admit(ledger: Ledger, *, ahead: bool = False) -> Request | None:
     request, head = next(filter(ledger.adapters.ready, ledger.expected), None), ledger.queue.head()
     if request is None or (head is not None and head[0] < request.key and not ahead):
         return None
-    spare = ledger.kept_free(request)
+    spare = ledger.kept_free(request) + owed
     cached = ledger.pool.match(request, spare)
     upto = request.num_tokens + request.max_tokens if ledger.reserve == "max" else max(request.num_tokens, request.cut)
     if not ledger.pool.grow(request, upto, spare):

@@ -38,7 +38,8 @@ class Policy(Protocol):
 def joined(instances: Instances, rings: Iterable[Collection[int]] = ()) -> list[tuple[int, ...]]:
     """The instances in groups: those that have KV of one stream, or are in one of `rings`, are together, directly or not."""
     groups = [{number} for number in range(len(instances.rooms))]
-    for ring in (*(stream.held for stream in instances.running), *rings):
+    held = {tuple(stream.held) for stream in instances.running if len(stream.held) > 1}
+    for ring in (*held, *rings):
         if len(ring) > 1:
             together = set().union(*(group for group in groups if group.intersection(ring)))
             groups = [group for group in groups if not group & together] + [together]

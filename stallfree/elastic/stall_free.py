@@ -43,9 +43,15 @@ class StallFree:
         pass
 
     def plan(self, instances: Instances, now: float) -> list[Iteration]:
-        under_way = {*instances.waiting, *(stream for stream in instances.running if stream.computed < stream.length - 1)}
-        self._rings = {stream: ring for stream, ring in self._rings.items() if stream in under_way}
-        admitted = self._admitted(instances, now)
+        waiting = set(instances.waiting)
+        self._rings = {
+            stream: ring
+            for stream, ring in self._rings.items()
+            if stream in waiting or (stream.computed < stream.length - 1 and (stream.held or instances.busy(stream)))
+        }
+        if any(stream not in self._rings for stream in instances.waiting):
+            self._admit(instances, now)
+        admitted = [stream for stream in instances.waiting if stream in self._rings]
         idle, plans = instances.idle, []
         groups = [group for group in joined(instances, [ring.members for ring in self._rings.values()]) if idle.issuperset(group)]
 
@@ -54,20 +60,25 @@ class StallFree:
 
         while groups:
             group = groups.pop(0)
-            decodes = [stream for stream in instances.ready(group) if stream.computed == stream.length - 1]
+            ready, decodes = self._ready(instances, group)
             if free(group) < len(decodes) and groups:  # they take in another group
                 groups.remove(other := max(groups, key=free))
                 group += other
-            ready = instances.ready(group)
+                ready, decodes = self._ready(instances, group)
             prompts = [s for s in (*admitted, *ready) if s in self._rings and self._rings[s].members[0] in group]
-            decodes = [stream for stream in ready if stream.computed == stream.length - 1]
             if prompts or decodes:
                 plans.append(self._iteration(instances, group, prompts, decodes, now))
         begun = [plan for plan in plans if plan is not None]
         return begun if begun or not plans else self.plan(instances, now)  # preempted streams have made room
 
-    def _admitted(self, instances: Instances, now: float) -> list[Stream]:
-        """Gives rings to waiting prompts, in the order of their arrival. All that wait to begin."""
+    @staticmethod
+    def _ready(instances: Instances, group: Sequence[int]) -> tuple[list[Stream], list[Stream]]:
+        """The streams that a group can go on with, and those of them that decode."""
+        ready = instances.ready(group)
+        return ready, [stream for stream in ready if stream.computed == stream.prompt + stream.output - 1]
+
+    def _admit(self, instances: Instances, now: float) -> None:
+        """Gives rings to waiting prompts, in the order of their arrival."""
         room, load = self._room(instances), [0.0] * self._number
         for stream, ring in self._rings.items():
             for member in ring.members:
@@ -93,7 +104,6 @@ class StallFree:
             for member in best.members:
                 load[member] += best.seconds
             order.sort(key=lambda member: load[member])
-        return [stream for stream in instances.waiting if stream in self._rings]
 
     def _room(self, instances: Instances) -> dict[int, int]:
         """The room of each instance, beside the rest of the prompts that were given to it, and a token of each stream there."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 @dataclass(slots=True, eq=False)
 class Stream:
     """A request of `prompt` tokens that arrived at `arrival`, as far as it has come: `output` tokens are out. `held`: the tokens of
-    its KV on each instance. A stream that was preempted holds nothing, and computes the prompt and its output again.
+    its KV on each instance, `computed` in all. A stream that was preempted holds nothing, and computes the prompt and its output
+    again.
     """
 
     id: str
@@ -19,16 +20,12 @@ class Stream:
     prompt: int
     output: int = 0
     held: dict[int, int] = field(default_factory=dict)
+    computed: int = 0
 
     @property
     def length(self) -> int:
         """Tokens so far. The last one that came out has no KV yet."""
         return self.prompt + self.output
-
-    @property
-    def computed(self) -> int:
-        """Tokens that have KV."""
-        return sum(self.held.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +52,7 @@ class Instances:
         self.computing: list[Iteration] = []
         self.waiting: list[Stream] = []
         self.running: list[Stream] = []
+        self._busy: set[Stream] = set()
 
     @property
     def idle(self) -> set[int]:
@@ -74,6 +72,10 @@ class Instances:
         members, busy = frozenset(within), self._busy
         return [stream for stream in self.running if stream not in busy and members.issuperset(stream.held)]
 
+    def busy(self, stream: Stream) -> bool:
+        """Whether an iteration computes the stream now."""
+        return stream in self._busy
+
     def begin(self, iteration: Iteration) -> None:
         """Takes the room and the instances. Raises ValueError if the iteration is not possible; nothing has changed then."""
         taken: dict[int, int] = {}
@@ -90,12 +92,13 @@ class Instances:
         holders = {member for stream in streams for member in stream.held}
         if not iteration.members <= self.idle or not holders | taken.keys() <= iteration.members:
             raise ValueError(f"of the instances {sorted(holders | taken.keys() | iteration.members)}, some are busy or no members")
-        if self._busy & {*streams} or any(stream.computed != stream.length - 1 for stream in iteration.decodes):
+        if not self._busy.isdisjoint(streams) or any(stream.computed != stream.length - 1 for stream in iteration.decodes):
             raise ValueError("a stream is in another iteration, or decodes before its prompt is computed")
         for member, tokens in taken.items():
             if tokens > self.free[member]:
                 raise ValueError(f"instance {member} has room for {self.free[member]} tokens, not for {tokens}")
         self.computing.append(iteration)
+        self._busy.update(streams)
         for member, tokens in taken.items():
             self.free[member] -= tokens
         coming = [stream for stream in iteration.chunks if not stream.held]
@@ -105,11 +108,14 @@ class Instances:
     def end(self, iteration: Iteration) -> list[Stream]:
         """The iteration is over. Gives the streams that got a token: decodes, and those whose last chunk this was."""
         self.computing.remove(iteration)
+        self._busy.difference_update(iteration.chunks, iteration.decodes)
         for stream, kept in iteration.chunks.items():
             for member, tokens in kept.items():
                 stream.held[member] = stream.held.get(member, 0) + tokens
+                stream.computed += tokens
         for stream, member in iteration.decodes.items():
             stream.held[member] = stream.held.get(member, 0) + 1
+            stream.computed += 1
         got = [stream for stream in (*iteration.chunks, *iteration.decodes) if stream.computed == stream.length]
         for stream in got:
             stream.output += 1
@@ -124,9 +130,14 @@ class Instances:
         self._give_back(stream)
         self.waiting.insert(0, stream)
 
-    @property
-    def _busy(self) -> set[Stream]:
-        return {stream for iteration in self.computing for stream in (*iteration.chunks, *iteration.decodes)}
+    def lose(self) -> None:
+        """All KV is lost, and no iteration will end: streams that had room wait again, the first to come first."""
+        self.computing.clear()
+        self._busy.clear()
+        for stream in sorted(self.running, key=lambda stream: -stream.arrival):
+            self.preempt(stream)
+        # An iteration that had begun had taken room for tokens that never came.
+        self.free = list(self.rooms)
 
     def move(self, stream: Stream, target: int) -> None:
         """All KV of the stream, which no iteration computes now, goes to one instance. Raises ValueError if that has no room."""
@@ -143,3 +154,4 @@ class Instances:
         for member, tokens in stream.held.items():
             self.free[member] += tokens
         stream.held.clear()
+        stream.computed = 0

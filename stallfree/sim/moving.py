@@ -98,7 +98,7 @@ class Moving:
         self._on_end = ended
         self._now = 0.0
         self.replicas = [
-            make(ended=self._ended, launched=self._launched, completed=partial(self._completed, number))
+            make(ended=self._ended, launched=self._launched, completed=partial(self._completed, number), leap=1)
             for number, make in enumerate([*prefill, *decode])
         ]
         self.prefill, self.decode = self.replicas[: len(prefill)], self.replicas[len(prefill) :]
@@ -179,7 +179,7 @@ class Moving:
         """
         replica = self.replicas[target]
         replica.expect(copy, now, cut)
-        if replica.admit(ahead=True) is copy:
+        if replica.admit(now, ahead=True) is copy:
             return True
         replica.forgo(copy.id, now)
         return False

@@ -4,7 +4,7 @@ Requests reach the scheduler between two iterations, as in the live engine. If t
 simulated at once, up to the next arrival. A replica does not know where requests come from, and knows no other replica.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -76,7 +76,7 @@ class Replica:
     requests are refused whose first token would come too late by the policy's forecast; they end with the reason "refused". `ended`
     is called with each request that ended, `record` with each record, `span` with each iteration in each stage. Without `record`,
     no records are made. `leap`: the most iterations at once; with 1, `launched` is called with each plan, its begin and its end
-    before it runs, and `completed` after it has run. `loaded` is called with the moment at which adapters have arrived.
+    before it runs, and `completed` after it has run. `freed` is called when requests may have given up room. `loaded` is called with the moment at which adapters have arrived.
 
     `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
     each stage ran; the difference are bubbles. `iterations`: how many have ended.
@@ -92,6 +92,7 @@ class Replica:
         span: Callable[[Span], None] | None = None,
         launched: Callable[[Plan, float, float], None] = lambda plan, begin, end: None,
         completed: Callable[[Plan, float], None] = lambda plan, end: None,
+        freed: Callable[[float], None] = lambda now: None,
         loaded: Callable[[float], None] = lambda now: None,
         begin: float = 0.0,
         between_s: float = 0.0,
@@ -109,7 +110,7 @@ class Replica:
         self._cost = cost
         self._batch = cost.batch if isinstance(cost, BatchModel) else None
         self._ended, self._record, self._span = ended, record, span
-        self._launched, self._completed, self._on_load = launched, completed, loaded
+        self._launched, self._completed, self._freed, self._on_load = launched, completed, freed, loaded
         self._between_s, self._slowness = between_s, slowness
         self._leap = leap
         one = scheduler.ledger.capacity.depth == 1 and load_s is None
@@ -203,10 +204,23 @@ class Replica:
         if not self.scheduler.ledger.adapters.ready(request):
             self._reschedule(now)
 
-    def admit(self, *, ahead: bool = False) -> Request | None:
+    def num_free(self, now: float) -> int:
+        """Free KV blocks at `now`."""
+        return self.scheduler.ledger.pool.num_free - self._owed(now)
+
+    def admit(self, now: float, *, ahead: bool = False) -> Request | None:
         """Reserve blocks for the first expected request. None if there is no room, or if none is expected. For `ahead` see
         `core.transfer.admit`."""
-        return transfer.admit(self.scheduler.ledger, ahead=ahead)
+        ledger = self.scheduler.ledger
+        request = transfer.admit(ledger, ahead=ahead, owed=self._owed(now)) if ledger.expected else None
+        if request is not None and self._stretch is not None:  # less room for what was foreseen
+            steps = bisect_left(self._moments, self.due, 1)
+            self.due = self._moments[bisect_right(range(1, steps + 1), ledger.pool.num_free, key=self._stretch.taken)]
+        return request
+
+    def _owed(self, now: float) -> int:
+        """Free KV blocks that iterations which were planned by `now` have taken, but for the leap that they are part of."""
+        return 0 if self._stretch is None else self._stretch.taken(bisect_left(self._moments, now, 1))
 
     def forgo(self, id: str, now: float) -> None:
         """An expected request will not come. Free its blocks."""
@@ -361,6 +375,7 @@ class Replica:
         for request in done:
             self._end(request, end)
         self._completed(plan, end)
+        self._freed(end)
         if self._record is not None:
             times = (plan.now, start, end)
             gone, loaded = [*self._gone, *done], self._loaded
@@ -372,7 +387,8 @@ class Replica:
         self.due = inf
         if not stretch.draft.work:
             return
-        steps = stretch.most
+        # Who was first in the queue kept expected requests out; at the end of this iteration, they may have room.
+        steps = 1 if stretch.draft.admitted and self.scheduler.ledger.expected else stretch.most
         if steps > 1 and stretch.sampling:
             steps = min(steps, min([r.sampling.ends - r.num_tokens for r in stretch.sampling]))  # type: ignore[attr-defined]
         self._moments, self._ends = moments, ends = [now], []
@@ -436,6 +452,7 @@ class Replica:
                 self._span(Span(number, 0, begin, end, len(draft.work) - len(draft.chunks), prefill))
         for request in done:
             self._end(request, ends[-1])
+        self._freed(ends[-1])
         if self._record is not None:
             self._write(stretch, moments, ends, before, done)
         self._arrived, self._gone = [], []

@@ -20,7 +20,7 @@ from stallfree.sim.deployment import Split
 from stallfree.sim.fabric import Port
 from stallfree.sim.movers import MOVERS, Machine
 from stallfree.sim.moving import Moving
-from stallfree.sim.replica import Replica
+from stallfree.sim.replica import LEAP, Replica
 from stallfree.sim.simulate import Simulates, holding, scripted, uncollected
 from stallfree.sim.simulator import Instance, Simulator, calibrated, dollars_per_million
 from stallfree.sim.transfer import Pools, Totals
@@ -153,7 +153,9 @@ class SplitSimulator(Simulates):
             scheduler = Scheduler(simulator.policy(), instance.capacity, simulator.limits, reuse=deployment.prefix_cache)
             load_s = None if instance.shelf is None else instance.shelf.load_s
             holding(scheduler, instance.shelf)
-            return Replica(scheduler, instance.cost, leap=1, between_s=instance.between_s, load_s=load_s, **hooks)
+            # Which cached blocks are evicted depends on the order of all that takes blocks, and others take some during a leap.
+            hooks = {"leap": 1 if deployment.prefix_cache else LEAP} | hooks
+            return Replica(scheduler, instance.cost, between_s=instance.between_s, load_s=load_s, **hooks)
 
         return [make] * deployment.replicas
 

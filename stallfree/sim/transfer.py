@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf, nextafter
-from typing import Protocol
+from typing import Any, Protocol
 
 from stallfree.core.plan import Plan
 from stallfree.core.request import Request
@@ -18,7 +18,7 @@ from stallfree.sim.fabric import Fabric, Port
 from stallfree.sim.replica import Replica, Script
 
 MakeReplica = Callable[..., Replica]
-"""Makes a replica without leaps from the hooks `launched`, `completed` and `ended`."""
+"""Makes a replica from its hooks and `leap`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -95,10 +95,12 @@ class Pools:
         self._kv_bytes, self._layers, self._latency_s = kv_bytes, layers, latency_s
         self._transfers: dict[str, Transfer] = {}
         self._on_end = ended
-        self.prefill = [make(ended=self._ended, launched=self._launched, completed=self._computed) for make in prefill]
+        self._now = 0.0
+        hooks: Any = {"ended": self._ended, "launched": self._launched, "completed": self._computed}
+        self.prefill = [make(**hooks, leap=1) for make in prefill]
         self._promised: list[set[Transfer]] = [set() for _ in decode]
         self.decode = [
-            make(ended=self._ended, completed=self._admitting(number), loaded=partial(self._admit, number))
+            make(ended=self._ended, freed=partial(self._admit, number), loaded=partial(self._admit, number))
             for number, make in enumerate(decode)
         ]
         self._block_size = self.decode[0].scheduler.ledger.capacity.block_size
@@ -109,13 +111,10 @@ class Pools:
 
     def kv(self, number: int) -> int:
         """KV blocks that decode replica `number` has in use, or needs for requests that it expects or for which it was chosen."""
-        scheduler = self.decode[number].scheduler
-        coming = (*scheduler.ledger.expected, *(transfer.request for transfer in self._promised[number]))
-        return (
-            scheduler.ledger.capacity.num_blocks
-            - scheduler.ledger.pool.num_free
-            + sum([self._blocks(request) for request in coming])
-        )
+        replica = self.decode[number]
+        ledger = replica.scheduler.ledger
+        coming = (*ledger.expected, *(transfer.request for transfer in self._promised[number]))
+        return ledger.capacity.num_blocks - replica.num_free(self._now) + sum([self._blocks(request) for request in coming])
 
     def fits(self, number: int, request: Request) -> bool:
         """Whether decode replica `number` has room for the prompt of `request`, after all others for which it was chosen."""
@@ -141,6 +140,7 @@ class Pools:
         advance((*self.prefill, *self.decode), self.fabric, until)
 
     def _place(self, request: Request) -> None:
+        self._now = request.arrival
         source = self._pairing.prefill(request, self)
         if isinstance(source, Replica):
             replica = source
@@ -197,12 +197,9 @@ class Pools:
         self.decode[transfer.target].expect(transfer.twin, now)
         self._admit(transfer.target, now)
 
-    def _admitting(self, number: int) -> Callable[[Plan, float], None]:
-        return lambda plan, end: self._admit(number, end)
-
     def _admit(self, number: int, now: float) -> None:
         """Give the room in a decode replica to the requests that it expects, in order."""
-        while (twin := self.decode[number].admit()) is not None:
+        while (twin := self.decode[number].admit(now)) is not None:
             transfer = self._transfers[twin.id]
             transfer.room = True
             if transfer.since < inf:

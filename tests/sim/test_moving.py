@@ -45,7 +45,7 @@ def making(name="sarathi", capacity=PLENTY, budget=128):
     def make(**hooks):
         own = {"token_budget": budget} if name == "sarathi" else {}
         chosen = policy(name, Setup(Fitted(COST), Slo.parse("ttft=1s,tbt=100ms")), **own)
-        return Replica(Scheduler(chosen, capacity, reuse=False), Fitted(COST), leap=1, **hooks)
+        return Replica(Scheduler(chosen, capacity, reuse=False), Fitted(COST), **hooks)
 
     return make
 

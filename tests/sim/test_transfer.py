@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from stallfree.core.plan import Capacity
 from stallfree.core.request import Request, Status
@@ -34,7 +34,14 @@ ARRIVALS = st.lists(st.builds(Arrival, st.floats(0, 3), st.integers(1, 1900), st
 )
 
 
-class Remembering(Replica):
+class Stepping(Replica):
+    """A replica without leaps."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more | {"leap": 1})
+
+
+class Remembering(Stepping):
     """A replica that remembers every request that it took."""
 
     def __init__(self, *args, **more):
@@ -105,6 +112,24 @@ def test_counts_are_those_of_the_requests_also_where_some_are_preempted(pairing)
     assert Watched.preempted > 0
 
 
+def lines(split_, parts, arrivals):
+    result = SplitSimulator(split_, *parts).run(arrivals)
+    return sorted(result.lines, key=lambda line: int(line.id)), result.transfers
+
+
+@pytest.mark.parametrize("pairing", pairings.PAIRINGS)
+@settings(max_examples=60, deadline=None)
+@given(arrivals=ARRIVALS, blocks=st.tuples(st.integers(140, 600), st.integers(140, 600)), link=st.sampled_from(["eth-25g", "ib-200g"]))
+@example(arrivals=BURST, blocks=(140, 140), link="eth-25g")
+def test_pools_that_leap_give_the_times_of_single_steps_to_the_last_bit(pairing, arrivals, blocks, link):
+    parts = [instance(pool) for pool in POOLS.values()]
+    small = [part._replace(capacity=replace(part.capacity, num_blocks=number)) for part, number in zip(parts, blocks, strict=True)]
+    pools = Split(**POOLS, pairing=pairing, link=link, nodes=2, per_node=2)
+    leaps = lines(pools, small, arrivals)
+    with patch.object(split, "Replica", Stepping):
+        assert leaps == lines(pools, small, arrivals)
+
+
 class Late(pairings.Splitwise):
     """The decode replica is chosen at the arrival, and KV leaves when the prompt is computed."""
 
@@ -164,7 +189,7 @@ def test_a_request_that_is_delivered_with_its_last_token_has_ended():
     )
     request = script(Request("a", range(50), 1), [7])
     replica.expect(request, 0.0)
-    assert request is replica.admit()
+    assert request is replica.admit(0.0)
     replica.deliver(request, 7, 2.0)
     assert (["a"], 0, 0) == (ended, replica.num_requests, replica.pending(2.0))
     assert 2.0 == request.sampling.line.finished
