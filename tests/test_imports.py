@@ -33,7 +33,7 @@ ALLOWED = {
     "elastic": ({"core", "elastic"}, set()),
     "sim": ({"core", "elastic", "policies", "perf", "qos", "processes", "workload", "metrics", "sim"}, set()),
     "papers": ({"core", "metrics", "sim", "workload", "papers"}, set()),
-    "planner": ({"core", "metrics", "perf", "sim", "workload", "planner"}, set()),
+    "planner": ({"core", "elastic", "metrics", "perf", "sim", "workload", "planner"}, set()),
     "vllm": (
         {"core", "checkpoint", "engine", "metrics", "perf", "policies", "qos", "sim", "vllm"},
         {"prometheus_client", "torch", "vllm"},

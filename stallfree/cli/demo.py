@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from stallfree.core.policy import Policy
     from stallfree.core.request import Request
     from stallfree.core.slo import Slo
     from stallfree.engine.turns import Player
@@ -64,7 +65,7 @@ def demo(
         progress=options.progress,
     )
     engine, targets = assembled.engine, assembled.slo or Slo()
-    chosen = {f"fixed budget, {token_budget} tokens": fixed, f"slo, {targets}": engine.scheduler.policy}
+    chosen = {f"fixed budget, {token_budget} tokens": fixed, f"slo, {targets}": cast("Policy", engine.scheduler.policy)}
     clock = _clock(engine.executor)
     players = {
         name: Player(Share(engine.executor, number, len(chosen)), engine.text, policy, burst(engine.text.vocab_size), clock)

@@ -21,13 +21,14 @@ def listing(what: What, as_json: options.Json = False) -> None:
         import importlib
 
         from stallfree import policies
-        from stallfree.sim import elastic, systems
+        from stallfree.elastic.policies import POLICIES
+        from stallfree.sim import systems
 
         rows = {
             n: _first_sentence(importlib.import_module(f"stallfree.policies.{n.replace('-', '_')}").__doc__)
             for n in policies.names()
         }
-        rows |= {n: f"{about}; in simulations with --sp" for n, about in elastic.POLICIES.items()}
+        rows |= {n: f"{about}; with --sp" for n, about in POLICIES.items()}
         rows |= {n: f"{about}; in `compare` and `capacity` with --replicas" for n, about in systems.SYSTEMS.items()}
     elif what is What.hardware:
         from stallfree.perf import hardware

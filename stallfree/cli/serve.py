@@ -244,7 +244,8 @@ def _print_card(card: dict[str, Any], as_json: bool) -> None:
 
     from stallfree.executors.sampling import Sampling
 
-    kv = f"{card['kv_blocks']:,} blocks of {card['block_size']} tokens; a sequence has at most {card['max_model_len']:,}"
+    held = f"{card['kv_blocks']:,} " + ("tokens" if card["block_size"] == 1 else f"blocks of {card['block_size']} tokens")
+    kv = f"{held}; a sequence has at most {card['max_model_len']:,}"
     budget = "" if card["token_budget"] is None else f", {card['token_budget']} tokens an iteration"
     slo = "" if card["slo"] is None else f", {card['slo']}"
     sampling = ", ".join(f"{name} {value:g}" for name, value in card["sampling"].items() if value != getattr(Sampling(), name))

@@ -239,7 +239,7 @@ def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator | ElasticS
     """A simulator of replicas of one kind. Raises ValueError if it cannot be, if lengths of `traffic` exceed its context, or if its
     requests name a class that is not there.
     """
-    from stallfree.sim import elastic
+    from stallfree.elastic.policies import POLICIES
     from stallfree.sim.simulator import Simulator
     from stallfree.sim.systems import SYSTEMS
 
@@ -247,8 +247,10 @@ def _simulator(deployment: Deployment, traffic: Traffic) -> Simulator | ElasticS
         raise ValueError(
             f"{deployment.policy} is a system of two kinds of replicas; `stallfree compare` and `capacity` simulate it"
         )
-    if deployment.policy in elastic.POLICIES:
-        simulator: Simulator | ElasticSimulator = elastic.ElasticSimulator(deployment)
+    if deployment.policy in POLICIES:
+        from stallfree.sim.elastic import ElasticSimulator
+
+        simulator: Simulator | ElasticSimulator = ElasticSimulator(deployment)
     else:
         simulator = Simulator(deployment, _instance(deployment))
     traffic.workload.lengths.check(simulator.instance.capacity.max_model_len)

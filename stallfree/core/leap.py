@@ -42,8 +42,8 @@ class Stretch:
             scheduler.open = None
 
     def taken(self, steps: int) -> int:
-        """KV blocks that the iterations after the first take in the first `steps` iterations. Before the leap, the pool still counts
-        them as free."""
+        """KV blocks that the first `steps` iterations take, without the first itself. Before the leap, the pool counts them as
+        free."""
         size = self._scheduler.ledger.pool.block_size
         ends = [(r, r.num_planned + (steps - 1) * count) for r, count in self.draft.work.items()]
         return sum([max(0, -(-end // size) - len(r.blocks)) for r, end in ends])

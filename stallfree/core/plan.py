@@ -115,6 +115,16 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupPlan(Plan):
+    """An iteration of a group of instances: the numbers of its `members`, and for each piece of work, how many of its new tokens
+    each member keeps the KV of (`kept`). Work has no blocks then: the executor knows where the KV before it is.
+    """
+
+    members: tuple[int, ...] = ()
+    kept: tuple[Mapping[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """An executor's result for the plan of the same `step`: sampled token ids by request id, and the seconds that it took. A decode
     with drafts has as many tokens as drafts were right, in order, and one more.

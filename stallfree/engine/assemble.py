@@ -23,21 +23,23 @@ from stallfree.core.classes import Classes
 from stallfree.core.ledger import Limits
 from stallfree.core.nearest import nearest
 from stallfree.core.plan import Capacity
-from stallfree.core.policy import Setup, Tuned
+from stallfree.core.policy import Policy, Setup, Tuned
 from stallfree.core.record import Fingerprints, Run
 from stallfree.core.slo import Slo
 from stallfree.core.speculation import Speculation
-from stallfree.engine import calibrate, formats, proposing
+from stallfree.elastic import policies as elastic
+from stallfree.elastic.policy import Policy as GroupPolicy
+from stallfree.engine import calibrate, formats, groups, proposing
 from stallfree.engine.adapters import Library, folders
 from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
 from stallfree.engine.text import Text
-from stallfree.executors.base import Executor, TakesFew
+from stallfree.executors.base import Executor, RunsGroups, TakesFew
 from stallfree.executors.host_memory import check_model, default_kv_bytes, weight_bytes
 from stallfree.executors.machine import machine
 from stallfree.executors.sampling import Sampling
 from stallfree.perf.fitted import Errors, Fitted
-from stallfree.policies.slo import SMALL_BATCH, STRICT, possible
+from stallfree.policies.slo import SMALL_BATCH, STRICT, possible, usual
 
 if TYPE_CHECKING:
     from stallfree.executors.torch import Options as TorchOptions
@@ -74,7 +76,8 @@ class Options:
     `kv_host_memory`: bytes of this machine's memory that keep evicted KV (None: none).
 
     For the torch executor: `device` (None: cuda if there is a GPU, else cpu). `tp` ranks share each layer, `sp` groups of ranks
-    each request's tokens, and `pp` stages the layers. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER;
+    each request's tokens, and `pp` stages the layers. With a `policy` of `elastic.policies.POLICIES`, the `sp` groups are instances
+    that are together anew in each iteration. `workers`: who places the ranks. `adapter`: LoRA adapters, each NAME=FOLDER;
     `adapters`: a folder whose sub-folders are adapters under their own names; `max_adapter_rank`: the largest that is accepted.
     `generation_config`: "auto" takes the sampling values that the model's makers recommend as defaults, "none" the model's own
     distribution. `on_worker_loss`: running requests fail or restart when a worker is lost. `speculate`: who guesses tokens:
@@ -123,6 +126,11 @@ class Options:
         return self.tp * self.sp * self.pp
 
     @property
+    def grouped(self) -> bool:
+        """Whether the policy plans groups of instances."""
+        return self.policy in elastic.POLICIES
+
+    @property
     def alone(self) -> bool:
         """Whether the engine's own process runs the model."""
         return self.tp == self.sp == self.pp == 1 and self.workers == "local"
@@ -161,10 +169,15 @@ def assemble(
     """
     classes = None if options.slo is None else Classes.parse(options.slo)
     targets = None if classes is None else classes.default
-    policy_options = policies.options(options.policy, options.token_budget, options.policy_option)
-    tuned = policies.wants_setup(options.policy)
-    if not tuned:
-        policies.load(options.policy, Setup(), **policy_options)
+    policy_options: dict[str, object] = {}
+    tuned = False
+    if options.grouped:
+        groups.check(options)
+    else:
+        policy_options = policies.options(options.policy, options.token_budget, options.policy_option)
+        tuned = policies.wants_setup(options.policy)
+        if not tuned:
+            policies.load(options.policy, Setup(), **policy_options)
     limits = Limits(options.max_seqs, options.max_tokens)
     check_executor(options.executor)
     if options.generation_config not in GENERATION_CONFIGS:
@@ -182,7 +195,17 @@ def assemble(
         if targets is None or targets.tbt is targets.tpot is targets.ttlt is None:
             source = basis(cost, key)
         _check_possible(classes or {}, cost)
-    policy = policies.load(options.policy, Setup(cost, targets), **policy_options)
+    policy: Policy | GroupPolicy
+    if isinstance(executor, RunsGroups):
+        prices = groups.prices(executor, key or {}, cache_folder() / "calibration", say, progress("calibrating"))
+        if options.policy == "elastic" and (targets is None or targets.tbt is targets.tpot is targets.ttlt is None):
+            targets = (targets or Slo()).within(Slo(tbt=usual(prices.costs[0])))
+            source = basis(prices.costs[0], groups.of(key or {}, options.sp, 1))
+        for wanted in (targets or Slo(), *(classes or {}).values()):
+            possible(wanted, prices.costs[0])
+        policy = elastic.load(options.policy, prices, options.sp, targets or Slo())
+    else:
+        policy = policies.load(options.policy, Setup(cost, targets), **policy_options)
     capacity = executor.capacity
     prints = Fingerprints(capacity.block_size, secrets.token_bytes(16)) if fingerprints else None
     restart = options.on_worker_loss == "restart"
@@ -213,7 +236,7 @@ def assemble(
         options.policy,
         capacity,
         limits,
-        options.prefix_cache,
+        engine.scheduler.ledger.pool.reuse,
         "" if slo is None else str(slo),
         policy_options | dict(policy.options if isinstance(policy, Tuned) else {}),
         None if cost is None else cost.state(),
@@ -446,15 +469,10 @@ def _torch(checkpoint: Checkpoint, options: Options, stage: Stage, converting: c
     stage("loading")
     if options.alone:
         return executors.TorchExecutor(checkpoint, torch_options, options.kv_memory)
-    return executors.ParallelExecutor(
-        checkpoint,
-        torch_options,
-        options.kv_memory,
-        tp=options.tp,
-        sp=options.sp,
-        pp=options.pp,
-        workers=executors.workers(options.workers),
-    )
+    workers, memory, tp, sp = executors.workers(options.workers), options.kv_memory, options.tp, options.sp
+    if options.grouped:
+        return executors.Cluster(checkpoint, torch_options, memory, tp=tp, instances=sp, workers=workers)
+    return executors.ParallelExecutor(checkpoint, torch_options, memory, tp=tp, sp=sp, pp=options.pp, workers=workers)
 
 
 def _torch_options(options: Options) -> "TorchOptions":

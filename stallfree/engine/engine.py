@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from typing import cast
 
 from stallfree.core.ledger import Limits
 from stallfree.core.plan import Plan, StepResult, Work
@@ -18,18 +19,20 @@ from stallfree.core.record import Fingerprints, StepRecord
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.speculation import Drafter
+from stallfree.elastic.policy import Policy as GroupPolicy
+from stallfree.elastic.scheduler import GroupScheduler
 from stallfree.engine.adapters import Loader
 from stallfree.engine.host_tier import HostTier
 from stallfree.engine.prefetch import Prefetch, Transfer
 from stallfree.engine.streams import AS_IT_COMES, Output, Reading, Streams, Watch
 from stallfree.engine.text import Text
-from stallfree.executors.base import Executor, Lost
+from stallfree.executors.base import Executor, Lost, RunsGroups
 from stallfree.executors.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Outstanding:
     """A `plan` at the executor since `started` (s). `error`: why its submission failed, in words."""
 
@@ -39,17 +42,17 @@ class _Outstanding:
 
 
 class Engine:
-    """Serves requests on `executor` as `policy` plans. `record`, which may be set later, is called with a StepRecord after every
-    iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values for what a request leaves open. `speculation`:
-    adds drafts to iterations; the executor must check them (`base.Verifies`). `prefetch` keeps the requests whose first tokens
-    other engines compute.
+    """Serves requests on `executor` as `policy` plans; one that runs groups takes a `GroupPolicy`. `record`, which may be set
+    later, is called with a StepRecord after every iteration; `prints` adds fingerprints of KV blocks to it. `sampling`: the values
+    for what a request leaves open. `speculation`: adds drafts to iterations; the executor must check them (`base.Verifies`).
+    `prefetch` keeps the requests whose first tokens other engines compute.
     """
 
     def __init__(
         self,
         executor: Executor,
         text: Text,
-        policy: Policy,
+        policy: Policy | GroupPolicy,
         limits: Limits | None = None,
         *,
         reuse: bool = True,
@@ -63,7 +66,13 @@ class Engine:
         self.executor = executor
         self.text = text
         self.sampling = sampling or Sampling()
-        self.scheduler = Scheduler(policy, executor.capacity, limits, reuse=reuse, speculation=speculation)
+        self._groups = executor if isinstance(executor, RunsGroups) else None
+        self.scheduler: Scheduler | GroupScheduler
+        if self._groups is None:
+            own = cast(Policy, policy)
+            self.scheduler = Scheduler(own, executor.capacity, limits, reuse=reuse, speculation=speculation)
+        else:
+            self.scheduler = GroupScheduler(cast(GroupPolicy, policy), self._groups, limits)
         self.clock = clock
         chunks = isinstance(policy, Chunks) and policy.chunks
         self.prefetch = Prefetch(self.scheduler.ledger, clock, self._sampled_elsewhere, self._move, chunks=chunks)
@@ -149,6 +158,11 @@ class Engine:
         except Lost as lost:
             return self._recover(lost)
 
+    def wake(self) -> None:
+        """For any thread: a step that waits for instances returns without outputs, so that others can begin. Any other goes on."""
+        if self._groups is not None:
+            self._groups.wake()
+
     def close(self) -> None:
         self.adapters.close()
         self.closing()
@@ -160,7 +174,7 @@ class Engine:
         self.adapters.start()
         self.prefetch.start()
         self._submit_plans()
-        if not self._outstanding:
+        if not self._outstanding or (self._groups is not None and not self._outstanding[0].error and not self._groups.wait()):
             return []
         plan, result, times = self._collect()
         done, dropped = self.scheduler.complete(plan, result, times[2])
@@ -196,16 +210,19 @@ class Engine:
             raise Lost(f"KV could not be moved to or from host memory ({type(error).__name__}: {error})") from error
 
     def _collect(self) -> tuple[Plan, StepResult, tuple[float, float, float]]:
-        """The oldest plan, its result, and when it was planned, started and ended."""
-        oldest = self._outstanding[0]
-        plan, error = oldest.plan, oldest.error
+        """The plan that ended first, its result, and when it was planned, started and ended."""
+        first = self._outstanding[0]
+        error = first.error
         results: list[StepResult] = []
         if error is None:
             error = self._try(lambda: results.append(self.executor.collect()))
+        if results:
+            first = next(each for each in self._outstanding if each.plan.step == results[0].step)
+        plan = first.plan
         result = results[0] if error is None else StepResult(plan.step, {}, 0.0, error=error)
-        started, ended = self._began(oldest.started), self.clock()
+        started, ended = self._began(first.started), self.clock()
         self._last_end = ended
-        self._outstanding.popleft()
+        self._outstanding.remove(first)
         return plan, result, (plan.now, started, ended)
 
     def _began(self, started: float) -> float:

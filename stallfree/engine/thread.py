@@ -191,6 +191,7 @@ class EngineThread:
     def call(self, action: Callable[[], object]) -> None:
         """Run `action` in the engine's thread, between two iterations. For any thread. If `action` raises, the engine fails."""
         self._mailbox.put(action)
+        self.engine.wake()
 
     def _abort(self, id: str) -> None:
         self._forget(id)

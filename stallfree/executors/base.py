@@ -137,5 +137,30 @@ class TakesFew(Executor, Protocol):
         """Wait until iterations take as long as they will from then on."""
 
 
+@runtime_checkable
+class RunsGroups(Executor, Protocol):
+    """Optional ability of an executor: instances, any of which may have the KV of any token. Its plans are `GroupPlan`s. Those on
+    different instances run at the same time, and `collect` gives the result of the one that ends first. `capacity` has blocks of
+    one token.
+
+    `rooms`: the tokens of KV that fit each instance. `move`: all KV of a request that is in no plan goes to one instance. `drop`:
+    such a request gives its KV back. `ring`: the first so many instances as an executor by themselves, to time iterations while
+    nothing else runs. `wait`: waits until a result is there, or until another thread calls `wake`; returns whether one is there.
+    All raise as `collect` does.
+    """
+
+    rooms: Sequence[int]
+
+    def move(self, id: str, target: int) -> None: ...
+
+    def drop(self, id: str) -> None: ...
+
+    def ring(self, degree: int) -> Executor: ...
+
+    def wait(self) -> bool: ...
+
+    def wake(self) -> None: ...
+
+
 class Lost(RuntimeError):
     """The process that ran the model is gone, and all KV with it. The executor has started it again."""

@@ -10,11 +10,12 @@ from dataclasses import replace
 from math import inf
 from typing import Literal, NamedTuple, Self
 
+from stallfree.elastic.policies import POLICIES
 from stallfree.perf import hardware as devices
 from stallfree.perf import links
 from stallfree.perf import shape as models
 from stallfree.planner.site import Site, counted
-from stallfree.sim import elastic, systems
+from stallfree.sim import systems
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.movers import MOVERS
 from stallfree.sim.simulator import Instance, instance
@@ -207,7 +208,7 @@ def together(deployment: Deployment, number: int) -> Deployment:
 def kind(deployed: Deployed) -> Kind:
     """Co-located replicas, pools for prompts and for decodes, or instances between which requests are cut, move or are spread."""
     if isinstance(deployed, Deployment):
-        return "moving" if deployed.policy in elastic.POLICIES else "co-located"
+        return "moving" if deployed.policy in POLICIES else "co-located"
     return "moving" if deployed.pairing in MOVERS else "pools"
 
 

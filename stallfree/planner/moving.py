@@ -7,9 +7,9 @@ It knows the capacities of co-located replicas, which say what such instances ma
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from stallfree.elastic.policies import POLICIES
 from stallfree.metrics.report import Targets, by_class
 from stallfree.planner.candidates import Candidates, Deployed, Shape
-from stallfree.sim import elastic
 from stallfree.sim.deployment import Split
 from stallfree.sim.systems import CHUNKS, Chunk, chunked
 
@@ -48,7 +48,7 @@ def _groups(
         return
     for shape in shapes:
         if (number := site.per_node // shape.tp) > 1:
-            for policy in elastic.POLICIES:
+            for policy in POLICIES:
                 if policy == "loongserve" or by_class(slo).default.tbt is not None:
                     yield candidates.replica(Shape(shape.tp, 1, number), policy, slo=str(slo)), number * alone[shape]
             return

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, inf
 
+from stallfree.elastic.policies import POLICIES
 from stallfree.metrics.report import Report, Targets, by_class
 from stallfree.planner import moving
 from stallfree.planner.candidates import WAYS, Candidates, Deployed, kind, name, size
 from stallfree.planner.capacities import SECONDS, Found, Open, capacities
 from stallfree.planner.parts import Parts, pairs, parts
 from stallfree.planner.site import counted
-from stallfree.sim import elastic
 from stallfree.sim.deployment import Deployment, Split
 from stallfree.sim.elastic import ElasticSimulator
 from stallfree.sim.simulator import Simulator
@@ -234,7 +234,7 @@ def _drawn(whole: Mapping[str, Ranked], traffic: Traffic, slo: Targets, run: Ope
 def _simulator(deployed: Deployed) -> Simulator | ElasticSimulator | SplitSimulator:
     if isinstance(deployed, Split):
         return SplitSimulator(deployed)
-    return ElasticSimulator(deployed) if deployed.policy in elastic.POLICIES else Simulator(deployed)
+    return ElasticSimulator(deployed) if deployed.policy in POLICIES else Simulator(deployed)
 
 
 def _ranked(found: Found, deployed: Deployed, units: int, seed: int) -> Ranked:

@@ -56,6 +56,11 @@ EFFICIENT = 1.05
 """Without decodes, an iteration is as small as possible while its time per token is at most this times the least possible."""
 
 
+def usual(cost: CostModel) -> Target:
+    """The default target for TBT."""
+    return Target(ceil(1000 * STRICT * cost.seconds(SMALL_BATCH)) / 1000, 99.0)
+
+
 class Slo:
     """`slo`: the targets, in words or parsed, completed by the default TBT. `cost` prices iterations, and learns.
 
@@ -73,7 +78,7 @@ class Slo:
     def __init__(self, slo: str | Targets = "", cost: CostModel | None = None, follow: bool | None = None, slack: bool = True):
         self.cost = cost or Fitted()
         targets = slo if isinstance(slo, Targets) else Targets.parse(slo) if slo else Targets()
-        default = Target(ceil(1000 * STRICT * self.cost.seconds(SMALL_BATCH)) / 1000, 99.0)
+        default = usual(self.cost)
         self.answers = Answers()
         self._deadlines = Deadlines(targets.within(Targets(tbt=default)), self.answers)
         self._order = Order(self.cost, self._deadlines, self.answers)

@@ -13,9 +13,8 @@ from stallfree.core.classes import Classes
 from stallfree.core.plan import Shape
 from stallfree.core.record import Run
 from stallfree.core.slo import Slo
-from stallfree.elastic.loongserve import LoongServe
+from stallfree.elastic.policies import load
 from stallfree.elastic.policy import Policy
-from stallfree.elastic.stall_free import StallFree
 from stallfree.elastic.state import Instances, Iteration, Stream
 from stallfree.metrics.report import Report
 from stallfree.metrics.timeline import Timeline
@@ -28,13 +27,6 @@ from stallfree.sim.simulate import Simulates, Simulation
 from stallfree.sim.simulator import dollars_per_million, instance
 from stallfree.workload.workload import Arrival
 
-UNHURRIED_S = 2.0
-"""When first tokens are due without a target, in seconds: the limit for the median of Sarathi-Serve (OSDI'24, section 5)."""
-POLICIES = {
-    "elastic": "Stall-free groups of instances: they grow for a prompt that would be late, and every decode is in every iteration",
-    "loongserve": "Groups of instances that form anew for every iteration, with whole prompts (LoongServe, arXiv 2404.09526)",
-}
-"""Policies that plan groups of instances, in words. The `sp` of such a deployment is the number of its instances."""
 TAKEN = ("model", "hardware", "tp", "sp", "weights", "kv", "engine", "node", "network", "policy", "slo", "max_model_len")
 """Fields of a deployment that groups of instances have, beside `replicas` and `router`. The others stay at their defaults."""
 ROUTER = "shortest-queue"
@@ -78,8 +70,9 @@ class Rings:
 
 
 class ElasticSimulator(Simulates):
-    """A deployment whose `policy` is one of `POLICIES`, ready to run many times. The policy keeps the targets of requests that name
-    no class. Raises ValueError for fields that groups of instances do not have, and as `simulator.instance` does."""
+    """A deployment whose `policy` is one of `elastic.policies.POLICIES`, ready to run many times. The policy keeps the targets of
+    requests that name no class. Raises ValueError for fields that groups of instances do not have, and as `simulator.instance`
+    does."""
 
     def __init__(self, deployment: Deployment):
         usual = Deployment()
@@ -107,13 +100,7 @@ class ElasticSimulator(Simulates):
 
     def policy(self) -> Policy:
         """A new policy."""
-        if self.deployment.policy == "loongserve":
-            return LoongServe(self.rings, self.deployment.sp)
-        targets = self.targets or Slo()
-        if targets.tbt is None:
-            raise ValueError("policy elastic fills iterations up to a target for TBT; give one: --slo tbt=100ms")
-        due = UNHURRIED_S if targets.ttft is None else targets.ttft.seconds
-        return StallFree(self.rings, self.deployment.sp, targets.tbt.seconds, lambda stream: due)
+        return load(self.deployment.policy, self.rings, self.deployment.sp, self.targets or Slo())
 
     @property
     def header(self) -> Run:

@@ -23,6 +23,7 @@ from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.slo import Slo
 from stallfree.core.tier import Tier
+from stallfree.elastic.policies import POLICIES
 from stallfree.perf.fitted import Errors, Fitted
 from stallfree.sim.cluster import serve
 from stallfree.sim.replica import Replica, script
@@ -180,6 +181,11 @@ def what_if(
 
 
 def _policy(name: str, slo: Slo | None, options: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Policy:
+    if name in POLICIES:
+        raise ValueError(
+            f"policy {name} plans groups of instances, and a record does not tell who had which KV, so it cannot be replayed; "
+            f"`stallfree simulate --policy {name} --sp` simulates such groups"
+        )
     return policies.load(name, Setup(None if cost is None else Fitted.from_state(cost), slo), **options)
 
 

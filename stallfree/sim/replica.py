@@ -76,7 +76,8 @@ class Replica:
     requests are refused whose first token would come too late by the policy's forecast; they end with the reason "refused". `ended`
     is called with each request that ended, `record` with each record, `span` with each iteration in each stage. Without `record`,
     no records are made. `leap`: the most iterations at once; with 1, `launched` is called with each plan, its begin and its end
-    before it runs, and `completed` after it has run. `freed` is called when requests may have given up room. `loaded` is called with the moment at which adapters have arrived.
+    before it runs, and `completed` after it has run. `freed` is called at the end of each iteration or leap: there may be more
+    room. `loaded` is called with the moment at which adapters have arrived.
 
     `due`: when it goes on; inf if it waits for requests. `active_s`: seconds in which an iteration ran; `busy_s`: seconds in which
     each stage ran; the difference are bubbles. `iterations`: how many have ended.

@@ -119,7 +119,11 @@ def lines(split_, parts, arrivals):
 
 @pytest.mark.parametrize("pairing", pairings.PAIRINGS)
 @settings(max_examples=60, deadline=None)
-@given(arrivals=ARRIVALS, blocks=st.tuples(st.integers(140, 600), st.integers(140, 600)), link=st.sampled_from(["eth-25g", "ib-200g"]))
+@given(
+    arrivals=ARRIVALS,
+    blocks=st.tuples(st.integers(140, 600), st.integers(140, 600)),
+    link=st.sampled_from(["eth-25g", "ib-200g"]),
+)
 @example(arrivals=BURST, blocks=(140, 140), link="eth-25g")
 def test_pools_that_leap_give_the_times_of_single_steps_to_the_last_bit(pairing, arrivals, blocks, link):
     parts = [instance(pool) for pool in POOLS.values()]

@@ -13,8 +13,9 @@ from stallfree.executors.torch.runner import Options
 
 if TYPE_CHECKING:
     from stallfree.executors.torch.driver import ParallelExecutor, Workers
+    from stallfree.executors.torch.elastic import Cluster
 
-__all__ = ["Options", "ParallelExecutor", "TorchExecutor", "device_name", "usual_device", "workers"]
+__all__ = ["Cluster", "Options", "ParallelExecutor", "TorchExecutor", "device_name", "usual_device", "workers"]
 
 PLACES = ("local", "ray")
 
@@ -51,4 +52,8 @@ def __getattr__(name: str) -> object:
         from stallfree.executors.torch.driver import ParallelExecutor
 
         return ParallelExecutor
+    if name == "Cluster":
+        from stallfree.executors.torch.elastic import Cluster
+
+        return Cluster
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

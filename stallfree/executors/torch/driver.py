@@ -371,6 +371,10 @@ class ParallelExecutor:
         ready, _, _ = select.select(self._socks, [], [], self._answer_s)
         if not ready:
             raise ConnectionError(f"no rank answered within {self._answer_s:g} s")
+        self._sort(ready)
+
+    def _sort(self, ready: Sequence[socket.socket]) -> None:
+        """Sort a message of each rank that has sent one. Raises ConnectionError as `_next` does."""
         for sock in ready:
             rank = self._socks.index(sock)
             try:
