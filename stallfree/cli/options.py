@@ -140,7 +140,11 @@ Device = Annotated[
 Tp = Annotated[int, typer.Option(help="Tensor parallelism: ranks that share each layer (executor torch).", min=1)]
 Sp = Annotated[
     int,
-    typer.Option(help="Sequence parallelism: groups of --tp ranks that share the tokens of each request (executor torch).", min=1),
+    typer.Option(
+        help="Sequence parallelism: groups of --tp ranks that share the tokens of each request (executor torch). With --policy "
+        "elastic or loongserve, instances that are together anew in each iteration.",
+        min=1,
+    ),
 ]
 Pp = Annotated[int, typer.Option(help="Pipeline parallelism: stages that share the layers (executor torch).", min=1)]
 Workers = Annotated[Literal["local", "ray"], typer.Option(help="Where ranks run: on this machine, or on a Ray cluster.")]

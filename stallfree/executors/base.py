@@ -92,6 +92,39 @@ class MovesLayers(MovesKV, Protocol):
     def write_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> None: ...
 
 
+class KVLine(Protocol):
+    """One end of a line that carries KV from the memory of one executor to that of another, in the order in which it is sent.
+
+    `send`: sends these `layers` of `blocks` once they are computed, as `MovesLayers.read_layers` reads them. The future is done
+    when others may write to the blocks. None, and nothing is sent, while too much is under way. One thread calls it.
+
+    `receive`: the next that is sent, `number` blocks. Returns what writes them, as `MovesLayers.write_layers` does, into as many
+    blocks. Raises RuntimeError if nothing comes.
+
+    `close`: ends the line. For any thread, and more than once.
+    """
+
+    def send(self, blocks: Sequence[int], layers: range) -> Future[None] | None: ...
+
+    def receive(self, number: int, layers: range) -> Callable[[Sequence[int]], None]: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class LinksKV(MovesLayers, Protocol):
+    """Optional ability of an executor that moves KV by layers: lines to executors in other processes of this machine.
+
+    `place`: what carries KV, and where its own is, such as "nccl GPU-5a1f"; "" if nothing does. A line is possible between
+    different places with the same carrier. `open_line`: the `end` (0 or 1) of a line whose ends meet at the file `path`. Raises
+    RuntimeError if the other end does not come. `broken` is called, in any thread, once nothing can be sent any more.
+    """
+
+    place: str
+
+    def open_line(self, path: str, end: int, broken: Callable[[], object]) -> KVLine: ...
+
+
 @runtime_checkable
 class Adapts(Protocol):
     """Optional ability of an executor: it runs LoRA adapters, whose weights are in KV blocks. Work names its adapter by a key. Work

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
+from typing import cast
 
 from stallfree.core.request import Request
 from stallfree.engine.prefetch import Transfer
 from stallfree.engine.thread import EngineThread
+from stallfree.executors.base import KVLine, LinksKV
 from stallfree.transfer.cut import WHOLE, Cut
 from stallfree.transfer.fetch import Fetch
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, whole
+from stallfree.transfer.line import meeting
 from stallfree.transfer.pieces import Piece
 from stallfree.transfer.terms import Refusal, Terms, address, connect
 
@@ -103,6 +106,7 @@ class Peer:
         self.ring: memoryview | None = None
         self.transfers: dict[int, Fetch] = {}
         self.trouble = ""
+        self._line: KVLine | None = None
         self._asking = asking
         self._over = threading.Event()
         self._closed = threading.Event()
@@ -112,20 +116,22 @@ class Peer:
         again = ""
         while not self._closed.is_set():
             try:
-                sock, ring = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
+                sock, met = connect(self.host, self.port, self._asking.terms, self.key, CONNECT_S)
             except (OSError, Refusal) as error:
                 if str(error) != self.trouble:
                     self.trouble = str(error)
                     log.warning("prefill engine %s: %s; trying again", self.name, self.trouble)
                 self._closed.wait(RETRY_S)
                 continue
-            medium = "by TCP" if ring is None else "by shared memory"
+            medium = "by TCP" if met.memory is None else "by shared memory"
             level = logging.WARNING if self.trouble or again else logging.INFO  # the level of the message that it corrects
             log.log(level, "prefill engine %s is connected%s, %s", self.name, again, medium)
             self.trouble, again, link = "", " again", Link(sock)
             self._over.clear()
-            self._asking.thread.call(partial(self._begin, link, ring))
+            self._asking.thread.call(partial(self._begin, link, met.memory))
             link.start(partial(self._pass_frame, link), partial(self._pass_end, link))
+            if met.line:
+                self._open_line(link)
             while not self._over.wait(RETRY_S):
                 if self._closed.is_set():
                     link.close()
@@ -137,7 +143,30 @@ class Peer:
     def _pass_frame(self, link: Link, header: Header, body: bytearray, seconds: float) -> None:
         self._asking.thread.call(partial(self._received, link, header, body, seconds))
 
+    def _open_line(self, link: Link) -> None:
+        """Open a line to the devices of the prefill engine. Without one, KV goes through the memory of this machine."""
+        executor = cast(LinksKV, self._asking.thread.engine.executor)
+        try:
+            with meeting() as path:
+                link.send({"type": "line", "name": path.name})
+                line = executor.open_line(str(path), 0, link.close)
+        except (OSError, RuntimeError) as error:
+            log.warning("prefill engine %s: no line between the devices (%s); KV goes through the host's memory", self.name, error)
+            link.send({"type": "line", "open": False})
+            return
+        self._asking.thread.call(partial(self._use_line, link, line))  # before any KV comes by it
+        link.send({"type": "line", "open": True})
+        log.info("prefill engine %s: KV goes from device to device", self.name)
+
+    def _use_line(self, link: Link, line: KVLine) -> None:
+        if self.link is link:
+            self._line = line
+        else:
+            line.close()
+
     def _pass_end(self, link: Link, why: str) -> None:
+        if self._line is not None:
+            self._line.close()  # at once: the engine's thread may wait for it
         self._asking.thread.call(partial(self._end, link, why))
         self._over.set()
 
@@ -147,7 +176,7 @@ class Peer:
     def _end(self, link: Link, why: str) -> None:
         if self.link is link:
             log.warning("prefill engine %s is lost: %s", self.name, why)
-            self.link = self.ring = None
+            self.link = self.ring = self._line = None
             for transfer in list(self.transfers.values()):
                 transfer.failed(why)
 
@@ -173,6 +202,11 @@ class Peer:
                 terms, form = self._asking.terms, self._asking.form
                 piece = Piece.of(header, self._asking.thread.engine.executor.capacity.num_blocks, terms.num_layers)
                 raw = piece.size(terms.block_bytes, terms.num_layers)
+                if "line" in header:
+                    into = self._by_line(piece)
+                    if transfer is not None:
+                        transfer.place(piece, into, raw, 0.0)
+                    return
                 size = raw if form is None else form.size(piece.blocks, piece.num_layers)
                 if "at" in header:
                     at = whole(header, "at", len(self.ring or b""))
@@ -193,6 +227,14 @@ class Peer:
                 pass
             case other:
                 raise Broken(f"a frame of unknown type {str(other)[:80]!r}")
+
+    def _by_line(self, piece: Piece) -> Callable[[Sequence[int]], None]:
+        if self._line is None or piece.layers is None:
+            raise Broken("KV was sent by a line that is not open, or with all its layers")
+        try:
+            return self._line.receive(piece.blocks, piece.layers)
+        except RuntimeError as error:
+            raise Broken(f"KV did not come by the line: {error}") from None
 
     def _give_up_stale(self) -> None:
         for transfer in list(self.transfers.values()):

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -76,22 +76,29 @@ class Fetch:
 
     def write(self, piece: Piece, memory: memoryview, seconds: float) -> None:
         """Write a piece of the KV, which arrived in `seconds`. Raises Broken unless it is the next one."""
-        self._arrived.add(piece)
-        began = time.perf_counter()
-        try:
+
+        def into(blocks: Sequence[int]) -> None:
             form = self._asking.form
             kv = memory if form is None else memoryview(form.unpack(memory, piece.blocks, piece.num_layers))
-            blocks = self._request.blocks[piece.first : piece.end]
             if piece.layers is None:
                 self._executor.write_blocks(blocks, kv)
             else:
                 cast(MovesLayers, self._executor).write_layers(blocks, piece.layers, kv)
+
+        self.place(piece, into, len(memory), seconds)
+
+    def place(self, piece: Piece, into: Callable[[Sequence[int]], None], num_bytes: int, seconds: float) -> None:
+        """Let `into` write a piece of the KV, which arrived as so many bytes in `seconds`, into its blocks. Raises as `write`."""
+        self._arrived.add(piece)
+        began = time.perf_counter()
+        try:
+            into(self._request.blocks[piece.first : piece.end])
         except Exception as error:  # it must not end the engine
             log.exception("KV could not be written")
             self.stop()
             self.failed(f"its KV could not be written: {type(error).__name__}")
             return
-        self._num_bytes += len(memory)
+        self._num_bytes += num_bytes
         self._seconds += seconds + time.perf_counter() - began
         self.heard = time.monotonic()
 

@@ -3,7 +3,8 @@ know who asked, or what is done with it.
 
 Blocks are copied in the engine's thread, right after an iteration, before any request can write over them. If both executors move
 layers, some layers are copied while the iteration computes the next ones; the last copy is still waited for after the iteration.
-They go into the memory shared with the decode engine if it has room, else into a frame.
+They go by a line between the devices, if there is one; else into the memory shared with the decode engine if it has room; else into
+a frame.
 """
 
 import logging
@@ -11,11 +12,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 from stallfree.core.plan import Work
 from stallfree.engine.thread import EngineThread
-from stallfree.executors.base import MovesKV, MovesLayers
+from stallfree.executors.base import KVLine, MovesKV, MovesLayers
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Link
 from stallfree.transfer.pieces import Outgoing, Piece
@@ -29,9 +31,10 @@ four threads, in two processes, while the next chunk or layer is computed.
 """
 
 
-class Pipe(NamedTuple):
+@dataclass(slots=True)
+class Pipe:
     """How KV goes to a decode engine: over `link`, in `form`, through the memory that both share (`ring`, of which `room` says what
-    is free). It takes `num_layers` layers one by one (0: it takes only whole blocks).
+    is free). It takes `num_layers` layers one by one (0: it takes only whole blocks). `line`: between the devices, once it is open.
     """
 
     link: Link
@@ -39,6 +42,7 @@ class Pipe(NamedTuple):
     ring: memoryview | None
     room: Room | None
     num_layers: int
+    line: KVLine | None = None
 
 
 class Sending:
@@ -49,7 +53,14 @@ class Sending:
     def __init__(self, thread: EngineThread, pipe: Pipe, number: int, first: int, upto: int):
         self._executor = cast(MovesKV, thread.engine.executor)
         self._block_size = thread.engine.executor.capacity.block_size
-        self._link, self._form, self._ring, self._room, self._num_layers = pipe
+        self._pipe = pipe
+        self._link, self._form, self._ring, self._room, self._num_layers = (
+            pipe.link,
+            pipe.form,
+            pipe.ring,
+            pipe.room,
+            pipe.num_layers,
+        )
         self._number, self._upto = number, upto
         self._outgoing = Outgoing(first, self._executor.block_bytes, self._num_layers, FRAME)
         self._copies: list[tuple[int, threading.Event]] = []
@@ -87,6 +98,8 @@ class Sending:
 
     def _send(self, piece: Piece, work: Work) -> None:
         """Copy a piece of the request's blocks, and send it once it is copied."""
+        if self._sent_by_line(piece, work):
+            return
         raw = piece.size(self._executor.block_bytes, self._num_layers)
         size = raw if self._form is None else self._form.size(piece.blocks, piece.num_layers)
         header = {"type": "blocks", "number": self._number} | piece.header
@@ -111,6 +124,20 @@ class Sending:
 
         self._copied(piece, work.blocks[piece.first : piece.end], kv).add_done_callback(send)
         self._copies.append((piece.end, sent))
+
+    def _sent_by_line(self, piece: Piece, work: Work) -> bool:
+        """Send a piece by the line, if it is open and can take it. The frame tells the other side that it comes."""
+        line = self._pipe.line
+        if line is None or piece.layers is None:
+            return False
+        copy = line.send(work.blocks[piece.first : piece.end], piece.layers)
+        if copy is None:
+            return False
+        self._link.send({"type": "blocks", "number": self._number, "line": True} | piece.header)
+        sent = threading.Event()
+        copy.add_done_callback(lambda _: sent.set())
+        self._copies.append((piece.end, sent))
+        return True
 
     def _copied(self, piece: Piece, blocks: Sequence[int], memory: memoryview) -> Future[None]:
         """Copy a piece of these blocks into `memory`."""

@@ -16,7 +16,9 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 from stallfree.core.plan import Work
@@ -24,13 +26,14 @@ from stallfree.core.request import Refused, Request
 from stallfree.core.slo import Slo
 from stallfree.engine.streams import Output
 from stallfree.engine.thread import EngineThread, Outputs, Unavailable
-from stallfree.executors.base import MovesLayers
+from stallfree.executors.base import KVLine, LinksKV, MovesLayers
 from stallfree.executors.sampling import TokenLogprob, of_values
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import Broken, Header, Link, shut, whole
+from stallfree.transfer.line import meeting_at
 from stallfree.transfer.ring import Room
 from stallfree.transfer.sending import Pipe, Sending
-from stallfree.transfer.terms import Refusal, Terms, address, welcome
+from stallfree.transfer.terms import Met, Refusal, Terms, address, welcome
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ class Serving:
         try:
             if len(self._callers) >= CALLERS:
                 raise Refusal(f"{CALLERS} decode engines are connected already")
-            ring, num_layers = welcome(sock, self._terms, self._key)
+            met = welcome(sock, self._terms, self._key)
         except (OSError, Refusal) as error:
             if self._is_news(host, str(error)):
                 log.warning("the decode engine at %s was refused: %s", address(host, port), error)
@@ -98,7 +101,7 @@ class Serving:
             self._meetings.release()
         with self._lock:
             self._refused.pop(host, None)
-        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), ring, num_layers)
+        caller = _Caller(self._thread, self._loop, self._terms.transfer_kv, Link(sock), met)
         self._callers.add(caller)
         caller.link.start(caller.received, lambda why: self._gone(caller, address(host, port), why))
 
@@ -118,23 +121,16 @@ class Serving:
 
 
 class _Caller:
-    """A decode engine that is connected by `link`, and the prompts it asked for. It takes `num_layers` layers one by one (0: it
-    takes only whole blocks).
-    """
+    """A decode engine that is connected by `link`, what was agreed with it, and the prompts it asked for."""
 
-    def __init__(
-        self,
-        thread: EngineThread,
-        loop: asyncio.AbstractEventLoop,
-        transfer_kv: str,
-        link: Link,
-        ring: memoryview | None,
-        num_layers: int,
-    ):
+    def __init__(self, thread: EngineThread, loop: asyncio.AbstractEventLoop, transfer_kv: str, link: Link, met: Met):
         self.link = link
         self._thread, self._loop = thread, loop
-        form, room = Form.of(transfer_kv, thread.engine.executor), None if ring is None else Room(len(ring))
-        self._pipe = Pipe(link, form, ring, room, num_layers)
+        form, room = Form.of(transfer_kv, thread.engine.executor), None if met.memory is None else Room(len(met.memory))
+        self._pipe = Pipe(link, form, met.memory, room, met.num_layers)
+        self._line: Future[KVLine | None] | None = None
+        """The line between the devices, once it is asked for; None if it could not be opened."""
+        self._may_line = met.line
         self._outputs: dict[int, Outputs] = {}
         self._answers: set[asyncio.Task[None]] = set()
 
@@ -152,13 +148,31 @@ class _Caller:
                     self._pipe.room.free()
                 except IndexError:
                     raise Broken("a piece of memory was freed that was not taken") from None
+            case "line" if self._may_line and "name" in header and self._line is None:
+                self._line = Future()
+                threading.Thread(target=self._open_line, args=(self._line, meeting_at(header["name"])), daemon=True).start()
+            case "line" if self._line is not None:
+                self._line.add_done_callback(self._use_line if header.get("open") is True else _close)
             case "alive":
                 pass
             case other:
                 raise Broken(f"a frame of unknown type {str(other)[:80]!r}")
 
     def ended(self) -> None:
+        if self._line is not None:
+            self._line.add_done_callback(_close)
         self._do(self._cancel_all)
+
+    def _open_line(self, line: "Future[KVLine | None]", path: Path) -> None:
+        executor = cast(LinksKV, self._thread.engine.executor)
+        try:
+            line.set_result(executor.open_line(str(path), 1, self.link.close))
+        except (OSError, RuntimeError) as error:
+            log.warning("no line to the devices of a decode engine (%s); KV goes through the host's memory", error)
+            line.set_result(None)
+
+    def _use_line(self, line: "Future[KVLine | None]") -> None:
+        self._pipe.line = line.result()
 
     def _do(self, call, *args: object) -> None:  # type: ignore[no-untyped-def]  # a method of this class and its arguments
         with suppress(RuntimeError):  # the loop has been closed
@@ -240,6 +254,11 @@ class _Caller:
     def _cancel_all(self) -> None:
         for number in list(self._outputs):
             self._cancel(number)
+
+
+def _close(line: "Future[KVLine | None]") -> None:
+    if (end := line.result()) is not None:
+        end.close()
 
 
 def _frame(number: int, output: Output, blocks: Sending) -> Header:

@@ -6,8 +6,9 @@ import hmac
 import secrets
 import socket
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
-from stallfree.executors.base import Executor, MovesKV, MovesLayers
+from stallfree.executors.base import Executor, LinksKV, MovesKV, MovesLayers
 from stallfree.transfer.forms import Form
 from stallfree.transfer.frames import MOST_BODY, Header, receive, send
 from stallfree.transfer.ring import Ring, attach
@@ -26,8 +27,9 @@ class Refusal(ValueError):
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The facts that both engines must have in common: the `model` and its number formats, `block_size` (tokens), `block_bytes`,
-    and the `layout` of these bytes. `transfer_kv`: the form of KV in transfer (`forms`), or "same". `num_layers` may differ: the
-    layers of a block, if the engine moves them one by one, else 0.
+    and the `layout` of these bytes. `transfer_kv`: the form of KV in transfer (`forms`), or "same". Two may differ: `num_layers`,
+    the layers of a block, if the engine moves them one by one, else 0; and `place`, where its KV is, if lines can begin there, else
+    "".
     """
 
     model: str
@@ -36,6 +38,7 @@ class Terms:
     layout: str
     transfer_kv: str = "same"
     num_layers: int = 0
+    place: str = ""
 
     @classmethod
     def of(cls, executor: Executor, model: str, transfer_kv: str = "same") -> "Terms":
@@ -46,7 +49,8 @@ class Terms:
             raise ValueError(f"a KV block of {executor.block_bytes:,} bytes is too large for a KV transfer; at most {MOST_BODY:,}")
         Form.of(transfer_kv, executor)
         num_layers = executor.num_layers if isinstance(executor, MovesLayers) else 0
-        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout, transfer_kv, num_layers)
+        place = executor.place if isinstance(executor, LinksKV) and transfer_kv == "same" else ""
+        return cls(model, executor.capacity.block_size, executor.block_bytes, executor.layout, transfer_kv, num_layers, place)
 
     def against(self, other: object) -> str:
         """How these terms, a prefill engine's, differ from a decode engine's `other` terms, and the way out, in words for both;
@@ -65,16 +69,28 @@ class Terms:
         not name them."""
         return self.num_layers if other.get("num_layers") == self.num_layers else 0
 
+    def links_with(self, other: Header) -> bool:
+        """Whether a line is possible between this engine and one of these `other` terms on the same machine."""
+        place = str(other.get("place", ""))
+        return bool(self.place) and self.place != place and self.place.split()[0] == place.partition(" ")[0]
+
+
+class Met(NamedTuple):
+    """What two engines agreed on: the `memory` that both share, if they are on one machine; the layers of a block that they move
+    one by one (0: only whole blocks); and whether a line between their devices is possible."""
+
+    memory: memoryview | None
+    num_layers: int
+    line: bool
+
 
 def address(host: str, port: int) -> str:
     """host:port, with an IPv6 address in brackets."""
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def welcome(sock: socket.socket, terms: Terms, key: str) -> tuple[memoryview | None, int]:
-    """The prefill side of a meeting. Returns the memory that both share, if they are on one machine, and the layers that they move
-    one by one (0: only whole blocks). Raises OSError, or Refusal after it has sent the reason.
-    """
+def welcome(sock: socket.socket, terms: Terms, key: str) -> Met:
+    """The prefill side of a meeting. Raises OSError, or Refusal after it has sent the reason."""
     own = secrets.token_hex(16)
     send(sock, {"stallfree": PROTOCOL, "nonce": own})
     hello = receive(sock, 0)[0]
@@ -90,12 +106,14 @@ def welcome(sock: socket.socket, terms: Terms, key: str) -> tuple[memoryview | N
         send(sock, {"refused": why})
         raise Refusal(why)
     memory = attach(hello.get("ring"))
-    send(sock, {"proof": _proof("prefill", nonces, key), "ring": memory is not None, "transfer_kv": terms.transfer_kv})
-    return memory, terms.layers_with(hello["terms"])
+    met = Met(memory, terms.layers_with(hello["terms"]), memory is not None and terms.links_with(hello["terms"]))
+    answer = {"proof": _proof("prefill", nonces, key), "ring": memory is not None, "line": met.line}
+    send(sock, answer | {"transfer_kv": terms.transfer_kv})
+    return met
 
 
-def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
-    """The decode side of a meeting. Returns the memory that both share, if they are on one machine. Raises OSError or Refusal."""
+def introduce(sock: socket.socket, terms: Terms, key: str) -> Met:
+    """The decode side of a meeting. Raises OSError or Refusal."""
     hello = receive(sock, 0)[0]
     if hello.get("stallfree") != PROTOCOL:
         raise Refusal(f"the server at that address is not a prefill engine of KV transfer protocol {PROTOCOL}")
@@ -114,12 +132,14 @@ def introduce(sock: socket.socket, terms: Terms, key: str) -> memoryview | None:
         raise Refusal("the prefill engine does not know the peer key; give both sides the same --peer-key")
     if (theirs := str(answer.get("transfer_kv", "same"))[:80]) != terms.transfer_kv:  # an older release accepts what it ignores
         raise Refusal(f"KV in transfer: {theirs} at the prefill engine, {terms.transfer_kv} at the decode engine; {WAY_OUT}")
-    return ring.memory if answer.get("ring") is True else None
+    return Met(
+        ring.memory if answer.get("ring") is True else None, terms.num_layers, answer.get("line") is True and bool(terms.place)
+    )
 
 
-def connect(host: str, port: int, terms: Terms, key: str, timeout_s: float) -> tuple[socket.socket, memoryview | None]:
-    """Connect to the prefill engine at `host`:`port`, and meet it. Returns the socket, and the memory that both share. Raises
-    OSError if no prefill engine answers there, and Refusal.
+def connect(host: str, port: int, terms: Terms, key: str, timeout_s: float) -> tuple[socket.socket, Met]:
+    """Connect to the prefill engine at `host`:`port`, and meet it. Returns the socket, and what both agreed on. Raises OSError if
+    no prefill engine answers there, and Refusal.
     """
     sock = socket.create_connection((host, port), timeout_s)
     try:

@@ -51,6 +51,8 @@ class TorchExecutor:
         self.read_blocks, self.write_blocks = self._runner.read_blocks, self._runner.write_blocks
         self.num_layers = checkpoint.config.num_layers
         self.read_layers, self.write_layers = self._runner.read_layers, self._runner.write_layers
+        self.open_line = self._runner.open_line
+        self.place = f"nccl {torch.cuda.get_device_properties(0).uuid}" if options.device == "cuda" else ""
         self._followers: dict[str, Callable[[Work, int], None]] = {}
 
     def adapter_blocks(self, adapter: Adapter) -> int:

@@ -22,6 +22,7 @@ from stallfree.executors.torch.attention import Cache, raw, write
 from stallfree.executors.torch.batch import Batch, pack, upload
 from stallfree.executors.torch.flash import Flash, choose
 from stallfree.executors.torch.graphs import SIZES, Graphs
+from stallfree.executors.torch.line import Line
 from stallfree.executors.torch.model import Model
 from stallfree.executors.torch.parallel import Ranks
 from stallfree.executors.torch.placed import Members, Piece, pack_placed, tokens
@@ -241,6 +242,10 @@ class Runner:
 
     def write_layers(self, blocks: Sequence[int], layers: range, memory: memoryview) -> None:
         self._write(self._tensors(layers), blocks, memory)
+
+    def open_line(self, path: str, end: int, broken: Callable[[], object]) -> Line:
+        """See `LinksKV`."""
+        return Line(path, end, self._device, self._tensors, broken)
 
     def adapter_blocks(self, adapter: Adapter) -> int:
         return self._packing.blocks(adapter)
