@@ -295,8 +295,9 @@ class Draft:
             self.left += count
         self._ledger.preempt(request)
 
-    def seal(self, step: int) -> tuple[Plan, list[Request]]:
-        """Close the draft. Returns the plan, and its requests in the order of its work."""
+    def seal(self, step: int, *, tables: bool = True) -> tuple[Plan, list[Request]]:
+        """Close the draft. Returns the plan, and its requests in the order of its work. Without `tables`, its decodes name no
+        blocks: they are many numbers, and a simulated machine reads none."""
         self.close()
         chunks = self.chunks
         # This runs for every stream in every iteration: `_chunk`, written out for a decode, without a call of `Work`.
@@ -308,7 +309,7 @@ class Draft:
             if r.drafts
             else new(Work, (
                 r.id, r.num_planned - 1, 1, True, True, (r.output[-1] if r.num_planned <= r.num_tokens else UNKNOWN,),
-                tuple(r.blocks), r.sampling, r.adapter, r.prompt, r.output,
+                tuple(r.blocks) if tables else (), r.sampling, r.adapter, r.prompt, r.output,
             ))
             for r in self.work
         ]  # fmt: skip

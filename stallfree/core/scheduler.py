@@ -50,6 +50,8 @@ class Scheduler:
         self.ledger = Ledger(capacity, limits, reserve=policy.reserve, reuse=reuse, key=key, turn=turn)
         self.steady = isinstance(policy, Steady) and policy.steady and speculation is None
         self.step = 0
+        self.tables = True
+        """Whether plans name the blocks of their decodes."""
         self.open: Draft | None = None
         """The draft that is neither sealed nor leapt over yet."""
         self._in_flight: deque[tuple[Plan, list[Request]]] = deque()
@@ -83,7 +85,7 @@ class Scheduler:
         """
         if self._in_flight and self.ledger.capacity.overlap and not self._foreseeable():
             return Plan(self.step, now, ())
-        plan, requests = self.draft(now).seal(self.step)
+        plan, requests = self.draft(now).seal(self.step, tables=self.tables)
         self.open = None
         if plan.work:
             for request in requests:

@@ -154,18 +154,21 @@ class Fitted:
         )  # fmt: skip
 
     def room(self, shape: Shape, start: int, most: int, limit: float) -> int:
-        tokens, ranks = sum([count for _, count in shape if count > 0]), sum([ranks for ranks, count in shape if count < 0])
-        count = self._room(shape, start, most, limit, tokens, ranks, ALL_MANY)
+        decodes, _, chunks = beside = parts(shape)
+        tokens = decodes + sum([count for _, count in chunks if count > 0])
+        ranks = sum([ranks for ranks, count in chunks if count < 0])
+        count = self._room(beside, start, most, limit, tokens, ranks, ALL_MANY)
         if tokens + count > self.few or ranks:
             return count
-        return self._room(shape, start, min(most, self.few - tokens), limit, tokens, 0, self.few)
+        return self._room(beside, start, min(most, self.few - tokens), limit, tokens, 0, self.few)
 
-    def _room(self, shape: Shape, start: int, most: int, limit: float, tokens: int, ranks: int, few: int) -> int:
-        """`room` where the iteration's tokens are few, or many (`few` is `ALL_MANY`). `shape` has so many `tokens` and `ranks`."""
+    def _room(self, beside: tuple[int, int, Shape], start: int, most: int, limit: float, tokens: int, ranks: int, few: int) -> int:
+        """`room` beside `parts` of an iteration with so many `tokens` and `ranks`, where its tokens are few, or many (`few` is
+        `ALL_MANY`)."""
         prices = (self.pace * price / scale for price, scale in zip(self.prices, SCALE, strict=True))
         _, per_token, _, per_context, per_pair, per_row, _, per_product, per_met, _, per_few = prices
         per_token = per_token + per_product * ranks if few == ALL_MANY else per_few
-        spare = limit - self._priced(_row(*parts(shape), self.unmet, few)) - per_row - per_context * start
+        spare = limit - self._priced(_row(*beside, self.unmet, few)) - per_row - per_context * start
         if self.unmet:  # a chunk may meet all other experts
             spare -= per_met * self.unmet**tokens
         if spare <= 0:

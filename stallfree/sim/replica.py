@@ -104,6 +104,7 @@ class Replica:
         serve_late: bool = True,
     ):
         self.scheduler = scheduler
+        scheduler.tables = False
         self.due = inf
         self.active_s = 0.0
         self.busy_s = [0.0] * scheduler.ledger.capacity.depth
@@ -352,7 +353,8 @@ class Replica:
                 _script(requests[id]).line.stalls += 1
         tokens: dict[str, Sequence[int]] = {}
         for w in plan.work:
-            request = requests.get(w.id)
+            id = w.id
+            request = requests.get(id)
             if request is not None:  # else its client has left
                 script: Script = request.sampling  # type: ignore[assignment]
                 answer, line, _ = script
@@ -360,12 +362,12 @@ class Replica:
                     line.scheduled = start
                 if w.samples:
                     position = len(request.output)
-                    if w.count > 1 and w.decode:
-                        tokens[w.id] = w.verified(answer[position : position + w.count])
-                        line.tokens += [end] * len(tokens[w.id])
-                    else:
-                        tokens[w.id] = answer[position : position + 1]
+                    if w.count == 1 or not w.decode:
+                        tokens[id] = (answer[position],)
                         line.tokens.append(end)
+                    else:
+                        tokens[id] = w.verified(answer[position : position + w.count])
+                        line.tokens += [end] * len(tokens[id])
         result = StepResult(plan.step, tokens, end - start, bubble_s=bubble_s)
         done, dropped = scheduler.complete(plan, result, end)
         if self._forecast is not None:
