@@ -27,10 +27,10 @@ def step_back() -> None:
 
 
 class Helpers(ProcessPoolExecutor):
-    """At most `number` processes, each begun by `begin(*arguments)`. They are spawned: a fork would copy locks that threads
-    hold."""
+    """At most `number` processes, each begun by `begin(*arguments)`, if it is given. They are spawned: a fork would copy locks that
+    threads hold."""
 
-    def __init__(self, number: int | None, begin: Callable[..., None], *arguments: object):
+    def __init__(self, number: int | None, begin: Callable[..., None] | None = None, *arguments: object):
         super().__init__(number, multiprocessing.get_context("spawn"), _begin, (begin, arguments))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -114,9 +114,10 @@ def _serve(connection: Connection, work: bytes) -> None:
         connection.send(answer(connection.recv()))
 
 
-def _begin(begin: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _begin(begin: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin(*arguments)
+    if begin is not None:
+        begin(*arguments)
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +19,7 @@ from stallfree.workload.traffic import Traffic
 
 if TYPE_CHECKING:
     from stallfree.planner.search import Answer, Ranked
+    from stallfree.sim.trials import Trials, Tried
 
 REQUESTS = 128
 """Least requests in a trial; more are added until arrivals last `planner.capacities.SECONDS`."""
@@ -62,10 +65,16 @@ def plan(
     words.check_classes(traffic, targets)
     candidates = Candidates(site)
     traffic = _fitting(traffic, min(shape.capacity.max_model_len for shape in candidates.shapes.values()))
-    answer = search(candidates, traffic, targets, running, lambda line: typer.echo(line, err=True))
-    advice = verdict(site, answer, traffic, targets)
-    rates = [share * answer.best.rate for share in RATES]
-    points = attainments(answer.whole, rates, traffic, targets, running) if html is not None or as_json else {}
+    with running({}) as pool:  # all stages of the search have the same processes
+
+        def run(simulators: Mapping[str, Tried]) -> AbstractContextManager[Trials]:
+            pool.know(simulators)
+            return nullcontext(pool)
+
+        answer = search(candidates, traffic, targets, run, lambda line: typer.echo(line, err=True))
+        advice = verdict(site, answer, traffic, targets)
+        rates = [share * answer.best.rate for share in RATES]
+        points = attainments(answer.whole, rates, traffic, targets, run) if html is not None or as_json else {}
     load = f"{traffic.lengths} tokens, {traffic.arrivals} arrivals" if trace is None else f"{traffic.requests} requests of {trace}"
     planned = f"{site.model} on {site.gpus} x {site.hardware}, {_where(site)}"
     question = f"{planned}; {load}; {targets}."

@@ -62,8 +62,8 @@ def search(
     step: float = 2.0,
 ) -> Capacity:
     """Find the capacity by `trial(rate, seed)`: doubling or halving from `start`, then bisection to a share of `tolerance`. With a
-    `step` below 2 the first two steps from `start` are by this factor, the next two by its square, and so on, up to 2. This is
-    quicker if `start` is close, and `lowest` itself is tried then.
+    `step` below 2 the first step from `start` is by this factor, and each later one by its square, up to 2. This is quicker if
+    `start` is close, and `lowest` itself is tried then.
 
     No rate below `lowest` is tried: the lower the rate, the longer a trial. Each rate gets at most `most_trials` trials, with the
     same seeds as every other. Raises ValueError for invalid options.
@@ -111,7 +111,6 @@ def search(
 
 def _factors(step: float) -> Iterator[float]:
     while True:
-        yield step
         yield step
         step = min(2.0, step * step)
 

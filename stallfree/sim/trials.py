@@ -1,13 +1,15 @@
-"""Trials of several simulators in parallel processes, one per core, and the search for capacities. Each process gets the simulators
-once; a trial then sends a few values and gets a report back. It does not know how a trial is run.
+"""Trials of several simulators in parallel processes, one per core, and the search for capacities. A trial sends a simulator, some
+kilobytes that a process keeps, and a few values, and gets a report back. It does not know how a trial is run.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -31,8 +33,8 @@ class Tried(Protocol):
         """Serve `traffic` at `rate`, drawn with `seed`. Returns the report against `slo`."""
 
 
-_simulators: dict[str, Tried] = {}
-"""The simulators of a process that runs trials, by name."""
+KEPT = 64
+"""Simulators that a process keeps."""
 
 
 class Trials:
@@ -42,7 +44,9 @@ class Trials:
 
     def __init__(self, simulators: Mapping[str, Tried], done: Callable[[], None] = lambda: None):
         self._others = multiprocessing.active_children()
-        self._pool = Helpers(os.cpu_count(), _begin, simulators)
+        self._pool = Helpers(os.cpu_count())
+        self._pickled: dict[str, bytes] = {}
+        self.know(simulators)
         self._done = done
         self._submitting = threading.Lock()
         self._stopped = self._interrupted = self._held = False
@@ -75,6 +79,10 @@ class Trials:
             if process not in self._others:
                 process.terminate()
 
+    def know(self, simulators: Mapping[str, Tried]) -> None:
+        """More simulators for trials. They take the places of others with the same names."""
+        self._pickled |= {name: pickle.dumps(simulator) for name, simulator in simulators.items()}
+
     def reports(self, cases: Mapping[Key, tuple[str, Traffic, float | None, int, Targets]]) -> dict[Key, Report]:
         """Run a trial for each case: a simulator's name, and the arguments of `Tried.trial`."""
         return _results({key: self._submit(*case) for key, case in cases.items()})
@@ -86,7 +94,7 @@ class Trials:
                 raise RuntimeError("the trials have been stopped; start new ones in a new `Trials`")
             self._held |= main
             try:
-                future = self._pool.submit(_trial, name, traffic, rate, seed, slo)
+                future = self._pool.submit(_trial, self._pickled[name], traffic, rate, seed, slo)
             finally:
                 self._held &= not main
         if main and self._interrupted:
@@ -140,9 +148,11 @@ def _results(futures: Mapping[Key, Future[Result]]) -> dict[Key, Result]:
     return {key: future.result() for key, future in futures.items()}
 
 
-def _begin(simulators: Mapping[str, Tried]) -> None:
-    _simulators.update(simulators)
+@lru_cache(KEPT)
+def _simulator(pickled: bytes) -> Tried:
+    simulator: Tried = pickle.loads(pickled)  # noqa: S301  # from the parent process
+    return simulator
 
 
-def _trial(name: str, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
-    return _simulators[name].trial(traffic, rate, seed, slo)
+def _trial(pickled: bytes, traffic: Traffic, rate: float | None, seed: int, slo: Targets) -> Report:
+    return _simulator(pickled).trial(traffic, rate, seed, slo)

@@ -26,10 +26,12 @@ from stallfree.core.record import StepRecord
 from stallfree.core.request import Request
 from stallfree.core.slo import Slo
 from stallfree.core.speculation import Speculation
-from stallfree.engine import proposing
+from stallfree.elastic.stall_free import StallFree
+from stallfree.engine import groups, proposing
+from stallfree.engine.assemble import Options
 from stallfree.engine.engine import Engine
 from stallfree.engine.host_tier import HostTier
-from stallfree.executors.base import Lost
+from stallfree.executors.base import Lost, RunsGroups
 from stallfree.executors.openvino import OpenVINOExecutor
 from stallfree.executors.sampling import Sampling
 from stallfree.executors.simulated import Linear
@@ -42,6 +44,7 @@ from stallfree.perf.fitted import Fitted
 from stallfree.policies import load
 from stallfree.proposers.model import DraftModel
 from stallfree.proposers.ngram import Ngram
+from stallfree.transfer.terms import Terms
 from tests.adapters import made_adapter
 from tests.server.models import HERMES, chat_text
 
@@ -68,6 +71,7 @@ FEATURES = {
     "preemption": "running requests lose their KV and are computed again",
     "restart": "all KV is lost with a worker, and requests are computed again",
     "slack": "policy slo with classes: streams with time sit out",
+    "groups": "two instances form groups anew for each iteration (`--policy elastic --sp 2`, torch)",
 }
 OF_REQUESTS = frozenset({"salt", "adapters", "structured", "tools", "n"})
 KV = frozenset({"u8 KV", "u4 KV"})
@@ -76,26 +80,40 @@ NUMBERS = KV | {"few tokens"}
 REFUSED = {
     **{
         frozenset({"overlap", ranks}): "several ranks run as a pipeline, one plan in each stage, without overlap"
-        for ranks in ("TP2", "SP2", "PP2")
+        for ranks in ("TP2", "SP2", "PP2", "groups")
     },
     **{
         frozenset({ranks, kv}): "executor torch has KV in f32, bf16, fp16 or fp8"
-        for ranks in ("overlap", "TP2", "SP2", "PP2")
+        for ranks in ("overlap", "TP2", "SP2", "PP2", "groups")
         for kv in ("u8 KV", "u4 KV")
     },
     KV: "KV has one format: `--kv` takes one",
     frozenset({"few tokens", "u4 KV"}): "few tokens take another way only with KV in 8 bits",
     **{
         frozenset({"few tokens", ranks}): "few tokens take another way only in executor openvino"
-        for ranks in ("overlap", "TP2", "SP2", "PP2")
+        for ranks in ("overlap", "TP2", "SP2", "PP2", "groups")
+    },
+    frozenset({"groups", "SP2"}): "`--sp` is the number of instances",
+    frozenset({"groups", "chunked"}): "policy elastic bounds an iteration by its time, not by its tokens",
+    frozenset({"groups", "prefix cache"}): "policy elastic has no prefix cache",
+    frozenset({"groups", "slack"}): "policy elastic takes the place of policy slo, which has slack",
+    **{
+        frozenset({"groups", way}): "with policy elastic no blocks of KV can be handed over: it is anywhere, token by token"
+        for way in ("hand-off", "cut")
+    },
+    **{
+        frozenset({"groups", other}): "policy elastic has no pipeline stages, drafts, adapters or host memory"
+        for other in ("PP2", "ngram", "draft model", "adapters", "host tier")
     },
     frozenset({"ngram", "draft model"}): "one proposer guesses: `--speculate` takes one",
 }
 """Pairs that cannot be had, and why."""
 
-TORCH = frozenset({"overlap", "TP2", "SP2", "PP2"})
+TORCH = frozenset({"overlap", "TP2", "SP2", "PP2", "groups"})
 TEXT = chat_text(HERMES)
 LONGEST, MEMORY = 256, 6 << 20
+SHORT = 128 << 10
+"""Bytes of KV of each instance, where requests are to be preempted."""
 TOKENS = 18
 """Of each answer."""
 FEW = 16
@@ -173,9 +191,14 @@ class Losing(Fewer):
             for key in self._loaded:
                 self._executor.drop_adapter(key)
             self._loaded.clear()
+            self.lost = True
+            if isinstance(self._executor, RunsGroups):
+                from stallfree.executors.torch.slots import Slots
+
+                self._executor._slots = Slots(self._executor.rooms)  # type: ignore[attr-defined]
+                raise Lost("a worker was lost")
             blocks = tuple(range(self.capacity.num_blocks))
             self._executor.write_blocks(blocks, memoryview(bytearray(b"\x3f" * (len(blocks) * self._executor.block_bytes))))
-            self.lost = True
             raise Lost("a worker was lost")
         return result
 
@@ -285,12 +308,17 @@ class World:
         ranks = tuple(sorted(TORCH & set(features)))
         if weights == "int8" and (ranks or "u4 KV" in features):
             raise ValueError(next(why for pair, why in REFUSED.items() if "few tokens" in pair and pair <= set(features)))
-        key = (ranks if not use else bool(ranks) and "torch", weights, kv, use)
+        if "groups" in ranks and not use:
+            _check_groups(features)
+        short = {"groups", "preemption"} <= set(features)
+        key = (ranks if not use else bool(ranks) and "torch", weights, kv, use, short)
         if key not in self._executors:
-            self._executors[key] = self._made(ranks, weights, kv, use)
+            self._executors[key] = self._made(ranks, weights, kv, use, SHORT if short else MEMORY)
+        if "groups" in ranks and {"hand-off", "cut"} & set(features):
+            Terms.of(self._executors[key], "model")
         return self._executors[key]
 
-    def _made(self, ranks: tuple[str, ...], weights: str, kv: str, use: str) -> Any:
+    def _made(self, ranks: tuple[str, ...], weights: str, kv: str, use: str, memory: int) -> Any:
         if not ranks or use == "draft":
             executor = OpenVINOExecutor(self.checkpoint, weights=weights, kv=kv, kv_bytes=MEMORY, max_model_len=LONGEST)
             executor.few = FEW
@@ -302,6 +330,9 @@ class World:
             return torch.TorchExecutor(self.checkpoint, options, MEMORY, overlap=not use)
         if "overlap" in ranks:
             raise ValueError(REFUSED[frozenset(ranks)])  # there is no option for it
+        if "groups" in ranks:
+            workers = torch.workers("local")
+            return torch.Cluster(self.checkpoint, options, memory, tp=1 + ("TP2" in ranks), instances=2, workers=workers)
         tp, sp, pp = (1 + (name in ranks) for name in ("TP2", "SP2", "PP2"))
         return torch.ParallelExecutor(self.checkpoint, options, MEMORY, tp=tp, sp=sp, pp=pp, workers=torch.workers("local"))
 
@@ -417,6 +448,7 @@ class World:
             "preemption": lambda: any(r.num_preemptions for r in requests),
             "restart": lambda: engine.executor.lost,
             "slack": lambda: any(r.stalled for r in records),
+            "groups": lambda: {"instance 0 of 2", "instances 0, 1 of 2"} <= {r.reason for r in records},
         }
         return checks[name]()
 
@@ -439,9 +471,11 @@ class World:
         policy: Any = (
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)
         )
+        if "groups" in features:
+            policy = StallFree(Rings(), 2, 0.05, lambda stream: 0.1)
         if "slack" in features:
             policy._turns = Alternating()
-        if "preemption" in features:
+        if "preemption" in features and "groups" not in features:  # these have little room for KV then
             policy = Preempting(policy)
             if "overlap" in features:  # what is in flight cannot be preempted by a policy, but KV may be short
                 executor = Fewer(executor, 8)
@@ -477,6 +511,28 @@ class World:
             for each, own in zip(engines, held, strict=True):
                 for key in list(each.scheduler.ledger.adapters.resident):
                     own.drop_adapter(key)
+
+
+def _check_groups(features: Collection[str]) -> None:
+    """Raises ValueError for features that groups do not have, in the product's words if there is an option for them."""
+    words = {"ngram": {"speculate": "ngram"}, "draft model": {"speculate": "draft:model"}, "PP2": {"pp": 2}}
+    words |= {"host tier": {"kv_host_memory": MEMORY}, "adapters": {"adapter": ["0=adapter"]}}
+    given: dict[str, Any] = {}
+    for name in features:
+        given |= words.get(name, {})
+        if name in ("SP2", "chunked", "prefix cache", "slack"):
+            raise ValueError(REFUSED[frozenset({"groups", name})])  # there is no option for it
+    groups.check(Options(policy="elastic", executor="torch", sp=2, **given))
+
+
+class Rings:
+    """Prices such that a prompt of these is worth two instances, and a lone decode none."""
+
+    def seconds(self, degree: int, shape: Any) -> float:
+        return sum(0.001 + count * 2e-3 / degree for _, count in shape) + 0.001 * degree
+
+    def moving(self, tokens: int) -> float:
+        return 1e-6 * tokens
 
 
 class Alternating:

@@ -38,6 +38,7 @@ def test_each_feature_alone(world, features):
 def test_two_features(world, features):
     if frozenset(features) in REFUSED:
         words = "without overlap|kv 'u[84]' is unknown|KV has one format|few tokens take another|--speculate 'ngram, draft:model'"
+        words += "|policy elastic|number of instances|Cluster has no KV that can be transferred"
         with pytest.raises(ValueError, match=words):
             world.serve(features)
     else:

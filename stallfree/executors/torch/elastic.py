@@ -46,7 +46,7 @@ class Cluster:
         answer_s: float = ANSWER_S,
     ):
         self._ranks = _Ranks(checkpoint, options, kv_bytes, tp=tp, sp=instances, pp=1, workers=workers, answer_s=answer_s)
-        self._tp, self._vocab_size = tp, checkpoint.config.vocab_size
+        self.tp, self._vocab_size = tp, checkpoint.config.vocab_size
         self._longest = options.length(checkpoint.config)
         self.rooms = [self._ranks.capacity.num_blocks * self._ranks.capacity.block_size // instances] * instances
         # LoongServe leaves a token of room on each instance when it places a whole prompt.
@@ -116,7 +116,7 @@ class Cluster:
 
     def _send(self, member: int, message: dict[str, object]) -> None:
         try:
-            self._ranks.send(range(member * self._tp, (member + 1) * self._tp), message)
+            self._ranks.send(range(member * self.tp, (member + 1) * self.tp), message)
         except Exception:
             self._slots = Slots(self.rooms)
             raise
