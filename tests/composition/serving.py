@@ -6,6 +6,7 @@ requests, one after another. A set that cannot be had raises ValueError with the
 
 import json
 import random
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -472,7 +473,7 @@ class World:
             load("slo", Setup(Fitted(), Slo.parse("tbt=200ms"))) if "slack" in features else load("sarathi", token_budget=512)
         )
         if "groups" in features:
-            policy = StallFree(Rings(), 2, 0.05, lambda stream: 0.1)
+            policy = StallFree(Rings(), 2, 0.05, lambda stream: time.perf_counter() - stream.arrival + 0.1)
         if "slack" in features:
             policy._turns = Alternating()
         if "preemption" in features and "groups" not in features:  # these have little room for KV then
