@@ -274,6 +274,17 @@ def test_what_arrives_while_an_instance_computes_begins_on_another_at_once():
     assert "length" == rest[-1].finish_reason
 
 
+def test_nobody_is_held_up_by_waking_a_cluster_that_is_busy_or_closed(checkpoint):
+    cluster = made(checkpoint, 1)
+    for _ in range(100_000):  # more than a socket keeps
+        cluster.wake()
+    engine, request = Engine(cluster, TEXT, POLICIES["elastic"]()), Request("0", PROMPTS[0], 2)
+    served(engine, [request])
+    assert 2 == len(request.output)
+    cluster.close()
+    cluster.wake()
+
+
 def test_prices_are_measured_once_for_each_number_of_instances(checkpoint, tmp_path):
     cluster, said = made(checkpoint, 1), []
     try:

@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from stallfree.checkpoint import Checkpoint
@@ -54,6 +55,7 @@ class Cluster:
         self.capacity = Capacity(1, sum(self.rooms), longest, depth=instances)
         self._slots = Slots(self.rooms)
         self._bell, self._rope = socket.socketpair()
+        self._rope.setblocking(False)
 
     def submit(self, plan: Plan) -> None:
         """Run an iteration. Raises ValueError, and changes nothing, for one that cannot run; `Lost` if a rank is gone, and all KV
@@ -88,7 +90,8 @@ class Cluster:
             raise
 
     def wake(self) -> None:
-        self._rope.send(b".")
+        with suppress(OSError):  # many have called already, or the cluster is closed
+            self._rope.send(b".")
 
     def collect(self) -> StepResult:
         """The result of the iteration that ends first. Raises `Lost` as `submit` does."""
