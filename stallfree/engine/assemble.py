@@ -174,6 +174,8 @@ def assemble(
     if options.grouped:
         groups.check(options)
     else:
+        if options.policy not in policies.names() and (near := nearest(options.policy, elastic.POLICIES)):
+            raise ValueError(f"unknown policy {options.policy!r}{near}")
         policy_options = policies.options(options.policy, options.token_budget, options.policy_option)
         tuned = policies.wants_setup(options.policy)
         if not tuned:

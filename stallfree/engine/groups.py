@@ -44,16 +44,16 @@ def check(options: "Options") -> None:
     if options.pp > 1:
         raise ValueError(f"{policy} has no pipeline stages; leave out --pp {options.pp}")
     given = {
-        "--token-budget": options.token_budget,
-        "--policy-option": options.policy_option,
-        "--speculate": options.speculate,
-        "--kv-host-memory": options.kv_host_memory,
-        "--adapter": options.adapter,
-        "--adapters": options.adapters,
+        "--token-budget": ("token budget", options.token_budget),
+        "--policy-option": ("options", options.policy_option),
+        "--speculate": ("drafts", options.speculate),
+        "--kv-host-memory": ("host memory for KV", options.kv_host_memory),
+        "--adapter": ("adapters", options.adapter),
+        "--adapters": ("adapters", options.adapters),
     }
-    for name, value in given.items():
+    for name, (what, value) in given.items():
         if value:
-            raise ValueError(f"{policy} has no {name[2:].replace('-', ' ')}; leave out {name}, or take policy slo")
+            raise ValueError(f"{policy} has no {what}; leave out {name}, or take policy slo")
 
 
 def of(key: Mapping[str, object], instances: int, degree: int) -> dict[str, object]:
