@@ -1,5 +1,6 @@
-"""What groups of instances cost on this machine: a calibration for each number of instances, and the time in which KV moves.
-Calibrations are remembered as that of a lone engine is. It knows no policy.
+"""What an engine needs to run groups of instances: the options that they have, and what they cost on this machine. That is a
+calibration for each number of instances, remembered as that of a lone engine is, and the time in which KV moves, measured at each
+start. It does not know how a policy uses them.
 """
 
 import time
@@ -64,7 +65,7 @@ def of(key: Mapping[str, object], instances: int, degree: int) -> dict[str, obje
 def prices(
     cluster: RunsGroups, key: Mapping[str, object], folder: Path, say: Callable[[str], None], progress: calibrate.Progress
 ) -> Measured:
-    """The prices of an idle `cluster`: those that `folder` remembers for `key`, or else new ones, which are then remembered.
+    """The prices of an idle `cluster`: cost models that `folder` remembers for `key`, or else new ones, which are then remembered.
     Overwrites the KV."""
     costs = []
     for degree in range(1, len(cluster.rooms) + 1):

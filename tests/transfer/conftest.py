@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stallfree import policies
+from stallfree.checkpoint import open_checkpoint
 from stallfree.core.plan import UNKNOWN, Capacity, StepResult
 from stallfree.core.request import Request
 from stallfree.engine.assemble import bytes_as_text
@@ -19,9 +20,13 @@ from stallfree.transfer import asking, frames, ring, sending
 from stallfree.transfer.asking import Asking
 from stallfree.transfer.serving import Serving
 from stallfree.transfer.terms import Terms
+from tests.models import write_folder
 from tests.waiting import comes
 
 GREEDY = Sampling(temperature=0)
+LAYERS = 3
+"""Of the model of torch engines."""
+PROMPTS = [[(7 * i + j) % 256 for j in range(length)] for i, length in enumerate((1, 16, 17, 100, 150))]
 
 
 class Remembering:
@@ -168,6 +173,14 @@ def free(engine: Engine) -> None:
     engine.scheduler.ledger.check()
     assert engine.executor.capacity.num_blocks == engine.scheduler.ledger.pool.num_free
     assert engine.prefetch.idle
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small model for torch engines."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_folder(folder, "llama", vocab_size=256, num_hidden_layers=LAYERS)
+    return open_checkpoint(folder)
 
 
 @pytest.fixture(params=["shared memory", "tcp"])

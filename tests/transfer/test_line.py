@@ -5,13 +5,11 @@ import threading
 
 import pytest
 
-from stallfree.checkpoint import open_checkpoint
 from stallfree.transfer import line as meetings
 from stallfree.transfer import sending
 from stallfree.transfer.frames import Broken
 from stallfree.transfer.terms import Terms
-from tests.models import write_folder
-from tests.transfer.conftest import decoding, engine, free, prefilling, serve
+from tests.transfer.conftest import LAYERS, PROMPTS, decoding, engine, free, prefilling, serve
 from tests.transfer.test_layers import pieces
 from tests.waiting import comes
 
@@ -24,16 +22,7 @@ from stallfree.executors.torch import Options, TorchExecutor
 from stallfree.executors.torch import line as lines
 from stallfree.executors.torch.line import Line
 
-LAYERS = 3
-PROMPTS = [[(7 * i + j) % 256 for j in range(length)] for i, length in enumerate((1, 16, 17, 100, 150))]
 PROCESSOR = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    write_folder(folder, "llama", vocab_size=256, num_hidden_layers=LAYERS)
-    return open_checkpoint(folder)
 
 
 @pytest.fixture

@@ -4,28 +4,16 @@ import asyncio
 
 import pytest
 
-from stallfree.checkpoint import open_checkpoint
 from stallfree.core.request import Request
 from stallfree.executors.sampling import Sampling
 from stallfree.transfer import sending
-from tests.models import write_folder
-from tests.transfer.conftest import decoding, engine, free, prefilling, read, serve
+from tests.transfer.conftest import LAYERS, PROMPTS, decoding, engine, free, prefilling, read, serve
 from tests.transfer.test_layers import pieces
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from stallfree.executors.torch import Options, TorchExecutor
-
-LAYERS = 3
-PROMPTS = [[(7 * i + j) % 256 for j in range(length)] for i, length in enumerate((1, 16, 17, 100, 150))]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    write_folder(folder, "llama", vocab_size=256, num_hidden_layers=LAYERS)
-    return open_checkpoint(folder)
 
 
 @pytest.fixture
